@@ -1,0 +1,118 @@
+"""From a settled tape to norms and clipped sums of the parameters, shared expressions pulled back included."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from clipgrad._tape import Tape, Tracked
+from clipgrad.rules._canonical import PerSample, row_norms_squared, widen
+
+
+class Gradients:
+    """Per-sample gradients of one microbatch, in whatever form is cheapest.
+
+    A parameter's gradient has several parts: its own uses, and the uses of every expression made of it. While
+    the parts touch different elements (the three slices of a packed projection), squared norms add up. Else
+    the parts are pulled back and summed per sample first.
+    """
+
+    def __init__(self, tape: Tape, parameters: int) -> None:
+        self._tape = tape
+        self._count = parameters
+        self._batch_size = tape.batch_size
+        for entry in tape.tracked:
+            entry.settle()
+        self._parts: list[list[Tracked]] = [[] for _ in range(parameters)]
+        for entry in tape.tracked:
+            if entry.reached:
+                for index in entry.parameters:
+                    self._parts[index].append(entry)
+        self._summed: dict[int, Tensor] = {}
+        self._pulled: dict[int, list[Tensor | None]] = {}
+
+    def squared_norms(self, index: int) -> Tensor | None:
+        """Squared norm of every sample's gradient of one parameter, ``[B]``; None if nothing reached it."""
+        parts = self._parts[index]
+        if not parts:
+            return None
+        if all(part.injective for part in parts) and self._disjoint(index):
+            norms = [part.squared_norms() for part in parts]
+            return sum(norms[1:], start=norms[0])
+        return row_norms_squared(self.per_sample(index))
+
+    def per_sample(self, index: int) -> Tensor:
+        """The per-sample gradients of one parameter, ``[B, *shape]``."""
+        if index not in self._summed:
+            total: Tensor | None = None
+            for part in self._parts[index]:
+                gradient = self._pull_back(part, index) if part.derived else part.per_sample()
+                if gradient is not None:
+                    total = gradient if total is None else total + gradient
+            if total is None:
+                shape = self._tape.tracked[index].shared.shape
+                total = self._tape.anchor.new_zeros(()).expand(self._batch_size, *shape)
+            self._summed[index] = total
+        return self._summed[index]
+
+    def weighted_sum(self, index: int, factors: Tensor) -> Tensor | None:
+        """``sum_b factors[b] g_b`` of one parameter; None if nothing reached it."""
+        if index in self._summed:
+            return PerSample(self._summed[index]).weighted_sum(factors)
+        total: Tensor | None = None
+        for part in self._parts[index]:
+            gradient: Tensor | None = part.weighted_sum(factors)
+            if part.derived and gradient is not None:
+                source = self._tape.tracked[index].shared
+                (gradient,) = torch.autograd.grad(
+                    part.shared, [source], gradient.to(part.shared.dtype), retain_graph=True, allow_unused=True
+                )
+            if gradient is not None:
+                total = gradient if total is None else total + gradient
+        return total
+
+    def select(self, keep: Tensor) -> None:
+        """Make the gradient of every sample outside the mask exactly zero."""
+        for entry in self._tape.tracked:
+            entry.select(keep)
+        self._summed.clear()
+        self._pulled.clear()
+
+    def _pull_back(self, part: Tracked, index: int) -> Tensor | None:
+        key = id(part)
+        if key not in self._pulled:
+            sources = [self._tape.tracked[i].shared for i in part.parameters]
+            self._pulled[key] = list(
+                torch.autograd.grad(
+                    part.shared,
+                    sources,
+                    part.per_sample().to(part.shared.dtype),
+                    retain_graph=True,
+                    allow_unused=True,
+                    is_grads_batched=True,
+                )
+            )
+        gradient = self._pulled[key][part.parameters.index(index)]
+        return None if gradient is None else widen(gradient)
+
+    def _disjoint(self, index: int) -> bool:
+        """Whether no element of the parameter is reached through two parts."""
+        parts = self._parts[index]
+        if len(parts) == 1:
+            return True
+        if any(not part.derived for part in parts):
+            return False
+        source = self._tape.tracked[index].shared
+        touched = torch.zeros_like(source)
+        for part in parts:
+            (image,) = torch.autograd.grad(
+                part.shared, [source], torch.ones_like(part.shared), retain_graph=True
+            )
+            touched += image
+        return bool((touched <= 1).all())
+
+
+def zero_gradients(parameters: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> list[Tensor]:
+    return [torch.zeros_like(p, dtype=dtype) for p, dtype in zip(parameters, dtypes, strict=True)]

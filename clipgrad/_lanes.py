@@ -1,0 +1,68 @@
+"""The bridge between what user code holds under ``vmap`` and the physical, batched tensors below it.
+
+Inside ``vmap`` a per-sample tensor hides one axis, the *lane* axis. A rule needs the tensor with that axis
+visible, so that it can run one ordinary batched operation. The public way down is an ``autograd.Function``
+with a ``vmap`` static method; it costs about 130 microseconds a call, this one about 5. Every use of
+functorch's private interface in the package is in this file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import Tensor
+from torch._C import _functorch
+from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack
+
+
+class Decline(Exception):  # noqa: N818 - control flow, not a failure: the exact fallback takes over
+    """Raised inside a rule that does not cover this call; the exact fallback runs instead."""
+
+
+def current_level() -> int:
+    """The innermost active functorch transform; 0 outside all of them."""
+    level: int | None = _functorch.maybe_current_level()
+    return 0 if level is None else level
+
+
+@contextmanager
+def below_vmap() -> Iterator[None]:
+    """Run the body as if no functorch transform were active."""
+    with temporarily_pop_interpreter_stack():
+        yield
+
+
+def physical(tensor: Tensor, level: int) -> Tensor | None:
+    """The tensor with its lane axis moved to the front, or None when it has no lane axis.
+
+    Raises:
+        Decline: If the tensor belongs to another transform (a gradient inside the loss, say), where
+            folding its lane axis away would be wrong.
+    """
+    owner = _functorch.maybe_get_level(tensor)
+    if owner is None or owner < 0:
+        return None
+    if owner != level or not _functorch.is_batchedtensor(tensor):
+        raise Decline
+    value: Tensor
+    value, lane_axis = _functorch._unwrap_batched(tensor, level)
+    if _functorch.maybe_get_level(value) not in (None, -1):
+        raise Decline  # our vmap runs inside somebody else's transform
+    return value if lane_axis == 0 else value.movedim(lane_axis, 0)
+
+
+def per_sample(value: Tensor, level: int) -> Tensor:
+    """Hide the leading axis of a physical tensor as the lane axis."""
+    wrapped: Tensor = _functorch._add_batch_dim(value, 0, level)
+    return wrapped
+
+
+def bare(tensor: Tensor) -> Tensor:
+    """Strip every functorch wrapper; for comparisons of identity and metadata only."""
+    while _functorch.maybe_get_level(tensor) not in (None, -1):
+        tensor = _functorch.get_unwrapped(tensor)
+    return tensor
+
+
+__all__ = ["Decline", "bare", "below_vmap", "current_level", "per_sample", "physical"]

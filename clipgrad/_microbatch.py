@@ -1,0 +1,293 @@
+"""One microbatch: forward under ``vmap``, one ordinary backward, norms, clipped sums."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.func import vmap
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from clipgrad._capture import Capture, escape_message
+from clipgrad._gradients import Gradients
+from clipgrad._plan import Choice, choose
+from clipgrad._tape import Strategy, Tape
+from clipgrad.clipping import Clipping
+from clipgrad.errors import EscapedParameterError, NotPerSampleError
+
+PreClipping = Callable[[list[Tensor]], list[Tensor]]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a microbatch needs to know of the transform's configuration."""
+
+    clipping: Clipping
+    dtypes: tuple[torch.dtype, ...]
+    randomness: str
+    keep_batch_dim: bool
+    has_aux: bool
+    nan_safe: bool
+    strategy: Strategy | None
+    memory_budget: float | None
+    pre_clipping: PreClipping | None
+
+
+@dataclass(frozen=True)
+class Piece:
+    """The result of one microbatch.
+
+    Attributes:
+        sums: Clipped sum per parameter, in the accumulation dtype.
+        values: Per-sample losses ``[B]``.
+        norms: Per-sample norms, ``[B]`` per clipping group.
+        aux: Per-sample auxiliary output, or None.
+        nonfinite: Boolean ``[B]``: samples dropped because their gradient was not finite.
+    """
+
+    sums: list[Tensor]
+    values: Tensor
+    norms: list[Tensor]
+    aux: Any
+    nonfinite: Tensor
+
+
+Loss = Callable[[Sequence[Tensor], Sequence[Any]], Any]
+
+
+def forward(
+    loss: Loss, names: Sequence[str], params: Sequence[Tensor], batch: Sequence[Any], settings: Settings
+) -> tuple[Tape, Tensor, Any]:
+    """Run the loss on every sample at once and record the uses of the parameters."""
+    size = next(leaf.shape[0] for leaf in batch if isinstance(leaf, Tensor))
+    tape = Tape(names, params, size)
+
+    structure: list[Any] = []
+
+    def one_sample(leaves: list[Tensor], sample: list[Any]) -> tuple[Tensor, ...]:
+        if settings.keep_batch_dim:
+            sample = [leaf[None] if isinstance(leaf, Tensor) else leaf for leaf in sample]
+        with Capture(tape, leaves, params):
+            result = loss(leaves, sample)
+        value, aux = _split(result, settings.has_aux)
+        flat, spec = tree_flatten(aux)
+        structure.append(spec)
+        return value, *flat
+
+    in_dims = ([0] * len(params), [0 if isinstance(leaf, Tensor) else None for leaf in batch])
+    try:
+        values, *aux = vmap(one_sample, in_dims=in_dims, randomness=settings.randomness)(
+            [entry.leaf for entry in tape.tracked], list(batch)
+        )
+    except NotPerSampleError:
+        raise
+    except (RuntimeError, ValueError) as error:
+        advice = _advice(str(error))
+        if advice is None:
+            raise
+        raise NotPerSampleError(advice) from error
+    return tape, values, tree_unflatten([leaf.detach() for leaf in aux], structure[0])
+
+
+def run(
+    loss: Loss,
+    names: Sequence[str],
+    params: Sequence[Tensor],
+    batch: Sequence[Any],
+    is_padding: Tensor | None,
+    settings: Settings,
+) -> Piece:
+    """Clipped sums of one microbatch."""
+    with torch.enable_grad():
+        tape, values, aux = forward(loss, names, params, batch, settings)
+        plan(tape, settings)
+        _backward(tape, values, params)
+    with torch.no_grad(), _without_autocast(values.device):
+        gradients = Gradients(tape, len(params))
+        return _clip(gradients, params, values.detach(), aux, is_padding, settings)
+
+
+def plan(tape: Tape, settings: Settings) -> list[Choice]:
+    """Decide a strategy for every tracked entry, and tell the entries."""
+    forced = Strategy.KEPT if settings.pre_clipping is not None else settings.strategy
+    choices = choose(
+        tape.tracked, tape.batch_size, strategy=forced, memory_budget=settings.memory_budget
+    )
+    for entry, choice in zip(tape.tracked, choices, strict=True):
+        entry.strategy = choice.strategy
+    return choices
+
+
+def _split(result: Any, has_aux: bool) -> tuple[Tensor, Any]:
+    if has_aux:
+        if not (isinstance(result, tuple) and len(result) == 2):
+            raise NotPerSampleError(
+                f"has_aux=True needs the loss to return (loss, aux), got {type(result).__name__}."
+            )
+        value, aux = result
+    else:
+        value, aux = result, ()
+    if not isinstance(value, Tensor) or value.dim() != 0:
+        got = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        raise NotPerSampleError(
+            f"the loss must return a scalar tensor for one sample, got {got}. Reduce it with .mean() or .sum(); "
+            "to return more, use has_aux=True."
+        )
+    if not value.is_floating_point():
+        raise NotPerSampleError(f"the loss must be a floating-point scalar, got {value.dtype}.")
+    return value, aux
+
+
+def _backward(tape: Tape, values: Tensor, params: Sequence[Tensor]) -> None:
+    if not values.requires_grad:
+        return
+    _refuse_escapes(tape, values, params)
+    with _without_autocast(values.device):
+        values.sum().backward()  # type: ignore[no-untyped-call]
+
+
+def _refuse_escapes(tape: Tape, values: Tensor, params: Sequence[Tensor]) -> None:
+    """Walk the graph that is about to run: a leaf that is not ours would receive an unclipped gradient.
+
+    The capture sees operations; this sees what reached the graph by any other road (a custom
+    ``autograd.Function``, a C++ extension).
+    """
+    ours = {id(entry.leaf) for entry in tape.tracked} | {id(tape.anchor)}
+    seen = set()
+    stack = [values.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        variable = getattr(node, "variable", None)
+        if variable is not None and id(variable) not in ours:
+            for entry, original in zip(tape.tracked, params, strict=False):
+                if variable is original:
+                    raise EscapedParameterError(escape_message(entry.name, "the loss"))
+            raise EscapedParameterError(
+                f"the loss depends on a tensor of shape {tuple(variable.shape)} that requires grad and is not "
+                "among the parameters, so its gradient would escape clipping. Pass it with the parameters, "
+                "register it in the model, or detach it."
+            )
+        stack.extend(following for following, _ in node.next_functions)
+
+
+def _clip(
+    gradients: Gradients,
+    params: Sequence[Tensor],
+    values: Tensor,
+    aux: Any,
+    is_padding: Tensor | None,
+    settings: Settings,
+) -> Piece:
+    clipping = settings.clipping
+    indices = range(len(params))
+    if settings.pre_clipping is not None:
+        transformed = settings.pre_clipping([gradients.per_sample(index) for index in indices])
+        gradients = _Transformed(transformed)  # type: ignore[assignment]
+    squared = [gradients.squared_norms(index) for index in indices]
+    norms = [
+        _total([squared[index] for index in clipping.members(group)], values).sqrt()
+        for group in range(len(clipping.groups))
+    ]
+    finite = torch.stack(norms).isfinite().all(0)
+    keep = finite if is_padding is None else finite & ~is_padding
+    factors = [clipping.factors(norm, group) for group, norm in enumerate(norms)]
+    if settings.nan_safe or is_padding is not None:
+        keep = keep if settings.nan_safe else ~is_padding  # type: ignore[operator]
+        factors = [torch.where(keep, factor, 0.0) for factor in factors]
+        if not bool(finite.all()):
+            # A zero factor does not silence an inf; such samples are taken out of the factors themselves.
+            gradients.select(keep)
+    sums = []
+    for index, (param, dtype) in enumerate(zip(params, settings.dtypes, strict=True)):
+        total = gradients.weighted_sum(index, factors[clipping.assignment[index]])
+        sums.append(torch.zeros_like(param, dtype=dtype) if total is None else total.to(dtype))
+    nonfinite = ~finite if is_padding is None else ~finite & ~is_padding
+    return Piece(sums, values, norms, aux, nonfinite)
+
+
+class _Transformed:
+    """Per-sample gradients after ``pre_clipping_transform``; the materialised twin of ``Gradients``."""
+
+    def __init__(self, gradients: list[Tensor]) -> None:
+        self._gradients = gradients
+
+    def squared_norms(self, index: int) -> Tensor:
+        from clipgrad.rules._canonical import row_norms_squared
+
+        return row_norms_squared(self._gradients[index])
+
+    def weighted_sum(self, index: int, factors: Tensor) -> Tensor:
+        from clipgrad.rules._canonical import PerSample
+
+        return PerSample(self._gradients[index]).weighted_sum(factors)
+
+    def select(self, keep: Tensor) -> None:
+        from clipgrad.rules._canonical import select_rows
+
+        self._gradients = [select_rows(gradient, keep) for gradient in self._gradients]
+
+
+def _total(squared: Sequence[Tensor | None], values: Tensor) -> Tensor:
+    present = [norm for norm in squared if norm is not None]
+    if not present:
+        wide = torch.promote_types(values.dtype, torch.float32)
+        return torch.zeros_like(values, dtype=wide)
+    return torch.stack(present).sum(0) if len(present) > 1 else present[0]
+
+
+def _without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Norms and sums keep their precision whatever the caller's autocast says."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
+
+
+_ADVICE = (
+    (
+        ("data-dependent control flow", "Boolean value of Tensor"),
+        "the loss branches on the value of a tensor (data-dependent control flow), so different samples would "
+        "run different code. Write the branch as torch.where(condition, a, b), or compute the condition from "
+        "Python values.",
+    ),
+    (
+        (".item() on a Tensor", "item() on a Tensor"),
+        "the loss reads the value of a tensor with .item() (or int(), float()), which is data-dependent control "
+        "flow: under per-sample gradients it has one value per sample. Keep it a tensor.",
+    ),
+    (
+        ("vmap: inplace arithmetic", "in-place", "inplace"),
+        "the loss writes a per-sample value in place into a tensor that all samples share (a buffer, such as "
+        "running statistics, or a tensor made outside). Use the out-of-place form, return the value with "
+        "has_aux=True, or put the layer in eval mode.",
+    ),
+    (
+        ("randomness mode", "randomness='error'"),
+        'the loss is random, and randomness="error" forbids that; use randomness="different" (each sample its own '
+        "dropout mask).",
+    ),
+    (
+        ("setup_context", "generate_vmap_rule", "vmap staticmethod"),
+        "the loss calls a custom autograd.Function that vmap cannot batch. Give it setup_context and "
+        "generate_vmap_rule = True (or a vmap static method). If it is torch.utils.checkpoint, drop it: "
+        "microbatch_size bounds the memory instead.",
+    ),
+    (
+        ("escaped", "dynamic shape", "dynamic in shape", "output has dynamic shape", "nonzero"),
+        "the loss makes a tensor whose shape depends on the data (nonzero, boolean indexing, unique), which differs "
+        "from sample to sample: data-dependent control flow. Use torch.where or a mask of fixed shape.",
+    ),
+)
+
+
+def _advice(message: str) -> str | None:
+    for needles, advice in _ADVICE:
+        if any(needle in message for needle in needles):
+            return advice
+    return None

@@ -1,0 +1,57 @@
+"""The definition, written to be obviously right and nothing else: the oracle of every test.
+
+Per sample: gradient, norm, clip; then the sum. Fast code never imports this file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.func import grad, vmap
+from torch.utils._pytree import tree_map
+
+Params = dict[str, Tensor]
+
+
+def per_sample_gradients(fn: Callable[..., Tensor], params: Params, *batch: Any) -> Params:
+    """``vmap(grad(fn))`` over the samples of ``batch``; ``fn`` sees a batch of one.
+
+    Args:
+        fn: ``fn(params, *batch) -> scalar``.
+        params: Parameters by name.
+        *batch: Tensors (or pytrees of tensors) with a leading batch axis.
+
+    Returns:
+        ``[B, *shape]`` for every parameter.
+    """
+
+    def one_sample(params: Params, *sample: Any) -> Tensor:
+        return fn(params, *tree_map(lambda leaf: leaf[None], sample))
+
+    result: Params = vmap(grad(one_sample), in_dims=(None, *[0] * len(batch)), randomness="different")(
+        params, *batch
+    )
+    return result
+
+
+def clipped_sum(gradients: Params, max_grad_norm: float) -> tuple[Params, Tensor]:
+    """``sum_i min(1, C / ||g_i||) g_i`` and the norms ``||g_i||``, ``[B]``; one sample at a time."""
+    size = len(next(iter(gradients.values())))
+    total = {name: torch.zeros_like(gradient[0]) for name, gradient in gradients.items()}
+    norms = []
+    for i in range(size):
+        norm = torch.sqrt(sum_of_squares([gradient[i] for gradient in gradients.values()]))
+        norms.append(norm)
+        factor = 1.0 if norm <= max_grad_norm else max_grad_norm / norm
+        if not torch.isfinite(norm):
+            continue  # contributes nothing
+        for name, gradient in gradients.items():
+            total[name] += factor * gradient[i]
+    return total, torch.stack(norms)
+
+
+def sum_of_squares(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.stack([tensor.square().sum() for tensor in tensors]).sum()

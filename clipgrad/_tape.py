@@ -1,0 +1,222 @@
+"""What one forward pass leaves behind: each parameter, its uses, and the gradients that arrive for them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+
+import torch
+from torch import Tensor
+
+from clipgrad._lanes import per_sample
+from clipgrad.errors import NotPerSampleError
+from clipgrad.rules._canonical import (
+    Outer,
+    PerSample,
+    Use,
+    ghost_norms_squared,
+    row_norms_squared,
+    widen,
+)
+from clipgrad.rules._registry import Extent, Recipe
+
+
+class Strategy(Enum):
+    """How the norm of a parameter's per-sample gradient is found. A cost decision, never a semantic one."""
+
+    KEPT = "kept"
+    """Build each per-sample gradient during the backward pass and keep it until it is summed."""
+    GHOST = "ghost"
+    """Keep input and output gradient; norms from Gram matrices."""
+    RECOMPUTE = "recompute"
+    """Keep input and output gradient; build per-sample gradients a few at a time for the norm alone."""
+
+
+@dataclass(frozen=True)
+class Expected:
+    """A use seen in the forward pass, whose output gradient is still to come."""
+
+    rule: str
+    recipe: Recipe
+
+
+# Per-sample gradients that the recompute strategy holds at a time, in elements.
+_RECOMPUTE_ELEMENTS = 1 << 24
+
+
+@dataclass(eq=False)
+class Tracked:
+    """A parameter, or an expression of parameters alone, as the loss sees it.
+
+    Attributes:
+        name: The parameter's name, or the expression's operation and operands.
+        shared: The value that all samples share. An expression carries its autograd graph.
+        leaf: ``shared`` expanded to ``[B, ...]`` with stride 0; collects the gradient of uses without a rule.
+        wrapper: What user code holds: ``leaf`` with its lane axis hidden.
+        parameters: Indices of the parameters it is made of; one and itself if it is a parameter.
+        injective: The expression only moves elements (a view), so norms carry over.
+    """
+
+    name: str
+    shared: Tensor
+    leaf: Tensor
+    wrapper: Tensor
+    parameters: tuple[int, ...]
+    derived: bool = False
+    injective: bool = True
+    expected: list[Expected] = field(default_factory=list)
+    fallback: list[str] = field(default_factory=list)
+    strategy: Strategy = Strategy.KEPT
+    kept: Tensor | None = None
+    uses: list[Use] = field(default_factory=list)
+
+    @property
+    def extents(self) -> list[Extent | None]:
+        return [expected.recipe.extent for expected in self.expected]
+
+    @property
+    def value(self) -> Tensor:
+        return self.shared.detach()
+
+    def receive(self, use: Use, extent: Extent | None) -> None:
+        """Take the gradient of one use as the backward pass delivers it."""
+        if self.strategy is not Strategy.KEPT and extent is not None:
+            self.uses.append(use)
+        else:
+            gradient = use.per_sample()
+            self.kept = gradient if self.kept is None else self.kept + gradient
+
+    def settle(self) -> None:
+        """After the backward pass: gradients of one parameter are either all factored or all materialised."""
+        if self.leaf.grad is not None:
+            self.kept = self.leaf.grad if self.kept is None else self.kept + self.leaf.grad
+            self.leaf.grad = None
+        if self.kept is not None:
+            for use in self.uses:
+                self.kept = self.kept + use.per_sample()
+            self.uses = []
+
+    @property
+    def reached(self) -> bool:
+        return self.kept is not None or bool(self.uses)
+
+    def select(self, keep: Tensor) -> None:
+        if self.kept is not None:
+            self.kept = PerSample(self.kept).select(keep).gradient
+        self.uses = [use.select(keep) for use in self.uses]
+
+    def per_sample(self) -> Tensor:
+        """``[B, *shape]``."""
+        if self.kept is not None:
+            return widen(self.kept)
+        return sum((use.per_sample() for use in self.uses[1:]), start=self.uses[0].per_sample())
+
+    def squared_norms(self) -> Tensor:
+        """``[B]``."""
+        if self.kept is not None:
+            return row_norms_squared(self.kept)
+        factors = [outer for use in self.uses if (outer := use.outer()) is not None]
+        if self.strategy is Strategy.RECOMPUTE:
+            return _recomputed_norms(factors)
+        return ghost_norms_squared(factors)
+
+    def weighted_sum(self, factors: Tensor) -> Tensor:
+        """``sum_b factors[b] g_b``, in at least float32."""
+        if self.kept is not None:
+            return PerSample(self.kept).weighted_sum(factors)
+        sums = [use.weighted_sum(factors) for use in self.uses]
+        return sum(sums[1:], start=sums[0])
+
+
+def _recomputed_norms(factors: Sequence[Outer]) -> Tensor:
+    samples = factors[0].samples
+    step = max(1, _RECOMPUTE_ELEMENTS // max(1, factors[0].shape.numel()))
+    pieces = []
+    for start in range(0, samples, step):
+        chunk = slice(start, min(start + step, samples))
+        parts = [outer.rows_of(chunk).per_sample() for outer in factors]
+        pieces.append(row_norms_squared(sum(parts[1:], start=parts[0])))
+    return torch.cat(pieces)
+
+
+class Tape:
+    """All parameters of one microbatch and the tracked expressions made of them."""
+
+    def __init__(self, names: Sequence[str], parameters: Sequence[Tensor], batch_size: int) -> None:
+        self.batch_size = batch_size
+        self.tracked: list[Tracked] = []
+        for index, (name, parameter) in enumerate(zip(names, parameters, strict=True)):
+            shared = parameter.detach().requires_grad_()
+            self.tracked.append(self._track(name, shared, (index,)))
+        first = parameters[0]
+        self.anchor = torch.zeros((), dtype=first.dtype, device=first.device, requires_grad=True)
+
+    def _track(self, name: str, shared: Tensor, parameters: tuple[int, ...]) -> Tracked:
+        leaf = shared.detach().expand(self.batch_size, *shared.shape).requires_grad_()
+        return Tracked(name, shared, leaf, leaf, parameters)
+
+    def derive(
+        self, name: str, shared: Tensor, sources: Sequence[Tracked], level: int, injective: bool
+    ) -> Tracked:
+        """Track an expression of parameters, computed once for all samples."""
+        parameters = tuple(sorted({index for source in sources for index in source.parameters}))
+        tracked = self._track(name, shared, parameters)
+        tracked.wrapper = per_sample(tracked.leaf, level)
+        tracked.derived = True
+        tracked.injective = injective and all(source.injective for source in sources)
+        self.tracked.append(tracked)
+        return tracked
+
+    def on_gradient(
+        self, entries: Sequence[tuple[Tracked, Expected]], saved: tuple[Tensor, ...], rule: str
+    ) -> Callable[[Tensor], None]:
+        """The hook that turns an operation's output gradient into uses."""
+        versions = tuple(tensor._version for tensor in saved)
+
+        def hook(gradient: Tensor) -> None:
+            if tuple(tensor._version for tensor in saved) != versions:
+                raise NotPerSampleError(
+                    f"an input of {rule} was changed by an in-place operation after it was used, so the "
+                    "gradient of its parameter can no longer be computed. Replace the in-place operation "
+                    "(relu_, add_, x += ...) that follows it by its out-of-place form."
+                )
+            for tracked, expected in entries:
+                tracked.receive(expected.recipe.make(gradient), expected.recipe.extent)
+
+        return hook
+
+
+class _Source(torch.autograd.Function):
+    """Put an output that needs no gradient on the autograd graph, without asking for an input gradient.
+
+    The first layer of a model receives data. Its output gradient is wanted, its input gradient is not, and
+    forcing one would cost a whole backward operation.
+    """
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: torch.autograd.function.FunctionCtx,
+        anchor: Tensor,
+        output: Tensor,
+        hook: Callable[[Tensor], None],
+    ) -> Tensor:
+        ctx.hook = hook  # type: ignore[attr-defined]
+        ctx.mark_dirty(output)
+        return output
+
+    @staticmethod
+    def backward(  # type: ignore[override]
+        ctx: torch.autograd.function.FunctionCtx, gradient: Tensor
+    ) -> tuple[None, None, None]:
+        ctx.hook(gradient)  # type: ignore[attr-defined]
+        return None, None, None
+
+
+def watch(output: Tensor, anchor: Tensor, hook: Callable[[Tensor], None]) -> Tensor:
+    """Have ``hook`` called with the gradient of ``output``."""
+    if output.requires_grad:
+        output.register_hook(hook)
+        return output
+    watched: Tensor = _Source.apply(anchor, output, hook)
+    return watched

@@ -1,0 +1,38 @@
+"""Exact, faster ways to run known operations on all samples at once. Importing this package registers them."""
+
+from __future__ import annotations
+
+from clipgrad.rules import convolution, embedding, linear
+from clipgrad.rules._canonical import OneHot, Outer, PerSample, Use
+from clipgrad.rules._registry import (
+    Call,
+    Decline,
+    Decomposition,
+    Extent,
+    Recipe,
+    Rule,
+    register_decomposition,
+    register_rule,
+    rules,
+    unregister_rule,
+)
+
+__all__ = [
+    "Call",
+    "Decline",
+    "Decomposition",
+    "Extent",
+    "OneHot",
+    "Outer",
+    "PerSample",
+    "Recipe",
+    "Rule",
+    "Use",
+    "convolution",
+    "embedding",
+    "linear",
+    "register_decomposition",
+    "register_rule",
+    "rules",
+    "unregister_rule",
+]

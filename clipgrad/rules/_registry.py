@@ -1,0 +1,190 @@
+"""What a rule is, and the table of all rules. Open to users: see ``register_rule``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, Protocol, TypeVar
+
+from torch import Tensor
+
+from clipgrad._lanes import Decline
+from clipgrad.rules._canonical import Use
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True)
+class Extent:
+    """The size of a use in the canonical layout; what the plan's cost model needs to know.
+
+    Attributes:
+        positions: Positions at which one sample uses the parameter.
+        rows: Rows of the parameter, per group.
+        columns: Columns of the parameter.
+        groups: Blocks of rows with factors of their own.
+        one_hot: Whether the left factor is one-hot (an embedding).
+    """
+
+    positions: int
+    rows: int
+    columns: int
+    groups: int = 1
+    one_hot: bool = False
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How the use of one parameter is obtained once the gradient of the operation's output is known.
+
+    Attributes:
+        parameter: The operand as the rule received it.
+        make: From the output gradient ``[B, ...]`` to the use.
+        extent: Size in the canonical layout, or None if the per-sample gradient is cheap and always kept.
+    """
+
+    parameter: Tensor | None
+    make: Callable[[Tensor], Use]
+    extent: Extent | None = None
+
+
+class Call(Protocol):
+    """One intercepted call, as a rule sees it. Runs below ``vmap``: every tensor is physical."""
+
+    @property
+    def batch_size(self) -> int:
+        """Samples in the microbatch, ``B``."""
+        ...
+
+    def has_lanes(self, tensor: Tensor | None) -> bool:
+        """Whether the operand differs from sample to sample."""
+        ...
+
+    def batched(self, tensor: Tensor) -> Tensor:
+        """The operand with its sample axis first, ``[B, ...]``; broadcast if all samples share it."""
+        ...
+
+    def shared(self, tensor: Tensor) -> Tensor:
+        """A parameter or constant that all samples share, detached.
+
+        Raises:
+            Decline: If the operand differs from sample to sample.
+        """
+        ...
+
+    def finish(self, output: Tensor, *recipes: Recipe, saved: tuple[Tensor, ...] = ()) -> Tensor:
+        """Record the uses of this call's parameters and hand the output back to the user's code.
+
+        Args:
+            output: ``[B, ...]``.
+            *recipes: One per parameter operand; recipes of constants and of None are ignored.
+            saved: Tensors that the recipes close over; writing to them in place afterwards is an error.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Rule:
+    """An exact, faster way to run one operation on all samples at once.
+
+    Attributes:
+        name: Shown by ``explain``.
+        operations: The functions it intercepts, as ``__torch_function__`` sees them.
+        apply: ``apply(call, *args, **kwargs)`` with the operation's own signature.
+    """
+
+    name: str
+    operations: tuple[Callable[..., Any], ...]
+    apply: Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Decomposition:
+    """An operation rewritten in terms of others, which are then intercepted in turn."""
+
+    name: str
+    operations: tuple[Callable[..., Any], ...]
+    apply: Callable[..., Any]
+
+
+_RULES: dict[Callable[..., Any], Rule | Decomposition] = {}
+
+
+def rules() -> Mapping[Callable[..., Any], Rule | Decomposition]:
+    """A read-only view of every registered rule by operation."""
+    return MappingProxyType(_RULES)
+
+
+def _add(entry: Rule | Decomposition) -> None:
+    for operation in entry.operations:
+        if operation in _RULES:
+            raise ValueError(
+                f"register_rule: operation {getattr(operation, '__name__', operation)!r} already has the rule "
+                f"{_RULES[operation].name!r}; call unregister_rule({getattr(operation, '__name__', operation)}) first."
+            )
+    for operation in entry.operations:
+        _RULES[operation] = entry
+
+
+def register_rule(*operations: Callable[..., Any], name: str) -> Callable[[F], F]:
+    """Teach clipgrad an exact, faster way to run an operation on parameters.
+
+    A rule is only ever an optimisation: without it the operation takes the exact fallback. The decorated
+    function has the operation's own signature behind a leading ``call`` (see ``Call``). It runs the operation
+    once on all samples and says, per parameter, how its per-sample gradient follows from the output gradient.
+    It may raise ``Decline`` for arguments that it does not cover. Prove a rule with
+    ``clipgrad.testing.assert_rule_matches_reference``.
+
+    Args:
+        *operations: Functions to intercept, as called by user code (``torch.nn.functional.linear``).
+        name: Shown by ``explain``.
+
+    Raises:
+        ValueError: If an operation already has a rule.
+    """
+
+    def decorate(function: F) -> F:
+        _add(Rule(name, operations, function))
+        return function
+
+    return decorate
+
+
+def register_decomposition(
+    *operations: Callable[..., Any], name: str
+) -> Callable[[F], F]:
+    """Rewrite an operation in terms of operations that have rules.
+
+    The decorated function has the operation's own signature and returns its result; it runs under ``vmap``,
+    as user code would. It may raise ``Decline``.
+    """
+
+    def decorate(function: F) -> F:
+        _add(Decomposition(name, operations, function))
+        return function
+
+    return decorate
+
+
+def unregister_rule(operation: Callable[..., Any]) -> Rule | Decomposition:
+    """Forget the rule of one operation and return it; results stay the same, only slower.
+
+    Raises:
+        KeyError: If the operation has no rule.
+    """
+    return _RULES.pop(operation)
+
+
+__all__ = [
+    "Call",
+    "Decline",
+    "Decomposition",
+    "Extent",
+    "Recipe",
+    "Rule",
+    "register_decomposition",
+    "register_rule",
+    "rules",
+    "unregister_rule",
+]

@@ -1,0 +1,56 @@
+"""Rows of a table picked by ids."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from clipgrad.errors import NotPerSampleError
+from clipgrad.rules._canonical import OneHot, Outer
+from clipgrad.rules._registry import Call, Extent, Recipe, register_rule
+
+
+@register_rule(F.embedding, name="embedding")
+def embedding(
+    call: Call,
+    input: Tensor,
+    weight: Tensor,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Tensor:
+    """A linear map of one-hot inputs, which are stored as their ids.
+
+    Ids may be shared by all samples (position ids); every sample still has a gradient of its own.
+    ``sparse`` is ignored: clipped sums are dense.
+    """
+    if max_norm is not None:
+        raise NotPerSampleError(
+            f"embedding with max_norm={max_norm} rewrites rows of its weight in the forward pass, without noise and "
+            "for all samples at once, which is not private. Set max_norm=None, or bound the norm inside the "
+            "loss: F.embedding(ids, F.normalize(weight))."
+        )
+    w = call.shared(weight)
+    ids = call.batched(input)
+    # Equal for all samples: look up once and broadcast.
+    y = F.embedding(ids if call.has_lanes(input) else input, w, padding_idx)
+    if not call.has_lanes(input):
+        y = y.expand(call.batch_size, *y.shape)
+    flat = ids.flatten(1).long() if ids.dim() > 1 else ids[:, None].long()
+
+    def make(gradient: Tensor) -> Outer:
+        rows = gradient.reshape(*flat.shape, w.shape[1])
+        if padding_idx is not None:
+            ignored = flat == padding_idx % w.shape[0]
+            rows = rows.masked_fill(ignored[..., None], 0)
+        if scale_grad_by_freq:
+            count = (flat[:, :, None] == flat[:, None, :]).sum(-1, keepdim=True)
+            rows = rows / count
+        return Outer(OneHot(flat, w.shape[0]), rows, w.shape)
+
+    extent = Extent(flat.shape[1], w.shape[0], w.shape[1], one_hot=True)
+    return call.finish(y, Recipe(weight, make, extent), saved=(ids,))
+
+

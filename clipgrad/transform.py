@@ -1,0 +1,388 @@
+"""``clipped_grad``: from a loss function to its per-sample clipped, summed gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import keystr, tree_flatten, tree_flatten_with_path, tree_map, tree_unflatten
+
+from clipgrad import _validate
+from clipgrad._microbatch import Piece, Settings, run
+from clipgrad._tape import Strategy
+from clipgrad.clipping import Clipping, Relation, make_clipping, sensitivity
+
+RANDOMNESS = ("different", "same", "error")
+STRATEGIES = ("auto", *(strategy.value for strategy in Strategy))
+
+
+@dataclass(frozen=True)
+class ClippedGradResult:
+    """What one call of a ``ClippedGrad`` returns.
+
+    Only ``grads`` is what the privacy guarantee speaks of, and only after noise. Everything else depends on
+    single samples and is **not private**.
+
+    Attributes:
+        grads: The clipped sum, with the structure of the parameters.
+        values: Per-sample losses, ``[B]``.
+        grad_norms: Per-sample gradient norms before clipping, ``[B]``; with several clipping groups a mapping
+            from group to ``[B]``.
+        aux: Per-sample auxiliary outputs stacked on a leading axis, or None.
+        batch_size: Number of samples that are not padding.
+        num_clipped: How many of them had a norm above the clipping norm (in any group), a scalar tensor.
+        num_nonfinite: How many were dropped because their gradient was not finite, a scalar tensor.
+    """
+
+    grads: Any
+    values: Tensor
+    grad_norms: Tensor | Mapping[str, Tensor]
+    aux: Any
+    batch_size: int
+    num_clipped: Tensor
+    num_nonfinite: Tensor
+
+
+@dataclass(frozen=True)
+class ClippedGrad:
+    """A per-sample clipped gradient function; made by ``clipped_grad``.
+
+    The configuration is frozen, so ``sensitivity`` is a fact about every result.
+    """
+
+    fn: Callable[..., Any]
+    max_grad_norm: float | Mapping[str, float]
+    argnums: int | tuple[int, ...] = 0
+    batch_argnums: tuple[int, ...] | None = None
+    has_aux: bool = False
+    keep_batch_dim: bool = True
+    normalize_by: float = 1.0
+    rescale_to_unit_norm: bool = False
+    pre_clipping_transform: Callable[[Any], Any] | None = None
+    accumulate_dtype: torch.dtype | None = None
+    microbatch_size: int | None = None
+    nan_safe: bool = True
+    randomness: str = "different"
+    strategy: str = "auto"
+    memory_budget: float | None = None
+    _clipping_cache: dict[tuple[str, ...], Clipping] = field(default_factory=dict, repr=False, compare=False)
+
+    def __call__(self, *args: Any, is_padding: Tensor | None = None) -> ClippedGradResult:
+        """Compute the clipped sum of per-sample gradients.
+
+        Args:
+            *args: The arguments of ``fn``: parameters, then batch arguments with a leading batch axis.
+            is_padding: Boolean ``[B]``; samples marked True contribute exactly nothing.
+
+        Returns:
+            The clipped sum and per-sample diagnostics.
+
+        Raises:
+            ValueError: If the arguments do not fit together.
+            NotPerSampleError: If the loss does something that cannot be attributed to single samples.
+        """
+        inputs = _Inputs.bind(self, args)
+        size = inputs.batch_size
+        mask = _validate.padding_mask(is_padding, size)
+        settings = self._settings(inputs)
+        if size == 0:
+            return self._empty(inputs, settings)
+        step = self.microbatch_size or size
+        pieces: list[Piece] = []
+        sums: list[Tensor] | None = None
+        for start in range(0, size, step):
+            rows = slice(start, min(start + step, size))
+            piece = run(
+                inputs.loss,
+                inputs.names,
+                inputs.params,
+                inputs.rows(rows),
+                None if mask is None else mask[rows],
+                settings,
+            )
+            sums = _accumulate(sums, piece.sums)
+            pieces.append(piece)
+        assert sums is not None
+        return self._result(inputs, settings, sums, pieces, mask)
+
+    def sensitivity(self, relation: Relation = Relation.ADD_OR_REMOVE_ONE) -> float:
+        """The largest L2 change of ``grads`` between neighbouring batches, from the configuration alone.
+
+        =================  =====================  ===============================================
+        configuration      add or remove one      remark
+        =================  =====================  ===============================================
+        flat, norm C       ``C / normalize_by``   twice that for ``REPLACE_ONE``
+        groups, norms C_k  ``sqrt(sum C_k^2)``    divided by ``normalize_by``
+        rescaled           ``sqrt(groups)``       divided by ``normalize_by``
+        ``C = inf``        ``inf``                no clipping, no guarantee
+        not ``nan_safe``   ``inf``                one NaN sample could turn the whole sum into NaN
+        =================  =====================  ===============================================
+
+        Rounding: the bound holds for exact arithmetic. In float32 the change of a sum can exceed it by about
+        one part in ``1e5``; see ``docs/guarantees.md``.
+        """
+        relation = Relation(relation)
+        names = ["parameter"] if not isinstance(self.max_grad_norm, Mapping) else list(self.max_grad_norm)
+        clipping = make_clipping(self.max_grad_norm, names, rescale=self.rescale_to_unit_norm)
+        return sensitivity(clipping, relation, normalize_by=self.normalize_by, nan_safe=self.nan_safe)
+
+    def _settings(self, inputs: _Inputs) -> Settings:
+        names = tuple(inputs.names)
+        if names not in self._clipping_cache:
+            self._clipping_cache[names] = make_clipping(
+                self.max_grad_norm, names, rescale=self.rescale_to_unit_norm
+            )
+        return Settings(
+            clipping=self._clipping_cache[names],
+            dtypes=tuple(self._accumulation(p.dtype) for p in inputs.params),
+            randomness=self.randomness,
+            keep_batch_dim=self.keep_batch_dim,
+            has_aux=self.has_aux,
+            nan_safe=self.nan_safe,
+            strategy=None if self.strategy == "auto" else Strategy(self.strategy),
+            memory_budget=self.memory_budget,
+            pre_clipping=self._pre_clipping(inputs),
+        )
+
+    def _accumulation(self, dtype: torch.dtype) -> torch.dtype:
+        return self.accumulate_dtype or torch.promote_types(dtype, torch.float32)
+
+    def _pre_clipping(self, inputs: _Inputs) -> Callable[[list[Tensor]], list[Tensor]] | None:
+        transform = self.pre_clipping_transform
+        if transform is None:
+            return None
+
+        def apply(gradients: list[Tensor]) -> list[Tensor]:
+            before = inputs.restore(gradients)
+            leaves, structure = tree_flatten(transform(before))
+            shapes = [tuple(leaf.shape) for leaf in leaves]
+            if structure != tree_flatten(before)[1] or shapes != [tuple(g.shape) for g in gradients]:
+                raise ValueError(
+                    "pre_clipping_transform must return per-sample gradients of the structure and shapes it "
+                    "received ([B, *parameter.shape] for every parameter)."
+                )
+            return leaves
+
+        return apply
+
+    def _empty(self, inputs: _Inputs, settings: Settings) -> ClippedGradResult:
+        device = inputs.params[0].device
+        sums = [
+            torch.zeros_like(p, dtype=dtype)
+            for p, dtype in zip(inputs.params, settings.dtypes, strict=True)
+        ]
+        none = torch.zeros(0, dtype=settings.dtypes[0], device=device)
+        count = torch.zeros((), dtype=torch.long, device=device)
+        return ClippedGradResult(
+            inputs.restore(sums), none, self._norms(settings, [none for _ in settings.clipping.groups]), None, 0, count, count
+        )
+
+    def _norms(self, settings: Settings, norms: Sequence[Tensor]) -> Tensor | Mapping[str, Tensor]:
+        if isinstance(self.max_grad_norm, Mapping):
+            return dict(zip(settings.clipping.groups, norms, strict=True))
+        return norms[0]
+
+    def _result(
+        self, inputs: _Inputs, settings: Settings, sums: list[Tensor], pieces: list[Piece], mask: Tensor | None
+    ) -> ClippedGradResult:
+        if self.normalize_by != 1.0:
+            sums = [total.div_(self.normalize_by) for total in sums]
+        norms = [torch.cat(group) for group in zip(*(piece.norms for piece in pieces), strict=True)]
+        bounds = settings.clipping.norms
+        clipped = torch.stack([norm > bound for norm, bound in zip(norms, bounds, strict=True)]).any(0)
+        nonfinite = torch.cat([piece.nonfinite for piece in pieces])
+        real = inputs.batch_size
+        clipped = clipped & ~nonfinite
+        if mask is not None:
+            clipped = clipped & ~mask
+            real -= int(mask.sum())
+        aux = tree_map(lambda *leaves: torch.cat(leaves), *(piece.aux for piece in pieces)) if self.has_aux else None
+        return ClippedGradResult(
+            grads=inputs.restore(sums),
+            values=torch.cat([piece.values for piece in pieces]),
+            grad_norms=self._norms(settings, norms),
+            aux=aux,
+            batch_size=real,
+            num_clipped=clipped.sum(),
+            num_nonfinite=nonfinite.sum(),
+        )
+
+
+def _accumulate(sums: list[Tensor] | None, more: list[Tensor]) -> list[Tensor]:
+    if sums is None:
+        # A sum may alias a tensor that the microbatch owns; nothing else holds one, so it is ours to write to.
+        return [total if total.is_contiguous() else total.contiguous() for total in more]
+    torch._foreach_add_(sums, more)
+    return sums
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    """The arguments of one call, flattened."""
+
+    names: list[str]
+    params: list[Tensor]
+    batch: list[Any]
+    batch_size: int
+    loss: Callable[[Sequence[Tensor], Sequence[Any]], Any]
+    restore: Callable[[list[Tensor]], Any]
+
+    def rows(self, rows: slice) -> list[Any]:
+        return [leaf[rows] if isinstance(leaf, Tensor) else leaf for leaf in self.batch]
+
+    @classmethod
+    def bind(cls, config: ClippedGrad, args: tuple[Any, ...]) -> _Inputs:
+        argnums = (config.argnums,) if isinstance(config.argnums, int) else config.argnums
+        batch_argnums = config.batch_argnums
+        if batch_argnums is None:
+            batch_argnums = tuple(i for i in range(len(args)) if i not in argnums)
+        if max((*argnums, *batch_argnums), default=0) >= len(args) or not batch_argnums:
+            raise ValueError(
+                f"argnums={argnums} and batch_argnums={batch_argnums} need at least one batch argument and "
+                f"{max((*argnums, *batch_argnums), default=0) + 1} positional arguments, got {len(args)}."
+            )
+        trainable = tuple(args[i] for i in argnums)
+        single = isinstance(config.argnums, int)
+        names, params, spec = _flatten_parameters(trainable[0] if single else trainable)
+        paths, batch_spec = tree_flatten_with_path(tuple(args[i] for i in batch_argnums))
+        batch = [leaf.detach() if isinstance(leaf, Tensor) else leaf for _, leaf in paths]
+        size = _validate.batch_size(batch, [keystr(path) for path, _ in paths])
+
+        def loss(leaves: Sequence[Tensor], sample: Sequence[Any]) -> Any:
+            full = list(args)
+            restored = tree_unflatten(list(leaves), spec)
+            for position, value in zip(argnums, (restored,) if single else restored, strict=True):
+                full[position] = value
+            for position, value in zip(batch_argnums, tree_unflatten(list(sample), batch_spec), strict=True):
+                full[position] = value
+            return config.fn(*full)
+
+        return cls(names, params, batch, size, loss, lambda leaves: tree_unflatten(leaves, spec))
+
+
+def _flatten_parameters(tree: Any) -> tuple[list[str], list[Tensor], Any]:
+    paths, spec = tree_flatten_with_path(tree)
+    names = [".".join(_component(key) for key in path) for path, _ in paths]
+    params = [leaf for _, leaf in paths]
+    seen: dict[int, str] = {}
+    for name, leaf in zip(names, params, strict=True):
+        if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
+            kind = leaf.dtype if isinstance(leaf, Tensor) else type(leaf).__name__
+            raise ValueError(
+                f"params: leaf {name!r} is {kind}; every leaf must be a floating-point tensor. Close over constants "
+                "in fn instead."
+            )
+        if id(leaf) in seen:
+            raise ValueError(
+                f"params: {name!r} and {seen[id(leaf)]!r} are the same tensor; pass a tied weight once and use it "
+                "twice inside fn, so that its two gradients are summed before the norm."
+            )
+        seen[id(leaf)] = name
+    if not params:
+        raise ValueError("params holds no tensor; there is nothing to differentiate.")
+    return names, params, spec
+
+
+def _component(key: Any) -> str:
+    for attribute in ("key", "idx", "name"):
+        if hasattr(key, attribute):
+            return str(getattr(key, attribute))
+    return str(key)
+
+
+def clipped_grad(
+    fn: Callable[..., Any],
+    *,
+    max_grad_norm: float | Mapping[str, float],
+    argnums: int | Sequence[int] = 0,
+    batch_argnums: int | Sequence[int] | None = None,
+    has_aux: bool = False,
+    keep_batch_dim: bool = True,
+    normalize_by: float = 1.0,
+    rescale_to_unit_norm: bool = False,
+    pre_clipping_transform: Callable[[Any], Any] | None = None,
+    accumulate_dtype: torch.dtype | None = None,
+    microbatch_size: int | None = None,
+    nan_safe: bool = True,
+    randomness: str = "different",
+    strategy: str = "auto",
+    memory_budget: float | None = None,
+) -> ClippedGrad:
+    """Transform a loss into the sum of its per-sample clipped gradients.
+
+    Computes ``sum_i min(1, C / ||g_i||) g_i`` with ``g_i`` the gradient of ``fn`` on sample ``i`` alone (Abadi et
+    al. 2016, arXiv:1607.00133), in one forward and one backward pass over the whole microbatch.
+
+    Args:
+        fn: ``fn(params, *batch) -> scalar``, or ``(scalar, aux)`` with ``has_aux``.
+        max_grad_norm: Clipping norm C: one number for the whole gradient, or a mapping from parameter-name
+            prefix to norm, each group clipped on its own. ``inf`` does not clip, ``0`` gives zeros.
+        argnums: Positions of the parameters (any pytree of floating-point tensors) among ``fn``'s arguments.
+        batch_argnums: Positions of the batch arguments (any pytrees of tensors, batch axis first). Default: every
+            argument that is not in ``argnums``. Other arguments are passed through unchanged.
+        has_aux: ``fn`` also returns a pytree of tensors, handed back per sample.
+        keep_batch_dim: True: ``fn`` sees a batch of one, so an ordinary loss works unchanged. False: the batch axis
+            is removed; if the elements of the batch are groups of samples (all samples of a user), this clips per
+            group.
+        normalize_by: Divide the sum by this public constant, usually the expected batch size.
+        rescale_to_unit_norm: Divide clipped gradients by their clipping norm, so that the bound is 1.
+        pre_clipping_transform: Per-sample gradients (the structure of params, ``[B, *shape]``) to gradients of the
+            same structure, before norms are taken. Forces per-sample gradients to be materialised, which costs
+            ``B`` times the parameters' memory.
+        accumulate_dtype: Dtype of the sums. Default: the parameter's own, at least float32.
+        microbatch_size: Process the batch in pieces of this size. Peak memory follows it, results do not.
+        nan_safe: A sample whose gradient norm is not finite contributes exactly nothing and is counted.
+        randomness: ``"different"``: each sample its own dropout mask; ``"same"``; ``"error"``.
+        strategy: ``"auto"``, or force ``"kept"``, ``"ghost"`` or ``"recompute"`` where they apply; see
+            ``explain``. Changes time and memory only.
+        memory_budget: Bytes that kept per-sample gradients may take beyond the factors they replace.
+
+    Returns:
+        A ``ClippedGrad``; call it like ``fn``.
+
+    Raises:
+        ValueError: If an argument is out of range.
+
+    Example:
+        >>> import torch, clipgrad
+        >>> def loss(params, x, y):
+        ...     return torch.nn.functional.mse_loss(x @ params["w"] + params["b"], y)
+        >>> params = {"w": torch.zeros(3, 1), "b": torch.zeros(1)}
+        >>> gradient = clipgrad.clipped_grad(loss, max_grad_norm=1.0)
+        >>> result = gradient(params, torch.ones(4, 3), torch.ones(4, 1))
+        >>> result.grads["b"], result.grad_norms  # each of four norms of 4 is clipped to 1
+        (tensor([-2.]), tensor([4., 4., 4., 4.]))
+        >>> gradient.sensitivity()
+        1.0
+    """
+    make_clipping(
+        max_grad_norm,
+        list(max_grad_norm) if isinstance(max_grad_norm, Mapping) else ["parameter"],
+        rescale=rescale_to_unit_norm,
+    )
+    if accumulate_dtype is not None and not accumulate_dtype.is_floating_point:
+        raise ValueError(f"accumulate_dtype must be a floating-point dtype, got {accumulate_dtype}.")
+    if memory_budget is not None and not memory_budget >= 0:
+        raise ValueError(f"memory_budget must be a non-negative number of bytes, got {memory_budget!r}.")
+    if isinstance(batch_argnums, int):
+        batch_argnums = (batch_argnums,)
+    return ClippedGrad(
+        fn=fn,
+        max_grad_norm=max_grad_norm,
+        argnums=argnums if isinstance(argnums, int) else tuple(argnums),
+        batch_argnums=None if batch_argnums is None else tuple(batch_argnums),
+        has_aux=has_aux,
+        keep_batch_dim=keep_batch_dim,
+        normalize_by=_validate.positive("normalize_by", normalize_by),
+        rescale_to_unit_norm=rescale_to_unit_norm,
+        pre_clipping_transform=pre_clipping_transform,
+        accumulate_dtype=accumulate_dtype,
+        microbatch_size=_validate.positive_int_or_none("microbatch_size", microbatch_size),
+        nan_safe=nan_safe,
+        randomness=_validate.one_of("randomness", randomness, RANDOMNESS),
+        strategy=_validate.one_of("strategy", strategy, STRATEGIES),
+        memory_budget=memory_budget,
+    )
