@@ -14,8 +14,10 @@ from clipgrad._shared import SHAREABLE, is_injective
 from clipgrad._tape import Expected, Tape, Tracked, watch
 from clipgrad.errors import EscapedParameterError
 from clipgrad.rules._registry import Decomposition, Recipe, Rule, rules
+from clipgrad.rules.fallback import CORRECTIONS
 
 _RULES = rules()
+_REQUIRES_GRAD = torch.Tensor.requires_grad.__get__  # type: ignore[attr-defined]
 
 
 def operation_name(function: Callable[..., Any]) -> str:
@@ -73,7 +75,13 @@ class BoundCall:
             raise Decline
         return tensor
 
-    def finish(self, output: Tensor, *recipes: Recipe, saved: tuple[Tensor, ...] = ()) -> Tensor:
+    def finish(
+        self,
+        output: Tensor,
+        *recipes: Recipe,
+        saved: tuple[Tensor, ...] = (),
+        view: Callable[[Tensor], Tensor] | None = None,
+    ) -> Tensor:
         entries: list[tuple[Tracked, Expected]] = []
         if torch.is_grad_enabled():
             for recipe in recipes:
@@ -87,7 +95,7 @@ class BoundCall:
                 tracked.expected.append(expected)
             tape = self._capture.tape
             output = watch(output, tape.anchor, tape.on_gradient(entries, saved, self._rule))
-        return per_sample(output, self._capture.level)
+        return per_sample(output if view is None else view(output), self._capture.level)
 
 
 class Capture(TorchFunctionMode):
@@ -119,6 +127,8 @@ class Capture(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         native = current_level() == self.level
+        if func == _REQUIRES_GRAD:
+            return self._requires_grad(args[0])
         if native:
             rule = _RULES.get(func)
             if rule is not None:
@@ -130,13 +140,23 @@ class Capture(TorchFunctionMode):
             result = self._derive(func, args, kwargs, tracked)
             if result is not NotImplemented:
                 return result
-        result = func(*args, **kwargs)
+        result = CORRECTIONS.get(func, func)(*args, **kwargs)
         if tracked and torch.is_grad_enabled() and tensors_in(result):
             for entry in tracked:
                 entry.fallback.append(operation_name(func))
         if foreign and self.originals:
             self._check_originals(func, args, kwargs, result)
         return result
+
+    def _requires_grad(self, tensor: Tensor) -> bool:
+        """``vmap`` hides that autograd records below it; a loss that asks must get the true answer."""
+        if tensor.requires_grad:
+            return True
+        try:
+            value = physical(tensor, self.level)
+        except Decline:
+            return False
+        return value is not None and value.requires_grad
 
     def _apply(self, rule: Rule | Decomposition, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         try:

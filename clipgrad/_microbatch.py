@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,17 +79,10 @@ def forward(
         return value, *flat
 
     in_dims = ([0] * len(params), [0 if isinstance(leaf, Tensor) else None for leaf in batch])
-    try:
+    with _explained():
         values, *aux = vmap(one_sample, in_dims=in_dims, randomness=settings.randomness)(
             [entry.leaf for entry in tape.tracked], list(batch)
         )
-    except NotPerSampleError:
-        raise
-    except (RuntimeError, ValueError) as error:
-        advice = _advice(str(error))
-        if advice is None:
-            raise
-        raise NotPerSampleError(advice) from error
     return tape, values, tree_unflatten([leaf.detach() for leaf in aux], structure[0])
 
 
@@ -144,9 +137,12 @@ def _split(result: Any, has_aux: bool) -> tuple[Tensor, Any]:
 
 def _backward(tape: Tape, values: Tensor, params: Sequence[Tensor]) -> None:
     if not values.requires_grad:
-        return
+        raise NotPerSampleError(
+            "the loss does not depend on any parameter that is being trained (detached, computed under no_grad, or made "
+            "of other tensors), so there is no gradient to clip."
+        )
     _refuse_escapes(tape, values, params)
-    with _without_autocast(values.device):
+    with _without_autocast(values.device), _explained():
         values.sum().backward()  # type: ignore[no-untyped-call]
 
 
@@ -262,7 +258,7 @@ _ADVICE = (
         "flow: under per-sample gradients it has one value per sample. Keep it a tensor.",
     ),
     (
-        ("vmap: inplace arithmetic", "in-place", "inplace"),
+        ("vmap: inplace arithmetic", "in-place", "inplace", "doesn't match the broadcast shape", "on out= or view ops"),
         "the loss writes a per-sample value in place into a tensor that all samples share (a buffer, such as "
         "running statistics, or a tensor made outside). Use the out-of-place form, return the value with "
         "has_aux=True, or put the layer in eval mode.",
@@ -279,11 +275,30 @@ _ADVICE = (
         "microbatch_size bounds the memory instead.",
     ),
     (
-        ("escaped", "dynamic shape", "dynamic in shape", "output has dynamic shape", "nonzero"),
+        ("escaped from inside a function being vmapped",),
+        "the loss recomputes part of its forward pass during the backward pass (torch.utils.checkpoint), outside the "
+        "transform. Switch checkpointing off: microbatch_size bounds the memory instead.",
+    ),
+    (
+        ("dynamic shape", "dynamic in shape", "output has dynamic shape", "nonzero"),
         "the loss makes a tensor whose shape depends on the data (nonzero, boolean indexing, unique), which differs "
         "from sample to sample: data-dependent control flow. Use torch.where or a mask of fixed shape.",
     ),
 )
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    """Say what to do where PyTorch's own message only says what it could not do."""
+    try:
+        yield
+    except NotPerSampleError:
+        raise
+    except (RuntimeError, ValueError) as error:
+        advice = _advice(str(error))
+        if advice is None:
+            raise
+        raise NotPerSampleError(advice) from error
 
 
 def _advice(message: str) -> str | None:

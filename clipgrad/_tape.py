@@ -202,6 +202,8 @@ class _Source(torch.autograd.Function):
         hook: Callable[[Tensor], None],
     ) -> Tensor:
         ctx.hook = hook  # type: ignore[attr-defined]
+        if output._is_view():
+            return output.view_as(output)
         ctx.mark_dirty(output)
         return output
 
@@ -214,7 +216,14 @@ class _Source(torch.autograd.Function):
 
 
 def watch(output: Tensor, anchor: Tensor, hook: Callable[[Tensor], None]) -> Tensor:
-    """Have ``hook`` called with the gradient of ``output``."""
+    """Have ``hook`` called with the gradient of ``output``, whatever happens to the output afterwards.
+
+    A hook on a view would be bypassed if the view were written to in place: autograd then rebuilds the view's
+    history from its base. So only fresh tensors are watched; a broadcast, which cannot be written to, is let be.
+    """
+    broadcast = not output.requires_grad and 0 in output.stride()
+    if output._is_view() and not broadcast:
+        output = output.clone()
     if output.requires_grad:
         output.register_hook(hook)
         return output

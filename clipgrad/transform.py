@@ -11,9 +11,10 @@ from torch import Tensor
 from torch.utils._pytree import keystr, tree_flatten, tree_flatten_with_path, tree_map, tree_unflatten
 
 from clipgrad import _validate
-from clipgrad._microbatch import Piece, Settings, run
+from clipgrad._microbatch import Piece, Settings, forward, plan, run
 from clipgrad._tape import Strategy
 from clipgrad.clipping import Clipping, Relation, make_clipping, sensitivity
+from clipgrad.explain import Explanation, make_explanation
 
 RANDOMNESS = ("different", "same", "error")
 STRATEGIES = ("auto", *(strategy.value for strategy in Strategy))
@@ -128,6 +129,22 @@ class ClippedGrad:
         names = ["parameter"] if not isinstance(self.max_grad_norm, Mapping) else list(self.max_grad_norm)
         clipping = make_clipping(self.max_grad_norm, names, rescale=self.rescale_to_unit_norm)
         return sensitivity(clipping, relation, normalize_by=self.normalize_by, nan_safe=self.nan_safe)
+
+    def explain(self, *args: Any) -> Explanation:
+        """Run the forward pass of one microbatch and tell how each parameter's norm would be found.
+
+        Args:
+            *args: As for a call.
+
+        Returns:
+            A table: parameter, uses, rule or fallback, strategy and why, estimated memory.
+        """
+        inputs = _Inputs.bind(self, args)
+        settings = self._settings(inputs)
+        rows = slice(0, min(self.microbatch_size or inputs.batch_size, inputs.batch_size))
+        with torch.enable_grad():
+            tape, _, _ = forward(inputs.loss, inputs.names, inputs.params, inputs.rows(rows), settings)
+        return make_explanation(tape.tracked, plan(tape, settings), tape.batch_size)
 
     def _settings(self, inputs: _Inputs) -> Settings:
         names = tuple(inputs.names)

@@ -198,16 +198,15 @@ def _finish(
     geometry: Geometry,
 ) -> Tensor:
     size, repeats = call.batch_size, prod(inner)
-    axes = len(geometry.stride)
 
     def make_weight(gradient: Tensor) -> Use:
-        use = ConvolutionUse(x, gradient.reshape(y.shape), w, geometry)
+        use = ConvolutionUse(x, gradient, w, geometry)
         if repeats == 1:
             return use
         return PerSample(use.per_sample().view(size, repeats, *w.shape).sum(1))
 
     def make_bias(gradient: Tensor) -> PerSample:
-        summed = gradient.reshape(*y.shape).flatten(2).sum(2, dtype=widen(gradient[:0]).dtype)
+        summed = gradient.flatten(2).sum(2, dtype=widen(gradient[:0]).dtype)
         return PerSample(summed if repeats == 1 else summed.view(size, repeats, -1).sum(1))
 
     positions = prod((x if geometry.transposed else y).shape[2:])
@@ -215,11 +214,12 @@ def _finish(
     extent = Extent(positions, rows, prod(w.shape[1:]), geometry.groups) if repeats == 1 else None
     weight, bias = operands
     return call.finish(
-        y.view(size, *inner, *y.shape[1:]) if y.is_contiguous() else y.unflatten(0, (size, *inner)),
+        y,
         Recipe(weight, make_weight, extent),
         Recipe(bias, make_bias),
         saved=(x,),
-    ) if axes else y
+        view=lambda y: y.unflatten(0, (size, *inner)),
+    )
 
 
 def _register(axes: int) -> None:

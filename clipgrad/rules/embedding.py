@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from clipgrad.errors import NotPerSampleError
 from clipgrad.rules._canonical import OneHot, Outer
 from clipgrad.rules._registry import Call, Extent, Recipe, register_rule
+from clipgrad.rules.fallback import refuse_max_norm
 
 
 @register_rule(F.embedding, name="embedding")
@@ -26,12 +26,7 @@ def embedding(
     Ids may be shared by all samples (position ids); every sample still has a gradient of its own.
     ``sparse`` is ignored: clipped sums are dense.
     """
-    if max_norm is not None:
-        raise NotPerSampleError(
-            f"embedding with max_norm={max_norm} rewrites rows of its weight in the forward pass, without noise and "
-            "for all samples at once, which is not private. Set max_norm=None, or bound the norm inside the "
-            "loss: F.embedding(ids, F.normalize(weight))."
-        )
+    refuse_max_norm(max_norm)
     w = call.shared(weight)
     ids = call.batched(input)
     # Equal for all samples: look up once and broadcast.

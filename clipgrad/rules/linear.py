@@ -24,11 +24,6 @@ def summed_over_positions(gradient: Tensor) -> PerSample:
     return PerSample(gradient.flatten(1, -2).sum(1, dtype=widen(gradient[:0]).dtype))
 
 
-def count_positions(tensor: Tensor) -> int:
-    """Positions of ``[B, ..., features]``, per sample."""
-    return tensor.shape[1:-1].numel()
-
-
 @register_rule(F.linear, name="linear")
 def linear(call: Call, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``y = x W^T + b``: rows of W from the output gradient, columns from the input."""
@@ -37,16 +32,15 @@ def linear(call: Call, input: Tensor, weight: Tensor, bias: Tensor | None = None
     x, w = call.batched(input), call.shared(weight)
     if w.dim() != 2:
         raise Decline
-    y = F.linear(x, w, None if bias is None else call.shared(bias))
+    factor = positions_first(x)
+    # Flat on purpose: on more axes PyTorch returns a view, which cannot be watched.
+    y = F.linear(factor.flatten(0, 1), w, None if bias is None else call.shared(bias))
     return call.finish(
         y,
-        Recipe(
-            weight,
-            lambda g: Outer(positions_first(g), positions_first(x), w.shape),
-            Extent(count_positions(x), w.shape[0], w.shape[1]),
-        ),
-        Recipe(bias, summed_over_positions),
+        Recipe(weight, lambda g: Outer(g.reshape(*factor.shape[:2], -1), factor, w.shape), Extent(factor.shape[1], *w.shape)),
+        Recipe(bias, lambda g: summed_over_positions(g.reshape(*factor.shape[:2], -1))),
         saved=(x,),
+        view=lambda y: y.view(*x.shape[:-1], w.shape[0]),
     )
 
 
@@ -66,16 +60,17 @@ def _data_times_weight(call: Call, data: Tensor, weight: Tensor) -> Tensor:
     x, w = call.batched(data), call.shared(weight)
     if w.dim() > 2:
         raise Decline
-    vector = w.dim() == 1
-    columns = 1 if vector else w.shape[1]
+    matrix = w[:, None] if w.dim() == 1 else w
+    factor = positions_first(x)
     return call.finish(
-        torch.matmul(x, w),
+        factor.flatten(0, 1) @ matrix,
         Recipe(
             weight,
-            lambda g: Outer(positions_first(x), positions_first(g[..., None] if vector else g), w.shape),
-            Extent(count_positions(x), w.shape[0], columns),
+            lambda g: Outer(factor, g.reshape(*factor.shape[:2], -1), w.shape),
+            Extent(factor.shape[1], *matrix.shape),
         ),
         saved=(x,),
+        view=lambda y: y.view(*x.shape[:-1], *w.shape[1:]),
     )
 
 
@@ -83,21 +78,19 @@ def _weight_times_data(call: Call, weight: Tensor, data: Tensor) -> Tensor:
     w, x = call.shared(weight), call.batched(data)
     if w.dim() != 2:
         raise Decline
-    if x.dim() == 2:  # a vector per sample
-        y, columns = torch.matmul(x, w.t()), x
-        return call.finish(
-            y,
-            Recipe(weight, lambda g: Outer(g[:, None], columns[:, None], w.shape), Extent(1, *w.shape)),
-            saved=(x,),
-        )
+    vector = x.dim() == 2  # one vector per sample; else a matrix, or more axes of them
+    columns = x if vector else x.mT
+    factor = positions_first(columns)
+
+    def view(y: Tensor) -> Tensor:
+        y = y.view(*columns.shape[:-1], w.shape[0])
+        return y if vector else y.mT
+
     return call.finish(
-        torch.matmul(w, x),
-        Recipe(
-            weight,
-            lambda g: Outer(positions_first(g.mT), positions_first(x.mT), w.shape),
-            Extent(count_positions(x.mT), *w.shape),
-        ),
+        factor.flatten(0, 1) @ w.t(),
+        Recipe(weight, lambda g: Outer(g.reshape(*factor.shape[:2], -1), factor, w.shape), Extent(factor.shape[1], *w.shape)),
         saved=(x,),
+        view=view,
     )
 
 
@@ -109,14 +102,15 @@ def addmm(
     if not call.has_lanes(mat1) or call.has_lanes(input) or input.dim() != 1:
         raise Decline
     x, w, b = call.batched(mat1), call.shared(mat2), call.shared(input)
-    y = torch.addmm(b, x.flatten(0, 1), w, beta=beta, alpha=alpha).unflatten(0, x.shape[:2])
+    y = torch.addmm(b, x.flatten(0, 1), w, beta=beta, alpha=alpha)
+
+    def gradient(g: Tensor, scale: float) -> Tensor:
+        return (g if scale == 1 else g * scale).reshape(*x.shape[:2], -1)
+
     return call.finish(
         y,
-        Recipe(
-            mat2,
-            lambda g: Outer(x, g if alpha == 1 else g * alpha, w.shape),
-            Extent(x.shape[1], w.shape[0], w.shape[1]),
-        ),
-        Recipe(input, lambda g: summed_over_positions(g if beta == 1 else g * beta)),
+        Recipe(mat2, lambda g: Outer(x, gradient(g, alpha), w.shape), Extent(x.shape[1], *w.shape)),
+        Recipe(input, lambda g: summed_over_positions(gradient(g, beta))),
         saved=(x,),
+        view=lambda y: y.view(*x.shape[:2], -1),
     )

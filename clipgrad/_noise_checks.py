@@ -1,0 +1,84 @@
+"""What a source of noise may be asked for. Nothing here is random."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Half types get their noise in float32 and round once, when it is added.
+DRAWN_IN = {
+    torch.float64: torch.float64,
+    torch.float32: torch.float32,
+    torch.float16: torch.float32,
+    torch.bfloat16: torch.float32,
+}
+_LIMITS = {dtype: torch.finfo(dtype) for dtype in DRAWN_IN}
+
+
+def real(name: str, value: object) -> float:
+    """A Python float; a tensor is refused, since reading it would wait for its device."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be a real number, got {value!r}; pass float({name}).")
+    return float(value)
+
+
+def scale(name: str, value: object) -> float:
+    """A finite number, at least 0."""
+    number = real(name, value)
+    if not (math.isfinite(number) and number >= 0.0):
+        raise ValueError(f"{name} must be finite and at least 0, got {number}; 0 means no noise.")
+    return number
+
+
+def targets(tensors: Sequence[Tensor] | Tensor, sigma: float) -> list[Tensor]:
+    """The tensors as a list, all fit for noise: none may get noise if another one cannot."""
+    if isinstance(tensors, Tensor):
+        raise TypeError("tensors must be a sequence of tensors, got one tensor; pass [tensor].")
+    checked = list(tensors)
+    seen = set()
+    for index, tensor in enumerate(checked):
+        _target(f"tensors[{index}]", tensor, sigma)
+        key = (tensor.device, tensor.data_ptr())
+        if key in seen and tensor.numel():
+            raise ValueError(
+                f"tensors[{index}], of shape {tuple(tensor.shape)}, is in tensors twice and would "
+                "get twice the noise; pass it once."
+            )
+        seen.add(key)
+    return checked
+
+
+def _target(name: str, tensor: object, sigma: float) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {tensor!r}; leave out what has no gradient.")
+    limits = _LIMITS.get(tensor.dtype)
+    if limits is None or tensor.layout is not torch.strided or tensor.is_meta:
+        raise TypeError(
+            f"{name} must be dense and float64, float32, float16 or bfloat16, got {tensor.dtype}, "
+            f"{tensor.layout} on {tensor.device}; convert it, with .to_dense() if it is sparse."
+        )
+    if not limits.tiny <= sigma <= limits.max:
+        raise ValueError(
+            f"sigma = {sigma} cannot be represented in {tensor.dtype}, the dtype of {name}: its "
+            "noise would vanish or overflow. Keep the clipped sum in float32."
+        )
+    if 0 in tensor.stride() and not tensor.is_contiguous():
+        raise ValueError(
+            f"{name} has strides {tensor.stride()}, several values in one place, and cannot get "
+            "independent noise; pass tensor.contiguous()."
+        )
+
+
+def state(found: Mapping[str, Any], kind: str) -> None:
+    """A state dict of that kind, format 1."""
+    got = (found.get("kind"), found.get("format"))
+    if got != (kind, 1):
+        raise ValueError(
+            f"state must come from {kind}.state_dict(), kind {kind!r} and format 1, got kind and "
+            f"format {got}; restore into an object of the class that was saved."
+        )

@@ -1,0 +1,102 @@
+"""Why a loss is as fast as it is: one row per parameter, before anything is computed twice."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from clipgrad._plan import Choice
+from clipgrad._tape import Tracked
+
+
+@dataclass(frozen=True)
+class ExplanationRow:
+    """How the per-sample gradient of one parameter, or shared expression of parameters, is found.
+
+    Attributes:
+        parameter: Name; an expression is written as its operation and operands.
+        shape: Its shape.
+        uses: How often the loss uses it.
+        by: The rules that serve the uses, and ``fallback: op`` for operations without a rule.
+        strategy: ``kept``, ``ghost``, ``recompute``, or ``-`` if nothing uses it.
+        reason: Why that strategy.
+        memory: Estimated bytes held for it between backward and sum.
+    """
+
+    parameter: str
+    shape: tuple[int, ...]
+    uses: int
+    by: str
+    strategy: str
+    reason: str
+    memory: int
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """The table that ``explain`` returns; ``print`` it, or read ``rows``."""
+
+    rows: tuple[ExplanationRow, ...]
+    microbatch_size: int
+
+    @property
+    def fallbacks(self) -> tuple[str, ...]:
+        """Names of the parameters with a use that no rule covers."""
+        return tuple(row.parameter for row in self.rows if "fallback" in row.by)
+
+    def __str__(self) -> str:
+        header = ("parameter", "shape", "uses", "by", "strategy", "memory", "reason")
+        table = [header] + [
+            (
+                row.parameter,
+                "x".join(map(str, row.shape)) or "scalar",
+                str(row.uses),
+                row.by,
+                row.strategy,
+                f"{row.memory / 2**20:.2f} MiB",
+                row.reason,
+            )
+            for row in self.rows
+        ]
+        widths = [max(len(line[column]) for line in table) for column in range(len(header))]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in table]
+        lines.insert(1, "  ".join("-" * width for width in widths))
+        total = sum(row.memory for row in self.rows) / 2**20
+        lines.append(f"microbatch of {self.microbatch_size}: {total:.2f} MiB beyond the ordinary step's activations")
+        return "\n".join(line.rstrip() for line in lines)
+
+
+def make_explanation(
+    entries: Sequence[Tracked], choices: Sequence[Choice], microbatch_size: int
+) -> Explanation:
+    """Turn a planned tape into a table; expressions that nothing uses are left out."""
+    rows = []
+    for entry, choice in zip(entries, choices, strict=True):
+        uses = len(entry.expected) + len(entry.fallback)
+        if uses == 0 and entry.derived:
+            continue
+        counts = Counter(expected.rule for expected in entry.expected)
+        counts.update(f"fallback: {operation}" for operation in entry.fallback)
+        by = ", ".join(name if count == 1 else f"{name} x{count}" for name, count in counts.items())
+        kept = choice.strategy.value == "kept"
+        memory = choice.kept_bytes if kept else choice.factor_bytes
+        rows.append(
+            ExplanationRow(
+                entry.name,
+                tuple(entry.shared.shape),
+                uses,
+                by or "-",
+                choice.strategy.value if uses else "-",
+                choice.reason if uses else _unused(entry, entries),
+                memory if uses else 0,
+            )
+        )
+    return Explanation(tuple(rows), microbatch_size)
+
+
+def _unused(entry: Tracked, entries: Sequence[Tracked]) -> str:
+    index = entry.parameters[0]
+    if any(other.derived and index in other.parameters for other in entries):
+        return "through the expressions below"
+    return "not used by the loss"

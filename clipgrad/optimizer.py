@@ -1,0 +1,393 @@
+"""``DPOptimizer``: clipped gradients, noise and an ordinary optimizer, composed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from clipgrad import _validate
+from clipgrad._swap import ParameterSlots
+from clipgrad.clipping import Relation
+from clipgrad.errors import NotPerSampleError, UnclippedGradientError
+from clipgrad.explain import Explanation
+from clipgrad.noise import NoiseSource, SeededNoise, SystemNoise, gaussian_sigma
+from clipgrad.transform import ClippedGrad, ClippedGradResult, clipped_grad
+
+_STATE_KEY = "clipgrad"
+
+
+@dataclass(frozen=True)
+class Diagnostics:
+    """What the last ``backward`` saw. **Not private**: none of it may leave the trusted side.
+
+    Attributes:
+        losses: Per-sample losses, ``[B]``.
+        grad_norms: Per-sample gradient norms before clipping, ``[B]``, or by clipping group.
+        batch_size: Samples that were not padding.
+        clipped_fraction: Share of them whose norm exceeded the clipping norm.
+        num_nonfinite: Samples that were dropped because their gradient was not finite.
+    """
+
+    losses: Tensor
+    grad_norms: Tensor | Mapping[str, Tensor]
+    batch_size: int
+    clipped_fraction: float
+    num_nonfinite: int
+
+
+class DPOptimizer(Optimizer):
+    """Wraps any ``torch.optim.Optimizer`` for differentially private training (DP-SGD, Abadi et al. 2016).
+
+    Each ``backward`` adds the clipped sum of per-sample gradients to ``.grad``; ``step`` adds Gaussian noise of
+    standard deviation ``noise_multiplier * sensitivity`` once, divides by ``expected_batch_size`` and lets the
+    wrapped optimizer step. To schedulers and checkpoints it is the wrapped optimizer.
+
+    Args:
+        optimizer: The optimizer to wrap. It owns the parameters to train.
+        model: The model. Its trainable parameters that ``optimizer`` does not own are constants.
+        loss_fn: ``loss_fn(model, *batch) -> scalar``, the function a non-private loop calls on a whole batch. Here
+            it sees a batch of one, so ``mean`` and ``sum`` reductions both work.
+        max_grad_norm: Clipping norm; a number, or a mapping from parameter-name prefix to norm.
+        noise_multiplier: Noise standard deviation per unit of sensitivity. ``0`` clips without privacy (robust
+            training), a use of its own: no epsilon belongs to it.
+        expected_batch_size: The public constant that sums are divided by: sampling rate times dataset size, not the
+            size of the batch at hand, which is private.
+        microbatch_size: Process a batch in pieces of this size; bounds memory, changes no result.
+        relation: The neighbouring relation that the noise is calibrated to.
+        noise: Where noise comes from; default ``SystemNoise()``, seeded by the operating system.
+        generator: A ``torch.Generator`` for reproducible experiments instead of ``noise``. **Not private**: whoever
+            knows the seed can subtract the noise.
+        nan_safe: Drop samples whose gradient is not finite; without it no noise is enough.
+        randomness: ``"different"`` gives each sample its own dropout mask; see ``clipped_grad``.
+        accumulate_dtype: Dtype of the sums; default the parameter's own, at least float32.
+        strategy: See ``clipped_grad``.
+        memory_budget: See ``clipped_grad``.
+
+    Raises:
+        ValueError: If an argument is out of range, a parameter of the optimizer is not in the model, or noise is
+            asked for where no noise is enough (``max_grad_norm=inf``).
+        NotPerSampleError: If the model holds BatchNorm in training mode.
+
+    Example:
+        >>> import torch, clipgrad
+        >>> model = torch.nn.Linear(3, 1)
+        >>> def loss_fn(model, x, y):
+        ...     return torch.nn.functional.mse_loss(model(x), y)
+        >>> optimizer = clipgrad.DPOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model, loss_fn,
+        ...                                  max_grad_norm=1.0, noise_multiplier=1.0, expected_batch_size=8)
+        >>> loss = optimizer.backward(torch.randn(8, 3), torch.randn(8, 1))
+        >>> optimizer.step()
+        >>> optimizer.zero_grad()
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        model: nn.Module,
+        loss_fn: Callable[..., Tensor],
+        *,
+        max_grad_norm: float | Mapping[str, float],
+        noise_multiplier: float,
+        expected_batch_size: float,
+        microbatch_size: int | None = None,
+        relation: Relation = Relation.ADD_OR_REMOVE_ONE,
+        noise: NoiseSource | None = None,
+        generator: torch.Generator | None = None,
+        nan_safe: bool = True,
+        randomness: str = "different",
+        accumulate_dtype: torch.dtype | None = None,
+        strategy: str = "auto",
+        memory_budget: float | None = None,
+    ) -> None:
+        # Optimizer.__init__ is not called: param_groups, state and hooks are the wrapped optimizer's.
+        if isinstance(optimizer, DPOptimizer) or not isinstance(optimizer, Optimizer):
+            raise ValueError(
+                f"optimizer must be an ordinary torch.optim.Optimizer, got {type(optimizer).__name__}."
+            )
+        if noise is not None and generator is not None:
+            raise ValueError("noise and generator exclude each other; pass one of them, or neither.")
+        self.inner = optimizer
+        self.model = model
+        self.loss_fn = loss_fn
+        self.noise_multiplier = float(noise_multiplier)
+        self.expected_batch_size = _validate.positive("expected_batch_size", expected_batch_size)
+        self.relation = Relation(relation)
+        self.noise: NoiseSource = noise or (SystemNoise() if generator is None else SeededNoise(generator))
+        self._gradient: ClippedGrad = clipped_grad(
+            self._loss,
+            max_grad_norm=max_grad_norm,
+            microbatch_size=microbatch_size,
+            nan_safe=nan_safe,
+            randomness=randomness,
+            accumulate_dtype=accumulate_dtype,
+            strategy=strategy,
+            memory_budget=memory_budget,
+        )
+        self.sigma  # noqa: B018 - noise that cannot exist is refused here, not at the first step
+        self._selection: tuple[tuple[str, nn.Parameter], ...] = ()
+        self._slots: ParameterSlots | None = None
+        self._pending = _Pending()
+        self._last: ClippedGradResult | None = None
+        self._select()
+        _refuse_batch_norm(model)
+
+    # ------------------------------------------------------------------ the training loop
+
+    def backward(self, *batch: Any, is_padding: Tensor | None = None) -> Tensor:
+        """Add the clipped sum of the batch's per-sample gradients to ``.grad``.
+
+        Several calls before one ``step`` are one logical batch.
+
+        Args:
+            *batch: What ``loss_fn`` takes after the model: pytrees of tensors, batch axis first. A batch of no
+                samples is legal.
+            is_padding: Boolean ``[B]``; samples marked True contribute exactly nothing.
+
+        Returns:
+            The mean per-sample loss, detached; NaN for a batch of no samples. Not private.
+
+        Raises:
+            UnclippedGradientError: If a ``.grad`` holds something that was not clipped here.
+            NotPerSampleError: If the loss cannot be attributed to single samples.
+        """
+        self._select()
+        names = [name for name, _ in self._selection]
+        parameters = [parameter for _, parameter in self._selection]
+        self._pending.before_backward(names, parameters)
+        result = self._gradient(dict(self._selection), *batch, is_padding=is_padding)
+        self._pending.add(parameters, [result.grads[name] for name in names])
+        self._last = result
+        return _mean_loss(result, is_padding)
+
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Add noise to the clipped sums, divide by ``expected_batch_size``, step the wrapped optimizer.
+
+        Args:
+            closure: Must be None.
+
+        Raises:
+            ValueError: If a closure is given.
+            UnclippedGradientError: Without a ``backward`` since the last step, or if somebody else wrote to a
+                ``.grad`` in between. The parameters are untouched.
+        """
+        if closure is not None:
+            raise ValueError(
+                "step: a closure would compute gradients again after the noise was added, unclipped. Call "
+                "backward(*batch) and then step(); optimizers that need a closure (LBFGS) cannot be private here."
+            )
+        parameters = [parameter for _, parameter in self._selection]
+        sums = self._pending.take([name for name, _ in self._selection], parameters)
+        with torch.no_grad():
+            self.noise.add_gaussian_(sums, self.sigma)
+            torch._foreach_div_(sums, self.expected_batch_size)
+            self._pending.publish(parameters, sums)
+        self.inner.step()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget the clipped sums of the logical batch, as ``torch.optim.Optimizer.zero_grad`` does."""
+        self._pending.clear()
+        self.inner.zero_grad(set_to_none)
+
+    # ------------------------------------------------------------------ what it promises
+
+    @property
+    def sensitivity(self) -> float:
+        """The largest L2 change of the clipped sum between neighbouring datasets; the gradient's, never set."""
+        return self._gradient.sensitivity(self.relation)
+
+    @property
+    def sigma(self) -> float:
+        """Standard deviation of the noise on the clipped sum: ``noise_multiplier * sensitivity``."""
+        return gaussian_sigma(noise_multiplier=self.noise_multiplier, sensitivity=self.sensitivity)
+
+    @property
+    def max_grad_norm(self) -> float | Mapping[str, float]:
+        """The clipping norm, owned by the gradient transform."""
+        return self._gradient.max_grad_norm
+
+    @property
+    def diagnostics(self) -> Diagnostics:
+        """Norms, clipped share and dropped samples of the last ``backward``. **Not private.**
+
+        Raises:
+            RuntimeError: Before the first ``backward``.
+        """
+        last = self._last
+        if last is None:
+            raise RuntimeError("diagnostics: no backward has run yet; call backward(*batch) first.")
+        share = float(last.num_clipped) / last.batch_size if last.batch_size else math.nan
+        return Diagnostics(last.values, last.grad_norms, last.batch_size, share, int(last.num_nonfinite))
+
+    def explain(self, *batch: Any) -> Explanation:
+        """A table of how each parameter's per-sample gradient is found for such a batch; changes nothing."""
+        self._select()
+        return self._gradient.explain(dict(self._selection), *batch)
+
+    # ------------------------------------------------------------------ torch.optim.Optimizer
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        return self.inner.param_groups
+
+    @param_groups.setter
+    def param_groups(self, groups: list[dict[str, Any]]) -> None:
+        self.inner.param_groups = groups
+
+    @property
+    def state(self) -> Any:  # type: ignore[override]
+        return self.inner.state
+
+    @state.setter
+    def state(self, state: Any) -> None:
+        self.inner.state = state
+
+    @property
+    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
+        return self.inner.defaults
+
+    @defaults.setter
+    def defaults(self, defaults: dict[str, Any]) -> None:
+        self.inner.defaults = defaults
+
+    def __getattr__(self, name: str) -> Any:
+        # Step hooks and the like live in the wrapped optimizer.
+        if name == "inner":
+            raise AttributeError(name)
+        return getattr(self.inner, name)
+
+    def __repr__(self) -> str:
+        return (
+            f"DPOptimizer(max_grad_norm={self.max_grad_norm}, noise_multiplier={self.noise_multiplier}, "
+            f"expected_batch_size={self.expected_batch_size}, inner={self.inner!r})"
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """The wrapped optimizer's state and the noise source's, loadable with ``weights_only=True``.
+
+        An unfinished logical batch is not part of it.
+        """
+        return {**self.inner.state_dict(), _STATE_KEY: {"noise": self.noise.state_dict()}}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Restore; a plain optimizer's state dict loads too. An unfinished logical batch is dropped."""
+        own = state_dict.get(_STATE_KEY)
+        self.inner.load_state_dict({key: value for key, value in state_dict.items() if key != _STATE_KEY})
+        if own is not None:
+            self.noise.load_state_dict(own["noise"])
+        self.zero_grad()
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters of the model to the wrapped optimizer; they are clipped from the next ``backward`` on."""
+        self.inner.add_param_group(param_group)
+        self._select()
+
+    # ------------------------------------------------------------------ inside
+
+    def _loss(self, parameters: Mapping[str, Tensor], *batch: Any) -> Tensor:
+        assert self._slots is not None
+        with self._slots.holding(list(parameters.values())):
+            return self.loss_fn(self.model, *batch)
+
+    def _select(self) -> None:
+        """The parameters to train now: the optimizer's, in the model's order, that require grad."""
+        owned = {id(p) for group in self.inner.param_groups for p in group["params"]}
+        named = list(self.model.named_parameters())
+        selection = tuple((name, p) for name, p in named if id(p) in owned and p.requires_grad)
+        if len(selection) == len(self._selection) and all(
+            new[1] is old[1] for new, old in zip(selection, self._selection, strict=True)
+        ):
+            return
+        strangers = owned - {id(p) for _, p in named}
+        if strangers:
+            raise ValueError(
+                f"optimizer holds {len(strangers)} parameter(s) that are not in the model, so their gradients could "
+                "not be clipped. Build it from model.parameters()."
+            )
+        if not selection:
+            raise ValueError("optimizer holds no parameter of the model that requires grad; there is nothing to train.")
+        self._selection = selection
+        self._slots = ParameterSlots(self.model, [parameter for _, parameter in selection])
+        self._pending.clear()
+
+
+class _Pending:
+    """The clipped sums of the logical batch so far, and proof that ``.grad`` still holds just them."""
+
+    def __init__(self) -> None:
+        self._sums: list[Tensor] | None = None
+        self._written: dict[int, tuple[Tensor, int]] = {}  # id(parameter) -> its .grad and version, as we left them
+
+    def clear(self) -> None:
+        self._sums = None
+
+    def before_backward(self, names: Sequence[str], parameters: Sequence[Tensor]) -> None:
+        if self._sums is not None and all(parameter.grad is None for parameter in parameters):
+            self.clear()  # model.zero_grad() between two backward calls starts the logical batch anew
+        self._refuse_foreign(names, parameters, missing_ok=self._sums is None)
+
+    def add(self, parameters: Sequence[Tensor], sums: list[Tensor]) -> None:
+        if self._sums is None:
+            self._sums = sums
+        else:
+            torch._foreach_add_(self._sums, sums)
+        self._show(parameters, self._sums)
+
+    def take(self, names: Sequence[str], parameters: Sequence[Tensor]) -> list[Tensor]:
+        """The sums of the finished logical batch, to be noised in place."""
+        if self._sums is None:
+            raise UnclippedGradientError(
+                "step: no backward(*batch) since the last step (or zero_grad came in between), so there is no clipped "
+                "gradient to step on. Call backward first; an empty batch is legal."
+            )
+        self._refuse_foreign(names, parameters, missing_ok=False)
+        sums, self._sums = self._sums, None
+        return sums
+
+    def publish(self, parameters: Sequence[Tensor], sums: Sequence[Tensor]) -> None:
+        self._show(parameters, sums)
+
+    def _show(self, parameters: Sequence[Tensor], sums: Sequence[Tensor]) -> None:
+        self._written = {}
+        for parameter, total in zip(parameters, sums, strict=True):
+            parameter.grad = total if total.dtype == parameter.dtype else total.to(parameter.dtype)
+            self._written[id(parameter)] = (parameter.grad, parameter.grad._version)
+
+    def _refuse_foreign(self, names: Sequence[str], parameters: Sequence[Tensor], *, missing_ok: bool) -> None:
+        for name, parameter in zip(names, parameters, strict=True):
+            gradient = parameter.grad
+            if gradient is None and missing_ok:
+                continue
+            ours, version = self._written.get(id(parameter), (None, -1))
+            if gradient is None or gradient is not ours or (gradient._version != version and not missing_ok):
+                raise UnclippedGradientError(
+                    f"parameter {name!r}: its .grad was {'cleared' if gradient is None else 'written'} by somebody else "
+                    "(loss.backward(), clip_grad_norm_, a GradScaler, model.zero_grad()), so it is no longer the clipped "
+                    "sum. Let only DPOptimizer.backward write gradients, and clear them with optimizer.zero_grad()."
+                )
+
+
+def _mean_loss(result: ClippedGradResult, is_padding: Tensor | None) -> Tensor:
+    values = result.values
+    return values.mean() if is_padding is None else values[~is_padding].mean()
+
+
+def _batch_norms(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    for name, module in model.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            yield name, module
+
+
+def _refuse_batch_norm(model: nn.Module) -> None:
+    names = [name or "the model itself" for name, module in _batch_norms(model) if module.training]
+    if names:
+        raise NotPerSampleError(
+            f"BatchNorm in training mode ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''}) normalises a sample "
+            "with statistics of the others, so no gradient belongs to one sample. Use clipgrad.replace_batch_norm(model), "
+            "which puts GroupNorm in its place, before making the optimizer; or freeze the statistics with .eval()."
+        )
