@@ -9,7 +9,14 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode, resolve_name
 
-from clipgrad._lanes import Decline, below_vmap, current_level, per_sample, physical
+from clipgrad._lanes import (
+    Decline,
+    below_vmap,
+    current_level,
+    current_randomness,
+    per_sample,
+    physical,
+)
 from clipgrad._shared import SHAREABLE, is_injective
 from clipgrad._tape import Expected, Tape, Tracked, watch
 from clipgrad.errors import EscapedParameterError
@@ -21,7 +28,7 @@ _REQUIRES_GRAD = torch.Tensor.requires_grad.__get__  # type: ignore[attr-defined
 
 
 def operation_name(function: Callable[..., Any]) -> str:
-    name = resolve_name(function) or getattr(function, "__name__", repr(function))
+    name: str = resolve_name(function) or getattr(function, "__name__", repr(function))
     return name.removeprefix("torch.").replace("nn.functional.", "F.")
 
 
@@ -51,6 +58,10 @@ class BoundCall:
     def batch_size(self) -> int:
         return self._capture.tape.batch_size
 
+    @property
+    def randomness(self) -> str:
+        return self._capture.randomness
+
     def has_lanes(self, tensor: Tensor | None) -> bool:
         if tensor is None or id(tensor) in self._capture.table:
             return False
@@ -58,7 +69,9 @@ class BoundCall:
 
     def batched(self, tensor: Tensor) -> Tensor:
         tracked = self._capture.table.get(id(tensor))
-        if tracked is not None:  # a parameter used as data: its per-sample copies carry the gradient
+        if (
+            tracked is not None
+        ):  # a parameter used as data: its per-sample copies carry the gradient
             tracked.fallback.append(self._rule)
             return tracked.leaf
         value = physical(tensor, self._capture.level)
@@ -111,12 +124,16 @@ class Capture(TorchFunctionMode):
         super().__init__()
         self.tape = tape
         self.level = current_level()
+        self.randomness = current_randomness()
         self.table: dict[int, Tracked] = {}
         for tracked, wrapper in zip(tape.tracked, wrappers, strict=True):
             tracked.wrapper = wrapper
             self.table[id(wrapper)] = tracked
         self.originals = {id(t): name.name for t, name in zip(originals, tape.tracked, strict=True)}
-        self._kept_alive = (list(wrappers), list(originals))  # an id is only an identity while its object lives
+        self._kept_alive = (
+            list(wrappers),
+            list(originals),
+        )  # an id is only an identity while its object lives
 
     def __torch_function__(
         self,
@@ -158,7 +175,9 @@ class Capture(TorchFunctionMode):
             return False
         return value is not None and value.requires_grad
 
-    def _apply(self, rule: Rule | Decomposition, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    def _apply(
+        self, rule: Rule | Decomposition, args: Sequence[Any], kwargs: dict[str, Any]
+    ) -> Any:
         try:
             if isinstance(rule, Decomposition):
                 with self:
@@ -181,7 +200,11 @@ class Capture(TorchFunctionMode):
         return found, foreign
 
     def _derive(
-        self, func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], sources: list[Tracked]
+        self,
+        func: Callable[..., Any],
+        args: Sequence[Any],
+        kwargs: dict[str, Any],
+        sources: list[Tracked],
     ) -> Any:
         """Run an operation on parameters alone once, and track its result."""
 

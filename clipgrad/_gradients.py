@@ -67,7 +67,11 @@ class Gradients:
             if part.derived and gradient is not None:
                 source = self._tape.tracked[index].shared
                 (gradient,) = torch.autograd.grad(
-                    part.shared, [source], gradient.to(part.shared.dtype), retain_graph=True, allow_unused=True
+                    part.shared,
+                    [source],
+                    gradient.to(part.shared.dtype),
+                    retain_graph=True,
+                    allow_unused=True,
                 )
             if gradient is not None:
                 total = gradient if total is None else total + gradient

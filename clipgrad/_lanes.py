@@ -13,10 +13,14 @@ from contextlib import contextmanager
 
 from torch import Tensor
 from torch._C import _functorch
-from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack
+from torch._functorch.pyfunctorch import (
+    VmapInterpreter,
+    retrieve_current_functorch_interpreter,
+    temporarily_pop_interpreter_stack,
+)
 
 
-class Decline(Exception):  # noqa: N818 - control flow, not a failure: the exact fallback takes over
+class Decline(Exception):
     """Raised inside a rule that does not cover this call; the exact fallback runs instead."""
 
 
@@ -24,6 +28,15 @@ def current_level() -> int:
     """The innermost active functorch transform; 0 outside all of them."""
     level: int | None = _functorch.maybe_current_level()
     return 0 if level is None else level
+
+
+def current_randomness() -> str:
+    """What the innermost ``vmap`` was told about random operations: different, same or error."""
+    interpreter = retrieve_current_functorch_interpreter()
+    if not isinstance(interpreter, VmapInterpreter):
+        return "different"
+    randomness: str = interpreter.randomness()
+    return randomness
 
 
 @contextmanager
@@ -41,15 +54,15 @@ def physical(tensor: Tensor, level: int) -> Tensor | None:
             folding its lane axis away would be wrong.
     """
     owner = _functorch.maybe_get_level(tensor)
-    if owner is None or owner < 0:
+    if owner < 0:
         return None
     if owner != level or not _functorch.is_batchedtensor(tensor):
         raise Decline
     value: Tensor
     value, lane_axis = _functorch._unwrap_batched(tensor, level)
-    if _functorch.maybe_get_level(value) not in (None, -1):
+    if _functorch.maybe_get_level(value) >= 0:
         raise Decline  # our vmap runs inside somebody else's transform
-    return value if lane_axis == 0 else value.movedim(lane_axis, 0)
+    return value.movedim(lane_axis, 0) if lane_axis else value
 
 
 def per_sample(value: Tensor, level: int) -> Tensor:
@@ -58,11 +71,11 @@ def per_sample(value: Tensor, level: int) -> Tensor:
     return wrapped
 
 
-def bare(tensor: Tensor) -> Tensor:
-    """Strip every functorch wrapper; for comparisons of identity and metadata only."""
-    while _functorch.maybe_get_level(tensor) not in (None, -1):
-        tensor = _functorch.get_unwrapped(tensor)
-    return tensor
-
-
-__all__ = ["Decline", "bare", "below_vmap", "current_level", "per_sample", "physical"]
+__all__ = [
+    "Decline",
+    "below_vmap",
+    "current_level",
+    "current_randomness",
+    "per_sample",
+    "physical",
+]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,12 +12,14 @@ from torch import Tensor
 from torch.func import vmap
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from clipgrad._advice import explained
 from clipgrad._capture import Capture, escape_message
 from clipgrad._gradients import Gradients
 from clipgrad._plan import Choice, choose
 from clipgrad._tape import Strategy, Tape
 from clipgrad.clipping import Clipping
 from clipgrad.errors import EscapedParameterError, NotPerSampleError
+from clipgrad.rules._canonical import PerSample, row_norms_squared, select_rows
 
 PreClipping = Callable[[list[Tensor]], list[Tensor]]
 
@@ -60,7 +62,11 @@ Loss = Callable[[Sequence[Tensor], Sequence[Any]], Any]
 
 
 def forward(
-    loss: Loss, names: Sequence[str], params: Sequence[Tensor], batch: Sequence[Any], settings: Settings
+    loss: Loss,
+    names: Sequence[str],
+    params: Sequence[Tensor],
+    batch: Sequence[Any],
+    settings: Settings,
 ) -> tuple[Tape, Tensor, Any]:
     """Run the loss on every sample at once and record the uses of the parameters."""
     size = next(leaf.shape[0] for leaf in batch if isinstance(leaf, Tensor))
@@ -79,10 +85,17 @@ def forward(
         return value, *flat
 
     in_dims = ([0] * len(params), [0 if isinstance(leaf, Tensor) else None for leaf in batch])
-    with _explained():
+    versions = [param._version for param in params]
+    with explained():
         values, *aux = vmap(one_sample, in_dims=in_dims, randomness=settings.randomness)(
             [entry.leaf for entry in tape.tracked], list(batch)
         )
+    for name, param, version in zip(names, params, versions, strict=True):
+        if param._version != version:
+            raise NotPerSampleError(
+                f"the loss wrote to parameter {name!r} in place. Change parameters outside the loss, after "
+                "optimizer.step(), or compute the changed value out of place: torch.clamp(weight, ...)."
+            )
     return tape, values, tree_unflatten([leaf.detach() for leaf in aux], structure[0])
 
 
@@ -125,7 +138,11 @@ def _split(result: Any, has_aux: bool) -> tuple[Tensor, Any]:
     else:
         value, aux = result, ()
     if not isinstance(value, Tensor) or value.dim() != 0:
-        got = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        got = (
+            f"a tensor of shape {tuple(value.shape)}"
+            if isinstance(value, Tensor)
+            else type(value).__name__
+        )
         raise NotPerSampleError(
             f"the loss must return a scalar tensor for one sample, got {got}. Reduce it with .mean() or .sum(); "
             "to return more, use has_aux=True."
@@ -138,12 +155,12 @@ def _split(result: Any, has_aux: bool) -> tuple[Tensor, Any]:
 def _backward(tape: Tape, values: Tensor, params: Sequence[Tensor]) -> None:
     if not values.requires_grad:
         raise NotPerSampleError(
-            "the loss does not depend on any parameter that is being trained (detached, computed under no_grad, or made "
-            "of other tensors), so there is no gradient to clip."
+            "the loss does not depend on any parameter that is being trained (detached, computed under no_grad, or "
+            "made of other tensors), so there is no gradient to clip."
         )
     _refuse_escapes(tape, values, params)
-    with _without_autocast(values.device), _explained():
-        values.sum().backward()  # type: ignore[no-untyped-call]
+    with _without_autocast(values.device), explained():
+        values.sum().backward()
 
 
 def _refuse_escapes(tape: Tape, values: Tensor, params: Sequence[Tensor]) -> None:
@@ -174,7 +191,7 @@ def _refuse_escapes(tape: Tape, values: Tensor, params: Sequence[Tensor]) -> Non
 
 
 def _clip(
-    gradients: Gradients,
+    gradients: Gradients | _Transformed,
     params: Sequence[Tensor],
     values: Tensor,
     aux: Any,
@@ -184,8 +201,10 @@ def _clip(
     clipping = settings.clipping
     indices = range(len(params))
     if settings.pre_clipping is not None:
-        transformed = settings.pre_clipping([gradients.per_sample(index) for index in indices])
-        gradients = _Transformed(transformed)  # type: ignore[assignment]
+        assert isinstance(gradients, Gradients)
+        gradients = _Transformed(
+            settings.pre_clipping([gradients.per_sample(index) for index in indices])
+        )
     squared = [gradients.squared_norms(index) for index in indices]
     norms = [
         _total([squared[index] for index in clipping.members(group)], values).sqrt()
@@ -215,18 +234,12 @@ class _Transformed:
         self._gradients = gradients
 
     def squared_norms(self, index: int) -> Tensor:
-        from clipgrad.rules._canonical import row_norms_squared
-
         return row_norms_squared(self._gradients[index])
 
     def weighted_sum(self, index: int, factors: Tensor) -> Tensor:
-        from clipgrad.rules._canonical import PerSample
-
         return PerSample(self._gradients[index]).weighted_sum(factors)
 
     def select(self, keep: Tensor) -> None:
-        from clipgrad.rules._canonical import select_rows
-
         self._gradients = [select_rows(gradient, keep) for gradient in self._gradients]
 
 
@@ -243,66 +256,3 @@ def _without_autocast(device: torch.device) -> AbstractContextManager[Any]:
     if torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()
-
-
-_ADVICE = (
-    (
-        ("data-dependent control flow", "Boolean value of Tensor"),
-        "the loss branches on the value of a tensor (data-dependent control flow), so different samples would "
-        "run different code. Write the branch as torch.where(condition, a, b), or compute the condition from "
-        "Python values.",
-    ),
-    (
-        (".item() on a Tensor", "item() on a Tensor"),
-        "the loss reads the value of a tensor with .item() (or int(), float()), which is data-dependent control "
-        "flow: under per-sample gradients it has one value per sample. Keep it a tensor.",
-    ),
-    (
-        ("vmap: inplace arithmetic", "in-place", "inplace", "doesn't match the broadcast shape", "on out= or view ops"),
-        "the loss writes a per-sample value in place into a tensor that all samples share (a buffer, such as "
-        "running statistics, or a tensor made outside). Use the out-of-place form, return the value with "
-        "has_aux=True, or put the layer in eval mode.",
-    ),
-    (
-        ("randomness mode", "randomness='error'"),
-        'the loss is random, and randomness="error" forbids that; use randomness="different" (each sample its own '
-        "dropout mask).",
-    ),
-    (
-        ("setup_context", "generate_vmap_rule", "vmap staticmethod"),
-        "the loss calls a custom autograd.Function that vmap cannot batch. Give it setup_context and "
-        "generate_vmap_rule = True (or a vmap static method). If it is torch.utils.checkpoint, drop it: "
-        "microbatch_size bounds the memory instead.",
-    ),
-    (
-        ("escaped from inside a function being vmapped",),
-        "the loss recomputes part of its forward pass during the backward pass (torch.utils.checkpoint), outside the "
-        "transform. Switch checkpointing off: microbatch_size bounds the memory instead.",
-    ),
-    (
-        ("dynamic shape", "dynamic in shape", "output has dynamic shape", "nonzero"),
-        "the loss makes a tensor whose shape depends on the data (nonzero, boolean indexing, unique), which differs "
-        "from sample to sample: data-dependent control flow. Use torch.where or a mask of fixed shape.",
-    ),
-)
-
-
-@contextmanager
-def _explained() -> Iterator[None]:
-    """Say what to do where PyTorch's own message only says what it could not do."""
-    try:
-        yield
-    except NotPerSampleError:
-        raise
-    except (RuntimeError, ValueError) as error:
-        advice = _advice(str(error))
-        if advice is None:
-            raise
-        raise NotPerSampleError(advice) from error
-
-
-def _advice(message: str) -> str | None:
-    for needles, advice in _ADVICE:
-        if any(needle in message for needle in needles):
-            return advice
-    return None

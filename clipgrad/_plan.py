@@ -47,7 +47,11 @@ class Choice:
 
 
 def choose(
-    entries: Sequence[Tracked], batch_size: int, *, strategy: Strategy | None, memory_budget: float | None
+    entries: Sequence[Tracked],
+    batch_size: int,
+    *,
+    strategy: Strategy | None,
+    memory_budget: float | None,
 ) -> list[Choice]:
     """One choice per tracked entry, in order.
 
@@ -96,18 +100,29 @@ def _preference(entry: Tracked, batch_size: int, forced: Strategy | None) -> Cho
     if forced is not None:
         return Choice(forced, "asked for", kept_bytes, factor_bytes)
     if any(extent.one_hot for extent in extents):
-        return Choice(Strategy.GHOST, "rows are few: an embedding's gradient is sparse", kept_bytes, factor_bytes)
+        return Choice(
+            Strategy.GHOST,
+            "rows are few: an embedding's gradient is sparse",
+            kept_bytes,
+            factor_bytes,
+        )
     positions = sum(extent.positions for extent in extents)
     rows, columns, groups = extents[0].rows, extents[0].columns, extents[0].groups
     if positions == 1:
-        return Choice(Strategy.GHOST, "one position: |input|^2 |output gradient|^2", kept_bytes, factor_bytes)
+        return Choice(
+            Strategy.GHOST, "one position: |input|^2 |output gradient|^2", kept_bytes, factor_bytes
+        )
     ghost = groups * positions**2 * (rows + columns) / _FLOPS_PER_BYTE
     kept = 3 * groups * rows * columns * _BYTES
     crossing = f"{positions} positions against {rows}x{columns}"
     if kept_bytes <= factor_bytes:
-        return Choice(Strategy.KEPT, f"{crossing}: smaller than its factors", kept_bytes, factor_bytes)
+        return Choice(
+            Strategy.KEPT, f"{crossing}: smaller than its factors", kept_bytes, factor_bytes
+        )
     if ghost < kept:
-        return Choice(Strategy.GHOST, f"{crossing}: Gram matrices are cheap", kept_bytes, factor_bytes)
+        return Choice(
+            Strategy.GHOST, f"{crossing}: Gram matrices are cheap", kept_bytes, factor_bytes
+        )
     return Choice(Strategy.KEPT, f"{crossing}: Gram matrices cost more", kept_bytes, factor_bytes)
 
 

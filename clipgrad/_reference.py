@@ -31,9 +31,9 @@ def per_sample_gradients(fn: Callable[..., Tensor], params: Params, *batch: Any)
     def one_sample(params: Params, *sample: Any) -> Tensor:
         return fn(params, *tree_map(lambda leaf: leaf[None], sample))
 
-    result: Params = vmap(grad(one_sample), in_dims=(None, *[0] * len(batch)), randomness="different")(
-        params, *batch
-    )
+    result: Params = vmap(
+        grad(one_sample), in_dims=(None, *[0] * len(batch)), randomness="different"
+    )(params, *batch)
     return result
 
 

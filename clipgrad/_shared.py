@@ -17,27 +17,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_VIEWS = (
-    "t T mT H mH transpose swapaxes swapdims permute movedim moveaxis view reshape flatten unflatten ravel unsqueeze "
-    "squeeze contiguous view_as reshape_as narrow select chunk split split_with_sizes tensor_split unbind "
-    "__getitem__ diagonal clone expand expand_as"
-).split()
+_VIEWS = """
+    t T mT H mH transpose swapaxes swapdims permute movedim moveaxis view reshape flatten
+    unflatten ravel unsqueeze squeeze contiguous view_as reshape_as narrow select chunk split
+    split_with_sizes tensor_split unbind __getitem__ diagonal clone expand expand_as
+"""
 
-_ARITHMETIC = (
-    "to float double half bfloat16 type_as add sub mul div neg pow square sqrt rsqrt reciprocal exp log "
-    "log1p expm1 abs sigmoid tanh relu softplus softmax log_softmax clamp clamp_min clamp_max sin cos "
-    "matmul mm bmm mv dot addmm outer einsum sum mean prod norm cumsum flip roll cat stack tril triu "
-    "__add__ __radd__ __sub__ __rsub__ __mul__ __rmul__ __truediv__ __rtruediv__ __neg__ __pow__ __matmul__ "
-    "__rmatmul__ __rpow__ rsub repeat tile repeat_interleave broadcast_to kron "
-    "_weight_norm vector_norm normalize softmin gelu silu where maximum minimum inverse solve inv qr "
-    "matrix_exp matrix_norm diag diag_embed"
-).split()
+_ARITHMETIC = """
+    to float double half bfloat16 type_as add sub mul div neg pow square sqrt rsqrt reciprocal
+    exp log log1p expm1 abs sigmoid tanh relu softplus softmax log_softmax clamp clamp_min
+    clamp_max sin cos matmul mm bmm mv dot addmm linear outer einsum sum mean prod norm cumsum flip
+    roll cat stack tril triu __add__ __radd__ __sub__ __rsub__ __mul__ __rmul__ __truediv__
+    __rtruediv__ __neg__ __pow__ __matmul__ __rmatmul__ __rpow__ rsub repeat tile
+    repeat_interleave broadcast_to kron _weight_norm vector_norm normalize softmin gelu silu
+    where maximum minimum inverse solve inv qr matrix_exp matrix_norm diag diag_embed
+"""
 
 
-def _functions(names: list[str]) -> set[Callable[..., Any]]:
+def _functions(names: str) -> set[Callable[..., Any]]:
     homes = (torch.Tensor, torch, torch.nn.functional, torch.linalg, torch._C._VariableFunctions)
     found: set[Callable[..., Any]] = set()
-    for name in names:
+    for name in names.split():
         for home in homes:
             member = getattr(home, name, None)
             if member is None:
@@ -52,7 +52,7 @@ VIEWS = _functions(_VIEWS)
 SHAREABLE = VIEWS | _functions(_ARITHMETIC)
 
 # ``expand`` repeats elements, so norms do not carry over; the other views only move them.
-_REPEATING = _functions(["expand", "expand_as"])
+_REPEATING = _functions("expand expand_as")
 
 
 def is_injective(function: Callable[..., Any], source: Tensor, result: Tensor) -> bool:

@@ -40,7 +40,10 @@ class ParameterSlots:
                 weights = [getattr(module, name, None) for name in module._flat_weights_names]
                 self._flat.append((module, [positions.get(id(weight)) for weight in weights]))
         self._buffers = [
-            (module, name) for module in model.modules() for name in module._buffers if module._buffers[name] is not None
+            (module, name)
+            for module in model.modules()
+            for name in module._buffers
+            if module._buffers[name] is not None
         ]
 
     @contextmanager
@@ -52,7 +55,11 @@ class ParameterSlots:
         Raises:
             NotPerSampleError: If the body wrote to a buffer.
         """
-        before = [(buffer, buffer._version) for module, name in self._buffers if (buffer := module._buffers[name]) is not None]
+        before = [
+            (buffer, buffer._version)
+            for module, name in self._buffers
+            if (buffer := module._buffers[name]) is not None
+        ]
         flat = [list(module._flat_weights) for module, _ in self._flat]
         try:
             self._place(tensors)

@@ -195,7 +195,7 @@ class _Source(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: torch.autograd.function.FunctionCtx,
         anchor: Tensor,
         output: Tensor,
@@ -208,7 +208,7 @@ class _Source(torch.autograd.Function):
         return output
 
     @staticmethod
-    def backward(  # type: ignore[override]
+    def backward(
         ctx: torch.autograd.function.FunctionCtx, gradient: Tensor
     ) -> tuple[None, None, None]:
         ctx.hook(gradient)  # type: ignore[attr-defined]

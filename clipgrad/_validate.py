@@ -17,8 +17,10 @@ def positive(name: str, value: float) -> float:
 
 
 def positive_int_or_none(name: str, value: int | None) -> int | None:
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-        raise ValueError(f"{name} must be a positive integer, or None for the whole batch, got {value!r}.")
+    if value is not None and (type(value) is not int or value < 1):
+        raise ValueError(
+            f"{name} must be a positive integer, or None for the whole batch, got {value!r}."
+        )
     return value
 
 
@@ -48,14 +50,17 @@ def batch_size(leaves: Sequence[Any], paths: Sequence[str]) -> int:
         )
     if len(set(sizes.values())) > 1:
         listed = ", ".join(f"{path}: {size}" for path, size in sizes.items())
-        raise ValueError(f"batch arguments disagree about the batch size ({listed}); their first axes must match.")
+        raise ValueError(
+            f"batch arguments disagree about the batch size ({listed}); their first axes must match."
+        )
     return int(next(iter(sizes.values())) or 0)
 
 
 def padding_mask(mask: Tensor | None, size: int) -> Tensor | None:
     if mask is None:
         return None
-    if not isinstance(mask, Tensor) or mask.dtype is not torch.bool or mask.shape != (size,):
-        got = f"{mask.dtype} {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
-        raise ValueError(f"is_padding must be a boolean tensor of shape ({size},), got {got}.")
+    if mask.dtype is not torch.bool or mask.shape != (size,):
+        raise ValueError(
+            f"is_padding must be a boolean tensor of shape ({size},), got {mask.dtype} of shape {tuple(mask.shape)}."
+        )
     return mask

@@ -48,6 +48,7 @@ class Clipping:
     rescale: bool = False
 
     def members(self, group: int) -> list[int]:
+        """Indices of the parameters that a group clips together."""
         return [index for index, owner in enumerate(self.assignment) if owner == group]
 
     def factors(self, norms: Tensor, group: int) -> Tensor:
@@ -111,7 +112,9 @@ def _check_norm(what: str, norm: float, rescale: bool) -> None:
     if math.isnan(norm) or norm < 0:
         raise ValueError(f"{what} must be a non-negative number (inf for no clipping), got {norm}.")
     if rescale and (norm == 0 or math.isinf(norm)):
-        raise ValueError(f"{what}={norm} cannot be rescaled to unit norm; use a positive finite norm.")
+        raise ValueError(
+            f"{what}={norm} cannot be rescaled to unit norm; use a positive finite norm."
+        )
 
 
 def _longest_match(name: str, groups: Sequence[str]) -> int:
@@ -128,7 +131,9 @@ def _longest_match(name: str, groups: Sequence[str]) -> int:
     return max(matches)[1]
 
 
-def sensitivity(clipping: Clipping, relation: Relation, *, normalize_by: float, nan_safe: bool) -> float:
+def sensitivity(
+    clipping: Clipping, relation: Relation, *, normalize_by: float, nan_safe: bool
+) -> float:
     """How far one neighbour can move the clipped sum, in L2 norm.
 
     ``inf`` without clipping, and without ``nan_safe``, where a single NaN may turn everything into NaN.

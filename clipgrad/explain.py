@@ -60,10 +60,15 @@ class Explanation:
             for row in self.rows
         ]
         widths = [max(len(line[column]) for line in table) for column in range(len(header))]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in table]
+        lines = [
+            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True))
+            for line in table
+        ]
         lines.insert(1, "  ".join("-" * width for width in widths))
         total = sum(row.memory for row in self.rows) / 2**20
-        lines.append(f"microbatch of {self.microbatch_size}: {total:.2f} MiB beyond the ordinary step's activations")
+        lines.append(
+            f"microbatch of {self.microbatch_size}: {total:.2f} MiB beyond the ordinary step's activations"
+        )
         return "\n".join(line.rstrip() for line in lines)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from clipgrad import _validate
+from clipgrad._pending import Pending
 from clipgrad._swap import ParameterSlots
 from clipgrad.clipping import Relation
-from clipgrad.errors import NotPerSampleError, UnclippedGradientError
+from clipgrad.errors import NotPerSampleError
 from clipgrad.explain import Explanation
 from clipgrad.noise import NoiseSource, SeededNoise, SystemNoise, gaussian_sigma
 from clipgrad.transform import ClippedGrad, ClippedGradResult, clipped_grad
@@ -79,8 +80,14 @@ class DPOptimizer(Optimizer):
         >>> model = torch.nn.Linear(3, 1)
         >>> def loss_fn(model, x, y):
         ...     return torch.nn.functional.mse_loss(model(x), y)
-        >>> optimizer = clipgrad.DPOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model, loss_fn,
-        ...                                  max_grad_norm=1.0, noise_multiplier=1.0, expected_batch_size=8)
+        >>> optimizer = clipgrad.DPOptimizer(
+        ...     torch.optim.SGD(model.parameters(), lr=0.1),
+        ...     model,
+        ...     loss_fn,
+        ...     max_grad_norm=1.0,
+        ...     noise_multiplier=1.0,
+        ...     expected_batch_size=8,
+        ... )
         >>> loss = optimizer.backward(torch.randn(8, 3), torch.randn(8, 1))
         >>> optimizer.step()
         >>> optimizer.zero_grad()
@@ -111,14 +118,18 @@ class DPOptimizer(Optimizer):
                 f"optimizer must be an ordinary torch.optim.Optimizer, got {type(optimizer).__name__}."
             )
         if noise is not None and generator is not None:
-            raise ValueError("noise and generator exclude each other; pass one of them, or neither.")
+            raise ValueError(
+                "noise and generator exclude each other; pass one of them, or neither."
+            )
         self.inner = optimizer
         self.model = model
         self.loss_fn = loss_fn
         self.noise_multiplier = float(noise_multiplier)
         self.expected_batch_size = _validate.positive("expected_batch_size", expected_batch_size)
         self.relation = Relation(relation)
-        self.noise: NoiseSource = noise or (SystemNoise() if generator is None else SeededNoise(generator))
+        self.noise: NoiseSource = noise or (
+            SystemNoise() if generator is None else SeededNoise(generator)
+        )
         self._gradient: ClippedGrad = clipped_grad(
             self._loss,
             max_grad_norm=max_grad_norm,
@@ -132,7 +143,7 @@ class DPOptimizer(Optimizer):
         self.sigma  # noqa: B018 - noise that cannot exist is refused here, not at the first step
         self._selection: tuple[tuple[str, nn.Parameter], ...] = ()
         self._slots: ParameterSlots | None = None
-        self._pending = _Pending()
+        self._pending = Pending()
         self._last: ClippedGradResult | None = None
         self._select()
         _refuse_batch_norm(model)
@@ -213,7 +224,7 @@ class DPOptimizer(Optimizer):
 
     @property
     def diagnostics(self) -> Diagnostics:
-        """Norms, clipped share and dropped samples of the last ``backward``. **Not private.**
+        """Norms, clipped share and dropped samples of the last ``backward``; **not private**.
 
         Raises:
             RuntimeError: Before the first ``backward``.
@@ -222,17 +233,20 @@ class DPOptimizer(Optimizer):
         if last is None:
             raise RuntimeError("diagnostics: no backward has run yet; call backward(*batch) first.")
         share = float(last.num_clipped) / last.batch_size if last.batch_size else math.nan
-        return Diagnostics(last.values, last.grad_norms, last.batch_size, share, int(last.num_nonfinite))
+        return Diagnostics(
+            last.values, last.grad_norms, last.batch_size, share, int(last.num_nonfinite)
+        )
 
     def explain(self, *batch: Any) -> Explanation:
-        """A table of how each parameter's per-sample gradient is found for such a batch; changes nothing."""
+        """Tell how each parameter's per-sample gradient is found for such a batch; changes nothing."""
         self._select()
         return self._gradient.explain(dict(self._selection), *batch)
 
     # ------------------------------------------------------------------ torch.optim.Optimizer
 
     @property
-    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The wrapped optimizer's ``param_groups``."""
         return self.inner.param_groups
 
     @param_groups.setter
@@ -240,7 +254,8 @@ class DPOptimizer(Optimizer):
         self.inner.param_groups = groups
 
     @property
-    def state(self) -> Any:  # type: ignore[override]
+    def state(self) -> Any:
+        """The wrapped optimizer's ``state``."""
         return self.inner.state
 
     @state.setter
@@ -248,7 +263,8 @@ class DPOptimizer(Optimizer):
         self.inner.state = state
 
     @property
-    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
+    def defaults(self) -> dict[str, Any]:
+        """The wrapped optimizer's ``defaults``."""
         return self.inner.defaults
 
     @defaults.setter
@@ -277,7 +293,9 @@ class DPOptimizer(Optimizer):
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Restore; a plain optimizer's state dict loads too. An unfinished logical batch is dropped."""
         own = state_dict.get(_STATE_KEY)
-        self.inner.load_state_dict({key: value for key, value in state_dict.items() if key != _STATE_KEY})
+        self.inner.load_state_dict(
+            {key: value for key, value in state_dict.items() if key != _STATE_KEY}
+        )
         if own is not None:
             self.noise.load_state_dict(own["noise"])
         self.zero_grad()
@@ -310,66 +328,12 @@ class DPOptimizer(Optimizer):
                 "not be clipped. Build it from model.parameters()."
             )
         if not selection:
-            raise ValueError("optimizer holds no parameter of the model that requires grad; there is nothing to train.")
+            raise ValueError(
+                "optimizer holds no parameter of the model that requires grad; there is nothing to train."
+            )
         self._selection = selection
         self._slots = ParameterSlots(self.model, [parameter for _, parameter in selection])
         self._pending.clear()
-
-
-class _Pending:
-    """The clipped sums of the logical batch so far, and proof that ``.grad`` still holds just them."""
-
-    def __init__(self) -> None:
-        self._sums: list[Tensor] | None = None
-        self._written: dict[int, tuple[Tensor, int]] = {}  # id(parameter) -> its .grad and version, as we left them
-
-    def clear(self) -> None:
-        self._sums = None
-
-    def before_backward(self, names: Sequence[str], parameters: Sequence[Tensor]) -> None:
-        if self._sums is not None and all(parameter.grad is None for parameter in parameters):
-            self.clear()  # model.zero_grad() between two backward calls starts the logical batch anew
-        self._refuse_foreign(names, parameters, missing_ok=self._sums is None)
-
-    def add(self, parameters: Sequence[Tensor], sums: list[Tensor]) -> None:
-        if self._sums is None:
-            self._sums = sums
-        else:
-            torch._foreach_add_(self._sums, sums)
-        self._show(parameters, self._sums)
-
-    def take(self, names: Sequence[str], parameters: Sequence[Tensor]) -> list[Tensor]:
-        """The sums of the finished logical batch, to be noised in place."""
-        if self._sums is None:
-            raise UnclippedGradientError(
-                "step: no backward(*batch) since the last step (or zero_grad came in between), so there is no clipped "
-                "gradient to step on. Call backward first; an empty batch is legal."
-            )
-        self._refuse_foreign(names, parameters, missing_ok=False)
-        sums, self._sums = self._sums, None
-        return sums
-
-    def publish(self, parameters: Sequence[Tensor], sums: Sequence[Tensor]) -> None:
-        self._show(parameters, sums)
-
-    def _show(self, parameters: Sequence[Tensor], sums: Sequence[Tensor]) -> None:
-        self._written = {}
-        for parameter, total in zip(parameters, sums, strict=True):
-            parameter.grad = total if total.dtype == parameter.dtype else total.to(parameter.dtype)
-            self._written[id(parameter)] = (parameter.grad, parameter.grad._version)
-
-    def _refuse_foreign(self, names: Sequence[str], parameters: Sequence[Tensor], *, missing_ok: bool) -> None:
-        for name, parameter in zip(names, parameters, strict=True):
-            gradient = parameter.grad
-            if gradient is None and missing_ok:
-                continue
-            ours, version = self._written.get(id(parameter), (None, -1))
-            if gradient is None or gradient is not ours or (gradient._version != version and not missing_ok):
-                raise UnclippedGradientError(
-                    f"parameter {name!r}: its .grad was {'cleared' if gradient is None else 'written'} by somebody else "
-                    "(loss.backward(), clip_grad_norm_, a GradScaler, model.zero_grad()), so it is no longer the clipped "
-                    "sum. Let only DPOptimizer.backward write gradients, and clear them with optimizer.zero_grad()."
-                )
 
 
 def _mean_loss(result: ClippedGradResult, is_padding: Tensor | None) -> Tensor:
@@ -387,7 +351,8 @@ def _refuse_batch_norm(model: nn.Module) -> None:
     names = [name or "the model itself" for name, module in _batch_norms(model) if module.training]
     if names:
         raise NotPerSampleError(
-            f"BatchNorm in training mode ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''}) normalises a sample "
-            "with statistics of the others, so no gradient belongs to one sample. Use clipgrad.replace_batch_norm(model), "
-            "which puts GroupNorm in its place, before making the optimizer; or freeze the statistics with .eval()."
+            f"BatchNorm in training mode ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''}) normalises a "
+            "sample with statistics of the others, so no gradient belongs to one sample. Use "
+            "clipgrad.replace_batch_norm(model), which puts GroupNorm in its place, before making the optimizer; or "
+            "freeze the statistics with .eval()."
         )

@@ -8,9 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import keystr, tree_flatten, tree_flatten_with_path, tree_map, tree_unflatten
+from torch.utils._pytree import (
+    tree_flatten,
+    tree_map,
+)
 
 from clipgrad import _validate
+from clipgrad._inputs import Inputs
 from clipgrad._microbatch import Piece, Settings, forward, plan, run
 from clipgrad._tape import Strategy
 from clipgrad.clipping import Clipping, Relation, make_clipping, sensitivity
@@ -69,7 +73,9 @@ class ClippedGrad:
     randomness: str = "different"
     strategy: str = "auto"
     memory_budget: float | None = None
-    _clipping_cache: dict[tuple[str, ...], Clipping] = field(default_factory=dict, repr=False, compare=False)
+    _clipping_cache: dict[tuple[str, ...], Clipping] = field(
+        default_factory=dict, repr=False, compare=False
+    )
 
     def __call__(self, *args: Any, is_padding: Tensor | None = None) -> ClippedGradResult:
         """Compute the clipped sum of per-sample gradients.
@@ -85,7 +91,7 @@ class ClippedGrad:
             ValueError: If the arguments do not fit together.
             NotPerSampleError: If the loss does something that cannot be attributed to single samples.
         """
-        inputs = _Inputs.bind(self, args)
+        inputs = Inputs.bind(self.fn, self.argnums, self.batch_argnums, args)
         size = inputs.batch_size
         mask = _validate.padding_mask(is_padding, size)
         settings = self._settings(inputs)
@@ -126,9 +132,15 @@ class ClippedGrad:
         one part in ``1e5``; see ``docs/guarantees.md``.
         """
         relation = Relation(relation)
-        names = ["parameter"] if not isinstance(self.max_grad_norm, Mapping) else list(self.max_grad_norm)
+        names = (
+            ["parameter"]
+            if not isinstance(self.max_grad_norm, Mapping)
+            else list(self.max_grad_norm)
+        )
         clipping = make_clipping(self.max_grad_norm, names, rescale=self.rescale_to_unit_norm)
-        return sensitivity(clipping, relation, normalize_by=self.normalize_by, nan_safe=self.nan_safe)
+        return sensitivity(
+            clipping, relation, normalize_by=self.normalize_by, nan_safe=self.nan_safe
+        )
 
     def explain(self, *args: Any) -> Explanation:
         """Run the forward pass of one microbatch and tell how each parameter's norm would be found.
@@ -139,14 +151,16 @@ class ClippedGrad:
         Returns:
             A table: parameter, uses, rule or fallback, strategy and why, estimated memory.
         """
-        inputs = _Inputs.bind(self, args)
+        inputs = Inputs.bind(self.fn, self.argnums, self.batch_argnums, args)
         settings = self._settings(inputs)
         rows = slice(0, min(self.microbatch_size or inputs.batch_size, inputs.batch_size))
         with torch.enable_grad():
-            tape, _, _ = forward(inputs.loss, inputs.names, inputs.params, inputs.rows(rows), settings)
+            tape, _, _ = forward(
+                inputs.loss, inputs.names, inputs.params, inputs.rows(rows), settings
+            )
         return make_explanation(tape.tracked, plan(tape, settings), tape.batch_size)
 
-    def _settings(self, inputs: _Inputs) -> Settings:
+    def _settings(self, inputs: Inputs) -> Settings:
         names = tuple(inputs.names)
         if names not in self._clipping_cache:
             self._clipping_cache[names] = make_clipping(
@@ -167,7 +181,7 @@ class ClippedGrad:
     def _accumulation(self, dtype: torch.dtype) -> torch.dtype:
         return self.accumulate_dtype or torch.promote_types(dtype, torch.float32)
 
-    def _pre_clipping(self, inputs: _Inputs) -> Callable[[list[Tensor]], list[Tensor]] | None:
+    def _pre_clipping(self, inputs: Inputs) -> Callable[[list[Tensor]], list[Tensor]] | None:
         transform = self.pre_clipping_transform
         if transform is None:
             return None
@@ -176,7 +190,9 @@ class ClippedGrad:
             before = inputs.restore(gradients)
             leaves, structure = tree_flatten(transform(before))
             shapes = [tuple(leaf.shape) for leaf in leaves]
-            if structure != tree_flatten(before)[1] or shapes != [tuple(g.shape) for g in gradients]:
+            if structure != tree_flatten(before)[1] or shapes != [
+                tuple(g.shape) for g in gradients
+            ]:
                 raise ValueError(
                     "pre_clipping_transform must return per-sample gradients of the structure and shapes it "
                     "received ([B, *parameter.shape] for every parameter)."
@@ -185,7 +201,7 @@ class ClippedGrad:
 
         return apply
 
-    def _empty(self, inputs: _Inputs, settings: Settings) -> ClippedGradResult:
+    def _empty(self, inputs: Inputs, settings: Settings) -> ClippedGradResult:
         device = inputs.params[0].device
         sums = [
             torch.zeros_like(p, dtype=dtype)
@@ -194,7 +210,13 @@ class ClippedGrad:
         none = torch.zeros(0, dtype=settings.dtypes[0], device=device)
         count = torch.zeros((), dtype=torch.long, device=device)
         return ClippedGradResult(
-            inputs.restore(sums), none, self._norms(settings, [none for _ in settings.clipping.groups]), None, 0, count, count
+            inputs.restore(sums),
+            none,
+            self._norms(settings, [none for _ in settings.clipping.groups]),
+            None,
+            0,
+            count,
+            count,
         )
 
     def _norms(self, settings: Settings, norms: Sequence[Tensor]) -> Tensor | Mapping[str, Tensor]:
@@ -203,20 +225,31 @@ class ClippedGrad:
         return norms[0]
 
     def _result(
-        self, inputs: _Inputs, settings: Settings, sums: list[Tensor], pieces: list[Piece], mask: Tensor | None
+        self,
+        inputs: Inputs,
+        settings: Settings,
+        sums: list[Tensor],
+        pieces: list[Piece],
+        mask: Tensor | None,
     ) -> ClippedGradResult:
         if self.normalize_by != 1.0:
             sums = [total.div_(self.normalize_by) for total in sums]
         norms = [torch.cat(group) for group in zip(*(piece.norms for piece in pieces), strict=True)]
         bounds = settings.clipping.norms
-        clipped = torch.stack([norm > bound for norm, bound in zip(norms, bounds, strict=True)]).any(0)
+        clipped = torch.stack(
+            [norm > bound for norm, bound in zip(norms, bounds, strict=True)]
+        ).any(0)
         nonfinite = torch.cat([piece.nonfinite for piece in pieces])
         real = inputs.batch_size
         clipped = clipped & ~nonfinite
         if mask is not None:
             clipped = clipped & ~mask
             real -= int(mask.sum())
-        aux = tree_map(lambda *leaves: torch.cat(leaves), *(piece.aux for piece in pieces)) if self.has_aux else None
+        aux = (
+            tree_map(lambda *leaves: torch.cat(leaves), *(piece.aux for piece in pieces))
+            if self.has_aux
+            else None
+        )
         return ClippedGradResult(
             grads=inputs.restore(sums),
             values=torch.cat([piece.values for piece in pieces]),
@@ -234,80 +267,6 @@ def _accumulate(sums: list[Tensor] | None, more: list[Tensor]) -> list[Tensor]:
         return [total if total.is_contiguous() else total.contiguous() for total in more]
     torch._foreach_add_(sums, more)
     return sums
-
-
-@dataclass(frozen=True)
-class _Inputs:
-    """The arguments of one call, flattened."""
-
-    names: list[str]
-    params: list[Tensor]
-    batch: list[Any]
-    batch_size: int
-    loss: Callable[[Sequence[Tensor], Sequence[Any]], Any]
-    restore: Callable[[list[Tensor]], Any]
-
-    def rows(self, rows: slice) -> list[Any]:
-        return [leaf[rows] if isinstance(leaf, Tensor) else leaf for leaf in self.batch]
-
-    @classmethod
-    def bind(cls, config: ClippedGrad, args: tuple[Any, ...]) -> _Inputs:
-        argnums = (config.argnums,) if isinstance(config.argnums, int) else config.argnums
-        batch_argnums = config.batch_argnums
-        if batch_argnums is None:
-            batch_argnums = tuple(i for i in range(len(args)) if i not in argnums)
-        if max((*argnums, *batch_argnums), default=0) >= len(args) or not batch_argnums:
-            raise ValueError(
-                f"argnums={argnums} and batch_argnums={batch_argnums} need at least one batch argument and "
-                f"{max((*argnums, *batch_argnums), default=0) + 1} positional arguments, got {len(args)}."
-            )
-        trainable = tuple(args[i] for i in argnums)
-        single = isinstance(config.argnums, int)
-        names, params, spec = _flatten_parameters(trainable[0] if single else trainable)
-        paths, batch_spec = tree_flatten_with_path(tuple(args[i] for i in batch_argnums))
-        batch = [leaf.detach() if isinstance(leaf, Tensor) else leaf for _, leaf in paths]
-        size = _validate.batch_size(batch, [keystr(path) for path, _ in paths])
-
-        def loss(leaves: Sequence[Tensor], sample: Sequence[Any]) -> Any:
-            full = list(args)
-            restored = tree_unflatten(list(leaves), spec)
-            for position, value in zip(argnums, (restored,) if single else restored, strict=True):
-                full[position] = value
-            for position, value in zip(batch_argnums, tree_unflatten(list(sample), batch_spec), strict=True):
-                full[position] = value
-            return config.fn(*full)
-
-        return cls(names, params, batch, size, loss, lambda leaves: tree_unflatten(leaves, spec))
-
-
-def _flatten_parameters(tree: Any) -> tuple[list[str], list[Tensor], Any]:
-    paths, spec = tree_flatten_with_path(tree)
-    names = [".".join(_component(key) for key in path) for path, _ in paths]
-    params = [leaf for _, leaf in paths]
-    seen: dict[int, str] = {}
-    for name, leaf in zip(names, params, strict=True):
-        if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
-            kind = leaf.dtype if isinstance(leaf, Tensor) else type(leaf).__name__
-            raise ValueError(
-                f"params: leaf {name!r} is {kind}; every leaf must be a floating-point tensor. Close over constants "
-                "in fn instead."
-            )
-        if id(leaf) in seen:
-            raise ValueError(
-                f"params: {name!r} and {seen[id(leaf)]!r} are the same tensor; pass a tied weight once and use it "
-                "twice inside fn, so that its two gradients are summed before the norm."
-            )
-        seen[id(leaf)] = name
-    if not params:
-        raise ValueError("params holds no tensor; there is nothing to differentiate.")
-    return names, params, spec
-
-
-def _component(key: Any) -> str:
-    for attribute in ("key", "idx", "name"):
-        if hasattr(key, attribute):
-            return str(getattr(key, attribute))
-    return str(key)
 
 
 def clipped_grad(
@@ -381,9 +340,13 @@ def clipped_grad(
         rescale=rescale_to_unit_norm,
     )
     if accumulate_dtype is not None and not accumulate_dtype.is_floating_point:
-        raise ValueError(f"accumulate_dtype must be a floating-point dtype, got {accumulate_dtype}.")
+        raise ValueError(
+            f"accumulate_dtype must be a floating-point dtype, got {accumulate_dtype}."
+        )
     if memory_budget is not None and not memory_budget >= 0:
-        raise ValueError(f"memory_budget must be a non-negative number of bytes, got {memory_budget!r}.")
+        raise ValueError(
+            f"memory_budget must be a non-negative number of bytes, got {memory_budget!r}."
+        )
     if isinstance(batch_argnums, int):
         batch_argnums = (batch_argnums,)
     return ClippedGrad(

@@ -50,7 +50,8 @@ def select_rows(tensor: Tensor, keep: Tensor) -> Tensor:
 def row_norms_squared(tensor: Tensor) -> Tensor:
     """Squared L2 norm of every sample, ``[B]``."""
     flat = tensor.flatten(1) if tensor.dim() > 1 else tensor[:, None]
-    return torch.linalg.vector_norm(flat, dim=1, dtype=widen(flat[:0]).dtype).square()
+    norms: Tensor = torch.linalg.vector_norm(flat, dim=1, dtype=widen(flat[:0]).dtype)
+    return norms.square()
 
 
 @runtime_checkable
@@ -89,9 +90,11 @@ class PerSample:
 
     def weighted_sum(self, factors: Tensor) -> Tensor:
         wide = widen(self.gradient)
-        return (factors.to(wide.dtype) @ wide.flatten(1) if wide.dim() > 1 else factors.to(wide.dtype) @ wide).view(
-            self.gradient.shape[1:]
-        )
+        return (
+            factors.to(wide.dtype) @ wide.flatten(1)
+            if wide.dim() > 1
+            else factors.to(wide.dtype) @ wide
+        ).view(self.gradient.shape[1:])
 
     def outer(self) -> Outer | None:
         return None
@@ -242,7 +245,8 @@ def _cross(hot: Outer, dense: Outer | None) -> Tensor:
     ids = hot.left.ids[:, None, :].expand(-1, dense.left.shape[1], -1)
     picked = widen(dense.left).gather(2, ids)
     products = torch.bmm(widen(dense.right), widen(hot.right).transpose(1, 2))
-    return torch.linalg.vecdot(picked.flatten(1), products.flatten(1))
+    products_summed: Tensor = torch.linalg.vecdot(picked.flatten(1), products.flatten(1))
+    return products_summed
 
 
 def _segment_sums(left: OneHot, right: Tensor) -> Tensor:

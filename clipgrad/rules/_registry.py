@@ -57,6 +57,11 @@ class Call(Protocol):
         """Samples in the microbatch, ``B``."""
         ...
 
+    @property
+    def randomness(self) -> str:
+        """Whether samples draw ``"different"`` random numbers, the ``"same"``, or must not: ``"error"``."""
+        ...
+
     def has_lanes(self, tensor: Tensor | None) -> bool:
         """Whether the operand differs from sample to sample."""
         ...
@@ -73,13 +78,22 @@ class Call(Protocol):
         """
         ...
 
-    def finish(self, output: Tensor, *recipes: Recipe, saved: tuple[Tensor, ...] = ()) -> Tensor:
+    def finish(
+        self,
+        output: Tensor,
+        *recipes: Recipe,
+        saved: tuple[Tensor, ...] = (),
+        view: Callable[[Tensor], Tensor] | None = None,
+    ) -> Tensor:
         """Record the uses of this call's parameters and hand the output back to the user's code.
 
         Args:
-            output: ``[B, ...]``.
+            output: What the operation returned: a fresh tensor. (A view is copied first: were it written to in
+                place later, autograd would route its gradient past the recipes.) Recipes receive a gradient of
+                this shape.
             *recipes: One per parameter operand; recipes of constants and of None are ignored.
             saved: Tensors that the recipes close over; writing to them in place afterwards is an error.
+            view: From ``output`` to the shape ``[B, ...]`` that user code expects, if they differ.
         """
         ...
 
@@ -151,9 +165,7 @@ def register_rule(*operations: Callable[..., Any], name: str) -> Callable[[F], F
     return decorate
 
 
-def register_decomposition(
-    *operations: Callable[..., Any], name: str
-) -> Callable[[F], F]:
+def register_decomposition(*operations: Callable[..., Any], name: str) -> Callable[[F], F]:
     """Rewrite an operation in terms of operations that have rules.
 
     The decorated function has the operation's own signature and returns its result; it runs under ``vmap``,

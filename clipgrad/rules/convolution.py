@@ -34,7 +34,9 @@ class Geometry:
     transposed: bool = False
     output_padding: tuple[int, ...] = ()
 
-    def weight_gradient(self, gradient: Tensor, input: Tensor, weight: Tensor, groups: int) -> Tensor:
+    def weight_gradient(
+        self, gradient: Tensor, input: Tensor, weight: Tensor, groups: int
+    ) -> Tensor:
         """The gradient of a weight shaped like ``weight``, by the library's own convolution."""
         axes = len(self.stride)
         result: Tensor = torch.ops.aten.convolution_backward(
@@ -76,20 +78,27 @@ class ConvolutionUse:
         return Outer(left, right, self.weight.shape, groups)
 
     def per_sample(self) -> Tensor:
+        """``[B, *weight.shape]``: patches and one batched product, or one grouped convolution."""
         if not self._unfolds():
             return self._grouped()
         return self.outer().per_sample()
 
     def weighted_sum(self, factors: Tensor) -> Tensor:
+        """The library's own weight gradient, with the factors on the smaller operand."""
         gradient, input = widen(self.gradient), widen(self.input)
         if input[:1].numel() < gradient[:1].numel():
             input = scale_rows(input, factors)
         else:
             gradient = scale_rows(gradient, factors)
-        return self.geometry.weight_gradient(gradient, input, widen(self.weight), self.geometry.groups)
+        return self.geometry.weight_gradient(
+            gradient, input, widen(self.weight), self.geometry.groups
+        )
 
     def select(self, keep: Tensor) -> ConvolutionUse:
-        return replace(self, input=select_rows(self.input, keep), gradient=select_rows(self.gradient, keep))
+        """The same use without the samples outside the mask."""
+        return replace(
+            self, input=select_rows(self.input, keep), gradient=select_rows(self.gradient, keep)
+        )
 
     def _unfolds(self) -> bool:
         image, rows = (
@@ -120,7 +129,9 @@ class ConvolutionUse:
         return gradient.view(samples, *self.weight.shape)
 
 
-def _patches(image: Tensor, kernel: Sequence[int], positions: Sequence[int], geometry: Geometry) -> Tensor:
+def _patches(
+    image: Tensor, kernel: Sequence[int], positions: Sequence[int], geometry: Geometry
+) -> Tensor:
     """A strided view ``[B, C, *kernel, *positions]`` of the padded image; nothing is copied but the padding."""
     if any(geometry.padding):
         image = F.pad(image, [side for pad in reversed(geometry.padding) for side in (pad, pad)])
@@ -152,7 +163,9 @@ def _per_axis(value: int | Sequence[int], axes: int) -> tuple[int, ...]:
     return tuple(value) * axes if len(value) == 1 else tuple(value)
 
 
-def _same_padding(x: Tensor, kernel: Sequence[int], dilation: Sequence[int]) -> tuple[Tensor, tuple[int, ...]]:
+def _same_padding(
+    x: Tensor, kernel: Sequence[int], dilation: Sequence[int]
+) -> tuple[Tensor, tuple[int, ...]]:
     """``padding='same'``: symmetric where possible, the odd element padded at the end, as PyTorch does."""
     totals = [step * (size - 1) for step, size in zip(dilation, kernel, strict=True)]
     if any(total % 2 for total in totals):
@@ -160,7 +173,9 @@ def _same_padding(x: Tensor, kernel: Sequence[int], dilation: Sequence[int]) -> 
     return x, tuple(total // 2 for total in totals)
 
 
-def _convolve(call: Call, axes: int, input: Tensor, weight: Tensor, bias: Tensor | None, **static: Any) -> Tensor:
+def _convolve(
+    call: Call, axes: int, input: Tensor, weight: Tensor, bias: Tensor | None, **static: Any
+) -> Tensor:
     if not call.has_lanes(input):
         raise Decline
     x, w = call.batched(input), call.shared(weight)
@@ -232,7 +247,15 @@ def _register(axes: int) -> None:
         padding: Any = 0, dilation: Any = 1, groups: int = 1,
     ) -> Tensor:  # fmt: skip
         return _convolve(
-            call, axes, input, weight, bias, stride=stride, padding=padding, dilation=dilation, groups=groups
+            call,
+            axes,
+            input,
+            weight,
+            bias,
+            stride=stride,
+            padding=padding,
+            dilation=dilation,
+            groups=groups,
         )
 
     @register_rule(transposed, name=f"conv_transpose{axes}d")

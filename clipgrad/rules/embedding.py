@@ -47,5 +47,3 @@ def embedding(
 
     extent = Extent(flat.shape[1], w.shape[0], w.shape[1], one_hot=True)
     return call.finish(y, Recipe(weight, make, extent), saved=(ids,))
-
-

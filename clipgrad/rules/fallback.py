@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from clipgrad.errors import NotPerSampleError
 
@@ -50,6 +51,12 @@ def refuse_max_norm(max_norm: float | None) -> None:
         )
 
 
+def _attention(*args: Any, **kwargs: Any) -> Tensor:
+    """Fused kernels fail below ``vmap`` (a learned mask on CPU, alignment on CUDA); the plain formula does not."""
+    with sdpa_kernel(SDPBackend.MATH):
+        return F.scaled_dot_product_attention(*args, **kwargs)
+
+
 def _register_hook(*args: Any, **kwargs: Any) -> None:
     raise NotPerSampleError(
         "the loss registers a hook on a tensor. A hook would see the gradients of all samples at once instead of one "
@@ -58,5 +65,9 @@ def _register_hook(*args: Any, **kwargs: Any) -> None:
 
 
 CORRECTIONS: Mapping[Callable[..., Any], Callable[..., Any]] = MappingProxyType(
-    {F.embedding: _embedding, torch.Tensor.register_hook: _register_hook}
+    {
+        F.embedding: _embedding,
+        F.scaled_dot_product_attention: _attention,
+        torch.Tensor.register_hook: _register_hook,
+    }
 )

@@ -37,7 +37,11 @@ def linear(call: Call, input: Tensor, weight: Tensor, bias: Tensor | None = None
     y = F.linear(factor.flatten(0, 1), w, None if bias is None else call.shared(bias))
     return call.finish(
         y,
-        Recipe(weight, lambda g: Outer(g.reshape(*factor.shape[:2], -1), factor, w.shape), Extent(factor.shape[1], *w.shape)),
+        Recipe(
+            weight,
+            lambda g: Outer(g.reshape(*factor.shape[:2], -1), factor, w.shape),
+            Extent(factor.shape[1], *w.shape),
+        ),
         Recipe(bias, lambda g: summed_over_positions(g.reshape(*factor.shape[:2], -1))),
         saved=(x,),
         view=lambda y: y.view(*x.shape[:-1], w.shape[0]),
@@ -53,7 +57,11 @@ def matmul(call: Call, input: Tensor, other: Tensor) -> Tensor:
     left_lanes, right_lanes = call.has_lanes(input), call.has_lanes(other)
     if left_lanes == right_lanes:
         raise Decline
-    return _data_times_weight(call, input, other) if left_lanes else _weight_times_data(call, input, other)
+    return (
+        _data_times_weight(call, input, other)
+        if left_lanes
+        else _weight_times_data(call, input, other)
+    )
 
 
 def _data_times_weight(call: Call, data: Tensor, weight: Tensor) -> Tensor:
@@ -88,7 +96,11 @@ def _weight_times_data(call: Call, weight: Tensor, data: Tensor) -> Tensor:
 
     return call.finish(
         factor.flatten(0, 1) @ w.t(),
-        Recipe(weight, lambda g: Outer(g.reshape(*factor.shape[:2], -1), factor, w.shape), Extent(factor.shape[1], *w.shape)),
+        Recipe(
+            weight,
+            lambda g: Outer(g.reshape(*factor.shape[:2], -1), factor, w.shape),
+            Extent(factor.shape[1], *w.shape),
+        ),
         saved=(x,),
         view=view,
     )
