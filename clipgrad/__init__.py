@@ -7,12 +7,14 @@
 
 from __future__ import annotations
 
-from clipgrad import rules
+from clipgrad import accounting, rules
 from clipgrad.clipping import Relation
 from clipgrad.errors import EscapedParameterError, NotPerSampleError, UnclippedGradientError
 from clipgrad.explain import Explanation
+from clipgrad.noise import NoiseSource, SeededNoise, SystemNoise
 from clipgrad.optimizer import Diagnostics, DPOptimizer
 from clipgrad.rules import register_decomposition, register_rule, unregister_rule
+from clipgrad.sampling import PoissonSampler, poisson_loader
 from clipgrad.transform import ClippedGrad, ClippedGradResult, clipped_grad
 
 __version__ = "0.1.0"
@@ -24,10 +26,16 @@ __all__ = [
     "Diagnostics",
     "EscapedParameterError",
     "Explanation",
+    "NoiseSource",
     "NotPerSampleError",
+    "PoissonSampler",
     "Relation",
+    "SeededNoise",
+    "SystemNoise",
     "UnclippedGradientError",
+    "accounting",
     "clipped_grad",
+    "poisson_loader",
     "register_decomposition",
     "register_rule",
     "rules",
