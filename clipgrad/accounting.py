@@ -8,10 +8,10 @@ hyperparameters tuned on it, statistics for its normalisation.
 
 Two accountants: ``"pld"``, privacy loss distributions (Doroshenko et al., "Connect the Dots",
 2022), takes a fraction of a second and is tight; it resolves no delta below 1e-12 and calls epsilon
-infinite there. ``"rdp"``, Renyi differential privacy (Mironov, Talwar and Zhang, "Renyi Differential
-Privacy of the Sampled Gaussian Mechanism", 2019), comes out about a tenth higher and remembers the
-single step: asking again with more steps, as a progress bar does, costs a tenth of a millisecond.
-Both are upper bounds.
+infinite there. ``"rdp"``, Renyi differential privacy (Mironov, Talwar and Zhang, "Renyi
+Differential Privacy of the Sampled Gaussian Mechanism", 2019), comes out about a tenth higher and
+remembers the single step: asking again with more steps, as a progress bar does, costs a tenth of a
+millisecond. Both are upper bounds.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from typing import Any, Literal
 
 Accountant = Literal["pld", "rdp"]
 
-_GRID = 1e-4  # between privacy losses; dp-accounting's own default
+_GRID = 1e-4
+_COARSEST_GRID = 100.0  # from 700 on the exponential overflows
 _TOLERANCE = 1e-4  # relative, of a calibrated noise multiplier
 _MOST_NOISE = 2.0**30
 # Less than this and epsilon exceeds any use, so that infinity is as good a bound.
 _LEAST_NOISE = 1e-3
-_LEAST_EPSILON = 1e-12  # its logarithm is finite
 
 
 def epsilon(
@@ -130,8 +130,8 @@ def _smallest_noise(run: _Run, target: float, *, start: float, factor: float) ->
         upper *= factor
         if upper > _MOST_NOISE:
             raise ValueError(
-                f"target_epsilon = {target} at delta = {run.delta} is not met by a noise multiplier "
-                f"of {_MOST_NOISE:.0f}; raise target_epsilon or delta, or take fewer steps."
+                f"target_epsilon = {target} at delta = {run.delta} is not met by a noise "
+                f"multiplier of {_MOST_NOISE:.0f}; raise target_epsilon or delta, or take fewer steps."
             )
     lower = upper / factor
     while run.epsilon(lower) <= target:
@@ -139,8 +139,8 @@ def _smallest_noise(run: _Run, target: float, *, start: float, factor: float) ->
     if lower < _LEAST_NOISE:
         return upper
 
-    def gap(noise: float) -> float:  # nearly linear in a small bracket
-        return math.log(max(run.epsilon(noise), _LEAST_EPSILON) / target)
+    def gap(noise: float) -> float:  # finite, and nearly linear
+        return math.log(min(max(run.epsilon(noise), 1e-12), 1e12) / target)
 
     tolerance = _TOLERANCE / 4 * lower
     root: float = _imported("scipy.optimize").brentq(gap, lower, upper, xtol=tolerance)
@@ -203,14 +203,29 @@ class _Run:
 @lru_cache(maxsize=64)
 def _epsilon_by_pld(run: _Run, noise: float) -> float:
     dp = _imported("dp_accounting")
-    # Losses grow with 1 / noise^2, time and memory with their number of grid points. A grid that
-    # grows alike keeps the relative resolution, and the result stays an upper bound.
-    interval = _GRID * max(1.0, (0.5 / noise) ** 2)
-    accountant = _imported("dp_accounting.pld").PLDAccountant(
-        dp.NeighboringRelation[run.relation.upper()], value_discretization_interval=interval
-    )
-    accountant.compose(_event(noise, run.sample_rate, run.steps))
-    return float(accountant.get_epsilon(run.delta))
+    interval = _grid_interval(noise, run.sample_rate, run.steps)
+    if interval > _COARSEST_GRID:
+        return math.inf
+    relation = dp.NeighboringRelation[run.relation.upper()]
+    with _imported("numpy").errstate(over="ignore"):  # to infinity, and so on the safe side
+        accountant = _imported("dp_accounting.pld").PLDAccountant(relation, interval)
+        accountant.compose(_event(noise, run.sample_rate, run.steps))
+        return float(accountant.get_epsilon(run.delta))
+
+
+def _grid_interval(noise: float, sample_rate: float, steps: int) -> float:
+    """Between privacy losses: 1e-4, dp-accounting's default, unless the losses are huge.
+
+    With little noise they would fill the memory. A grid in proportion to them costs at most seconds,
+    and the result stays an upper bound: rounding is upwards.
+    """
+    one_step = (0.5 / noise) ** 2
+    # Of the whole run, in hundreds: the central limit (Dong, Roth and Su, "Gaussian Differential
+    # Privacy", 2019), or all the steps without sampling if that is less.
+    growth = math.expm1(noise**-2) if noise > 0.04 else math.inf
+    limits = [sample_rate * math.sqrt(steps * growth), math.sqrt(steps) / noise]
+    whole_run = min(mu * (mu / 2 + 5) for mu in limits) / 100
+    return _GRID * max(1.0, one_step, whole_run)
 
 
 def _epsilon_by_rdp(noise: float, sample_rate: float, steps: int, delta: float) -> float:

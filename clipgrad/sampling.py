@@ -74,7 +74,8 @@ class PoissonSampler(Sampler[list[int]]):
         else:
             self._expected = _within("expected_batch_size", expected_batch_size, num_samples)
             self._rate = self._expected / num_samples
-        default_steps = max(1, round(num_samples / self._expected))
+        # len() is a 64-bit integer, whatever the rate.
+        default_steps = max(1, round(min(num_samples / self._expected, 2.0**62)))
         self._steps = default_steps if steps is None else _count("steps", steps)
         if generator is not None and getattr(generator, "device", None) != torch.device("cpu"):
             raise TypeError(

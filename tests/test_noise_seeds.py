@@ -1,0 +1,163 @@
+"""Private noise is never the same twice; seeded noise is the same whenever it should be."""
+
+import copy
+import io
+import math
+import os
+import pickle
+import select
+import signal
+import traceback
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from clipgrad import noise
+from clipgrad.noise import NoiseSource, SystemNoise, os_seeded_generator
+from tests.noise_checks import PIECE, check_independent, draw, seeded
+
+
+@pytest.fixture
+def four_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    yield
+    torch.set_num_threads(before)
+
+
+def in_forked_child(source: NoiseSource, size: int) -> Tensor:
+    """What the source adds to zeros in a forked child."""
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            with os.fdopen(writer, "wb") as pipe:
+                # Not torch.zeros: it would wait for OpenMP threads that only the parent has.
+                total = torch.from_numpy(np.zeros(size))
+                source.add_gaussian_([total], 1.0)
+                pipe.write(total.numpy().tobytes())
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(0)
+    os.close(writer)
+    with os.fdopen(reader, "rb") as pipe:
+        # Minutes, for what takes milliseconds: only a child that waits forever is cut short.
+        if not select.select([pipe], [], [], 120)[0]:
+            os.kill(pid, signal.SIGKILL)
+        values = bytearray(pipe.read())
+    os.waitpid(pid, 0)
+    assert values, "the child failed or hung"
+    return torch.frombuffer(values, dtype=torch.float64)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+@pytest.mark.usefixtures("four_threads")
+def test_a_forked_child_does_not_repeat_its_parent() -> None:
+    size = 16 * PIECE  # enough for the parent to have started threads, which the child lacks
+    system = SystemNoise()
+    draw(system, size)
+    children = [in_forked_child(system, size), in_forked_child(system, size)]
+    check_independent(torch.stack([*children, draw(system, size)]))
+    repeated = [in_forked_child(seeded(), 1000), draw(seeded(), 1000)]
+    assert torch.equal(*repeated)  # what the check must find does happen without it
+
+
+def test_the_whole_state_is_random_and_the_stream_is_mersenne_twister() -> None:
+    states = [os_seeded_generator().get_state().view(torch.int64) for _ in range(64)]
+    keys = torch.stack(states)[:, 3 : 3 + 624]
+    assert keys.min() >= 0
+    assert keys.max() < 2**32
+    bits = (keys.reshape(-1, 1) >> torch.arange(32)) & 1
+    assert (bits.double().mean(0) - 0.5).abs().max() < 8 * 0.5 / math.sqrt(keys.numel())
+    assert len(keys.flatten().unique()) > keys.numel() - 20  # 0.2 collisions are expected
+
+    generator = os_seeded_generator()
+    key = generator.get_state().view(torch.int64)[3 : 3 + 624].numpy().astype(np.uint32)
+    twister = np.random.MT19937()
+    twister.state = {"bit_generator": "MT19937", "state": {"key": key, "pos": 624}}
+    drawn = torch.rand(2000, generator=generator)  # 24 bits of one word each
+    assert np.array_equal(drawn.numpy() * 2**24, twister.random_raw(2000) % 2**24)
+
+
+def test_an_unknown_layout_of_the_state_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Other:
+        device = torch.device("cpu")
+
+        def __init__(self, device: str) -> None: ...
+
+        def manual_seed(self, seed: int) -> None: ...
+
+        def get_state(self) -> Tensor:
+            return torch.zeros(5056, dtype=torch.uint8)
+
+    monkeypatch.setattr(torch, "Generator", Other)
+    with pytest.raises(RuntimeError, match="unknown layout"):
+        os_seeded_generator()
+
+
+def through_a_file(state: dict[str, Any]) -> dict[str, Any]:
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    loaded: dict[str, Any] = torch.load(file, weights_only=True)
+    return loaded
+
+
+def test_seeded_noise_continues_exactly() -> None:
+    sizes = [(3,), (100, 7), (1,), (15,), (40_000,)]  # below 16 PyTorch keeps a spare value
+    uninterrupted = seeded(5)
+    [draw(uninterrupted, *size) for size in sizes]
+    saved = through_a_file(uninterrupted.state_dict())
+    expected = [draw(uninterrupted, *size) for size in sizes]
+    restored = seeded(6)
+    restored.load_state_dict(saved)
+    for size, value in zip(sizes, expected, strict=True):
+        assert torch.equal(draw(restored, *size), value)
+
+
+@pytest.mark.usefixtures("four_threads")
+def test_seeded_noise_does_not_depend_on_threads() -> None:
+    many = draw(seeded(), 16 * PIECE)
+    torch.set_num_threads(1)
+    assert torch.equal(many, draw(seeded(), 16 * PIECE))
+
+
+def test_system_noise_is_never_restored() -> None:
+    original = SystemNoise()
+    rows = [draw(original, 2000)]
+    saved = through_a_file(original.state_dict())
+    assert not any(isinstance(value, Tensor) for value in saved.values())
+    others = [SystemNoise(), SystemNoise(), original]
+    for other in others:
+        other.load_state_dict(saved)
+    others += [copy.copy(original), copy.deepcopy(original), pickle.loads(pickle.dumps(original))]
+    rows += [draw(other, 2000) for other in others]
+    check_independent(torch.stack(rows))
+
+
+def test_a_load_seeds_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    seeds = iter(range(100))
+    monkeypatch.setattr(
+        noise, "os_seeded_generator", lambda _: torch.Generator().manual_seed(next(seeds))
+    )
+    system = SystemNoise()
+    draw(system, 10)
+    draw(system, 10)
+    assert next(seeds) == 1
+    system.load_state_dict(system.state_dict())
+    assert torch.equal(draw(system, 10), draw(seeded(2), 10))
+
+
+def test_states_of_others_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"SystemNoise.state_dict.*got.*SeededNoise"):
+        SystemNoise().load_state_dict(seeded().state_dict())
+    with pytest.raises(ValueError, match=r"SeededNoise.state_dict.*got.*None"):
+        seeded().load_state_dict({})
+    with pytest.raises(ValueError, match=r"'device'.*'cuda'.*'cpu'"):
+        seeded().load_state_dict({**seeded().state_dict(), "device": "cuda"})
