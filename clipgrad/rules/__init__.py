@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
-from clipgrad.rules import convolution, embedding, linear
+from clipgrad.rules import (
+    attention,
+    channel_normalization,
+    convolution,
+    einsum,
+    embedding,
+    embedding_bag,
+    linear,
+    normalization,
+    recurrent,
+)
 from clipgrad.rules._canonical import OneHot, Outer, PerSample, Use
 from clipgrad.rules._registry import (
     Call,
@@ -28,9 +38,15 @@ __all__ = [
     "Recipe",
     "Rule",
     "Use",
+    "attention",
+    "channel_normalization",
     "convolution",
+    "einsum",
     "embedding",
+    "embedding_bag",
     "linear",
+    "normalization",
+    "recurrent",
     "register_decomposition",
     "register_rule",
     "rules",

@@ -18,11 +18,13 @@ Bu et al. 2023 (arXiv:2210.00038) for keeping the factors of one backward pass (
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 # Gram matrices of one block stay below this many elements, so that a ghost norm needs no more scratch
@@ -30,6 +32,11 @@ from torch import Tensor
 _GRAM_ELEMENTS = 1 << 25
 # Below this many positions a half-size block is too small for the saved half of a symmetric Gram matrix to pay.
 _SYMMETRY_POSITIONS = 256
+# Rounding errors of a ghost norm, in units of the last place of what its terms sum to without cancellation, stay
+# below ``8 + sqrt(rows) + sqrt(columns)`` for the worst inputs found (constant ones); this is the safety on top.
+_ROUNDING_MARGIN = 8.0
+# Squared norms that underflow hides are let go below this: no clipping norm is anywhere near 1e-12.
+_NEGLIGIBLE = 1e-24
 
 
 def widen(tensor: Tensor) -> Tensor:
@@ -185,6 +192,7 @@ def ghost_norms_squared(uses: Sequence[Outer]) -> Tensor:
 
     Uses are summed before the norm: the cross terms ``2 <g_u, g_v>`` count. Uses of one kind are joined along
     their positions; one-hot and dense uses (an embedding tied to the output layer) meet in a cross term.
+    The result may overestimate where terms cancel almost entirely, but a sample is never clipped too little.
     """
     dense = _join([use for use in uses if not isinstance(use.left, OneHot)])
     hot = _join([use for use in uses if isinstance(use.left, OneHot)])
@@ -198,7 +206,50 @@ def ghost_norms_squared(uses: Sequence[Outer]) -> Tensor:
         norms = row_norms_squared(_segment_sums(hot.left, widen(hot.right)))
         total = norms if total is None else total + norms + 2 * _cross(hot, dense)
     assert total is not None, "a ghost norm of no uses"
-    return total.clamp(min=0)  # rounding may leave a hair below zero
+    if len(uses) == 1 and uses[0].right.shape[1] == 1:
+        return total  # a product of two norms: nothing cancels
+    return never_underestimated(total, uses, materialised=dense is None)
+
+
+def never_underestimated(norms: Tensor, uses: Sequence[Outer], *, materialised: bool) -> Tensor:
+    """Raise squared norms ``[B]`` to the error that finding them from the factors may carry.
+
+    Without cancellation the gradient would have the norm ``m = sum_s |left_s| |right_s|``, and rounding errors are
+    multiples of it. Where terms cancel almost entirely (nearly equal positions with opposite output gradients) the
+    error exceeds the norm; clipping to a norm that came out too small would let a sample contribute any number of
+    times the clipping norm. Norms far above the error are returned as they are.
+
+    Args:
+        norms: Squared norms as computed.
+        uses: The factors they were computed from.
+        materialised: Whether they come from the gradient itself, so that the norm carries the error, and not from
+            Gram matrices, where its square does.
+    """
+    shape, groups = uses[0].shape, uses[0].groups
+    columns = uses[0].right.shape[-1]
+    rows = shape.numel() // max(1, columns * groups)
+    lefts, rights, products = (norms.new_zeros(len(norms) * groups) for _ in range(3))
+    for use in uses:
+        right = torch.linalg.vector_norm(widen(use.right), dim=-1)
+        left = torch.ones_like(right)
+        if isinstance(use.left, Tensor):
+            left = torch.linalg.vector_norm(widen(use.left), dim=-1)
+        lefts, rights = lefts + left.sum(1), rights + right.sum(1)
+        products = products + (left * right).sum(1)
+    margin = _ROUNDING_MARGIN * (8 + math.sqrt(rows) + math.sqrt(columns))
+    margin *= torch.finfo(norms.dtype).eps
+    floor = products.square() * (margin**2 if materialised else margin)
+    norms = torch.maximum(norms, floor.view(-1, groups).sum(1))
+    if materialised:
+        return norms
+    hidden = _underflow(lefts.square(), rows, rights.square(), columns)
+    return norms + hidden.view(-1, groups).sum(1)
+
+
+def _underflow(left: Tensor, rows: int, right: Tensor, columns: int) -> Tensor:
+    """What vanishes when tiny numbers are squared, although the other factor may be huge."""
+    tiny = torch.finfo(left.dtype).tiny
+    return F.threshold(tiny * columns * right + tiny * rows * left, _NEGLIGIBLE, 0.0)
 
 
 def _join(uses: Sequence[Outer]) -> Outer | None:
@@ -216,7 +267,9 @@ def _join(uses: Sequence[Outer]) -> Outer | None:
 def _dense_norms(left: Tensor, right: Tensor) -> Tensor:
     positions = left.shape[1]
     if positions == 1:
-        return row_norms_squared(left) * row_norms_squared(right)
+        heights, widths = row_norms_squared(left), row_norms_squared(right)
+        hidden = _underflow(heights, left.shape[-1], widths, right.shape[-1])
+        return heights * widths + hidden
     if positions < _SYMMETRY_POSITIONS:
         return _gram_product(left, right, left, right)
     # Gram matrices are symmetric: two half-size norms and one off-diagonal block, counted twice.

@@ -78,6 +78,19 @@ class Call(Protocol):
         """
         ...
 
+    def adopt(self, tensor: Tensor) -> Tensor:
+        """The parameter's stand-in, given the caller's own parameter tensor; any other operand unchanged.
+
+        Computing with the caller's tensor is an error, since its gradient would escape. PyTorch itself keeps such
+        a tensor in one known place, the flat weight list of a recurrent layer. There the exchange is safe: both
+        stand for the same parameter and hold the same values, and the gradient is recorded under its name.
+        """
+        ...
+
+    def record(self, output: Tensor, *recipes: Recipe, saved: tuple[Tensor, ...] = ()) -> Tensor:
+        """Record uses as ``finish`` does, and go on computing with the physical tensor that this returns."""
+        ...
+
     def finish(
         self,
         output: Tensor,

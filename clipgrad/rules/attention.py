@@ -1,10 +1,12 @@
 """Attention: no parameters of its own, but an operation that ``vmap`` runs badly or not at all.
 
-The sample axis joins the batch axis, so the fused kernels see the four dimensions they were written for.
+The sample axis joins the batch axis, so the fused kernels see the four dimensions that they were
+written for.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import prod
 
 import torch
@@ -29,8 +31,8 @@ def scaled_dot_product_attention(
 ) -> Tensor:
     """One call on ``[B * batch, heads, positions, features]``.
 
-    A parameter among the operands (learned queries, a learned bias) takes part as its per-sample copies, so
-    its gradient is exact.
+    A parameter among the operands (learned queries, a learned bias) takes part as its per-sample
+    copies, so its gradient is exact.
     """
     if dropout_p > 0 and call.randomness != "different":
         raise Decline  # one folded call draws an own dropout mask per sample
@@ -44,8 +46,11 @@ def scaled_dot_product_attention(
     q, k, v = (call.batched(operand) for operand in (query, key, value))
     lead = _broadcast_lead(q, k, v, enable_gqa)
     mask = None if attn_mask is None else _fold_mask(call, attn_mask, lead)
+    heads = None if enable_gqa else lead[-1:]
     y = F.scaled_dot_product_attention(
-        *(_fold(operand, lead[:-1], None if enable_gqa else lead[-1:]) for operand in (q, k, v)),
+        _fold(q, lead[:-1], heads),
+        _fold(k, lead[:-1], heads),
+        _fold(v, lead[:-1], heads),
         attn_mask=mask,
         dropout_p=dropout_p,
         is_causal=is_causal,
@@ -60,7 +65,7 @@ def _broadcast_lead(q: Tensor, k: Tensor, v: Tensor, enable_gqa: bool) -> torch.
     """The axes between samples and positions that the operands agree on; the last one is heads."""
     # With grouped queries, heads differ on purpose and those of the query stand.
     others = [(*t.shape[1:-3], 1) if enable_gqa and t.dim() > 3 else t.shape[1:-2] for t in (k, v)]
-    return torch.broadcast_shapes((1,), q.shape[1:-2], *others)
+    return torch.Size(torch.broadcast_shapes((1,), q.shape[1:-2], *others))
 
 
 def _align(tensor: Tensor, axes: int) -> Tensor:
@@ -69,14 +74,14 @@ def _align(tensor: Tensor, axes: int) -> Tensor:
 
 
 def _fold(tensor: Tensor, batch: torch.Size, heads: torch.Size | None) -> Tensor:
-    """``[B, ..., heads, positions, features]`` to four dimensions, samples joined with the batch axes."""
+    """``[B, ..., heads, positions, features]`` to four axes: samples join the batch axes."""
     tensor = _align(tensor, 4 + len(batch))
     heads = tensor.shape[-3:-2] if heads is None else heads
     return tensor.expand(-1, *batch, *heads, -1, -1).flatten(0, len(batch))
 
 
 def _fold_mask(call: Call, attn_mask: Tensor, lead: torch.Size) -> Tensor:
-    """The mask on ``[B * batch, heads, queries, keys]``, kept broadcast where every row has the same."""
+    """The mask on ``[B * batch, heads, queries, keys]``; a mask that all share stays small."""
     mask = call.batched(attn_mask)
     if not call.has_lanes(attn_mask) and not mask.requires_grad:
         mask = mask[:1]  # shared by all samples
@@ -119,61 +124,66 @@ def multi_head_attention(
 ) -> tuple[Tensor, Tensor | None]:
     """Projections by ``linear``, attention by ``scaled_dot_product_attention``, which have rules.
 
-    PyTorch's own function calls them out of the capture's sight. Arguments that it refuses are declined here,
-    so that its own message is what the user reads.
+    PyTorch's own function calls them out of the capture's sight. Arguments that it refuses are
+    declined here, so that its own message is what the user reads.
     """
-    if query.dim() not in (2, 3) or query.shape[-1] != embed_dim_to_check:
+    _decline_what_is_refused(query, key, embed_dim_to_check, num_heads)
+    if (bias_k is None) != (bias_v is None) or (is_causal and attn_mask is None):
         raise Decline
-    if embed_dim_to_check % num_heads or key.dim() != query.dim():
-        raise Decline
-    if (bias_k is None) != (bias_v is None) or is_causal and attn_mask is None:
-        raise Decline
-    unbatched = query.dim() == 2
-    size = 1 if unbatched else query.shape[1]
-    weights = (
-        (q_proj_weight, k_proj_weight, v_proj_weight)
-        if use_separate_proj_weight
-        else (in_proj_weight,)
-    )
-    projected = _project((query, key, value), weights, in_proj_bias)
-    q, k, v = (t.unsqueeze(1) if unbatched else t for t in projected)
+    inputs = (query, key, value)
+    if use_separate_proj_weight:
+        weights = (q_proj_weight, k_proj_weight, v_proj_weight)
+        projected = _project(inputs, weights, in_proj_bias)
+    else:
+        projected = _project_packed(inputs, in_proj_weight, in_proj_bias)
+    q, k, v = (_with_batch(t) for t in projected)
     q = _split_heads(q, num_heads)
     k = _keys(k, static_k, bias_k, add_zero_attn, num_heads)
     v = _keys(v, static_v, bias_v, add_zero_attn, num_heads)
     # The hint replaces the mask only where the fused operation can take it.
     causal = is_causal and key_padding_mask is None and not need_weights
-    mask = _additive_mask(
-        None if causal else attn_mask, key_padding_mask, (size, num_heads, q.shape[2], k.shape[2]), q
-    )
-    dropout_p = dropout_p if training else 0.0
-    if need_weights:
-        y, attention = _attend_with_weights(q, k, v, mask, dropout_p)
-        attention = attention.mean(1) if average_attn_weights else attention
-        attention = attention.squeeze(0) if unbatched else attention
-    else:
-        y, attention = F.scaled_dot_product_attention(q, k, v, mask, dropout_p, causal), None
-    y = y.permute(2, 0, 1, 3).flatten(2)
-    y = F.linear(y.squeeze(1) if unbatched else y, out_proj_weight, out_proj_bias)
-    return y, attention
+    appended = (bias_k is not None) + add_zero_attn
+    mask = _additive_mask(None if causal else attn_mask, key_padding_mask, q, k, appended)
+    y, seen = _attend(q, k, v, mask, dropout_p if training else 0.0, causal, need_weights)
+    y = y.permute(2, 0, 1, 3).reshape(query.shape)
+    if seen is not None:
+        seen = seen.mean(1) if average_attn_weights else seen
+        seen = seen.squeeze(0) if query.dim() == 2 else seen
+    return F.linear(y, out_proj_weight, out_proj_bias), seen
+
+
+def _decline_what_is_refused(query: Tensor, key: Tensor, features: int, heads: int) -> None:
+    if query.dim() not in (2, 3) or query.shape[-1] != features:
+        raise Decline
+    if features % heads or key.dim() != query.dim():
+        raise Decline
+
+
+def _with_batch(tensor: Tensor) -> Tensor:
+    """``[positions, batch, features]``, also of an unbatched ``[positions, features]``."""
+    return tensor if tensor.dim() == 3 else tensor.unsqueeze(1)
+
+
+def _project_packed(
+    inputs: tuple[Tensor, Tensor, Tensor], packed: Tensor | None, bias: Tensor | None
+) -> Sequence[Tensor]:
+    """Query, key and value projected; equal inputs share one product of the packed weight."""
+    if packed is None:
+        raise Decline
+    query, key, value = inputs
+    if query is key and key is value:
+        return F.linear(query, packed, bias).chunk(3, dim=-1)
+    if key is not value:
+        return _project(inputs, packed.chunk(3), bias)
+    sizes = [query.shape[-1], 2 * query.shape[-1]]
+    first, rest = packed.split(sizes)
+    b, bs = (None, None) if bias is None else bias.split(sizes)
+    return [F.linear(query, first, b), *F.linear(key, rest, bs).chunk(2, dim=-1)]
 
 
 def _project(
-    inputs: tuple[Tensor, Tensor, Tensor],
-    weights: tuple[Tensor | None, ...],
-    bias: Tensor | None,
-) -> list[Tensor]:
-    """Query, key and value projected; equal inputs share one product of the packed weight."""
-    query, key, value = inputs
-    if len(weights) == 1 and weights[0] is not None:
-        packed = weights[0]
-        if query is key and key is value:
-            return list(F.linear(query, packed, bias).chunk(3, dim=-1))
-        width = query.shape[-1]
-        if key is value:
-            first, rest = packed.split([width, 2 * width])
-            b, bs = (None, None) if bias is None else bias.split([width, 2 * width])
-            return [F.linear(query, first, b), *F.linear(key, rest, bs).chunk(2, dim=-1)]
-        weights = packed.chunk(3)
+    inputs: tuple[Tensor, Tensor, Tensor], weights: Sequence[Tensor | None], bias: Tensor | None
+) -> Sequence[Tensor]:
     biases = (None,) * 3 if bias is None else bias.chunk(3)
     projected = []
     for operand, weight, part in zip(inputs, weights, biases, strict=True):
@@ -185,7 +195,8 @@ def _project(
 
 def _split_heads(tensor: Tensor, heads: int) -> Tensor:
     """``[positions, batch, features]`` to ``[batch, heads, positions, features per head]``."""
-    return tensor.unflatten(-1, (heads, -1)).permute(1, 2, 0, 3)
+    by_head = tensor.reshape(*tensor.shape[:2], heads, -1)
+    return by_head.permute(1, 2, 0, 3)
 
 
 def _keys(
@@ -196,7 +207,7 @@ def _keys(
     if static is not None:
         if bias is not None or static.dim() != 3 or static.shape[0] != size * heads:
             raise Decline
-        found = static.unflatten(0, (size, heads))
+        found = static.view(size, heads, *static.shape[1:])
     else:
         if bias is not None:
             projected = torch.cat([projected, bias.expand(-1, size, -1)])
@@ -205,42 +216,49 @@ def _keys(
 
 
 def _additive_mask(
-    attn_mask: Tensor | None,
-    key_padding_mask: Tensor | None,
-    extent: tuple[int, int, int, int],
-    like: Tensor,
+    attn_mask: Tensor | None, key_padding_mask: Tensor | None, q: Tensor, k: Tensor, appended: int
 ) -> Tensor | None:
-    """Both masks as one float mask to be added to the scores; appended positions are never hidden."""
-    size, heads, queries, keys = extent
+    """Both masks as one to be added to the scores; appended positions are never hidden."""
+    size, heads, queries, keys = *q.shape[:3], k.shape[2]
     total: Tensor | None = None
     if attn_mask is not None:
-        mask = _as_float(attn_mask, like, keys)
-        if attn_mask.dim() == 2 and attn_mask.shape[0] == queries:
+        mask = _as_float(attn_mask, q, keys - appended, appended)
+        if mask.shape == (queries, keys):
             total = mask[None, None]
-        elif attn_mask.shape[:-1] == (size * heads, queries):
+        elif mask.shape == (size * heads, queries, keys):
             total = mask.unflatten(0, (size, heads))
         else:
             raise Decline
     if key_padding_mask is not None:
-        padding = _as_float(key_padding_mask, like, keys).reshape(-1, 1, 1, keys)
+        padding = _as_float(key_padding_mask, q, keys - appended, appended).reshape(-1, 1, 1, keys)
         if padding.shape[0] != size:
             raise Decline
         total = padding if total is None else total + padding
     return total
 
 
-def _as_float(mask: Tensor, like: Tensor, keys: int) -> Tensor:
+def _as_float(mask: Tensor, like: Tensor, keys: int, appended: int) -> Tensor:
+    if mask.shape[-1] != keys:
+        raise Decline
     if mask.dtype == torch.bool:
         mask = torch.zeros_like(mask, dtype=like.dtype).masked_fill(mask, float("-inf"))
     elif not mask.is_floating_point():
         raise Decline
-    return F.pad(mask, (0, keys - mask.shape[-1]))
+    return F.pad(mask, (0, appended)) if appended else mask
 
 
-def _attend_with_weights(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout_p: float
-) -> tuple[Tensor, Tensor]:
-    """Attention with the weights that the user asked to see."""
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    dropout_p: float,
+    causal: bool,
+    need_weights: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Attention, and the weights if the user asked to see them."""
+    if not need_weights:
+        return F.scaled_dot_product_attention(q, k, v, mask, dropout_p, causal), None
     scores = (q * q.shape[-1] ** -0.5) @ k.mT
     weights = (scores if mask is None else scores + mask).softmax(-1)
     if dropout_p > 0:

@@ -34,6 +34,22 @@ class Geometry:
     transposed: bool = False
     output_padding: tuple[int, ...] = ()
 
+    def convolve(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The convolution itself, by the public function: autocast on CPU knows no other."""
+        axes = len(self.stride)
+        if not self.transposed:
+            plain = getattr(torch, f"conv{axes}d")
+            result: Tensor = plain(
+                input, weight, bias, self.stride, self.padding, self.dilation, self.groups
+            )
+            return result
+        transposed = getattr(torch, f"conv_transpose{axes}d")
+        result = transposed(
+            input, weight, bias, self.stride, self.padding, self.output_padding, self.groups,
+            self.dilation,
+        )  # fmt: skip
+        return result
+
     def weight_gradient(
         self, gradient: Tensor, input: Tensor, weight: Tensor, groups: int
     ) -> Tensor:
@@ -185,6 +201,8 @@ def _convolve(
     dilation = _per_axis(static["dilation"], axes)
     padding = static["padding"]
     if padding == "same":
+        if any(step != 1 for step in _per_axis(static["stride"], axes)):
+            raise Decline  # PyTorch refuses it; let it say so
         x, padding = _same_padding(x, w.shape[2:], dilation)
     elif padding == "valid":
         padding = 0
@@ -196,11 +214,7 @@ def _convolve(
         static.get("transposed", False),
         _per_axis(static.get("output_padding", 0), axes),
     )
-    y = torch.convolution(
-        x, w, b, geometry.stride, geometry.padding, geometry.dilation, geometry.transposed,
-        geometry.output_padding, geometry.groups,
-    )  # fmt: skip
-    return _finish(call, x, w, y, (weight, bias), inner, geometry)
+    return _finish(call, x, w, geometry.convolve(x, w, b), (weight, bias), inner, geometry)
 
 
 def _finish(

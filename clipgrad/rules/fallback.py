@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from clipgrad.errors import NotPerSampleError
+from clipgrad.rules._recurrent_definition import DEFINITIONS
 
 
 def _embedding(
@@ -27,18 +28,44 @@ def _embedding(
     scale_grad_by_freq: bool = False,
     sparse: bool = False,
 ) -> Tensor:
-    """``vmap`` forgets ``padding_idx`` when the weight differs per sample: the padding row would get a gradient."""
+    """``vmap`` forgets ``padding_idx`` and ``scale_grad_by_freq`` when the weight differs per sample."""
     refuse_max_norm(max_norm)
-    if scale_grad_by_freq:
-        raise NotPerSampleError(
-            "embedding with scale_grad_by_freq=True and a weight that differs per sample is not supported; set "
-            "scale_grad_by_freq=False."
-        )
     rows = F.embedding(input, weight)
+    if scale_grad_by_freq:
+        count = (input.reshape(-1, 1) == input.reshape(1, -1)).sum(1).view(input.shape)
+        fixed = rows.detach()
+        rows = fixed + (rows - fixed) / count.unsqueeze(-1)  # the value stays, the gradient shrinks
     if padding_idx is None:
         return rows
     ignored = (input == padding_idx % weight.shape[0]).unsqueeze(-1)
     return torch.where(ignored, rows.detach(), rows)
+
+
+def _embedding_bag(
+    input: Tensor,
+    weight: Tensor,
+    offsets: Tensor | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2,
+    scale_grad_by_freq: bool = False,
+    mode: str = "mean",
+    sparse: bool = False,
+    per_sample_weights: Tensor | None = None,
+    include_last_offset: bool = False,
+    padding_idx: int | None = None,
+) -> Tensor:
+    """Never sparse: the gradient meets dense ones."""
+    refuse_max_norm(max_norm)
+    return F.embedding_bag(
+        input,
+        weight,
+        offsets,
+        scale_grad_by_freq=scale_grad_by_freq,
+        mode=mode,
+        per_sample_weights=per_sample_weights,
+        include_last_offset=include_last_offset,
+        padding_idx=padding_idx,
+    )
 
 
 def refuse_max_norm(max_norm: float | None) -> None:
@@ -51,10 +78,19 @@ def refuse_max_norm(max_norm: float | None) -> None:
         )
 
 
-def _attention(*args: Any, **kwargs: Any) -> Tensor:
-    """Fused kernels fail below ``vmap`` (a learned mask on CPU, alignment on CUDA); the plain formula does not."""
-    with sdpa_kernel(SDPBackend.MATH):
-        return F.scaled_dot_product_attention(*args, **kwargs)
+def _by_formula(attention: Callable[..., Any]) -> Callable[..., Any]:
+    """Fused kernels fail under ``vmap`` (a learned mask on CPU, alignment on CUDA); the formula does not."""
+
+    def corrected(*args: Any, **kwargs: Any) -> Any:
+        with sdpa_kernel(SDPBackend.MATH):
+            return attention(*args, **kwargs)
+
+    return corrected
+
+
+def _not_left_aligned(*args: Any, **kwargs: Any) -> bool:
+    """Asked by ``nn.TransformerEncoder`` in eval mode, on its way to a fused path that has no gradients."""
+    return False
 
 
 def _register_hook(*args: Any, **kwargs: Any) -> None:
@@ -66,8 +102,12 @@ def _register_hook(*args: Any, **kwargs: Any) -> None:
 
 CORRECTIONS: Mapping[Callable[..., Any], Callable[..., Any]] = MappingProxyType(
     {
+        **DEFINITIONS,
         F.embedding: _embedding,
-        F.scaled_dot_product_attention: _attention,
+        F.embedding_bag: _embedding_bag,
+        F.scaled_dot_product_attention: _by_formula(F.scaled_dot_product_attention),
+        F.multi_head_attention_forward: _by_formula(F.multi_head_attention_forward),
+        torch._nested_tensor_from_mask_left_aligned: _not_left_aligned,
         torch.Tensor.register_hook: _register_hook,
     }
 )

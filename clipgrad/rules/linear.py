@@ -48,10 +48,7 @@ def linear(call: Call, input: Tensor, weight: Tensor, bias: Tensor | None = None
     )
 
 
-@register_rule(
-    torch.matmul, torch.Tensor.matmul, torch.mm, torch.Tensor.mm, torch.mv, torch.Tensor.mv,
-    torch.Tensor.__rmatmul__, name="matmul",
-)  # fmt: skip
+@register_rule(torch.matmul, torch.Tensor.matmul, name="matmul")
 def matmul(call: Call, input: Tensor, other: Tensor) -> Tensor:
     """``x @ W`` or ``W @ x`` with a weight of one or two axes."""
     left_lanes, right_lanes = call.has_lanes(input), call.has_lanes(other)
@@ -62,6 +59,24 @@ def matmul(call: Call, input: Tensor, other: Tensor) -> Tensor:
         if left_lanes
         else _weight_times_data(call, input, other)
     )
+
+
+@register_rule(torch.Tensor.__rmatmul__, name="rmatmul")
+def rmatmul(call: Call, input: Tensor, other: Tensor) -> Tensor:
+    """``other @ input``: the reflected operator has its operands the other way round."""
+    return matmul(call, other, input)
+
+
+@register_rule(torch.mm, torch.Tensor.mm, name="mm")
+def mm(call: Call, input: Tensor, mat2: Tensor) -> Tensor:
+    """``matmul`` of two matrices; its second operand has another name."""
+    return matmul(call, input, mat2)
+
+
+@register_rule(torch.mv, torch.Tensor.mv, name="mv")
+def mv(call: Call, input: Tensor, vec: Tensor) -> Tensor:
+    """``matmul`` of a matrix and a vector; its second operand has another name."""
+    return matmul(call, input, vec)
 
 
 def _data_times_weight(call: Call, data: Tensor, weight: Tensor) -> Tensor:

@@ -1,0 +1,218 @@
+"""Group, instance and (in eval mode) batch normalisation: one weight and bias per channel, channels second."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from clipgrad.errors import NotPerSampleError
+from clipgrad.rules._canonical import PerSample, widen
+from clipgrad.rules._registry import Call, Decline, Recipe, register_rule
+from clipgrad.rules.normalization import Statistics, autocasts, precise, shared_or_none
+
+
+class _ChannelAffine:
+    """Per-sample gradients of one weight and bias per channel.
+
+    A group norm over ``B * C`` channels of one image is the group norm of ``B`` samples, except that its
+    affine gradients are per sample: one native operation, at the price of the ordinary weight gradient.
+
+    Args:
+        x: Input, ``[N, C, *positions]`` with ``N = B * n``.
+        samples: ``B``.
+        statistics: From ``x``, flattened to ``N * groups`` values each.
+    """
+
+    def __init__(self, x: Tensor, samples: int, statistics: Callable[[Tensor], Statistics]) -> None:
+        self.x = x
+        self._samples = samples
+        self._statistics = statistics
+        self._bias: Tensor | None = None
+
+    def weight(self, gradient: Tensor) -> PerSample:
+        x = widen(self.x)
+        rows, channels = x.shape[:2]
+        mean, rstd = (value.reshape(1, -1).to(x.dtype) for value in self._statistics(x))
+        image = (1, rows * channels, x[0, 0].numel())
+        # The native operation reads its operands as if they were contiguous, and reshape may return a view.
+        _, weight, bias = torch.ops.aten.native_group_norm_backward(
+            widen(gradient).reshape(image).contiguous(), x.reshape(image).contiguous(), mean, rstd,
+            x.new_ones(1).expand(image[1]), *image, mean.shape[1], [False, True, True],
+        )  # fmt: skip
+        self._bias = self._per_sample(bias)
+        return PerSample(self._per_sample(weight))
+
+    def bias(self, gradient: Tensor) -> PerSample:
+        """The weight's pass has found it already, if there was one."""
+        found, self._bias = self._bias, None
+        if found is None:
+            summed = gradient.reshape(*self.x.shape[:2], -1).sum(2, dtype=widen(gradient[:0]).dtype)
+            found = self._per_sample(summed)
+        return PerSample(found)
+
+    def _per_sample(self, values: Tensor) -> Tensor:
+        return values.reshape(self._samples, -1, self.x.shape[1]).sum(1)
+
+
+def _images(call: Call, input: Tensor) -> tuple[Tensor, torch.Size]:
+    """The input as ``[N, C, *positions]``, contiguous or channels last, and its own shape."""
+    if not call.has_lanes(input):
+        raise Decline
+    x = call.batched(input)
+    if x.dim() < 3:
+        raise Decline
+    images = x.flatten(0, 1)
+    channels_last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(images.dim())
+    if channels_last is None or not images.is_contiguous(memory_format=channels_last):
+        images = images.contiguous()
+    return images, x.shape
+
+
+def _group_norm(
+    call: Call,
+    images: Tensor,
+    shape: torch.Size,
+    groups: int,
+    affine: tuple[Tensor | None, Tensor | None],
+    eps: float,
+) -> Tensor:
+    w, b = (shared_or_none(call, operand) for operand in affine)
+    rows, channels, positions = *images.shape[:2], images[0, 0].numel()
+    statistics: Statistics | None = None
+    if autocasts(images) or not images.is_contiguous():
+        y = F.group_norm(images, groups, w, b, eps)
+    else:
+        y, mean, rstd = torch.native_group_norm(
+            images, w, b, rows, channels, positions, groups, eps
+        )
+        statistics = precise(mean, rstd)
+
+    def find(wide: Tensor) -> Statistics:
+        if statistics is not None:
+            return statistics
+        mean, rstd = torch.native_group_norm(
+            wide.contiguous(), None, None, rows, channels, positions, groups, eps
+        )[1:]
+        return mean, rstd
+
+    return _finish(call, y, shape, affine, _ChannelAffine(images, shape[0], find))
+
+
+@register_rule(F.group_norm, torch.group_norm, name="group_norm")
+def group_norm(
+    call: Call,
+    input: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    cudnn_enabled: bool = True,
+) -> Tensor:
+    """Statistics per sample and group of channels, over all positions."""
+    images, shape = _images(call, input)
+    # One value per group, or a number of groups that does not divide: the operation itself refuses.
+    if images[0].numel() * shape[1] <= num_groups or shape[2] % num_groups:
+        raise Decline
+    return _group_norm(call, images, shape, num_groups, (weight, bias), eps)
+
+
+@register_rule(F.instance_norm, name="instance_norm")
+def instance_norm(
+    call: Call,
+    input: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """A group norm with as many groups as channels; with fixed statistics an affine map."""
+    if not use_input_stats:
+        return _fixed_statistics(call, input, running_mean, running_var, (weight, bias), eps)
+    if running_mean is not None or running_var is not None:
+        raise NotPerSampleError(
+            "InstanceNorm with track_running_stats=True writes its running statistics (buffers) in the "
+            "forward pass, unclipped and without noise, which is not private. Make it with "
+            "track_running_stats=False, or put it in eval mode: module.eval()."
+        )
+    images, shape = _images(call, input)
+    if images[0, 0].numel() == 1:  # the operation itself refuses
+        raise Decline
+    return _group_norm(call, images, shape, shape[2], (weight, bias), eps)
+
+
+@register_rule(F.batch_norm, name="batch_norm")
+def batch_norm(
+    call: Call,
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """In eval mode an affine map per channel. In training mode there is no per-sample gradient."""
+    if running_mean is None or running_var is None:
+        raise _no_batch_statistics("without running statistics", "")
+    if training:
+        otherwise = (
+            ", or, if its running statistics are trained already, fix them with model.eval()"
+        )
+        raise _no_batch_statistics("in training mode", otherwise)
+    return _fixed_statistics(call, input, running_mean, running_var, (weight, bias), eps)
+
+
+def _no_batch_statistics(mode: str, otherwise: str) -> NotPerSampleError:
+    return NotPerSampleError(
+        f"BatchNorm {mode} normalises every sample by the mean and variance of the whole batch, so the "
+        "gradient of one sample depends on the others and cannot be clipped on its own. Replace it by "
+        f"GroupNorm with clipgrad.replace_batch_norm(model){otherwise}."
+    )
+
+
+def _fixed_statistics(
+    call: Call,
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    affine: tuple[Tensor | None, Tensor | None],
+    eps: float,
+) -> Tensor:
+    if running_mean is None or running_var is None:
+        raise Decline  # the operation itself says that it needs both
+    if running_mean.requires_grad or running_var.requires_grad:
+        raise Decline  # statistics that are trained have a gradient that this rule does not know
+    images, shape = _images(call, input)
+    mean, variance = call.shared(running_mean), call.shared(running_var)
+    w, b = (shared_or_none(call, operand) for operand in affine)
+    y = F.batch_norm(images, mean, variance, w, b, eps=eps)
+
+    def find(wide: Tensor) -> Statistics:
+        rstd = (variance.to(wide.dtype) + eps).rsqrt()
+        return mean.expand(len(wide), -1), rstd.expand(len(wide), -1)
+
+    return _finish(call, y, shape, affine, _ChannelAffine(images, shape[0], find))
+
+
+def _finish(
+    call: Call,
+    y: Tensor,
+    shape: torch.Size,
+    affine: tuple[Tensor | None, Tensor | None],
+    gradients: _ChannelAffine,
+) -> Tensor:
+    weight, bias = affine
+    return call.finish(
+        y,
+        Recipe(weight, gradients.weight),
+        Recipe(bias, gradients.bias),
+        saved=(gradients.x,),
+        view=lambda images: images.unflatten(0, shape[:2]),
+    )

@@ -1,0 +1,180 @@
+"""``einsum`` of per-sample data with one weight: the equation says which canonical factors to take."""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch import Tensor
+
+from clipgrad.rules._canonical import Outer, PerSample, widen
+from clipgrad.rules._registry import Call, Decline, Extent, Recipe, register_rule
+
+
+@register_rule(torch.einsum, name="einsum")
+def einsum(call: Call, equation: str, *operands: Tensor | Sequence[Tensor]) -> Tensor:
+    """Two operands, one of which all samples share."""
+    if len(operands) == 1 and isinstance(operands[0], list | tuple):
+        operands = tuple(operands[0])
+    if len(operands) != 2:
+        raise Decline
+    first, second = operands
+    if not isinstance(first, Tensor) or not isinstance(second, Tensor):
+        raise Decline
+    data_first = call.has_lanes(first)
+    if data_first == call.has_lanes(second):
+        raise Decline
+    data, weight = (first, second) if data_first else (second, first)
+    w = call.shared(weight)
+    x = call.batched(data)
+    letters = _parse(equation, data_first, x.dim() - 1)
+    axes = Axes.of(letters, w.shape, x.shape)
+    if axes.is_outer:
+        return _as_products(call, x, weight, w, axes)
+    lane = axes.lane
+    return call.finish(
+        torch.einsum(f"{lane}{axes.data},{axes.weight}->{lane}{axes.output}", x, w),
+        Recipe(
+            weight,
+            lambda g: PerSample(
+                torch.einsum(
+                    f"{lane}{axes.data},{lane}{axes.output}->{lane}{axes.weight}",
+                    widen(x),
+                    widen(g),
+                )
+            ),
+        ),
+        saved=(x,),
+    )
+
+
+@dataclass(frozen=True)
+class Axes:
+    """The letters of an equation, and what becomes of each axis of the weight.
+
+    Attributes:
+        data: Letters of the data, without its sample axis.
+        weight: Letters of the weight.
+        output: Letters of the output, without its sample axis.
+        lane: The letter given to the sample axis.
+        groups: Axes of the weight that data and output have too: independent products.
+        contracted: Axes of the weight that only the data has.
+        kept: Axes of the weight that only the output has.
+        positions: Axes of data and output that the weight lacks.
+        sizes: Length of every axis.
+    """
+
+    data: str
+    weight: str
+    output: str
+    lane: str
+    groups: str
+    contracted: str
+    kept: str
+    positions: str
+    sizes: dict[str, int]
+
+    @classmethod
+    def of(
+        cls, letters: tuple[str, str, str], weight_shape: Sequence[int], data_shape: Sequence[int]
+    ) -> Axes:
+        """Sort the axes by their role.
+
+        Raises:
+            Decline: If the weight's gradient is more than a sum of products of data and output
+                gradient: a diagonal of it, an axis of it summed away or broadcast.
+        """
+        data, weight, output = letters
+        if len(set(weight)) != len(weight) or set(weight) - set(data) - set(output):
+            raise Decline
+        if len(weight) != len(weight_shape) or len(data) != len(data_shape) - 1:
+            raise Decline  # PyTorch's own message is what the user reads
+        sizes = dict(zip(data, data_shape[1:], strict=True))
+        for letter, size in zip(weight, weight_shape, strict=True):
+            if sizes.setdefault(letter, size) != size:
+                raise Decline  # an axis of length 1 meets a longer one
+        if set(output) - set(sizes) or len(set(output)) != len(output):
+            raise Decline
+        lane = next(c for c in string.ascii_letters if c not in data + weight + output)
+        return cls(
+            data,
+            weight,
+            output,
+            lane,
+            groups="".join(c for c in weight if c in data and c in output),
+            contracted="".join(c for c in weight if c not in output),
+            kept="".join(c for c in weight if c not in data),
+            positions="".join(c for c in data if c in output and c not in weight),
+            sizes=sizes,
+        )
+
+    @property
+    def rows_first(self) -> bool:
+        """Whether the kept axes of the weight stand before the contracted ones."""
+        return self.weight == self.groups + self.kept + self.contracted
+
+    @property
+    def is_outer(self) -> bool:
+        """Whether the weight is laid out as groups, rows, columns."""
+        if self.groups and not (self.contracted and self.kept):
+            return False
+        return self.rows_first or self.weight == self.groups + self.contracted + self.kept
+
+    def length(self, letters: str) -> int:
+        """Number of elements over some axes."""
+        return prod(self.sizes[letter] for letter in letters)
+
+
+def _as_products(call: Call, x: Tensor, weight: Tensor, w: Tensor, axes: Axes) -> Tensor:
+    """One matrix product per group, ``[groups, samples and positions, contracted]`` with the weight."""
+    groups, contracted, kept = map(axes.length, (axes.groups, axes.contracted, axes.kept))
+    samples, positions = call.batch_size, axes.length(axes.positions)
+    order = axes.groups + axes.lane + axes.positions
+    left = torch.einsum(f"{axes.lane}{axes.data}->{order}{axes.contracted}", x)
+    left = left.reshape(groups, samples * positions, contracted)
+    if axes.rows_first:
+        product = torch.bmm(left, w.reshape(groups, kept, contracted).mT)
+    else:
+        product = torch.bmm(left, w.reshape(groups, contracted, kept))
+
+    def by_sample(factor: Tensor) -> Tensor:
+        by_group = factor.reshape(groups, samples, positions, -1)
+        return by_group.transpose(0, 1).reshape(samples * groups, positions, -1)
+
+    def make(gradient: Tensor) -> Outer:
+        inputs, outputs = by_sample(left), by_sample(gradient)
+        rows, columns = (outputs, inputs) if axes.rows_first else (inputs, outputs)
+        return Outer(rows, columns, w.shape, groups)
+
+    def view(product: Tensor) -> Tensor:
+        sizes = {**axes.sizes, axes.lane: samples}
+        shaped = product.view([sizes[letter] for letter in order + axes.kept])
+        return shaped.permute([(order + axes.kept).index(c) for c in axes.lane + axes.output])
+
+    rows, columns = (kept, contracted) if axes.rows_first else (contracted, kept)
+    extent = Extent(positions, rows, columns, groups)
+    return call.finish(product, Recipe(weight, make, extent), saved=(left,), view=view)
+
+
+def _parse(equation: str, data_first: bool, data_axes: int) -> tuple[str, str, str]:
+    """Letters of data, weight and output; an ellipsis of the data is spelled out."""
+    inputs, arrow, output = equation.replace(" ", "").partition("->")
+    terms = inputs.split(",")
+    if len(terms) != 2:
+        raise Decline
+    data, weight = terms if data_first else reversed(terms)
+    if "..." in weight:
+        raise Decline
+    if not arrow:
+        both = (data + weight).replace("...", "")
+        output = "..." if "..." in data else ""
+        output += "".join(c for c in sorted(set(both)) if both.count(c) == 1)
+    free = [c for c in string.ascii_letters if c not in equation]
+    spelled = "".join(free[: max(0, data_axes - len(data.replace("...", "")))])
+    data, output = data.replace("...", spelled, 1), output.replace("...", spelled, 1)
+    if not all(c in string.ascii_letters for c in data + weight + output):
+        raise Decline
+    return data, weight, output

@@ -1,0 +1,128 @@
+"""Layer and RMS normalisation, and what they share with the norms over channels.
+
+All norms compute ``y = xhat * weight + bias`` with ``xhat`` made from the sample alone, so
+
+    g_weight[b] = sum over positions of G * xhat        g_bias[b] = sum over positions of G
+
+The forward is the library's fused operation on all samples; it hands back the statistics, from which ``xhat``
+is rebuilt in the backward pass. Per-sample gradients are vectors, so they are always kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from clipgrad.rules._canonical import PerSample, widen
+from clipgrad.rules._registry import Call, Decline, Recipe, register_rule
+
+Statistics = tuple[Tensor, Tensor]
+"""Mean and reciprocal standard deviation."""
+
+
+def shared_or_none(call: Call, tensor: Tensor | None) -> Tensor | None:
+    """An optional weight or bias without its sample axis."""
+    return None if tensor is None else call.shared(tensor)
+
+
+def precise(mean: Tensor, rstd: Tensor) -> Statistics | None:
+    """The statistics of the forward pass, or None where they must be found again.
+
+    On CPU a half-precision norm returns half-precision statistics. They are detached because a hook that held
+    a tensor of its own graph would keep the graph alive.
+    """
+    return (mean.detach(), rstd.detach()) if widen(mean[:0]).dtype == mean.dtype else None
+
+
+def autocasts(x: Tensor) -> bool:
+    """Whether the composite operation must run, since autocast knows nothing of the native ones."""
+    return torch.is_autocast_enabled(x.device.type)
+
+
+def _summed(values: Tensor, weights: Tensor) -> Tensor:
+    """``sum_s weights[b, s] values[b, s]``: ``[B, S, I]`` and ``[B, S]`` to ``[B, I]``; overwrites the values."""
+    if values.device.type == "cpu":  # one pass over memory less, 1.1 to 1.8 times faster
+        return torch.bmm(weights[:, None], values)[:, 0]
+    # Elsewhere a matrix product might run in TF32, in which the ordinary gradient of a norm never does.
+    return values.mul_(weights[:, :, None]).sum(1)
+
+
+def _positions(x: Tensor, shape: Sequence[int]) -> tuple[int, int, int] | None:
+    """Samples, positions per sample, normalised elements; None if the samples would be normalised over."""
+    axes = x.dim() - len(shape)
+    return (x.shape[0], prod(x.shape[1:axes]), prod(x.shape[axes:])) if axes > 0 else None
+
+
+@register_rule(F.layer_norm, torch.layer_norm, name="layer_norm")
+def layer_norm(
+    call: Call,
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    cudnn_enable: bool = True,
+) -> Tensor:
+    """Every position of a sample has its own mean and variance; weight and bias are shared by all."""
+    if not call.has_lanes(input):
+        raise Decline
+    x, w, b = call.batched(input), shared_or_none(call, weight), shared_or_none(call, bias)
+    shape = tuple(normalized_shape)
+    canonical = _positions(x, shape)
+    if (
+        canonical is None
+    ):  # ``vmap`` would mix the samples; on one of them the operation says what is wrong
+        return F.layer_norm(x[0], shape, eps=eps)
+    statistics: Statistics | None = None
+    if autocasts(x):
+        y = F.layer_norm(x, shape, w, b, eps)
+    else:
+        y, mean, rstd = torch.native_layer_norm(x, shape, w, b, eps)
+        statistics = precise(mean, rstd)
+
+    def make_weight(gradient: Tensor) -> PerSample:
+        if statistics is None:
+            mean, rstd = torch.native_layer_norm(widen(x), shape, None, None, eps)[1:]
+        else:
+            mean, rstd = statistics
+        products = torch.sub(x, mean).mul_(gradient).reshape(canonical)
+        return PerSample(_summed(products, rstd.view(canonical[:2])).view(-1, *shape))
+
+    def make_bias(gradient: Tensor) -> PerSample:
+        summed = gradient.reshape(canonical).sum(1, dtype=widen(gradient[:0]).dtype)
+        return PerSample(summed.view(-1, *shape))
+
+    return call.finish(y, Recipe(weight, make_weight), Recipe(bias, make_bias), saved=(x,))
+
+
+@register_rule(F.rms_norm, torch.rms_norm, name="rms_norm")
+def rms_norm(
+    call: Call,
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    eps: float | None = None,
+) -> Tensor:
+    """A layer norm without mean and bias."""
+    if not call.has_lanes(input):
+        raise Decline
+    x, w = call.batched(input), shared_or_none(call, weight)
+    shape = tuple(normalized_shape)
+    canonical = _positions(x, shape)
+    if canonical is None:
+        return F.rms_norm(x[0], shape, eps=eps)
+    y = F.rms_norm(x, shape, w, eps)
+
+    def make_weight(gradient: Tensor) -> PerSample:
+        wide = widen(x).reshape(canonical)
+        # The operation's own default, also for half precision, which it computes in float32.
+        epsilon = torch.finfo(wide.dtype).eps if eps is None else eps
+        squares = torch.linalg.vector_norm(wide, dim=-1).square()
+        scale = (squares / canonical[-1] + epsilon).rsqrt()
+        return PerSample(_summed(wide * gradient.reshape(canonical), scale).view(-1, *shape))
+
+    return call.finish(y, Recipe(weight, make_weight), saved=(x,))
