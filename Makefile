@@ -84,7 +84,7 @@ lock: ## resolve constraints.txt anew
 
 clean: ## remove everything generated but .venv
 	$(call say,removing caches and build products)
-	@rm -rf build dist site .benchmarks .cache .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	@rm -rf digits.png build dist site .benchmarks .cache .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	@find . -name '.venv*' -prune -o -name __pycache__ -type d -exec rm -rf {} +
 
 distclean: clean ## remove .venv as well

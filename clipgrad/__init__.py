@@ -8,13 +8,14 @@
 from __future__ import annotations
 
 from clipgrad import accounting, rules
+from clipgrad.batch_norm import replace_batch_norm
 from clipgrad.clipping import Relation
 from clipgrad.errors import EscapedParameterError, NotPerSampleError, UnclippedGradientError
 from clipgrad.explain import Explanation
 from clipgrad.noise import NoiseSource, SeededNoise, SystemNoise
 from clipgrad.optimizer import Diagnostics, DPOptimizer
 from clipgrad.rules import register_decomposition, register_rule, unregister_rule
-from clipgrad.sampling import PoissonSampler, poisson_loader
+from clipgrad.sampling import EmptyBatchCollate, PoissonSampler, poisson_loader
 from clipgrad.transform import ClippedGrad, ClippedGradResult, clipped_grad
 
 __version__ = "0.1.0"
@@ -24,6 +25,7 @@ __all__ = [
     "ClippedGradResult",
     "DPOptimizer",
     "Diagnostics",
+    "EmptyBatchCollate",
     "EscapedParameterError",
     "Explanation",
     "NoiseSource",
@@ -38,6 +40,7 @@ __all__ = [
     "poisson_loader",
     "register_decomposition",
     "register_rule",
+    "replace_batch_norm",
     "rules",
     "unregister_rule",
 ]

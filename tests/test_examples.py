@@ -1,0 +1,67 @@
+"""Runs every docs/examples/*.py as a reader would, but with --quick and warnings as errors."""
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+EXAMPLES = sorted((ROOT / "docs" / "examples").glob("[!_]*.py"))
+
+
+def test_there_are_examples():
+    assert "digits" in [example.stem for example in EXAMPLES]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
+def test_example_runs(example: Path, tmp_path: Path):
+    arguments, check = CHECKS.get(example.stem, ([], lambda output, folder: None))
+    result = run(example, *arguments, folder=tmp_path)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert result.stderr == ""
+    check(result.stdout, tmp_path)
+
+
+def run(example: Path, *arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    # No terminal and no display: as in a CI log, whatever the tests themselves run in.
+    unwanted = ("DISPLAY", "FORCE_COLOR", "TTY_INTERACTIVE", "TTY_COMPATIBLE", "MPLBACKEND")
+    environment = {key: value for key, value in os.environ.items() if key not in unwanted}
+    paths = [str(ROOT), environment.get("PYTHONPATH", "")]
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+    environment["PYTHONIOENCODING"] = "utf-8"
+    environment["COLUMNS"] = "80"
+    command = [sys.executable, "-W", "error", str(example), "--quick", *arguments]
+    return subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, encoding="utf-8", timeout=120
+    )
+
+
+def check_digits(output: str, folder: Path) -> None:
+    assert (folder / "digits.png").read_bytes().startswith(b"\x89PNG")
+    assert str(folder / "digits.png") in output
+    assert "NOT PRIVATE" in output  # because of --seed
+    rows = {
+        name: (float(accuracy), epsilon)
+        for name, accuracy, epsilon in re.findall(
+            r"│ (\S.*?) +│ +([\d.]+)% │ +(\S+) │ +[\d,]+ │ +\d+% │", output
+        )
+    }
+    assert rows.keys() == {"clipgrad", "not private", "vmap(grad)"}
+    for accuracy, _ in rows.values():
+        assert accuracy > 50  # chance is 10
+    assert rows["clipgrad"][1] == rows["vmap(grad)"][1] == "3.00"
+    assert rows["not private"][1] == "none"
+    # The same seed: the same batches and noise. Rounding may tip a few images of 360.
+    assert rows["clipgrad"][0] == pytest.approx(rows["vmap(grad)"][0], abs=3)
+    # Lines in place of a progress bar, the last of each training with its last step.
+    assert len(re.findall(r"step +20/20 +loss [\d.]+ +accuracy +[\d.]+%", output)) == 3
+
+
+CHECKS: dict[str, tuple[list[str], Callable[[str, Path], None]]] = {
+    "digits": (["--seed", "0"], check_digits),
+}
