@@ -16,19 +16,45 @@ class _Advice(NamedTuple):
 
 _ADVICE = (
     _Advice(
-        ("data-dependent control flow", "Boolean value of Tensor"),
+        (
+            "data-dependent control flow",
+            "Boolean value of Tensor",
+            "aten::equal",
+            "vmap over torch.allclose",
+        ),
         "the loss branches on the value of a tensor (data-dependent control flow), so different samples would "
-        "run different code. Write the branch as torch.where(condition, a, b), or compute the condition from "
-        "Python values.",
+        "run different code. Write the branch as torch.where(condition, a, b), compute the condition from Python "
+        "values, or pass branches='split', which runs samples that branch alike together.",
     ),
     _Advice(
         (".item() on a Tensor", "item() on a Tensor"),
         "the loss reads the value of a tensor with .item() (or int(), float()), which is data-dependent control "
-        "flow: under per-sample gradients it has one value per sample. Keep it a tensor.",
+        "flow: under per-sample gradients it has one value per sample. Keep it a tensor, or pass branches='split'.",
+    ),
+    _Advice(
+        ("Cannot access data pointer of Tensor", "Cannot access storage of BatchedTensor"),
+        "the loss takes the values out of a tensor (tolist, numpy, deepcopy, pickle), where they cannot be followed. "
+        "Use tensor operations; make copies of modules outside the loss.",
+    ),
+    _Advice(
+        ("needed for gradient computation has been modified",),
+        "the loss changes in place a value that a gradient needs as it was; PyTorch refuses this on a whole batch as "
+        "well. Use the out-of-place form of the operation: x = x * 2 instead of x *= 2.",
+    ),
+    _Advice(
+        (
+            "a view of a leaf Variable",
+            "a leaf Variable that requires grad",
+            "more than one element of the written-to tensor",
+        ),
+        "the loss writes in place to a parameter or to something computed from parameters alone, which all samples "
+        "share. Use the out-of-place form: w = w * mask instead of w *= mask.",
     ),
     _Advice(
         (
             "vmap: inplace arithmetic",
+            "is not possible because there exists a Tensor",
+            "Batch norm got a batched tensor",
             "in-place",
             "inplace",
             "doesn't match the broadcast shape",
@@ -39,7 +65,7 @@ _ADVICE = (
         "has_aux=True, or put the layer in eval mode.",
     ),
     _Advice(
-        ("randomness mode", "randomness='error'"),
+        ("randomness error mode", "randomness mode", "randomness='error'"),
         'the loss is random, and randomness="error" forbids that; use randomness="different" (each sample its own '
         "dropout mask).",
     ),
@@ -47,7 +73,7 @@ _ADVICE = (
         ("setup_context", "generate_vmap_rule", "vmap staticmethod"),
         "the loss calls a custom autograd.Function that vmap cannot batch. Give it setup_context and "
         "generate_vmap_rule = True (or a vmap static method). If it is torch.utils.checkpoint, drop it: "
-        "microbatch_size bounds the memory instead.",
+        "microbatch_size bounds the memory instead. If it is a module's backward hook, remove it.",
     ),
     _Advice(
         ("escaped from inside a function being vmapped",),
@@ -55,7 +81,47 @@ _ADVICE = (
         "transform. Switch checkpointing off: microbatch_size bounds the memory instead.",
     ),
     _Advice(
-        ("dynamic shape", "dynamic in shape", "output has dynamic shape", "nonzero"),
+        ("with `.data` under vmap", "accessing `data` under vmap"),
+        "the loss reads or writes .data, past autograd and for all samples at once. Use .detach() to read a value; "
+        "change parameters and buffers outside the loss.",
+    ),
+    _Advice(
+        ("cannot register a hook on a tensor", "can't retain_grad on Tensor"),
+        "the loss registers a hook, or retain_grad, on a tensor that has no gradient of its own inside the transform. "
+        "Remove it; change values in the forward pass instead.",
+    ),
+    _Advice(
+        ("vmap: we do not yet support", "Batching rule not implemented"),
+        "the loss calls an operation that PyTorch's vmap cannot batch; the error below names it. Write it with "
+        "elementary operations, or teach it to clipgrad with clipgrad.register_decomposition.",
+    ),
+    _Advice(
+        (
+            "inside of a function being transformed by a functorch",
+            "backward() called inside a functorch",
+            "element 0 of tensors does not require grad",
+        ),
+        "the loss differentiates with requires_grad_(), backward() or torch.autograd, which cannot see single samples. "
+        "Use torch.func.grad (or vjp, jacrev) for gradients inside the loss.",
+    ),
+    _Advice(
+        ("inside of vmap for memory_format",),
+        "the loss asks for a memory_format (channels_last) of one sample's tensor, which has no meaning there. Convert "
+        "the model and the batch before backward.",
+    ),
+    _Advice(
+        ("TORCHDYNAMO_VERBOSE",),
+        "the loss runs code compiled by torch.compile (or torch.cond), which cannot be followed. Pass the model and "
+        "the loss uncompiled (a compiled model holds it in _orig_mod).",
+    ),
+    _Advice(
+        (
+            "dynamic shape",
+            "dynamic in shape",
+            "output has dynamic shape",
+            "differently shaped Tensor",
+            "nonzero",
+        ),
         "the loss makes a tensor whose shape depends on the data (nonzero, boolean indexing, unique), which differs "
         "from sample to sample: data-dependent control flow. Use torch.where or a mask of fixed shape.",
     ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -9,18 +10,20 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode, resolve_name
 
+from clipgrad import _leftovers
+from clipgrad._branches import is_read, read
+from clipgrad._call import BoundCall
 from clipgrad._lanes import (
     Decline,
     below_vmap,
     current_level,
     current_randomness,
-    per_sample,
     physical,
 )
-from clipgrad._shared import SHAREABLE, is_injective
-from clipgrad._tape import Expected, Tape, Tracked, watch
-from clipgrad.errors import EscapedParameterError
-from clipgrad.rules._registry import Decomposition, Recipe, Rule, rules
+from clipgrad._shared import SHAREABLE, VIEWS, is_injective, writes_in_place, writes_to_first
+from clipgrad._tape import Tape, Tracked
+from clipgrad.errors import EscapedParameterError, NotPerSampleError
+from clipgrad.rules._registry import Decomposition, Rule, rules
 from clipgrad.rules.fallback import CORRECTIONS
 
 _RULES = rules()
@@ -47,70 +50,6 @@ def tensors_in(result: Any) -> list[Tensor]:
     return [t for t in result if isinstance(t, Tensor)] if isinstance(result, list | tuple) else []
 
 
-class BoundCall:
-    """The ``Call`` that a rule receives: operands of one operation, resolved against the tape."""
-
-    def __init__(self, capture: Capture, rule: str) -> None:
-        self._capture = capture
-        self._rule = rule
-
-    @property
-    def batch_size(self) -> int:
-        return self._capture.tape.batch_size
-
-    @property
-    def randomness(self) -> str:
-        return self._capture.randomness
-
-    def has_lanes(self, tensor: Tensor | None) -> bool:
-        if tensor is None or id(tensor) in self._capture.table:
-            return False
-        return physical(tensor, self._capture.level) is not None
-
-    def batched(self, tensor: Tensor) -> Tensor:
-        tracked = self._capture.table.get(id(tensor))
-        if (
-            tracked is not None
-        ):  # a parameter used as data: its per-sample copies carry the gradient
-            tracked.fallback.append(self._rule)
-            return tracked.leaf
-        value = physical(tensor, self._capture.level)
-        if value is not None:
-            return value
-        return tensor.expand(self.batch_size, *tensor.shape)
-
-    def shared(self, tensor: Tensor) -> Tensor:
-        self._capture.refuse_original(tensor, self._rule)
-        tracked = self._capture.table.get(id(tensor))
-        if tracked is not None:
-            return tracked.value
-        if physical(tensor, self._capture.level) is not None:
-            raise Decline
-        return tensor
-
-    def finish(
-        self,
-        output: Tensor,
-        *recipes: Recipe,
-        saved: tuple[Tensor, ...] = (),
-        view: Callable[[Tensor], Tensor] | None = None,
-    ) -> Tensor:
-        entries: list[tuple[Tracked, Expected]] = []
-        if torch.is_grad_enabled():
-            for recipe in recipes:
-                if recipe.parameter is None:
-                    continue
-                tracked = self._capture.table.get(id(recipe.parameter))
-                if tracked is not None:
-                    entries.append((tracked, Expected(self._rule, recipe)))
-        if entries:
-            for tracked, expected in entries:
-                tracked.expected.append(expected)
-            tape = self._capture.tape
-            output = watch(output, tape.anchor, tape.on_gradient(entries, saved, self._rule))
-        return per_sample(output if view is None else view(output), self._capture.level)
-
-
 class Capture(TorchFunctionMode):
     """Intercepts the operations of one forward pass under ``vmap``.
 
@@ -118,11 +57,20 @@ class Capture(TorchFunctionMode):
         tape: The microbatch's tape.
         wrappers: What the loss holds for each parameter, in the tape's order.
         originals: The tensors that the caller passed; met inside the loss, they are a gradient that escapes.
+        splits: Answer Python's questions about values, if need be by splitting the microbatch.
     """
 
-    def __init__(self, tape: Tape, wrappers: Sequence[Tensor], originals: Sequence[Tensor]) -> None:
+    def __init__(
+        self,
+        tape: Tape,
+        wrappers: Sequence[Tensor],
+        originals: Sequence[Tensor],
+        *,
+        splits: bool = False,
+    ) -> None:
         super().__init__()
         self.tape = tape
+        self.splits = splits
         self.level = current_level()
         self.randomness = current_randomness()
         self.table: dict[int, Tracked] = {}
@@ -130,10 +78,10 @@ class Capture(TorchFunctionMode):
             tracked.wrapper = wrapper
             self.table[id(wrapper)] = tracked
         self.originals = {id(t): name.name for t, name in zip(originals, tape.tracked, strict=True)}
-        self._kept_alive = (
-            list(wrappers),
-            list(originals),
-        )  # an id is only an identity while its object lives
+        self.positions = {id(t): index for index, t in enumerate(originals)}
+        # An id is only an identity while its object lives.
+        self._kept_alive = (list(wrappers), list(originals))
+        self.made: list[weakref.ref[Tensor]] = []
 
     def __torch_function__(
         self,
@@ -143,9 +91,32 @@ class Capture(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        native = current_level() == self.level
         if func == _REQUIRES_GRAD:
             return self._requires_grad(args[0])
+        kept = _leftovers.among(operands(args, kwargs))
+        try:
+            result = self._run(func, args, kwargs)
+        except Exception as error:
+            if kept:
+                raise _leftovers.refuse(operation_name(func)) from error
+            raise
+        made = tensors_in(result)
+        if kept and made:  # asking for a shape is harmless
+            raise _leftovers.refuse(operation_name(func))
+        self.made.extend(map(weakref.ref, made))
+        return result
+
+    def _run(self, func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        native = current_level() == self.level
+        if self.splits and native:
+            if func is torch.Tensor.__contains__:
+                with self:
+                    return bool((args[0] == args[1]).any())
+            if is_read(func) and id(args[0]) not in self.table:
+                try:
+                    return read(func, args[0], self.level)
+                except Decline:
+                    pass  # the same for all samples: read as it is
         if native:
             rule = _RULES.get(func)
             if rule is not None:
@@ -157,6 +128,9 @@ class Capture(TorchFunctionMode):
             result = self._derive(func, args, kwargs, tracked)
             if result is not NotImplemented:
                 return result
+        if tracked and writes_to_first(func) and id(args[0]) in self.table:
+            # Some would go through and be noticed only afterwards, with the parameter changed.
+            raise NotPerSampleError(written_message(self.table[id(args[0])].name))
         result = CORRECTIONS.get(func, func)(*args, **kwargs)
         if tracked and torch.is_grad_enabled() and tensors_in(result):
             for entry in tracked:
@@ -182,8 +156,11 @@ class Capture(TorchFunctionMode):
             if isinstance(rule, Decomposition):
                 with self:
                     return rule.apply(*args, **kwargs)
+            call = BoundCall(self, rule.name)
             with below_vmap():
-                return rule.apply(BoundCall(self, rule.name), *args, **kwargs)
+                result = rule.apply(call, *args, **kwargs)
+            call.check()
+            return result
         except Decline:
             return NotImplemented
 
@@ -208,23 +185,32 @@ class Capture(TorchFunctionMode):
     ) -> Any:
         """Run an operation on parameters alone once, and track its result."""
 
-        def lower(value: Any) -> Any:
-            if isinstance(value, Tensor):
-                return self.table[id(value)].shared
-            if isinstance(value, list | tuple) and any(isinstance(item, Tensor) for item in value):
-                return type(value)(lower(item) for item in value)
-            return value
+        def run(read: Callable[[Tracked], Tensor]) -> Any:
+            lowered = [_lower(value, self.table, read) for value in args]
+            return func(
+                *lowered, **{key: _lower(value, self.table, read) for key, value in kwargs.items()}
+            )
 
+        if writes_in_place(func, args, kwargs):
+            return NotImplemented
+        source = sources[0]
         with below_vmap():
-            result = func(*map(lower, args), **{key: lower(value) for key, value in kwargs.items()})
+            result = run(lambda entry: entry.shared)
             outputs = tensors_in(result)
             if not outputs or not all(output.requires_grad for output in outputs):
                 return NotImplemented
+            wide: list[Tensor | None] = [None] * len(outputs)
+            if len(sources) == 1 and source.injective and func in VIEWS:
+                same = source.exact is source.shared
+                twins = outputs if same else tensors_in(run(lambda entry: entry.exact))
+                wide = [
+                    twin if is_injective(func, source.shared, output) else None
+                    for output, twin in zip(outputs, twins, strict=True)
+                ]
             name = f"{operation_name(func)}({', '.join(source.name for source in sources)})"
             wrapped = []
-            for output in outputs:
-                injective = len(sources) == 1 and is_injective(func, sources[0].shared, output)
-                entry = self.tape.derive(name, output, sources, self.level, injective)
+            for output, twin in zip(outputs, wide, strict=True):
+                entry = self.tape.derive(name, output, sources, self.level, twin)
                 self.table[id(entry.wrapper)] = entry
                 wrapped.append(entry.wrapper)
         if isinstance(result, Tensor):
@@ -245,6 +231,23 @@ class Capture(TorchFunctionMode):
                 self.refuse_original(operand, operation_name(func))
 
 
+def _lower(value: Any, table: dict[int, Tracked], read: Callable[[Tracked], Tensor]) -> Any:
+    """An argument with what ``read`` finds in the place of every tracked tensor."""
+    # Not nested in the method: a recursive closure is a reference cycle, and would keep the whole tape alive.
+    if isinstance(value, Tensor):
+        return read(table[id(value)])
+    if isinstance(value, list | tuple) and any(isinstance(item, Tensor) for item in value):
+        return type(value)(_lower(item, table, read) for item in value)
+    return value
+
+
+def written_message(name: str) -> str:
+    return (
+        f"the loss wrote to parameter {name!r} in place. Change parameters outside the loss, after "
+        "optimizer.step(), or compute the changed value out of place: torch.clamp(weight, ...)."
+    )
+
+
 def escape_message(name: str, operation: str) -> str:
     return (
         f"parameter {name!r} reached {operation} from outside the transform (held in a list, a closure or an "
@@ -253,4 +256,4 @@ def escape_message(name: str, operation: str) -> str:
     )
 
 
-__all__ = ["BoundCall", "Capture", "escape_message", "operation_name"]
+__all__ = ["Capture", "escape_message", "operation_name", "written_message"]

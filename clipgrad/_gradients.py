@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from clipgrad._tape import Tape, Tracked
-from clipgrad.rules._canonical import PerSample, row_norms_squared, widen
+from clipgrad.rules._canonical import PerSample, row_norms_squared, select_rows, widen
 
 
 class Gradients:
@@ -65,11 +65,14 @@ class Gradients:
         for part in self._parts[index]:
             gradient: Tensor | None = part.weighted_sum(factors)
             if part.derived and gradient is not None:
-                source = self._tape.tracked[index].shared
+                source = self._tape.tracked[index]
+                expression, parameter = (
+                    (part.exact, source.exact) if part.injective else (part.shared, source.shared)
+                )
                 (gradient,) = torch.autograd.grad(
-                    part.shared,
-                    [source],
-                    gradient.to(part.shared.dtype),
+                    expression,
+                    [parameter],
+                    gradient.to(expression.dtype),
                     retain_graph=True,
                     allow_unused=True,
                 )
@@ -81,7 +84,8 @@ class Gradients:
         """Make the gradient of every sample outside the mask exactly zero."""
         for entry in self._tape.tracked:
             entry.select(keep)
-        self._summed.clear()
+        # What was summed per sample stays so: pulling back a sum instead would round it as the expression does.
+        self._summed = {index: select_rows(total, keep) for index, total in self._summed.items()}
         self._pulled.clear()
 
     def _pull_back(self, part: Tracked, index: int) -> Tensor | None:

@@ -36,18 +36,14 @@ class Inputs:
     ) -> Inputs:
         single = isinstance(argnums, int)
         argnums = (argnums,) if isinstance(argnums, int) else argnums
-        if batch_argnums is None:
-            batch_argnums = tuple(i for i in range(len(args)) if i not in argnums)
-        if max((*argnums, *batch_argnums), default=0) >= len(args) or not batch_argnums:
-            raise ValueError(
-                f"argnums={argnums} and batch_argnums={batch_argnums} need at least one batch argument and "
-                f"{max((*argnums, *batch_argnums), default=0) + 1} positional arguments, got {len(args)}."
-            )
+        argnums, batch_argnums = _validate.positions(argnums, batch_argnums, len(args))
         trainable = tuple(args[i] for i in argnums)
         names, params, spec = _flatten_parameters(trainable[0] if single else trainable)
         paths, batch_spec = tree_flatten_with_path(tuple(args[i] for i in batch_argnums))
         batch = [leaf.detach() if isinstance(leaf, Tensor) else leaf for _, leaf in paths]
         size = _validate.batch_size(batch, [keystr(path) for path, _ in paths])
+        _validate.differentiable(params, batch)
+        _validate.no_python_samples([args[i] for i in batch_argnums], size)
 
         def loss(leaves: Sequence[Tensor], sample: Sequence[Any]) -> Any:
             full = list(args)

@@ -46,6 +46,19 @@ def below_vmap() -> Iterator[None]:
         yield
 
 
+def is_wrapped(tensor: Tensor) -> bool:
+    """Whether a functorch transform made the tensor, so that it means something only inside of it."""
+    level: int = _functorch.maybe_get_level(tensor)
+    return level >= 0
+
+
+def address(tensor: Tensor) -> int:
+    """Where the values of a tensor lie, underneath every functorch wrapper."""
+    while is_wrapped(tensor):
+        tensor = _functorch.get_unwrapped(tensor)
+    return tensor.data_ptr()
+
+
 def physical(tensor: Tensor, level: int) -> Tensor | None:
     """The tensor with its lane axis moved to the front, or None when it has no lane axis.
 
@@ -73,9 +86,11 @@ def per_sample(value: Tensor, level: int) -> Tensor:
 
 __all__ = [
     "Decline",
+    "address",
     "below_vmap",
     "current_level",
     "current_randomness",
+    "is_wrapped",
     "per_sample",
     "physical",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -10,10 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.func import vmap
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
+from clipgrad import _leftovers
 from clipgrad._advice import explained
-from clipgrad._capture import Capture, escape_message
+from clipgrad._branches import Disagreement, rows
+from clipgrad._capture import Capture, escape_message, written_message
 from clipgrad._gradients import Gradients
 from clipgrad._plan import Choice, choose
 from clipgrad._tape import Strategy, Tape
@@ -37,6 +40,7 @@ class Settings:
     strategy: Strategy | None
     memory_budget: float | None
     pre_clipping: PreClipping | None
+    branches: str = "refuse"
 
 
 @dataclass(frozen=True)
@@ -73,29 +77,40 @@ def forward(
     tape = Tape(names, params, size)
 
     structure: list[Any] = []
+    made: list[list[weakref.ref[Tensor]]] = []
 
     def one_sample(leaves: list[Tensor], sample: list[Any]) -> tuple[Tensor, ...]:
         if settings.keep_batch_dim:
             sample = [leaf[None] if isinstance(leaf, Tensor) else leaf for leaf in sample]
-        with Capture(tape, leaves, params):
+        capture = Capture(tape, leaves, params, splits=settings.branches == "split")
+        made.append(capture.made)
+        capture.made.extend(weakref.ref(leaf) for leaf in sample if isinstance(leaf, Tensor))
+        with capture:
             result = loss(leaves, sample)
         value, aux = _split(result, settings.has_aux)
         flat, spec = tree_flatten(aux)
+        for leaf in flat:
+            if not isinstance(leaf, Tensor):
+                raise NotPerSampleError(
+                    f"aux may hold tensors only, got {type(leaf).__name__}; return constants outside the loss."
+                )
         structure.append(spec)
         return value, *flat
 
     in_dims = ([0] * len(params), [0 if isinstance(leaf, Tensor) else None for leaf in batch])
     versions = [param._version for param in params]
-    with explained():
-        values, *aux = vmap(one_sample, in_dims=in_dims, randomness=settings.randomness)(
-            [entry.leaf for entry in tape.tracked], list(batch)
-        )
-    for name, param, version in zip(names, params, versions, strict=True):
-        if param._version != version:
-            raise NotPerSampleError(
-                f"the loss wrote to parameter {name!r} in place. Change parameters outside the loss, after "
-                "optimizer.step(), or compute the changed value out of place: torch.clamp(weight, ...)."
+    try:
+        with explained():
+            values, *aux = vmap(one_sample, in_dims=in_dims, randomness=settings.randomness)(
+                [entry.leaf for entry in tape.tracked], list(batch)
             )
+        for name, param, version in zip(names, params, versions, strict=True):
+            if param._version != version:
+                raise NotPerSampleError(written_message(name))
+    except BaseException:
+        tape.release()
+        raise
+    _leftovers.remember(made[0])
     return tape, values, tree_unflatten([leaf.detach() for leaf in aux], structure[0])
 
 
@@ -107,14 +122,65 @@ def run(
     is_padding: Tensor | None,
     settings: Settings,
 ) -> Piece:
-    """Clipped sums of one microbatch."""
-    with torch.enable_grad():
-        tape, values, aux = forward(loss, names, params, batch, settings)
+    """Clipped sums of one microbatch; where samples branch apart, of its parts."""
+    try:
+        with torch.enable_grad():
+            tape, values, aux = forward(loss, names, params, batch, settings)
+    except Disagreement as disagreement:
+        parts = disagreement.parts()
+    else:
+        return _finish(tape, values, aux, params, is_padding, settings)
+    pieces = [
+        run(
+            loss,
+            names,
+            params,
+            rows(batch, part),
+            None if is_padding is None else is_padding[part.to(is_padding.device)],
+            settings,
+        )
+        for part in parts
+    ]
+    return _joined(pieces, torch.cat(parts).argsort())
+
+
+def _joined(pieces: Sequence[Piece], order: Tensor) -> Piece:
+    """The pieces of one microbatch as one, samples in their old order."""
+
+    def join(parts: Sequence[Tensor]) -> Tensor:
+        joined = torch.cat(list(parts))
+        return joined[order.to(joined.device)]
+
+    sums = [total.contiguous() for total in pieces[0].sums]
+    for piece in pieces[1:]:
+        torch._foreach_add_(sums, piece.sums)
+    return Piece(
+        sums,
+        join([piece.values for piece in pieces]),
+        [join(norms) for norms in zip(*(piece.norms for piece in pieces), strict=True)],
+        tree_map(lambda *leaves: join(leaves), *(piece.aux for piece in pieces)),
+        join([piece.nonfinite for piece in pieces]),
+    )
+
+
+def _finish(
+    tape: Tape,
+    values: Tensor,
+    aux: Any,
+    params: Sequence[Tensor],
+    is_padding: Tensor | None,
+    settings: Settings,
+) -> Piece:
+    """Backward pass, norms and clipped sums after the forward pass of one microbatch."""
+    try:
         plan(tape, settings)
-        _backward(tape, values, params)
-    with torch.no_grad(), _without_autocast(values.device):
-        gradients = Gradients(tape, len(params))
-        return _clip(gradients, params, values.detach(), aux, is_padding, settings)
+        with torch.enable_grad():
+            _backward(tape, values, params)
+        with torch.no_grad(), _without_autocast(values.device):
+            gradients = Gradients(tape, len(params))
+            return _clip(gradients, params, values.detach(), aux, is_padding, settings)
+    finally:
+        tape.release()
 
 
 def plan(tape: Tape, settings: Settings) -> list[Choice]:
@@ -145,18 +211,21 @@ def _split(result: Any, has_aux: bool) -> tuple[Tensor, Any]:
         )
         raise NotPerSampleError(
             f"the loss must return a scalar tensor for one sample, got {got}. Reduce it with .mean() or .sum(); "
-            "to return more, use has_aux=True."
+            "to return more, use clipgrad.clipped_grad with has_aux=True."
         )
     if not value.is_floating_point():
-        raise NotPerSampleError(f"the loss must be a floating-point scalar, got {value.dtype}.")
+        raise NotPerSampleError(
+            f"the loss must be a floating-point scalar, got {value.dtype}; compute it from floating-point values."
+        )
     return value, aux
 
 
 def _backward(tape: Tape, values: Tensor, params: Sequence[Tensor]) -> None:
     if not values.requires_grad:
         raise NotPerSampleError(
-            "the loss does not depend on any parameter that is being trained (detached, computed under no_grad, or "
-            "made of other tensors), so there is no gradient to clip."
+            "the loss does not depend on any parameter that is being trained (detached, computed under no_grad or "
+            "inference_mode, or made of other tensors), so there is no gradient to clip. "
+            "Compute the loss from the model's output, and let the gradient through."
         )
     _refuse_escapes(tape, values, params)
     with _without_autocast(values.device), explained():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -11,7 +11,11 @@ from clipgrad.errors import UnclippedGradientError
 
 
 class Pending:
-    """The clipped sums of the logical batch so far, and proof that ``.grad`` still holds just them."""
+    """The clipped sums of the logical batch so far, and proof that ``.grad`` still shows just them.
+
+    The sums are private to this object and ``.grad`` holds a copy: some writes to a tensor leave no trace
+    (``p.grad.data``, ``GradScaler.unscale_``), and none of them may reach what the noise is added to.
+    """
 
     def __init__(self) -> None:
         self._sums: list[Tensor] | None = None
@@ -19,57 +23,106 @@ class Pending:
             int, tuple[Tensor, int]
         ] = {}  # id(parameter) -> its .grad and version, as we left them
 
-    def clear(self) -> None:
+    @property
+    def unfinished(self) -> bool:
+        """Whether a ``backward`` waits for its ``step``."""
+        return self._sums is not None
+
+    def clear(self, parameters: Iterable[Tensor]) -> None:
+        """Forget the sums; what ``zero_grad`` left in ``.grad``, zeros or nothing, is known to be harmless."""
         self._sums = None
+        self._written = {}
+        for parameter in parameters:
+            if parameter.grad is not None:
+                self._remember(parameter)
 
     def before_backward(self, names: Sequence[str], parameters: Sequence[Tensor]) -> None:
-        if self._sums is not None and all(parameter.grad is None for parameter in parameters):
-            self.clear()  # model.zero_grad() between two backward calls starts the logical batch anew
-        self._refuse_foreign(names, parameters, missing_ok=self._sums is None)
+        if self.unfinished and all(parameter.grad is None for parameter in parameters):
+            self._sums = (
+                None  # model.zero_grad() between two backward calls starts the logical batch anew
+            )
+        for name, parameter in zip(names, parameters, strict=True):
+            if parameter.grad is None and not self.unfinished:
+                self._written.pop(id(parameter), None)  # frees the gradient that zero_grad dropped
+            elif self.unfinished:
+                self._refuse_unless_intact(name, parameter)
+            elif self._of(parameter) is not parameter.grad:
+                raise UnclippedGradientError(_foreign(name, parameter))
 
-    def add(self, parameters: Sequence[Tensor], sums: list[Tensor]) -> None:
+    def add(self, parameters: Sequence[Tensor], sums: Sequence[Tensor]) -> None:
         if self._sums is None:
-            self._sums = sums
+            self._sums = [
+                _laid_out_like(p, total) for p, total in zip(parameters, sums, strict=True)
+            ]
         else:
-            torch._foreach_add_(self._sums, sums)
-        self._show(parameters, self._sums)
+            torch._foreach_add_(self._sums, list(sums))
+        for parameter, total in zip(parameters, self._sums, strict=True):
+            parameter.grad = total.to(parameter.dtype, copy=True)
+            self._remember(parameter)
 
-    def take(self, names: Sequence[str], parameters: Sequence[Tensor]) -> list[Tensor]:
-        """The sums of the finished logical batch, to be noised in place."""
+    def take(
+        self, names: Sequence[str], parameters: Sequence[Tensor], others: Iterable[Tensor]
+    ) -> list[Tensor]:
+        """The sums of the finished logical batch, to be noised in place.
+
+        Args:
+            names: Names of the parameters.
+            parameters: Those that are trained.
+            others: Those that the wrapped optimizer would also step if they had a gradient.
+        """
         if self._sums is None:
             raise UnclippedGradientError(
                 "step: no backward(*batch) since the last step (or zero_grad came in between), so there is no clipped "
                 "gradient to step on. Call backward first; an empty batch is legal."
             )
-        self._refuse_foreign(names, parameters, missing_ok=False)
+        for name, parameter in zip(names, parameters, strict=True):
+            self._refuse_unless_intact(name, parameter)
+        for parameter in others:
+            if parameter.grad is not None and not self._is_intact(parameter):
+                raise UnclippedGradientError(
+                    f"a parameter of shape {tuple(parameter.shape)} was not trained by backward (it is frozen, or was "
+                    "until then), but holds a .grad that was not clipped here, and the wrapped optimizer would step "
+                    "on it. Clear it with optimizer.zero_grad() before backward."
+                )
         sums, self._sums = self._sums, None
         return sums
 
-    def publish(self, parameters: Sequence[Tensor], sums: Sequence[Tensor]) -> None:
-        self._show(parameters, sums)
+    def publish(self, parameters: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
+        """Show the finished, noisy gradients."""
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient.to(parameter.dtype)
+            self._remember(parameter)
 
-    def _show(self, parameters: Sequence[Tensor], sums: Sequence[Tensor]) -> None:
-        self._written = {}
-        for parameter, total in zip(parameters, sums, strict=True):
-            parameter.grad = total if total.dtype == parameter.dtype else total.to(parameter.dtype)
-            self._written[id(parameter)] = (parameter.grad, parameter.grad._version)
+    def _remember(self, parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        self._written[id(parameter)] = (parameter.grad, _version(parameter.grad))
 
-    def _refuse_foreign(
-        self, names: Sequence[str], parameters: Sequence[Tensor], *, missing_ok: bool
-    ) -> None:
-        for name, parameter in zip(names, parameters, strict=True):
-            gradient = parameter.grad
-            if gradient is None and missing_ok:
-                continue
-            ours, version = self._written.get(id(parameter), (None, -1))
-            if (
-                gradient is None
-                or gradient is not ours
-                or (gradient._version != version and not missing_ok)
-            ):
-                raise UnclippedGradientError(
-                    f"parameter {name!r}: its .grad was {'cleared' if gradient is None else 'written'} by "
-                    "somebody else (loss.backward(), clip_grad_norm_, a GradScaler, model.zero_grad()), so it is no "
-                    "longer the clipped sum. Let only DPOptimizer.backward write gradients, and clear them with "
-                    "optimizer.zero_grad()."
-                )
+    def _of(self, parameter: Tensor) -> Tensor | None:
+        return self._written.get(id(parameter), (None, -1))[0]
+
+    def _is_intact(self, parameter: Tensor) -> bool:
+        ours, version = self._written.get(id(parameter), (None, -1))
+        return parameter.grad is ours and ours is not None and _version(ours) == version
+
+    def _refuse_unless_intact(self, name: str, parameter: Tensor) -> None:
+        if not self._is_intact(parameter):
+            raise UnclippedGradientError(_foreign(name, parameter))
+
+
+def _version(tensor: Tensor) -> int:
+    return -1 if tensor.is_inference() else tensor._version
+
+
+def _laid_out_like(parameter: Tensor, total: Tensor) -> Tensor:
+    """``total`` with the parameter's strides: fused optimizers walk both as flat memory."""
+    if total.stride() == parameter.stride():
+        return total
+    return torch.empty_like(parameter, dtype=total.dtype, requires_grad=False).copy_(total)
+
+
+def _foreign(name: str, parameter: Tensor) -> str:
+    return (
+        f"parameter {name!r}: its .grad was {'cleared' if parameter.grad is None else 'written'} by somebody else "
+        "(loss.backward(), clip_grad_norm_, a GradScaler, model.zero_grad()), so it is no longer the clipped sum. "
+        "Let only DPOptimizer.backward write gradients, and clear them with optimizer.zero_grad()."
+    )

@@ -87,7 +87,12 @@ def choose(
 
 def _has_choice(entry: Tracked) -> bool:
     """Norms from factors need every use to be factored, and the gradient to reach the parameter unchanged."""
-    factored = bool(entry.expected) and all(extent is not None for extent in entry.extents)
+    layouts = {
+        None if extent is None else (extent.rows, extent.columns, extent.groups)
+        for extent in entry.extents
+    }
+    # Factors of several uses are joined, so they must agree on what is a row and what a column.
+    factored = len(layouts) == 1 and None not in layouts
     return factored and not entry.fallback and entry.injective
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.func import grad, vmap
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 Params = dict[str, Tensor]
 
@@ -35,6 +35,33 @@ def per_sample_gradients(fn: Callable[..., Tensor], params: Params, *batch: Any)
         grad(one_sample), in_dims=(None, *[0] * len(batch)), randomness="different"
     )(params, *batch)
     return result
+
+
+def per_sample_gradients_by_loop(
+    fn: Callable[..., Tensor], params: Params, *batch: Any
+) -> tuple[Tensor, Params]:
+    """The same by a plain loop, one backward pass per sample: also for operations that ``vmap`` does not know.
+
+    Args:
+        fn: ``fn(params, *batch) -> scalar``.
+        params: Parameters by name.
+        *batch: Tensors (or pytrees of tensors) with a leading batch axis.
+
+    Returns:
+        The losses ``[B]``, and ``[B, *shape]`` for every parameter; zeros where a loss does not depend on it.
+    """
+    losses, gradients = [], []
+    for i in range(len(tree_leaves(batch)[0])):
+        leaves = {name: p.detach().clone().requires_grad_() for name, p in params.items()}
+        loss = fn(leaves, *tree_map(lambda leaf, i=i: leaf[i : i + 1], batch))
+        found = torch.autograd.grad(
+            loss, list(leaves.values()), allow_unused=True, materialize_grads=True
+        )
+        losses.append(loss.detach())
+        gradients.append({n: g.to_dense() for n, g in zip(leaves, found, strict=True)})
+    return torch.stack(losses), {
+        name: torch.stack([gradient[name] for gradient in gradients]) for name in params
+    }
 
 
 def clipped_sum(gradients: Params, max_grad_norm: float) -> tuple[Params, Tensor]:

@@ -11,7 +11,7 @@ sample, so anything not listed here takes the exact per-sample road.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -53,6 +53,12 @@ SHAREABLE = VIEWS | _functions(_ARITHMETIC)
 
 # ``expand`` repeats elements, so norms do not carry over; the other views only move them.
 _REPEATING = _functions("expand expand_as")
+_NOT_A_WRITE = {"requires_grad_", "share_memory_", "rename_"}
+_WRITING_OPERATORS = """
+    __iadd__ __isub__ __imul__ __itruediv__ __ifloordiv__ __imod__ __ipow__ __imatmul__ __iand__
+    __ior__ __ixor__ __ilshift__ __irshift__ __setitem__
+"""
+_WITH_INPLACE = {torch.nn.functional.relu, torch.nn.functional.silu}
 
 
 def is_injective(function: Callable[..., Any], source: Tensor, result: Tensor) -> bool:
@@ -65,3 +71,22 @@ def is_injective(function: Callable[..., Any], source: Tensor, result: Tensor) -
     if function is torch.Tensor.__getitem__:
         return result._is_view()
     return result.numel() <= source.numel()
+
+
+def writes_to_first(function: Callable[..., Any]) -> bool:
+    """Whether a function overwrites its first argument by its nature: ``clamp_``, ``+=``, ``w[0] = ...``."""
+    name = getattr(function, "__name__", "")
+    if name.startswith("__"):
+        return name in _WRITING_OPERATORS.split()
+    return name.endswith("_") and name not in _NOT_A_WRITE
+
+
+def writes_in_place(
+    function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> bool:
+    """Whether a call asks to overwrite an operand: ``F.relu(w, inplace=True)``, ``out=``.
+
+    Earlier uses of that operand would then be pulled back through what it became.
+    """
+    asked = kwargs.get("inplace", False) or kwargs.get("out") is not None
+    return bool(asked or (function in _WITH_INPLACE and any(args[1:])))

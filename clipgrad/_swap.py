@@ -4,21 +4,35 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
+from clipgrad._lanes import is_wrapped
 from clipgrad.errors import NotPerSampleError
+
+
+class _Buffers(NamedTuple):
+    """The buffers of one module as they were before the loss ran."""
+
+    module: nn.Module
+    tensors: dict[str, Tensor | None]
+    versions: dict[str, int]
 
 
 class ParameterSlots:
     """Every place in a module tree that holds one of the given parameters, tied places included.
 
-    Made once and used at every step; ``torch.func.functional_call`` would walk the tree each time, and it leaves
-    the flat weight list of a recurrent layer pointing at the originals.
+    Made once per batch and used for every microbatch; ``torch.func.functional_call`` would walk the tree each
+    time, and it leaves the flat weight list of a recurrent layer pointing at the originals.
 
     Args:
         model: The module tree.
         parameters: Parameters to swap.
+
+    Raises:
+        ValueError: If a parameter belongs to a TorchScript module, where nothing can take its place.
     """
 
     def __init__(self, model: nn.Module, parameters: Sequence[Tensor]) -> None:
@@ -27,7 +41,12 @@ class ParameterSlots:
         self._slots: list[tuple[nn.Module, str, int]] = []
         self._flat: list[tuple[nn.RNNBase, list[int | None]]] = []
         self._frozen: list[tuple[nn.Module, str, Tensor]] = []
+        self._modules: list[nn.Module] = []
         for module in model.modules():
+            if isinstance(module, torch.jit.ScriptModule):
+                _refuse_script(module, positions)
+                continue
+            self._modules.append(module)
             for name, parameter in module._parameters.items():
                 if parameter is None:
                     continue
@@ -39,12 +58,6 @@ class ParameterSlots:
             if isinstance(module, nn.RNNBase):
                 weights = [getattr(module, name, None) for name in module._flat_weights_names]
                 self._flat.append((module, [positions.get(id(weight)) for weight in weights]))
-        self._buffers = [
-            (module, name)
-            for module in model.modules()
-            for name in module._buffers
-            if module._buffers[name] is not None
-        ]
 
     @contextmanager
     def holding(self, tensors: Sequence[Tensor]) -> Iterator[None]:
@@ -55,18 +68,17 @@ class ParameterSlots:
         Raises:
             NotPerSampleError: If the body wrote to a buffer.
         """
-        before = [
-            (buffer, buffer._version)
-            for module, name in self._buffers
-            if (buffer := module._buffers[name]) is not None
-        ]
+        before = [_buffers(module) for module in self._modules]
         flat = [list(module._flat_weights) for module, _ in self._flat]
         try:
             self._place(tensors)
             yield
-            self._check_buffers(before)
+            for buffers in before:
+                _check(buffers)
         finally:
-            self._restore(flat, [buffer for buffer, _ in before])
+            self._restore(flat)
+            for buffers in before:
+                _put_back(buffers)
 
     def _place(self, tensors: Sequence[Tensor]) -> None:
         for module, name, index in self._slots:
@@ -75,25 +87,65 @@ class ParameterSlots:
             module._parameters[name] = parameter.detach()  # type: ignore[assignment]
         for recurrent, indices in self._flat:
             recurrent._flat_weights = [
-                weight if index is None else tensors[index]
+                _constant(weight) if index is None else tensors[index]
                 for weight, index in zip(recurrent._flat_weights, indices, strict=True)
             ]
 
-    def _restore(self, flat: list[list[Tensor | None]], buffers: list[Tensor]) -> None:
+    def _restore(self, flat: list[list[Tensor | None]]) -> None:
         for module, name, index in self._slots:
             module._parameters[name] = self._parameters[index]  # type: ignore[assignment]
         for module, name, parameter in self._frozen:
             module._parameters[name] = parameter  # type: ignore[assignment]
         for (recurrent, _), weights in zip(self._flat, flat, strict=True):
             recurrent._flat_weights = weights
-        for (module, name), buffer in zip(self._buffers, buffers, strict=True):
-            module._buffers[name] = buffer
 
-    def _check_buffers(self, before: Sequence[tuple[Tensor, int]]) -> None:
-        for (module, name), (buffer, version) in zip(self._buffers, before, strict=True):
-            if module._buffers[name] is not buffer or buffer._version != version:
-                raise NotPerSampleError(
-                    f"{type(module).__name__} wrote to its buffer {name!r} in forward. A buffer is shared by all "
-                    "samples and would carry their data past clipping and noise. Put the layer in eval mode, or "
-                    "return the value from the loss instead of storing it."
-                )
+
+def _constant(weight: Tensor | None) -> Tensor | None:
+    return None if weight is None else weight.detach()
+
+
+def _buffers(module: nn.Module) -> _Buffers:
+    tensors = dict(module._buffers)
+    versions = {
+        name: buffer._version
+        for name, buffer in tensors.items()
+        if buffer is not None and not buffer.is_inference()
+    }
+    return _Buffers(module, tensors, versions)
+
+
+def _check(before: _Buffers) -> None:
+    """Refuse a buffer that was written, replaced, or filled with values of single samples."""
+    now = before.module._buffers
+    for name in before.tensors.keys() | now.keys():
+        was, buffer = before.tensors.get(name), now.get(name)
+        if (
+            was is None
+        ):  # made in forward: a constant is made again next time, a sample's value is refused
+            changed = buffer is not None and is_wrapped(buffer)
+        else:
+            changed = buffer is not was or was._version != before.versions.get(name, was._version)
+        if changed:
+            raise NotPerSampleError(
+                f"{type(before.module).__name__} wrote to its buffer {name!r} in forward. A buffer is shared by all "
+                "samples and would carry their data past clipping and noise. Put the layer in eval mode, or "
+                "return the value from the loss instead of storing it."
+            )
+
+
+def _put_back(before: _Buffers) -> None:
+    now = before.module._buffers
+    if now.keys() != before.tensors.keys() or any(
+        now[name] is not buffer for name, buffer in before.tensors.items()
+    ):
+        now.clear()
+        now.update(before.tensors)
+
+
+def _refuse_script(module: torch.jit.ScriptModule, positions: dict[int, int]) -> None:
+    if any(id(parameter) in positions for parameter in module.parameters(recurse=False)):
+        raise ValueError(
+            f"{module.original_name} is a TorchScript module (torch.jit.script or trace), whose parameters cannot be "
+            "followed through its code. Pass the Python module instead, or freeze its parameters: "
+            "parameter.requires_grad_(False) for each."
+        )

@@ -16,6 +16,7 @@ from clipgrad.rules._canonical import (
     PerSample,
     Use,
     ghost_norms_squared,
+    never_underestimated,
     row_norms_squared,
     widen,
 )
@@ -56,6 +57,7 @@ class Tracked:
         wrapper: What user code holds: ``leaf`` with its lane axis hidden.
         parameters: Indices of the parameters it is made of; one and itself if it is a parameter.
         injective: The expression only moves elements (a view), so norms carry over.
+        wide: See ``exact``.
     """
 
     name: str
@@ -65,6 +67,7 @@ class Tracked:
     parameters: tuple[int, ...]
     derived: bool = False
     injective: bool = True
+    wide: Tensor | None = None
     expected: list[Expected] = field(default_factory=list)
     fallback: list[str] = field(default_factory=list)
     strategy: Strategy = Strategy.KEPT
@@ -78,6 +81,17 @@ class Tracked:
     @property
     def value(self) -> Tensor:
         return self.shared.detach()
+
+    @property
+    def exact(self) -> Tensor:
+        """``shared`` in at least float32, a view with a graph of its own; clipped sums are pulled back through it.
+
+        Rounded to the half precision of a parameter, a sum over samples would move by more than one sample may.
+        """
+        if self.wide is None:
+            wide = widen(self.shared)
+            self.wide = wide if wide is self.shared else wide.detach().requires_grad_()
+        return self.wide
 
     def receive(self, use: Use, extent: Extent | None) -> None:
         """Take the gradient of one use as the backward pass delivers it."""
@@ -117,6 +131,9 @@ class Tracked:
         if self.kept is not None:
             return row_norms_squared(self.kept)
         factors = [outer for use in self.uses if (outer := use.outer()) is not None]
+        if len(factors) < len(self.uses) or len({outer.groups for outer in factors}) > 1:
+            # A use without factors, or one convolution weight with two groupings: factors cannot be joined.
+            return row_norms_squared(self.per_sample())
         if self.strategy is Strategy.RECOMPUTE:
             return _recomputed_norms(factors)
         return ghost_norms_squared(factors)
@@ -137,7 +154,7 @@ def _recomputed_norms(factors: Sequence[Outer]) -> Tensor:
         chunk = slice(start, min(start + step, samples))
         parts = [outer.rows_of(chunk).per_sample() for outer in factors]
         pieces.append(row_norms_squared(sum(parts[1:], start=parts[0])))
-    return torch.cat(pieces)
+    return never_underestimated(torch.cat(pieces), factors, materialised=True)
 
 
 class Tape:
@@ -157,16 +174,43 @@ class Tape:
         return Tracked(name, shared, leaf, leaf, parameters)
 
     def derive(
-        self, name: str, shared: Tensor, sources: Sequence[Tracked], level: int, injective: bool
+        self,
+        name: str,
+        shared: Tensor,
+        sources: Sequence[Tracked],
+        level: int,
+        wide: Tensor | None,
     ) -> Tracked:
-        """Track an expression of parameters, computed once for all samples."""
+        """Track an expression of parameters, computed once for all samples.
+
+        Args:
+            name: Shown by ``explain``.
+            shared: The expression's value, with its graph.
+            sources: The operands.
+            level: Where the wrapper belongs.
+            wide: If the expression only moves elements, the same of its operand's ``exact`` value.
+        """
         parameters = tuple(sorted({index for source in sources for index in source.parameters}))
         tracked = self._track(name, shared, parameters)
         tracked.wrapper = per_sample(tracked.leaf, level)
         tracked.derived = True
-        tracked.injective = injective and all(source.injective for source in sources)
+        tracked.injective = wide is not None
+        tracked.wide = wide
         self.tracked.append(tracked)
         return tracked
+
+    def release(self) -> None:
+        """Let go of every factor, once the sums are there or the loss was refused.
+
+        A parameter used twice closes a cycle through the autograd graph: the hook of its first use reaches the
+        parameter, that the recipe of its second use, and that an input computed from the first use's output. Half
+        of it lies in C++, where Python's garbage collector cannot see it, so the graph would never be freed.
+        """
+        for entry in self.tracked:
+            entry.expected.clear()
+            entry.uses = []
+            entry.kept = None
+            entry.leaf.grad = None
 
     def on_gradient(
         self, entries: Sequence[tuple[Tracked, Expected]], saved: tuple[Tensor, ...], rule: str

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+_PLAIN = (str, bytes, bool, int, float, complex)
 
 
 def positive(name: str, value: float) -> float:
@@ -30,8 +32,48 @@ def one_of(name: str, value: str, allowed: Sequence[str]) -> str:
     return value
 
 
+def positions(
+    argnums: Sequence[int], batch_argnums: Sequence[int] | None, count: int
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Positions of parameters and of batch arguments among ``count`` arguments; -1 is the last."""
+
+    def absolute(name: str, numbers: Sequence[int]) -> tuple[int, ...]:
+        for number in numbers:
+            if not -count <= number < count:
+                raise ValueError(
+                    f"{name}={tuple(numbers)} does not fit a call with {count} positional arguments."
+                )
+        return tuple(number % count for number in numbers)
+
+    parameters = absolute("argnums", argnums)
+    if batch_argnums is None:
+        batch = tuple(i for i in range(count) if i not in parameters)
+    else:
+        batch = absolute("batch_argnums", batch_argnums)
+    if not batch:
+        raise ValueError(
+            f"no batch argument: argnums={tuple(argnums)} takes all of the {count} positional arguments."
+        )
+    both = (*parameters, *batch)
+    if len(set(both)) < len(both):
+        raise ValueError(
+            f"argnums={parameters} and batch_argnums={batch} name an argument twice; an argument is either "
+            "parameters or batch."
+        )
+    return parameters, batch
+
+
 def batch_size(leaves: Sequence[Any], paths: Sequence[str]) -> int:
     """The common leading size of all tensors of a batch."""
+    for leaf, path in zip(leaves, paths, strict=True):
+        if not isinstance(leaf, Tensor) and _may_hold_samples(leaf):
+            remedy = "Convert it with torch.as_tensor"
+            if not hasattr(leaf, "shape"):
+                remedy = "Pass tensors in dicts, lists and tuples (such as dict(batch)), and constants by closure"
+            raise ValueError(
+                f"batch argument {path} is {type(leaf).__name__}, not a tensor: every sample would see all of it. "
+                f"{remedy}."
+            )
     sizes = {
         path: leaf.shape[0] if leaf.dim() else None
         for leaf, path in zip(leaves, paths, strict=True)
@@ -54,6 +96,46 @@ def batch_size(leaves: Sequence[Any], paths: Sequence[str]) -> int:
             f"batch arguments disagree about the batch size ({listed}); their first axes must match."
         )
     return int(next(iter(sizes.values())) or 0)
+
+
+def _may_hold_samples(leaf: Any) -> bool:
+    """Whether something that is no tensor, and no container that PyTorch looks into, may hold several values."""
+    if isinstance(leaf, (*_PLAIN, type, nn.Module)) or getattr(leaf, "shape", None) == ():
+        return False
+    if hasattr(leaf, "__len__") or hasattr(leaf, "__iter__"):
+        return True
+    return any(isinstance(value, Tensor) for value in getattr(leaf, "__dict__", {}).values())
+
+
+def no_python_samples(arguments: Sequence[Any], size: int) -> None:
+    """Refuse a list with one Python value per sample: it would reach every sample as a whole."""
+    stack = list(arguments)
+    while stack:
+        value = stack.pop()
+        if isinstance(value, Mapping):
+            stack.extend(value.values())
+        elif isinstance(value, list | tuple):
+            if len(value) == size > 1 and all(isinstance(item, _PLAIN) for item in value):
+                raise ValueError(
+                    f"the batch holds a {type(value).__name__} of {size} Python values ({value[0]!r}, ...), one per "
+                    "sample as it seems, but every sample would see all of them. Pass a tensor: torch.as_tensor(...); "
+                    "close over constants in the loss."
+                )
+            stack.extend(value)
+
+
+def differentiable(params: Sequence[Tensor], batch: Sequence[Any]) -> None:
+    """Refuse what autograd cannot record, before it says so in words of its own."""
+    if torch.is_inference_mode_enabled():
+        raise ValueError(
+            "a gradient was asked for under torch.inference_mode(), which switches autograd off; leave it, or use "
+            "torch.no_grad(), which is no obstacle."
+        )
+    if any(isinstance(leaf, Tensor) and leaf.is_inference() for leaf in (*params, *batch)):
+        raise ValueError(
+            "a parameter or batch tensor was made under torch.inference_mode(), so autograd cannot use it; clone it "
+            "outside."
+        )
 
 
 def padding_mask(mask: Tensor | None, size: int) -> Tensor | None:

@@ -91,6 +91,8 @@ def make_clipping(
         ValueError: If a norm is negative or NaN, a parameter matches no prefix, or a prefix no parameter.
     """
     if isinstance(max_grad_norm, Mapping):
+        if not max_grad_norm:
+            raise ValueError("max_grad_norm is an empty mapping; give a norm, or one per prefix.")
         groups = tuple(max_grad_norm)
         norms = tuple(float(norm) for norm in max_grad_norm.values())
         for group, norm in zip(groups, norms, strict=True):

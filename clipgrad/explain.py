@@ -54,7 +54,7 @@ class Explanation:
                 str(row.uses),
                 row.by,
                 row.strategy,
-                f"{row.memory / 2**20:.2f} MiB",
+                _size(row.memory),
                 row.reason,
             )
             for row in self.rows
@@ -65,9 +65,9 @@ class Explanation:
             for line in table
         ]
         lines.insert(1, "  ".join("-" * width for width in widths))
-        total = sum(row.memory for row in self.rows) / 2**20
+        total = _size(sum(row.memory for row in self.rows))
         lines.append(
-            f"microbatch of {self.microbatch_size}: {total:.2f} MiB beyond the ordinary step's activations"
+            f"microbatch of {self.microbatch_size}: {total} beyond the ordinary step's activations"
         )
         return "\n".join(line.rstrip() for line in lines)
 
@@ -98,6 +98,15 @@ def make_explanation(
             )
         )
     return Explanation(tuple(rows), microbatch_size)
+
+
+def _size(count: float) -> str:
+    """Bytes, as people read them."""
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} GiB"
 
 
 def _unused(entry: Tracked, entries: Sequence[Tracked]) -> str:

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch.optim import LBFGS, Optimizer
+from torch.utils._pytree import tree_leaves
 
 from clipgrad import _validate
+from clipgrad._hooks import refuse_hooks
 from clipgrad._pending import Pending
 from clipgrad._swap import ParameterSlots
-from clipgrad.clipping import Relation
-from clipgrad.errors import NotPerSampleError
+from clipgrad.clipping import Relation, make_clipping
+from clipgrad.errors import NotPerSampleError, UnclippedGradientError
 from clipgrad.explain import Explanation
 from clipgrad.noise import NoiseSource, SeededNoise, SystemNoise, gaussian_sigma
 from clipgrad.transform import ClippedGrad, ClippedGradResult, clipped_grad
@@ -69,6 +71,7 @@ class DPOptimizer(Optimizer):
         accumulate_dtype: Dtype of the sums; default the parameter's own, at least float32.
         strategy: See ``clipped_grad``.
         memory_budget: See ``clipped_grad``.
+        branches: ``"split"`` allows a loss that branches on values of tensors; see ``clipped_grad``.
 
     Raises:
         ValueError: If an argument is out of range, a parameter of the optimizer is not in the model, or noise is
@@ -93,6 +96,11 @@ class DPOptimizer(Optimizer):
         >>> optimizer.zero_grad()
     """
 
+    _selection: tuple[tuple[str, nn.Parameter], ...]
+    _slots: ParameterSlots | None
+    _pending: Pending
+    _last: ClippedGradResult | None
+
     def __init__(
         self,
         optimizer: Optimizer,
@@ -111,12 +119,10 @@ class DPOptimizer(Optimizer):
         accumulate_dtype: torch.dtype | None = None,
         strategy: str = "auto",
         memory_budget: float | None = None,
+        branches: str = "refuse",
     ) -> None:
         # Optimizer.__init__ is not called: param_groups, state and hooks are the wrapped optimizer's.
-        if isinstance(optimizer, DPOptimizer) or not isinstance(optimizer, Optimizer):
-            raise ValueError(
-                f"optimizer must be an ordinary torch.optim.Optimizer, got {type(optimizer).__name__}."
-            )
+        _check_parts(optimizer, model, loss_fn)
         if noise is not None and generator is not None:
             raise ValueError(
                 "noise and generator exclude each other; pass one of them, or neither."
@@ -127,9 +133,9 @@ class DPOptimizer(Optimizer):
         self.noise_multiplier = float(noise_multiplier)
         self.expected_batch_size = _validate.positive("expected_batch_size", expected_batch_size)
         self.relation = Relation(relation)
-        self.noise: NoiseSource = noise or (
-            SystemNoise() if generator is None else SeededNoise(generator)
-        )
+        if noise is None:
+            noise = SystemNoise() if generator is None else SeededNoise(generator)
+        self.noise: NoiseSource = noise
         self._gradient: ClippedGrad = clipped_grad(
             self._loss,
             max_grad_norm=max_grad_norm,
@@ -139,14 +145,17 @@ class DPOptimizer(Optimizer):
             accumulate_dtype=accumulate_dtype,
             strategy=strategy,
             memory_budget=memory_budget,
+            branches=branches,
         )
+        if self.noise_multiplier > 0 and not nan_safe:
+            raise ValueError(
+                "nan_safe=False has no finite sensitivity: one sample's NaN would turn the whole sum into NaN, which "
+                "no noise hides. Keep nan_safe=True, or clip without privacy: noise_multiplier=0, got "
+                f"{noise_multiplier}."
+            )
         self.sigma  # noqa: B018 - noise that cannot exist is refused here, not at the first step
-        self._selection: tuple[tuple[str, nn.Parameter], ...] = ()
-        self._slots: ParameterSlots | None = None
-        self._pending = Pending()
-        self._last: ClippedGradResult | None = None
-        self._select()
-        _refuse_batch_norm(model)
+        self._start()
+        make_clipping(max_grad_norm, [name for name, _ in self._selection], rescale=False)
 
     # ------------------------------------------------------------------ the training loop
 
@@ -164,16 +173,19 @@ class DPOptimizer(Optimizer):
             The mean per-sample loss, detached; NaN for a batch of no samples. Not private.
 
         Raises:
-            UnclippedGradientError: If a ``.grad`` holds something that was not clipped here.
+            ValueError: If the batch is malformed or requires grad, which would end at its edge.
+            UnclippedGradientError: If a ``.grad`` holds something that was not clipped here, or the parameters to
+                train are others than in the logical batch's first call.
             NotPerSampleError: If the loss cannot be attributed to single samples.
         """
+        _check_batch(batch)
         self._select()
         names = [name for name, _ in self._selection]
         parameters = [parameter for _, parameter in self._selection]
         self._pending.before_backward(names, parameters)
         result = self._gradient(dict(self._selection), *batch, is_padding=is_padding)
         self._pending.add(parameters, [result.grads[name] for name in names])
-        self._last = result
+        self._last = replace(result, grads=None)  # else the sums would live until the next call
         return _mean_loss(result, is_padding)
 
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -192,18 +204,21 @@ class DPOptimizer(Optimizer):
                 "step: a closure would compute gradients again after the noise was added, unclipped. Call "
                 "backward(*batch) and then step(); optimizers that need a closure (LBFGS) cannot be private here."
             )
+        sigma = self.sigma
         parameters = [parameter for _, parameter in self._selection]
-        sums = self._pending.take([name for name, _ in self._selection], parameters)
+        selected = set(map(id, parameters))
+        others = [p for p in self._owned() if id(p) not in selected]
+        sums = self._pending.take([name for name, _ in self._selection], parameters, others)
         with torch.no_grad():
-            self.noise.add_gaussian_(sums, self.sigma)
+            self.noise.add_gaussian_(sums, sigma)
             torch._foreach_div_(sums, self.expected_batch_size)
             self._pending.publish(parameters, sums)
         self.inner.step()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the clipped sums of the logical batch, as ``torch.optim.Optimizer.zero_grad`` does."""
-        self._pending.clear()
         self.inner.zero_grad(set_to_none)
+        self._pending.clear(self._owned())
 
     # ------------------------------------------------------------------ what it promises
 
@@ -220,7 +235,8 @@ class DPOptimizer(Optimizer):
     @property
     def max_grad_norm(self) -> float | Mapping[str, float]:
         """The clipping norm, owned by the gradient transform."""
-        return self._gradient.max_grad_norm
+        norm = self._gradient.max_grad_norm
+        return dict(norm) if isinstance(norm, Mapping) else norm
 
     @property
     def diagnostics(self) -> Diagnostics:
@@ -271,6 +287,26 @@ class DPOptimizer(Optimizer):
     def defaults(self, defaults: dict[str, Any]) -> None:
         self.inner.defaults = defaults
 
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        # GradScaler.step asks this first. It would unscale sums that were never scaled, and leave no trace of it.
+        raise UnclippedGradientError(
+            "GradScaler cannot scale per-sample gradients: backward does not go through it, so it would only spoil the "
+            "clipped sums. Leave it out: use bfloat16 autocast, or GradScaler(enabled=False)."
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        # ``step`` may be a scheduler's wrapper, bound to this very object. The logical batch in progress stays here.
+        left_out = ("step", "_pending", "_last", "_selection", "_slots")
+        return {key: value for key, value in self.__dict__.items() if key not in left_out}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._gradient = replace(
+            self._gradient, fn=self._loss
+        )  # a shallow copy's is bound to its original
+        self._start()
+
     def __getattr__(self, name: str) -> Any:
         # Step hooks and the like live in the wrapped optimizer.
         if name == "inner":
@@ -302,8 +338,14 @@ class DPOptimizer(Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters of the model to the wrapped optimizer; they are clipped from the next ``backward`` on."""
+        given = param_group["params"]
+        if not isinstance(given, Tensor | set):
+            given = list(given)  # a generator can be read only once
+            param_group = {**param_group, "params": given}
+        listed = [given] if isinstance(given, Tensor) else given
+        added = [p[1] if isinstance(p, tuple) else p for p in listed]
+        _refuse_strangers(added, self.model.parameters())
         self.inner.add_param_group(param_group)
-        self._select()
 
     # ------------------------------------------------------------------ inside
 
@@ -312,28 +354,79 @@ class DPOptimizer(Optimizer):
         with self._slots.holding(list(parameters.values())):
             return self.loss_fn(self.model, *batch)
 
+    def _start(self) -> None:
+        self._selection = ()
+        self._slots = None
+        self._pending = Pending()
+        self._last = None
+        self._select()
+
+    def _owned(self) -> Iterator[Tensor]:
+        """Every parameter that the wrapped optimizer steps if it has a gradient."""
+        return (p for group in self.inner.param_groups for p in group["params"])
+
     def _select(self) -> None:
-        """The parameters to train now: the optimizer's, in the model's order, that require grad."""
-        owned = {id(p) for group in self.inner.param_groups for p in group["params"]}
+        """Find the parameters to train now: the optimizer's, in the model's order, that require grad."""
         named = list(self.model.named_parameters())
+        _refuse_strangers(self._owned(), (p for _, p in named))
+        owned = set(map(id, self._owned()))
         selection = tuple((name, p) for name, p in named if id(p) in owned and p.requires_grad)
-        if len(selection) == len(self._selection) and all(
-            new[1] is old[1] for new, old in zip(selection, self._selection, strict=True)
-        ):
-            return
-        strangers = owned - {id(p) for _, p in named}
-        if strangers:
-            raise ValueError(
-                f"optimizer holds {len(strangers)} parameter(s) that are not in the model, so their gradients could "
-                "not be clipped. Build it from model.parameters()."
-            )
         if not selection:
             raise ValueError(
                 "optimizer holds no parameter of the model that requires grad; there is nothing to train."
             )
+        _refuse_batch_norm(self.model)
+        refuse_hooks(self.model, selection)
+        before, now = ([id(p) for _, p in chosen] for chosen in (self._selection, selection))
+        if self._pending.unfinished and before != now:
+            raise UnclippedGradientError(
+                "backward: the parameters to train changed within a logical batch (requires_grad, add_param_group), "
+                "so the sums so far do not fit. Change them after step() or zero_grad()."
+            )
         self._selection = selection
         self._slots = ParameterSlots(self.model, [parameter for _, parameter in selection])
-        self._pending.clear()
+
+
+def _check_parts(optimizer: Any, model: Any, loss_fn: Any) -> None:
+    if isinstance(optimizer, DPOptimizer) or not isinstance(optimizer, Optimizer):
+        raise ValueError(
+            f"optimizer must be an ordinary torch.optim.Optimizer, got {type(optimizer).__name__}."
+        )
+    if isinstance(optimizer, LBFGS):
+        raise ValueError(
+            "optimizer is LBFGS, which evaluates the loss again within a step: its gradients would be neither clipped "
+            "nor noised. Use one that steps on .grad alone, such as SGD or AdamW."
+        )
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
+    if not callable(loss_fn) or isinstance(loss_fn, nn.modules.loss._Loss):
+        raise ValueError(
+            f"loss_fn must be a function loss_fn(model, *batch) that returns a scalar, got {type(loss_fn).__name__}. "
+            "Wrap a criterion: def loss_fn(model, x, y): return criterion(model(x), y)."
+        )
+
+
+def _refuse_strangers(owned: Iterable[Tensor], known: Iterable[Tensor]) -> None:
+    ours = set(map(id, known))
+    strangers = [tuple(getattr(p, "shape", ())) for p in owned if id(p) not in ours]
+    if strangers:
+        raise ValueError(
+            f"optimizer holds {len(strangers)} parameter(s) that are not in the model, so their gradients could "
+            f"not be clipped; the first has shape {strangers[0]}. Build it from model.parameters()."
+        )
+
+
+def _check_batch(batch: tuple[Any, ...]) -> None:
+    if not batch:
+        raise ValueError(
+            "backward needs the batch, as loss_fn takes it after the model; it computes the loss itself."
+        )
+    for leaf in tree_leaves(batch):
+        if isinstance(leaf, Tensor) and leaf.requires_grad:
+            raise ValueError(
+                f"the batch holds a tensor of shape {tuple(leaf.shape)} that requires grad, but no gradient flows "
+                "through the batch. Compute it inside loss_fn, or detach it if nothing before it is trained."
+            )
 
 
 def _mean_loss(result: ClippedGradResult, is_padding: Tensor | None) -> Tensor:

@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from clipgrad import _reference
+from clipgrad.rules import _registry
+from clipgrad.transform import ClippedGradResult, clipped_grad
+
+Params = dict[str, Tensor]
+STRATEGIES = ("kept", "ghost", "recompute")
+_MOST_PROBLEMS = 20
 
 
 @dataclass(frozen=True)
@@ -19,10 +31,257 @@ class RuleCase:
         loss: ``loss(params, *batch) -> scalar``; sees a batch of one.
         params: Makes the parameters, float64, by name. Called after seeding.
         batch: From a batch size to the batch arguments. Called after seeding.
+        declines: The rule has to leave this call to the fallback.
     """
 
     rule: str
     name: str
     loss: Callable[..., Tensor]
-    params: Callable[[], dict[str, Tensor]]
+    params: Callable[[], Params]
     batch: Callable[[int], tuple[Any, ...]]
+    declines: bool = False
+
+
+def assert_rule_matches_reference(
+    case: RuleCase,
+    *,
+    batch_sizes: Sequence[int] = (1, 5),
+    strategies: Sequence[str] = STRATEGIES,
+    microbatch_sizes: Sequence[int | None] = (1, 3, None),
+    tolerance: float = 1e-9,
+    seed: int = 0,
+) -> None:
+    """Compare a rule with the definition: losses, norms and clipped sums, one sample at a time in float64.
+
+    The clipping norm is the median of the norms, so that some samples are clipped and some are not. Also checked:
+
+    * the rule runs, instead of declining the call (or declines, where the case says so);
+    * every parameter of the case has a gradient;
+    * without the rule the result is the same, wherever ``vmap`` supports the operation;
+    * a padded sample contributes exactly nothing, whatever it holds;
+    * a sample of NaN leaves the sum of the others as it is.
+
+    Args:
+        case: How to call the operation.
+        batch_sizes: Numbers of samples to try.
+        strategies: Ways of finding norms to try.
+        microbatch_sizes: Pieces to try; one that does not divide the batch is worth having.
+        tolerance: Largest error, relative to the largest expected value (and absolute below one).
+        seed: For ``case.params`` and ``case.batch``.
+
+    Raises:
+        AssertionError: Naming rule, case, strategy, microbatch, what differs and by how much.
+    """
+    problems: list[str] = []
+    for size in batch_sizes:
+        trial = _Trial.make(case, size, seed, tolerance)
+        problems += trial.unusable()
+        for strategy in strategies:
+            for microbatch in microbatch_sizes:
+                if microbatch is None or microbatch < size:  # else it is the whole batch again
+                    problems += trial.compare(strategy, microbatch)
+            if size > 1:
+                problems += trial.compare_padded(strategy) + trial.compare_poisoned(strategy)
+        problems += trial.compare_without_rule()
+    if problems:
+        lines = [f"rule {case.rule!r}, case {case.name!r}, against the definition:"]
+        lines += problems[:_MOST_PROBLEMS]
+        if len(problems) > _MOST_PROBLEMS:
+            lines.append(f"and {len(problems) - _MOST_PROBLEMS} more")
+        raise AssertionError("\n  ".join(lines))
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """One case with drawn parameters and a drawn batch, and what the definition says about them."""
+
+    case: RuleCase
+    params: Params
+    batch: tuple[Any, ...]
+    size: int
+    tolerance: float
+    losses: Tensor
+    gradients: Params
+    max_grad_norm: float
+
+    @classmethod
+    def make(cls, case: RuleCase, size: int, seed: int, tolerance: float) -> _Trial:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            params, batch = case.params(), case.batch(size)
+        losses, gradients = _reference.per_sample_gradients_by_loop(case.loss, params, *batch)
+        _, norms = _reference.clipped_sum(gradients, 1.0)
+        return cls(case, params, batch, size, tolerance, losses, gradients, float(norms.median()))
+
+    def unusable(self) -> list[str]:
+        """What makes the case prove nothing."""
+        found = [
+            f"the loss does not depend on parameter {name!r}; leave it out or use it"
+            for name, gradient in self.gradients.items()
+            if not gradient.any()
+        ]
+        _, norms = _reference.clipped_sum(self.gradients, 1.0)
+        if self.size > 2 and not (norms > self.max_grad_norm).any():
+            found.append(f"all samples have the same norm, {self.max_grad_norm}: vary the batch")
+        if any(p.dtype is not torch.float64 for p in self.params.values()):
+            found.append("parameters must be float64: in less, rounding hides errors")
+        with _spied(self.case.rule) as taken:
+            self.run("kept", None)
+        if not taken and not self.case.declines:
+            found.append("the rule did not run: no call reached it, or it declined every one")
+        if taken and self.case.declines:
+            found.append("the rule ran, but declines=True says that it must not")
+        return found
+
+    def run(
+        self,
+        strategy: str,
+        microbatch: int | None,
+        *,
+        batch: tuple[Any, ...] | None = None,
+        is_padding: Tensor | None = None,
+    ) -> ClippedGradResult:
+        gradient = clipped_grad(
+            self.case.loss,
+            max_grad_norm=self.max_grad_norm,
+            strategy=strategy,
+            microbatch_size=microbatch,
+        )
+        batch = self.batch if batch is None else batch
+        return gradient(self.params, *batch, is_padding=is_padding)
+
+    def compare(self, strategy: str, microbatch: int | None) -> list[str]:
+        result = self.run(strategy, microbatch)
+        where = f"strategy {strategy}, batch of {self.size}, microbatch {microbatch}"
+        sums, norms = _reference.clipped_sum(self.gradients, self.max_grad_norm)
+        found = self._differences(where, result, sums)
+        found += self._difference(f"{where}: losses", result.values, self.losses)
+        assert isinstance(result.grad_norms, Tensor)
+        return found + self._difference(f"{where}: norms", result.grad_norms, norms)
+
+    def compare_padded(self, strategy: str) -> list[str]:
+        """The first sample is padding; then it holds what the last one does."""
+        where = f"strategy {strategy}, batch of {self.size}, first sample padded"
+        mask = torch.arange(self.size) == 0
+        result = self.run(strategy, None, is_padding=mask)
+        others = {name: gradient[1:] for name, gradient in self.gradients.items()}
+        found = self._differences(
+            where, result, _reference.clipped_sum(others, self.max_grad_norm)[0]
+        )
+        changed = tree_map(lambda leaf: torch.cat([leaf[-1:], leaf[1:]]), self.batch)
+        again = self.run(strategy, None, batch=changed, is_padding=mask)
+        return found + [
+            f"{where}: its content changes grads[{name!r}]"
+            for name in self.params
+            if not torch.equal(result.grads[name], again.grads[name])
+        ]
+
+    def compare_poisoned(self, strategy: str) -> list[str]:
+        """The first sample is NaN wherever it can be."""
+        where = f"strategy {strategy}, batch of {self.size}, first sample NaN"
+
+        def poison(leaf: Tensor) -> Tensor:
+            if not leaf.is_floating_point():
+                return leaf
+            return torch.cat([torch.full_like(leaf[:1], torch.nan), leaf[1:]])
+
+        batch = tree_map(poison, self.batch)
+        first = tree_map(lambda leaf: leaf[:1], batch)
+        _, poisoned = _reference.per_sample_gradients_by_loop(self.case.loss, self.params, *first)
+        gradients = {
+            name: torch.cat([poisoned[name], gradient[1:]])
+            for name, gradient in self.gradients.items()
+        }
+        sums, norms = _reference.clipped_sum(gradients, self.max_grad_norm)
+        result = self.run(strategy, None, batch=batch)
+        found = self._differences(where, result, sums)
+        dropped, expected = int(result.num_nonfinite), int((~norms.isfinite()).sum())
+        if dropped != expected:
+            found.append(f"{where}: {dropped} samples dropped, {expected} expected")
+        return found
+
+    def compare_without_rule(self) -> list[str]:
+        """Take the rule away; also try the definition in its other form, ``vmap(grad)``."""
+        sums, _ = _reference.clipped_sum(self.gradients, self.max_grad_norm)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # slow is no reason to skip
+                gradients = _reference.per_sample_gradients(
+                    self.case.loss, self.params, *self.batch
+                )
+        except (RuntimeError, NotImplementedError):
+            return []  # vmap does not support the operation, so there is nothing to fall back to
+        found = [
+            problem
+            for name, gradient in gradients.items()
+            for problem in self._difference(
+                f"vmap(grad) itself, gradient of {name!r}", gradient, self.gradients[name]
+            )
+        ]
+        if found:
+            return found
+        with _removed(self.case.rule), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            result = self.run("auto", None)
+        return self._differences(f"batch of {self.size}, rule removed", result, sums)
+
+    def _differences(self, where: str, result: ClippedGradResult, sums: Params) -> list[str]:
+        return [
+            problem
+            for name, expected in sums.items()
+            for problem in self._difference(
+                f"{where}: grads[{name!r}]", result.grads[name], expected
+            )
+        ]
+
+    def _difference(self, what: str, actual: Tensor, expected: Tensor) -> list[str]:
+        if actual.shape != expected.shape:
+            return [f"{what} has shape {tuple(actual.shape)}, not {tuple(expected.shape)}"]
+        if expected.numel() == 0:
+            return []
+        scale = max(1.0, float(expected.abs().max()))
+        error = float((actual - expected).abs().max()) / scale
+        return [] if error <= self.tolerance else [f"{what} off by {error:.1e}"]
+
+
+def _entries(name: str) -> dict[Callable[..., Any], _registry.Rule | _registry.Decomposition]:
+    found = {op: entry for op, entry in _registry.rules().items() if entry.name == name}
+    if not found:
+        raise AssertionError(f"no rule named {name!r} is registered")
+    return found
+
+
+@contextmanager
+def _removed(name: str) -> Iterator[None]:
+    """Run the body without one rule."""
+    entries = _entries(name)
+    for operation in entries:
+        _registry.unregister_rule(operation)
+    try:
+        yield
+    finally:
+        _registry._RULES.update(entries)
+
+
+@contextmanager
+def _spied(name: str) -> Iterator[list[str]]:
+    """Collect the name of a rule each time that it runs to its end."""
+    entries, taken = _entries(name), []
+
+    def spy(apply: Callable[..., Any]) -> Callable[..., Any]:
+        def spied(*args: Any, **kwargs: Any) -> Any:
+            result = apply(*args, **kwargs)
+            taken.append(name)
+            return result
+
+        return spied
+
+    for operation, entry in entries.items():
+        _registry._RULES[operation] = replace(entry, apply=spy(entry.apply))
+    try:
+        yield taken
+    finally:
+        _registry._RULES.update(entries)
+
+
+__all__ = ["RuleCase", "assert_rule_matches_reference"]

@@ -14,9 +14,11 @@ from torch.utils._pytree import (
 )
 
 from clipgrad import _validate
+from clipgrad._branches import BRANCHES, Disagreement
+from clipgrad._branches import rows as rows_at
 from clipgrad._inputs import Inputs
 from clipgrad._microbatch import Piece, Settings, forward, plan, run
-from clipgrad._tape import Strategy
+from clipgrad._tape import Strategy, Tape
 from clipgrad.clipping import Clipping, Relation, make_clipping, sensitivity
 from clipgrad.explain import Explanation, make_explanation
 
@@ -73,6 +75,7 @@ class ClippedGrad:
     randomness: str = "different"
     strategy: str = "auto"
     memory_budget: float | None = None
+    branches: str = "refuse"
     _clipping_cache: dict[tuple[str, ...], Clipping] = field(
         default_factory=dict, repr=False, compare=False
     )
@@ -150,15 +153,23 @@ class ClippedGrad:
 
         Returns:
             A table: parameter, uses, rule or fallback, strategy and why, estimated memory.
+
+        Raises:
+            ValueError: If the batch holds no sample.
         """
         inputs = Inputs.bind(self.fn, self.argnums, self.batch_argnums, args)
+        if inputs.batch_size == 0:
+            raise ValueError(
+                "explain needs a batch of at least one sample; the estimates depend on it."
+            )
         settings = self._settings(inputs)
         rows = slice(0, min(self.microbatch_size or inputs.batch_size, inputs.batch_size))
         with torch.enable_grad():
-            tape, _, _ = forward(
-                inputs.loss, inputs.names, inputs.params, inputs.rows(rows), settings
-            )
-        return make_explanation(tape.tracked, plan(tape, settings), tape.batch_size)
+            tape = _first_part(inputs, inputs.rows(rows), settings)
+        try:
+            return make_explanation(tape.tracked, plan(tape, settings), tape.batch_size)
+        finally:
+            tape.release()
 
     def _settings(self, inputs: Inputs) -> Settings:
         names = tuple(inputs.names)
@@ -176,6 +187,7 @@ class ClippedGrad:
             strategy=None if self.strategy == "auto" else Strategy(self.strategy),
             memory_budget=self.memory_budget,
             pre_clipping=self._pre_clipping(inputs),
+            branches=self.branches,
         )
 
     def _accumulation(self, dtype: torch.dtype) -> torch.dtype:
@@ -189,13 +201,16 @@ class ClippedGrad:
         def apply(gradients: list[Tensor]) -> list[Tensor]:
             before = inputs.restore(gradients)
             leaves, structure = tree_flatten(transform(before))
-            shapes = [tuple(leaf.shape) for leaf in leaves]
-            if structure != tree_flatten(before)[1] or shapes != [
-                tuple(g.shape) for g in gradients
-            ]:
+            shapes = [tuple(getattr(leaf, "shape", ())) for leaf in leaves]
+            floating = all(isinstance(leaf, Tensor) and leaf.is_floating_point() for leaf in leaves)
+            if (
+                not floating
+                or structure != tree_flatten(before)[1]
+                or shapes != [tuple(g.shape) for g in gradients]
+            ):
                 raise ValueError(
                     "pre_clipping_transform must return per-sample gradients of the structure and shapes it "
-                    "received ([B, *parameter.shape] for every parameter)."
+                    "received (a floating-point [B, *parameter.shape] for every parameter)."
                 )
             return leaves
 
@@ -261,6 +276,15 @@ class ClippedGrad:
         )
 
 
+def _first_part(inputs: Inputs, batch: list[Any], settings: Settings) -> Tape:
+    """The tape of a microbatch; of the samples that branch as the first one does, if it splits."""
+    while True:
+        try:
+            return forward(inputs.loss, inputs.names, inputs.params, batch, settings)[0]
+        except Disagreement as disagreement:
+            batch = rows_at(batch, disagreement.parts()[0])
+
+
 def _accumulate(sums: list[Tensor] | None, more: list[Tensor]) -> list[Tensor]:
     if sums is None:
         # A sum may alias a tensor that the microbatch owns; nothing else holds one, so it is ours to write to.
@@ -286,6 +310,7 @@ def clipped_grad(
     randomness: str = "different",
     strategy: str = "auto",
     memory_budget: float | None = None,
+    branches: str = "refuse",
 ) -> ClippedGrad:
     """Transform a loss into the sum of its per-sample clipped gradients.
 
@@ -315,6 +340,10 @@ def clipped_grad(
         strategy: ``"auto"``, or force ``"kept"``, ``"ghost"`` or ``"recompute"`` where they apply; see
             ``explain``. Changes time and memory only.
         memory_budget: Bytes that kept per-sample gradients may take beyond the factors they replace.
+        branches: What to do where ``fn`` asks for the value of a tensor (``if mask.all():``, ``.item()``), which
+            differs from sample to sample. ``"refuse"`` raises. ``"split"`` runs the samples that answer alike
+            together, in as many passes as there are answers: exact, but ``fn`` runs several times a batch, and each
+            question waits for the device. For models whose own code branches (masks in Hugging Face models).
 
     Returns:
         A ``ClippedGrad``; call it like ``fn``.
@@ -351,7 +380,7 @@ def clipped_grad(
         batch_argnums = (batch_argnums,)
     return ClippedGrad(
         fn=fn,
-        max_grad_norm=max_grad_norm,
+        max_grad_norm=dict(max_grad_norm) if isinstance(max_grad_norm, Mapping) else max_grad_norm,
         argnums=argnums if isinstance(argnums, int) else tuple(argnums),
         batch_argnums=None if batch_argnums is None else tuple(batch_argnums),
         has_aux=has_aux,
@@ -365,4 +394,5 @@ def clipped_grad(
         randomness=_validate.one_of("randomness", randomness, RANDOMNESS),
         strategy=_validate.one_of("strategy", strategy, STRATEGIES),
         memory_budget=memory_budget,
+        branches=_validate.one_of("branches", branches, BRANCHES),
     )

@@ -1,0 +1,103 @@
+"""What a rule receives: the operands of one operation, resolved against the tape."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from clipgrad._lanes import Decline, per_sample, physical
+from clipgrad._tape import Expected, Tracked, watch
+from clipgrad.rules._registry import Recipe
+
+if TYPE_CHECKING:
+    from clipgrad._capture import Capture
+
+
+class BoundCall:
+    """The ``Call`` that a rule receives: operands of one operation, resolved against the tape."""
+
+    def __init__(self, capture: Capture, rule: str) -> None:
+        self._capture = capture
+        self._rule = rule
+        self._without_recipe: dict[int, Tracked] = {}
+
+    @property
+    def batch_size(self) -> int:
+        return self._capture.tape.batch_size
+
+    @property
+    def randomness(self) -> str:
+        return self._capture.randomness
+
+    def has_lanes(self, tensor: Tensor | None) -> bool:
+        if tensor is None or id(tensor) in self._capture.table:
+            return False
+        return physical(tensor, self._capture.level) is not None
+
+    def batched(self, tensor: Tensor) -> Tensor:
+        tracked = self._capture.table.get(id(tensor))
+        if tracked is not None:
+            # A parameter used as data: its per-sample copies carry the gradient.
+            tracked.fallback.append(self._rule)
+            return tracked.leaf
+        value = physical(tensor, self._capture.level)
+        if value is not None:
+            return value
+        return tensor.expand(self.batch_size, *tensor.shape)
+
+    def shared(self, tensor: Tensor) -> Tensor:
+        self._capture.refuse_original(tensor, self._rule)
+        tracked = self._capture.table.get(id(tensor))
+        if tracked is not None:
+            if torch.is_grad_enabled():
+                self._without_recipe[id(tensor)] = tracked
+            return tracked.value
+        if physical(tensor, self._capture.level) is not None:
+            raise Decline
+        return tensor
+
+    def adopt(self, tensor: Tensor) -> Tensor:
+        index = self._capture.positions.get(id(tensor))
+        return tensor if index is None else self._capture.tape.tracked[index].wrapper
+
+    def finish(
+        self,
+        output: Tensor,
+        *recipes: Recipe,
+        saved: tuple[Tensor, ...] = (),
+        view: Callable[[Tensor], Tensor] | None = None,
+    ) -> Tensor:
+        output = self.record(output, *recipes, saved=saved)
+        return per_sample(output if view is None else view(output), self._capture.level)
+
+    def record(self, output: Tensor, *recipes: Recipe, saved: tuple[Tensor, ...] = ()) -> Tensor:
+        entries: list[tuple[Tracked, Expected]] = []
+        if torch.is_grad_enabled():
+            for recipe in recipes:
+                if recipe.parameter is None:
+                    continue
+                tracked = self._capture.table.get(id(recipe.parameter))
+                if tracked is not None:
+                    self._without_recipe.pop(id(recipe.parameter), None)
+                    entries.append((tracked, Expected(self._rule, recipe)))
+        if entries:
+            for tracked, expected in entries:
+                tracked.expected.append(expected)
+            tape = self._capture.tape
+            output = watch(output, tape.anchor, tape.on_gradient(entries, saved, self._rule))
+        return output
+
+    def check(self) -> None:
+        """After the rule: a parameter that it read detached and gave no recipe for has lost its gradient.
+
+        Raises:
+            RuntimeError: If there is one.
+        """
+        for tracked in self._without_recipe.values():
+            raise RuntimeError(
+                f"rule {self._rule!r} used parameter {tracked.name!r} through call.shared() but passed no Recipe "
+                "for it to call.finish(), so its gradient would be lost. Add the recipe, or raise Decline."
+            )

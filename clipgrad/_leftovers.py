@@ -1,0 +1,50 @@
+"""Values of single samples that outlive the forward pass they were computed in, and their use in a later one.
+
+A model may keep an activation for inspection. Used in the next forward pass, lane ``i`` of the old batch would
+silently meet sample ``i`` of the new one: an old sample would influence gradients that its clipping norm was not
+charged for. ``vmap`` itself does not notice, since its levels are numbered by depth.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable
+
+from torch import Tensor
+
+from clipgrad._lanes import is_wrapped
+from clipgrad.errors import NotPerSampleError
+
+_kept: dict[int, weakref.ref[Tensor]] = {}
+
+
+def remember(made: Iterable[weakref.ref[Tensor]]) -> None:
+    """After a forward pass: those of its per-sample tensors that are still alive were kept by somebody."""
+    for key, reference in list(_kept.items()):  # a copy: another thread may add to it
+        if reference() is None:
+            _kept.pop(key, None)
+    for reference in made:
+        tensor = reference()
+        if tensor is not None and is_wrapped(tensor):
+            _kept[id(tensor)] = reference
+
+
+def among(tensors: Iterable[Tensor]) -> bool:
+    """Whether any of the tensors was kept from an earlier forward pass."""
+    if not _kept:
+        return False
+    return any(
+        (kept := _kept.get(id(tensor))) is not None and kept() is tensor for tensor in tensors
+    )
+
+
+def refuse(operation: str) -> NotPerSampleError:
+    """What to raise where a kept value is used."""
+    return NotPerSampleError(
+        f"{operation} received a per-sample value that the loss kept from an earlier batch or microbatch (in an "
+        "attribute, a list or a cache), so old samples would influence the gradients of new ones. Compute it anew in "
+        "every call, and keep nothing of one call for the next."
+    )
+
+
+__all__ = ["among", "refuse", "remember"]

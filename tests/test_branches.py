@@ -1,0 +1,145 @@
+"""``branches="split"``: every sample takes the branch that it would take alone, exactly."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from clipgrad import NotPerSampleError, clipped_grad
+
+Params = dict[str, Tensor]
+Loss = Callable[..., Any]
+TOLERANCE = {"rtol": 1e-9, "atol": 1e-12}
+
+
+@pytest.fixture
+def params() -> Params:
+    torch.manual_seed(0)
+    return {"w": torch.randn(3, 4, dtype=torch.float64), "b": torch.randn(3, dtype=torch.float64)}
+
+
+@pytest.fixture
+def x() -> Tensor:
+    torch.manual_seed(1)
+    return torch.randn(7, 4, dtype=torch.float64)
+
+
+def linear(params: Params, x: Tensor) -> Tensor:
+    return torch.nn.functional.linear(x, params["w"], params["b"])
+
+
+def branch(params: Params, x: Tensor) -> Tensor:
+    if x.sum() > 0:
+        return linear(params, x).sin().sum()
+    return linear(params, x).square().mean()
+
+
+def nested(params: Params, x: Tensor) -> Tensor:
+    y = linear(params, x)
+    if x[0, 0] > 0:
+        y = y * 2 if (y > 0).all() else y.cos()
+    return y.sum() if bool(y.sum() > 0) else y.square().sum()
+
+
+def item(params: Params, x: Tensor) -> Tensor:
+    return linear(params, x).sin().sum() * x.sum().item() + int(x[0, 0] > 0)
+
+
+def steps(params: Params, x: Tensor) -> Tensor:
+    y = x
+    for _ in range(int(x.abs().sum())):
+        y = y * 0.9
+    return linear(params, y).sin().sum()
+
+
+def contains(params: Params, x: Tensor) -> Tensor:
+    y = linear(params, x).sin().sum()
+    return 3 * y if 1 in (x > 1).long() else y
+
+
+LOSSES = [branch, nested, item, steps, contains]
+
+
+def by_loop(params: Params, loss: Loss, x: Tensor, bound: float) -> tuple[Params, Tensor, Tensor]:
+    """Clipped sums, norms and losses, one sample at a time."""
+    sums = {name: torch.zeros_like(p) for name, p in params.items()}
+    norms, values = [], []
+    for i in range(len(x)):
+        leaves = {name: p.clone().requires_grad_() for name, p in params.items()}
+        value = loss(leaves, x[i : i + 1])
+        found = torch.autograd.grad(value, list(leaves.values()))
+        norm = torch.cat([g.flatten() for g in found]).norm()
+        for name, g in zip(leaves, found, strict=True):
+            sums[name] += g * min(1.0, bound / float(norm))
+        norms.append(norm)
+        values.append(value.detach())
+    return sums, torch.stack(norms), torch.stack(values)
+
+
+@pytest.mark.parametrize("microbatch_size", [None, 3, 1])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_equals_a_loop(params: Params, x: Tensor, loss: Loss, microbatch_size: int | None) -> None:
+    bound = float(by_loop(params, loss, x, 1.0)[1].median())
+    sums, norms, values = by_loop(params, loss, x, bound)
+    gradient = clipped_grad(
+        loss, max_grad_norm=bound, branches="split", microbatch_size=microbatch_size
+    )
+    result = gradient(params, x)
+    torch.testing.assert_close(result.values, values, **TOLERANCE)
+    torch.testing.assert_close(result.grad_norms, norms, **TOLERANCE)
+    for name in params:
+        torch.testing.assert_close(result.grads[name], sums[name], **TOLERANCE)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_refused_by_default(params: Params, x: Tensor, loss: Loss) -> None:
+    with pytest.raises(NotPerSampleError, match="branches='split'"):
+        clipped_grad(loss, max_grad_norm=1.0)(params, x)
+
+
+def test_padding_and_aux_keep_their_places(params: Params, x: Tensor) -> None:
+    def loss(params: Params, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        return branch(params, x), {"first": x[0, 0]}
+
+    padding = torch.tensor([False, True, False, False, True, False, False])
+    gradient = clipped_grad(loss, max_grad_norm=0.5, has_aux=True, branches="split")
+    result = gradient(params, x, is_padding=padding)
+    sums, _, _ = by_loop(params, branch, x[~padding], 0.5)
+    torch.testing.assert_close(result.grads["w"], sums["w"], **TOLERANCE)
+    assert torch.equal(result.aux["first"], x[:, 0])
+    assert result.batch_size == 5
+
+
+def test_a_bad_sample_contributes_nothing(params: Params, x: Tensor) -> None:
+    bad = x.clone()
+    bad[2] = float("nan")
+    result = clipped_grad(branch, max_grad_norm=0.5, branches="split")(params, bad)
+    sums, _, _ = by_loop(params, branch, torch.cat([x[:2], x[3:]]), 0.5)
+    torch.testing.assert_close(result.grads["w"], sums["w"], **TOLERANCE)
+    assert int(result.num_nonfinite) == 1
+
+
+def test_agreeing_samples_take_one_pass(params: Params, x: Tensor) -> None:
+    calls = []
+
+    def loss(params: Params, x: Tensor) -> Tensor:
+        calls.append(1)
+        return branch(params, x.abs())
+
+    clipped_grad(loss, max_grad_norm=1.0, branches="split")(params, x)
+    assert len(calls) == 1
+
+
+def test_explain_tells_of_the_first_branch(params: Params, x: Tensor) -> None:
+    table = clipped_grad(branch, max_grad_norm=1.0, branches="split").explain(params, x)
+    assert [row.by for row in table.rows] == ["linear", "linear"]
+    assert table.microbatch_size < len(x)
+
+
+def test_unknown_choice_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"branches must be one of 'refuse', 'split', got 'guess'"):
+        clipped_grad(branch, max_grad_norm=1.0, branches="guess")
