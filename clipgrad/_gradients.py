@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -122,5 +120,17 @@ class Gradients:
         return bool((touched <= 1).all())
 
 
-def zero_gradients(parameters: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> list[Tensor]:
-    return [torch.zeros_like(p, dtype=dtype) for p, dtype in zip(parameters, dtypes, strict=True)]
+class Transformed:
+    """Per-sample gradients after ``pre_clipping_transform``; the materialised twin of ``Gradients``."""
+
+    def __init__(self, gradients: list[Tensor]) -> None:
+        self._gradients = gradients
+
+    def squared_norms(self, index: int) -> Tensor:
+        return row_norms_squared(self._gradients[index])
+
+    def weighted_sum(self, index: int, factors: Tensor) -> Tensor:
+        return PerSample(self._gradients[index]).weighted_sum(factors)
+
+    def select(self, keep: Tensor) -> None:
+        self._gradients = [select_rows(gradient, keep) for gradient in self._gradients]

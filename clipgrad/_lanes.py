@@ -59,6 +59,20 @@ def address(tensor: Tensor) -> int:
     return tensor.data_ptr()
 
 
+def is_broadcast(tensor: Tensor) -> bool:
+    """Whether all samples share the tensor's memory, although each has a value of its own."""
+    while is_wrapped(tensor):
+        if not _functorch.is_batchedtensor(tensor):
+            tensor = _functorch.get_unwrapped(tensor)
+            continue
+        level = _functorch.maybe_get_level(tensor)
+        tensor, lane_axis = _functorch._unwrap_batched(tensor, level)
+        shared = lane_axis is not None and tensor.stride(lane_axis) == 0
+        if shared and tensor.shape[lane_axis or 0] > 1:
+            return True
+    return False
+
+
 def physical(tensor: Tensor, level: int) -> Tensor | None:
     """The tensor with its lane axis moved to the front, or None when it has no lane axis.
 
@@ -90,6 +104,7 @@ __all__ = [
     "below_vmap",
     "current_level",
     "current_randomness",
+    "is_broadcast",
     "is_wrapped",
     "per_sample",
     "physical",

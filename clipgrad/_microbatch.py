@@ -5,62 +5,22 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.func import vmap
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from clipgrad import _leftovers
 from clipgrad._advice import explained
 from clipgrad._branches import Disagreement, rows
 from clipgrad._capture import Capture, escape_message, written_message
 from clipgrad._gradients import Gradients
+from clipgrad._piece import Piece, Settings, clip, joined
 from clipgrad._plan import Choice, choose
 from clipgrad._tape import Strategy, Tape
-from clipgrad.clipping import Clipping
 from clipgrad.errors import EscapedParameterError, NotPerSampleError
-from clipgrad.rules._canonical import PerSample, row_norms_squared, select_rows
-
-PreClipping = Callable[[list[Tensor]], list[Tensor]]
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What a microbatch needs to know of the transform's configuration."""
-
-    clipping: Clipping
-    dtypes: tuple[torch.dtype, ...]
-    randomness: str
-    keep_batch_dim: bool
-    has_aux: bool
-    nan_safe: bool
-    strategy: Strategy | None
-    memory_budget: float | None
-    pre_clipping: PreClipping | None
-    branches: str = "refuse"
-
-
-@dataclass(frozen=True)
-class Piece:
-    """The result of one microbatch.
-
-    Attributes:
-        sums: Clipped sum per parameter, in the accumulation dtype.
-        values: Per-sample losses ``[B]``.
-        norms: Per-sample norms, ``[B]`` per clipping group.
-        aux: Per-sample auxiliary output, or None.
-        nonfinite: Boolean ``[B]``: samples dropped because their gradient was not finite.
-    """
-
-    sums: list[Tensor]
-    values: Tensor
-    norms: list[Tensor]
-    aux: Any
-    nonfinite: Tensor
-
 
 Loss = Callable[[Sequence[Tensor], Sequence[Any]], Any]
 
@@ -141,26 +101,7 @@ def run(
         )
         for part in parts
     ]
-    return _joined(pieces, torch.cat(parts).argsort())
-
-
-def _joined(pieces: Sequence[Piece], order: Tensor) -> Piece:
-    """The pieces of one microbatch as one, samples in their old order."""
-
-    def join(parts: Sequence[Tensor]) -> Tensor:
-        joined = torch.cat(list(parts))
-        return joined[order.to(joined.device)]
-
-    sums = [total.contiguous() for total in pieces[0].sums]
-    for piece in pieces[1:]:
-        torch._foreach_add_(sums, piece.sums)
-    return Piece(
-        sums,
-        join([piece.values for piece in pieces]),
-        [join(norms) for norms in zip(*(piece.norms for piece in pieces), strict=True)],
-        tree_map(lambda *leaves: join(leaves), *(piece.aux for piece in pieces)),
-        join([piece.nonfinite for piece in pieces]),
-    )
+    return joined(pieces, torch.cat(parts).argsort())
 
 
 def _finish(
@@ -178,7 +119,7 @@ def _finish(
             _backward(tape, values, params)
         with torch.no_grad(), _without_autocast(values.device):
             gradients = Gradients(tape, len(params))
-            return _clip(gradients, params, values.detach(), aux, is_padding, settings)
+            return clip(gradients, params, values.detach(), aux, is_padding, settings)
     finally:
         tape.release()
 
@@ -257,67 +198,6 @@ def _refuse_escapes(tape: Tape, values: Tensor, params: Sequence[Tensor]) -> Non
                 "register it in the model, or detach it."
             )
         stack.extend(following for following, _ in node.next_functions)
-
-
-def _clip(
-    gradients: Gradients | _Transformed,
-    params: Sequence[Tensor],
-    values: Tensor,
-    aux: Any,
-    is_padding: Tensor | None,
-    settings: Settings,
-) -> Piece:
-    clipping = settings.clipping
-    indices = range(len(params))
-    if settings.pre_clipping is not None:
-        assert isinstance(gradients, Gradients)
-        gradients = _Transformed(
-            settings.pre_clipping([gradients.per_sample(index) for index in indices])
-        )
-    squared = [gradients.squared_norms(index) for index in indices]
-    norms = [
-        _total([squared[index] for index in clipping.members(group)], values).sqrt()
-        for group in range(len(clipping.groups))
-    ]
-    finite = torch.stack(norms).isfinite().all(0)
-    keep = finite if is_padding is None else finite & ~is_padding
-    factors = [clipping.factors(norm, group) for group, norm in enumerate(norms)]
-    if settings.nan_safe or is_padding is not None:
-        keep = keep if settings.nan_safe else ~is_padding  # type: ignore[operator]
-        factors = [torch.where(keep, factor, 0.0) for factor in factors]
-        if not bool(finite.all()):
-            # A zero factor does not silence an inf; such samples are taken out of the factors themselves.
-            gradients.select(keep)
-    sums = []
-    for index, (param, dtype) in enumerate(zip(params, settings.dtypes, strict=True)):
-        total = gradients.weighted_sum(index, factors[clipping.assignment[index]])
-        sums.append(torch.zeros_like(param, dtype=dtype) if total is None else total.to(dtype))
-    nonfinite = ~finite if is_padding is None else ~finite & ~is_padding
-    return Piece(sums, values, norms, aux, nonfinite)
-
-
-class _Transformed:
-    """Per-sample gradients after ``pre_clipping_transform``; the materialised twin of ``Gradients``."""
-
-    def __init__(self, gradients: list[Tensor]) -> None:
-        self._gradients = gradients
-
-    def squared_norms(self, index: int) -> Tensor:
-        return row_norms_squared(self._gradients[index])
-
-    def weighted_sum(self, index: int, factors: Tensor) -> Tensor:
-        return PerSample(self._gradients[index]).weighted_sum(factors)
-
-    def select(self, keep: Tensor) -> None:
-        self._gradients = [select_rows(gradient, keep) for gradient in self._gradients]
-
-
-def _total(squared: Sequence[Tensor | None], values: Tensor) -> Tensor:
-    present = [norm for norm in squared if norm is not None]
-    if not present:
-        wide = torch.promote_types(values.dtype, torch.float32)
-        return torch.zeros_like(values, dtype=wide)
-    return torch.stack(present).sum(0) if len(present) > 1 else present[0]
 
 
 def _without_autocast(device: torch.device) -> AbstractContextManager[Any]:

@@ -24,7 +24,7 @@ _VIEWS = """
 """
 
 _ARITHMETIC = """
-    to float double half bfloat16 type_as add sub mul div neg pow square sqrt rsqrt reciprocal
+    as_strided to float double half bfloat16 type_as add sub mul div neg pow square sqrt rsqrt reciprocal
     exp log log1p expm1 abs sigmoid tanh relu softplus softmax log_softmax clamp clamp_min
     clamp_max sin cos matmul mm bmm mv dot addmm linear outer einsum sum mean prod norm cumsum flip
     roll cat stack tril triu __add__ __radd__ __sub__ __rsub__ __mul__ __rmul__ __truediv__

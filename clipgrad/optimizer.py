@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
-from torch.utils._pytree import tree_leaves
 
 from clipgrad import _validate
-from clipgrad._hooks import refuse_hooks
 from clipgrad._pending import Pending
+from clipgrad._requirements import check_batch, refuse_batch_norm, refuse_hooks, refuse_strangers
 from clipgrad._swap import ParameterSlots
 from clipgrad.clipping import Relation, make_clipping
-from clipgrad.errors import NotPerSampleError, UnclippedGradientError
+from clipgrad.errors import UnclippedGradientError
 from clipgrad.explain import Explanation
 from clipgrad.noise import NoiseSource, SeededNoise, SystemNoise, gaussian_sigma
 from clipgrad.transform import ClippedGrad, ClippedGradResult, clipped_grad
@@ -178,7 +177,7 @@ class DPOptimizer(Optimizer):
                 train are others than in the logical batch's first call.
             NotPerSampleError: If the loss cannot be attributed to single samples.
         """
-        _check_batch(batch)
+        check_batch(batch)
         self._select()
         names = [name for name, _ in self._selection]
         parameters = [parameter for _, parameter in self._selection]
@@ -344,7 +343,7 @@ class DPOptimizer(Optimizer):
             param_group = {**param_group, "params": given}
         listed = [given] if isinstance(given, Tensor) else given
         added = [p[1] if isinstance(p, tuple) else p for p in listed]
-        _refuse_strangers(added, self.model.parameters())
+        refuse_strangers(added, self.model.parameters())
         self.inner.add_param_group(param_group)
 
     # ------------------------------------------------------------------ inside
@@ -368,14 +367,14 @@ class DPOptimizer(Optimizer):
     def _select(self) -> None:
         """Find the parameters to train now: the optimizer's, in the model's order, that require grad."""
         named = list(self.model.named_parameters())
-        _refuse_strangers(self._owned(), (p for _, p in named))
+        refuse_strangers(self._owned(), (p for _, p in named))
         owned = set(map(id, self._owned()))
         selection = tuple((name, p) for name, p in named if id(p) in owned and p.requires_grad)
         if not selection:
             raise ValueError(
                 "optimizer holds no parameter of the model that requires grad; there is nothing to train."
             )
-        _refuse_batch_norm(self.model)
+        refuse_batch_norm(self.model)
         refuse_hooks(self.model, selection)
         before, now = ([id(p) for _, p in chosen] for chosen in (self._selection, selection))
         if self._pending.unfinished and before != now:
@@ -406,46 +405,6 @@ def _check_parts(optimizer: Any, model: Any, loss_fn: Any) -> None:
         )
 
 
-def _refuse_strangers(owned: Iterable[Tensor], known: Iterable[Tensor]) -> None:
-    ours = set(map(id, known))
-    strangers = [tuple(getattr(p, "shape", ())) for p in owned if id(p) not in ours]
-    if strangers:
-        raise ValueError(
-            f"optimizer holds {len(strangers)} parameter(s) that are not in the model, so their gradients could "
-            f"not be clipped; the first has shape {strangers[0]}. Build it from model.parameters()."
-        )
-
-
-def _check_batch(batch: tuple[Any, ...]) -> None:
-    if not batch:
-        raise ValueError(
-            "backward needs the batch, as loss_fn takes it after the model; it computes the loss itself."
-        )
-    for leaf in tree_leaves(batch):
-        if isinstance(leaf, Tensor) and leaf.requires_grad:
-            raise ValueError(
-                f"the batch holds a tensor of shape {tuple(leaf.shape)} that requires grad, but no gradient flows "
-                "through the batch. Compute it inside loss_fn, or detach it if nothing before it is trained."
-            )
-
-
 def _mean_loss(result: ClippedGradResult, is_padding: Tensor | None) -> Tensor:
     values = result.values
     return values.mean() if is_padding is None else values[~is_padding].mean()
-
-
-def _batch_norms(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    for name, module in model.named_modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            yield name, module
-
-
-def _refuse_batch_norm(model: nn.Module) -> None:
-    names = [name or "the model itself" for name, module in _batch_norms(model) if module.training]
-    if names:
-        raise NotPerSampleError(
-            f"BatchNorm in training mode ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''}) normalises a "
-            "sample with statistics of the others, so no gradient belongs to one sample. Use "
-            "clipgrad.replace_batch_norm(model), which puts GroupNorm in its place, before making the optimizer; or "
-            "freeze the statistics with .eval()."
-        )

@@ -17,7 +17,8 @@ from clipgrad import _validate
 from clipgrad._branches import BRANCHES, Disagreement
 from clipgrad._branches import rows as rows_at
 from clipgrad._inputs import Inputs
-from clipgrad._microbatch import Piece, Settings, forward, plan, run
+from clipgrad._microbatch import forward, plan, run
+from clipgrad._piece import Piece, Settings
 from clipgrad._tape import Strategy, Tape
 from clipgrad.clipping import Clipping, Relation, make_clipping, sensitivity
 from clipgrad.explain import Explanation, make_explanation

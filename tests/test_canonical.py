@@ -187,6 +187,16 @@ def test_uses_that_cannot_be_joined(strategy: Strategy) -> None:
     torch.testing.assert_close(entry.squared_norms(), squared_norms(definition(first) + gradient))
 
 
+def test_gradient_that_the_plan_did_not_foresee() -> None:
+    """Factors are held, and then the leaf turns out to have a gradient as well."""
+    use, gradient = dense(), draw(B, *SHAPE)
+    entry = tracked([use], Strategy.GHOST)
+    entry.leaf.grad = gradient.clone()
+    entry.settle()
+    torch.testing.assert_close(entry.per_sample(), definition(use) + gradient)
+    torch.testing.assert_close(entry.squared_norms(), squared_norms(definition(use) + gradient))
+
+
 # ------------------------------------------------------------ rounding may not shrink a norm
 
 

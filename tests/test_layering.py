@@ -10,7 +10,19 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "clipgrad"
 
 # optimizer -> transform -> _plan -> rules -> _canonical. A name stands for all that lies below it.
-INSIDE = {"rules", "_lanes", "_shared", "_tape", "_capture", "_plan", "_gradients", "_microbatch"}
+INSIDE = {
+    "rules",
+    "_lanes",
+    "_shared",
+    "_tape",
+    "_capture",
+    "_call",
+    "_branches",
+    "_plan",
+    "_gradients",
+    "_piece",
+    "_microbatch",
+}
 MACHINERY = INSIDE | {"transform"}
 ABOVE = {"optimizer", "transform", "_microbatch"}
 FORBIDDEN = {

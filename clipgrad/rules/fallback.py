@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from clipgrad._lanes import is_broadcast
 from clipgrad.errors import NotPerSampleError
 from clipgrad.rules._recurrent_definition import DEFINITIONS
 
@@ -93,6 +94,16 @@ def _not_left_aligned(*args: Any, **kwargs: Any) -> bool:
     return False
 
 
+def _as_strided(input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """Its backward pass averages over what shares memory, so over samples where one copy stands for all."""
+    if is_broadcast(input):
+        raise NotPerSampleError(
+            "as_strided is applied to a value that all samples share (a parameter, or rows looked up with ids that are "
+            "the same for all), where PyTorch's gradient mixes samples. Use transpose, unfold, reshape or indexing."
+        )
+    return torch.as_strided(input, *args, **kwargs)
+
+
 def _register_hook(*args: Any, **kwargs: Any) -> None:
     raise NotPerSampleError(
         "the loss registers a hook on a tensor. A hook would see the gradients of all samples at once instead of one "
@@ -108,6 +119,8 @@ CORRECTIONS: Mapping[Callable[..., Any], Callable[..., Any]] = MappingProxyType(
         F.scaled_dot_product_attention: _by_formula(F.scaled_dot_product_attention),
         F.multi_head_attention_forward: _by_formula(F.multi_head_attention_forward),
         torch._nested_tensor_from_mask_left_aligned: _not_left_aligned,
+        torch.as_strided: _as_strided,
+        torch.Tensor.as_strided: _as_strided,
         torch.Tensor.register_hook: _register_hook,
     }
 )

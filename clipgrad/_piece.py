@@ -1,0 +1,129 @@
+"""The result of one microbatch, and how norms and clipped sums become one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from clipgrad._gradients import Gradients, Transformed
+from clipgrad._tape import Strategy
+from clipgrad.clipping import Clipping
+
+PreClipping = Callable[[list[Tensor]], list[Tensor]]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a microbatch needs to know of the transform's configuration."""
+
+    clipping: Clipping
+    dtypes: tuple[torch.dtype, ...]
+    randomness: str
+    keep_batch_dim: bool
+    has_aux: bool
+    nan_safe: bool
+    strategy: Strategy | None
+    memory_budget: float | None
+    pre_clipping: PreClipping | None
+    branches: str = "refuse"
+
+
+@dataclass(frozen=True)
+class Piece:
+    """The result of one microbatch.
+
+    Attributes:
+        sums: Clipped sum per parameter, in the accumulation dtype.
+        values: Per-sample losses ``[B]``.
+        norms: Per-sample norms, ``[B]`` per clipping group.
+        aux: Per-sample auxiliary output, or None.
+        nonfinite: Boolean ``[B]``: samples dropped because their gradient was not finite.
+    """
+
+    sums: list[Tensor]
+    values: Tensor
+    norms: list[Tensor]
+    aux: Any
+    nonfinite: Tensor
+
+
+def clip(
+    gradients: Gradients | Transformed,
+    params: Sequence[Tensor],
+    values: Tensor,
+    aux: Any,
+    is_padding: Tensor | None,
+    settings: Settings,
+) -> Piece:
+    """Norms, factors and clipped sums of one microbatch whose backward pass has run."""
+    clipping = settings.clipping
+    indices = range(len(params))
+    if settings.pre_clipping is not None:
+        assert isinstance(gradients, Gradients)
+        gradients = Transformed(
+            settings.pre_clipping([gradients.per_sample(index) for index in indices])
+        )
+    squared = [gradients.squared_norms(index) for index in indices]
+    norms = [
+        _total([squared[index] for index in clipping.members(group)], values).sqrt()
+        for group in range(len(clipping.groups))
+    ]
+    finite = torch.stack(norms).isfinite().all(0)
+    keep = finite if is_padding is None else finite & ~is_padding
+    factors = [clipping.factors(norm, group) for group, norm in enumerate(norms)]
+    if settings.nan_safe or is_padding is not None:
+        keep = keep if settings.nan_safe else ~is_padding  # type: ignore[operator]
+        factors = [torch.where(keep, factor, 0.0) for factor in factors]
+    sums = _weighted_sums(gradients, params, factors, settings)
+    # Asked only now: on a GPU the answer takes as long as all that is queued, and the sums are queued already.
+    if (settings.nan_safe or is_padding is not None) and not bool(finite.all()):
+        # A zero factor does not silence an inf; such samples are taken out of the factors themselves.
+        gradients.select(keep)
+        sums = _weighted_sums(gradients, params, factors, settings)
+    nonfinite = ~finite if is_padding is None else ~finite & ~is_padding
+    return Piece(sums, values, norms, aux, nonfinite)
+
+
+def _weighted_sums(
+    gradients: Gradients | Transformed,
+    params: Sequence[Tensor],
+    factors: Sequence[Tensor],
+    settings: Settings,
+) -> list[Tensor]:
+    sums = []
+    for index, (param, dtype) in enumerate(zip(params, settings.dtypes, strict=True)):
+        total = gradients.weighted_sum(index, factors[settings.clipping.assignment[index]])
+        sums.append(torch.zeros_like(param, dtype=dtype) if total is None else total.to(dtype))
+    return sums
+
+
+def _total(squared: Sequence[Tensor | None], values: Tensor) -> Tensor:
+    present = [norm for norm in squared if norm is not None]
+    if not present:
+        wide = torch.promote_types(values.dtype, torch.float32)
+        return torch.zeros_like(values, dtype=wide)
+    return torch.stack(present).sum(0) if len(present) > 1 else present[0]
+
+
+def joined(pieces: Sequence[Piece], order: Tensor) -> Piece:
+    """The pieces of one microbatch as one, samples in their old order."""
+
+    def join(parts: Sequence[Tensor]) -> Tensor:
+        together = torch.cat(list(parts))
+        return together[order.to(together.device)]
+
+    sums = [total.contiguous() for total in pieces[0].sums]
+    for piece in pieces[1:]:
+        torch._foreach_add_(sums, piece.sums)
+    return Piece(
+        sums,
+        join([piece.values for piece in pieces]),
+        [join(norms) for norms in zip(*(piece.norms for piece in pieces), strict=True)],
+        tree_map(lambda *leaves: join(leaves), *(piece.aux for piece in pieces)),
+        join([piece.nonfinite for piece in pieces]),
+    )

@@ -1,0 +1,88 @@
+"""What ``DPOptimizer`` asks of a model and of a batch, beyond what the loss shows when it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from clipgrad.errors import NotPerSampleError
+
+
+def refuse_strangers(owned: Iterable[Tensor], known: Iterable[Tensor]) -> None:
+    """Refuse parameters of the optimizer that the model does not have.
+
+    Raises:
+        ValueError: If there is one.
+    """
+    ours = set(map(id, known))
+    strangers = [tuple(getattr(p, "shape", ())) for p in owned if id(p) not in ours]
+    if strangers:
+        raise ValueError(
+            f"optimizer holds {len(strangers)} parameter(s) that are not in the model, so their gradients could "
+            f"not be clipped; the first has shape {strangers[0]}. Build it from model.parameters()."
+        )
+
+
+def refuse_hooks(model: nn.Module, parameters: Iterable[tuple[str, Tensor]]) -> None:
+    """Refuse hooks on gradients of parameters and modules, which would not run, without a word.
+
+    Raises:
+        NotPerSampleError: If there is one.
+    """
+    for name, parameter in parameters:
+        if parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None):
+            raise NotPerSampleError(
+                f"parameter {name!r} has a gradient hook, which cannot run: its gradient exists only per sample, and "
+                "clipped and noised in .grad. Remove the hook; change .grad in a step hook "
+                "(register_step_pre_hook), which runs after the noise."
+            )
+    for module in model.modules():
+        if module._backward_hooks or module._backward_pre_hooks:
+            name = next(name for name, other in model.named_modules() if other is module)
+            raise NotPerSampleError(
+                f"module {name or type(module).__name__!r} has a backward hook, which would see the gradients of all "
+                "samples at once instead of one sample's. Remove it; change values in the forward pass instead."
+            )
+
+
+def _batch_norms(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    for name, module in model.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            yield name, module
+
+
+def refuse_batch_norm(model: nn.Module) -> None:
+    """Refuse BatchNorm in training mode before it counts the batch in its buffers.
+
+    Raises:
+        NotPerSampleError: If there is one.
+    """
+    names = [name or "the model itself" for name, module in _batch_norms(model) if module.training]
+    if names:
+        raise NotPerSampleError(
+            f"BatchNorm in training mode ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''}) normalises a "
+            "sample with statistics of the others, so no gradient belongs to one sample. Use "
+            "clipgrad.replace_batch_norm(model), which puts GroupNorm in its place, before making the optimizer; or "
+            "freeze the statistics with .eval()."
+        )
+
+
+def check_batch(batch: tuple[Any, ...]) -> None:
+    """Refuse a batch that is missing, or whose gradient the caller would expect to flow on.
+
+    Raises:
+        ValueError: If it does not fit.
+    """
+    if not batch:
+        raise ValueError(
+            "backward needs the batch, as loss_fn takes it after the model; it computes the loss itself."
+        )
+    for leaf in tree_leaves(batch):
+        if isinstance(leaf, Tensor) and leaf.requires_grad:
+            raise ValueError(
+                f"the batch holds a tensor of shape {tuple(leaf.shape)} that requires grad, but no gradient flows "
+                "through the batch. Compute it inside loss_fn, or detach it if nothing before it is trained."
+            )
