@@ -14,9 +14,10 @@ from clipgrad.errors import EscapedParameterError, NotPerSampleError, UnclippedG
 from clipgrad.explain import Explanation
 from clipgrad.noise import NoiseSource, SeededNoise, SystemNoise
 from clipgrad.optimizer import Diagnostics, DPOptimizer
+from clipgrad.result import ClippedGradResult
 from clipgrad.rules import register_decomposition, register_rule, unregister_rule
 from clipgrad.sampling import EmptyBatchCollate, PoissonSampler, poisson_loader
-from clipgrad.transform import ClippedGrad, ClippedGradResult, clipped_grad
+from clipgrad.transform import ClippedGrad, clipped_grad
 
 __version__ = "0.1.0"
 

@@ -6,9 +6,44 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from torch import Tensor, nn
+from torch.optim import LBFGS, Optimizer
 from torch.utils._pytree import tree_leaves
 
+from clipgrad._facade import OptimizerFacade
 from clipgrad.errors import NotPerSampleError
+
+_PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+
+
+def check_parts(optimizer: Any, model: Any, loss_fn: Any) -> None:
+    """Refuse what cannot be wrapped, trained or differentiated.
+
+    Raises:
+        ValueError: If one of the three does not fit.
+    """
+    if isinstance(optimizer, OptimizerFacade) or not isinstance(optimizer, Optimizer):
+        raise ValueError(
+            f"optimizer must be an ordinary torch.optim.Optimizer, got {type(optimizer).__name__}."
+        )
+    if isinstance(optimizer, LBFGS):
+        raise ValueError(
+            "optimizer is LBFGS, which evaluates the loss again within a step: its gradients would be neither clipped "
+            "nor noised. Use one that steps on .grad alone, such as SGD or AdamW."
+        )
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
+    for module in model.modules():
+        if isinstance(module, _PARALLEL) or type(module).__name__ == "FullyShardedDataParallel":
+            raise ValueError(
+                f"model holds a {type(module).__name__}, whose own gradient communication would never run, so replicas "
+                "would drift apart or train unclipped. Pass the bare module (model.module); training on several "
+                "devices is not supported yet."
+            )
+    if not callable(loss_fn) or isinstance(loss_fn, nn.modules.loss._Loss):
+        raise ValueError(
+            f"loss_fn must be a function loss_fn(model, *batch) that returns a scalar, got {type(loss_fn).__name__}. "
+            "Wrap a criterion: def loss_fn(model, x, y): return criterion(model(x), y)."
+        )
 
 
 def refuse_strangers(owned: Iterable[Tensor], known: Iterable[Tensor]) -> None:

@@ -87,8 +87,13 @@ def gaussian_sigma(*, noise_multiplier: float, sensitivity: float) -> float:
     if not (math.isfinite(sigma) and sigma > 0.0):
         raise ValueError(
             f"sensitivity must be positive and finite when noise_multiplier is {multiplier}, got "
-            f"{bound}, so that sigma = {sigma}: no noise hides an unbounded change. Give a "
-            "positive, finite clip norm, or noise_multiplier=0 to train without privacy."
+            f"{bound}, so that sigma = {sigma}: "
+            + (
+                "there is nothing to hide. "
+                if bound == 0
+                else "no noise hides an unbounded change. "
+            )
+            + "Give a positive, finite clip norm, or noise_multiplier=0 to train without privacy."
         )
     return sigma
 

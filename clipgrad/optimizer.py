@@ -9,17 +9,25 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import LBFGS, Optimizer
+from torch.optim import Optimizer
 
 from clipgrad import _validate
+from clipgrad._facade import OptimizerFacade
 from clipgrad._pending import Pending
-from clipgrad._requirements import check_batch, refuse_batch_norm, refuse_hooks, refuse_strangers
+from clipgrad._requirements import (
+    check_batch,
+    check_parts,
+    refuse_batch_norm,
+    refuse_hooks,
+    refuse_strangers,
+)
 from clipgrad._swap import ParameterSlots
 from clipgrad.clipping import Relation, make_clipping
 from clipgrad.errors import UnclippedGradientError
 from clipgrad.explain import Explanation
 from clipgrad.noise import NoiseSource, SeededNoise, SystemNoise, gaussian_sigma
-from clipgrad.transform import ClippedGrad, ClippedGradResult, clipped_grad
+from clipgrad.result import ClippedGradResult
+from clipgrad.transform import ClippedGrad, clipped_grad
 
 _STATE_KEY = "clipgrad"
 
@@ -43,7 +51,7 @@ class Diagnostics:
     num_nonfinite: int
 
 
-class DPOptimizer(Optimizer):
+class DPOptimizer(OptimizerFacade):
     """Wraps any ``torch.optim.Optimizer`` for differentially private training (DP-SGD, Abadi et al. 2016).
 
     Each ``backward`` adds the clipped sum of per-sample gradients to ``.grad``; ``step`` adds Gaussian noise of
@@ -121,7 +129,7 @@ class DPOptimizer(Optimizer):
         branches: str = "refuse",
     ) -> None:
         # Optimizer.__init__ is not called: param_groups, state and hooks are the wrapped optimizer's.
-        _check_parts(optimizer, model, loss_fn)
+        check_parts(optimizer, model, loss_fn)
         if noise is not None and generator is not None:
             raise ValueError(
                 "noise and generator exclude each other; pass one of them, or neither."
@@ -259,41 +267,6 @@ class DPOptimizer(Optimizer):
 
     # ------------------------------------------------------------------ torch.optim.Optimizer
 
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        """The wrapped optimizer's ``param_groups``."""
-        return self.inner.param_groups
-
-    @param_groups.setter
-    def param_groups(self, groups: list[dict[str, Any]]) -> None:
-        self.inner.param_groups = groups
-
-    @property
-    def state(self) -> Any:
-        """The wrapped optimizer's ``state``."""
-        return self.inner.state
-
-    @state.setter
-    def state(self, state: Any) -> None:
-        self.inner.state = state
-
-    @property
-    def defaults(self) -> dict[str, Any]:
-        """The wrapped optimizer's ``defaults``."""
-        return self.inner.defaults
-
-    @defaults.setter
-    def defaults(self, defaults: dict[str, Any]) -> None:
-        self.inner.defaults = defaults
-
-    @property
-    def _step_supports_amp_scaling(self) -> bool:
-        # GradScaler.step asks this first. It would unscale sums that were never scaled, and leave no trace of it.
-        raise UnclippedGradientError(
-            "GradScaler cannot scale per-sample gradients: backward does not go through it, so it would only spoil the "
-            "clipped sums. Leave it out: use bfloat16 autocast, or GradScaler(enabled=False)."
-        )
-
     def __getstate__(self) -> dict[str, Any]:
         # ``step`` may be a scheduler's wrapper, bound to this very object. The logical batch in progress stays here.
         left_out = ("step", "_pending", "_last", "_selection", "_slots")
@@ -305,12 +278,6 @@ class DPOptimizer(Optimizer):
             self._gradient, fn=self._loss
         )  # a shallow copy's is bound to its original
         self._start()
-
-    def __getattr__(self, name: str) -> Any:
-        # Step hooks and the like live in the wrapped optimizer.
-        if name == "inner":
-            raise AttributeError(name)
-        return getattr(self.inner, name)
 
     def __repr__(self) -> str:
         return (
@@ -384,25 +351,6 @@ class DPOptimizer(Optimizer):
             )
         self._selection = selection
         self._slots = ParameterSlots(self.model, [parameter for _, parameter in selection])
-
-
-def _check_parts(optimizer: Any, model: Any, loss_fn: Any) -> None:
-    if isinstance(optimizer, DPOptimizer) or not isinstance(optimizer, Optimizer):
-        raise ValueError(
-            f"optimizer must be an ordinary torch.optim.Optimizer, got {type(optimizer).__name__}."
-        )
-    if isinstance(optimizer, LBFGS):
-        raise ValueError(
-            "optimizer is LBFGS, which evaluates the loss again within a step: its gradients would be neither clipped "
-            "nor noised. Use one that steps on .grad alone, such as SGD or AdamW."
-        )
-    if not isinstance(model, nn.Module):
-        raise ValueError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
-    if not callable(loss_fn) or isinstance(loss_fn, nn.modules.loss._Loss):
-        raise ValueError(
-            f"loss_fn must be a function loss_fn(model, *batch) that returns a scalar, got {type(loss_fn).__name__}. "
-            "Wrap a criterion: def loss_fn(model, x, y): return criterion(model(x), y)."
-        )
 
 
 def _mean_loss(result: ClippedGradResult, is_padding: Tensor | None) -> Tensor:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from clipgrad import NotPerSampleError, clipped_grad
+from clipgrad import DPOptimizer, NotPerSampleError, clipped_grad
 from tests.dp_tools import data, mlp, picture, private, squared
 
 
@@ -215,3 +215,16 @@ def test_lazy_modules_say_that_they_wait_for_a_first_batch() -> None:
     model = nn.LazyLinear(2)
     with pytest.raises((ValueError, RuntimeError), match="dummy batch"):
         private(model).backward(data())
+
+
+def test_data_parallel_wrapper_is_refused() -> None:
+    model = nn.DataParallel(nn.Linear(2, 1))
+    with pytest.raises(ValueError, match=r"DataParallel.*Pass the bare module \(model\.module\)"):
+        DPOptimizer(
+            torch.optim.SGD(model.parameters(), lr=0.1),
+            model,
+            lambda model, x: model(x).sum(),
+            max_grad_norm=1.0,
+            noise_multiplier=0.0,
+            expected_batch_size=1,
+        )
