@@ -11,7 +11,7 @@ from benchmarks.modes import MODES
 from benchmarks.workloads import WORKLOADS
 
 # Plain vmap has no batching rule for attention's backward and says that it loops; that is the peer's cost.
-pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drawback:UserWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
 
 ROWS = [("cnn-small", 32), ("cnn-small", 64), ("cnn-medium", 32), ("transformer-small", 32)]
 

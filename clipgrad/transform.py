@@ -343,9 +343,12 @@ def clipped_grad(
         list(max_grad_norm) if isinstance(max_grad_norm, Mapping) else ["parameter"],
         rescale=rescale_to_unit_norm,
     )
-    if accumulate_dtype is not None and not accumulate_dtype.is_floating_point:
+    if accumulate_dtype is not None and (
+        not accumulate_dtype.is_floating_point or accumulate_dtype.itemsize < 4
+    ):
         raise ValueError(
-            f"accumulate_dtype must be a floating-point dtype, got {accumulate_dtype}."
+            f"accumulate_dtype must be a floating-point dtype of at least 32 bits, got {accumulate_dtype}: rounded to "
+            "less, a sum moves by more than one sample may."
         )
     if memory_budget is not None and not memory_budget >= 0:
         raise ValueError(
