@@ -61,8 +61,8 @@ _ADVICE = (
             "on out= or view ops",
         ),
         "the loss writes a per-sample value in place into a tensor that all samples share (a buffer, such as "
-        "running statistics, or a tensor made outside). Use the out-of-place form, return the value with "
-        "has_aux=True, or put the layer in eval mode.",
+        "running statistics, or a tensor made outside). Use the out-of-place form, compute the "
+        "value outside the loss, or put the layer in eval mode.",
     ),
     _Advice(
         ("randomness error mode", "randomness mode", "randomness='error'"),

@@ -25,7 +25,7 @@ class EmptyBatchCollate:
     Raises:
         TypeError: If ``collate_fn`` returns something of which no empty version is known.
 
-    Example:
+    Examples:
         >>> import torch
         >>> collate = EmptyBatchCollate({"x": torch.zeros(3), "label": 1})
         >>> {name: tuple(column.shape) for name, column in collate([]).items()}

@@ -107,7 +107,7 @@ def _preference(entry: Tracked, batch_size: int, forced: Strategy | None) -> Cho
     if any(extent.one_hot for extent in extents):
         return Choice(
             Strategy.GHOST,
-            "rows are few: an embedding's gradient is sparse",
+            "ids pick few rows, and a tied head needs one Gram matrix",
             kept_bytes,
             factor_bytes,
         )

@@ -1,8 +1,9 @@
-"""Checks of arguments. Every message names the argument, its value and the remedy."""
+"""Checks of arguments; messages name the argument, its value and the remedy."""
 
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,10 +13,24 @@ from torch import Tensor, nn
 _PLAIN = (str, bytes, bool, int, float, complex)
 
 
+def number(name: str, value: object) -> float:
+    """A real number: not a bool, a string or a list."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise ValueError(f"{name} must be a number, got {value!r}.")
+    return float(value)
+
+
+def flag(name: str, value: bool) -> bool:
+    if type(value) is not bool:
+        raise ValueError(f"{name} must be True or False, got {value!r}.")
+    return value
+
+
 def positive(name: str, value: float) -> float:
+    value = number(name, value)
     if not (math.isfinite(value) and value > 0):
         raise ValueError(f"{name} must be a positive finite number, got {value!r}.")
-    return float(value)
+    return value
 
 
 def positive_int_or_none(name: str, value: int | None) -> int | None:
@@ -52,7 +67,8 @@ def positions(
         batch = absolute("batch_argnums", batch_argnums)
     if not batch:
         raise ValueError(
-            f"no batch argument: argnums={tuple(argnums)} takes all of the {count} positional arguments."
+            "no batch argument: pass the batch after the parameters, tensors whose first axis is the batch "
+            f"(argnums={tuple(argnums)} takes all of the {count} positional arguments)."
         )
     both = (*parameters, *batch)
     if len(set(both)) < len(both):

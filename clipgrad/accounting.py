@@ -66,7 +66,7 @@ def epsilon(
         ValueError: If a number is out of range or a name unknown.
         ImportError: If ``dp-accounting`` is not installed.
 
-    Example:
+    Examples:
         >>> run = {"sample_rate": 256 / 60_000, "steps": 15 * 234, "delta": 1e-5}
         >>> round(epsilon(noise_multiplier=1.3, **run), 2)
         0.86
@@ -106,7 +106,7 @@ def noise_multiplier(
         ValueError: If a number is out of range, a name unknown, or no noise meets the target.
         ImportError: If ``dp-accounting`` is not installed.
 
-    Example:
+    Examples:
         >>> run = {"sample_rate": 0.01, "steps": 1000, "delta": 1e-5, "accountant": "rdp"}
         >>> sigma = noise_multiplier(target_epsilon=2.0, **run)
         >>> round(sigma, 2), epsilon(noise_multiplier=sigma, **run) <= 2.0

@@ -39,7 +39,7 @@ def replace_batch_norm(model: nn.Module, *, num_groups: int | None = None) -> nn
     Raises:
         ValueError: If ``num_groups`` does not divide a layer's channels, or a layer cannot be replaced.
 
-    Example:
+    Examples:
         >>> from torch import nn
         >>> from clipgrad.batch_norm import replace_batch_norm
         >>> replace_batch_norm(nn.Sequential(nn.Conv2d(3, 24, 3), nn.BatchNorm2d(24)))

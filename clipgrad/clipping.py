@@ -10,6 +10,8 @@ from enum import Enum
 import torch
 from torch import Tensor
 
+from clipgrad import _validate
+
 
 class Relation(Enum):
     """Which datasets count as neighbours.
@@ -29,6 +31,16 @@ class Relation(Enum):
     ADD_OR_REMOVE_ONE = "add_or_remove_one"
     REPLACE_ONE = "replace_one"
     REPLACE_SPECIAL = "replace_special"
+
+
+def relation_of(relation: Relation | str) -> Relation:
+    """A relation by member or by name.
+
+    Raises:
+        ValueError: If there is none of that name.
+    """
+    name = relation.value if isinstance(relation, Relation) else str(relation).lower()
+    return Relation(_validate.one_of("relation", name, [member.value for member in Relation]))
 
 
 @dataclass(frozen=True)
@@ -94,7 +106,10 @@ def make_clipping(
         if not max_grad_norm:
             raise ValueError("max_grad_norm is an empty mapping; give a norm, or one per prefix.")
         groups = tuple(max_grad_norm)
-        norms = tuple(float(norm) for norm in max_grad_norm.values())
+        norms = tuple(
+            _validate.number(f"max_grad_norm[{group!r}]", norm)
+            for group, norm in max_grad_norm.items()
+        )
         for group, norm in zip(groups, norms, strict=True):
             _check_norm(f"max_grad_norm[{group!r}]", norm, rescale)
         assignment = tuple(_longest_match(name, groups) for name in names)
@@ -105,7 +120,7 @@ def make_clipping(
                     f"{sorted({name.split('.')[0] for name in names})}. Remove or correct the entry."
                 )
         return Clipping(groups, norms, assignment, rescale)
-    norm = float(max_grad_norm)
+    norm = _validate.number("max_grad_norm", max_grad_norm)
     _check_norm("max_grad_norm", norm, rescale)
     return Clipping(("",), (norm,), (0,) * len(names), rescale)
 

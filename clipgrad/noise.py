@@ -73,7 +73,7 @@ def gaussian_sigma(*, noise_multiplier: float, sensitivity: float) -> float:
     Raises:
         ValueError: If no finite, positive noise of that size exists.
 
-    Example:
+    Examples:
         >>> gaussian_sigma(noise_multiplier=1.5, sensitivity=2.0)
         3.0
         >>> gaussian_sigma(noise_multiplier=0.0, sensitivity=float("inf"))
@@ -93,7 +93,7 @@ def gaussian_sigma(*, noise_multiplier: float, sensitivity: float) -> float:
                 if bound == 0
                 else "no noise hides an unbounded change. "
             )
-            + "Give a positive, finite clip norm, or noise_multiplier=0 to train without privacy."
+            + "Give a positive, finite max_grad_norm, or noise_multiplier=0 to train without privacy."
         )
     return sigma
 
@@ -112,7 +112,7 @@ class SystemNoise:
     ``sqrt(-2 ln 2^-24) = 5.77`` sigma. Against an adversary who reads every bit of every update,
     pass a :class:`NoiseSource` made for it.
 
-    Example:
+    Examples:
         >>> sums = [torch.zeros(3), torch.zeros(2, 2, dtype=torch.float64)]
         >>> SystemNoise().add_gaussian_(sums, sigma=2.0)
     """
@@ -163,7 +163,7 @@ class SeededNoise:
     Raises:
         TypeError: If ``generator`` is not a ``torch.Generator``.
 
-    Example:
+    Examples:
         >>> source, total = SeededNoise(torch.Generator().manual_seed(0)), torch.zeros(2)
         >>> saved = source.state_dict()
         >>> source.add_gaussian_([total], sigma=1.0)

@@ -22,7 +22,7 @@ from clipgrad._requirements import (
     refuse_strangers,
 )
 from clipgrad._swap import ParameterSlots
-from clipgrad.clipping import Relation, make_clipping
+from clipgrad.clipping import Relation, make_clipping, relation_of
 from clipgrad.errors import UnclippedGradientError
 from clipgrad.explain import Explanation
 from clipgrad.noise import NoiseSource, SeededNoise, SystemNoise, gaussian_sigma
@@ -85,7 +85,7 @@ class DPOptimizer(OptimizerFacade):
             asked for where no noise is enough (``max_grad_norm=inf``).
         NotPerSampleError: If the model holds BatchNorm in training mode.
 
-    Example:
+    Examples:
         >>> import torch, clipgrad
         >>> model = torch.nn.Linear(3, 1)
         >>> def loss_fn(model, x, y):
@@ -137,9 +137,14 @@ class DPOptimizer(OptimizerFacade):
         self.inner = optimizer
         self.model = model
         self.loss_fn = loss_fn
-        self.noise_multiplier = float(noise_multiplier)
+        self.noise_multiplier = _validate.number("noise_multiplier", noise_multiplier)
         self.expected_batch_size = _validate.positive("expected_batch_size", expected_batch_size)
-        self.relation = Relation(relation)
+        self.relation = relation_of(relation)
+        if noise is not None and not callable(getattr(noise, "add_gaussian_", None)):
+            raise ValueError(
+                f"noise must be a NoiseSource such as clipgrad.SystemNoise(), got {noise!r}; how much of it there is "
+                "says noise_multiplier."
+            )
         if noise is None:
             noise = SystemNoise() if generator is None else SeededNoise(generator)
         self.noise: NoiseSource = noise
@@ -262,6 +267,7 @@ class DPOptimizer(OptimizerFacade):
 
     def explain(self, *batch: Any) -> Explanation:
         """Tell how each parameter's per-sample gradient is found for such a batch; changes nothing."""
+        check_batch(batch)
         self._select()
         return self._gradient.explain(dict(self._selection), *batch)
 

@@ -44,7 +44,7 @@ class PoissonSampler(Sampler[list[int]]):
         ValueError: If a number is out of range, or not exactly one of the two rates is given.
         TypeError: If an argument has the wrong type.
 
-    Example:
+    Examples:
         >>> generator = torch.Generator().manual_seed(1)
         >>> sampler = PoissonSampler(6, expected_batch_size=2, generator=generator)
         >>> len(sampler), round(sampler.sample_rate, 4)
@@ -212,7 +212,7 @@ def poisson_loader(
         ValueError: If the sampler's arguments are out of range or the dataset is empty.
         TypeError: If the dataset has no length, or no empty batch can be made.
 
-    Example:
+    Examples:
         >>> data = torch.utils.data.TensorDataset(torch.zeros(100, 3), torch.arange(100))
         >>> loader = poisson_loader(data, expected_batch_size=0.5, steps=2)
         >>> [x.shape[1:] == (3,) and len(x) == len(y) for x, y in loader]  # often both are empty

@@ -52,6 +52,7 @@ def assert_rule_matches_reference(
     microbatch_sizes: Sequence[int | None] = (1, 3, None),
     tolerance: float = 1e-9,
     seed: int = 0,
+    device: str = "cpu",
 ) -> None:
     """Compare a rule with the definition: losses, norms and clipped sums, one sample at a time in float64.
 
@@ -70,13 +71,14 @@ def assert_rule_matches_reference(
         microbatch_sizes: Pieces to try; one that does not divide the batch is worth having.
         tolerance: Largest error, relative to the largest expected value (and absolute below one).
         seed: For ``case.params`` and ``case.batch``.
+        device: Where to compare; what the case makes is moved there.
 
     Raises:
         AssertionError: Naming rule, case, strategy, microbatch, what differs and by how much.
     """
     problems: list[str] = []
     for size in batch_sizes:
-        trial = _Trial.make(case, size, seed, tolerance)
+        trial = _Trial.make(case, size, seed, tolerance, device)
         problems += trial.unusable()
         for strategy in strategies:
             for microbatch in microbatch_sizes:
@@ -107,10 +109,13 @@ class _Trial:
     max_grad_norm: float
 
     @classmethod
-    def make(cls, case: RuleCase, size: int, seed: int, tolerance: float) -> _Trial:
+    def make(cls, case: RuleCase, size: int, seed: int, tolerance: float, device: str) -> _Trial:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            params, batch = case.params(), case.batch(size)
+            params, batch = tree_map(
+                lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf,
+                (case.params(), case.batch(size)),
+            )
         losses, gradients = _reference.per_sample_gradients_by_loop(case.loss, params, *batch)
         _, norms = _reference.clipped_sum(gradients, 1.0)
         return cls(case, params, batch, size, tolerance, losses, gradients, float(norms.median()))

@@ -20,7 +20,7 @@ from clipgrad._inputs import Inputs
 from clipgrad._microbatch import forward, plan, run
 from clipgrad._piece import Piece, Settings
 from clipgrad._tape import Strategy, Tape
-from clipgrad.clipping import Clipping, Relation, make_clipping, sensitivity
+from clipgrad.clipping import Clipping, Relation, make_clipping, relation_of, sensitivity
 from clipgrad.explain import Explanation, make_explanation
 from clipgrad.result import ClippedGradResult
 
@@ -109,7 +109,7 @@ class ClippedGrad:
         Rounding: the bound holds for exact arithmetic. In float32 the change of a sum can exceed it by about
         one part in ``1e5``; see ``docs/guarantees.md``.
         """
-        relation = Relation(relation)
+        relation = relation_of(relation)
         names = (
             ["parameter"]
             if not isinstance(self.max_grad_norm, Mapping)
@@ -326,7 +326,7 @@ def clipped_grad(
     Raises:
         ValueError: If an argument is out of range.
 
-    Example:
+    Examples:
         >>> import torch, clipgrad
         >>> def loss(params, x, y):
         ...     return torch.nn.functional.mse_loss(x @ params["w"] + params["b"], y)
@@ -350,7 +350,7 @@ def clipped_grad(
             f"accumulate_dtype must be a floating-point dtype of at least 32 bits, got {accumulate_dtype}: rounded to "
             "less, a sum moves by more than one sample may."
         )
-    if memory_budget is not None and not memory_budget >= 0:
+    if memory_budget is not None and not _validate.number("memory_budget", memory_budget) >= 0:
         raise ValueError(
             f"memory_budget must be a non-negative number of bytes, got {memory_budget!r}."
         )
@@ -368,7 +368,7 @@ def clipped_grad(
         pre_clipping_transform=pre_clipping_transform,
         accumulate_dtype=accumulate_dtype,
         microbatch_size=_validate.positive_int_or_none("microbatch_size", microbatch_size),
-        nan_safe=nan_safe,
+        nan_safe=_validate.flag("nan_safe", nan_safe),
         randomness=_validate.one_of("randomness", randomness, RANDOMNESS),
         strategy=_validate.one_of("strategy", strategy, STRATEGIES),
         memory_budget=memory_budget,

@@ -11,9 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clipgrad import DPOptimizer, NotPerSampleError, SystemNoise
+from clipgrad import DPOptimizer, NotPerSampleError, SystemNoise, _reference
+from clipgrad.testing import RuleCase, assert_rule_matches_reference
 from tests.architectures import ARCHITECTURES, Architecture
 from tests.oracle import clipped_sum, per_sample_gradients
+from tests.test_rules import CASES
 
 pytestmark = [
     pytest.mark.cuda,
@@ -136,3 +138,14 @@ def test_noise_has_the_right_scale() -> None:
         assert abs(float(tensor.mean())) < 0.02
     product = (tensors[0] * tensors[1].flatten()).mean()
     assert abs(float(product)) < 0.04
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.rule}-{case.name}")
+def test_rule(case: RuleCase) -> None:
+    with torch.device("cuda"):  # for the constants that a case's loss makes
+        params, batch = case.params(), case.batch(2)
+        try:
+            _reference.per_sample_gradients_by_loop(case.loss, params, *batch)
+        except RuntimeError as error:  # a kernel that does not exist, a constant made on the CPU
+            pytest.skip(f"plain PyTorch cannot run it on CUDA: {error}")
+        assert_rule_matches_reference(case, device="cuda")

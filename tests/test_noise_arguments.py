@@ -89,7 +89,7 @@ def test_gaussian_sigma() -> None:
 @pytest.mark.parametrize(
     ("multiplier", "sensitivity", "message"),
     [
-        (1.0, math.inf, "sensitivity must be positive and finite.*got inf.*clip norm"),
+        (1.0, math.inf, "sensitivity must be positive and finite.*got inf.*max_grad_norm"),
         (1.0, math.nan, "got nan"),
         (1.0, 0.0, "got 0.0"),
         (1.0, -2.0, "got -2.0"),

@@ -144,6 +144,11 @@ def rules() -> Mapping[Callable[..., Any], Rule | Decomposition]:
 
 
 def _add(entry: Rule | Decomposition) -> None:
+    if not entry.operations or not all(map(callable, entry.operations)):
+        raise ValueError(
+            "register_rule needs the functions to intercept, such as torch.nn.functional.linear, got "
+            f"{entry.operations}."
+        )
     for operation in entry.operations:
         if operation in _RULES:
             raise ValueError(
@@ -168,7 +173,43 @@ def register_rule(*operations: Callable[..., Any], name: str) -> Callable[[F], F
         name: Shown by ``explain``.
 
     Raises:
-        ValueError: If an operation already has a rule.
+        ValueError: If an operation already has a rule, or is not a function.
+
+    Examples:
+        ``F.bilinear(x, z, W)`` is ``y_o = sum_ij x_i W_oij z_j``: rows of ``W`` are outputs, columns pairs of inputs.
+
+        >>> import torch, clipgrad
+        >>> import torch.nn.functional as F
+        >>> from clipgrad.rules import Decline, Extent, Outer, Recipe
+        >>> @clipgrad.register_rule(F.bilinear, name="bilinear")
+        ... def bilinear(call, input1, input2, weight, bias=None):
+        ...     if bias is not None or not (call.has_lanes(input1) and call.has_lanes(input2)):
+        ...         raise Decline  # the exact fallback takes over
+        ...     x, z, w = call.batched(input1), call.batched(input2), call.shared(weight)
+        ...     pairs = (
+        ...         (x[..., :, None] * z[..., None, :]).flatten(-2).flatten(1, -2)
+        ...     )  # [B, S, I*J]
+        ...     y = F.bilinear(x, z, w)  # ordinary autograd finds the input gradients
+        ...     recipe = Recipe(
+        ...         weight,
+        ...         lambda g: Outer(g.reshape(*pairs.shape[:2], -1), pairs, w.shape),
+        ...         Extent(positions=pairs.shape[1], rows=w.shape[0], columns=pairs.shape[2]),
+        ...     )
+        ...     return call.finish(y, recipe, saved=(x, z))
+
+        The proof: a use of the operation, compared with the definition in every way.
+
+        >>> from clipgrad.testing import RuleCase, assert_rule_matches_reference
+        >>> case = RuleCase(
+        ...     "bilinear",
+        ...     "plain",
+        ...     lambda p, x: F.bilinear(x, x.sin(), p["w"]).cos().sum(),
+        ...     params=lambda: {"w": torch.randn(2, 3, 3, dtype=torch.float64)},
+        ...     batch=lambda size: (torch.randn(size, 3, dtype=torch.float64),),
+        ... )
+        >>> assert_rule_matches_reference(case)
+        >>> clipgrad.unregister_rule(F.bilinear).name
+        'bilinear'
     """
 
     def decorate(function: F) -> F:

@@ -250,6 +250,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     for name in ("steps", "batch_size", "threads"):
         if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
+    if args.batch_size > 1000:
+        parser.error("--batch-size must be at most 1000: there are 1437 images to draw it from")
+    if args.epsilon <= 0:
+        parser.error("--epsilon must be positive")
     if not args.output.resolve().parent.is_dir():  # better now than after the training
         parser.error(f"--output: there is no folder {args.output.resolve().parent}")
     return args
