@@ -74,7 +74,7 @@ class BoundCall:
         return per_sample(output if view is None else view(output), self._capture.level)
 
     def record(self, output: Tensor, *recipes: Recipe, saved: tuple[Tensor, ...] = ()) -> Tensor:
-        entries: list[tuple[Tracked, Expected]] = []
+        entries: list[tuple[Tracked, Recipe]] = []
         if torch.is_grad_enabled():
             for recipe in recipes:
                 if recipe.parameter is None:
@@ -82,10 +82,10 @@ class BoundCall:
                 tracked = self._capture.table.get(id(recipe.parameter))
                 if tracked is not None:
                     self._without_recipe.pop(id(recipe.parameter), None)
-                    entries.append((tracked, Expected(self._rule, recipe)))
+                    entries.append((tracked, recipe))
         if entries:
-            for tracked, expected in entries:
-                tracked.expected.append(expected)
+            for tracked, recipe in entries:
+                tracked.expected.append(Expected(self._rule, recipe.extent))
             tape = self._capture.tape
             output = watch(output, tape.anchor, tape.on_gradient(entries, saved, self._rule))
         return output

@@ -36,10 +36,13 @@ class Strategy(Enum):
 
 @dataclass(frozen=True)
 class Expected:
-    """A use seen in the forward pass, whose output gradient is still to come."""
+    """A use seen in the forward pass, whose output gradient is still to come.
+
+    It holds no recipe: recipes close over activations, and belong to the hook that uses them up.
+    """
 
     rule: str
-    recipe: Recipe
+    extent: Extent | None
 
 
 # Per-sample gradients that the recompute strategy holds at a time, in elements.
@@ -76,7 +79,7 @@ class Tracked:
 
     @property
     def extents(self) -> list[Extent | None]:
-        return [expected.recipe.extent for expected in self.expected]
+        return [expected.extent for expected in self.expected]
 
     @property
     def value(self) -> Tensor:
@@ -202,9 +205,9 @@ class Tape:
     def release(self) -> None:
         """Let go of every factor, once the sums are there or the loss was refused.
 
-        A parameter used twice closes a cycle through the autograd graph: the hook of its first use reaches the
-        parameter, that the recipe of its second use, and that an input computed from the first use's output. Half
-        of it lies in C++, where Python's garbage collector cannot see it, so the graph would never be freed.
+        Hooks reach the tracked entries, and the graph that holds the hooks may be kept by somebody (an exception's
+        traceback, a tensor that the loss returned). Recipes are never held here: a parameter used twice would
+        close a cycle through the graph, half of it in C++, where Python's garbage collector cannot see it.
         """
         for entry in self.tracked:
             entry.expected.clear()
@@ -213,20 +216,28 @@ class Tape:
             entry.leaf.grad = None
 
     def on_gradient(
-        self, entries: Sequence[tuple[Tracked, Expected]], saved: tuple[Tensor, ...], rule: str
+        self, entries: Sequence[tuple[Tracked, Recipe]], saved: Sequence[Tensor], rule: str
     ) -> Callable[[Tensor], None]:
-        """The hook that turns an operation's output gradient into uses."""
-        versions = tuple(tensor._version for tensor in saved)
+        """The hook that turns an operation's output gradient into uses.
+
+        It lets go of the recipes, and with them of the activations that they close over, as soon as it has run:
+        the graph that holds the hook lives until the whole backward pass has ended.
+        """
+        waiting = list(entries)
+        held = [(tensor, tensor._version) for tensor in saved]
 
         def hook(gradient: Tensor) -> None:
-            if tuple(tensor._version for tensor in saved) != versions:
+            assert waiting, "an output's gradient came twice"
+            if any(tensor._version != version for tensor, version in held):
                 raise NotPerSampleError(
                     f"an input of {rule} was changed by an in-place operation after it was used, so the "
                     "gradient of its parameter can no longer be computed. Replace the in-place operation "
                     "(relu_, add_, x += ...) that follows it by its out-of-place form."
                 )
-            for tracked, expected in entries:
-                tracked.receive(expected.recipe.make(gradient), expected.recipe.extent)
+            for tracked, recipe in waiting:
+                tracked.receive(recipe.make(gradient), recipe.extent)
+            waiting.clear()
+            held.clear()
 
         return hook
 
