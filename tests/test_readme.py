@@ -1,0 +1,33 @@
+"""What the README shows runs as it stands there."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+README = Path(__file__).resolve().parents[1] / "README.md"
+
+
+def test_readme_runs() -> None:
+    loop, accounting, functional = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    torch.manual_seed(0)
+    images, labels = torch.randn(600, 8, 8), torch.randint(0, 10, (600,))
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    names = {
+        "dataset": torch.utils.data.TensorDataset(images, labels),
+        "model": model,
+        "images": images,
+        "labels": labels,
+        "params": {"w": torch.zeros(64, 10)},
+        "loss": lambda p, x, y: F.cross_entropy(x.flatten(1) @ p["w"], y),
+    }
+    before = [p.clone() for p in model.parameters()]
+    exec(loop, names)
+    assert all((p != b).any() for p, b in zip(model.parameters(), before, strict=True))
+    exec(accounting.replace("10_000", "20"), names)
+    exec(functional, names)
+    assert names["result"].batch_size == 600
