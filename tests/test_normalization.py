@@ -196,3 +196,14 @@ def test_nothing_outlives_the_call(norm: Callable[..., Tensor]) -> None:
         assert not any(ref() is not None for ref in alive)
     finally:
         gc.enable()
+
+
+def test_fallback_never_normalises_over_samples() -> None:
+    # A weight computed from the sample declines the rule; vmap alone would mix the four samples.
+    def loss(params: dict[str, Tensor], x: Tensor) -> Tensor:
+        weight = x.sum() * torch.ones(4, 1, 3, dtype=x.dtype)
+        return (F.layer_norm(x, (4, 1, 3), weight) * params["w"]).sum()
+
+    gradient = clipgrad.clipped_grad(loss, max_grad_norm=1.0)
+    with pytest.raises(clipgrad.NotPerSampleError, match=r"reaches past one sample.*\(1, 3\)"):
+        gradient({"w": torch.randn(3)}, torch.randn(4, 3))

@@ -6,7 +6,7 @@ written per operation, except where ``vmap`` deviates from the operation's own d
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -104,6 +104,21 @@ def _as_strided(input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     return torch.as_strided(input, *args, **kwargs)
 
 
+def _layer_norm(layer_norm: Callable[..., Any]) -> Callable[..., Any]:
+    """``vmap`` accepts a shape that reaches past a sample into the others; PyTorch itself would refuse it."""
+
+    def corrected(input: Tensor, normalized_shape: Sequence[int], *args: Any, **kwargs: Any) -> Any:
+        shape = tuple(normalized_shape)
+        if len(shape) > input.dim():
+            raise NotPerSampleError(
+                f"layer_norm over normalized_shape={shape} reaches past one sample, whose input has shape "
+                f"{tuple(input.shape)}. Normalise over axes of one sample."
+            )
+        return layer_norm(input, normalized_shape, *args, **kwargs)
+
+    return corrected
+
+
 def _register_hook(*args: Any, **kwargs: Any) -> None:
     raise NotPerSampleError(
         "the loss registers a hook on a tensor. A hook would see the gradients of all samples at once instead of one "
@@ -118,6 +133,8 @@ CORRECTIONS: Mapping[Callable[..., Any], Callable[..., Any]] = MappingProxyType(
         F.embedding_bag: _embedding_bag,
         F.scaled_dot_product_attention: _by_formula(F.scaled_dot_product_attention),
         F.multi_head_attention_forward: _by_formula(F.multi_head_attention_forward),
+        F.layer_norm: _layer_norm(F.layer_norm),
+        torch.layer_norm: _layer_norm(torch.layer_norm),
         torch._nested_tensor_from_mask_left_aligned: _not_left_aligned,
         torch.as_strided: _as_strided,
         torch.Tensor.as_strided: _as_strided,
