@@ -7,7 +7,7 @@ its own, so every sample takes exactly the branch that it would take alone: the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from types import MappingProxyType
 from typing import Any
 
@@ -73,8 +73,3 @@ def read(function: Callable[..., Any], tensor: Tensor, level: int) -> Any:
         if all(same):
             return answers[0]
         raise Disagreement(torch.tensor(same, device=value.device))
-
-
-def rows(batch: Sequence[Any], index: Tensor) -> list[Any]:
-    """The samples of a flat batch at ``index``."""
-    return [leaf[index.to(leaf.device)] if isinstance(leaf, Tensor) else leaf for leaf in batch]

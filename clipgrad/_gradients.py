@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from clipgrad._tape import Tape, Tracked
-from clipgrad.rules._canonical import PerSample, row_norms_squared, select_rows, widen
+from clipgrad.rules._canonical import PerSample, added, row_norms_squared, select_rows, widen
 
 
 class Gradients:
@@ -19,7 +19,6 @@ class Gradients:
 
     def __init__(self, tape: Tape, parameters: int) -> None:
         self._tape = tape
-        self._count = parameters
         self._batch_size = tape.batch_size
         for entry in tape.tracked:
             entry.settle()
@@ -37,8 +36,7 @@ class Gradients:
         if not parts:
             return None
         if all(part.injective for part in parts) and self._disjoint(index):
-            norms = [part.squared_norms() for part in parts]
-            return sum(norms[1:], start=norms[0])
+            return added([part.squared_norms() for part in parts])
         return row_norms_squared(self.per_sample(index))
 
     def per_sample(self, index: int) -> Tensor:

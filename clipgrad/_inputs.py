@@ -12,6 +12,15 @@ from torch.utils._pytree import keystr, tree_flatten_with_path, tree_unflatten
 from clipgrad import _validate
 
 
+def take(batch: Sequence[Any], index: slice | Tensor) -> list[Any]:
+    """The samples of a flat batch at ``index``; constants stay."""
+
+    def pick(leaf: Tensor) -> Tensor:
+        return leaf[index if isinstance(index, slice) else index.to(leaf.device)]
+
+    return [pick(leaf) if isinstance(leaf, Tensor) else leaf for leaf in batch]
+
+
 @dataclass(frozen=True)
 class Inputs:
     """The arguments of one call, flattened."""
@@ -23,8 +32,8 @@ class Inputs:
     loss: Callable[[Sequence[Tensor], Sequence[Any]], Any]
     restore: Callable[[list[Tensor]], Any]
 
-    def rows(self, rows: slice) -> list[Any]:
-        return [leaf[rows] if isinstance(leaf, Tensor) else leaf for leaf in self.batch]
+    def rows(self, index: slice) -> list[Any]:
+        return take(self.batch, index)
 
     @classmethod
     def bind(

@@ -14,9 +14,10 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from clipgrad import _leftovers
 from clipgrad._advice import explained
-from clipgrad._branches import Disagreement, rows
+from clipgrad._branches import Disagreement
 from clipgrad._capture import Capture, escape_message, written_message
 from clipgrad._gradients import Gradients
+from clipgrad._inputs import take
 from clipgrad._piece import Piece, Settings, clip, joined
 from clipgrad._plan import Choice, choose
 from clipgrad._tape import Strategy, Tape
@@ -95,7 +96,7 @@ def run(
             loss,
             names,
             params,
-            rows(batch, part),
+            take(batch, part),
             None if is_padding is None else is_padding[part.to(is_padding.device)],
             settings,
         )

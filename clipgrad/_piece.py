@@ -110,6 +110,15 @@ def _total(squared: Sequence[Tensor | None], values: Tensor) -> Tensor:
     return torch.stack(present).sum(0) if len(present) > 1 else present[0]
 
 
+def accumulate(sums: list[Tensor] | None, more: list[Tensor]) -> list[Tensor]:
+    """Add the sums of a further piece in place; None starts with them."""
+    if sums is None:
+        # A sum may alias a tensor that the microbatch owns; nothing else holds one, so it is ours to write to.
+        return [total.contiguous() for total in more]
+    torch._foreach_add_(sums, more)
+    return sums
+
+
 def joined(pieces: Sequence[Piece], order: Tensor) -> Piece:
     """The pieces of one microbatch as one, samples in their old order."""
 
@@ -117,9 +126,10 @@ def joined(pieces: Sequence[Piece], order: Tensor) -> Piece:
         together = torch.cat(list(parts))
         return together[order.to(together.device)]
 
-    sums = [total.contiguous() for total in pieces[0].sums]
-    for piece in pieces[1:]:
-        torch._foreach_add_(sums, piece.sums)
+    sums: list[Tensor] | None = None
+    for piece in pieces:
+        sums = accumulate(sums, piece.sums)
+    assert sums is not None
     return Piece(
         sums,
         join([piece.values for piece in pieces]),

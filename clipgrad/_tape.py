@@ -15,6 +15,7 @@ from clipgrad.rules._canonical import (
     Outer,
     PerSample,
     Use,
+    added,
     ghost_norms_squared,
     never_underestimated,
     row_norms_squared,
@@ -127,7 +128,7 @@ class Tracked:
         """``[B, *shape]``."""
         if self.kept is not None:
             return widen(self.kept)
-        return sum((use.per_sample() for use in self.uses[1:]), start=self.uses[0].per_sample())
+        return added([use.per_sample() for use in self.uses])
 
     def squared_norms(self) -> Tensor:
         """``[B]``."""
@@ -145,8 +146,7 @@ class Tracked:
         """``sum_b factors[b] g_b``, in at least float32."""
         if self.kept is not None:
             return PerSample(self.kept).weighted_sum(factors)
-        sums = [use.weighted_sum(factors) for use in self.uses]
-        return sum(sums[1:], start=sums[0])
+        return added([use.weighted_sum(factors) for use in self.uses])
 
 
 def _recomputed_norms(factors: Sequence[Outer]) -> Tensor:
@@ -155,8 +155,8 @@ def _recomputed_norms(factors: Sequence[Outer]) -> Tensor:
     pieces = []
     for start in range(0, samples, step):
         chunk = slice(start, min(start + step, samples))
-        parts = [outer.rows_of(chunk).per_sample() for outer in factors]
-        pieces.append(row_norms_squared(sum(parts[1:], start=parts[0])))
+        total = added([outer.rows_of(chunk).per_sample() for outer in factors])
+        pieces.append(row_norms_squared(total))
     return never_underestimated(torch.cat(pieces), factors, materialised=True)
 
 

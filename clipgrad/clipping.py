@@ -88,7 +88,10 @@ class Clipping:
 
 
 def make_clipping(
-    max_grad_norm: float | Mapping[str, float], names: Sequence[str], *, rescale: bool
+    max_grad_norm: float | Mapping[str, float],
+    names: Sequence[str] | None = None,
+    *,
+    rescale: bool,
 ) -> Clipping:
     """Resolve ``max_grad_norm`` against the parameter names.
 
@@ -96,7 +99,7 @@ def make_clipping(
         max_grad_norm: One norm for all parameters, or a mapping from prefixes of parameter names to norms. A
             prefix matches whole components (``"conv"`` matches ``"conv.weight"``, not ``"conv1.weight"``), the
             longest match wins, and ``""`` matches everything.
-        names: Parameter names in order.
+        names: Parameter names in order; None for the norms alone, before any parameter is known.
         rescale: Whether clipped gradients are rescaled to norm one.
 
     Raises:
@@ -112,6 +115,8 @@ def make_clipping(
         )
         for group, norm in zip(groups, norms, strict=True):
             _check_norm(f"max_grad_norm[{group!r}]", norm, rescale)
+        if names is None:
+            names = groups
         assignment = tuple(_longest_match(name, groups) for name in names)
         for index, group in enumerate(groups):
             if index not in assignment:
@@ -122,7 +127,7 @@ def make_clipping(
         return Clipping(groups, norms, assignment, rescale)
     norm = _validate.number("max_grad_norm", max_grad_norm)
     _check_norm("max_grad_norm", norm, rescale)
-    return Clipping(("",), (norm,), (0,) * len(names), rescale)
+    return Clipping(("",), (norm,), (0,) * len(names or ()), rescale)
 
 
 def _check_norm(what: str, norm: float, rescale: bool) -> None:

@@ -15,10 +15,9 @@ from torch.utils._pytree import (
 
 from clipgrad import _validate
 from clipgrad._branches import BRANCHES, Disagreement
-from clipgrad._branches import rows as rows_at
-from clipgrad._inputs import Inputs
+from clipgrad._inputs import Inputs, take
 from clipgrad._microbatch import forward, plan, run
-from clipgrad._piece import Piece, Settings
+from clipgrad._piece import Piece, Settings, accumulate
 from clipgrad._tape import Strategy, Tape
 from clipgrad.clipping import Clipping, Relation, make_clipping, relation_of, sensitivity
 from clipgrad.explain import Explanation, make_explanation
@@ -88,7 +87,7 @@ class ClippedGrad:
                 None if mask is None else mask[rows],
                 settings,
             )
-            sums = _accumulate(sums, piece.sums)
+            sums = accumulate(sums, piece.sums)
             pieces.append(piece)
         assert sums is not None
         return self._result(inputs, settings, sums, pieces, mask)
@@ -110,12 +109,7 @@ class ClippedGrad:
         one part in ``1e5``; see ``docs/guarantees.md``.
         """
         relation = relation_of(relation)
-        names = (
-            ["parameter"]
-            if not isinstance(self.max_grad_norm, Mapping)
-            else list(self.max_grad_norm)
-        )
-        clipping = make_clipping(self.max_grad_norm, names, rescale=self.rescale_to_unit_norm)
+        clipping = make_clipping(self.max_grad_norm, rescale=self.rescale_to_unit_norm)
         return sensitivity(
             clipping, relation, normalize_by=self.normalize_by, nan_safe=self.nan_safe
         )
@@ -257,15 +251,7 @@ def _first_part(inputs: Inputs, batch: list[Any], settings: Settings) -> Tape:
         try:
             return forward(inputs.loss, inputs.names, inputs.params, batch, settings)[0]
         except Disagreement as disagreement:
-            batch = rows_at(batch, disagreement.parts()[0])
-
-
-def _accumulate(sums: list[Tensor] | None, more: list[Tensor]) -> list[Tensor]:
-    if sums is None:
-        # A sum may alias a tensor that the microbatch owns; nothing else holds one, so it is ours to write to.
-        return [total if total.is_contiguous() else total.contiguous() for total in more]
-    torch._foreach_add_(sums, more)
-    return sums
+            batch = take(batch, disagreement.parts()[0])
 
 
 def clipped_grad(
@@ -338,11 +324,7 @@ def clipped_grad(
         >>> gradient.sensitivity()
         1.0
     """
-    make_clipping(
-        max_grad_norm,
-        list(max_grad_norm) if isinstance(max_grad_norm, Mapping) else ["parameter"],
-        rescale=rescale_to_unit_norm,
-    )
+    make_clipping(max_grad_norm, rescale=rescale_to_unit_norm)
     if accumulate_dtype is not None and (
         not accumulate_dtype.is_floating_point or accumulate_dtype.itemsize < 4
     ):

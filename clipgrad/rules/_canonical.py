@@ -54,6 +54,11 @@ def select_rows(tensor: Tensor, keep: Tensor) -> Tensor:
     return torch.where(keep.view(-1, *[1] * (tensor.dim() - 1)), tensor, tensor.new_zeros(()))
 
 
+def added(tensors: Sequence[Tensor]) -> Tensor:
+    """The sum of one or more tensors; a single one is not copied."""
+    return sum(tensors[1:], start=tensors[0])
+
+
 def row_norms_squared(tensor: Tensor) -> Tensor:
     """Squared L2 norm of every sample, ``[B]``."""
     flat = tensor.flatten(1) if tensor.dim() > 1 else tensor[:, None]

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from clipgrad import Relation, clipped_grad
 from clipgrad._reference import Params, clipped_sum, per_sample_gradients_by_loop
-from tests import small_mlp
 from tests.small_mlp import (
     STRATEGIES,
     B,
@@ -22,21 +21,6 @@ from tests.small_mlp import (
     median_norm,
     mlp,
 )
-
-
-@pytest.fixture(autouse=True)
-def seed() -> None:
-    torch.manual_seed(0)
-
-
-@pytest.fixture
-def params() -> Params:
-    return small_mlp.make_params()
-
-
-@pytest.fixture
-def batch() -> tuple[Tensor, Tensor]:
-    return small_mlp.make_batch()
 
 
 @pytest.mark.parametrize("norm", [0.0, 1e-9, 0.5, 1e9, math.inf])

@@ -15,7 +15,6 @@ from clipgrad import (
     clipped_grad,
 )
 from clipgrad._reference import Params, per_sample_gradients_by_loop
-from tests import small_mlp
 from tests.small_mlp import (
     INPUTS,
     STRATEGIES,
@@ -27,21 +26,6 @@ from tests.small_mlp import (
     median_norm,
     mlp,
 )
-
-
-@pytest.fixture(autouse=True)
-def seed() -> None:
-    torch.manual_seed(0)
-
-
-@pytest.fixture
-def params() -> Params:
-    return small_mlp.make_params()
-
-
-@pytest.fixture
-def batch() -> tuple[Tensor, Tensor]:
-    return small_mlp.make_batch()
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)

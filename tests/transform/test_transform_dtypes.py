@@ -14,7 +14,6 @@ from clipgrad import (
     clipped_grad,
 )
 from clipgrad._reference import Params, clipped_sum, per_sample_gradients_by_loop
-from tests import small_mlp
 from tests.small_mlp import (
     STRATEGIES,
     B,
@@ -23,21 +22,6 @@ from tests.small_mlp import (
     draw,
     mlp,
 )
-
-
-@pytest.fixture(autouse=True)
-def seed() -> None:
-    torch.manual_seed(0)
-
-
-@pytest.fixture
-def params() -> Params:
-    return small_mlp.make_params()
-
-
-@pytest.fixture
-def batch() -> tuple[Tensor, Tensor]:
-    return small_mlp.make_batch()
 
 
 def lower(p: Params, x: Tensor) -> Tensor:
