@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from clipgrad._gradients import Gradients, Transformed
+from clipgrad._phases import phase
 from clipgrad._tape import Strategy
 from clipgrad.clipping import Clipping
 
@@ -79,12 +80,14 @@ def clip(
     if settings.nan_safe or is_padding is not None:
         keep = keep if settings.nan_safe else ~is_padding  # type: ignore[operator]
         factors = [torch.where(keep, factor, 0.0) for factor in factors]
-    sums = _weighted_sums(gradients, params, factors, settings)
+    with phase("contraction"):
+        sums = _weighted_sums(gradients, params, factors, settings)
     # Asked only now: on a GPU the answer takes as long as all that is queued, and the sums are queued already.
     if (settings.nan_safe or is_padding is not None) and not bool(finite.all()):
         # A zero factor does not silence an inf; such samples are taken out of the factors themselves.
         gradients.select(keep)
-        sums = _weighted_sums(gradients, params, factors, settings)
+        with phase("contraction"):
+            sums = _weighted_sums(gradients, params, factors, settings)
     nonfinite = ~finite if is_padding is None else ~finite & ~is_padding
     return Piece(sums, values, norms, aux, nonfinite)
 
