@@ -1,52 +1,14 @@
-"""What is measured: models, losses and synthetic batches from a seed."""
+"""Causal language models, input and output embedding untied."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-
-@dataclass(frozen=True)
-class Workload:
-    """A model with its loss and batches.
-
-    Attributes:
-        name: Row of the tables.
-        model: Makes the model.
-        batch: From a batch size to the arguments of the loss.
-        loss: ``loss(model, *batch)``.
-    """
-
-    name: str
-    model: Callable[[], nn.Module]
-    batch: Callable[[int], tuple[Tensor, ...]]
-    loss: Callable[..., Tensor]
-
-
-def cnn(size: int, channels: tuple[int, ...], hidden: int) -> nn.Module:
-    """3x3 convolutions with ReLU and 2x2 max-pool, one hidden layer, 10 classes."""
-    layers: list[nn.Module] = []
-    before = 3
-    for width in channels:
-        layers += [nn.Conv2d(before, width, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)]
-        before = width
-    features = before * (size // 2 ** len(channels)) ** 2
-    layers += [nn.Flatten(), nn.Linear(features, hidden), nn.ReLU(), nn.Linear(hidden, 10)]
-    return nn.Sequential(*layers)
-
-
-def images(size: int, batch_size: int) -> tuple[Tensor, Tensor]:
-    return torch.randn(batch_size, 3, size, size), torch.randint(0, 10, (batch_size,))
-
-
-def classification(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    return F.cross_entropy(model(x), y)
+from benchmarks.workloads._workload import Workload
 
 
 class CausalTransformer(nn.Module):
@@ -95,32 +57,29 @@ def next_token(model: nn.Module, ids: Tensor) -> Tensor:
     return F.cross_entropy(model(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten())
 
 
-def _cnn(name: str, size: int, channels: tuple[int, ...], hidden: int) -> Workload:
+def _workload(
+    name: str,
+    width: int,
+    heads: int,
+    layers: int,
+    length: int,
+    cpu: tuple[int, ...],
+    cuda: tuple[int, ...],
+) -> Workload:
+    vocabulary = 1000
     return Workload(
-        name, partial(cnn, size, channels, hidden), partial(images, size), classification
+        name=name,
+        description=f"causal, vocabulary {vocabulary}, width {width}, {heads} heads, {layers} layers, {length} tokens",
+        model=partial(CausalTransformer, vocabulary, width, heads, layers, length),
+        batch=partial(tokens, vocabulary, length),
+        loss=next_token,
+        batch_sizes={"cpu": cpu, "cuda": cuda},
     )
 
 
-def _transformer(name: str, **shape: Any) -> Workload:
-    return Workload(
-        name,
-        partial(CausalTransformer, **shape),
-        partial(tokens, shape["vocabulary"], shape["tokens"]),
-        next_token,
-    )
-
-
-WORKLOADS = {
-    workload.name: workload
-    for workload in (
-        _cnn("cnn-small", 32, (32, 64), 256),
-        _cnn("cnn-medium", 64, (64, 128, 256), 1024),
-        _transformer("transformer-small", vocabulary=1000, width=256, heads=4, layers=2, tokens=64),
-        _transformer(
-            "transformer-768x256", vocabulary=1000, width=768, heads=12, layers=6, tokens=256
-        ),
-        _transformer(
-            "transformer-768x1024", vocabulary=1000, width=768, heads=12, layers=6, tokens=1024
-        ),
-    )
-}
+TRANSFORMERS = (
+    _workload("transformer-small", 256, 4, 2, 64, cpu=(32,), cuda=(32,)),
+    _workload("transformer-medium", 384, 8, 6, 128, cpu=(16,), cuda=(32,)),
+    _workload("transformer-768x256", 768, 12, 6, 256, cpu=(), cuda=(32,)),
+    _workload("transformer-768x1024", 768, 12, 6, 1024, cpu=(), cuda=(8,)),
+)
