@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx import GraphModule
-from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
 from torch.fx.graph import CodeGen
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from clipgrad._microbatch import Loss, run
@@ -104,6 +105,18 @@ class _RefuseReads(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+class _RefuseScalars(TorchDispatchMode):
+    """Refuse every operation that turns a value into a Python number, also those that PyTorch calls by itself.
+
+    The tracer does so for tensors that it follows, not for those that the loss finds outside.
+    """
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if torch.Tag.data_dependent_output in func.tags and get_proxy_mode() is not None:
+            raise CompileError(_VALUE_READ)
+        return func(*args, **(kwargs or {}))
+
+
 def trace(
     loss: Loss,
     names: Sequence[str],
@@ -138,7 +151,7 @@ def trace(
     def step(*flat: Tensor) -> list[Tensor]:
         leaves = iter(flat[len(params) :])
         rows = [next(leaves) if isinstance(leaf, Tensor) else leaf for leaf in batch]
-        with observer or nullcontext():
+        with _RefuseScalars(), observer or nullcontext():
             piece = run(loss, names, flat[: len(params)], rows, flat[-1], settings)
         layout, results = Layout.flatten(piece)
         layouts.append(layout)
@@ -191,6 +204,8 @@ def _explained() -> Iterator[None]:
     except CompileError:
         raise
     except Exception as error:
+        if isinstance(error.__cause__, CompileError):
+            raise error.__cause__ from None
         told = f"{error} {error.__cause__}"
         if "get value out of a tracing tensor" in told:
             raise CompileError(_VALUE_READ) from error

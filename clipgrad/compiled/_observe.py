@@ -90,7 +90,7 @@ class Seen:
         flags = {key: flag for key, (_, flag) in self.objects.items()}
         strong = [value for key, (value, _) in self.objects.items() if key not in alive]
         self.objects.clear()
-        gc.collect()  # temporaries in cycles would else keep activations alive
+        gc.collect(1)  # temporaries in cycles would else keep activations alive
         kept = [value for reference in alive.values() if (value := reference()) is not None]
         before = -1
         while before != len(strong):  # letting go of one may leave another unheld
@@ -115,14 +115,21 @@ class Observer:
         self._kinds: dict[CodeType, Kind] = {}
         self._before: Any = None
         self._inside: FrameType | None = None
+        self._collects = True
 
     def __enter__(self) -> Seen:
+        # What is made from here on stays young, so that temporaries are found without a walk through everything.
+        self._collects = gc.isenabled()
+        gc.disable()
         self._before = sys.getprofile()
         sys.setprofile(self._see)
         return self.seen
 
     def __exit__(self, *error: object) -> None:
         sys.setprofile(self._before)
+        self._inside = None
+        if self._collects:
+            gc.enable()
 
     def _see(self, frame: FrameType, event: str, argument: Any) -> None:
         if self._inside is not None:  # the tracer's own work, and whatever it runs for that

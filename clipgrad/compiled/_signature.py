@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,8 +17,6 @@ from clipgrad.compiled._state import same
 from clipgrad.errors import CompileError
 from clipgrad.rules._registry import rules
 
-_STRUCTURE = "structure of the arguments"
-
 
 def describe(tensor: Tensor) -> tuple[Any, ...]:
     """What a compiled graph assumes of a tensor."""
@@ -30,7 +29,19 @@ def _describe_rows(leaf: Any) -> tuple[Any, ...]:
     """The same of a batch leaf, whose rows are made to fit."""
     if isinstance(leaf, Tensor):
         return leaf.shape[1:], leaf.dtype, leaf.device, is_channels_last(leaf), type(leaf)
-    return type(leaf), leaf
+    return ("constant",)
+
+
+@dataclass(frozen=True, eq=False)
+class _Constant:
+    """An argument that is no tensor: plain values are equal by type and value, objects if they are the same."""
+
+    value: Any
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Constant) and same(other.value, self.value)
+
+    __hash__ = None  # type: ignore[assignment]
 
 
 def _flags(kinds: Sequence[str]) -> tuple[Any, ...]:
@@ -69,9 +80,10 @@ def signature(inputs: Inputs, size: int) -> tuple[Any, ...]:
         ("number of rows", size),
         ("names of the parameters", tuple(inputs.names)),
         ("shape, dtype, device or requires_grad of a parameter", tuple(map(describe, inputs.params))),
-        ("shape, dtype, device, layout or constants of the batch", tuple(map(_describe_rows, inputs.batch))),
+        ("shape, dtype, device or layout of the batch", tuple(map(_describe_rows, inputs.batch))),
+        ("an argument that is no tensor", tuple(map(_Constant, inputs.constants))),
         ("further tensor arguments", tuple(map(describe, inputs.others))),
-        (_STRUCTURE, inputs.structure),
+        ("structure of the arguments", inputs.structure),
         ("autocast, default dtype or device, determinism or precision settings", _flags(kinds)),
         ("registered rules", tuple(rules().values())),
     )  # fmt: skip
@@ -79,9 +91,10 @@ def signature(inputs: Inputs, size: int) -> tuple[Any, ...]:
 
 def difference(now: tuple[Any, ...], was: tuple[Any, ...]) -> str | None:
     """Which part of a signature is another; None if none is."""
+    if now == was:
+        return None
     for (name, new), (_, old) in zip(now, was, strict=True):
-        equal = new == old if name == _STRUCTURE else same(new, old)
-        if not equal:
+        if new != old:
             return str(name)
     return None
 

@@ -95,7 +95,9 @@ class Compiler:
         generators = None if entry.checked else Generators(device)
         piece = self._call(entry, inputs, padded, padding)
         assert piece.all_finite is not None
-        if not bool(piece.all_finite) and (settings.nan_safe or mask is not None or count < size):
+        finite = bool(piece.all_finite)
+        dropping = settings.nan_safe or mask is not None or count < size
+        if not finite and (dropping or generators is not None):
             # Rare: a sample has to be taken out of the factors themselves, which the graph does not do.
             return run(inputs.loss, inputs.names, inputs.params, batch, mask, settings)
         if generators is not None:
