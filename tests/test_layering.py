@@ -24,11 +24,15 @@ INSIDE = {
     "_microbatch",
 }
 MACHINERY = INSIDE | {"transform"}
-ABOVE = {"optimizer", "transform", "_microbatch"}
+ABOVE = {"optimizer", "transform", "_microbatch", "compiled"}
 FORBIDDEN = {
     "optimizer": INSIDE,
     "transform": {"optimizer"},
-    "_microbatch": {"optimizer", "transform"},
+    "compiled": {"optimizer", "transform"},
+    "compiled._observe": MACHINERY | {"optimizer"},
+    "compiled._state": MACHINERY | {"optimizer"},
+    "compiled._backend": MACHINERY | {"optimizer"},
+    "_microbatch": {"optimizer", "transform", "compiled"},
     "_plan": ABOVE,
     "_capture": ABOVE,
     "_gradients": ABOVE,
@@ -103,7 +107,10 @@ def test_package_keeps_its_layers() -> None:
         ("accounting.py", "from torch import Tensor"),
         ("accounting.py", "import torch.distributed"),
         ("transform.py", "from clipgrad._reference import clipped_sum"),
-        ("compile.py", "from . import _reference"),
+        ("compiled/_step.py", "from clipgrad import _reference"),
+        ("compiled/_step.py", "from clipgrad.transform import ClippedGrad"),
+        ("compiled/_state.py", "from clipgrad._microbatch import run"),
+        ("_microbatch.py", "from clipgrad.compiled import Compiler"),
         ("transform.py", "x = torch.randn(3)"),
         ("optimizer.py", "g.add_(torch.empty_like(g).normal_())"),
         ("rules/linear.py", "g = torch.Generator()"),
@@ -121,6 +128,8 @@ def test_forbidden_is_found(path: str, source: str) -> None:
         ("optimizer.py", "from clipgrad.transform import ClippedGrad"),
         ("transform.py", "from . import _plan, clipping\nfrom .rules import registry"),
         ("_plan.py", "from clipgrad.rules._registry import Rule"),
+        ("compiled/_graph.py", "from clipgrad._microbatch import run"),
+        ("transform.py", "from clipgrad.compiled import Compiler"),
         ("rules/linear.py", "from ._canonical import norm\nfrom clipgrad.rules import _registry"),
         ("rules/_canonical.py", "import torch\nfrom .._validate import check"),
         ("testing.py", "from clipgrad._reference import clipped_sum"),
