@@ -10,7 +10,13 @@ from __future__ import annotations
 from clipgrad import accounting, rules
 from clipgrad.batch_norm import replace_batch_norm
 from clipgrad.clipping import Relation
-from clipgrad.errors import EscapedParameterError, NotPerSampleError, UnclippedGradientError
+from clipgrad.errors import (
+    CompileError,
+    CompileMismatchError,
+    EscapedParameterError,
+    NotPerSampleError,
+    UnclippedGradientError,
+)
 from clipgrad.explain import Explanation
 from clipgrad.noise import NoiseSource, SeededNoise, SystemNoise
 from clipgrad.optimizer import Diagnostics, DPOptimizer
@@ -25,6 +31,8 @@ __version__ = "0.1.0"
 __all__ = [
     "ClippedGrad",
     "ClippedGradResult",
+    "CompileError",
+    "CompileMismatchError",
     "DPOptimizer",
     "Diagnostics",
     "EmptyBatchCollate",

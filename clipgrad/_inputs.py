@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
-from torch.utils._pytree import keystr, tree_flatten_with_path, tree_unflatten
+from torch.utils._pytree import keystr, tree_flatten, tree_flatten_with_path, tree_unflatten
 
 from clipgrad import _validate
 
@@ -31,6 +31,13 @@ class Inputs:
     batch_size: int
     loss: Callable[[Sequence[Tensor], Sequence[Any]], Any]
     restore: Callable[[list[Tensor]], Any]
+    fn: Callable[..., Any]
+    others: list[Tensor]
+    """Tensors among the arguments that are neither parameters nor batch."""
+    constants: list[Any]
+    """Everything among the batch and the further arguments that is no tensor."""
+    structure: tuple[Any, ...]
+    """How parameters, batch and further arguments are nested."""
 
     def rows(self, index: slice) -> list[Any]:
         return take(self.batch, index)
@@ -42,7 +49,19 @@ class Inputs:
         argnums: int | tuple[int, ...],
         batch_argnums: tuple[int, ...] | None,
         args: tuple[Any, ...],
+        *,
+        aliased: bool = False,
     ) -> Inputs:
+        """Flatten the arguments of a call.
+
+        Args:
+            fn: The loss.
+            argnums: Positions of the parameters.
+            batch_argnums: Positions of the batch; None for all others.
+            args: The arguments.
+            aliased: Hand the loss aliases of the tensors among its further arguments, so that a trace does not take
+                one that the loss also finds elsewhere for this argument.
+        """
         single = isinstance(argnums, int)
         argnums = (argnums,) if isinstance(argnums, int) else argnums
         argnums, batch_argnums = _validate.positions(argnums, batch_argnums, len(args))
@@ -53,9 +72,17 @@ class Inputs:
         size = _validate.batch_size(batch, [keystr(path) for path, _ in paths])
         _validate.differentiable(params, batch)
         _validate.no_python_samples([args[i] for i in batch_argnums], size)
+        used = {*argnums, *batch_argnums}
+        others, other_spec = tree_flatten({i: args[i] for i in range(len(args)) if i not in used})
+        if aliased:
+            others = [
+                leaf.detach() if isinstance(leaf, Tensor) and not leaf.requires_grad else leaf
+                for leaf in others
+            ]
+        further = tree_unflatten(others, other_spec)
 
         def loss(leaves: Sequence[Tensor], sample: Sequence[Any]) -> Any:
-            full = list(args)
+            full = [further.get(i) for i in range(len(args))]
             restored = tree_unflatten(list(leaves), spec)
             for position, value in zip(argnums, (restored,) if single else restored, strict=True):
                 full[position] = value
@@ -65,7 +92,18 @@ class Inputs:
                 full[position] = value
             return fn(*full)
 
-        return cls(names, params, batch, size, loss, lambda leaves: tree_unflatten(leaves, spec))
+        return cls(
+            names,
+            params,
+            batch,
+            size,
+            loss,
+            lambda leaves: tree_unflatten(leaves, spec),
+            fn,
+            [leaf for leaf in others if isinstance(leaf, Tensor)],
+            [leaf for leaf in (*batch, *others) if not isinstance(leaf, Tensor)],
+            (spec, batch_spec, other_spec, argnums, batch_argnums),
+        )
 
 
 def _flatten_parameters(tree: Any) -> tuple[list[str], list[Tensor], Any]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor
 from torch._C import _functorch
 from torch._functorch.pyfunctorch import (
@@ -43,6 +44,18 @@ def current_randomness() -> str:
 def below_vmap() -> Iterator[None]:
     """Run the body as if no functorch transform were active."""
     with temporarily_pop_interpreter_stack():
+        yield
+
+
+@contextmanager
+def untraced() -> Iterator[None]:
+    """Run the body unseen by a trace that is being made, if one is."""
+    if not torch._C._len_torch_dispatch_stack():
+        yield
+        return
+    from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing  # slow to import
+
+    with disable_proxy_modes_tracing():
         yield
 
 
@@ -108,4 +121,5 @@ __all__ = [
     "is_wrapped",
     "per_sample",
     "physical",
+    "untraced",
 ]

@@ -32,6 +32,8 @@ class Settings:
     memory_budget: float | None
     pre_clipping: PreClipping | None
     branches: str = "refuse"
+    deferred: bool = False
+    """Leave the question whether every norm is finite to the caller: a traced graph cannot ask it."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,8 @@ class Piece:
         norms: Per-sample norms, ``[B]`` per clipping group.
         aux: Per-sample auxiliary output, or None.
         nonfinite: Boolean ``[B]``: samples dropped because their gradient was not finite.
+        all_finite: Boolean scalar, if the question was left to the caller. Where it is False, ``sums`` are
+            worthless and the microbatch has to be run again by somebody who asks.
     """
 
     sums: list[Tensor]
@@ -51,6 +55,7 @@ class Piece:
     norms: list[Tensor]
     aux: Any
     nonfinite: Tensor
+    all_finite: Tensor | None = None
 
 
 def clip(
@@ -83,13 +88,15 @@ def clip(
     with phase("contraction"):
         sums = _weighted_sums(gradients, params, factors, settings)
     # Asked only now: on a GPU the answer takes as long as all that is queued, and the sums are queued already.
-    if (settings.nan_safe or is_padding is not None) and not bool(finite.all()):
+    dropping = settings.nan_safe or is_padding is not None
+    if dropping and not settings.deferred and not bool(finite.all()):
         # A zero factor does not silence an inf; such samples are taken out of the factors themselves.
         gradients.select(keep)
         with phase("contraction"):
             sums = _weighted_sums(gradients, params, factors, settings)
     nonfinite = ~finite if is_padding is None else ~finite & ~is_padding
-    return Piece(sums, values, norms, aux, nonfinite)
+    all_finite = finite.all() if settings.deferred else None
+    return Piece(sums, values, norms, aux, nonfinite, all_finite)
 
 
 def _weighted_sums(

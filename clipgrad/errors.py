@@ -16,3 +16,11 @@ class EscapedParameterError(NotPerSampleError):
 
 class UnclippedGradientError(RuntimeError):
     """A step was asked for on a gradient that was not clipped by this optimizer."""
+
+
+class CompileError(RuntimeError):
+    """The step cannot be compiled, or not any more; the message says why and what to do instead."""
+
+
+class CompileMismatchError(CompileError):
+    """The compiled step does not compute what the eager step computes, so it must not be used."""

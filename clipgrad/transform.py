@@ -20,6 +20,7 @@ from clipgrad._microbatch import forward, plan, run
 from clipgrad._piece import Piece, Settings, accumulate
 from clipgrad._tape import Strategy, Tape
 from clipgrad.clipping import Clipping, Relation, make_clipping, relation_of, sensitivity
+from clipgrad.compiled import MODES, Compiler
 from clipgrad.explain import Explanation, make_explanation
 from clipgrad.result import ClippedGradResult
 
@@ -50,9 +51,16 @@ class ClippedGrad:
     strategy: str = "auto"
     memory_budget: float | None = None
     branches: str = "refuse"
+    compile: bool | str = False
+    _compiler: Compiler | None = field(init=False, repr=False, compare=False)
     _clipping_cache: dict[tuple[str, ...], Clipping] = field(
         default_factory=dict, repr=False, compare=False
     )
+
+    def __post_init__(self) -> None:
+        mode = "default" if self.compile is True else self.compile
+        # Not an argument: a copy with another loss compiles for itself.
+        object.__setattr__(self, "_compiler", Compiler(mode) if mode else None)
 
     def __call__(self, *args: Any, is_padding: Tensor | None = None) -> ClippedGradResult:
         """Compute the clipped sum of per-sample gradients.
@@ -67,26 +75,36 @@ class ClippedGrad:
         Raises:
             ValueError: If the arguments do not fit together.
             NotPerSampleError: If the loss does something that cannot be attributed to single samples.
+            CompileError: If ``compile`` is asked for and the step cannot be compiled.
         """
-        inputs = Inputs.bind(self.fn, self.argnums, self.batch_argnums, args)
+        compiler = self._compiler
+        inputs = Inputs.bind(
+            self.fn, self.argnums, self.batch_argnums, args, aliased=compiler is not None
+        )
         size = inputs.batch_size
         mask = _validate.padding_mask(is_padding, size)
         settings = self._settings(inputs)
         if size == 0:
             return self._empty(inputs, settings)
         step = self.microbatch_size or size
+        if compiler is not None:
+            step = compiler.rows(self.microbatch_size, size)
         pieces: list[Piece] = []
         sums: list[Tensor] | None = None
         for start in range(0, size, step):
             rows = slice(start, min(start + step, size))
-            piece = run(
-                inputs.loss,
-                inputs.names,
-                inputs.params,
-                inputs.rows(rows),
-                None if mask is None else mask[rows],
-                settings,
-            )
+            marked = None if mask is None else mask[rows]
+            if compiler is not None:
+                piece = compiler.run(inputs, rows, marked, settings, step)
+            else:
+                piece = run(
+                    inputs.loss,
+                    inputs.names,
+                    inputs.params,
+                    inputs.rows(rows),
+                    marked,
+                    settings,
+                )
             sums = accumulate(sums, piece.sums)
             pieces.append(replace(piece, sums=[]))  # else every microbatch's sums live to the end,
             del piece  # or these through the next one
@@ -273,6 +291,7 @@ def clipped_grad(
     strategy: str = "auto",
     memory_budget: float | None = None,
     branches: str = "refuse",
+    compile: bool | str = False,
 ) -> ClippedGrad:
     """Transform a loss into the sum of its per-sample clipped gradients.
 
@@ -306,6 +325,12 @@ def clipped_grad(
             differs from sample to sample. ``"refuse"`` raises. ``"split"`` runs the samples that answer alike
             together, in as many passes as there are answers: exact, but ``fn`` runs several times a batch, and each
             question waits for the device. For models whose own code branches (masks in Hugging Face models).
+        compile: True, or a mode of ``torch.compile`` (``"reduce-overhead"`` uses CUDA graphs, ``"max-autotune"``):
+            the whole step of a microbatch runs as one compiled graph. Compiling takes seconds to minutes, at the
+            first batch and again when something changes that the loss reads (``model.eval()``, say); the logger
+            ``clipgrad`` tells. Every microbatch is padded to ``microbatch_size`` rows (default: the size of the first
+            batch), so batches of any size share a graph. The first batch is compared with the eager step. Not
+            together with ``branches="split"``.
 
     Returns:
         A ``ClippedGrad``; call it like ``fn``.
@@ -356,4 +381,15 @@ def clipped_grad(
         strategy=_validate.one_of("strategy", strategy, STRATEGIES),
         memory_budget=memory_budget,
         branches=_validate.one_of("branches", branches, BRANCHES),
+        compile=_compile_mode(compile, branches),
     )
+
+
+def _compile_mode(mode: bool | str, branches: str) -> bool | str:
+    if isinstance(mode, bool) and not mode:
+        return False
+    if branches == "split":
+        raise ValueError(
+            "compile cannot be combined with branches='split': a graph has no branches. Leave one of them out."
+        )
+    return mode if mode is True else _validate.one_of("compile", mode, MODES)

@@ -47,9 +47,15 @@ def functional_loss(workload: Workload, model: nn.Module) -> Callable[..., Tenso
     return loss
 
 
-def clip_factors(norms: list[Tensor], max_grad_norm: float) -> Tensor:
-    """``min(1, C / ||g_i||)`` from the norms ``[B]`` of every parameter's part."""
-    return (max_grad_norm / torch.stack(norms).norm(dim=0)).clamp(max=1.0)
+def clip_factors(parts: Iterable[Tensor], max_grad_norm: float) -> Tensor:
+    """``min(1, C / ||g_i||)`` from every parameter's ``[B, ...]``."""
+    norms = torch.stack([_norms(part) for part in parts]).norm(dim=0)
+    return (max_grad_norm / norms).clamp(max=1.0)
+
+
+def _norms(part: Tensor) -> Tensor:
+    """Norms of norms: as fast as one norm, which on a CPU is off by up to 1e-3 over millions of float32."""
+    return (part.flatten(2).norm(dim=2) if part.dim() > 2 else part).flatten(1).norm(dim=1)
 
 
 class _Loss(nn.Module):

@@ -37,12 +37,11 @@ class BackPACK:
     def clipped_gradient(self) -> Mapping[str, Tensor]:
         self._optimizer.zero_grad()
         self._backward()
-        # Of a mean over the batch, BackPACK's per-sample gradients carry a factor 1 / B.
-        size = self._setting.batch_size
         self._refuse_what_it_left_out()
         parts = {name: p.grad_batch for name, p in self._parameters.items()}
-        norms = [size * g.flatten(1).norm(dim=1) for g in parts.values()]
-        factors = size * clip_factors(norms, self._setting.max_grad_norm)
+        # Of a mean over the batch, BackPACK's per-sample gradients carry a factor 1 / B.
+        size = self._setting.batch_size
+        factors = size * clip_factors(parts.values(), self._setting.max_grad_norm / size)
         for p in self._parameters.values():
             del p.grad_batch
         return {name: torch.tensordot(factors, g, 1) for name, g in parts.items()}

@@ -149,8 +149,9 @@ _KNOWN: dict[Path, bool] = {}
 def _microbatch_sizes(kind: str, device: str) -> list[int | None]:
     """What is fastest, where that is known.
 
-    On a CPU a scan over single samples is: vmap turns a convolution's gradient into a grouped convolution, for which
-    XLA has nothing fast there (cnn-small: 40 times slower), and the transformer takes 5 times as long.
+    On a CPU a scan over single samples is: with all at once cnn-small and transformer-small take up to twice as long
+    (JAX 0.10 and 0.11), cnn-medium minutes (0.10), since vmap turns a convolution's gradient into a grouped
+    convolution. What that costs on a GPU is tried out.
     """
     if device == "cpu":
         return [1]

@@ -38,8 +38,7 @@ class VmapGrad:
         gradients = self._per_sample(
             {name: p.detach() for name, p in self._parameters.items()}, *self._batch
         )
-        norms = [g.flatten(1).norm(dim=1) for g in gradients.values()]
-        factors = clip_factors(norms, self._setting.max_grad_norm)
+        factors = clip_factors(gradients.values(), self._setting.max_grad_norm)
         return {name: torch.tensordot(factors, g, 1) for name, g in gradients.items()}
 
     def weights(self) -> Mapping[str, Tensor]:

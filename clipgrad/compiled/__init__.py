@@ -1,0 +1,22 @@
+"""The clipped step of a microbatch as one plain graph, compiled once and checked before it is trusted.
+
+=================  ===============================================================================
+``_graph``         traces the eager step to a graph of plain operations; nothing is left out of it
+``_observe``       which Python functions ran while it was traced
+``_state``         what those functions read, and whether it is still the same
+``_signature``     everything else that decides what a graph looks like
+``_shape``         one fixed number of rows for batches of every size
+``_backend``       hands the graph to ``torch.compile``
+``_check``         compares the compiled graph with the eager step
+``_step``          puts these together: ``Compiler``
+=================  ===============================================================================
+"""
+
+from __future__ import annotations
+
+from clipgrad.compiled._backend import MODES
+from clipgrad.compiled._observe import observed
+from clipgrad.compiled._shape import fixed_size
+from clipgrad.compiled._step import Compiler
+
+__all__ = ["MODES", "Compiler", "fixed_size", "observed"]

@@ -1,0 +1,36 @@
+"""Hand a plain graph to ``torch.compile``. Every use of its private interface is in this file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+
+MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+
+Run = Callable[..., Sequence[Tensor]]
+
+
+def uses_cuda_graphs(mode: str) -> bool:
+    """Whether results of the mode lie in memory that the next run overwrites."""
+    return mode in ("reduce-overhead", "max-autotune")
+
+
+def compile_graph(module: GraphModule, mode: str) -> Run:
+    """The graph, compiled at its first run.
+
+    Random operations are PyTorch's own (``fallback_random``): they draw from the global generator what the eager step
+    would draw, so a compiled loss with dropout can be compared with the eager one. All options are those of this one
+    graph; nothing global is touched.
+
+    Args:
+        module: A graph of plain operations.
+        mode: One of ``MODES``.
+    """
+    options: dict[str, Any] = dict(torch._inductor.list_mode_options(mode))
+    options["fallback_random"] = True
+    run: Run = torch.compile(module, fullgraph=True, dynamic=False, options=options)
+    return run

@@ -1,0 +1,185 @@
+"""See every Python function that runs while a step is traced: what it can read is what a graph may have baked in."""
+
+from __future__ import annotations
+
+import gc
+import os
+import sys
+import sysconfig
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import Enum
+from types import CodeType, FrameType, FunctionType
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import nn
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class Kind(Enum):
+    """Whose code a function is."""
+
+    USER = "user"
+    """The loss, the model, and libraries that are not known: all that it can read counts."""
+    TORCH = "torch"
+    """PyTorch: modules keep their configuration in attributes; the rest depends on arguments alone."""
+    LIBRARY = "library"
+    """The standard library, NumPy and clipgrad: depends on arguments alone."""
+
+
+def _folder(path: str) -> str:
+    return os.path.join(os.path.realpath(path), "")
+
+
+_HERE = _folder(os.path.dirname(os.path.dirname(__file__)))
+_TORCH = _folder(os.path.dirname(torch.__file__))
+_NUMPY = _folder(os.path.dirname(np.__file__))
+_STANDARD = _folder(sysconfig.get_paths()["stdlib"])
+_SITES = tuple(
+    _folder(os.path.join(_STANDARD, name)) for name in ("site-packages", "dist-packages")
+)
+_observed: set[CodeType] = set()
+
+
+def observed(function: F) -> F:
+    """Mark a function of clipgrad that reads state which users may change."""
+    _observed.add(function.__code__)
+    return function
+
+
+def kind_of_path(path: str) -> Kind:
+    """Whose a source file is."""
+    if path.startswith("<frozen"):
+        return Kind.LIBRARY
+    path = os.path.realpath(path)
+    if path.startswith(_TORCH):
+        return Kind.TORCH
+    standard = path.startswith(_STANDARD) and not path.startswith(_SITES)
+    return Kind.LIBRARY if standard or path.startswith((_HERE, _NUMPY)) else Kind.USER
+
+
+def _kind(code: CodeType) -> Kind:
+    return Kind.USER if code in _observed else kind_of_path(code.co_filename)
+
+
+# Ways to read an attribute whose name does not stand in the code.
+_BY_ANY_NAME = {"getattr", "vars", "__dict__", "eval", "exec", "globals", "attrgetter", "hasattr"}
+
+
+@dataclass
+class Seen:
+    """What ran.
+
+    Attributes:
+        codes: Code of users, with the global variables of its module.
+        names: Every name of a global or an attribute that any of the code mentions.
+        objects: What functions received that has attributes, by id; ``True`` if any of them may have been read.
+    """
+
+    codes: dict[CodeType, dict[str, Any]] = field(default_factory=dict)
+    names: set[str] = field(default_factory=set)
+    objects: dict[int, tuple[Any, bool]] = field(default_factory=dict)
+
+    def forget_temporaries(self) -> None:
+        """Drop what nobody else holds: made by the step itself, it says nothing about the next one."""
+        alive = {key: weakref.ref(v) for key, (v, _) in self.objects.items() if _can_be_weak(v)}
+        flags = {key: flag for key, (_, flag) in self.objects.items()}
+        strong = [value for key, (value, _) in self.objects.items() if key not in alive]
+        self.objects.clear()
+        gc.collect(1)  # temporaries in cycles would else keep activations alive
+        kept = [value for reference in alive.values() if (value := reference()) is not None]
+        before = -1
+        while before != len(strong):  # letting go of one may leave another unheld
+            before = len(strong)
+            for index in reversed(range(len(strong))):
+                if sys.getrefcount(strong[index]) <= 2:
+                    del strong[index]
+        self.objects = {id(value): (value, flags[id(value)]) for value in (*kept, *strong)}
+
+    def functions(self) -> list[FunctionType]:
+        """The function objects that exist for the code: with closures and defaults."""
+        wanted = set(self.codes)
+        found = gc.get_referrers(*wanted) if wanted else []
+        return [f for f in found if isinstance(f, FunctionType) and f.__code__ in wanted]
+
+
+class Observer:
+    """Context manager that fills in a ``Seen``; whatever profiler was active is put back afterwards."""
+
+    def __init__(self) -> None:
+        self.seen = Seen()
+        self._kinds: dict[CodeType, Kind] = {}
+        self._before: Any = None
+        self._inside: FrameType | None = None
+        self._collects = True
+
+    def __enter__(self) -> Seen:
+        # What is made from here on stays young, so that temporaries are found without a walk through everything.
+        self._collects = gc.isenabled()
+        gc.disable()
+        self._before = sys.getprofile()
+        sys.setprofile(self._see)
+        return self.seen
+
+    def __exit__(self, *error: object) -> None:
+        sys.setprofile(self._before)
+        self._inside = None
+        if self._collects:
+            gc.enable()
+
+    def _see(self, frame: FrameType, event: str, argument: Any) -> None:
+        if self._inside is not None:  # the tracer's own work, and whatever it runs for that
+            if event == "return" and frame is self._inside:
+                self._inside = None
+            return
+        if event != "call":
+            return
+        code = frame.f_code
+        kind = self._kinds.get(code)
+        if kind is None:
+            kind = self._kinds[code] = _kind(code)
+            if kind is not Kind.LIBRARY:
+                self.seen.names.update(_names(code))
+            if kind is Kind.USER:
+                self.seen.codes[code] = frame.f_globals
+        if kind is Kind.LIBRARY:
+            return
+        if kind is Kind.TORCH:
+            if code.co_name == "__torch_dispatch__":
+                self._inside = frame
+            if code.co_varnames[:1] != ("self",):
+                return
+        anything = not _BY_ANY_NAME.isdisjoint(code.co_names) and kind is Kind.USER
+        for name, value in frame.f_locals.items():
+            if kind is Kind.TORCH and not (name == "self" and isinstance(value, nn.Module)):
+                continue
+            self._receive(value, anything)
+
+    def _receive(self, value: Any, anything: bool) -> None:
+        if isinstance(value, torch.Tensor | str | int | float | type | FunctionType):
+            return
+        _, before = self.seen.objects.get(id(value), (None, False))
+        self.seen.objects[id(value)] = (value, anything or before)  # alive until the trace is over
+
+
+def _can_be_weak(value: Any) -> bool:
+    try:
+        weakref.ref(value)
+    except TypeError:
+        return False
+    return True
+
+
+def _names(code: CodeType) -> set[str]:
+    """Names that the code, or code nested in it, may look up."""
+    names = set(code.co_names)
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            names |= _names(constant)
+        elif isinstance(constant, str) and constant.isidentifier():
+            names.add(constant)  # getattr(self, "name"), self.__dict__["name"]
+    return names

@@ -1,0 +1,268 @@
+"""``Compiler``: which graph serves a microbatch, making it, and running it."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from clipgrad._inputs import Inputs
+from clipgrad._microbatch import run
+from clipgrad._piece import Piece, Settings
+from clipgrad.compiled import _backend
+from clipgrad.compiled._check import Generators, compare, tolerance
+from clipgrad.compiled._graph import Graph, trace
+from clipgrad.compiled._observe import Observer
+from clipgrad.compiled._shape import fitted_batch, fitted_mask
+from clipgrad.compiled._signature import describe, difference, refuse_modes, signature
+from clipgrad.compiled._state import State
+from clipgrad.errors import CompileError
+
+LIMIT = 8
+_log = logging.getLogger("clipgrad")
+
+
+@dataclass
+class _Entry:
+    """One compiled graph and what it was made for."""
+
+    signature: tuple[Any, ...]
+    state: State
+    graph: Graph
+    run: _backend.Run
+    constants: tuple[Any, ...]
+    checked: bool = False
+
+    def obstacle(self, now: tuple[Any, ...]) -> str | None:
+        """What has changed since the graph was made; None if it still serves."""
+        found = difference(now, self.signature) or self.state.change()
+        if found is None and tuple(map(describe, self.graph.constants)) != self.constants:
+            return "shape, dtype, device or requires_grad of a tensor that the loss reads"
+        return found
+
+
+class Compiler:
+    """The compiled steps of one gradient transform.
+
+    Args:
+        mode: As ``torch.compile`` knows it.
+    """
+
+    def __init__(self, mode: str) -> None:
+        self.mode = mode
+        self._entries: list[_Entry] = []
+        self._size: int | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Compiler, (self.mode,)  # a copy compiles for itself
+
+    def rows(self, asked: int | None, batch_size: int) -> int:
+        """Rows of the compiled graph: what the user asked for, else the size of the first batch."""
+        if asked is None:
+            asked = self._size = self._size or batch_size
+        return asked
+
+    def run(
+        self, inputs: Inputs, rows: slice, mask: Tensor | None, settings: Settings, size: int
+    ) -> Piece:
+        """Norms and clipped sums of one microbatch.
+
+        Args:
+            inputs: The arguments.
+            rows: Which samples.
+            mask: Boolean, of these samples: those that are padding. None if none is.
+            settings: Of the transform.
+            size: Rows of the compiled graph, at least the number of samples.
+
+        Raises:
+            CompileError: If the step cannot be compiled, or was compiled for too many signatures.
+            CompileMismatchError: If the compiled step does not compute what the eager one does.
+        """
+        batch = inputs.rows(rows)
+        count = rows.stop - rows.start
+        device = inputs.params[0].device
+        padded = fitted_batch(batch, size)
+        padding = fitted_mask(mask, count, size, device)
+        now = signature(inputs, size)
+        entry = self._find(now) or self._make(inputs, padded, padding, settings, now)
+        generators = None if entry.checked else Generators(device)
+        piece = self._call(entry, inputs, padded, padding)
+        assert piece.all_finite is not None
+        finite = bool(piece.all_finite)
+        dropping = settings.nan_safe or mask is not None or count < size
+        if not finite and (dropping or generators is not None):
+            # Rare: a sample has to be taken out of the factors themselves, which the graph does not do.
+            return run(inputs.loss, inputs.names, inputs.params, batch, mask, settings)
+        if generators is not None:
+            with generators.replayed():
+                eager = run(inputs.loss, inputs.names, inputs.params, padded, padding, settings)
+            slack = tolerance(entry.graph.module, device)
+            compare(piece, eager, inputs.names, settings.clipping.bound(), slack)
+            entry.checked = True
+        return _first(piece, count)
+
+    def _find(self, now: tuple[Any, ...]) -> _Entry | None:
+        for index, entry in enumerate(self._entries):
+            if entry.obstacle(now) is None:
+                if index:
+                    self._entries.insert(0, self._entries.pop(index))
+                return entry
+        return None
+
+    def _make(
+        self,
+        inputs: Inputs,
+        batch: Sequence[Any],
+        padding: Tensor,
+        settings: Settings,
+        now: tuple[Any, ...],
+    ) -> _Entry:
+        """Trace the step twice and compile the graph, telling the user who waits."""
+        refuse_modes()
+        reason = self._entries[0].obstacle(now) if self._entries else None
+        if len(self._entries) >= LIMIT:
+            raise CompileError(
+                f"the step was compiled for {LIMIT} different states already, and now {reason} is new again. What "
+                "changes from step to step must be a tensor: in the batch, in a buffer, or changed in place. Make it "
+                "one, or leave compile out."
+            )
+        started = time.perf_counter()
+        _log.warning(
+            "clipgrad: compiling the step for %d samples at a time%s; this takes seconds to minutes, once.",
+            padding.shape[0],
+            f" again, since this changed: {reason}" if reason else "",
+        )
+        generators = Generators(padding.device)
+        graph, state = _trace_twice(inputs, batch, padding, settings, generators)
+        entry = _Entry(
+            now,
+            state,
+            graph,
+            _backend.compile_graph(graph.module, self.mode),
+            tuple(map(describe, graph.constants)),
+        )
+        traced = time.perf_counter()
+        try:
+            self._call(entry, inputs, batch, padding)
+        except Exception as error:
+            raise CompileError(
+                f"torch.compile could not compile the traced step ({type(error).__name__}: {error}). Leave compile "
+                "out, or see PyTorch's message for what it needs (a C++ compiler on CPU, Triton on a GPU)."
+            ) from error
+        finally:
+            generators.restore()
+        compiled = time.perf_counter()
+        _log.warning(
+            "clipgrad: compiled in %.1f s (tracing %.1f s, compiling %.1f s).",
+            compiled - started,
+            traced - started,
+            compiled - traced,
+        )
+        self._entries.insert(0, entry)
+        return entry
+
+    def _call(self, entry: _Entry, inputs: Inputs, batch: Sequence[Any], padding: Tensor) -> Piece:
+        graph = entry.graph
+        tensors = [leaf for leaf in batch if isinstance(leaf, Tensor)]
+        flat = [
+            tensor.detach()
+            for tensor in (*inputs.params, *tensors, *inputs.others, padding, *graph.constants)
+        ]
+        borrowed = _backend.uses_cuda_graphs(self.mode)
+        with ExitStack() as stack:
+            stack.enter_context(torch.no_grad())
+            for kind in {"cpu", padding.device.type}:
+                # The traced operations hold the casts already.
+                if torch.is_autocast_enabled(kind):
+                    stack.enter_context(torch.autocast(kind, enabled=False))
+            if borrowed:
+                torch.compiler.cudagraph_mark_step_begin()
+            results = entry.run(*flat)
+            if borrowed:  # the memory of a CUDA graph, which its next run overwrites
+                results = [result.clone() for result in results]
+        return graph.layout.restore(results)
+
+
+def _trace_twice(
+    inputs: Inputs,
+    batch: Sequence[Any],
+    padding: Tensor,
+    settings: Settings,
+    generators: Generators,
+) -> tuple[Graph, State]:
+    """The graph, and the state it was made from.
+
+    The eager step runs first: it refuses what it would refuse anyway, and what the loss makes at its first call
+    (caches, tables) is there before anything is written down. The second trace must give the same graph.
+    """
+    run(inputs.loss, inputs.names, inputs.params, batch, padding, settings)
+
+    def once(observer: Observer | None) -> Graph:
+        generators.restore()
+        return trace(
+            inputs.loss,
+            inputs.names,
+            inputs.params,
+            batch,
+            inputs.others,
+            padding,
+            settings,
+            observer,
+        )
+
+    observer = Observer()
+    first = once(observer)
+    seen = observer.seen
+    seen.forget_temporaries()
+    state = State(seen, {"loss": inputs.fn, "batch": inputs.constants})
+    versions = [constant._version for constant in first.constants]
+    again = once(None)
+    generators.restore()
+    state.forget_results(again.constants)
+    if (change := state.change()) is not None:
+        raise CompileError(
+            f"the loss changes what it reads while it runs: {change}. A compiled step would not do that. Return the "
+            "value with has_aux=True, or change it outside of the loss."
+        )
+    if versions != [constant._version for constant in first.constants]:
+        raise CompileError(
+            "the loss writes in place to a tensor that it finds outside of its arguments. Return the value with "
+            "has_aux=True, or write to the tensor outside of the loss."
+        )
+    if first.text() != again.text() or not _same_constants(first, again):
+        raise CompileError(
+            "the loss did something else when it ran again on the same batch: it depends on something outside of its "
+            "arguments, such as Python's or NumPy's random numbers, the time, or an iterator. Draw with torch's "
+            "functions inside the loss, or pass the value in the batch."
+        )
+    return first, state
+
+
+def _same_constants(first: Graph, again: Graph) -> bool:
+    """By identity, or by value if the loss makes them anew each time it runs."""
+    return len(first.constants) == len(again.constants) and all(
+        a is b
+        or (fresh and describe(a) == describe(b) and torch.equal(a.nan_to_num(), b.nan_to_num()))
+        for a, b, fresh in zip(first.constants, again.constants, first.fresh, strict=True)
+    )
+
+
+def _first(piece: Piece, count: int) -> Piece:
+    """The piece without the rows that were added."""
+    if piece.values.shape[0] == count:
+        return piece
+    return Piece(
+        piece.sums,
+        piece.values[:count],
+        [norms[:count] for norms in piece.norms],
+        tree_map(lambda leaf: leaf[:count], piece.aux),
+        piece.nonfinite[:count],
+        piece.all_finite,
+    )

@@ -1,0 +1,91 @@
+"""Compiled steps on a GPU, CUDA graphs included. Skipped where there is none."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from clipgrad import DPOptimizer
+from tests.compiled.test_inductor import Net, loss_fn
+from tests.oracle import clipped_sum, per_sample_gradients
+
+pytestmark = [
+    pytest.mark.cuda,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    pytest.mark.filterwarnings("ignore"),  # what CUDA libraries warn of is not ours to fix
+]
+
+
+@pytest.mark.parametrize("mode", [True, "reduce-overhead"])
+def test_every_size_equals_the_loop_and_nothing_is_overwritten(mode: bool | str) -> None:
+    torch.manual_seed(0)
+    model = Net().cuda()
+    x, y = torch.randn(10, 2, 5, 5, device="cuda"), torch.randint(3, (10,), device="cuda")
+    gradients = per_sample_gradients(model, loss_fn, (x, y))
+    bound = float(clipped_sum(gradients, 1.0)[1].median())
+    optimizer = DPOptimizer(
+        torch.optim.SGD(model.parameters(), lr=0.0), model, loss_fn, max_grad_norm=bound,
+        noise_multiplier=0.0, expected_batch_size=1, microbatch_size=4, compile=mode,
+    )  # fmt: skip
+    kept: list[tuple[Tensor, Tensor]] = []
+    for step in range(25):
+        rows = slice(0, step % 11)
+        optimizer.backward(x[rows], y[rows])
+        sums, norms = clipped_sum({n: g[rows] for n, g in gradients.items()}, bound)
+        for name, parameter in model.named_parameters():
+            assert parameter.grad is not None
+            torch.testing.assert_close(parameter.grad, sums[name], rtol=1e-3, atol=1e-4)
+        seen = optimizer.diagnostics.grad_norms
+        assert isinstance(seen, Tensor)
+        kept.append((seen, norms if step % 11 else seen))
+        optimizer.zero_grad()
+    for seen, norms in kept:  # results of earlier runs are still theirs
+        torch.testing.assert_close(seen, norms, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("mode", [True, "reduce-overhead"])
+def test_dropout_and_weights_move_on(mode: bool | str) -> None:
+    torch.manual_seed(0)
+    model = Net().cuda()
+    model.drop.p = 0.5
+    x, y = torch.randn(8, 2, 5, 5, device="cuda"), torch.randint(3, (8,), device="cuda")
+    optimizer = DPOptimizer(
+        torch.optim.SGD(model.parameters(), lr=0.1), model, loss_fn, max_grad_norm=1.0,
+        noise_multiplier=0.0, expected_batch_size=8, microbatch_size=8, compile=mode,
+    )  # fmt: skip
+    losses = []
+    for _ in range(20):
+        optimizer.backward(x, y)
+        losses.append(optimizer.diagnostics.losses)
+        optimizer.zero_grad()  # the weights stay: only the masks differ
+    assert len(torch.stack(losses).unique(dim=0)) == 20
+    model.drop.eval()
+    first = optimizer.backward(x, y)
+    for _ in range(20):
+        optimizer.step()
+        optimizer.zero_grad()
+        last = optimizer.backward(x, y)
+    assert float(last) < float(first)
+
+
+@pytest.mark.parametrize("mode", [True, "reduce-overhead"])
+def test_a_sample_that_is_not_finite(mode: bool | str) -> None:
+    torch.manual_seed(0)
+    model = Net().cuda()
+    x, y = torch.randn(6, 2, 5, 5, device="cuda"), torch.randint(3, (6,), device="cuda")
+    x[2] = torch.nan
+    keep = [0, 1, 3, 4, 5]
+    gradients = per_sample_gradients(model, loss_fn, (x[keep], y[keep]))
+    expected, _ = clipped_sum(gradients, 0.5)
+    optimizer = DPOptimizer(
+        torch.optim.SGD(model.parameters(), lr=0.0), model, loss_fn, max_grad_norm=0.5,
+        noise_multiplier=0.0, expected_batch_size=1, microbatch_size=4, compile=mode,
+    )  # fmt: skip
+    for _ in range(3):
+        optimizer.backward(x, y)
+        assert optimizer.diagnostics.num_nonfinite == 1
+        for name, parameter in model.named_parameters():
+            assert parameter.grad is not None
+            torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-3, atol=1e-4)
+        optimizer.zero_grad()

@@ -1,0 +1,188 @@
+"""Compiled equals the definition: all architectures, Hugging Face models, every option of the transform."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from clipgrad import CompileError, clipped_grad
+from clipgrad._reference import Params
+from tests.architectures import ARCHITECTURES, Architecture
+from tests.compiled.conftest import Graphs
+from tests.dp_tools import trained
+from tests.hf_models import HF_MODELS
+from tests.oracle import clipped_sum, per_sample_gradients
+from tests.small_mlp import (
+    B,
+    assert_same,
+    close,
+    definition,
+    make_batch,
+    make_params,
+    median_norm,
+    mlp,
+)
+from tests.test_architectures import UNSUPPORTED, error_of, optimizer_for
+
+# What cannot become a graph, and the reason that is given.
+REFUSED = {
+    "python_state": r"changes what it reads.*calls",
+    "embedding_bag_offsets": "reads the value of a tensor",
+}
+EXACT = [a for a in ARCHITECTURES.values() if not (a.refused or a.random or a.may_refuse)]
+RANDOM = [a for a in ARCHITECTURES.values() if a.random and a.name not in UNSUPPORTED]
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:There is a performance drop"),
+    pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad"),
+]
+
+
+def check(architecture: Architecture, graphs: Graphs) -> None:
+    model, batch = architecture.build(5)
+    per_sample = per_sample_gradients(model, architecture.loss, batch)
+    bound = float(clipped_sum(per_sample, 1.0)[1].median())
+    sums, norms = clipped_sum(per_sample, bound)
+    optimizer = optimizer_for(model, architecture, bound, compile=True, microbatch_size=3)
+    optimizer.backward(*batch)  # a full graph, and one with a row of padding
+    assert len(graphs) == 1
+    found = optimizer.diagnostics.grad_norms
+    assert isinstance(found, Tensor)
+    slack = max(architecture.tolerance, 1e-9)
+    assert error_of(found, norms, float(norms.max())) <= slack
+    for name, parameter in trained(model).items():
+        assert parameter.grad is not None
+        assert error_of(parameter.grad, sums[name], bound) <= slack, name
+
+
+@pytest.mark.parametrize("name", [a.name for a in EXACT])
+def test_architecture_equals_the_loop(name: str, graphs: Graphs) -> None:
+    if name in REFUSED:
+        with pytest.raises(CompileError, match=REFUSED[name]):
+            check(ARCHITECTURES[name], graphs)
+    else:
+        check(ARCHITECTURES[name], graphs)
+
+
+@pytest.mark.parametrize("name", [name for name in HF_MODELS if not HF_MODELS[name].may_refuse])
+def test_hugging_face_model_equals_the_loop(name: str, graphs: Graphs) -> None:
+    pytest.importorskip("transformers")
+    check(HF_MODELS[name], graphs)
+
+
+@pytest.mark.parametrize("architecture", RANDOM, ids=lambda a: a.name)
+def test_random_model_draws_what_the_eager_step_draws(
+    architecture: Architecture, graphs: Graphs
+) -> None:
+    model, batch = architecture.build(5)
+    found = []
+    for compile in (False, True):
+        optimizer = optimizer_for(model, architecture, compile=compile, microbatch_size=5)
+        for seed in (1, 2):
+            torch.manual_seed(seed)
+            optimizer.backward(*batch)
+            found.append([p.grad for p in trained(model).values()])
+            optimizer.zero_grad()
+    torch.testing.assert_close(found[2:], found[:2], rtol=1e-9, atol=1e-10)
+    assert any(not torch.equal(a, b) for a, b in zip(found[2], found[3], strict=True))
+    assert len(graphs) == 1
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "groups": {"max_grad_norm": {"in": 0.1, "": 0.2}},
+    "rescaled": {"rescale_to_unit_norm": True, "normalize_by": 7.0},
+    "unclipped": {"max_grad_norm": float("inf")},
+    "nothing": {"max_grad_norm": 0.0},
+    "no batch axis": {"keep_batch_dim": False},
+    "float32 sums": {"accumulate_dtype": torch.float32},
+    "ghost": {"strategy": "ghost"},
+    "recompute": {"strategy": "recompute"},
+    "transformed": {"pre_clipping_transform": lambda g: {n: v.clamp(-0.1, 0.1) for n, v in g.items()}},
+    "not nan safe": {"nan_safe": False},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("microbatch_size", [None, 4])
+def test_option_changes_nothing(
+    options: dict[str, Any], microbatch_size: int | None, graphs: Graphs
+) -> None:
+    params, batch = make_params(), make_batch()
+
+    def loss(p: Params, x: Tensor, y: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        return mlp(p, x, y), {"twice": 2 * x}
+
+    options = {"max_grad_norm": median_norm(params, *batch), "has_aux": True, **options}
+    mask = torch.arange(B) == 2
+    for marked in (None, mask):
+        eager = clipped_grad(loss, microbatch_size=microbatch_size, **options)
+        compiled = clipped_grad(loss, microbatch_size=microbatch_size, compile=True, **options)
+        assert_same(
+            compiled(params, *batch, is_padding=marked), eager(params, *batch, is_padding=marked)
+        )
+        assert compiled.sensitivity() == eager.sensitivity()
+    assert len(graphs) == 2
+
+
+def test_other_arguments_are_inputs(graphs: Graphs) -> None:
+    params, (x, y) = make_params(), make_batch()
+
+    def loss(p: Params, x: Tensor, scale: dict[str, Any], y: Tensor) -> Tensor:
+        return mlp(p, x * scale["tensor"], y) * scale["number"]
+
+    options = {"max_grad_norm": 0.5, "batch_argnums": (1, 3)}
+    eager, compiled = clipped_grad(loss, **options), clipped_grad(loss, compile=True, **options)
+    for tensor, number, expected in ((1.0, 1.0, 1), (2.0, 1.0, 1), (2.0, 3.0, 2)):
+        scale = {"tensor": torch.tensor(tensor, dtype=x.dtype), "number": number}
+        assert_same(compiled(params, x, scale, y), eager(params, x, scale, y))
+        assert len(graphs) == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dtype_is_part_of_the_signature(dtype: torch.dtype, graphs: Graphs) -> None:
+    params, (x, y) = make_params(), make_batch()
+    compiled, eager = (clipped_grad(mlp, max_grad_norm=0.5, compile=c) for c in (True, False))
+    for kind in (torch.float64, dtype, torch.float64):
+        cast = {name: p.to(kind) for name, p in params.items()}
+        result, expected = compiled(cast, x.to(kind), y), eager(cast, x.to(kind), y)
+        close(result.grads, expected.grads)
+    assert len(graphs) == 2
+
+
+def test_autocast_is_part_of_the_signature(graphs: Graphs) -> None:
+    params, (x, y) = make_params(), make_batch()
+    params, x = {name: p.float() for name, p in params.items()}, x.float()
+    compiled, eager = (clipped_grad(mlp, max_grad_norm=0.5, compile=c) for c in (True, False))
+    for enabled in (False, True, False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            assert_same(compiled(params, x, y), eager(params, x, y))
+    assert len(graphs) == 2
+
+
+def test_sums_belong_to_the_caller(graphs: Graphs) -> None:
+    params, batch = make_params(), make_batch()
+    gradient = clipped_grad(mlp, max_grad_norm=0.5, compile=True)
+    first = gradient(params, *batch)
+    kept = {name: total.clone() for name, total in first.grads.items()}
+    for total in first.grads.values():
+        total.add_(1)
+    again = gradient(params, *batch)
+    close(again.grads, kept)
+    close(again.grads, definition(params, *batch, norm=0.5)[0])
+
+
+def test_channels_last_batch(graphs: Graphs) -> None:
+    def loss(p: Params, x: Tensor) -> Tensor:
+        return F.conv2d(x, p["w"], padding=1).square().mean()
+
+    params = {"w": torch.randn(4, 3, 3, 3, dtype=torch.float64)}
+    x = torch.randn(4, 3, 6, 5, dtype=torch.float64)
+    compiled, eager = (clipped_grad(loss, max_grad_norm=0.01, compile=c) for c in (True, False))
+    for batch in (x, x.to(memory_format=torch.channels_last)):
+        for rows in (4, 3, 1):
+            assert_same(compiled(params, batch[:rows]), eager(params, batch[:rows]))
+    assert len(graphs) == 2

@@ -1,0 +1,366 @@
+"""No stale state: whatever the loss can read makes a new graph when it changes, or is refused."""
+
+from __future__ import annotations
+
+import contextvars
+import functools
+import random
+import types
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import clipgrad
+from clipgrad import CompileError, DPOptimizer, clipped_grad
+from clipgrad.compiled._state import same
+from tests.compiled.conftest import Graphs
+from tests.small_mlp import assert_same, make_batch, make_params, mlp
+
+Params = dict[str, Tensor]
+FACTOR = 1.0
+TABLE = {"factor": [1.0]}
+CURRENT: contextvars.ContextVar[float] = contextvars.ContextVar("CURRENT", default=1.0)
+SETTINGS = types.SimpleNamespace(inner=types.SimpleNamespace(factor=1.0))
+ARRAY = np.ones(2)
+
+
+class Slotted:
+    __slots__ = ("factor",)
+
+    def __init__(self) -> None:
+        self.factor = 1.0
+
+
+class Shadowed:
+    factor = 1.0
+
+
+class Owner:
+    def __init__(self) -> None:
+        self.factor = 1.0
+        self.unrelated = 0
+
+    def loss(self, p: Params, x: Tensor, y: Tensor) -> Tensor:
+        return mlp(p, x, y) * self.factor
+
+    def __call__(self, p: Params, x: Tensor, y: Tensor) -> Tensor:
+        return mlp(p, x, y) * getattr(self, "fac" + "tor")
+
+
+def by_global(p: Params, x: Tensor, y: Tensor) -> Tensor:
+    return mlp(p, x, y) * FACTOR
+
+
+def by_table(p: Params, x: Tensor, y: Tensor) -> Tensor:
+    return mlp(p, x, y) * TABLE["factor"][0]
+
+
+def by_context(p: Params, x: Tensor, y: Tensor) -> Tensor:
+    return mlp(p, x, y) * CURRENT.get()
+
+
+def by_attributes(p: Params, x: Tensor, y: Tensor) -> Tensor:
+    return mlp(p, x, y) * SETTINGS.inner.factor
+
+
+def by_array(p: Params, x: Tensor, y: Tensor) -> Tensor:
+    return mlp(p, x, y) * float(ARRAY[0])
+
+
+def by_default(p: Params, x: Tensor, y: Tensor, factors: list[float] = [1.0]) -> Tensor:  # noqa: B006
+    return mlp(p, x, y) * factors[0]
+
+
+def closure() -> tuple[Callable[..., Tensor], Callable[[float], None]]:
+    factor = 1.0
+
+    def loss(p: Params, x: Tensor, y: Tensor) -> Tensor:
+        return mlp(p, x, y) * factor
+
+    def change(value: float) -> None:
+        nonlocal factor
+        factor = value
+
+    return loss, change
+
+
+def holder(thing: Any) -> tuple[Callable[..., Tensor], Callable[[float], None]]:
+    def loss(p: Params, x: Tensor, y: Tensor) -> Tensor:
+        return mlp(p, x, y) * thing.factor
+
+    return loss, lambda value: setattr(thing, "factor", value)
+
+
+def partial() -> tuple[Callable[..., Tensor], Callable[[float], None]]:
+    factors = {"by": [1.0]}
+
+    def loss(by: dict[str, list[float]], p: Params, x: Tensor, y: Tensor) -> Tensor:
+        return mlp(p, x, y) * by["by"][0]
+
+    return functools.partial(loss, factors), lambda value: factors["by"].__setitem__(0, value)
+
+
+def owner(call: bool) -> tuple[Callable[..., Tensor], Callable[[float], None]]:
+    thing = Owner()
+    return thing if call else thing.loss, lambda value: setattr(thing, "factor", value)
+
+
+PLACES: dict[str, Callable[[], tuple[Callable[..., Tensor], Callable[[float], None]]]] = {
+    "global": lambda: (by_global, lambda value: globals().__setitem__("FACTOR", value)),
+    "container": lambda: (by_table, lambda value: TABLE["factor"].__setitem__(0, value)),
+    "context variable": lambda: (by_context, lambda value: CURRENT.set(value) and None),
+    "chain of attributes": lambda: (
+        by_attributes, lambda value: setattr(SETTINGS.inner, "factor", value)
+    ),
+    "array": lambda: (by_array, lambda value: ARRAY.fill(value)),
+    "default": lambda: (by_default, lambda value: by_default.__defaults__[0].__setitem__(0, value)),
+    "closure": closure,
+    "attribute of a closure": lambda: holder(types.SimpleNamespace(factor=1.0)),
+    "slot": lambda: holder(Slotted()),
+    "attribute hiding a class's": lambda: holder(Shadowed()),
+    "class attribute": lambda: (
+        holder(Shadowed())[0], lambda value: setattr(Shadowed, "factor", value)
+    ),
+    "partial": partial,
+    "self": lambda: owner(False),
+    "self by a made-up name": lambda: owner(True),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_change_of_a_value_is_followed(place: str, graphs: Graphs) -> None:
+    loss, change = PLACES[place]()
+    params, batch = make_params(), make_batch()
+    compiled, eager = (clipped_grad(loss, max_grad_norm=0.5, compile=c) for c in (True, False))
+    try:
+        for value, count in ((1.0, 1), (3.0, 2), (1.0, 2), (3.0, 2)):
+            change(value)
+            assert_same(compiled(params, *batch), eager(params, *batch))
+            assert len(graphs) == count
+    finally:
+        change(1.0)
+
+
+def test_what_the_loss_does_not_read_changes_nothing(graphs: Graphs) -> None:
+    thing = Owner()
+    gradient = clipped_grad(thing.loss, max_grad_norm=0.5, compile=True)
+    for step in range(12):
+        thing.unrelated = step
+        gradient(make_params(), *make_batch())
+    assert len(graphs) == 1
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(4, 3)
+        self.drop = nn.Dropout(0.5)
+        self.last = nn.Linear(3, 2)
+        self.scale: Tensor
+        self.register_buffer("scale", torch.ones(()))
+        self.held = torch.ones(())  # a tensor, but no buffer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.drop(self.first(x).tanh())) * self.scale * self.held
+
+
+def loss_fn(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(model(x), y)
+
+
+def other_loss_fn(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(model(x), 1 - y)
+
+
+def _set(owner: Any, name: str, value: Any) -> Callable[[DPOptimizer, Any], None]:
+    return lambda optimizer, model: setattr({"o": optimizer, "m": model}[owner], name, value)
+
+
+CHANGES: dict[str, tuple[Callable[[DPOptimizer, Any], Any], int]] = {
+    "eval": (lambda o, m: m.eval(), 2),
+    "a child in eval": (lambda o, m: m.drop.eval(), 2),
+    "dropout rate": (lambda o, m: setattr(m.drop, "p", 0.1), 2),
+    "module replaced": (lambda o, m: setattr(m, "drop", nn.Identity()), 2),
+    "frozen": (lambda o, m: m.first.requires_grad_(False), 2),
+    "forward hook": (lambda o, m: m.first.register_forward_hook(lambda s, i, out: 2 * out), 2),
+    "buffer written": (lambda o, m: m.scale.fill_(3.0), 1),
+    "buffer data": (lambda o, m: setattr(m.scale, "data", torch.full((), 3.0)), 1),
+    "buffer replaced": (lambda o, m: setattr(m, "scale", torch.full((), 3.0)), 2),
+    "buffer of another dtype": (
+        lambda o, m: setattr(m.scale, "data", torch.full((), 3.0).double()), 2
+    ),
+    "tensor written": (lambda o, m: m.held.fill_(3.0), 1),
+    "tensor replaced": (lambda o, m: setattr(m, "held", torch.full((), 3.0)), 2),
+    "weights written": (lambda o, m: m.first.weight.data.mul_(2), 1),
+    "loss replaced": (lambda o, m: setattr(o, "loss_fn", other_loss_fn), 2),
+    "global hook": (
+        lambda o, m: nn.modules.module.register_module_forward_hook(
+            lambda s, i, out: 2 * out if isinstance(s, nn.Linear) else None
+        ),
+        2,
+    ),
+}  # fmt: skip
+
+
+def backward(optimizer: DPOptimizer) -> list[Tensor | None]:
+    torch.manual_seed(3)
+    x, y = torch.randn(5, 4), torch.randint(2, (5,))
+    optimizer.backward(x, y)
+    grads = [p.grad for p in optimizer.model.parameters()]
+    optimizer.zero_grad()
+    return grads
+
+
+@pytest.mark.parametrize("case", CHANGES)
+def test_change_of_a_model_is_followed(case: str, graphs: Graphs) -> None:
+    change, count = CHANGES[case]
+    found = []
+    for compile in (False, True):
+        torch.manual_seed(0)
+        model = Model()
+        optimizer = DPOptimizer(
+            torch.optim.SGD(model.parameters(), lr=0.1), model, loss_fn, max_grad_norm=0.1,
+            noise_multiplier=0.0, expected_batch_size=5, microbatch_size=5, compile=compile,
+        )  # fmt: skip
+        first = backward(optimizer)
+        handle = change(optimizer, model)
+        second = backward(optimizer)
+        if hasattr(handle, "remove"):
+            handle.remove()
+        found.append([first, second])
+    torch.testing.assert_close(found[0], found[1])
+    assert any(
+        a is None or not torch.equal(a, b) for a, b in zip(found[0][1], found[0][0], strict=True)
+    )
+    assert len(graphs) == count
+
+
+def test_forward_replaced(graphs: Graphs, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Model()
+    optimizer = DPOptimizer(
+        torch.optim.SGD(model.parameters(), lr=0.1), model, loss_fn, max_grad_norm=0.1,
+        noise_multiplier=0.0, expected_batch_size=5, microbatch_size=5, compile=True,
+    )  # fmt: skip
+    backward(optimizer)
+    monkeypatch.setattr(Model, "forward", lambda self, x: self.last(self.first(x)))
+    backward(optimizer)
+    assert len(graphs) == 2
+
+
+@pytest.mark.parametrize(
+    ("enter", "leave"),
+    [
+        (lambda: torch.set_float32_matmul_precision("high"), lambda: torch.set_float32_matmul_precision("highest")),
+        (lambda: torch.use_deterministic_algorithms(True), lambda: torch.use_deterministic_algorithms(False)),
+        (lambda: torch.set_default_dtype(torch.float64), lambda: torch.set_default_dtype(torch.float32)),
+    ],
+    ids=["precision", "determinism", "default dtype"],
+)  # fmt: skip
+def test_global_setting_is_part_of_the_signature(
+    enter: Callable[[], None], leave: Callable[[], None], graphs: Graphs
+) -> None:
+    gradient = clipped_grad(mlp, max_grad_norm=0.5, compile=True)
+    gradient(make_params(), *make_batch())
+    enter()
+    try:
+        gradient(make_params(), *make_batch())
+    finally:
+        leave()
+    gradient(make_params(), *make_batch())
+    assert len(graphs) == 2
+
+
+def test_rules_are_part_of_the_signature(graphs: Graphs) -> None:
+    gradient = clipped_grad(mlp, max_grad_norm=0.5, compile=True)
+    gradient(make_params(), *make_batch())
+    rule = clipgrad.unregister_rule(F.linear)
+    try:
+        gradient(make_params(), *make_batch())
+    finally:
+        clipgrad.register_rule(F.linear, name=rule.name)(rule.apply)
+    assert len(graphs) == 2
+
+
+def test_number_of_graphs_is_bounded(graphs: Graphs) -> None:
+    thing = Owner()
+    gradient = clipped_grad(thing.loss, max_grad_norm=0.5, compile=True)
+    for step in range(8):
+        thing.factor = float(step)
+        gradient(make_params(), *make_batch())
+    thing.factor = 100.0
+    with pytest.raises(CompileError, match=r"8 different states.*factor \(7.0 -> 100.0\)"):
+        gradient(make_params(), *make_batch())
+    thing.factor = 3.0
+    gradient(make_params(), *make_batch())
+    assert len(graphs) == 8
+
+
+ITERATOR = iter(range(1000))
+LIST: list[int] = []
+OUTSIDE = torch.zeros((), dtype=torch.float64)
+BIG = np.ones(1000)
+
+
+class Remembering:
+    def __init__(self) -> None:
+        self.last: Tensor | None = None
+
+    def __call__(self, p: Params, x: Tensor, y: Tensor) -> Tensor:
+        scale = p["gain"].detach() if self.last is None else self.last
+        self.last = OUTSIDE.clone() + 1
+        return mlp(p, x, y) * (1 + 0 * scale)
+
+
+REFUSED: dict[str, tuple[Callable[..., Tensor], str]] = {
+    "iterator": (lambda p, x, y: mlp(p, x, y) * next(ITERATOR), "ITERATOR, a range_iterator"),
+    "large array": (lambda p, x, y: mlp(p, x, y) * float(BIG[0]), "BIG, a ndarray"),
+    "list that grows": (lambda p, x, y: LIST.append(1) or mlp(p, x, y), "changes what it reads.*LIST"),
+    "Python's random numbers": (lambda p, x, y: mlp(p, x, y) * random.random(), "random"),
+    "NumPy's random numbers": (
+        lambda p, x, y: mlp(p, x, y) * float(np.random.rand()), "did something else when it ran again"  # noqa: NPY002
+    ),
+    "item": (lambda p, x, y: mlp(p, x, y) * (1 + OUTSIDE.item()), "reads the value of a tensor"),
+    "index": (lambda p, x, y: mlp(p, x, y) * [1, 2][OUTSIDE.long()], "reads the value of a tensor"),
+    "bool": (lambda p, x, y: mlp(p, x, y) * (2 if OUTSIDE > 1 else 1), "reads the value of a tensor"),
+    "tolist": (lambda p, x, y: mlp(p, x, y) * (1 + OUTSIDE.tolist()), "reads the value of a tensor"),
+    "numpy": (lambda p, x, y: mlp(p, x, y) * float(OUTSIDE.numpy() + 1), "reads the value of a tensor"),
+    "write to a tensor": (lambda p, x, y: mlp(p, x, y) + 0 * OUTSIDE.add_(1), "writes in place to a tensor"),
+    "result of the run before": (Remembering(), "did something else|changes what it reads"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_followed_is_refused(case: str, graphs: Graphs) -> None:
+    loss, message = REFUSED[case]
+    clipped_grad(loss, max_grad_norm=0.5)(make_params(), *make_batch())
+    for _ in range(2):
+        with pytest.raises(CompileError, match=message):
+            clipped_grad(loss, max_grad_norm=0.5, compile=True)(make_params(), *make_batch())
+    assert len(graphs) == 0
+
+
+def test_constant_made_of_python_numbers(graphs: Graphs) -> None:
+    def loss(p: Params, x: Tensor, y: Tensor) -> Tensor:
+        return mlp(p, x * torch.tensor([1.0, 2.0, 3.0, 4.0], dtype=x.dtype), y)
+
+    compiled, eager = (clipped_grad(loss, max_grad_norm=0.5, compile=c) for c in (True, False))
+    for _ in range(2):
+        assert_same(compiled(make_params(), *make_batch()), eager(make_params(), *make_batch()))
+    assert len(graphs) == 1
+
+
+@pytest.mark.parametrize(
+    ("now", "was", "expected"),
+    [
+        (1, 1, True), (1, True, False), (1.0, 1, False), (float("nan"), float("nan"), True),
+        ([1, 2], [1, 2], True), ([1, 2], [2, 1], False), ({"a": 1}, {"a": 1}, True), ({"a": 1}, {"b": 1}, False),
+        ((1, "a"), (1, "a"), True), (object(), object(), False), (torch.ones(1), torch.ones(1), False),
+    ],
+)  # fmt: skip
+def test_same(now: Any, was: Any, expected: bool) -> None:
+    assert same(now, was) is expected
