@@ -15,6 +15,7 @@ from benchmarks import compare, report
 from benchmarks.modes import Microbatch, Mode, modes
 from benchmarks.progress import Bar
 from benchmarks.records import Row, load
+from benchmarks.reference import REFERENCE
 from benchmarks.row import Plan, measure_row
 from benchmarks.step import Setting
 from benchmarks.workloads import WORKLOADS
@@ -29,10 +30,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("clipgrad benchmarks")
     group.addoption("--device", choices=["cpu", "cuda"], help="default: cuda if there is one")
     group.addoption(
-        "--all-workloads", action="store_true", help="all workloads, not the CNN tables alone"
+        "--all-workloads", action="store_true", help="all workloads, not the reference tables alone"
     )
     group.addoption(
-        "--row-seconds", type=float, default=60.0, help="time for the timed rounds of a row (60)"
+        "--row-seconds", type=float, default=40.0, help="time for the timed rounds of a row (40)"
     )
     group.addoption("--most-rounds", type=int, default=30, help="no more rounds than this (30)")
     group.addoption("--no-memory", action="store_true", help="leave peak memory out")
@@ -92,9 +93,13 @@ class Session:
             faulthandler.cancel_dump_traceback_later()  # a row takes minutes, and all of it in its first test
             self.bar.begin(key)
             sweep = batch_size in setting.workload.sweep.get(self.device, ())
-            plan = replace(self.plan, seconds=self.plan.seconds / 3) if sweep else self.plan
+            plan = self.plan
+            if sweep:  # a chart shows its times alone
+                plan = replace(plan, seconds=plan.seconds / 3, memory=False)
             self.rows[key] = measure_row(setting, chosen, plan, self.bar.note, sweep=sweep)
             self.bar.end(key)
+            if self.compare is None:  # whatever happens to the rows to come
+                report.keep(self.results, self.device, self.rows)
         return self.rows[key]
 
 
@@ -144,15 +149,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         or any("::" in argument for argument in config.args)
     )
     if not (session.quick or chosen_by_hand or config.getoption("--all-workloads")):
-        left_out = [item for item in items if not _is_cnn(item)]
+        left_out = [item for item in items if not _is_reference(item)]
         if left_out:
             config.hook.pytest_deselected(items=left_out)
-            items[:] = [item for item in items if _is_cnn(item)]
+            items[:] = [item for item in items if _is_reference(item)]
 
 
-def _is_cnn(item: pytest.Item) -> bool:
-    workload = getattr(item, "callspec", None) and item.callspec.params.get("workload")  # type: ignore[attr-defined]
-    return workload is None or str(workload).startswith("cnn")
+def _is_reference(item: pytest.Item) -> bool:
+    """Whether a test belongs to the reference tables, or to none."""
+    workload = getattr(getattr(item, "callspec", None), "params", {}).get("workload")
+    return workload is None or workload in {entry.workload for entry in REFERENCE}
 
 
 @pytest.hookimpl(trylast=True)

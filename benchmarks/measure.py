@@ -10,7 +10,7 @@ import torch
 
 from benchmarks.step import Step
 
-WARM_UP = 2
+WARM_UP = 1
 FEWEST_ROUNDS = 5
 
 

@@ -26,12 +26,17 @@ COLUMNS = (
 )
 
 
-def write(folder: Path, device: str, measured: Mapping[str, Row]) -> Path:
-    """Write ``<device>.json``, ``<device>.md`` and the charts; rows that were not measured now stay as they are."""
+def keep(folder: Path, device: str, measured: Mapping[str, Row]) -> list[Row]:
+    """Write ``<device>.json``; rows that were not measured now stay as they are. Returns all rows."""
     raw = folder / f"{device}.json"
     rows = in_order((load(raw) | dict(measured)).values(), list(WORKLOADS))
     save(raw, rows)
-    return render(folder, device, rows)
+    return rows
+
+
+def write(folder: Path, device: str, measured: Mapping[str, Row]) -> Path:
+    """Write ``<device>.json``, ``<device>.md`` and the charts."""
+    return render(folder, device, keep(folder, device, measured))
 
 
 def render(folder: Path, device: str, rows: list[Row]) -> Path:

@@ -9,11 +9,12 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from benchmarks.environment import environment
-from benchmarks.measure import interleaved, timed
+from benchmarks.measure import interleaved, synchronize, timed
 from benchmarks.memory import MemoryServer, cuda_peak
-from benchmarks.modes import Mode
+from benchmarks.modes import ClippedStep, Kind, Microbatch, Mode
 from benchmarks.peers import check
 from benchmarks.records import Cell, Row
 from benchmarks.step import Setting, Step, Unavailable
@@ -59,11 +60,12 @@ def measure_row(
     modes = list(modes)
     cells = {mode.key: _cell(mode, setting) for mode in modes}
     steps: dict[str, Step] = {}
+    eager = _Eager(setting)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what a library warns of is no failure of the measurement
         for index, mode in enumerate(modes):
             note(f"preparing {mode.label}", 0.35 * index / len(modes))
-            step = _prepare(mode, setting, cells[mode.key])
+            step = _prepare(mode, setting, cells[mode.key], eager)
             if step is not None:
                 steps[mode.key] = step
         labels = {mode.key: f"{mode.label}, microbatch {mode.microbatch.value}" for mode in modes}
@@ -96,13 +98,40 @@ def _cell(mode: Mode, setting: Setting) -> Cell:
     )
 
 
-def _prepare(mode: Mode, setting: Setting, cell: Cell) -> Step | None:
-    """Check the mode, build its step and run it once, which compiles it."""
+class _Eager:
+    """The gradient of clipgrad's eager step at the row's own setting, computed when it is first asked for."""
+
+    def __init__(self, setting: Setting) -> None:
+        self._setting = setting
+        self._gradient: dict[str, Tensor] | None = None
+
+    def difference(self, step: Step) -> str | None:
+        if self._gradient is None:
+            found = ClippedStep(self._setting, Microbatch.BATCH, False).clipped_gradient()
+            self._gradient = {name: gradient.detach().clone() for name, gradient in found.items()}
+        return check.difference(step.clipped_gradient(), self._gradient)  # type: ignore[attr-defined]
+
+
+def _prepare(mode: Mode, setting: Setting, cell: Cell, eager: _Eager) -> Step | None:
+    """Build the mode's step, run it once, which compiles it, and check its gradient.
+
+    clipgrad's compiled steps are compared with its eager step, which is compared with the oracle: another batch size
+    would have to be compiled anew.
+    """
+    compiled = mode.kind is Kind.CLIPGRAD and mode.compiled
     try:
-        if mode.private:
+        if mode.private and not compiled:
             cell.check = check_mode(mode, setting)
         step = mode.make(setting)
-        cell.first_step_s = timed(step, setting.device)
+        if compiled:
+            synchronize(setting.device)
+            began = time.perf_counter()
+            cell.check = eager.difference(step)
+            synchronize(setting.device)
+            cell.first_step_s = time.perf_counter() - began
+            step()
+        else:
+            cell.first_step_s = timed(step, setting.device)
     except Exception as error:
         cell.reason = reason_of(error)
         return None

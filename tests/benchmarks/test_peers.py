@@ -260,12 +260,33 @@ class TestCheck:
         _, wanted = self._found()
         assert check.difference({n: g * (1 + 1e-6) for n, g in wanted.items()}, wanted) is None
 
+    def test_nearer_to_float64_is_not_found(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        setting, wanted = self._found()
+        step = _Step({name: g * 1.001 for name, g in wanted.items()})
+        assert "1.001 times as long" in str(check.compare(step, setting))
+
+        def oracle(_: Setting, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+            return step.clipped_gradient() if dtype == torch.float64 else wanted
+
+        monkeypatch.setattr(check, "oracle", oracle)
+        assert check.compare(step, setting) is None
+
     def test_equal_samples_are_refused(self) -> None:
         def same(size: int) -> tuple[Tensor, Tensor]:
             return torch.ones(size, 3, 8, 8), torch.zeros(size, dtype=torch.long)
 
         with pytest.raises(ValueError, match="all close"):
             check.checking(Setting(replace(TINY["cnn"], batch=same), 4))
+
+
+class _Step:
+    def __init__(self, gradient: dict[str, Tensor]) -> None:
+        self._gradient = gradient
+
+    def __call__(self) -> None: ...
+
+    def clipped_gradient(self) -> dict[str, Tensor]:
+        return self._gradient
 
 
 def _said(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> str:
