@@ -111,6 +111,8 @@ def pytest_configure(config: pytest.Config) -> None:
     quick = bool(config.getoption("benchmark_disable", False)) and not config.getoption(
         "benchmark_enable", False
     )
+    # Convolutions would round to 10 bits by default, products would not, and JAX is told not to: all in float32.
+    torch.backends.cudnn.allow_tf32 = False
     config.stash[_SESSION] = Session(
         device=device_of(config),
         quick=quick,

@@ -27,7 +27,8 @@ def environment(device: str) -> dict[str, str]:
     }
     if device == "cuda":
         facts["cuda"] = str(torch.version.cuda)
-        facts["float32 matmul"] = torch.get_float32_matmul_precision()
+        tf32 = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+        facts["TF32 in convolutions, in products"] = ", ".join("on" if on else "off" for on in tf32)
         facts["host"] = f"{cpu_name()}, {os.cpu_count()} cores"
     return facts
 

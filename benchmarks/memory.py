@@ -24,14 +24,13 @@ WARM_UP = 2
 STEPS = 3
 
 
-def cuda_peak(make: Callable[[Setting], Step], setting: Setting) -> int:
-    """Bytes that the mode's steps hold at their peak: weights, optimizer state and batch included."""
-    gc.collect()
-    torch.cuda.empty_cache()
-    before = torch.cuda.memory_allocated()
-    step = make(setting)
-    for _ in range(WARM_UP):
-        step()
+def cuda_peak(step: Step, before: int) -> int:
+    """Bytes that the mode's steps hold at their peak: weights, optimizer state and batch included.
+
+    Args:
+        step: Warm.
+        before: Bytes that were allocated before the step was made.
+    """
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     for _ in range(STEPS):

@@ -57,6 +57,7 @@ def measure_row(
         sweep: The row is a point of a chart.
     """
     began = time.perf_counter()
+    torch._dynamo.reset()  # it counts how often a piece of code was compiled, over all rows
     modes = list(modes)
     cells = {mode.key: _cell(mode, setting) for mode in modes}
     steps: dict[str, Step] = {}
@@ -65,15 +66,15 @@ def measure_row(
         warnings.simplefilter("ignore")  # what a library warns of is no failure of the measurement
         for index, mode in enumerate(modes):
             note(f"preparing {mode.label}", 0.35 * index / len(modes))
-            step = _prepare(mode, setting, cells[mode.key], eager)
+            step = _prepare(mode, setting, cells[mode.key], eager, plan)
             if step is not None:
                 steps[mode.key] = step
         labels = {mode.key: f"{mode.label}, microbatch {mode.microbatch.value}" for mode in modes}
-        times = _times(steps, cells, setting.device, plan, labels, note)
+        times = _times(steps, setting.device, plan, labels, note)
         for key, seconds in times.items():
             cells[key].seconds = seconds
         close_all(steps)
-        if plan.memory:
+        if plan.memory and setting.device == "cpu":
             _memory(setting, modes, cells, note)
     return Row(
         workload=setting.workload.name,
@@ -112,7 +113,7 @@ class _Eager:
         return check.difference(step.clipped_gradient(), self._gradient)  # type: ignore[attr-defined]
 
 
-def _prepare(mode: Mode, setting: Setting, cell: Cell, eager: _Eager) -> Step | None:
+def _prepare(mode: Mode, setting: Setting, cell: Cell, eager: _Eager, plan: Plan) -> Step | None:
     """Build the mode's step, run it once, which compiles it, and check its gradient.
 
     clipgrad's compiled steps are compared with its eager step, which is compared with the oracle: another batch size
@@ -122,6 +123,8 @@ def _prepare(mode: Mode, setting: Setting, cell: Cell, eager: _Eager) -> Step | 
     try:
         if mode.private and not compiled:
             cell.check = check_mode(mode, setting)
+            _forget(setting.device)
+        before = torch.cuda.memory_allocated() if setting.device == "cuda" else 0
         step = mode.make(setting)
         if compiled:
             synchronize(setting.device)
@@ -129,9 +132,12 @@ def _prepare(mode: Mode, setting: Setting, cell: Cell, eager: _Eager) -> Step | 
             cell.check = eager.difference(step)
             synchronize(setting.device)
             cell.first_step_s = time.perf_counter() - began
-            step()
         else:
             cell.first_step_s = timed(step, setting.device)
+        # A second step may fail where the first did not (memory fills up): better now than amid the rounds.
+        timed(step, setting.device)
+        if plan.memory and setting.device == "cuda":
+            cell.peak_bytes = cuda_peak(step, before)
     except Exception as error:
         cell.reason = reason_of(error)
         return None
@@ -152,7 +158,6 @@ def check_mode(mode: Mode, setting: Setting) -> str | None:
 
 def _times(
     steps: dict[str, Step],
-    cells: dict[str, Cell],
     device: str,
     plan: Plan,
     labels: dict[str, str],
@@ -161,13 +166,6 @@ def _times(
     def on_step(name: str, done: int, steps_in_all: int) -> None:
         note(f"timing {labels[name]}", 0.35 + 0.45 * done / steps_in_all)
 
-    # A second step may fail where the first did not (memory that fills up): better now than amid the rounds.
-    for name in list(steps):
-        try:
-            timed(steps[name], device)
-        except Exception as error:
-            cells[name].reason = reason_of(error)
-            close_all({name: steps.pop(name)})
     if not steps:
         return {}
     return interleaved(
@@ -176,21 +174,16 @@ def _times(
 
 
 def _memory(setting: Setting, modes: list[Mode], cells: dict[str, Cell], note: NotePoint) -> None:
+    """Peaks on the CPU; on a GPU they were asked for while the steps were prepared."""
     todo = [mode for mode in modes if cells[mode.key].seconds]
-
-    def each(peak: Callable[[Mode], int]) -> None:
+    with MemoryServer() as server:
         for index, mode in enumerate(todo):
             note(f"memory of {mode.label}", 0.8 + 0.2 * index / len(todo))
             try:
-                cells[mode.key].peak_bytes = peak(mode)
+                peak = server.peak(setting.workload.name, setting.batch_size, mode.key)
+                cells[mode.key].peak_bytes = peak
             except Exception as error:
                 cells[mode.key].memory_reason = reason_of(error)
-
-    if setting.device == "cuda":
-        each(lambda mode: cuda_peak(mode.make, setting))
-        return
-    with MemoryServer() as server:
-        each(lambda mode: server.peak(setting.workload.name, setting.batch_size, mode.key))
 
 
 def reason_of(error: Exception) -> str:

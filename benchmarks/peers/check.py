@@ -13,8 +13,12 @@ from benchmarks.peers._common import functional_loss
 from benchmarks.step import PrivateStep, Setting
 from clipgrad._reference import clipped_sum, per_sample_gradients_by_loop
 
-TOLERANCE = 1e-4
-"""Relative L2 error over the whole gradient, in float32."""
+TOLERANCE = 1e-3
+"""Relative L2 error over the whole gradient, in float32.
+
+Rounding alone makes 2e-4 of the larger CNNs: it decides on which side of zero a ReLU's input lies, and which pixel is a
+pool's largest.
+"""
 
 MOST_SAMPLES = 8
 MOST_ELEMENTS = 2**28
