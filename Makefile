@@ -1,11 +1,13 @@
 # Each target makes .venv from constraints.txt first, with just the packages that it needs.
 #   PYTHON=python3.12   which Python makes .venv           ARGS="-k linear"   passed on to pytest
 #   WORKERS=4           test processes, one thread each    PIPFLAGS=-v        let pip tell more
+#   JAX=0               benchmarks without jax_privacy
 
 PYTHON   ?= python3
 WORKERS  ?= 2
 PIPFLAGS ?= -qq
 ARGS     ?=
+JAX      ?= 1
 
 VENV := .venv
 BIN  := $(VENV)/bin
@@ -22,7 +24,7 @@ help: ## show this list
 # ------------------------------------------------------------------------------------ environment
 
 EXTRAS_demo  := demo
-EXTRAS_test  := test,dev
+EXTRAS_test  := test,dev,bench
 EXTRAS_bench := bench
 EXTRAS_docs  := docs
 
@@ -36,6 +38,13 @@ $(VENV)/.stamp-%: pyproject.toml constraints.txt | $(BIN)/pip
 	$(call say,installing clipgrad[$(EXTRAS_$*)] from constraints.txt: minutes the first time)
 	@$(PIP) install $(PIPFLAGS) -c constraints.txt hatchling
 	@$(PIP) install $(PIPFLAGS) -c constraints.txt --no-build-isolation -e '.[$(EXTRAS_$*)]'
+	@touch $@
+
+# jax_privacy is measured beside clipgrad in an environment of its own: JAX and torch pin different packages.
+$(VENV)-jax/.stamp: benchmarks/jax-constraints.txt
+	$(call say,making $(VENV)-jax from benchmarks/jax-constraints.txt)
+	@$(PYTHON) -m venv $(VENV)-jax
+	@$(VENV)-jax/bin/python -m pip --disable-pip-version-check install $(PIPFLAGS) -r benchmarks/jax-constraints.txt
 	@touch $@
 
 # ------------------------------------------------------------------------------------------- work
@@ -61,10 +70,12 @@ format: $(VENV)/.stamp-test ## let ruff fix and format
 test: lint ## lint, then every test and doctest
 	$(call say,pytest with $(WORKERS) workers)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
+	$(call say,pytest benchmarks/ --benchmark-disable: every mode once)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -q benchmarks/ --benchmark-disable $(ARGS)
 
-bench: $(VENV)/.stamp-bench ## measure against plain PyTorch and other libraries
+bench: $(VENV)/.stamp-bench $(if $(filter-out 0,$(JAX)),$(VENV)-jax/.stamp) ## the throughput tables: plain PyTorch, clipgrad, other libraries
 	$(call say,pytest benchmarks/)
-	@$(BIN)/python -m pytest benchmarks/ $(ARGS)
+	@$(BIN)/python -m pytest benchmarks/ --benchmark-columns=min,median,iqr,rounds $(ARGS)
 
 docs: $(VENV)/.stamp-docs ## build the documentation into site/
 	$(call say,zensical build)
@@ -89,4 +100,4 @@ clean: ## remove everything generated but .venv
 
 distclean: clean ## remove .venv as well
 	$(call say,removing $(VENV))
-	@rm -rf $(VENV)
+	@rm -rf $(VENV) $(VENV)-jax

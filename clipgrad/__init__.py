@@ -20,6 +20,7 @@ from clipgrad.errors import (
 from clipgrad.explain import Explanation
 from clipgrad.noise import NoiseSource, SeededNoise, SystemNoise
 from clipgrad.optimizer import Diagnostics, DPOptimizer
+from clipgrad.profile import StepProfile, profile_step
 from clipgrad.result import ClippedGradResult
 from clipgrad.rules import register_decomposition, register_rule, unregister_rule
 from clipgrad.sampling import EmptyBatchCollate, PoissonSampler, poisson_loader
@@ -42,11 +43,13 @@ __all__ = [
     "PoissonSampler",
     "Relation",
     "SeededNoise",
+    "StepProfile",
     "SystemNoise",
     "UnclippedGradientError",
     "accounting",
     "clipped_grad",
     "poisson_loader",
+    "profile_step",
     "register_decomposition",
     "register_rule",
     "replace_batch_norm",

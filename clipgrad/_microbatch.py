@@ -18,6 +18,7 @@ from clipgrad._branches import Disagreement
 from clipgrad._capture import Capture, escape_message, written_message
 from clipgrad._gradients import Gradients
 from clipgrad._inputs import take
+from clipgrad._phases import phase
 from clipgrad._piece import Piece, Settings, clip, joined
 from clipgrad._plan import Choice, choose
 from clipgrad._tape import Strategy, Tape
@@ -85,7 +86,7 @@ def run(
 ) -> Piece:
     """Clipped sums of one microbatch; where samples branch apart, of its parts."""
     try:
-        with torch.enable_grad():
+        with phase("forward"), torch.enable_grad():
             tape, values, aux = forward(loss, names, params, batch, settings)
     except Disagreement as disagreement:
         parts = disagreement.parts()
@@ -115,12 +116,15 @@ def _finish(
 ) -> Piece:
     """Backward pass, norms and clipped sums after the forward pass of one microbatch."""
     try:
-        plan(tape, settings)
+        with phase("forward"):
+            plan(tape, settings)
         with torch.enable_grad():
             _backward(tape, values, params)
         with torch.no_grad(), _without_autocast(values.device):
-            gradients = Gradients(tape, len(params))
-            return clip(gradients, params, values.detach(), aux, is_padding, settings)
+            with phase("per-sample gradients"):
+                gradients = Gradients(tape, len(params))
+            with phase("norms"):
+                return clip(gradients, params, values.detach(), aux, is_padding, settings)
     finally:
         tape.release()
 
@@ -170,7 +174,7 @@ def _backward(tape: Tape, values: Tensor, params: Sequence[Tensor]) -> None:
             "Compute the loss from the model's output, and let the gradient through."
         )
     _refuse_escapes(tape, values, params)
-    with _without_autocast(values.device), explained():
+    with phase("backward"), _without_autocast(values.device), explained():
         values.sum().backward()
 
 

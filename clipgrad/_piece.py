@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from clipgrad._gradients import Gradients, Transformed
+from clipgrad._phases import phase
 from clipgrad._tape import Strategy
 from clipgrad.clipping import Clipping
 
@@ -84,13 +85,15 @@ def clip(
     if settings.nan_safe or is_padding is not None:
         keep = keep if settings.nan_safe else ~is_padding  # type: ignore[operator]
         factors = [torch.where(keep, factor, 0.0) for factor in factors]
-    sums = _weighted_sums(gradients, params, factors, settings)
+    with phase("contraction"):
+        sums = _weighted_sums(gradients, params, factors, settings)
     # Asked only now: on a GPU the answer takes as long as all that is queued, and the sums are queued already.
     dropping = settings.nan_safe or is_padding is not None
     if dropping and not settings.deferred and not bool(finite.all()):
         # A zero factor does not silence an inf; such samples are taken out of the factors themselves.
         gradients.select(keep)
-        sums = _weighted_sums(gradients, params, factors, settings)
+        with phase("contraction"):
+            sums = _weighted_sums(gradients, params, factors, settings)
     nonfinite = ~finite if is_padding is None else ~finite & ~is_padding
     all_finite = finite.all() if settings.deferred else None
     return Piece(sums, values, norms, aux, nonfinite, all_finite)

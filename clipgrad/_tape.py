@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from clipgrad._lanes import per_sample
+from clipgrad._phases import phase
 from clipgrad.errors import NotPerSampleError
 from clipgrad.rules._canonical import (
     Outer,
@@ -234,8 +235,9 @@ class Tape:
                     "gradient of its parameter can no longer be computed. Replace the in-place operation "
                     "(relu_, add_, x += ...) that follows it by its out-of-place form."
                 )
-            for tracked, recipe in waiting:
-                tracked.receive(recipe.make(gradient), recipe.extent)
+            with phase("per-sample gradients"):
+                for tracked, recipe in waiting:
+                    tracked.receive(recipe.make(gradient), recipe.extent)
             waiting.clear()
             held.clear()
 

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from clipgrad import _validate
 from clipgrad._facade import OptimizerFacade
 from clipgrad._pending import Pending
+from clipgrad._phases import phase
 from clipgrad._requirements import (
     check_batch,
     check_parts,
@@ -230,14 +231,17 @@ class DPOptimizer(OptimizerFacade):
         others = [p for p in self._owned() if id(p) not in selected]
         sums = self._pending.take([name for name, _ in self._selection], parameters, others)
         with torch.no_grad():
-            self.noise.add_gaussian_(sums, sigma)
+            with phase("noise"):
+                self.noise.add_gaussian_(sums, sigma)
             torch._foreach_div_(sums, self.expected_batch_size)
             self._pending.publish(parameters, sums)
-        self.inner.step()
+        with phase("optimizer"):
+            self.inner.step()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the clipped sums of the logical batch, as ``torch.optim.Optimizer.zero_grad`` does."""
-        self.inner.zero_grad(set_to_none)
+        with phase("optimizer"):
+            self.inner.zero_grad(set_to_none)
         self._pending.clear(self._owned())
 
     # ------------------------------------------------------------------ what it promises

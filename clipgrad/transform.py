@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -106,7 +106,8 @@ class ClippedGrad:
                     settings,
                 )
             sums = accumulate(sums, piece.sums)
-            pieces.append(piece)
+            pieces.append(replace(piece, sums=[]))  # else every microbatch's sums live to the end,
+            del piece  # or these through the next one
         assert sums is not None
         return self._result(inputs, settings, sums, pieces, mask)
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clipgrad import DPOptimizer, NotPerSampleError, SystemNoise, _reference
+from clipgrad import DPOptimizer, NotPerSampleError, SystemNoise, _reference, profile_step
 from clipgrad.testing import RuleCase, assert_rule_matches_reference
 from tests.architectures import ARCHITECTURES, Architecture
 from tests.oracle import clipped_sum, per_sample_gradients
@@ -149,3 +149,13 @@ def test_rule(case: RuleCase) -> None:
         except RuntimeError as error:  # a kernel that does not exist, a constant made on the CPU
             pytest.skip(f"plain PyTorch cannot run it on CUDA: {error}")
         assert_rule_matches_reference(case, device="cuda")
+
+
+def test_a_profile_waits_for_the_device_and_draws_nothing() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.5), nn.Linear(8, 8)).cuda()
+    optimizer = clipping_optimizer(model, lambda m, x: m(x).square().mean(), 1.0)
+    x, drawn = torch.randn(4, 8, device="cuda"), torch.cuda.get_rng_state()
+    profile = profile_step(optimizer, x, rounds=2)
+    assert profile.device == "cuda:0"
+    assert all(seconds > 0 for seconds in profile.phases.values())
+    assert torch.equal(torch.cuda.get_rng_state(), drawn)

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "clipgrad"
+EVERYTHING = {path.stem for path in PACKAGE.iterdir()}
 
-# optimizer -> transform -> _plan -> rules -> _canonical. A name stands for all that lies below it.
+# profile -> optimizer -> transform -> _plan -> rules -> _canonical. A name stands for all that lies below it.
 INSIDE = {
     "rules",
     "_lanes",
@@ -26,6 +27,7 @@ INSIDE = {
 MACHINERY = INSIDE | {"transform"}
 ABOVE = {"optimizer", "transform", "_microbatch", "compiled"}
 FORBIDDEN = {
+    "profile": INSIDE | {"transform"},
     "optimizer": INSIDE,
     "transform": {"optimizer"},
     "compiled": {"optimizer", "transform"},
@@ -43,6 +45,7 @@ FORBIDDEN = {
     "noise": MACHINERY,
     "sampling": MACHINERY,
     "accounting": MACHINERY | {"torch"},
+    "_phases": EVERYTHING | {"clipgrad", "torch"},
 }
 RANDOM_CALL = re.compile(
     r"(rand|randn|randint)(_like)?|randperm|(normal|bernoulli|poisson)_?|(random|uniform)_"
@@ -72,6 +75,7 @@ def violations(path: str, source: str) -> list[str]:
     module = path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
     forbidden = {name for layer in FORBIDDEN if below(module, {layer}) for name in FORBIDDEN[layer]}
     forbidden |= set() if module == "testing" else {"_reference"}
+    forbidden |= set() if below(module, {"__init__", "profile"}) else {"profile"}
     for line, name in imports(path, tree):
         if below(name.removeprefix("clipgrad."), forbidden):
             found.append(f"clipgrad/{path}:{line} imports {name}")
@@ -107,6 +111,12 @@ def test_package_keeps_its_layers() -> None:
         ("accounting.py", "from torch import Tensor"),
         ("accounting.py", "import torch.distributed"),
         ("transform.py", "from clipgrad._reference import clipped_sum"),
+        ("optimizer.py", "from clipgrad.profile import profile_step"),
+        ("profile/__main__.py", "from clipgrad._microbatch import run"),
+        ("_phases.py", "from clipgrad import errors"),
+        ("_phases.py", "import clipgrad"),
+        ("_phases.py", "import torch"),
+        ("profile/__main__.py", "x = torch.randn(3)"),
         ("compiled/_step.py", "from clipgrad import _reference"),
         ("compiled/_step.py", "from clipgrad.transform import ClippedGrad"),
         ("compiled/_state.py", "from clipgrad._microbatch import run"),
@@ -137,6 +147,10 @@ def test_forbidden_is_found(path: str, source: str) -> None:
         ("sampling.py", "torch.rand(3)"),
         ("transform.py", "def f(generator: torch.Generator): vmap(f, randomness='different')"),
         ("accounting.py", "import torchless"),
+        ("rules/linear.py", "from clipgrad._phases import phase"),
+        ("profile/__init__.py", "from clipgrad.profile._measure import profile_step"),
+        ("profile/_measure.py", "from clipgrad.optimizer import DPOptimizer"),
+        ("_phases.py", "from typing import Protocol"),
     ],
 )
 def test_allowed_is_left_alone(path: str, source: str) -> None:

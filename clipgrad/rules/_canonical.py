@@ -235,10 +235,10 @@ def never_underestimated(norms: Tensor, uses: Sequence[Outer], *, materialised: 
     rows = shape.numel() // max(1, columns * groups)
     lefts, rights, products = (norms.new_zeros(len(norms) * groups) for _ in range(3))
     for use in uses:
-        right = torch.linalg.vector_norm(widen(use.right), dim=-1)
+        right = _lengths(widen(use.right))
         left = torch.ones_like(right)
         if isinstance(use.left, Tensor):
-            left = torch.linalg.vector_norm(widen(use.left), dim=-1)
+            left = _lengths(widen(use.left))
         lefts, rights = lefts + left.sum(1), rights + right.sum(1)
         products = products + (left * right).sum(1)
     margin = _ROUNDING_MARGIN * (8 + math.sqrt(rows) + math.sqrt(columns))
@@ -249,6 +249,14 @@ def never_underestimated(norms: Tensor, uses: Sequence[Outer], *, materialised: 
         return norms
     hidden = _underflow(lefts.square(), rows, rights.square(), columns)
     return norms + hidden.view(-1, groups).sum(1)
+
+
+def _lengths(vectors: Tensor) -> Tensor:
+    """Norms over the last axis; on CPU ``vector_norm`` is slow where that axis is not the dense one."""
+    if vectors.stride(-1) == 1:
+        return torch.linalg.vector_norm(vectors, dim=-1)
+    lengths: Tensor = torch.linalg.vecdot(vectors, vectors).sqrt()
+    return lengths
 
 
 def _underflow(left: Tensor, rows: int, right: Tensor, columns: int) -> Tensor:

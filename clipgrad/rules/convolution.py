@@ -21,6 +21,8 @@ _PATCH_ELEMENTS = 1 << 26
 # the weight is this large; in between the grouped convolution is up to 1.7x faster. See docs/performance.md.
 _SMALL_PATCH = 64
 _LARGE_WEIGHT = 1 << 17
+# Filters of one channel and fewer taps than this are left to the library's own depthwise kernels on CUDA.
+_LONG_FILTER = 32
 
 
 @dataclass(frozen=True)
@@ -95,6 +97,9 @@ class ConvolutionUse:
 
     def per_sample(self) -> Tensor:
         """``[B, *weight.shape]``: patches and one batched product, or one grouped convolution."""
+        if self.weight.shape[1] == 1 and self.geometry.groups > 1:
+            on_cpu, taps = self.input.device.type == "cpu", self.weight[0, 0].numel()
+            return self._depthwise() if on_cpu or taps >= _LONG_FILTER else self._grouped()
         if not self._unfolds():
             return self._grouped()
         return self.outer().per_sample()
@@ -126,9 +131,35 @@ class ConvolutionUse:
         elements = image.shape[0] * image.shape[1] * kernel * prod(rows.shape[2:])
         if elements > _PATCH_ELEMENTS:
             return False
+        if kernel == 1:
+            return True  # patches are a view of the image, or every stride-th pixel of it
         if image.device.type != "cpu" or patch <= _SMALL_PATCH:
             return True
         return self.weight.numel() >= _LARGE_WEIGHT
+
+    def _depthwise(self) -> Tensor:
+        """Filters with one channel each: the output gradient convolved over the image, stride and dilation exchanged.
+
+        Every channel of every sample becomes a group of one forward convolution.
+        """
+        rows, image = self.gradient, self.input
+        if self.geometry.transposed:
+            rows, image = image, rows
+        samples = image.shape[0]
+        image, rows = widen(image), widen(rows)
+        exchanged = replace(
+            self.geometry,
+            stride=self.geometry.dilation,
+            dilation=self.geometry.stride,
+            groups=samples * self.geometry.groups,
+            transposed=False,
+        )
+        gradient = exchanged.convolve(
+            image.reshape(1, -1, *image.shape[2:]), rows.reshape(-1, 1, *rows.shape[2:]), None
+        )
+        for axis, size in enumerate(self.weight.shape[2:], start=2):
+            gradient = gradient.narrow(axis, 0, size)  # a stride may leave pixels that no output saw
+        return gradient.reshape(samples, *self.weight.shape)
 
     def _grouped(self) -> Tensor:
         """Samples as groups of one big convolution."""

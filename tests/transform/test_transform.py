@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import weakref
 from typing import Any
 
 import pytest
@@ -11,9 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clipgrad import (
-    clipped_grad,
-)
+from clipgrad import clipped_grad, transform
+from clipgrad._microbatch import run
 from clipgrad._reference import Params, per_sample_gradients_by_loop
 from tests.small_mlp import (
     INPUTS,
@@ -88,6 +88,25 @@ def test_microbatches(params: Params, batch: Any, size: int, strategy: str) -> N
 
 def dropout(p: Params, x: Tensor) -> Tensor:
     return (F.dropout(x, 0.5) * p["w"]).sum()
+
+
+def test_sums_do_not_pile_up_over_microbatches(
+    params: Params, batch: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Memory follows the microbatch: one sum so far, not one for every microbatch."""
+    sums: list[weakref.ref[Tensor]] = []
+    alive: list[int] = []
+
+    def watched(*args: Any) -> Any:
+        alive.append(sum(ref() is not None for ref in sums))
+        piece = run(*args)
+        sums.extend(weakref.ref(total) for total in piece.sums)
+        return piece
+
+    monkeypatch.setattr(transform, "run", watched)
+    clipped_grad(mlp, max_grad_norm=1.0, microbatch_size=1)(params, *batch)
+    assert len(alive) == B
+    assert set(alive[1:]) == {len(params)}
 
 
 def test_each_sample_has_its_own_dropout_mask() -> None:

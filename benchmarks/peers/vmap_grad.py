@@ -1,0 +1,49 @@
+"""Per-sample gradients as PyTorch's own tutorial computes them: no library at all."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from torch.func import grad, vmap
+
+from benchmarks.peers._common import adamw, clip_factors, functional_loss
+from benchmarks.step import NOISE_MULTIPLIER, PrivateStep, Setting
+
+
+class VmapGrad:
+    def __init__(self, setting: Setting) -> None:
+        self._setting = setting
+        self._model, self._batch = setting.model_and_batch()
+        self._parameters = dict(self._model.named_parameters())
+        self._optimizer = adamw(self._parameters.values())
+        loss = functional_loss(setting.workload, self._model)
+
+        def one_sample(parameters: dict[str, Tensor], *sample: Tensor) -> Tensor:
+            return loss(parameters, *(leaf[None] for leaf in sample))
+
+        in_dims = (None, *[0] * len(self._batch))
+        self._per_sample = vmap(grad(one_sample), in_dims=in_dims, randomness="different")
+
+    def __call__(self) -> None:
+        self._optimizer.zero_grad()
+        sigma = NOISE_MULTIPLIER * self._setting.max_grad_norm
+        for name, total in self.clipped_gradient().items():
+            noise = torch.randn_like(total) * sigma
+            self._parameters[name].grad = (total + noise) / self._setting.batch_size
+        self._optimizer.step()
+
+    def clipped_gradient(self) -> Mapping[str, Tensor]:
+        gradients = self._per_sample(
+            {name: p.detach() for name, p in self._parameters.items()}, *self._batch
+        )
+        factors = clip_factors(gradients.values(), self._setting.max_grad_norm)
+        return {name: torch.tensordot(factors, g, 1) for name, g in gradients.items()}
+
+    def weights(self) -> Mapping[str, Tensor]:
+        return self._parameters
+
+
+def make(setting: Setting) -> PrivateStep:
+    return VmapGrad(setting)

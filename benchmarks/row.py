@@ -1,0 +1,218 @@
+"""Measuring one row: check every private mode against the oracle, warm up, interleave, ask for memory."""
+
+from __future__ import annotations
+
+import gc
+import time
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from benchmarks.environment import environment
+from benchmarks.measure import interleaved, synchronize, timed
+from benchmarks.memory import MemoryServer, cuda_peak
+from benchmarks.modes import ClippedStep, Kind, Microbatch, Mode
+from benchmarks.peers import check
+from benchmarks.records import Cell, Row
+from benchmarks.step import Setting, Step, Unavailable
+
+NotePoint = Callable[[str, float], None]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much is measured.
+
+    Attributes:
+        seconds: Time for the interleaved rounds of a row.
+        most_rounds: No more rounds than this.
+        memory: Whether peaks are measured.
+    """
+
+    seconds: float = 60.0
+    most_rounds: int = 30
+    memory: bool = True
+
+
+def measure_row(
+    setting: Setting,
+    modes: Iterable[Mode],
+    plan: Plan,
+    note: NotePoint = lambda what, share: None,
+    *,
+    sweep: bool = False,
+) -> Row:
+    """Measure all modes of a row together.
+
+    A mode that fails keeps its line, with the reason; it does not end the row.
+
+    Args:
+        setting: Workload, batch size, device.
+        modes: What to measure.
+        plan: How much.
+        note: Told what is being done and the share of the row that is done.
+        sweep: The row is a point of a chart.
+    """
+    began = time.perf_counter()
+    modes = list(modes)
+    cells = {mode.key: _cell(mode, setting) for mode in modes}
+    steps: dict[str, Step] = {}
+    eager = _Eager(setting)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what a library warns of is no failure of the measurement
+        for index, mode in enumerate(modes):
+            note(f"preparing {mode.label}", 0.35 * index / len(modes))
+            step = _prepare(mode, setting, cells[mode.key], eager)
+            if step is not None:
+                steps[mode.key] = step
+        labels = {mode.key: f"{mode.label}, microbatch {mode.microbatch.value}" for mode in modes}
+        times = _times(steps, cells, setting.device, plan, labels, note)
+        for key, seconds in times.items():
+            cells[key].seconds = seconds
+        close_all(steps)
+        if plan.memory:
+            _memory(setting, modes, cells, note)
+    return Row(
+        workload=setting.workload.name,
+        description=setting.workload.description,
+        batch_size=setting.batch_size,
+        device=setting.device,
+        cells=list(cells.values()),
+        environment=environment(setting.device),
+        wall_s=time.perf_counter() - began,
+        sweep=sweep,
+    )
+
+
+def _cell(mode: Mode, setting: Setting) -> Cell:
+    return Cell(
+        key=mode.key,
+        label=mode.label,
+        kind=mode.kind.value,
+        microbatch=mode.microbatch.of(setting.batch_size),
+        share=mode.microbatch.value,
+        compiled=mode.compiled,
+    )
+
+
+class _Eager:
+    """The gradient of clipgrad's eager step at the row's own setting, computed when it is first asked for."""
+
+    def __init__(self, setting: Setting) -> None:
+        self._setting = setting
+        self._gradient: dict[str, Tensor] | None = None
+
+    def difference(self, step: Step) -> str | None:
+        if self._gradient is None:
+            found = ClippedStep(self._setting, Microbatch.BATCH, False).clipped_gradient()
+            self._gradient = {name: gradient.detach().clone() for name, gradient in found.items()}
+        return check.difference(step.clipped_gradient(), self._gradient)  # type: ignore[attr-defined]
+
+
+def _prepare(mode: Mode, setting: Setting, cell: Cell, eager: _Eager) -> Step | None:
+    """Build the mode's step, run it once, which compiles it, and check its gradient.
+
+    clipgrad's compiled steps are compared with its eager step, which is compared with the oracle: another batch size
+    would have to be compiled anew.
+    """
+    compiled = mode.kind is Kind.CLIPGRAD and mode.compiled
+    try:
+        if mode.private and not compiled:
+            cell.check = check_mode(mode, setting)
+        step = mode.make(setting)
+        if compiled:
+            synchronize(setting.device)
+            began = time.perf_counter()
+            cell.check = eager.difference(step)
+            synchronize(setting.device)
+            cell.first_step_s = time.perf_counter() - began
+            step()
+        else:
+            cell.first_step_s = timed(step, setting.device)
+    except Exception as error:
+        cell.reason = reason_of(error)
+        return None
+    finally:
+        _forget(setting.device)
+    return step
+
+
+def check_mode(mode: Mode, setting: Setting) -> str | None:
+    """None if the mode's clipped gradient is the oracle's; else how it differs."""
+    small = check.checking(setting)
+    step = mode.make(small)
+    try:
+        return check.compare(step, small)  # type: ignore[arg-type]
+    finally:
+        close_all({mode.key: step})
+
+
+def _times(
+    steps: dict[str, Step],
+    cells: dict[str, Cell],
+    device: str,
+    plan: Plan,
+    labels: dict[str, str],
+    note: NotePoint,
+) -> dict[str, list[float]]:
+    def on_step(name: str, done: int, steps_in_all: int) -> None:
+        note(f"timing {labels[name]}", 0.35 + 0.45 * done / steps_in_all)
+
+    # A second step may fail where the first did not (memory that fills up): better now than amid the rounds.
+    for name in list(steps):
+        try:
+            timed(steps[name], device)
+        except Exception as error:
+            cells[name].reason = reason_of(error)
+            close_all({name: steps.pop(name)})
+    if not steps:
+        return {}
+    return interleaved(
+        steps, device, seconds=plan.seconds, most_rounds=plan.most_rounds, on_step=on_step
+    )
+
+
+def _memory(setting: Setting, modes: list[Mode], cells: dict[str, Cell], note: NotePoint) -> None:
+    todo = [mode for mode in modes if cells[mode.key].seconds]
+
+    def each(peak: Callable[[Mode], int]) -> None:
+        for index, mode in enumerate(todo):
+            note(f"memory of {mode.label}", 0.8 + 0.2 * index / len(todo))
+            try:
+                cells[mode.key].peak_bytes = peak(mode)
+            except Exception as error:
+                cells[mode.key].memory_reason = reason_of(error)
+
+    if setting.device == "cuda":
+        each(lambda mode: cuda_peak(mode.make, setting))
+        return
+    with MemoryServer() as server:
+        each(lambda mode: server.peak(setting.workload.name, setting.batch_size, mode.key))
+
+
+def reason_of(error: Exception) -> str:
+    """One line for a cell."""
+    if isinstance(error, Unavailable):
+        return str(error)
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = lines[0] if lines else "no message"
+    return f"error: {type(error).__name__}: {text[:160]}"
+
+
+def close_all(steps: dict[str, Step]) -> None:
+    """End the processes that steps have started, and let go of the steps."""
+    for step in steps.values():
+        close: Callable[[], None] | None = getattr(step, "close", None)
+        if close is not None:
+            close()
+    steps.clear()
+    gc.collect()
+
+
+def _forget(device: str) -> None:
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.empty_cache()
