@@ -2,7 +2,7 @@
 
 >>> import clipgrad
 >>> sorted(clipgrad.__all__)[:3]
-['ClippedGrad', 'ClippedGradResult', 'DPOptimizer']
+['ClippedGrad', 'ClippedGradResult', 'CompileError']
 """
 
 from __future__ import annotations

@@ -33,6 +33,7 @@ FORBIDDEN = {
     "compiled": {"optimizer", "transform"},
     "compiled._observe": MACHINERY | {"optimizer"},
     "compiled._state": MACHINERY | {"optimizer"},
+    "compiled._walk": MACHINERY | {"optimizer"},
     "compiled._backend": MACHINERY | {"optimizer"},
     "_microbatch": {"optimizer", "transform", "compiled"},
     "_plan": ABOVE,

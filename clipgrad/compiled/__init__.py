@@ -3,7 +3,8 @@
 =================  ===============================================================================
 ``_graph``         traces the eager step to a graph of plain operations; nothing is left out of it
 ``_observe``       which Python functions ran while it was traced
-``_state``         what those functions read, and whether it is still the same
+``_walk``          writes down what those functions can read
+``_state``         what was written down, and whether it is still the same
 ``_signature``     everything else that decides what a graph looks like
 ``_shape``         one fixed number of rows for batches of every size
 ``_backend``       hands the graph to ``torch.compile``

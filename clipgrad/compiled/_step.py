@@ -23,6 +23,7 @@ from clipgrad.compiled._observe import Observer
 from clipgrad.compiled._shape import fitted_batch, fitted_mask
 from clipgrad.compiled._signature import describe, difference, refuse_modes, signature
 from clipgrad.compiled._state import State
+from clipgrad.compiled._walk import write_down
 from clipgrad.errors import CompileError
 
 LIMIT = 8
@@ -221,7 +222,7 @@ def _trace_twice(
     first = once(observer)
     seen = observer.seen
     seen.forget_temporaries()
-    state = State(seen, {"loss": inputs.fn, "batch": inputs.constants})
+    state = write_down(seen, {"loss": inputs.fn, "batch": inputs.constants})
     versions = [constant._version for constant in first.constants]
     again = once(None)
     generators.restore()
