@@ -38,7 +38,11 @@ $(VENV)/.stamp-%: pyproject.toml constraints.txt | $(BIN)/pip
 	$(call say,installing clipgrad[$(EXTRAS_$*)] from constraints.txt: minutes the first time)
 	@$(PIP) install $(PIPFLAGS) -c constraints.txt hatchling
 	@$(PIP) install $(PIPFLAGS) -c constraints.txt --no-build-isolation -e '.[$(EXTRAS_$*)]'
+	@$(if $(findstring bench,$(EXTRAS_$*)),$(BACKPACK))
 	@touch $@
+
+# It asks for torchvision, which it never imports, and whose builds do not fit every build of torch.
+BACKPACK = $(PIP) install $(PIPFLAGS) -c constraints.txt --no-deps backpack-for-pytorch
 
 # jax_privacy is measured beside clipgrad in an environment of its own: JAX and torch pin different packages.
 $(VENV)-jax/.stamp: benchmarks/jax-constraints.txt
@@ -88,6 +92,7 @@ lock: ## resolve constraints.txt anew
 	@$(PYTHON) -m venv --clear $(VENV)-lock
 	@$(VENV)-lock/bin/pip install $(PIPFLAGS) "$$(grep '^torch==' constraints.txt)" hatchling
 	@$(VENV)-lock/bin/pip install $(PIPFLAGS) --no-build-isolation -e '.[accounting,bench,demo,dev,docs,test]'
+	@$(VENV)-lock/bin/pip install $(PIPFLAGS) --no-deps backpack-for-pytorch
 	@sed -n '/^#/p' constraints.txt > $(VENV)-lock/constraints.txt
 	@$(VENV)-lock/bin/pip freeze --all --exclude pip --exclude clipgrad | sed 's/+[a-z0-9.]*$$//' >> $(VENV)-lock/constraints.txt
 	@mv $(VENV)-lock/constraints.txt constraints.txt

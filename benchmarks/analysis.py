@@ -110,8 +110,8 @@ def _range(found: Sequence[tuple[float, Row]]) -> str:
 def _memory(rows: Sequence[Row]) -> Iterable[str]:
     found = []
     for row in rows:
-        ours, base = row.best("clipgrad", "batch"), row.baseline()
-        if ours is not None and ours.peak_bytes and base.peak_bytes:
+        ours, base = row.best("clipgrad", "batch"), row.memory_baseline()
+        if ours is not None and base is not None and ours.peak_bytes and base.peak_bytes:
             others = [
                 f"{cell.label} {cell.peak_bytes / base.peak_bytes:.1f}x"
                 for cell in row.of("peer")
@@ -120,7 +120,7 @@ def _memory(rows: Sequence[Row]) -> Iterable[str]:
             beside = f" (peers: {', '.join(others)})" if others else ""
             found.append(f"{ours.peak_bytes / base.peak_bytes:.2f}x in {_name(row)}{beside}")
     if found:
-        yield f"Peak memory of clipgrad's step beside the ordinary one's: {'; '.join(found)}."
+        yield f"Peak memory of clipgrad's step beside the leanest ordinary one's: {'; '.join(found)}."
 
 
 def _batch_sizes(rows: Sequence[Row]) -> Iterable[str]:

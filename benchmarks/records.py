@@ -100,6 +100,11 @@ class Row:
             raise LookupError(f"{self.key}: no standard step was measured at microbatch = {share}")
         return min(candidates, key=lambda cell: cell.median_s)
 
+    def memory_baseline(self) -> Cell | None:
+        """The leanest ordinary step on the whole batch."""
+        found = [cell for cell in self.of("standard", "batch") if cell.peak_bytes]
+        return min(found, key=lambda cell: cell.peak_bytes or 0, default=None)
+
     def of(self, kind: str, share: str | None = None) -> list[Cell]:
         return [cell for cell in self.measured if cell.kind == kind and share in (None, cell.share)]
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from benchmarks.environment import environment
 from benchmarks.measure import interleaved, synchronize, timed
-from benchmarks.memory import MemoryServer, cuda_peak
+from benchmarks.memory import CudaMemory, MemoryServer, cuda_peak
 from benchmarks.modes import ClippedStep, Kind, Microbatch, Mode
 from benchmarks.peers import check
 from benchmarks.records import Cell, Row
@@ -64,6 +64,8 @@ def measure_row(
     eager = _Eager(setting)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what a library warns of is no failure of the measurement
+        if setting.device == "cuda":  # workspaces of libraries belong to no mode
+            ClippedStep(setting, Microbatch.BATCH, False)()
         for index, mode in enumerate(modes):
             note(f"preparing {mode.label}", 0.35 * index / len(modes))
             step = _prepare(mode, setting, cells[mode.key], eager, plan)
@@ -124,7 +126,7 @@ def _prepare(mode: Mode, setting: Setting, cell: Cell, eager: _Eager, plan: Plan
         if mode.private and not compiled:
             cell.check = check_mode(mode, setting)
             _forget(setting.device)
-        before = torch.cuda.memory_allocated() if setting.device == "cuda" else 0
+        before = CudaMemory.now() if setting.device == "cuda" else None
         step = mode.make(setting)
         if compiled:
             synchronize(setting.device)
@@ -136,7 +138,7 @@ def _prepare(mode: Mode, setting: Setting, cell: Cell, eager: _Eager, plan: Plan
             cell.first_step_s = timed(step, setting.device)
         # A second step may fail where the first did not (memory fills up): better now than amid the rounds.
         timed(step, setting.device)
-        if plan.memory and setting.device == "cuda":
+        if plan.memory and before is not None:
             cell.peak_bytes = cuda_peak(step, before)
     except Exception as error:
         cell.reason = reason_of(error)

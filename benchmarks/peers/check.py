@@ -13,11 +13,11 @@ from benchmarks.peers._common import functional_loss
 from benchmarks.step import PrivateStep, Setting
 from clipgrad._reference import clipped_sum, per_sample_gradients_by_loop
 
-TOLERANCE = 1e-3
+TOLERANCE = 3e-4
 """Relative L2 error over the whole gradient, in float32.
 
-Rounding alone makes 2e-4 of the larger CNNs: it decides on which side of zero a ReLU's input lies, and which pixel is a
-pool's largest.
+PyTorch's float32 norm of some million values in a row is off by up to 7e-4 on the CPU, and Opacus's gradients of larger
+CNNs with it by 2e-4. A clip that was skipped changes every workload's gradient by 1e-3 or more.
 """
 
 MOST_SAMPLES = 8

@@ -253,9 +253,11 @@ def never_underestimated(norms: Tensor, uses: Sequence[Outer], *, materialised: 
 
 def _lengths(vectors: Tensor) -> Tensor:
     """Norms over the last axis; on CPU ``vector_norm`` is slow where that axis is not the dense one."""
+    lengths: Tensor
     if vectors.stride(-1) == 1:
-        return torch.linalg.vector_norm(vectors, dim=-1)
-    lengths: Tensor = torch.linalg.vecdot(vectors, vectors).sqrt()
+        lengths = torch.linalg.vector_norm(vectors, dim=-1)
+    else:
+        lengths = torch.linalg.vecdot(vectors, vectors).sqrt()
     return lengths
 
 

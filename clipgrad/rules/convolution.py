@@ -158,7 +158,9 @@ class ConvolutionUse:
             image.reshape(1, -1, *image.shape[2:]), rows.reshape(-1, 1, *rows.shape[2:]), None
         )
         for axis, size in enumerate(self.weight.shape[2:], start=2):
-            gradient = gradient.narrow(axis, 0, size)  # a stride may leave pixels that no output saw
+            gradient = gradient.narrow(
+                axis, 0, size
+            )  # a stride may leave pixels that no output saw
         return gradient.reshape(samples, *self.weight.shape)
 
     def _grouped(self) -> Tensor:
