@@ -110,7 +110,8 @@ def _range(found: Sequence[tuple[float, Row]]) -> str:
 def _memory(rows: Sequence[Row]) -> Iterable[str]:
     found = []
     for row in rows:
-        ours, base = row.best("clipgrad", "batch"), row.memory_baseline()
+        known = [cell for cell in row.of("clipgrad", "batch") if cell.peak_bytes]
+        ours, base = min(known, key=lambda c: c.median_s, default=None), row.memory_baseline()
         if ours is not None and base is not None and ours.peak_bytes and base.peak_bytes:
             others = [
                 f"{cell.label} {cell.peak_bytes / base.peak_bytes:.1f}x"

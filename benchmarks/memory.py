@@ -10,7 +10,6 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -25,37 +24,19 @@ WARM_UP = 2
 STEPS = 3
 
 
-def cuda_peak(step: Step, before: CudaMemory) -> int:
+def cuda_peak(step: Step, before: int) -> int:
     """Bytes that the mode's steps hold at their peak: weights, optimizer state and batch included.
 
-    A CUDA graph keeps its memory in a pool that the allocator's peak does not show; the driver's count does.
-
     Args:
-        step: Warm.
-        before: As it was before the step was made.
+        step: Warm, and without CUDA graphs, which all of a process share one pool of memory.
+        before: Bytes that were allocated before the step was made.
     """
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     for _ in range(STEPS):
         step()
     torch.cuda.synchronize()
-    allocated = torch.cuda.max_memory_allocated() - before.allocated
-    return _own(step) or max(allocated, CudaMemory.now().taken - before.taken)
-
-
-@dataclass(frozen=True)
-class CudaMemory:
-    """Bytes on the device: of tensors, and of all that the process and its neighbours have taken."""
-
-    allocated: int
-    taken: int
-
-    @classmethod
-    def now(cls) -> CudaMemory:
-        gc.collect()
-        torch.cuda.empty_cache()
-        free, total = torch.cuda.mem_get_info()
-        return cls(torch.cuda.memory_allocated(), total - free)
+    return _own(step) or torch.cuda.max_memory_allocated() - before
 
 
 class MemoryServer:

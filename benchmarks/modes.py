@@ -48,6 +48,7 @@ class Mode:
         compiled: Whether ``torch.compile`` (or a jit of the peer's own) makes the step.
         make: Makes the step.
         peer: The library, if it is a peer's.
+        graphs: Whether it replays CUDA graphs.
     """
 
     key: str
@@ -57,6 +58,7 @@ class Mode:
     compiled: bool
     make: Make
     peer: Peer | None = None
+    graphs: bool = False
 
     @property
     def private(self) -> bool:
@@ -162,6 +164,7 @@ def _standard_modes(device: str, backend: str) -> list[Mode]:
                     microbatch=microbatch,
                     compiled=variant.compiled,
                     make=_bind(standard, variant, microbatch, backend),
+                    graphs=variant.graphs,
                 )
             )
     return modes
@@ -181,6 +184,7 @@ def _clipgrad_modes(device: str, quick: bool) -> list[Mode]:
             microbatch=microbatch,
             compiled=name != "eager",
             make=_bind(ClippedStep, microbatch, value),
+            graphs=name == "graphs",
         )
         for microbatch in Microbatch
         for name, value in how
@@ -212,7 +216,7 @@ def modes(device: str, *, quick: bool = False) -> dict[str, Mode]:
     backend = "aot_eager" if quick else "inductor"
     found = [*_standard_modes(device, backend), *_clipgrad_modes(device, quick), *_peer_modes()]
     if quick:  # a backend other than Inductor knows no CUDA graphs
-        found = [mode for mode in found if "graphs" not in mode.key]
+        found = [mode for mode in found if not mode.graphs]
     return {mode.key: mode for mode in found}
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from benchmarks.environment import environment
 from benchmarks.measure import interleaved, synchronize, timed
-from benchmarks.memory import CudaMemory, MemoryServer, cuda_peak
+from benchmarks.memory import MemoryServer, cuda_peak
 from benchmarks.modes import ClippedStep, Kind, Microbatch, Mode
 from benchmarks.peers import check
 from benchmarks.records import Cell, Row
@@ -126,7 +126,7 @@ def _prepare(mode: Mode, setting: Setting, cell: Cell, eager: _Eager, plan: Plan
         if mode.private and not compiled:
             cell.check = check_mode(mode, setting)
             _forget(setting.device)
-        before = CudaMemory.now() if setting.device == "cuda" else None
+        before = torch.cuda.memory_allocated() if setting.device == "cuda" else 0
         step = mode.make(setting)
         if compiled:
             synchronize(setting.device)
@@ -138,8 +138,13 @@ def _prepare(mode: Mode, setting: Setting, cell: Cell, eager: _Eager, plan: Plan
             cell.first_step_s = timed(step, setting.device)
         # A second step may fail where the first did not (memory fills up): better now than amid the rounds.
         timed(step, setting.device)
-        if plan.memory and before is not None:
-            cell.peak_bytes = cuda_peak(step, before)
+        if plan.memory and setting.device == "cuda":
+            if mode.graphs:
+                cell.memory_reason = (
+                    "not measured: the CUDA graphs of a process share one memory pool"
+                )
+            else:
+                cell.peak_bytes = cuda_peak(step, before)
     except Exception as error:
         cell.reason = reason_of(error)
         return None
