@@ -121,7 +121,7 @@ def _microbatches(plt: Any, rows: Sequence[Row]) -> Any:
         sizes = [cell.microbatch for cell in cells]
         name = f"{row.workload}, batch {row.batch_size}, {kind}"
         left.plot(sizes, [row.throughput(cell) for cell in cells], label=name, **style)
-        with_peak = [cell for cell in cells if cell.peak_bytes]
+        with_peak = _by_microbatch(row, kind, with_peak=True)
         right.plot(
             [cell.microbatch for cell in with_peak],
             [(cell.peak_bytes or 0) / 2**20 for cell in with_peak],
@@ -141,9 +141,13 @@ def _microbatches(plt: Any, rows: Sequence[Row]) -> Any:
     return figure
 
 
-def _by_microbatch(row: Row, kind: str) -> list[Cell]:
-    best = (row.best(kind, share) for share in ("1", "batch/4", "batch"))
-    return [cell for cell in best if cell is not None]
+def _by_microbatch(row: Row, kind: str, *, with_peak: bool = False) -> list[Cell]:
+    """The fastest mode at each microbatch size; of those whose memory is known, if that is asked for."""
+    found = []
+    for share in ("1", "batch/4", "batch"):
+        cells = [cell for cell in row.of(kind, share) if cell.peak_bytes or not with_peak]
+        found += sorted(cells, key=lambda cell: cell.median_s)[:1]
+    return found
 
 
 def _batch_sizes(plt: Any, rows: Sequence[Row]) -> Any:

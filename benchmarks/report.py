@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from benchmarks import analysis, charts
+from benchmarks.peers import PEERS
 from benchmarks.records import Cell, Row, in_order, load, save, speed
 from benchmarks.reference import REFERENCE
 from benchmarks.workloads import WORKLOADS
@@ -66,6 +67,10 @@ def _page(device: str, rows: list[Row], pictures: Mapping[str, str]) -> Iterable
     for row in rows:
         if not row.sweep and row.of("standard", "batch"):
             yield from table(row)
+    yield "## How the peers were set up"
+    yield ""
+    yield from (f"* **{peer.name}**: {peer.remark}." for peer in PEERS.values())
+    yield ""
     yield "## Environment"
     yield ""
     yield from _environments(rows)
