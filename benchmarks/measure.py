@@ -10,8 +10,10 @@ import torch
 
 from benchmarks.step import Step
 
-WARM_UP = 1
 FEWEST_ROUNDS = 5
+SLOW = 8
+"""A step this many times as slow as the fastest runs in the first ``FEWEST_ROUNDS`` rounds only, or it would eat the time
+of the others."""
 
 
 def synchronize(device: str) -> None:
@@ -44,7 +46,7 @@ def interleaved(
     """Seconds of every step in every round.
 
     A round runs each step once, so that the machine's moods hit all alike; each round starts with another step, so
-    that none always runs in the wake of the same neighbour. Warm-up rounds come before and are not kept.
+    that none always runs in the wake of the same neighbour. A warm-up round comes before and is not kept.
 
     Args:
         steps: Steps that have run at least once.
@@ -54,20 +56,21 @@ def interleaved(
         on_step: Called after each step with its name, the steps done and the steps to come in all.
 
     Returns:
-        By name, one time per round; the same index is the same round.
+        By name, one time per round; the same index is the same round. Slow steps have fewer.
     """
-    names = list(steps)
-    start = time.perf_counter()
-    for _ in range(WARM_UP):
-        for step in steps.values():
-            timed(step, device)
-    a_round = (time.perf_counter() - start) / WARM_UP
-    rounds = max(FEWEST_ROUNDS, min(most_rounds, int(seconds / max(a_round, 1e-9))))
-    times: dict[str, list[float]] = {name: [] for name in names}
-    for index in range(rounds):
+    warm = {name: timed(step, device) for name, step in steps.items()}
+    quick = [name for name, taken in warm.items() if taken < SLOW * min(warm.values())]
+    left = seconds - FEWEST_ROUNDS * sum(warm.values())
+    more = int(left / max(sum(warm[name] for name in quick), 1e-9))
+    more = max(0, min(most_rounds - FEWEST_ROUNDS, more))
+    rounds = [list(steps)] * FEWEST_ROUNDS + [quick] * more
+    in_all, done = sum(map(len, rounds)), 0
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for index, names in enumerate(rounds):
         gc.collect()  # a step's own garbage is its own cost, its neighbours' is not
         shift = index % len(names)
-        for position, name in enumerate(names[shift:] + names[:shift]):
+        for name in names[shift:] + names[:shift]:
             times[name].append(timed(steps[name], device))
-            on_step(name, index * len(names) + position + 1, rounds * len(names))
+            done += 1
+            on_step(name, done, in_all)
     return times

@@ -117,10 +117,11 @@ class Row:
 
 
 def speed(cell: Cell, than: Cell) -> Ratio:
-    """How fast ``cell`` is beside ``than``, from the same rounds of the same run."""
-    rounds = [b / a for a, b in zip(cell.seconds, than.seconds, strict=True)]
+    """How fast ``cell`` is beside ``than``, from the rounds that have both."""
+    both = list(zip(cell.seconds, than.seconds, strict=False))
+    rounds = [theirs / ours for ours, theirs in both]
     low, _, high = quantiles(rounds, n=4) if len(rounds) > 1 else (rounds[0],) * 3
-    value = than.median_s / cell.median_s
+    value = median(theirs for _, theirs in both) / median(ours for ours, _ in both)
     return Ratio(value, min(low, value), max(high, value))
 
 

@@ -83,7 +83,7 @@ def table(row: Row) -> Iterable[str]:
     yield ""
     yield (
         f"{row.description}. Standard is *{baseline.label}*, the fastest of the ordinary steps here. "
-        f"{len(baseline.seconds)} interleaved rounds, medians."
+        f"{len(baseline.seconds)} interleaved rounds, medians; slow modes in fewer."
     )
     yield ""
     yield "| " + " | ".join(COLUMNS) + " |"

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks import memory, row
-from benchmarks.measure import FEWEST_ROUNDS, WARM_UP, interleaved, timed
+from benchmarks.measure import FEWEST_ROUNDS, SLOW, interleaved, timed
 from benchmarks.modes import Kind, Microbatch, Mode
 from benchmarks.step import Setting, Step, Unavailable
 from benchmarks.workloads._workload import Workload
@@ -26,7 +26,7 @@ def test_each_round_runs_every_step_once_and_starts_with_another() -> None:
     assert {name: len(found) for name, found in times.items()} == dict.fromkeys(
         "abc", FEWEST_ROUNDS
     )
-    timed_part = order[3 * WARM_UP :]
+    timed_part = order[3:]
     rounds = [timed_part[i : i + 3] for i in range(0, len(timed_part), 3)]
     assert all(Counter(found) == Counter("abc") for found in rounds)
     assert [found[0] for found in rounds] == ["a", "b", "c", "a", "b"]
@@ -35,6 +35,18 @@ def test_each_round_runs_every_step_once_and_starts_with_another() -> None:
 def test_time_decides_the_rounds_within_bounds() -> None:
     steps = {"a": lambda: None}
     assert len(interleaved(steps, "cpu", seconds=60.0, most_rounds=7)["a"]) == 7
+
+
+def test_a_slow_step_does_not_eat_the_rounds_of_the_others() -> None:
+    class Taking:
+        def __init__(self, seconds: float) -> None:
+            self.seconds = lambda: seconds
+
+        def __call__(self) -> None: ...
+
+    steps = {"quick": Taking(1.0), "slow": Taking(1.5 * SLOW)}
+    found = interleaved(steps, "cpu", seconds=5 * (1 + 1.5 * SLOW) + 4, most_rounds=30)
+    assert {name: len(times) for name, times in found.items()} == {"quick": 9, "slow": 5}
 
 
 def test_a_step_in_another_process_times_itself() -> None:
