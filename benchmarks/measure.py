@@ -12,8 +12,8 @@ from benchmarks.step import Step
 
 FEWEST_ROUNDS = 5
 SLOW = 8
-"""A step this many times as slow as the fastest runs in the first ``FEWEST_ROUNDS`` rounds only, or it would eat the time
-of the others."""
+"""A step this many times as slow as the fastest runs in the first ``FEWEST_ROUNDS`` rounds only, or it would eat the
+time of the others."""
 
 
 def synchronize(device: str) -> None:

@@ -19,6 +19,9 @@ from benchmarks.peers import check
 from benchmarks.records import Cell, Row
 from benchmarks.step import Setting, Step, Unavailable
 
+SLOWEST_S = 5.0
+"""A mode whose step takes longer is told of and left out: a row of it would take longer than all others."""
+
 NotePoint = Callable[[str, float], None]
 
 
@@ -137,7 +140,9 @@ def _prepare(mode: Mode, setting: Setting, cell: Cell, eager: _Eager, plan: Plan
         else:
             cell.first_step_s = timed(step, setting.device)
         # A second step may fail where the first did not (memory fills up): better now than amid the rounds.
-        timed(step, setting.device)
+        if (taken := timed(step, setting.device)) > SLOWEST_S:
+            close_all({mode.key: step})
+            raise Unavailable(f"one step took {taken:.1f} s; not timed any further")
         if plan.memory and setting.device == "cuda":
             if mode.graphs:
                 cell.memory_reason = (
