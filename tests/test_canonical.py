@@ -13,7 +13,7 @@ from torch import Tensor
 from clipgrad import _tape
 from clipgrad._tape import Strategy, Tracked
 from clipgrad.rules import OneHot, Outer, PerSample, Use, _canonical
-from clipgrad.rules._canonical import ghost_norms_squared, never_underestimated
+from clipgrad.rules._canonical import ghost_norms_squared, never_underestimated, row_norms_squared
 
 B, S, ROWS, COLUMNS = 4, 5, 6, 3
 SHAPE = torch.Size([ROWS, COLUMNS])
@@ -274,3 +274,16 @@ def test_half_precision_is_widened() -> None:
         torch.testing.assert_close(
             result, torch.einsum("b,brc->rc", factors.double(), definition(wide)).float()
         )
+
+
+@pytest.mark.parametrize(
+    "size", [1 << 12, (1 << 12) + 1, 3 * (1 << 12) - 1, 1 << 22, (1 << 22) + 5]
+)
+def test_norms_of_long_rows_in_float32(size: int) -> None:
+    """A norm that comes out too small lets a sample contribute more than the clipping norm."""
+    torch.manual_seed(0)
+    gradient = torch.randn(2, size)
+    exact = gradient.double().square().sum(1)
+    error = (row_norms_squared(gradient).double() - exact).abs() / exact
+    assert float(error.max()) < 2e-6
+    assert torch.equal(row_norms_squared(gradient.view(2, 1, -1)), row_norms_squared(gradient))

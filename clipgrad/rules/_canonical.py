@@ -59,10 +59,21 @@ def added(tensors: Sequence[Tensor]) -> Tensor:
     return sum(tensors[1:], start=tensors[0])
 
 
+_LONG_ROW = 1 << 12
+
+
 def row_norms_squared(tensor: Tensor) -> Tensor:
     """Squared L2 norm of every sample, ``[B]``."""
     flat = tensor.flatten(1) if tensor.dim() > 1 else tensor[:, None]
-    norms: Tensor = torch.linalg.vector_norm(flat, dim=1, dtype=widen(flat[:0]).dtype)
+    dtype = widen(flat[:0]).dtype
+    if flat.device.type == "cpu" and flat.shape[1] > _LONG_ROW:
+        # On the CPU one float32 sum over millions of values comes out too small by up to 1e-3; a sum of sums does not.
+        whole = flat.shape[1] - flat.shape[1] % _LONG_ROW
+        pieces = flat[:, :whole].unflatten(1, (-1, _LONG_ROW))
+        parts = torch.linalg.vector_norm(pieces, dim=2, dtype=dtype)
+        rest = torch.linalg.vector_norm(flat[:, whole:], dim=1, keepdim=True, dtype=dtype)
+        flat = torch.cat((parts, rest), 1)
+    norms: Tensor = torch.linalg.vector_norm(flat, dim=1, dtype=dtype)
     return norms.square()
 
 
