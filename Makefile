@@ -73,9 +73,9 @@ format: $(VENV)/.stamp-test ## let ruff fix and format
 # One thread a worker: at the tests' sizes threads only get in each other's way.
 test: lint ## lint, then every test and doctest
 	$(call say,pytest with $(WORKERS) workers)
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 	$(call say,pytest benchmarks/ --benchmark-disable: every mode once)
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -q benchmarks/ --benchmark-disable $(ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -q benchmarks/ --benchmark-disable $(ARGS)
 
 bench: $(VENV)/.stamp-bench $(if $(filter-out 0,$(JAX)),$(VENV)-jax/.stamp) ## the throughput tables: plain PyTorch, clipgrad, other libraries
 	$(call say,pytest benchmarks/)

@@ -23,6 +23,9 @@ from benchmarks.workloads import WORKLOADS
 # Runs under another interpreter, which has JAX; this one need not.
 collect_ignore_glob = ["peers/_jax_*.py"]
 
+# The code of others at other sizes; tests/benchmarks/test_workloads.py checks them with fewer layers.
+LARGER = {"cnn-medium", "cnn-large", "transformer-medium"}
+
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -132,6 +135,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     session = metafunc.config.stash[_SESSION]
     found: list[Any] = []
     for workload in WORKLOADS.values():
+        if session.quick and workload.name in LARGER:
+            continue
         sizes = workload.batch_sizes[session.device]
         sweep = workload.sweep.get(session.device, ())
         for batch_size in sizes[:1] if session.quick else sorted({*sizes, *sweep}):
