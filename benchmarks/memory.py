@@ -106,7 +106,8 @@ def _live_tensors() -> int:
     """Bytes of the storages of all tensors that Python knows; a compiler's fake tensors have none."""
     storages = {}
     for thing in gc.get_objects():
-        if type(thing) in (torch.Tensor, torch.nn.Parameter) and thing.device.type == "cpu":
+        plain = type(thing) in (torch.Tensor, torch.nn.Parameter)
+        if plain and thing.device.type == "cpu" and thing.layout is torch.strided:
             storage = thing.untyped_storage()
             storages[storage.data_ptr()] = storage.nbytes()
     return sum(storages.values())

@@ -107,8 +107,10 @@ def test_peak_of_a_known_size(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def make(setting: Setting) -> Step:
         held = torch.ones(16 * 2**20)
+        sparse = torch.eye(2).to_sparse()  # has no storage to ask
 
         def step() -> None:
+            assert sparse.is_sparse
             torch.ones(8 * 2**20).add_(held[0])
 
         return step
