@@ -9,7 +9,7 @@ from benchmarks.records import Cell, Row, speed
 
 def sentences(rows: Sequence[Row]) -> list[str]:
     """Every statement names its figures; one that the figures do not carry is left out."""
-    full = [row for row in rows if not row.sweep and row.of("standard", "batch")]
+    full = [row for row in rows if row.tabulated]
     return [
         *_headline(full),
         *_peers(full),

@@ -22,7 +22,7 @@ def draw(folder: Path, device: str, rows: Sequence[Row]) -> dict[str, str]:
     import matplotlib.pyplot as plt
 
     folder.mkdir(parents=True, exist_ok=True)
-    full = [row for row in rows if not row.sweep and row.of("standard", "batch")]
+    full = [row for row in rows if row.tabulated]
     drawn: dict[str, str] = {}
     for title, name, make, data in (
         ("Speed by mode", "modes", _modes, full),

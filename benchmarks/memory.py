@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from benchmarks.modes import modes
-from benchmarks.step import Setting, Step
+from benchmarks.step import Setting, Step, close
 from benchmarks.workloads import WORKLOADS
 
 WARM_UP = 2
@@ -130,9 +130,7 @@ def _measure(workload: str, batch_size: int, mode: str) -> int:
         step()
     own = _own(step)
     if own is not None:
-        close: Callable[[], None] | None = getattr(step, "close", None)
-        if close is not None:
-            close()
+        close(step)
         return own
     _settle()
     base = _status("VmRSS") - _live_tensors()

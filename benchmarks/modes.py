@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.peers import PEERS, Peer
+from benchmarks.peers import PEERS
 from benchmarks.step import LEARNING_RATE, NOISE_MULTIPLIER, Make, Setting, Step
 from clipgrad import DPOptimizer
 
@@ -47,7 +47,6 @@ class Mode:
         microbatch: Samples per forward pass.
         compiled: Whether ``torch.compile`` (or a jit of the peer's own) makes the step.
         make: Makes the step.
-        peer: The library, if it is a peer's.
         graphs: Whether it replays CUDA graphs.
     """
 
@@ -57,7 +56,6 @@ class Mode:
     microbatch: Microbatch
     compiled: bool
     make: Make
-    peer: Peer | None = None
     graphs: bool = False
 
     @property
@@ -200,7 +198,6 @@ def _peer_modes() -> list[Mode]:
             microbatch=Microbatch.BATCH,
             compiled=peer.compiled,
             make=peer.make,
-            peer=peer,
         )
         for peer in PEERS.values()
     ]

@@ -105,6 +105,11 @@ class Row:
         found = [cell for cell in self.of("standard", "batch") if cell.peak_bytes]
         return min(found, key=lambda cell: cell.peak_bytes or 0, default=None)
 
+    @property
+    def tabulated(self) -> bool:
+        """Whether the row is a table of its own: no point of a chart, and there is something to compare with."""
+        return not self.sweep and bool(self.of("standard", "batch"))
+
     def of(self, kind: str, share: str | None = None) -> list[Cell]:
         return [cell for cell in self.measured if cell.kind == kind and share in (None, cell.share)]
 

@@ -65,7 +65,7 @@ def _page(device: str, rows: list[Row], pictures: Mapping[str, str]) -> Iterable
     yield ""
     yield from _reference(rows)
     for row in rows:
-        if not row.sweep and row.of("standard", "batch"):
+        if row.tabulated:
             yield from table(row)
     yield "## How the peers were set up"
     yield ""

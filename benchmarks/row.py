@@ -17,7 +17,7 @@ from benchmarks.memory import MemoryServer, cuda_peak
 from benchmarks.modes import ClippedStep, Kind, Microbatch, Mode
 from benchmarks.peers import check
 from benchmarks.records import Cell, Row
-from benchmarks.step import Setting, Step, Unavailable
+from benchmarks.step import Setting, Step, Unavailable, close
 
 SLOWEST_S = 5.0
 """A peer whose step takes longer is told of and left out: it would take longer than all others of the row."""
@@ -210,9 +210,7 @@ def reason_of(error: Exception) -> str:
 def close_all(steps: dict[str, Step]) -> None:
     """End the processes that steps have started, and let go of the steps."""
     for step in steps.values():
-        close: Callable[[], None] | None = getattr(step, "close", None)
-        if close is not None:
-            close()
+        close(step)
     steps.clear()
     gc.collect()
 

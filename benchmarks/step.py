@@ -65,4 +65,11 @@ class Unavailable(Exception):
     """A mode that cannot run here; the message, "why", goes into its cell."""
 
 
+def close(step: Step) -> None:
+    """End the process that a step may have started."""
+    ends: Callable[[], None] | None = getattr(step, "close", None)
+    if ends is not None:
+        ends()
+
+
 Make = Callable[[Setting], Step]

@@ -10,9 +10,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from benchmarks.peers._common import adamw, clip_factors, require
+from benchmarks.peers._common import adamw, clip_factors, publish_noisy, require
 from benchmarks.peers._criteria import criterion
-from benchmarks.step import NOISE_MULTIPLIER, PrivateStep, Setting, Unavailable
+from benchmarks.step import PrivateStep, Setting, Unavailable
 
 
 class BackPACK:
@@ -28,10 +28,7 @@ class BackPACK:
         self._loss = self._library.extend(self._criterion.make())
 
     def __call__(self) -> None:
-        sigma = NOISE_MULTIPLIER * self._setting.max_grad_norm
-        for name, total in self.clipped_gradient().items():
-            noise = torch.randn_like(total) * sigma
-            self._parameters[name].grad = (total + noise) / self._setting.batch_size
+        publish_noisy(self.clipped_gradient(), self._parameters, self._setting)
         self._optimizer.step()
 
     def clipped_gradient(self) -> Mapping[str, Tensor]:

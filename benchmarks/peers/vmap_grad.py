@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.func import grad, vmap
 
-from benchmarks.peers._common import adamw, clip_factors, functional_loss
-from benchmarks.step import NOISE_MULTIPLIER, PrivateStep, Setting
+from benchmarks.peers._common import adamw, clip_factors, functional_loss, publish_noisy
+from benchmarks.step import PrivateStep, Setting
 
 
 class VmapGrad:
@@ -28,10 +28,7 @@ class VmapGrad:
 
     def __call__(self) -> None:
         self._optimizer.zero_grad()
-        sigma = NOISE_MULTIPLIER * self._setting.max_grad_norm
-        for name, total in self.clipped_gradient().items():
-            noise = torch.randn_like(total) * sigma
-            self._parameters[name].grad = (total + noise) / self._setting.batch_size
+        publish_noisy(self.clipped_gradient(), self._parameters, self._setting)
         self._optimizer.step()
 
     def clipped_gradient(self) -> Mapping[str, Tensor]:
