@@ -40,7 +40,7 @@ def _headline(rows: Sequence[Row]) -> Iterable[str]:
 def _peers(rows: Sequence[Row]) -> Iterable[str]:
     ahead, behind = [], []
     for row in rows:
-        ours, peer = row.best("clipgrad", "batch"), _best_correct_peer(row)
+        ours, peer = row.best("clipgrad", "batch"), best_correct_peer(row)
         if ours is None or peer is None:
             continue
         ratio = speed(ours, peer)
@@ -58,7 +58,8 @@ def _count(found: Sequence[object]) -> str:
     return "1 row" if len(found) == 1 else f"{len(found)} rows"
 
 
-def _best_correct_peer(row: Row) -> Cell | None:
+def best_correct_peer(row: Row) -> Cell | None:
+    """The fastest peer of a row whose gradient is the oracle's."""
     correct = [cell for cell in row.of("peer") if cell.check is None]
     return min(correct, key=lambda cell: cell.median_s, default=None)
 

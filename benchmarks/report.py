@@ -166,7 +166,7 @@ def _environments(rows: list[Row]) -> Iterable[str]:
 
 
 def terminal_lines(rows: Iterable[Row]) -> Iterable[str]:
-    """A short form for the terminal: clipgrad and the best peer of each row."""
+    """A short form for the terminal: clipgrad and the fastest correct peer of each row."""
     yield ""
     for row in rows:
         try:
@@ -174,7 +174,7 @@ def terminal_lines(rows: Iterable[Row]) -> Iterable[str]:
         except LookupError:
             continue
         yield f"{row.workload}, batch {row.batch_size}: standard is {baseline.label}, {row.throughput(baseline):.1f}/s"
-        shown = [*row.of("clipgrad"), *filter(None, [row.best("peer")])]
+        shown = [*row.of("clipgrad"), *filter(None, [analysis.best_correct_peer(row)])]
         for cell in shown:
             name = f"{cell.label}, microbatch {cell.microbatch}"
             yield f"  {name:<36} {row.throughput(cell):9.1f}/s  {speed(cell, baseline).percent} of standard"

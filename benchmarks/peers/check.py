@@ -52,15 +52,31 @@ def oracle(setting: Setting, dtype: torch.dtype = torch.float32) -> dict[str, Te
     return _oracle(setting, dtype)[0]
 
 
-def compare(step: PrivateStep, setting: Setting) -> str | None:
-    """None if the step's clipped gradient is the oracle's; else how it differs."""
-    found = step.clipped_gradient()
-    said = difference(found, oracle(setting))
-    if said is None:
-        return None
-    # Where two values of a max-pool window differ by their last bit, the float32 oracle may send the gradient the other
-    # way than the step: 6e-4 of cnn-large's gradient. In float64 there is one answer.
-    return None if difference(found, oracle(setting, torch.float64)) is None else said
+class Check:
+    """The oracle's answers for one setting, computed when first asked for and kept for all modes.
+
+    Args:
+        setting: What the steps to be compared were made for, from ``checking``.
+    """
+
+    def __init__(self, setting: Setting) -> None:
+        self.setting = setting
+        self._answers: dict[torch.dtype, dict[str, Tensor]] = {}
+
+    def compare(self, step: PrivateStep) -> str | None:
+        """None if the step's clipped gradient is the oracle's; else how it differs."""
+        found = step.clipped_gradient()
+        said = difference(found, self._oracle(torch.float32))
+        if said is None:
+            return None
+        # Where two values of a max-pool window differ by their last bit, the float32 oracle may send the gradient the
+        # other way than the step: 6e-4 of cnn-large's gradient. In float64 there is one answer.
+        return None if difference(found, self._oracle(torch.float64)) is None else said
+
+    def _oracle(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        if dtype not in self._answers:
+            self._answers[dtype] = oracle(self.setting, dtype)
+        return self._answers[dtype]
 
 
 def difference(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> str | None:

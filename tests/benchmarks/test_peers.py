@@ -95,7 +95,7 @@ def _setting(workload: str) -> Setting:
 @runs
 def test_peer_agrees_with_the_oracle(made, peer: str, workload: str) -> None:
     setting = _setting(workload)
-    assert check.compare(made(peer, setting), setting) is None
+    assert check.Check(setting).compare(made(peer, setting)) is None
 
 
 @runs
@@ -181,7 +181,7 @@ class TestJaxWorker:
     def test_every_microbatch_size(self, sizes: list[int | None]) -> None:
         setting = _setting("cnn")
         step = self._made(setting, sizes)
-        assert check.compare(step, setting) is None
+        assert check.Check(setting).compare(step) is None
         step()
         step.close()
 
@@ -263,13 +263,13 @@ class TestCheck:
     def test_nearer_to_float64_is_not_found(self, monkeypatch: pytest.MonkeyPatch) -> None:
         setting, wanted = self._found()
         step = _Step({name: g * 1.001 for name, g in wanted.items()})
-        assert "1.001 times as long" in str(check.compare(step, setting))
+        assert "1.001 times as long" in str(check.Check(setting).compare(step))
 
         def oracle(_: Setting, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
             return step.clipped_gradient() if dtype == torch.float64 else wanted
 
         monkeypatch.setattr(check, "oracle", oracle)
-        assert check.compare(step, setting) is None
+        assert check.Check(setting).compare(step) is None
 
     def test_equal_samples_are_refused(self) -> None:
         def same(size: int) -> tuple[Tensor, Tensor]:
