@@ -36,7 +36,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--all-workloads", action="store_true", help="all workloads, not the reference tables alone"
     )
     group.addoption(
-        "--row-seconds", type=float, default=40.0, help="time for the timed rounds of a row (40)"
+        "--row-seconds", type=float, default=30.0, help="time for the timed rounds of a row (30)"
     )
     group.addoption("--most-rounds", type=int, default=30, help="no more rounds than this (30)")
     group.addoption("--no-memory", action="store_true", help="leave peak memory out")
@@ -98,7 +98,7 @@ class Session:
             sweep = batch_size in setting.workload.sweep.get(self.device, ())
             plan = self.plan
             if sweep:  # a chart shows its times alone
-                plan = replace(plan, seconds=plan.seconds / 3, memory=False)
+                plan = replace(plan, seconds=plan.seconds / 3, memory=False, slowest=1.0)
             self.rows[key] = measure_row(setting, chosen, plan, self.bar.note, sweep=sweep)
             self.bar.end(key)
             if self.compare is None:  # whatever happens to the rows to come

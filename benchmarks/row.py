@@ -6,8 +6,10 @@ import gc
 import time
 import warnings
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
+from queue import SimpleQueue
 
 import torch
 from torch import Tensor
@@ -20,9 +22,6 @@ from benchmarks.peers import check
 from benchmarks.records import Cell, Row
 from benchmarks.step import Setting, Step, Unavailable, close
 
-SLOWEST_S = 5.0
-"""A peer whose step takes longer is told of and left out: it would take longer than all others of the row."""
-
 NotePoint = Callable[[str, float], None]
 
 
@@ -34,11 +33,14 @@ class Plan:
         seconds: Time for the interleaved rounds of a row.
         most_rounds: No more rounds than this.
         memory: Whether peaks are measured.
+        slowest: Seconds. A peer whose step takes longer is told of and left out: it would take longer than all others
+            of the row together.
     """
 
     seconds: float = 60.0
     most_rounds: int = 30
     memory: bool = True
+    slowest: float = 5.0
 
 
 def measure_row(
@@ -148,10 +150,10 @@ def _prepare(mode: Mode, setting: Setting, cell: Cell, wanted: _Wanted, plan: Pl
         # A second step may fail where the first did not (memory fills up): better now than amid the rounds.
         taken = cell.first_step_s
         if (
-            mode.compiled or taken < 2 * SLOWEST_S
+            mode.compiled or taken < 2 * plan.slowest
         ):  # a first step is not twice as slow unless it compiles
             taken = timed(step, setting.device)
-        if taken > SLOWEST_S and mode.kind is Kind.PEER:
+        if taken > plan.slowest and mode.kind is Kind.PEER:
             close_all({mode.key: step})
             raise Unavailable(f"one step took {taken:.1f} s; not timed any further")
         if plan.memory and setting.device == "cuda":
@@ -198,14 +200,26 @@ def _times(
 def _memory(setting: Setting, modes: list[Mode], cells: dict[str, Cell], note: NotePoint) -> None:
     """Peaks on the CPU; on a GPU they were asked for while the steps were prepared."""
     todo = [mode for mode in modes if cells[mode.key].seconds]
-    with MemoryServer() as server:
-        for index, mode in enumerate(todo):
-            note(f"memory of {mode.label}", 0.8 + 0.2 * index / len(todo))
+    # Nothing is timed here, so two processes may get in each other's way.
+    with MemoryServer() as one, MemoryServer() as other, ThreadPoolExecutor(2) as threads:
+        idle = SimpleQueue[MemoryServer]()
+        idle.put(one)
+        idle.put(other)
+
+        def ask(mode: Mode) -> None:
+            server = idle.get()
             try:
                 peak = server.peak(setting.workload.name, setting.batch_size, mode.key)
                 cells[mode.key].peak_bytes = peak
             except Exception as error:
                 cells[mode.key].memory_reason = reason_of(error)
+            finally:
+                idle.put(server)
+
+        asked = [threads.submit(ask, mode) for mode in todo]
+        for index, (mode, answer) in enumerate(zip(todo, asked, strict=True)):
+            note(f"memory of {mode.label}", 0.8 + 0.2 * index / len(todo))
+            answer.result()
 
 
 def reason_of(error: Exception) -> str:
