@@ -18,6 +18,10 @@ class UnclippedGradientError(RuntimeError):
     """A step was asked for on a gradient that was not clipped by this optimizer."""
 
 
+class PrivacyBudgetError(RuntimeError):
+    """A step was asked for that the privacy plan does not hold; nothing was released."""
+
+
 class CompileError(RuntimeError):
     """The step cannot be compiled, or not any more; the message says why and what to do instead."""
 

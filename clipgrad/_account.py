@@ -1,0 +1,67 @@
+"""What an optimizer that was built from a plan has released so far, and whether it may go on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from clipgrad.accounting import Ledger
+from clipgrad.errors import PrivacyBudgetError
+from clipgrad.plan import PrivacyPlan
+
+
+class Account:
+    """A plan, the steps that were taken of it, and the ledger that they are written to.
+
+    Args:
+        plan: What is being carried out.
+        ledger: Of an earlier training on the same data, to be continued; by default an empty one.
+
+    Raises:
+        ValueError: If ledger and plan speak of different neighbours.
+    """
+
+    def __init__(self, plan: PrivacyPlan, ledger: Ledger | None = None) -> None:
+        self.plan = plan
+        self.done = 0
+        if ledger is None:
+            ledger = Ledger(relation=plan.relation, accountant=plan.accountant)
+        elif ledger.relation != plan.relation.value:
+            raise ValueError(
+                f"ledger counts towards relation {ledger.relation!r}, the plan towards {plan.relation.value!r}, and "
+                "epsilons of different relations do not add up; plan for the ledger's relation."
+            )
+        self.ledger = ledger
+
+    def before_step(self) -> None:
+        """Refuse a step that was not planned.
+
+        Raises:
+            PrivacyBudgetError: If all planned steps were taken.
+        """
+        if self.done >= self.plan.steps:
+            raise PrivacyBudgetError(
+                f"step: all {self.plan.steps} steps of the plan were taken, and a further one would cost more than "
+                f"it promises at delta = {self.plan.delta}. End the training, or plan for more steps: a new "
+                "DPOptimizer with another plan and ledger=optimizer.ledger continues the count."
+            )
+
+    def record(self, noise_multiplier: float) -> None:
+        """Write down a step, before anything of it can be seen."""
+        self.ledger.record(noise_multiplier, self.plan.sampling)
+        self.done += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"done": self.done, "ledger": self.ledger.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue the count of a checkpoint.
+
+        Raises:
+            ValueError: If the state is malformed.
+        """
+        done = state["done"]
+        if type(done) is not int or done < 0:
+            raise ValueError(f"state['done'] must be a number of steps, got {done!r}.")
+        self.ledger.load_state_dict(state["ledger"])
+        self.done = done

@@ -1,0 +1,215 @@
+"""``PrivacyPlan``: one description of a private run, from which sampler, optimizer and accountant are built."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+from clipgrad import _validate, accounting
+from clipgrad.accounting import FixedSize, FullBatch, Ledger, Poisson, Sampling, TruncatedPoisson
+from clipgrad.clipping import Relation, relation_of
+from clipgrad.clipping.strategies import MaxGradNorm
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrivacyPlan:
+    """What is sampled, clipped and noised, and how often: said once, so that no two parts can disagree.
+
+    ``private_loader(dataset, plan)`` draws its batches, ``DPOptimizer(..., plan=plan)`` clips, adds the noise, keeps
+    the ledger and refuses to take more steps than planned.
+
+    Args:
+        num_samples: Size of the dataset; the number of users if batches are made of users.
+        expected_batch_size: Mean size of a batch, and the public constant that sums are divided by. At
+            ``num_samples`` every sample is in every batch.
+        steps: Noisy steps of the run, empty batches included.
+        delta: Probability with which epsilon may fail to hold; choose it well below ``1 / num_samples``.
+        noise_multiplier: Noise standard deviation per unit of sensitivity, or a function of the step, from 0 on.
+        max_grad_norm: Clipping norm; see ``DPOptimizer``.
+        max_batch_size: Cut Poisson batches to this size, and account for it.
+        shuffled: Batches of a fixed size, each sample once an epoch, instead of Poisson batches. No amplification by
+            sampling is claimed (Chua et al. 2024, arXiv:2403.17673), so epsilon is much larger; only for the
+            relations ``REPLACE_ONE`` and ``REPLACE_SPECIAL``.
+        relation: Which datasets are neighbours.
+        accountant: ``"pld"`` (tight) or ``"rdp"`` (quick, for a progress bar).
+
+    Raises:
+        ValueError: If a number is out of range, or the settings exclude each other.
+
+    Examples:
+        >>> plan = PrivacyPlan.for_epsilon(
+        ...     3.0, num_samples=60_000, expected_batch_size=256, steps=3_500, delta=1e-5
+        ... )
+        >>> round(plan.noise_multiplier, 2), plan.epsilon() <= 3.0
+        (0.68, True)
+        >>> print(plan)
+        (epsilon = 3.00, delta = 1e-05)-differentially private towards adding or removing one sample: 3500 steps on
+        Poisson batches of 256 of 60000 samples (q = 0.00426667), Gaussian noise of 0.68 sensitivities, clipping
+        norm 1.0, accountant pld.
+    """
+
+    num_samples: int
+    expected_batch_size: float
+    steps: int
+    delta: float
+    noise_multiplier: float | Callable[[int], float]
+    max_grad_norm: MaxGradNorm = 1.0
+    max_batch_size: int | None = None
+    shuffled: bool = False
+    relation: Relation = Relation.ADD_OR_REMOVE_ONE
+    accountant: accounting.Accountant = "pld"
+
+    def __post_init__(self) -> None:
+        for name in ("num_samples", "steps"):
+            _count(name, getattr(self, name))
+        size = _validate.positive("expected_batch_size", self.expected_batch_size)
+        if size > self.num_samples:
+            raise ValueError(
+                f"expected_batch_size must be at most num_samples = {self.num_samples}, got {size}."
+            )
+        if not 0.0 < _validate.number("delta", self.delta) < 1.0:
+            raise ValueError(
+                f"delta must lie between 0 and 1, got {self.delta}; 1e-5, for example."
+            )
+        if not callable(self.noise_multiplier):
+            _validate.number("noise_multiplier", self.noise_multiplier)
+        _validate.flag("shuffled", self.shuffled)
+        _validate.one_of("accountant", self.accountant, ("pld", "rdp"))
+        object.__setattr__(self, "relation", relation_of(self.relation))
+        self._refuse_contradictions()
+        self.sampling  # noqa: B018 - what it refuses is refused here
+
+    @classmethod
+    def for_epsilon(
+        cls,
+        target_epsilon: float,
+        *,
+        num_samples: int,
+        expected_batch_size: float,
+        steps: int,
+        delta: float,
+        max_grad_norm: MaxGradNorm = 1.0,
+        max_batch_size: int | None = None,
+        shuffled: bool = False,
+        relation: Relation = Relation.ADD_OR_REMOVE_ONE,
+        accountant: accounting.Accountant = "pld",
+    ) -> PrivacyPlan:
+        """The plan with the least noise that stays within ``target_epsilon``; the other arguments are the plan's.
+
+        Raises:
+            ValueError: If no noise meets the target.
+            ImportError: If ``dp-accounting`` is not installed.
+        """
+        plan = cls(
+            num_samples=num_samples,
+            expected_batch_size=expected_batch_size,
+            steps=steps,
+            delta=delta,
+            noise_multiplier=1.0,
+            max_grad_norm=max_grad_norm,
+            max_batch_size=max_batch_size,
+            shuffled=shuffled,
+            relation=relation,
+            accountant=accountant,
+        )
+        noise = accounting.noise_multiplier(
+            target_epsilon=target_epsilon,
+            sampling=plan.sampling,
+            steps=plan.steps,
+            delta=plan.delta,
+            accountant=plan.accountant,
+            relation=plan.relation,
+        )
+        return plan.with_noise(noise)
+
+    def with_noise(self, noise_multiplier: float | Callable[[int], float]) -> PrivacyPlan:
+        """The same plan with other noise."""
+        return replace(self, noise_multiplier=noise_multiplier)
+
+    @property
+    def sample_rate(self) -> float:
+        """Probability of each sample to be in a batch."""
+        return self.expected_batch_size / self.num_samples
+
+    @property
+    def sampling(self) -> Sampling:
+        """How batches come about, as the accountant is told."""
+        if self.shuffled:
+            return FixedSize(self.num_samples, int(self.expected_batch_size))
+        if self.max_batch_size is not None:
+            return TruncatedPoisson(self.sample_rate, self.num_samples, self.max_batch_size)
+        return FullBatch() if self.sample_rate == 1.0 else Poisson(self.sample_rate)
+
+    def noise_at(self, step: int) -> float:
+        """The noise multiplier of a step, the first of which is step 0."""
+        if callable(self.noise_multiplier):
+            return _validate.number(f"noise_multiplier({step})", self.noise_multiplier(step))
+        return float(self.noise_multiplier)
+
+    def ledger(self, steps: int | None = None) -> Ledger:
+        """What the first steps release, by default all of the plan's."""
+        ledger = Ledger(relation=self.relation, accountant=self.accountant)
+        count = self.steps if steps is None else steps
+        if not callable(self.noise_multiplier):
+            if count:
+                ledger.record(self.noise_at(0), self.sampling, count)
+            return ledger
+        for step in range(count):
+            ledger.record(self.noise_at(step), self.sampling)
+        return ledger
+
+    def epsilon(self, steps: int | None = None) -> float:
+        """The epsilon of the first steps at the plan's delta, by default of all of them."""
+        return self.ledger(steps).epsilon(self.delta)
+
+    def __str__(self) -> str:
+        if self.shuffled:
+            batches = f"shuffled batches of {self.expected_batch_size:g}"
+        elif self.max_batch_size is not None:
+            batches = (
+                f"Poisson batches of {self.expected_batch_size:g}, at most {self.max_batch_size},"
+            )
+        else:
+            batches = f"Poisson batches of {self.expected_batch_size:g}"
+        noise = (
+            "scheduled Gaussian noise"
+            if callable(self.noise_multiplier)
+            else f"Gaussian noise of {self.noise_multiplier:.2f} sensitivities"
+        )
+        return (
+            f"(epsilon = {self.epsilon():.2f}, delta = {self.delta:g})-differentially private towards "
+            f"{_RELATIONS[self.relation]}: {self.steps} steps on {batches} of {self.num_samples} samples "
+            f"(q = {self.sample_rate:g}), {noise}, clipping norm {self.max_grad_norm}, accountant {self.accountant}."
+        )
+
+    def _refuse_contradictions(self) -> None:
+        if not self.shuffled:
+            return
+        if self.max_batch_size is not None:
+            raise ValueError(
+                f"max_batch_size={self.max_batch_size} cuts Poisson batches, but shuffled=True has batches of one "
+                "size; leave one of them out."
+            )
+        if self.expected_batch_size != math.floor(self.expected_batch_size):
+            raise ValueError(
+                f"expected_batch_size must be a whole number with shuffled=True, got {self.expected_batch_size}."
+            )
+        if self.relation is Relation.ADD_OR_REMOVE_ONE:
+            raise ValueError(
+                "shuffled=True with relation 'add_or_remove_one': one sample more moves others into other batches, so "
+                "the batches of neighbouring datasets differ in more than that sample. Use relation 'replace_one' or "
+                "'replace_special', or Poisson batches (shuffled=False), which are amplified as well."
+            )
+
+
+_RELATIONS: Mapping[Relation, str] = {
+    Relation.ADD_OR_REMOVE_ONE: "adding or removing one sample",
+    Relation.REPLACE_ONE: "replacing one sample by any other",
+    Relation.REPLACE_SPECIAL: "replacing one sample by a null sample",
+}
+
+
+def _count(name: str, value: object) -> None:
+    if type(value) is not int or value < 1:
+        raise ValueError(f"{name} must be an integer, at least 1, got {value!r}.")
