@@ -71,8 +71,8 @@ class DPOptimizer(OptimizerFacade):
         expected_batch_size: The public constant that sums are divided by: sampling rate times dataset size, not the
             size of the batch at hand, which is private.
         microbatch_size: Process a batch in pieces of this size; bounds memory, changes no result.
-        keep_batch_dim: False: ``loss_fn`` sees an element of the batch without a batch axis of one. Where an element
-            holds all samples of a user (``user_loader``), users are clipped, and "sample" here reads "user".
+        keep_batch_dim: False: ``loss_fn`` sees an element of the batch without a batch axis of one: ``[K, ...]`` if the
+            element is a user with K samples (``user_loader``), who is then what is clipped, counted and protected.
         relation: The neighbouring relation that the noise is calibrated to.
         noise: Where noise comes from; default ``SystemNoise()``, seeded by the operating system.
         generator: A ``torch.Generator`` for reproducible experiments instead of ``noise``. **Not private**: whoever

@@ -19,9 +19,9 @@ class UserSampler(Sampler[list[list[int]]]):
     """Draws Poisson batches of users; :func:`user_loader` makes it and a loader for it.
 
     Each user is in each batch with the same probability, independently of all others, and brings
-    all of its samples or a random few. What is protected is then a user, however many samples
-    there are of it, provided that gradients are clipped per user:
-    ``clipgrad.DPOptimizer(..., keep_batch_dim=False)``.
+    all of its samples or a random few. An element of the batch is then a user, and so it is users
+    whose gradients are clipped and who are protected, however many samples they have;
+    ``clipgrad.DPOptimizer(..., keep_batch_dim=False)`` hands the loss one user's samples.
 
     Args:
         user_ids: Whose each sample is, in the order of the dataset: a tensor, an array or a sequence
