@@ -1,6 +1,7 @@
 """A checkpoint in the middle of an iteration: no batch lost, none counted twice, with workers too."""
 
 import io
+import pickle
 from typing import Any
 
 import pytest
@@ -114,3 +115,11 @@ def test_the_samplers_state_loads_too() -> None:
         poisson_loader(TensorDataset(torch.arange(3)), sample_rate=0.5, steps=1).load_state_dict(
             state
         )
+
+
+@pytest.mark.parametrize("make", [loader, users])
+def test_what_a_spawned_worker_gets_can_be_pickled(make: Any) -> None:
+    inner = make(0)._loader
+    dataset, collate = pickle.loads(pickle.dumps((inner.dataset, inner.collate_fn)))
+    indices = next(batch for batch in make(0).batch_sampler if batch)
+    assert len(collate([dataset[i] for i in indices])[0]) == len(indices)
