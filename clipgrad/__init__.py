@@ -23,7 +23,15 @@ from clipgrad.optimizer import Diagnostics, DPOptimizer
 from clipgrad.profile import StepProfile, profile_step
 from clipgrad.result import ClippedGradResult
 from clipgrad.rules import register_decomposition, register_rule, unregister_rule
-from clipgrad.sampling import EmptyBatchCollate, PoissonSampler, poisson_loader
+from clipgrad.sampling import (
+    EmptyBatchCollate,
+    PaddedBatch,
+    PoissonLoader,
+    PoissonSampler,
+    UserSampler,
+    poisson_loader,
+    user_loader,
+)
 from clipgrad.transform import ClippedGrad, clipped_grad
 
 __version__ = "0.1.0"
@@ -40,12 +48,15 @@ __all__ = [
     "Explanation",
     "NoiseSource",
     "NotPerSampleError",
+    "PaddedBatch",
+    "PoissonLoader",
     "PoissonSampler",
     "Relation",
     "SeededNoise",
     "StepProfile",
     "SystemNoise",
     "UnclippedGradientError",
+    "UserSampler",
     "accounting",
     "clipped_grad",
     "poisson_loader",
@@ -55,4 +66,5 @@ __all__ = [
     "replace_batch_norm",
     "rules",
     "unregister_rule",
+    "user_loader",
 ]

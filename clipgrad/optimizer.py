@@ -71,6 +71,8 @@ class DPOptimizer(OptimizerFacade):
         expected_batch_size: The public constant that sums are divided by: sampling rate times dataset size, not the
             size of the batch at hand, which is private.
         microbatch_size: Process a batch in pieces of this size; bounds memory, changes no result.
+        keep_batch_dim: False: ``loss_fn`` sees an element of the batch without a batch axis of one: ``[K, ...]`` if the
+            element is a user with K samples (``user_loader``), who is then what is clipped, counted and protected.
         relation: The neighbouring relation that the noise is calibrated to.
         noise: Where noise comes from; default ``SystemNoise()``, seeded by the operating system.
         generator: A ``torch.Generator`` for reproducible experiments instead of ``noise``. **Not private**: whoever
@@ -123,6 +125,7 @@ class DPOptimizer(OptimizerFacade):
         noise_multiplier: float,
         expected_batch_size: float,
         microbatch_size: int | None = None,
+        keep_batch_dim: bool = True,
         relation: Relation = Relation.ADD_OR_REMOVE_ONE,
         noise: NoiseSource | None = None,
         generator: torch.Generator | None = None,
@@ -160,6 +163,7 @@ class DPOptimizer(OptimizerFacade):
             self._loss,
             max_grad_norm=max_grad_norm,
             microbatch_size=microbatch_size,
+            keep_batch_dim=_validate.flag("keep_batch_dim", keep_batch_dim),
             nan_safe=nan_safe,
             randomness=randomness,
             accumulate_dtype=accumulate_dtype,

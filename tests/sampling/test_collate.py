@@ -9,10 +9,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from clipgrad.sampling import EmptyBatchCollate, PoissonSampler, poisson_loader
-
-
-def seeded(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
+from tests.sampling.checks import seeded
 
 
 class Pair(NamedTuple):

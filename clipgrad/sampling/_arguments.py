@@ -1,0 +1,61 @@
+"""Checks of the samplers' arguments; messages name the argument, its value and the remedy."""
+
+from __future__ import annotations
+
+import numbers
+from collections.abc import Sized
+
+
+def count(name: str, value: object, *, most: int | None = None) -> int:
+    """An integer of at least 1."""
+    number = integer(name, value)
+    if number < 1:
+        raise ValueError(f"{name} must be at least 1, got {number}.")
+    if most is not None and number > most:
+        raise ValueError(f"{name} must be at most {most}, got {number}.")
+    return number
+
+
+def integer(name: str, value: object) -> int:
+    """An integer, of any library, and no bool."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"{name} must be an integer, got {value!r}.")
+    return int(value)
+
+
+def within(name: str, value: object, most: int) -> float:
+    """A real number in ``(0, most]``."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be a real number, got {value!r}.")
+    number = float(value)
+    if not 0.0 < number <= most:
+        raise ValueError(f"{name} must be positive and at most {most}, got {value}.")
+    return number
+
+
+def share(size: int, rank: object, num_replicas: object) -> range:
+    """What of ``range(size)`` belongs to a rank: every ``num_replicas``-th, all of it without ranks."""
+    if rank is None and num_replicas is None:
+        return range(size)
+    if rank is None or num_replicas is None:
+        raise ValueError(
+            f"rank and num_replicas are {rank} and {num_replicas}; give both, such as "
+            "torch.distributed.get_rank() and get_world_size(), or neither."
+        )
+    replicas = count("num_replicas", num_replicas)
+    number = integer("rank", rank)
+    if not 0 <= number < replicas:
+        raise ValueError(
+            f"rank must be at least 0 and less than num_replicas = {replicas}, got {number}."
+        )
+    return range(number, size, replicas)
+
+
+def length(dataset: object) -> int:
+    """The number of samples of a map-style dataset."""
+    if not isinstance(dataset, Sized):
+        raise TypeError(
+            f"dataset must have a length, got {type(dataset).__name__}; use a map-style dataset, "
+            "from which samples can be drawn by index."
+        )
+    return len(dataset)

@@ -1,0 +1,149 @@
+"""From samples to batches: empty ones, padded ones, and those of users."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from itertools import cycle, islice
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+from torch.utils.data import default_collate
+
+T = TypeVar("T")
+
+
+class EmptyBatchCollate:
+    """Collates as ``collate_fn`` does, and an empty batch into tensors of length 0.
+
+    ``default_collate([])`` fails. What an empty batch looks like follows from how the example
+    collates once and twice: tensors and lists that grow by one get length 0, numbers and strings
+    stay.
+
+    Args:
+        example: One sample, such as ``dataset[0]``.
+        collate_fn: Makes tensors whose first axis is the batch, in any nesting of mappings, tuples,
+            named tuples and lists.
+
+    Raises:
+        TypeError: If ``collate_fn`` returns something of which no empty version is known.
+
+    Examples:
+        >>> import torch
+        >>> collate = EmptyBatchCollate({"x": torch.zeros(3), "label": 1})
+        >>> {name: tuple(column.shape) for name, column in collate([]).items()}
+        {'x': (0, 3), 'label': (0,)}
+    """
+
+    def __init__(
+        self, example: Any, collate_fn: Callable[[list[Any]], Any] = default_collate
+    ) -> None:
+        self._collate = collate_fn
+        self._empty = _emptied("", collate_fn([example]), collate_fn([example, example]))
+
+    def __call__(self, samples: list[Any]) -> Any:
+        """The batch of these samples, of which there may be none."""
+        return self._collate(samples) if samples else copy.deepcopy(self._empty)
+
+
+class PaddedBatch(NamedTuple):
+    """A batch with a fixed number of rows, and which of them do not count.
+
+    Attributes:
+        batch: What ``collate_fn`` makes of the samples and of repetitions behind them.
+        is_padding: Boolean ``[rows]``: True for the repetitions. Pass it to ``backward``.
+    """
+
+    batch: Any
+    is_padding: Tensor
+
+
+class PaddingCollate:
+    """Collates into a :class:`PaddedBatch` with ``size`` rows.
+
+    Rows of padding repeat the others, or ``example`` where there are none: a row made of zeros
+    might be one on which the loss is not finite.
+
+    Args:
+        example: One sample.
+        collate_fn: Makes a batch of at least one sample.
+        size: Rows of every batch.
+    """
+
+    def __init__(self, example: Any, collate_fn: Callable[[list[Any]], Any], size: int) -> None:
+        self._example, self._collate, self._size = example, collate_fn, size
+
+    def __call__(self, samples: list[Any]) -> PaddedBatch:
+        """The batch of these samples, at most ``size`` of them."""
+        rows = _repeated(samples or [self._example], self._size)
+        return PaddedBatch(self._collate(rows), torch.arange(self._size) >= len(samples))
+
+
+class UserCollate:
+    """Collates users, each a list of samples, into ``[users, width, ...]``.
+
+    Args:
+        example: One sample.
+        collate_fn: Makes tensors whose first axis is the batch, as for :class:`EmptyBatchCollate`.
+        width: Places for the samples of a user. Those left over repeat samples of the same user.
+
+    Raises:
+        TypeError: If ``collate_fn`` returns something without a first axis.
+    """
+
+    def __init__(self, example: Any, collate_fn: Callable[[list[Any]], Any], width: int) -> None:
+        self._collate, self._width = EmptyBatchCollate(example, collate_fn), width
+
+    def __call__(self, users: list[list[Any]]) -> tuple[Any, ...]:
+        """What ``collate_fn`` makes, and ``present``: boolean ``[users, width]``."""
+        flat = self._collate([s for samples in users for s in _repeated(samples, self._width)])
+        batch = tree_map(lambda leaf: self._split(leaf, len(users)), flat)
+        sizes = torch.tensor([len(samples) for samples in users], dtype=torch.int64)
+        present = torch.arange(self._width) < sizes[:, None]
+        return (*batch, present) if isinstance(batch, tuple | list) else (batch, present)
+
+    def _split(self, leaf: Any, users: int) -> Any:
+        if isinstance(leaf, Tensor):
+            return leaf.unflatten(0, (users, self._width))
+        if leaf is None or isinstance(leaf, str | bytes | int | float):
+            return leaf
+        raise TypeError(
+            f"collate_fn made a {type(leaf).__name__}, whose tensors cannot be split by user; return "
+            "tensors in dicts, tuples or lists, such as dict(batch)."
+        )
+
+
+def _repeated(samples: Sequence[T], size: int) -> list[T]:
+    return list(islice(cycle(samples), size))
+
+
+def _emptied(path: str, one: Any, two: Any) -> Any:
+    """The batch of no samples, from the batches of one and of two."""
+    kind: Any = type(one)
+    if isinstance(one, Tensor):
+        if one.dim() and two.dim() and (one.shape[0], two.shape[0]) == (1, 2):
+            return one[:0].clone()
+    elif isinstance(one, Mapping):
+        fields = {key: _emptied(f"{path}[{key!r}]", one[key], two[key]) for key in one}
+        if not isinstance(one, MutableMapping):
+            return fields
+        batch = copy.copy(one)
+        batch.update(fields)
+        return batch
+    elif isinstance(one, Sequence) and not isinstance(one, str | bytes):
+        if len(one) == len(two):
+            columns: list[Any] = [
+                _emptied(f"{path}[{i}]", *pair) for i, pair in enumerate(zip(one, two, strict=True))
+            ]
+            return kind(*columns) if hasattr(one, "_fields") else kind(columns)
+        if (len(one), len(two)) == (1, 2):
+            return kind()
+    elif one is None or (isinstance(one, str | bytes | int | float) and one == two):
+        return one
+    raise TypeError(
+        f"collate_fn made batch{path} a {kind.__name__} that does not grow by one entry per "
+        "sample, so its empty version is unknown; return tensors whose first axis is the batch, in "
+        "mappings, tuples or lists."
+    )

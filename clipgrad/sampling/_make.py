@@ -1,0 +1,217 @@
+"""``poisson_loader`` and ``user_loader``: dataset, sampler and collate function, put together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, default_collate
+
+from clipgrad.sampling import _arguments as arguments
+from clipgrad.sampling._collate import EmptyBatchCollate, PaddingCollate, UserCollate
+from clipgrad.sampling._loader import PoissonLoader
+from clipgrad.sampling._poisson import PoissonSampler
+from clipgrad.sampling._users import UserSampler
+
+
+def poisson_loader(
+    dataset: Dataset[Any],
+    *,
+    expected_batch_size: float | None = None,
+    sample_rate: float | None = None,
+    max_batch_size: int | None = None,
+    pad: bool = False,
+    steps: int | None = None,
+    rank: int | None = None,
+    num_replicas: int | None = None,
+    generator: torch.Generator | None = None,
+    collate_fn: Callable[[list[Any]], Any] = default_collate,
+    num_workers: int = 0,
+    pin_memory: bool = False,
+    persistent_workers: bool = False,
+) -> PoissonLoader:
+    """A loader of Poisson batches, the empty ones included.
+
+    Args:
+        dataset: A map-style dataset; its first sample shows what an empty batch looks like.
+        expected_batch_size: See :class:`PoissonSampler`, also for the next two.
+        sample_rate: Probability of each sample to be in a batch.
+        max_batch_size: The most samples in a batch.
+        pad: Whether to fill all batches up to ``max_batch_size`` rows and yield them as
+            :class:`PaddedBatch`, for graphs that know one size only.
+        steps: Batches per iteration; see :class:`PoissonSampler`, also for the next three.
+        rank: Which share of the dataset to draw from.
+        num_replicas: Number of shares.
+        generator: For repeatable, NOT PRIVATE batches.
+        collate_fn: See :class:`EmptyBatchCollate`.
+        num_workers: As in ``DataLoader``, also for the next two.
+        pin_memory: Whether batches are copied to page-locked memory.
+        persistent_workers: Whether workers outlive an iteration.
+
+    Returns:
+        The loader; its ``batch_sampler`` is the :class:`PoissonSampler`.
+
+    Raises:
+        ValueError: If the sampler's arguments are out of range or the dataset is empty.
+        TypeError: If the dataset has no length, or no empty batch can be made.
+
+    Examples:
+        >>> data = torch.utils.data.TensorDataset(torch.zeros(100, 3), torch.arange(100))
+        >>> loader = poisson_loader(data, expected_batch_size=0.5, steps=2)
+        >>> [x.shape[1:] == (3,) and len(x) == len(y) for x, y in loader]  # often both are empty
+        [True, True]
+        >>> loader = poisson_loader(data, sample_rate=0.1, max_batch_size=16, pad=True, steps=2)
+        >>> for batch, is_padding in loader:  # optimizer.backward(*batch, is_padding=is_padding)
+        ...     print([tuple(leaf.shape) for leaf in batch], tuple(is_padding.shape))
+        [(16, 3), (16,)] (16,)
+        [(16, 3), (16,)] (16,)
+    """
+    sampler = PoissonSampler(
+        arguments.length(dataset),
+        expected_batch_size=expected_batch_size,
+        sample_rate=sample_rate,
+        max_batch_size=max_batch_size,
+        steps=steps,
+        rank=rank,
+        num_replicas=num_replicas,
+        generator=generator,
+    )
+    example = dataset[0]
+    return PoissonLoader(
+        dataset,
+        sampler,
+        collate_fn=_padded(
+            pad, "max_batch_size", max_batch_size, example, EmptyBatchCollate(example, collate_fn)
+        ),
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        persistent_workers=persistent_workers,
+    )
+
+
+def user_loader(
+    dataset: Dataset[Any],
+    user_ids: Sequence[Any] | Tensor,
+    *,
+    expected_users: float | None = None,
+    sample_rate: float | None = None,
+    samples_per_user: int | None = None,
+    max_users: int | None = None,
+    pad: bool = False,
+    steps: int | None = None,
+    rank: int | None = None,
+    num_replicas: int | None = None,
+    generator: torch.Generator | None = None,
+    collate_fn: Callable[[list[Any]], Any] = default_collate,
+    num_workers: int = 0,
+    pin_memory: bool = False,
+    persistent_workers: bool = False,
+) -> PoissonLoader:
+    """A loader of Poisson batches of users, for privacy of whole users.
+
+    A batch is a tuple: what ``collate_fn`` makes, each tensor ``[B, K, ...]`` for B users and K
+    places for their samples, and last ``present``, boolean ``[B, K]``. The places that a user
+    leaves over hold repetitions, which the loss must leave out; every user has at least one sample.
+
+    Args:
+        dataset: A map-style dataset.
+        user_ids: Whose each sample is; see :class:`UserSampler`, also for the next three.
+        expected_users: Mean number of users in a batch.
+        sample_rate: Probability of each user to be in a batch.
+        samples_per_user: K, a uniformly random choice of at most so many each time; None for all of
+            them, K then being the size of the largest user.
+        max_users: The most users in a batch.
+        pad: Whether to fill all batches up to ``max_users`` and yield :class:`PaddedBatch`.
+        steps: As in :func:`poisson_loader`, also for the rest.
+        rank: Which share of the users to draw from.
+        num_replicas: Number of shares.
+        generator: For repeatable, NOT PRIVATE batches.
+        collate_fn: Collates the samples of all users of a batch at once.
+        num_workers: As in ``DataLoader``, also for the next two.
+        pin_memory: Whether batches are copied to page-locked memory.
+        persistent_workers: Whether workers outlive an iteration.
+
+    Returns:
+        The loader; its ``batch_sampler`` is the :class:`UserSampler`.
+
+    Raises:
+        ValueError: If an argument is out of range, or there are not as many ids as samples.
+        TypeError: If an argument has the wrong type.
+
+    Examples:
+        Each user's gradient is that of the mean loss of its samples, clipped as a whole:
+
+        >>> import clipgrad
+        >>> data = torch.utils.data.TensorDataset(torch.randn(7, 3), torch.randn(7, 1))
+        >>> loader = user_loader(data, [0, 0, 0, 1, 2, 2, 2], expected_users=2, samples_per_user=2)
+        >>> def loss_fn(model, x, y, present):  # of one user: [K, 3], [K, 1], [K]
+        ...     losses = (model(x) - y).square().mean(-1)
+        ...     return losses.where(present, 0).sum() / present.sum()
+        >>> model = torch.nn.Linear(3, 1)
+        >>> optimizer = clipgrad.DPOptimizer(
+        ...     torch.optim.SGD(model.parameters(), lr=0.1),
+        ...     model,
+        ...     loss_fn,
+        ...     max_grad_norm=1.0,
+        ...     noise_multiplier=1.0,
+        ...     expected_batch_size=2,  # users
+        ...     keep_batch_dim=False,
+        ... )
+        >>> for batch in loader:
+        ...     loss = optimizer.backward(*batch)
+        ...     optimizer.step()
+        ...     optimizer.zero_grad()
+    """
+    sampler = UserSampler(
+        user_ids,
+        expected_users=expected_users,
+        sample_rate=sample_rate,
+        samples_per_user=samples_per_user,
+        max_users=max_users,
+        steps=steps,
+        rank=rank,
+        num_replicas=num_replicas,
+        generator=generator,
+    )
+    if sampler.num_samples != arguments.length(dataset):
+        raise ValueError(
+            f"user_ids has {sampler.num_samples} entries, but the dataset has "
+            f"{arguments.length(dataset)} samples; give one user per sample."
+        )
+    by_user = _ByUser(dataset)
+    example = by_user[sampler.first_user()]
+    collate = UserCollate(example[0], collate_fn, sampler.width)
+    return PoissonLoader(
+        by_user,
+        sampler,
+        collate_fn=_padded(pad, "max_users", max_users, example, collate),
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        persistent_workers=persistent_workers,
+    )
+
+
+class _ByUser(Dataset[list[Any]]):
+    """A dataset whose elements are lists of samples, found by lists of indices."""
+
+    def __init__(self, samples: Dataset[Any]) -> None:
+        self._samples = samples
+
+    def __getitem__(self, indices: list[int]) -> list[Any]:
+        return [self._samples[index] for index in indices]
+
+
+def _padded(
+    pad: bool,
+    name: str,
+    size: int | None,
+    example: Any,
+    collate: Callable[[list[Any]], Any],
+) -> Callable[[list[Any]], Any]:
+    if not pad:
+        return collate
+    if size is None:
+        raise ValueError(f"pad = True needs a size to pad to, but {name} is None; give {name}.")
+    return PaddingCollate(example, collate, size)

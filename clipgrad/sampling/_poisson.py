@@ -1,0 +1,205 @@
+"""``PoissonSampler``: batches of indices."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch.utils.data import Sampler
+
+from clipgrad.sampling import _arguments as arguments
+from clipgrad.sampling._trials import LARGEST, Trials, random_subset
+from clipgrad.sampling._words import words_from
+
+
+class PoissonSampler(Sampler[list[int]]):
+    """Draws Poisson batches of indices; :func:`poisson_loader` makes it and a loader for it.
+
+    Instead of asking every index it walks from one that is in to the next, so that a batch costs
+    time in proportion to its own size. Whatever the other indices do, an index is in a batch with
+    probability ``q * (1 + e)``, where q is the float ``sample_rate`` and ``|e| <= 2**-57`` for
+    ``q >= 1e-9`` (0 for ``q >= 1/2``, below ``2**-51`` for every float).
+
+    Which samples were in a batch must stay secret. By default all randomness comes from the
+    operating system's cryptographic generator and none is kept, so that copies, forked children and
+    restored checkpoints have nothing in common.
+
+    **Truncated** (``max_batch_size``): where more were drawn, a uniformly random subset of that size
+    is kept. Then one sample may push out another, which the accountant must know of: see
+    :attr:`sampling`; Chua et al., "Scalable DP-SGD: Shuffling vs. Poisson Subsampling", 2024.
+
+    **Across ranks** (``rank``, ``num_replicas``): rank r draws from its own share of the indices, ``r,
+    r + n, r + 2n, ...``. The shares are disjoint and make up the dataset, so the batches of all ranks
+    together are one Poisson sample of the whole with the same q, without any communication.
+
+    Args:
+        num_samples: Size of the dataset.
+        expected_batch_size: Mean size of a batch, ``q * num_samples``, of all ranks together and
+            before truncation; give it or ``sample_rate``.
+        sample_rate: Probability q of each sample to be in a batch, ``0 < q <= 1``.
+        max_batch_size: The most samples in a batch; not together with ranks, since the analysis
+            of truncation is that of one subset of the whole batch.
+        steps: Batches per iteration; by default as many as make ``num_samples`` draws on average.
+        rank: Which share to draw from, ``0 <= rank < num_replicas``.
+        num_replicas: Number of shares, on every rank the same.
+        generator: A CPU generator for a repeatable and NOT PRIVATE choice; it advances. With ranks,
+            seed each rank's differently.
+
+    Raises:
+        ValueError: If a number is out of range, not exactly one of the two rates is given, or
+            arguments exclude each other.
+        TypeError: If an argument has the wrong type.
+
+    Examples:
+        >>> generator = torch.Generator().manual_seed(1)
+        >>> sampler = PoissonSampler(6, expected_batch_size=2, generator=generator)
+        >>> len(sampler), round(sampler.sample_rate, 4)
+        (3, 0.3333)
+        >>> [len(batch) for batch in PoissonSampler(6, sample_rate=1.0, steps=2)]
+        [6, 6]
+        >>> list(PoissonSampler(6, sample_rate=1.0, steps=1, rank=1, num_replicas=4))
+        [[1, 5]]
+        >>> [len(batch) for batch in PoissonSampler(6, sample_rate=1.0, max_batch_size=4)]
+        [4]
+    """
+
+    def __init__(
+        self,
+        num_samples: int,
+        *,
+        expected_batch_size: float | None = None,
+        sample_rate: float | None = None,
+        max_batch_size: int | None = None,
+        steps: int | None = None,
+        rank: int | None = None,
+        num_replicas: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        self._num_samples = arguments.count("num_samples", num_samples, most=LARGEST)
+        self._expected, rate = _rates(self._num_samples, expected_batch_size, sample_rate)
+        # len() is a 64-bit integer, whatever the rate.
+        default_steps = max(1, round(min(num_samples / self._expected, 2.0**62)))
+        self._steps = default_steps if steps is None else arguments.count("steps", steps)
+        self._share = arguments.share(self._num_samples, rank, num_replicas)
+        if max_batch_size is not None and self._share.step > 1:
+            raise ValueError(
+                f"max_batch_size = {max_batch_size} and num_replicas = {num_replicas} exclude each "
+                "other: ranks that truncate each on its own are covered by no analysis. Leave "
+                "max_batch_size out, and bound memory by the optimizer's microbatch_size."
+            )
+        self._most = (
+            None if max_batch_size is None else arguments.count("max_batch_size", max_batch_size)
+        )
+        self._generator = generator
+        self._words = words_from(generator)
+        self._trials = Trials.of_rate(rate)
+        self._done = 0
+        self._resume = False
+
+    @property
+    def sample_rate(self) -> float:
+        """Probability of each sample to be in a batch, before truncation."""
+        return self._trials.rate
+
+    @property
+    def expected_batch_size(self) -> float:
+        """Mean size of a batch, of all ranks together and before truncation.
+
+        A public constant, and so what the sum may be divided by.
+        """
+        return self._expected
+
+    @property
+    def max_batch_size(self) -> int | None:
+        """The most samples in a batch; None without truncation."""
+        return self._most
+
+    @property
+    def sampling(self) -> Any:
+        """What the accountant has to know: ``accounting.Poisson`` or ``TruncatedPoisson``."""
+        accounting = import_module("clipgrad.accounting")
+        if self._most is None:
+            return accounting.Poisson(sample_rate=self.sample_rate)
+        return accounting.TruncatedPoisson(
+            sample_rate=self.sample_rate,
+            num_samples=self._num_samples,
+            max_batch_size=self._most,
+        )
+
+    def __len__(self) -> int:
+        """Number of batches in one iteration, on every rank the same."""
+        return self._steps
+
+    def __iter__(self) -> Iterator[list[int]]:
+        """One iteration, or, just after :meth:`load_state_dict`, what was left of the saved one."""
+        first = self._done if self._resume else 0
+        self._resume = False
+        for step in range(first, self._steps):
+            batch = self._draw()
+            self._done = step + 1
+            yield batch
+
+    def _draw(self) -> list[int]:
+        drawn = self._trials.successes(len(self._share), self._words)
+        if self._most is not None and len(drawn) > self._most:
+            drawn = drawn[random_subset(len(drawn), self._most, self._words)]
+        batch: list[int] = (self._share.start + self._share.step * drawn).tolist()
+        return batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """How many batches of the iteration were drawn and, if a generator was given, its state.
+
+        A loader with workers draws ahead of the training loop. Of what the loop has received,
+        :meth:`PoissonLoader.state_dict` tells, in the same format.
+        """
+        state = {"kind": "PoissonSampler", "format": 1, "done": self._done % self._steps}
+        if self._generator is not None:
+            state["generator"] = self._generator.get_state()
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue a saved iteration: with a given generator exactly, else with fresh randomness.
+
+        Args:
+            state: What ``state_dict`` of a sampler with the same ``steps``, or of its loader,
+                returned.
+
+        Raises:
+            ValueError: If ``state`` is not a sampler's, or only one of the two has a generator.
+        """
+        if (state.get("kind"), state.get("format")) != ("PoissonSampler", 1):
+            raise ValueError(
+                "state must come from PoissonSampler.state_dict(), got kind and format "
+                f"{(state.get('kind'), state.get('format'))}."
+            )
+        if ("generator" in state) != (self._generator is not None):
+            raise ValueError(
+                f"state {'has' if 'generator' in state else 'lacks'} a generator's state, unlike "
+                "this sampler; construct both with a generator, or both without."
+            )
+        if not 0 <= state["done"] < self._steps:
+            raise ValueError(
+                f"state is {state['done']} batches into an iteration, but steps is {self._steps}; "
+                "construct the sampler with the steps it was saved with."
+            )
+        if self._generator is not None:
+            self._generator.set_state(state["generator"].cpu())
+        self._done, self._resume = int(state["done"]), True
+
+
+def _rates(
+    num_samples: int, expected_batch_size: object, sample_rate: object
+) -> tuple[float, float]:
+    """Expected batch size and sample rate, of which one is given."""
+    if (expected_batch_size is None) == (sample_rate is None):
+        raise ValueError(
+            f"expected_batch_size and sample_rate are {expected_batch_size} and {sample_rate}; "
+            "give exactly one of them, the other follows."
+        )
+    if sample_rate is not None:
+        rate = arguments.within("sample_rate", sample_rate, 1)
+        return rate * num_samples, rate
+    expected = arguments.within("expected_batch_size", expected_batch_size, num_samples)
+    return expected, expected / num_samples

@@ -1,0 +1,173 @@
+"""``UserSampler``: batches of users, each with indices of its samples."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Sampler
+
+from clipgrad.sampling import _arguments as arguments
+from clipgrad.sampling._poisson import PoissonSampler
+from clipgrad.sampling._trials import random_subset
+from clipgrad.sampling._words import words_from
+
+
+class UserSampler(Sampler[list[list[int]]]):
+    """Draws Poisson batches of users; :func:`user_loader` makes it and a loader for it.
+
+    Each user is in each batch with the same probability, independently of all others, and brings
+    all of its samples or a random few. An element of the batch is then a user, and so it is users
+    whose gradients are clipped and who are protected, however many samples they have;
+    ``clipgrad.DPOptimizer(..., keep_batch_dim=False)`` hands the loss one user's samples.
+
+    Args:
+        user_ids: Whose each sample is, in the order of the dataset: a tensor, an array or a sequence
+            of hashable values.
+        expected_users: Mean number of users in a batch; give it or ``sample_rate``.
+        sample_rate: Probability q of each user to be in a batch, ``0 < q <= 1``.
+        samples_per_user: The most samples of a user in a batch, chosen anew each time, uniformly and
+            without replacement; None for all of them.
+        max_users: The most users in a batch: see ``max_batch_size`` of :class:`PoissonSampler`, also
+            for the rest.
+        steps: Batches per iteration.
+        rank: Which share of the users to draw from.
+        num_replicas: Number of shares.
+        generator: For repeatable, NOT PRIVATE batches.
+
+    Raises:
+        ValueError: If a number is out of range, or a sample has no user.
+        TypeError: If an argument has the wrong type.
+
+    Examples:
+        >>> sampler = UserSampler(["ann", "bob", "ann", "eve"], sample_rate=1.0, steps=1)
+        >>> sampler.num_users, sampler.width
+        (3, 2)
+        >>> list(sampler)
+        [[[0, 2], [1], [3]]]
+    """
+
+    def __init__(
+        self,
+        user_ids: Sequence[Any] | Tensor,
+        *,
+        expected_users: float | None = None,
+        sample_rate: float | None = None,
+        samples_per_user: int | None = None,
+        max_users: int | None = None,
+        steps: int | None = None,
+        rank: int | None = None,
+        num_replicas: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        self._samples = _by_user(user_ids)
+        if (expected_users is None) == (sample_rate is None):
+            raise ValueError(
+                f"expected_users and sample_rate are {expected_users} and {sample_rate}; give "
+                "exactly one of them, the other follows."
+            )
+        if expected_users is not None:
+            arguments.within("expected_users", expected_users, self.num_users)
+        if max_users is not None:
+            arguments.count("max_users", max_users)
+        largest = max(map(len, self._samples))
+        self._width = largest
+        if samples_per_user is not None:
+            self._width = min(arguments.count("samples_per_user", samples_per_user), largest)
+        self._words = words_from(generator)
+        self._users = PoissonSampler(
+            self.num_users,
+            expected_batch_size=expected_users,
+            sample_rate=sample_rate,
+            max_batch_size=max_users,
+            steps=steps,
+            rank=rank,
+            num_replicas=num_replicas,
+            generator=generator,
+        )
+
+    @property
+    def num_users(self) -> int:
+        """How many users there are."""
+        return len(self._samples)
+
+    @property
+    def width(self) -> int:
+        """The most samples that a user has in a batch."""
+        return self._width
+
+    @property
+    def sample_rate(self) -> float:
+        """Probability of each user to be in a batch, before truncation."""
+        return self._users.sample_rate
+
+    @property
+    def expected_batch_size(self) -> float:
+        """Mean number of users in a batch: what the sum of the users' gradients is divided by."""
+        return self._users.expected_batch_size
+
+    @property
+    def max_batch_size(self) -> int | None:
+        """The most users in a batch; None without truncation."""
+        return self._users.max_batch_size
+
+    @property
+    def sampling(self) -> Any:
+        """What the accountant has to know; its samples are users."""
+        return self._users.sampling
+
+    @property
+    def num_samples(self) -> int:
+        """How many samples all users have together."""
+        return sum(map(len, self._samples))
+
+    def first_user(self) -> list[int]:
+        """Indices of the samples of one user that may be together in a batch."""
+        return self._samples[0][: self._width]
+
+    def __len__(self) -> int:
+        """Number of batches in one iteration, on every rank the same."""
+        return len(self._users)
+
+    def __iter__(self) -> Iterator[list[list[int]]]:
+        """One iteration, or, just after :meth:`load_state_dict`, what was left of the saved one."""
+        for users in self._users:
+            yield [self._some_of(self._samples[user]) for user in users]
+
+    def _some_of(self, samples: list[int]) -> list[int]:
+        if len(samples) <= self._width:
+            return samples
+        chosen = random_subset(len(samples), self._width, self._words)
+        return [samples[i] for i in chosen.tolist()]
+
+    def state_dict(self) -> dict[str, Any]:
+        """As :meth:`PoissonSampler.state_dict`."""
+        return self._users.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """As :meth:`PoissonSampler.load_state_dict`."""
+        self._users.load_state_dict(state)
+
+
+def _by_user(user_ids: Any) -> list[list[int]]:
+    """Indices of each user's samples; users in the order in which they appear."""
+    ids = user_ids.tolist() if hasattr(user_ids, "tolist") else list(user_ids)
+    if not ids:
+        raise ValueError("user_ids is empty; give the user of every sample of the dataset.")
+    users: dict[Any, list[int]] = {}
+    for index, user in enumerate(ids):
+        if user is None or user != user:  # each NaN would count as a user of its own
+            raise ValueError(
+                f"user_ids[{index}] is {user}, so sample {index} belongs to nobody; give every "
+                "sample a user, or leave it out of the dataset."
+            )
+        try:
+            users.setdefault(user, []).append(index)
+        except TypeError as error:
+            raise TypeError(
+                f"user_ids[{index}] is a {type(user).__name__}, which is not hashable; give one "
+                "value per sample, such as an integer or a string."
+            ) from error
+    return list(users.values())
