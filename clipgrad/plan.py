@@ -16,7 +16,7 @@ from clipgrad.clipping.strategies import MaxGradNorm
 class PrivacyPlan:
     """What is sampled, clipped and noised, and how often: said once, so that no two parts can disagree.
 
-    ``private_loader(dataset, plan)`` draws its batches, ``DPOptimizer(..., plan=plan)`` clips, adds the noise, keeps
+    ``poisson_loader(dataset, plan=plan)`` draws its batches, ``DPOptimizer(..., plan=plan)`` clips, adds the noise, keeps
     the ledger and refuses to take more steps than planned.
 
     Args:

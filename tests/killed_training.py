@@ -83,7 +83,7 @@ def main(folder: Path, steps: int, point: str | None, step: int) -> None:
     plan = clipgrad.PrivacyPlan(
         num_samples=64, expected_batch_size=8, steps=steps, delta=1e-3, noise_multiplier=1.0
     )
-    loader = clipgrad.private_loader(data, plan)
+    loader = clipgrad.poisson_loader(data, plan=plan)
     model = nn.Linear(3, 1)
     inner = torch.optim.SGD(model.parameters(), lr=0.1)
     optimizer = clipgrad.DPOptimizer(inner, model, loss_fn, plan=plan, noise=Watched(killer))

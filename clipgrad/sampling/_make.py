@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
+from clipgrad.plan import PrivacyPlan
 from clipgrad.sampling import _arguments as arguments
 from clipgrad.sampling._collate import EmptyBatchCollate, PaddingCollate, UserCollate
 from clipgrad.sampling._loader import PoissonLoader
@@ -19,6 +20,7 @@ from clipgrad.sampling._users import UserSampler
 def poisson_loader(
     dataset: Dataset[Any],
     *,
+    plan: PrivacyPlan | None = None,
     expected_batch_size: float | None = None,
     sample_rate: float | None = None,
     max_batch_size: int | None = None,
@@ -36,6 +38,8 @@ def poisson_loader(
 
     Args:
         dataset: A map-style dataset; its first sample shows what an empty batch looks like.
+        plan: A :class:`clipgrad.PrivacyPlan` for this dataset, in place of the next three and ``steps``:
+            one iteration is then the whole run.
         expected_batch_size: See :class:`PoissonSampler`, also for the next two.
         sample_rate: Probability of each sample to be in a batch.
         max_batch_size: The most samples in a batch.
@@ -68,6 +72,11 @@ def poisson_loader(
         [(16, 3), (16,)] (16,)
         [(16, 3), (16,)] (16,)
     """
+    if plan is not None:
+        given = (expected_batch_size, sample_rate, max_batch_size, steps)
+        expected_batch_size, max_batch_size, steps = _planned(
+            plan, "samples", arguments.length(dataset), given
+        )
     sampler = PoissonSampler(
         arguments.length(dataset),
         expected_batch_size=expected_batch_size,
@@ -95,6 +104,7 @@ def user_loader(
     dataset: Dataset[Any],
     user_ids: Sequence[Any] | Tensor,
     *,
+    plan: PrivacyPlan | None = None,
     expected_users: float | None = None,
     sample_rate: float | None = None,
     samples_per_user: int | None = None,
@@ -117,7 +127,9 @@ def user_loader(
 
     Args:
         dataset: A map-style dataset.
-        user_ids: Whose each sample is; see :class:`UserSampler`, also for the next three.
+        user_ids: Whose each sample is; see :class:`UserSampler`, also for ``samples_per_user``.
+        plan: A :class:`clipgrad.PrivacyPlan` whose ``num_samples`` is the number of users, in place
+            of the next two, ``max_users`` and ``steps``.
         expected_users: Mean number of users in a batch.
         sample_rate: Probability of each user to be in a batch.
         samples_per_user: K, a uniformly random choice of at most so many each time; None for all of
@@ -164,6 +176,10 @@ def user_loader(
         ...     optimizer.step()
         ...     optimizer.zero_grad()
     """
+    if plan is not None:
+        given = (expected_users, sample_rate, max_users, steps)
+        users = len(set(user_ids.tolist() if isinstance(user_ids, Tensor) else user_ids))
+        expected_users, max_users, steps = _planned(plan, "users", users, given)
     sampler = UserSampler(
         user_ids,
         expected_users=expected_users,
@@ -191,6 +207,27 @@ def user_loader(
         pin_memory=pin_memory,
         persistent_workers=persistent_workers,
     )
+
+
+def _planned(
+    plan: PrivacyPlan, what: str, count: int, given: tuple[Any, ...]
+) -> tuple[float, int | None, int]:
+    """Expected size, largest size and steps of a plan that fits the data."""
+    if any(value is not None for value in given):
+        raise ValueError(
+            "plan says how large batches are and how many; leave out the other arguments about that."
+        )
+    if plan.num_samples != count:
+        raise ValueError(
+            f"plan is for {plan.num_samples} samples (or users), but there are {count} {what}: the "
+            "sampling rate, and with it epsilon, would be another. Make the plan for this dataset."
+        )
+    if plan.shuffled:
+        raise ValueError(
+            "plan has shuffled=True, but this loader draws Poisson batches. Use an ordinary "
+            f"DataLoader(dataset, batch_size={plan.expected_batch_size:g}, shuffle=True, drop_last=True)."
+        )
+    return plan.expected_batch_size, plan.max_batch_size, plan.steps
 
 
 class _ByUser(Dataset[list[Any]]):
