@@ -2,14 +2,14 @@
 
 >>> import clipgrad
 >>> sorted(clipgrad.__all__)[:3]
-['ClippedGrad', 'ClippedGradResult', 'CompileError']
+['AdaptiveQuantile', 'Automatic', 'ClippedGrad']
 """
 
 from __future__ import annotations
 
 from clipgrad import accounting, rules
 from clipgrad.batch_norm import replace_batch_norm
-from clipgrad.clipping import Relation
+from clipgrad.clipping import AdaptiveQuantile, Automatic, PerLayer, Relation
 from clipgrad.errors import (
     CompileError,
     CompileMismatchError,
@@ -29,6 +29,8 @@ from clipgrad.transform import ClippedGrad, clipped_grad
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdaptiveQuantile",
+    "Automatic",
     "ClippedGrad",
     "ClippedGradResult",
     "CompileError",
@@ -40,6 +42,7 @@ __all__ = [
     "Explanation",
     "NoiseSource",
     "NotPerSampleError",
+    "PerLayer",
     "PoissonSampler",
     "Relation",
     "SeededNoise",
