@@ -56,7 +56,7 @@ class AdaptiveQuantile:
         1.1052
         >>> z_gradients, count_stddev = strategy.noise(1.0, Relation.ADD_OR_REMOVE_ONE, 100)
         >>> round(z_gradients, 4), count_stddev
-        (1.0050, 5.0)
+        (1.005, 5.0)
     """
 
     initial_norm: float
