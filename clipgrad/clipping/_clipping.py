@@ -43,7 +43,14 @@ class Clipping:
 
     def members(self, group: int) -> list[int]:
         """Indices of the parameters that a group clips together."""
-        return [index for index, owner in enumerate(self.assignment) if owner == group]
+        return self._members[group]
+
+    @cached_property
+    def _members(self) -> list[list[int]]:
+        members: list[list[int]] = [[] for _ in self.groups]
+        for index, owner in enumerate(self.assignment):
+            members[owner].append(index)
+        return members
 
     def factors(self, norms: Tensor, group: int) -> Tensor:
         """What each sample's gradient is multiplied by in one group; NaN for a NaN norm.
@@ -148,7 +155,8 @@ def _per_layer(
         elements[owner] += size
     groups = tuple(elements)
     norms = tuple(norm * share for share in strategy.shares(elements).values())
-    assignment = tuple(groups.index(owner) for owner in owners)
+    position = {group: index for index, group in enumerate(groups)}
+    assignment = tuple(position[owner] for owner in owners)
     return Clipping(groups, norms, assignment, (rule,) * len(groups))
 
 

@@ -179,6 +179,19 @@ def test_only_the_noisy_count_moves_the_norm() -> None:
     assert found == {2.0 * math.exp(-0.2 * (1 / 6))}
 
 
+def test_the_default_noise_reaches_the_count() -> None:
+    norms = set()
+    for _ in range(2):
+        model = mlp()
+        strategy = AdaptiveQuantile(2.0, count_stddev=1.5)
+        optimizer = private(
+            model, max_grad_norm=strategy, noise_multiplier=1.2, expected_batch_size=6
+        )
+        step(optimizer, data())
+        norms.add(optimizer.max_grad_norm)
+    assert len(norms) == 2
+
+
 class Shift(nn.Module):
     """A loss whose gradient is the sample, so that gradient norms have the samples' distribution."""
 
