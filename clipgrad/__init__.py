@@ -2,14 +2,14 @@
 
 >>> import clipgrad
 >>> sorted(clipgrad.__all__)[:3]
-['ClippedGrad', 'ClippedGradResult', 'CompileError']
+['AdaptiveQuantile', 'Automatic', 'ClippedGrad']
 """
 
 from __future__ import annotations
 
 from clipgrad import accounting, rules
 from clipgrad.batch_norm import replace_batch_norm
-from clipgrad.clipping import Relation
+from clipgrad.clipping import AdaptiveQuantile, Automatic, PerLayer, Relation
 from clipgrad.errors import (
     CompileError,
     CompileMismatchError,
@@ -37,6 +37,8 @@ from clipgrad.transform import ClippedGrad, clipped_grad
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdaptiveQuantile",
+    "Automatic",
     "ClippedGrad",
     "ClippedGradResult",
     "CompileError",
@@ -50,6 +52,7 @@ __all__ = [
     "NotPerSampleError",
     "PaddedBatch",
     "PoissonLoader",
+    "PerLayer",
     "PoissonSampler",
     "Relation",
     "SeededNoise",

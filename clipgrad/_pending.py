@@ -49,21 +49,29 @@ class Pending:
             elif self._of(parameter) is not parameter.grad:
                 raise UnclippedGradientError(_foreign(name, parameter))
 
-    def add(self, parameters: Sequence[Tensor], sums: Sequence[Tensor]) -> None:
+    def add(
+        self, parameters: Sequence[Tensor], sums: Sequence[Tensor], others: Sequence[Tensor] = ()
+    ) -> None:
+        """Add the sums of one ``backward``.
+
+        Args:
+            parameters: Those that are trained.
+            sums: Their clipped sums.
+            others: Sums over the same samples that belong to no parameter; each ``backward`` brings as many.
+        """
         if self._sums is None:
-            self._sums = [
-                _laid_out_like(p, total) for p, total in zip(parameters, sums, strict=True)
-            ]
+            laid_out = [_laid_out_like(p, total) for p, total in zip(parameters, sums, strict=True)]
+            self._sums = [*laid_out, *others]
         else:
-            torch._foreach_add_(self._sums, list(sums))
-        for parameter, total in zip(parameters, self._sums, strict=True):
+            torch._foreach_add_(self._sums, [*sums, *others])
+        for parameter, total in zip(parameters, self._sums[: len(parameters)], strict=True):
             parameter.grad = total.to(parameter.dtype, copy=True)
             self._remember(parameter)
 
     def take(
         self, names: Sequence[str], parameters: Sequence[Tensor], others: Iterable[Tensor]
     ) -> list[Tensor]:
-        """The sums of the finished logical batch, to be noised in place.
+        """The sums of the finished logical batch, to be noised in place: the parameters' first, then others.
 
         Args:
             names: Names of the parameters.

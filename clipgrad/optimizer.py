@@ -23,7 +23,14 @@ from clipgrad._requirements import (
     refuse_strangers,
 )
 from clipgrad._swap import ParameterSlots
-from clipgrad.clipping import Relation, make_clipping, relation_of
+from clipgrad.clipping import (
+    ClippingStrategy,
+    Progress,
+    Relation,
+    Schedule,
+    make_clipping,
+    relation_of,
+)
 from clipgrad.compiled import fixed_size, observed
 from clipgrad.errors import UnclippedGradientError
 from clipgrad.explain import Explanation
@@ -65,9 +72,11 @@ class DPOptimizer(OptimizerFacade):
         model: The model. Its trainable parameters that ``optimizer`` does not own are constants.
         loss_fn: ``loss_fn(model, *batch) -> scalar``, the function a non-private loop calls on a whole batch. Here
             it sees a batch of one, so ``mean`` and ``sum`` reductions both work.
-        max_grad_norm: Clipping norm; a number, or a mapping from parameter-name prefix to norm.
-        noise_multiplier: Noise standard deviation per unit of sensitivity. ``0`` clips without privacy (robust
-            training), a use of its own: no epsilon belongs to it.
+        max_grad_norm: Clipping norm; a number, or a mapping from parameter-name prefix to norm, or ``PerLayer``,
+            ``Automatic`` or ``AdaptiveQuantile``. In place of a number, a function of the step (0, 1, ...) that
+            depends on no data. It is the same for all of a logical batch. See ``docs/clipping.md``.
+        noise_multiplier: Noise standard deviation per unit of sensitivity; a number or a function of the step. ``0``
+            clips without privacy (robust training), a use of its own: no epsilon belongs to it.
         expected_batch_size: The public constant that sums are divided by: sampling rate times dataset size, not the
             size of the batch at hand, which is private.
         microbatch_size: Process a batch in pieces of this size; bounds memory, changes no result.
@@ -121,8 +130,8 @@ class DPOptimizer(OptimizerFacade):
         model: nn.Module,
         loss_fn: Callable[..., Tensor],
         *,
-        max_grad_norm: float | Mapping[str, float],
-        noise_multiplier: float,
+        max_grad_norm: ClippingStrategy,
+        noise_multiplier: float | Schedule,
         expected_batch_size: float,
         microbatch_size: int | None = None,
         keep_batch_dim: bool = True,
@@ -146,7 +155,7 @@ class DPOptimizer(OptimizerFacade):
         self.inner = optimizer
         self.model = model
         self.loss_fn = loss_fn
-        self.noise_multiplier = _validate.number("noise_multiplier", noise_multiplier)
+        self._progress = Progress.start(max_grad_norm, noise_multiplier)
         self.expected_batch_size = _validate.positive("expected_batch_size", expected_batch_size)
         self.relation = relation_of(relation)
         if compile and microbatch_size is None:
@@ -161,7 +170,7 @@ class DPOptimizer(OptimizerFacade):
         self.noise: NoiseSource = noise
         self._gradient: ClippedGrad = clipped_grad(
             self._loss,
-            max_grad_norm=max_grad_norm,
+            max_grad_norm=self._progress.max_grad_norm,
             microbatch_size=microbatch_size,
             keep_batch_dim=_validate.flag("keep_batch_dim", keep_batch_dim),
             nan_safe=nan_safe,
@@ -180,7 +189,8 @@ class DPOptimizer(OptimizerFacade):
             )
         self.sigma  # noqa: B018 - noise that cannot exist is refused here, not at the first step
         self._start()
-        make_clipping(max_grad_norm, [name for name, _ in self._selection], rescale=False)
+        names = [name for name, _ in self._selection]
+        make_clipping(self.max_grad_norm, names, rescale=False)
 
     # ------------------------------------------------------------------ the training loop
 
@@ -208,8 +218,9 @@ class DPOptimizer(OptimizerFacade):
         names = [name for name, _ in self._selection]
         parameters = [parameter for _, parameter in self._selection]
         self._pending.before_backward(names, parameters)
-        result = self._gradient(dict(self._selection), *batch, is_padding=is_padding)
-        self._pending.add(parameters, [result.grads[name] for name in names])
+        result = self._present()(dict(self._selection), *batch, is_padding=is_padding)
+        sums = [result.grads[name] for name in names]
+        self._pending.add(parameters, sums, self._progress.observed(result))
         self._last = replace(result, grads=None)  # else the sums would live until the next call
         return _mean_loss(result, is_padding)
 
@@ -229,16 +240,21 @@ class DPOptimizer(OptimizerFacade):
                 "step: a closure would compute gradients again after the noise was added, unclipped. Call "
                 "backward(*batch) and then step(); optimizers that need a closure (LBFGS) cannot be private here."
             )
-        sigma = self.sigma
+        sigma, sigma_observed = self.sigma, self._noises()[1]
         parameters = [parameter for _, parameter in self._selection]
         selected = set(map(id, parameters))
         others = [p for p in self._owned() if id(p) not in selected]
         sums = self._pending.take([name for name, _ in self._selection], parameters, others)
+        sums, observed = sums[: len(parameters)], sums[len(parameters) :]
         with torch.no_grad():
             with phase("noise"):
                 self.noise.add_gaussian_(sums, sigma)
+                if observed:
+                    self.noise.add_gaussian_(observed, sigma_observed)
             torch._foreach_div_(sums, self.expected_batch_size)
             self._pending.publish(parameters, sums)
+        # Before the wrapped optimizer, which may raise: what was noised is public now, and this step is over.
+        self._progress = self._progress.advanced(observed, self.expected_batch_size)
         with phase("optimizer"):
             self.inner.step()
 
@@ -253,17 +269,38 @@ class DPOptimizer(OptimizerFacade):
     @property
     def sensitivity(self) -> float:
         """The largest L2 change of the clipped sum between neighbouring datasets; the gradient's, never set."""
-        return self._gradient.sensitivity(self.relation)
+        return self._present().sensitivity(self.relation)
 
     @property
     def sigma(self) -> float:
-        """Standard deviation of the noise on the clipped sum: ``noise_multiplier * sensitivity``."""
-        return gaussian_sigma(noise_multiplier=self.noise_multiplier, sensitivity=self.sensitivity)
+        """Standard deviation of the noise on the clipped sum, at the present step.
+
+        ``noise_multiplier * sensitivity``; with ``AdaptiveQuantile``, whose count needs noise too, a little more.
+        """
+        return gaussian_sigma(noise_multiplier=self._noises()[0], sensitivity=self.sensitivity)
 
     @property
-    def max_grad_norm(self) -> float | Mapping[str, float]:
-        """The clipping norm, owned by the gradient transform."""
-        norm = self._gradient.max_grad_norm
+    def noise_multiplier(self) -> float:
+        """Noise per unit of sensitivity at the present step; set a number or a function of the step."""
+        return self._progress.noise_multiplier
+
+    @noise_multiplier.setter
+    def noise_multiplier(self, noise_multiplier: float | Schedule) -> None:
+        self._progress = self._progress.with_noise_multiplier(noise_multiplier)
+
+    @property
+    def accounted_noise_multiplier(self) -> float:
+        """What the accountant must be told of the present step.
+
+        The step releases what one Gaussian mechanism of this noise multiplier would; for ``AdaptiveQuantile`` that is
+        the clipped sum and the count together.
+        """
+        return self._progress.noise_multiplier
+
+    @property
+    def max_grad_norm(self) -> ClippingStrategy:
+        """The clipping norm at the present step, owned by the gradient transform; every norm in it is a number."""
+        norm = self._present().max_grad_norm
         return dict(norm) if isinstance(norm, Mapping) else norm
 
     @property
@@ -285,7 +322,7 @@ class DPOptimizer(OptimizerFacade):
         """Tell how each parameter's per-sample gradient is found for such a batch; changes nothing."""
         check_batch(batch)
         self._select()
-        return self._gradient.explain(dict(self._selection), *batch)
+        return self._present().explain(dict(self._selection), *batch)
 
     # ------------------------------------------------------------------ torch.optim.Optimizer
 
@@ -308,20 +345,32 @@ class DPOptimizer(OptimizerFacade):
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """The wrapped optimizer's state and the noise source's, loadable with ``weights_only=True``.
+        """The wrapped optimizer's state, the noise source's, and the step; loadable with ``weights_only=True``.
 
         An unfinished logical batch is not part of it.
         """
-        return {**self.inner.state_dict(), _STATE_KEY: {"noise": self.noise.state_dict()}}
+        own = {"noise": self.noise.state_dict(), "progress": self._progress.state_dict()}
+        return {**self.inner.state_dict(), _STATE_KEY: own}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Restore; a plain optimizer's state dict loads too. An unfinished logical batch is dropped."""
+        """Restore; a plain optimizer's state dict loads too. An unfinished logical batch is dropped.
+
+        A state that knows no step (a plain optimizer's, or an older one) leaves the step, and the norm of
+        ``AdaptiveQuantile``, as they are.
+
+        Raises:
+            ValueError: If the state does not fit.
+        """
         own = state_dict.get(_STATE_KEY)
+        progress = self._progress
+        if own is not None and "progress" in own:
+            progress = progress.restored(own["progress"])
         self.inner.load_state_dict(
             {key: value for key, value in state_dict.items() if key != _STATE_KEY}
         )
         if own is not None:
             self.noise.load_state_dict(own["noise"])
+        self._progress = progress
         self.zero_grad()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -342,6 +391,17 @@ class DPOptimizer(OptimizerFacade):
         assert self._slots is not None
         with self._slots.holding(list(parameters.values())):
             return self.loss_fn(self.model, *batch)
+
+    def _present(self) -> ClippedGrad:
+        """The gradient transform with the clipping norm of the present step."""
+        norm = self._progress.max_grad_norm
+        if self._gradient.max_grad_norm != norm:
+            self._gradient = self._gradient.with_max_grad_norm(norm)
+        return self._gradient
+
+    def _noises(self) -> tuple[float, float]:
+        """The gradients' noise multiplier, and the standard deviation of the noise on what the next norm depends on."""
+        return self._progress.noise(self.relation, self.expected_batch_size)
 
     def _start(self) -> None:
         self._selection = ()

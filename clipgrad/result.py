@@ -23,7 +23,8 @@ class ClippedGradResult:
             from group to ``[B]``.
         aux: Per-sample auxiliary outputs stacked on a leading axis, or None.
         batch_size: Number of samples that are not padding.
-        num_clipped: How many of them had a norm above the clipping norm (in any group), a scalar tensor.
+        num_clipped: How many of them had a norm above the clipping norm (in any group), a scalar tensor. ``Automatic``
+            scales the others too.
         num_nonfinite: How many were dropped because their gradient was not finite, a scalar tensor.
     """
 

@@ -19,7 +19,15 @@ from clipgrad._inputs import Inputs, take
 from clipgrad._microbatch import forward, plan, run
 from clipgrad._piece import Piece, Settings, accumulate
 from clipgrad._tape import Strategy, Tape
-from clipgrad.clipping import Clipping, Relation, make_clipping, relation_of, sensitivity
+from clipgrad.clipping import (
+    Clipping,
+    ClippingStrategy,
+    Relation,
+    is_grouped,
+    make_clipping,
+    relation_of,
+    sensitivity,
+)
 from clipgrad.compiled import MODES, Compiler
 from clipgrad.explain import Explanation, make_explanation
 from clipgrad.result import ClippedGradResult
@@ -36,7 +44,7 @@ class ClippedGrad:
     """
 
     fn: Callable[..., Any]
-    max_grad_norm: float | Mapping[str, float]
+    max_grad_norm: ClippingStrategy
     argnums: int | tuple[int, ...] = 0
     batch_argnums: tuple[int, ...] | None = None
     has_aux: bool = False
@@ -53,8 +61,9 @@ class ClippedGrad:
     branches: str = "refuse"
     compile: bool | str = False
     _compiler: Compiler | None = field(init=False, repr=False, compare=False)
-    _clipping_cache: dict[tuple[str, ...], Clipping] = field(
-        default_factory=dict, repr=False, compare=False
+    # Not an argument either: a copy with another norm must not find what was resolved for this one.
+    _clipping_cache: dict[tuple[tuple[str, ...], tuple[int, ...]], Clipping] = field(
+        init=False, default_factory=dict, repr=False, compare=False
     )
 
     def __post_init__(self) -> None:
@@ -119,6 +128,8 @@ class ClippedGrad:
         =================  =====================  ===============================================
         flat, norm C       ``C / normalize_by``   twice that for ``REPLACE_ONE``
         groups, norms C_k  ``sqrt(sum C_k^2)``    divided by ``normalize_by``
+        PerLayer, norm C   ``C``                  divided by ``normalize_by``
+        Automatic, norm C  that of norm C         a sample contributes less than C
         rescaled           ``sqrt(groups)``       divided by ``normalize_by``
         ``C = inf``        ``inf``                no clipping, no guarantee
         not ``nan_safe``   ``inf``                one NaN sample could turn the whole sum into NaN
@@ -132,6 +143,20 @@ class ClippedGrad:
         return sensitivity(
             clipping, relation, normalize_by=self.normalize_by, nan_safe=self.nan_safe
         )
+
+    def with_max_grad_norm(self, max_grad_norm: ClippingStrategy) -> ClippedGrad:
+        """The same transform with another clipping norm; what is compiled already serves both.
+
+        Args:
+            max_grad_norm: As for ``clipped_grad``.
+
+        Raises:
+            ValueError: If it is out of range.
+        """
+        make_clipping(max_grad_norm, rescale=self.rescale_to_unit_norm)
+        other = replace(self, max_grad_norm=_owned(max_grad_norm))
+        object.__setattr__(other, "_compiler", self._compiler)
+        return other
 
     def explain(self, *args: Any) -> Explanation:
         """Run the forward pass of one microbatch and tell how each parameter's norm would be found.
@@ -160,13 +185,14 @@ class ClippedGrad:
             tape.release()
 
     def _settings(self, inputs: Inputs) -> Settings:
-        names = tuple(inputs.names)
-        if names not in self._clipping_cache:
-            self._clipping_cache[names] = make_clipping(
-                self.max_grad_norm, names, rescale=self.rescale_to_unit_norm
+        names, sizes = tuple(inputs.names), tuple(p.numel() for p in inputs.params)
+        key = names, sizes
+        if key not in self._clipping_cache:
+            self._clipping_cache[key] = make_clipping(
+                self.max_grad_norm, names, sizes, rescale=self.rescale_to_unit_norm
             )
         return Settings(
-            clipping=self._clipping_cache[names],
+            clipping=self._clipping_cache[key],
             dtypes=tuple(self._accumulation(p.dtype) for p in inputs.params),
             randomness=self.randomness,
             keep_batch_dim=self.keep_batch_dim,
@@ -223,7 +249,7 @@ class ClippedGrad:
         )
 
     def _norms(self, settings: Settings, norms: Sequence[Tensor]) -> Tensor | Mapping[str, Tensor]:
-        if isinstance(self.max_grad_norm, Mapping):
+        if is_grouped(self.max_grad_norm):
             return dict(zip(settings.clipping.groups, norms, strict=True))
         return norms[0]
 
@@ -276,7 +302,7 @@ def _first_part(inputs: Inputs, batch: list[Any], settings: Settings) -> Tape:
 def clipped_grad(
     fn: Callable[..., Any],
     *,
-    max_grad_norm: float | Mapping[str, float],
+    max_grad_norm: ClippingStrategy,
     argnums: int | Sequence[int] = 0,
     batch_argnums: int | Sequence[int] | None = None,
     has_aux: bool = False,
@@ -301,7 +327,8 @@ def clipped_grad(
     Args:
         fn: ``fn(params, *batch) -> scalar``, or ``(scalar, aux)`` with ``has_aux``.
         max_grad_norm: Clipping norm C: one number for the whole gradient, or a mapping from parameter-name
-            prefix to norm, each group clipped on its own. ``inf`` does not clip, ``0`` gives zeros.
+            prefix to norm, each group clipped on its own. ``inf`` does not clip, ``0`` gives zeros. ``PerLayer`` makes
+            a group of each module; ``Automatic``, anywhere in place of a number, normalises instead of clipping.
         argnums: Positions of the parameters (any pytree of floating-point tensors) among ``fn``'s arguments.
         batch_argnums: Positions of the batch arguments (any pytrees of tensors, batch axis first). Default: every
             argument that is not in ``argnums``. Other arguments are passed through unchanged.
@@ -366,7 +393,7 @@ def clipped_grad(
         batch_argnums = (batch_argnums,)
     return ClippedGrad(
         fn=fn,
-        max_grad_norm=dict(max_grad_norm) if isinstance(max_grad_norm, Mapping) else max_grad_norm,
+        max_grad_norm=_owned(max_grad_norm),
         argnums=argnums if isinstance(argnums, int) else tuple(argnums),
         batch_argnums=None if batch_argnums is None else tuple(batch_argnums),
         has_aux=has_aux,
@@ -383,6 +410,11 @@ def clipped_grad(
         branches=_validate.one_of("branches", branches, BRANCHES),
         compile=_compile_mode(compile, branches),
     )
+
+
+def _owned(max_grad_norm: ClippingStrategy) -> ClippingStrategy:
+    """A mapping as it is now, whatever its owner does to it later."""
+    return dict(max_grad_norm) if isinstance(max_grad_norm, Mapping) else max_grad_norm
 
 
 def _compile_mode(mode: bool | str, branches: str) -> bool | str:

@@ -14,7 +14,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from clipgrad import ClippedGrad, Relation, clipped_grad
+from clipgrad import (
+    AdaptiveQuantile,
+    Automatic,
+    ClippedGrad,
+    ClippedGradResult,
+    PerLayer,
+    Relation,
+    clipped_grad,
+)
+from clipgrad.clipping import Progress
 
 Params = dict[str, Tensor]
 Rows = tuple[Tensor, ...]
@@ -115,13 +124,31 @@ KINDS: dict[str, Callable[[Tensor], Tensor]] = {
 }  # fmt: skip
 
 rows = st.tuples(st.sampled_from(sorted(KINDS)), st.integers(0, 3))
+ways: dict[str, st.SearchStrategy[Any]] = {
+    "normalize_by": st.sampled_from([1.0, 7.0]),
+    "microbatch_size": st.sampled_from([None, 1, 2]),
+    "strategy": st.sampled_from(["auto", "kept", "ghost", "recompute"]),
+}
 clippings: st.SearchStrategy[dict[str, Any]] = st.fixed_dictionaries(
     {
         "max_grad_norm": st.sampled_from([1e-3, 0.1, 1.0, 30.0, "grouped"]),
         "rescale_to_unit_norm": st.booleans(),
-        "normalize_by": st.sampled_from([1.0, 7.0]),
-        "microbatch_size": st.sampled_from([None, 1, 2]),
-        "strategy": st.sampled_from(["auto", "kept", "ghost", "recompute"]),
+        **ways,
+    }
+)
+strategies: st.SearchStrategy[dict[str, Any]] = st.fixed_dictionaries(
+    {
+        "max_grad_norm": st.sampled_from(
+            [
+                Automatic(1.0),
+                Automatic(30.0, gamma=1e-3),
+                PerLayer(0.5),
+                PerLayer(0.5, weights="size"),
+                PerLayer(Automatic(1.0)),
+                {"": Automatic(2.0)},
+            ]
+        ),
+        **ways,
     }
 )
 
@@ -152,40 +179,104 @@ def distance(first: Params, second: Params) -> float:
     return float(torch.cat(gap).norm())
 
 
+@dataclass(frozen=True)
+class Neighbours:
+    """Batches that differ in one sample, and what a transform makes of them."""
+
+    without: ClippedGradResult
+    with_sample: ClippedGradResult
+    with_other: ClippedGradResult
+    null: ClippedGradResult
+    size: int
+
+    @classmethod
+    def make(
+        cls,
+        model: Model,
+        gradient: ClippedGrad,
+        others: list[tuple[str, int]],
+        sample: tuple[str, int],
+        replacement: tuple[str, int],
+        at: int,
+    ) -> Neighbours:
+        params = model.make()
+
+        def compute(drawn: list[tuple[str, int]], padded: int | None = None) -> ClippedGradResult:
+            mask = None if padded is None else torch.arange(len(drawn)) == padded
+            result = gradient(params, *collate(model, drawn), is_padding=mask)
+            assert all(g.isfinite().all() for g in result.grads.values())
+            return result
+
+        place = min(at, len(others))
+        large = [*others[:place], sample, *others[place:]]
+        changed = [*others[:place], replacement, *others[place:]]
+        return cls(
+            compute(others), compute(large), compute(changed), compute(large, place), len(large)
+        )
+
+    def pairs(self) -> list[tuple[Relation, ClippedGradResult, ClippedGradResult]]:
+        return [
+            (Relation.ADD_OR_REMOVE_ONE, self.without, self.with_sample),
+            (Relation.REPLACE_ONE, self.with_sample, self.with_other),
+            (Relation.REPLACE_SPECIAL, self.with_sample, self.null),
+        ]
+
+
+def check(model: Model, gradient: ClippedGrad, neighbours: Neighbours) -> None:
+    for relation, one, other in neighbours.pairs():
+        bound = gradient.sensitivity(relation)
+        slack = model.rounding * gradient.sensitivity() * neighbours.size
+        assert distance(one.grads, other.grads) <= bound + slack, relation
+
+
+batches: dict[str, st.SearchStrategy[Any]] = {
+    "others": st.lists(rows, max_size=4),
+    "sample": rows,
+    "replacement": rows,
+    "at": st.integers(0, 4),
+}
+
+
 @pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
 @settings(deadline=None, derandomize=True, max_examples=60, database=None)
-@given(
-    others=st.lists(rows, max_size=4), sample=rows, replacement=rows, at=st.integers(0, 4), options=clippings
-)  # fmt: skip
-def test_neighbours(
-    model: Model,
-    others: list[tuple[str, int]],
-    sample: tuple[str, int],
-    replacement: tuple[str, int],
-    at: int,
-    options: dict[str, Any],
+@given(drawn=st.fixed_dictionaries(batches), options=clippings)
+def test_neighbours(model: Model, drawn: dict[str, Any], options: dict[str, Any]) -> None:
+    gradient = transform(model, options)
+    check(model, gradient, Neighbours.make(model, gradient, **drawn))
+
+
+@pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
+@settings(deadline=None, derandomize=True, max_examples=25, database=None)
+@given(drawn=st.fixed_dictionaries(batches), options=strategies)
+def test_neighbours_of_strategies(
+    model: Model, drawn: dict[str, Any], options: dict[str, Any]
 ) -> None:
-    params, gradient = model.make(), transform(model, options)
+    gradient = transform(model, options)
+    check(model, gradient, Neighbours.make(model, gradient, **drawn))
 
-    def compute(drawn: list[tuple[str, int]], padded: int | None = None) -> Params:
-        mask = None if padded is None else torch.arange(len(drawn)) == padded
-        result: Params = gradient(params, *collate(model, drawn), is_padding=mask).grads
-        assert all(g.isfinite().all() for g in result.values())
-        return result
 
-    place = min(at, len(others))
-    small, large = others, [*others[:place], sample, *others[place:]]
-    changed = [*others[:place], replacement, *others[place:]]
-    without, with_sample, with_other = compute(small), compute(large), compute(changed)
-    null = compute(large, padded=place)
-    for relation, one, other in (
-        (Relation.ADD_OR_REMOVE_ONE, without, with_sample),
-        (Relation.REPLACE_ONE, with_sample, with_other),
-        (Relation.REPLACE_SPECIAL, with_sample, null),
-    ):
-        bound = gradient.sensitivity(relation)
-        slack = model.rounding * gradient.sensitivity() * len(large)
-        assert distance(one, other) <= bound + slack, relation
+@pytest.mark.parametrize("name", ["cnn", "regression", "tied, float16"])
+@settings(deadline=None, derandomize=True, max_examples=25, database=None)
+@given(
+    drawn=st.fixed_dictionaries(batches),
+    norm=st.sampled_from([0.1, 1.0, 30.0]),
+    multiplier=st.sampled_from([0.3, 2.9]),
+    normalised=st.booleans(),
+)
+def test_neighbours_of_an_adaptive_norm(
+    name: str, drawn: dict[str, Any], norm: float, multiplier: float, normalised: bool
+) -> None:
+    """Sum and count together, in units of their noise: one sample moves them by 1 / multiplier at most."""
+    model, quantile = MODELS[name], AdaptiveQuantile(norm, count_stddev=3.0)
+    progress = Progress.start(Automatic(quantile) if normalised else quantile, multiplier)
+    gradient = clipped_grad(model.loss, max_grad_norm=progress.max_grad_norm)
+    for relation, one, other in (neighbours := Neighbours.make(model, gradient, **drawn)).pairs():
+        z, stddev = progress.noise(relation, expected_batch_size=20)
+        counts = [progress.observed(result)[0] for result in (one, other)]
+        moved = distance(one.grads, other.grads) / (z * gradient.sensitivity(relation))
+        count = float((counts[0] - counts[1]).abs()) / stddev
+        slack = model.rounding * neighbours.size / z
+        assert math.hypot(moved, count) <= 1 / multiplier + slack, relation
 
 
 @pytest.mark.parametrize("strategy", ["auto", "kept", "ghost", "recompute"])

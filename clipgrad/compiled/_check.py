@@ -15,6 +15,7 @@ from torch.fx import GraphModule
 from torch.utils._pytree import tree_leaves
 
 from clipgrad._piece import Piece
+from clipgrad.clipping import Clipping
 from clipgrad.errors import CompileMismatchError
 
 # Relative to what all samples contribute together. A unit whose input is zero up to rounding may fall on the other
@@ -63,7 +64,7 @@ def tolerance(module: GraphModule, device: torch.device) -> float:
 
 
 def compare(
-    compiled: Piece, eager: Piece, names: Sequence[str], bound: float, slack: float
+    compiled: Piece, eager: Piece, names: Sequence[str], clipping: Clipping, slack: float
 ) -> None:
     """Refuse a compiled result that is not the eager one.
 
@@ -71,13 +72,13 @@ def compare(
         compiled: Of the compiled graph.
         eager: Of the eager step on the same rows.
         names: Names of the parameters.
-        bound: What one sample may contribute at most, in L2 norm.
+        clipping: What turned the eager norms into factors.
         slack: See ``tolerance``.
 
     Raises:
         CompileMismatchError: If they differ by more than rounding.
     """
-    counted = [norms.clamp(max=bound) for norms in eager.norms]
+    counted = [norms * clipping.factors(norms, group) for group, norms in enumerate(eager.norms)]
     scale = float(torch.stack(counted).nan_to_num(0.0, 0.0, 0.0).sum())
     wrong = [
         f"clipped sum of {name!r} (off by {error / max(scale, 1e-300):.1e} of all contributions)"

@@ -78,7 +78,7 @@ class Graph:
     """A traced step.
 
     Attributes:
-        module: ``module(*params, *batch tensors, *other tensors, is_padding, *constants)`` returns a flat list.
+        module: ``module(*params, *batch tensors, *other tensors, is_padding, bounds, *constants)`` returns a flat list.
         layout: What the list holds.
         constants: Tensors that the loss found outside of its arguments (buffers, closures), by reference.
         fresh: Which of them it made of Python numbers itself (``torch.tensor(...)``).
@@ -124,6 +124,7 @@ def trace(
     batch: Sequence[Any],
     others: Sequence[Tensor],
     is_padding: Tensor,
+    bounds: Tensor,
     settings: Settings,
     observer: AbstractContextManager[Any] | None = None,
 ) -> Graph:
@@ -136,13 +137,13 @@ def trace(
         batch: Flat batch; tensors become inputs, constants are part of the graph.
         others: Tensors among the loss's further arguments; they become inputs too.
         is_padding: Boolean ``[B]``.
+        bounds: The clipping norms ``[groups]``, an input so that a norm that changes needs no other graph.
         settings: Of the transform.
         observer: Entered while the step runs.
 
     Raises:
         CompileError: If the loss does something that a graph cannot repeat.
     """
-    settings = replace(settings, deferred=True)
     # Aliases: a parameter that the loss also holds in a closure is a constant there, not this input.
     given = [param.detach() for param in params]
     tensors = [leaf for leaf in batch if isinstance(leaf, Tensor)]
@@ -152,13 +153,15 @@ def trace(
         leaves = iter(flat[len(params) :])
         rows = [next(leaves) if isinstance(leaf, Tensor) else leaf for leaf in batch]
         with _RefuseScalars(), observer or nullcontext():
-            piece = run(loss, names, flat[: len(params)], rows, flat[-1], settings)
+            *_, mask, norms = flat
+            now = replace(settings, deferred=True, clipping=settings.clipping.reading(norms))
+            piece = run(loss, names, flat[: len(params)], rows, mask, now)
         layout, results = Layout.flatten(piece)
         layouts.append(layout)
         return results
 
     with _RefuseReads(), _explained(), torch.autograd.set_multithreading_enabled(False):
-        module = make_fx(step)(*given, *tensors, *others, is_padding)
+        module = make_fx(step)(*given, *tensors, *others, is_padding, bounds)
     constants, fresh = _lift_constants(module)
     return Graph(module, layouts[0], constants, fresh)
 

@@ -12,6 +12,7 @@ from torch.overrides import _get_current_function_mode_stack
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from clipgrad._inputs import Inputs
+from clipgrad.clipping import Clipping
 from clipgrad.compiled._shape import is_channels_last
 from clipgrad.compiled._state import same
 from clipgrad.errors import CompileError
@@ -66,12 +67,13 @@ def _flags(kinds: Sequence[str]) -> tuple[Any, ...]:
     )
 
 
-def signature(inputs: Inputs, size: int) -> tuple[Any, ...]:
+def signature(inputs: Inputs, size: int, clipping: Clipping) -> tuple[Any, ...]:
     """Equal for two batches exactly if one graph serves both, as far as arguments and settings go.
 
     Args:
         inputs: The arguments.
         size: Rows of the graph.
+        clipping: Of the transform; the norms themselves are inputs of the graph.
     """
     kinds = (
         ("cpu",) if inputs.params[0].device.type == "cpu" else ("cpu", inputs.params[0].device.type)
@@ -85,6 +87,7 @@ def signature(inputs: Inputs, size: int) -> tuple[Any, ...]:
         ("further tensor arguments", tuple(map(describe, inputs.others))),
         ("structure of the arguments", inputs.structure),
         ("autocast, default dtype or device, determinism or precision settings", _flags(kinds)),
+        ("clipping groups or rules, or a norm that became or was 0 or inf", clipping.structure),
         ("registered rules", tuple(rules().values())),
     )  # fmt: skip
 

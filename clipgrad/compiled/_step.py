@@ -60,6 +60,7 @@ class Compiler:
         self.mode = mode
         self._entries: list[_Entry] = []
         self._size: int | None = None
+        self._bounds: tuple[tuple[float, ...], Tensor] | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Compiler, (self.mode,)  # a copy compiles for itself
@@ -91,10 +92,11 @@ class Compiler:
         device = inputs.params[0].device
         padded = fitted_batch(batch, size)
         padding = fitted_mask(mask, count, size, device)
-        now = signature(inputs, size)
-        entry = self._find(now) or self._make(inputs, padded, padding, settings, now)
+        bounds = self._bounds_on(device, settings.clipping.norms)
+        now = signature(inputs, size, settings.clipping)
+        entry = self._find(now) or self._make(inputs, padded, padding, bounds, settings, now)
         generators = None if entry.checked else Generators(device)
-        piece = self._call(entry, inputs, padded, padding)
+        piece = self._call(entry, inputs, padded, padding, bounds)
         assert piece.all_finite is not None
         finite = bool(piece.all_finite)
         dropping = settings.nan_safe or mask is not None or count < size
@@ -105,9 +107,15 @@ class Compiler:
             with generators.replayed():
                 eager = run(inputs.loss, inputs.names, inputs.params, padded, padding, settings)
             slack = tolerance(entry.graph.module, device)
-            compare(piece, eager, inputs.names, settings.clipping.bound(), slack)
+            compare(piece, eager, inputs.names, settings.clipping, slack)
             entry.checked = True
         return _first(piece, count)
+
+    def _bounds_on(self, device: torch.device, norms: tuple[float, ...]) -> Tensor:
+        """The clipping norms as an input of the graph; copied to the device when they change."""
+        if self._bounds is None or self._bounds[0] != norms or self._bounds[1].device != device:
+            self._bounds = norms, torch.tensor(norms, dtype=torch.float64, device=device)
+        return self._bounds[1]
 
     def _find(self, now: tuple[Any, ...]) -> _Entry | None:
         for index, entry in enumerate(self._entries):
@@ -122,6 +130,7 @@ class Compiler:
         inputs: Inputs,
         batch: Sequence[Any],
         padding: Tensor,
+        bounds: Tensor,
         settings: Settings,
         now: tuple[Any, ...],
     ) -> _Entry:
@@ -141,7 +150,7 @@ class Compiler:
             f" again, since this changed: {reason}" if reason else "",
         )
         generators = Generators(padding.device)
-        graph, state = _trace_twice(inputs, batch, padding, settings, generators)
+        graph, state = _trace_twice(inputs, batch, padding, bounds, settings, generators)
         entry = _Entry(
             now,
             state,
@@ -151,7 +160,7 @@ class Compiler:
         )
         traced = time.perf_counter()
         try:
-            self._call(entry, inputs, batch, padding)
+            self._call(entry, inputs, batch, padding, bounds)
         except Exception as error:
             raise CompileError(
                 f"torch.compile could not compile the traced step ({type(error).__name__}: {error}). Leave compile "
@@ -169,13 +178,18 @@ class Compiler:
         self._entries.insert(0, entry)
         return entry
 
-    def _call(self, entry: _Entry, inputs: Inputs, batch: Sequence[Any], padding: Tensor) -> Piece:
+    def _call(
+        self,
+        entry: _Entry,
+        inputs: Inputs,
+        batch: Sequence[Any],
+        padding: Tensor,
+        bounds: Tensor,
+    ) -> Piece:
         graph = entry.graph
         tensors = [leaf for leaf in batch if isinstance(leaf, Tensor)]
-        flat = [
-            tensor.detach()
-            for tensor in (*inputs.params, *tensors, *inputs.others, padding, *graph.constants)
-        ]
+        given = (*inputs.params, *tensors, *inputs.others, padding, bounds)
+        flat = [tensor.detach() for tensor in (*given, *graph.constants)]
         borrowed = _backend.uses_cuda_graphs(self.mode)
         with ExitStack() as stack:
             stack.enter_context(torch.no_grad())
@@ -195,6 +209,7 @@ def _trace_twice(
     inputs: Inputs,
     batch: Sequence[Any],
     padding: Tensor,
+    bounds: Tensor,
     settings: Settings,
     generators: Generators,
 ) -> tuple[Graph, State]:
@@ -214,6 +229,7 @@ def _trace_twice(
             batch,
             inputs.others,
             padding,
+            bounds,
             settings,
             observer,
         )

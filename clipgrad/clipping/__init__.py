@@ -1,0 +1,45 @@
+"""How far each sample's gradient is scaled down, and what one sample can change after that.
+
+Three questions, each answered once and in a file of its own; a strategy is one answer to each:
+
+=================  ===========================================================  =================
+question           answers                                                      file
+=================  ===========================================================  =================
+what is scaled     the whole gradient, parameters by prefix, ``PerLayer``       ``_strategies``
+together?
+by which factor?   at most 1 (clip), or ``Automatic``                           ``_rules``
+to which norm?     a number, a function of the step, ``AdaptiveQuantile``       ``_adaptive``
+=================  ===========================================================  =================
+
+``_clipping`` resolves a strategy against parameter names to factors and a bound; ``_progress`` turns a strategy that
+changes from step to step into the constant one of the present step.
+"""
+
+from __future__ import annotations
+
+from clipgrad.clipping._adaptive import AdaptiveQuantile
+from clipgrad.clipping._clipping import Clipping, make_clipping, sensitivity
+from clipgrad.clipping._progress import Progress
+from clipgrad.clipping._relation import Relation, relation_of
+from clipgrad.clipping._strategies import (
+    Automatic,
+    ClippingStrategy,
+    PerLayer,
+    Schedule,
+    is_grouped,
+)
+
+__all__ = [
+    "AdaptiveQuantile",
+    "Automatic",
+    "Clipping",
+    "ClippingStrategy",
+    "PerLayer",
+    "Progress",
+    "Relation",
+    "Schedule",
+    "is_grouped",
+    "make_clipping",
+    "relation_of",
+    "sensitivity",
+]

@@ -1,0 +1,215 @@
+"""From per-sample norms to clipping factors, and from the configuration to its sensitivity."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from clipgrad import _validate
+from clipgrad.clipping._adaptive import AdaptiveQuantile
+from clipgrad.clipping._relation import Relation, most_contributions
+from clipgrad.clipping._rules import Clip, Normalise, Rule
+from clipgrad.clipping._strategies import Automatic, ClippingStrategy, PerLayer
+
+# Factors beyond it would overflow in float32 where a gradient is zero.
+_LARGEST_FACTOR = 1e30
+
+
+@dataclass(frozen=True)
+class Clipping:
+    """Which parameters are scaled together, to which norm and how.
+
+    Attributes:
+        groups: Name of each group; one empty name if all parameters are scaled together.
+        norms: The clipping norm of each group, ``0 <= C <= inf``.
+        assignment: Per parameter, the index of its group.
+        rules: How each group's norms become factors.
+        rescale: Whether clipped gradients are divided by their group's norm, so that the bound is 1.
+        bounds: ``norms`` as a tensor ``[groups]``, read in their place by a graph that must serve other norms too.
+    """
+
+    groups: tuple[str, ...]
+    norms: tuple[float, ...]
+    assignment: tuple[int, ...]
+    rules: tuple[Rule, ...]
+    rescale: bool = False
+    bounds: Tensor | None = field(default=None, compare=False, repr=False)
+
+    def members(self, group: int) -> list[int]:
+        """Indices of the parameters that a group clips together."""
+        return self._members[group]
+
+    @cached_property
+    def _members(self) -> list[list[int]]:
+        members: list[list[int]] = [[] for _ in self.groups]
+        for index, owner in enumerate(self.assignment):
+            members[owner].append(index)
+        return members
+
+    def factors(self, norms: Tensor, group: int) -> Tensor:
+        """What each sample's gradient is multiplied by in one group; NaN for a NaN norm.
+
+        For ``Clip``, ``min(1, C / norm)``, divided by C if rescaled: ``C = 0`` gives 0, ``C = inf`` gives 1, a zero
+        norm gives 1.
+
+        Args:
+            norms: Per-sample L2 norms ``[B]``.
+            group: Index of the group.
+        """
+        bound: float | Tensor = self.norms[group]
+        if math.isinf(bound):
+            return torch.where(norms.isnan(), norms, 1.0)
+        if bound == 0:
+            return torch.where(norms.isfinite(), 0.0, norms)
+        if self.bounds is not None:
+            bound = self.bounds[group]
+        return self.rules[group].factors(norms, bound, self.rescale)
+
+    def reading(self, bounds: Tensor) -> Clipping:
+        """The same with ``bounds`` in place of ``norms``, as long as ``structure`` stays the same."""
+        return replace(self, bounds=bounds)
+
+    @cached_property
+    def structure(self) -> tuple[Any, ...]:
+        """All but the values of positive finite norms: what a graph that reads ``bounds`` depends on."""
+        ends = tuple(norm if norm == 0 or math.isinf(norm) else None for norm in self.norms)
+        return self.groups, self.assignment, self.rules, self.rescale, ends
+
+    def bound(self) -> float:
+        """The L2 norm that one sample's contribution, all groups together, cannot exceed."""
+        return math.hypot(*(1.0 if self.rescale else norm for norm in self.norms))
+
+
+def make_clipping(
+    max_grad_norm: ClippingStrategy,
+    names: Sequence[str] | None = None,
+    sizes: Sequence[int] | None = None,
+    *,
+    rescale: bool,
+) -> Clipping:
+    """Resolve ``max_grad_norm`` against the parameter names.
+
+    Args:
+        max_grad_norm: One norm for all parameters, or a mapping from prefixes of parameter names to norms. A
+            prefix matches whole components (``"conv"`` matches ``"conv.weight"``, not ``"conv1.weight"``), the
+            longest match wins, and ``""`` matches everything. In place of a norm, ``Automatic``; in place of all,
+            ``PerLayer``. Every norm is a number.
+        names: Parameter names in order; None for the bound alone, before any parameter is known.
+        sizes: Number of elements of each parameter, for ``PerLayer``.
+        rescale: Whether clipped gradients are rescaled to norm one.
+
+    Raises:
+        ValueError: If a norm is negative, NaN, or changes from step to step, a parameter matches no prefix, or a
+            prefix no parameter.
+    """
+    if isinstance(max_grad_norm, Mapping):
+        return _by_prefix(max_grad_norm, names, rescale)
+    if isinstance(max_grad_norm, PerLayer):
+        return _per_layer(max_grad_norm, names, sizes, rescale)
+    rule, norm = _rule("max_grad_norm", max_grad_norm, rescale)
+    return Clipping(("",), (norm,), (0,) * len(names or ()), (rule,), rescale)
+
+
+def _by_prefix(
+    max_grad_norm: Mapping[str, Any], names: Sequence[str] | None, rescale: bool
+) -> Clipping:
+    if not max_grad_norm:
+        raise ValueError("max_grad_norm is an empty mapping; give a norm, or one per prefix.")
+    groups = tuple(max_grad_norm)
+    found = [
+        _rule(f"max_grad_norm[{group!r}]", value, rescale) for group, value in max_grad_norm.items()
+    ]
+    rules, norms = zip(*found, strict=True)
+    if names is None:
+        names = groups
+    assignment = tuple(_longest_match(name, groups) for name in names)
+    for index, group in enumerate(groups):
+        if index not in assignment:
+            raise ValueError(
+                f"max_grad_norm: no trainable parameter starts with {group!r}; its names start with "
+                f"{sorted({name.split('.')[0] for name in names})}. Remove or correct the entry."
+            )
+    return Clipping(groups, norms, assignment, rules, rescale)
+
+
+def _per_layer(
+    strategy: PerLayer, names: Sequence[str] | None, sizes: Sequence[int] | None, rescale: bool
+) -> Clipping:
+    if rescale:
+        raise ValueError(
+            "rescale_to_unit_norm cannot be combined with PerLayer, whose bound would depend on the number of layers. "
+            "Leave it out and divide by the norm of all layers together: normalize_by=max_grad_norm."
+        )
+    rule, norm = _rule("max_grad_norm", strategy.max_grad_norm, rescale)
+    if names is None:
+        return Clipping(("",), (norm,), (), (rule,))
+    owners = [name.rpartition(".")[0] for name in names]
+    elements = dict.fromkeys(owners, 0)
+    for owner, size in zip(owners, sizes or [0] * len(owners), strict=True):
+        elements[owner] += size
+    groups = tuple(elements)
+    norms = tuple(norm * share for share in strategy.shares(elements).values())
+    position = {group: index for index, group in enumerate(groups)}
+    assignment = tuple(position[owner] for owner in owners)
+    return Clipping(groups, norms, assignment, (rule,) * len(groups))
+
+
+def _rule(what: str, value: object, rescale: bool) -> tuple[Rule, float]:
+    """Rule and norm of one group."""
+    rule: Rule = Clip()
+    if isinstance(value, Automatic):
+        rule, value = Normalise(float(value.gamma)), value.max_grad_norm
+    if isinstance(value, PerLayer | Mapping):
+        raise ValueError(
+            f"{what} is a {type(value).__name__}, but groups hold no groups; give a norm or Automatic."
+        )
+    if isinstance(value, AdaptiveQuantile) or callable(value):
+        raise ValueError(
+            f"{what} changes from step to step ({value!r}), and only DPOptimizer counts steps. Give a number, and "
+            "gradient.with_max_grad_norm(...) for another one."
+        )
+    norm = _validate.number(what, value)
+    if math.isnan(norm) or norm < 0:
+        raise ValueError(f"{what} must be a non-negative number (inf for no clipping), got {norm}.")
+    if rescale and (norm == 0 or math.isinf(norm)):
+        raise ValueError(
+            f"{what}={norm} cannot be rescaled to unit norm; use a positive finite norm."
+        )
+    if isinstance(rule, Normalise) and not norm / rule.gamma <= _LARGEST_FACTOR:
+        raise ValueError(
+            f"{what}=Automatic({norm}, gamma={rule.gamma}) multiplies small gradients by {norm / rule.gamma:.0e}; "
+            f"keep max_grad_norm / gamma below {_LARGEST_FACTOR:.0e}."
+        )
+    return rule, norm
+
+
+def _longest_match(name: str, groups: Sequence[str]) -> int:
+    matches = [
+        (len(group), index)
+        for index, group in enumerate(groups)
+        if group in ("", name) or name.startswith(group + ".")
+    ]
+    if not matches:
+        raise ValueError(
+            f"max_grad_norm: parameter {name!r} matches no group of {list(groups)}. Every trainable parameter "
+            "needs a clipping norm; add an entry for it, or '' for all the others."
+        )
+    return max(matches)[1]
+
+
+def sensitivity(
+    clipping: Clipping, relation: Relation, *, normalize_by: float, nan_safe: bool
+) -> float:
+    """How far one neighbour can move the clipped sum, in L2 norm.
+
+    ``inf`` without clipping, and without ``nan_safe``, where a single NaN may turn everything into NaN.
+    """
+    if not nan_safe:
+        return math.inf
+    return most_contributions(relation) * clipping.bound() / normalize_by
