@@ -23,7 +23,7 @@ MOST_SIGMA = 2**28
 _WORD_BITS = 62
 # |candidate| - S below this has a square of less than 63 bits.
 _MOST_DISTANCE = 2**31
-_AT_ONCE = 2**15  # values; their scratch stays in a core's own cache
+_AT_ONCE = 2**16  # values; a piece fits a cache, and the last few rejections of each cost little
 
 
 def discrete_gaussian(count: int, sigma: int) -> Integers:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from clipgrad import Relation, clipped_grad
-from clipgrad._grid import Grid, within
+from clipgrad._grid import Grid, alone, exact_sigma, within
 from clipgrad._reference import clipped_sum, per_sample_gradients_by_loop
 from tests.small_mlp import make_batch, make_params, mlp
 from tests.test_sensitivity import MODELS, Model, collate, rows, tied
@@ -176,6 +176,14 @@ def test_sensitivity_of_groups_is_never_rounded_down(norms: list[float]) -> None
     assert Fraction(bound) ** 2 >= squared > Fraction(math.nextafter(bound, 0)) ** 2
 
 
+@given(multiplier=st.floats(1e-3, 50), bound=st.floats(1e-3, 50))
+@example(multiplier=0.1, bound=3.0)
+@example(multiplier=1.1, bound=1.1)
+def test_sigma_is_never_rounded_down(multiplier: float, bound: float) -> None:
+    sigma, exact = exact_sigma(multiplier, bound), Fraction(multiplier) * Fraction(bound)
+    assert Fraction(sigma) >= exact > Fraction(math.nextafter(sigma, 0))
+
+
 # ------------------------------------------------------------------------------------ results
 
 
@@ -200,6 +208,18 @@ def test_equal_to_the_bit(microbatch_size: int | None) -> None:
     together = [sum(column) for column in zip(*(integers(r.grads) for r in single), strict=True)]
     assert together == integers(whole.grads)
     assert torch.equal(torch.cat([r.grad_norms for r in single]), whole.grad_norms)
+
+
+def test_a_sample_has_memory_of_its_own() -> None:
+    """Laid out and aligned as any other: kernels may round by either."""
+    memory = torch.randn(3, 5, 7)
+    for batch in (memory, memory.permute(0, 2, 1), memory[..., 1:]):
+        (leaf, constant) = alone([batch[1:2], 3])
+        assert isinstance(leaf, Tensor)
+        assert (torch.equal(leaf, batch[1:2]), constant) == (True, 3)
+        assert leaf.is_contiguous()
+        assert leaf.data_ptr() % 64 == 0
+        assert leaf.untyped_storage().data_ptr() != memory.untyped_storage().data_ptr()
 
 
 def test_close_to_the_definition() -> None:
