@@ -131,7 +131,8 @@ def _finish(
 
 def plan(tape: Tape, settings: Settings) -> list[Choice]:
     """Decide a strategy for every tracked entry, and tell the entries."""
-    forced = Strategy.KEPT if settings.pre_clipping is not None else settings.strategy
+    materialised = settings.pre_clipping is not None or settings.grid is not None
+    forced = Strategy.KEPT if materialised else settings.strategy
     choices = choose(
         tape.tracked, tape.batch_size, strategy=forced, memory_budget=settings.memory_budget
     )

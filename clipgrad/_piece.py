@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from clipgrad._gradients import Gradients, Transformed
+from clipgrad._grid import Grid
 from clipgrad._phases import phase
 from clipgrad._tape import Strategy
 from clipgrad.clipping import Clipping
@@ -32,6 +33,7 @@ class Settings:
     memory_budget: float | None
     pre_clipping: PreClipping | None
     branches: str = "refuse"
+    grid: Grid | None = None
     deferred: bool = False
     """Leave the question whether every norm is finite to the caller: a traced graph cannot ask it."""
 
@@ -69,6 +71,13 @@ def clip(
     """Norms, factors and clipped sums of one microbatch whose backward pass has run."""
     clipping = settings.clipping
     indices = range(len(params))
+    if settings.grid is not None:
+        assert isinstance(gradients, Gradients)
+        rows = [gradients.per_sample(index) for index in indices]
+        if settings.pre_clipping is not None:
+            rows = settings.pre_clipping(rows)
+        exact, before, dropped = settings.grid.clip(rows, is_padding)
+        return Piece(exact, values, before, aux, dropped)
     if settings.pre_clipping is not None:
         assert isinstance(gradients, Gradients)
         gradients = Transformed(

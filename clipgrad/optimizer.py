@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from clipgrad import _validate
 from clipgrad._facade import OptimizerFacade
+from clipgrad._grid import Grid, check_samples, exact_sigma
 from clipgrad._pending import Pending
 from clipgrad._phases import phase
 from clipgrad._requirements import (
@@ -32,6 +33,7 @@ from clipgrad.clipping import (
     relation_of,
 )
 from clipgrad.compiled import fixed_size, observed
+from clipgrad.discrete import noise_on_grid, whole_steps
 from clipgrad.errors import UnclippedGradientError
 from clipgrad.explain import Explanation
 from clipgrad.noise import NoiseSource, SeededNoise, SystemNoise, gaussian_sigma
@@ -95,6 +97,8 @@ class DPOptimizer(OptimizerFacade):
         compile: Run the step as one compiled graph; see ``clipped_grad``. Without ``microbatch_size`` the graph has
             room for a Poisson batch two standard deviations above ``expected_batch_size``; if all your batches have
             the same size, pass that as ``microbatch_size``, and no row is wasted.
+        grid: Exact mode: clipped sums are integer multiples of this power of two, and the noise is the discrete
+            Gaussian, ``DiscreteGaussianNoise(grid)``; see ``clipped_grad`` and ``docs/exact.md``.
 
     Raises:
         ValueError: If an argument is out of range, a parameter of the optimizer is not in the model, or noise is
@@ -145,6 +149,7 @@ class DPOptimizer(OptimizerFacade):
         memory_budget: float | None = None,
         branches: str = "refuse",
         compile: bool | str = False,
+        grid: float | None = None,
     ) -> None:
         # Optimizer.__init__ is not called: param_groups, state and hooks are the wrapped optimizer's.
         check_parts(optimizer, model, loss_fn)
@@ -165,6 +170,14 @@ class DPOptimizer(OptimizerFacade):
                 f"noise must be a NoiseSource such as clipgrad.SystemNoise(), got {noise!r}; how much of it there is "
                 "says noise_multiplier."
             )
+        if grid is not None:
+            check_samples(2 * self.expected_batch_size, "twice the expected_batch_size")
+            noise = noise_on_grid(grid, noise, generator)
+            if self._progress.norm is not None:
+                raise ValueError(
+                    f"grid cannot be combined with max_grad_norm={max_grad_norm!r}: the noise of its count would not be "
+                    "exact. Give a norm, or a function of the step."
+                )
         if noise is None:
             noise = SystemNoise() if generator is None else SeededNoise(generator)
         self.noise: NoiseSource = noise
@@ -180,6 +193,7 @@ class DPOptimizer(OptimizerFacade):
             memory_budget=memory_budget,
             branches=branches,
             compile=compile,
+            grid=grid,
         )
         if self.noise_multiplier > 0 and not nan_safe:
             raise ValueError(
@@ -189,8 +203,12 @@ class DPOptimizer(OptimizerFacade):
             )
         self.sigma  # noqa: B018 - noise that cannot exist is refused here, not at the first step
         self._start()
-        names = [name for name, _ in self._selection]
-        make_clipping(self.max_grad_norm, names, rescale=False)
+        names, sizes = zip(*((name, p.numel()) for name, p in self._selection), strict=True)
+        clipping = make_clipping(self.max_grad_norm, names, sizes, rescale=False)
+        if grid is not None:
+            Grid(grid, clipping, sizes)  # refused here, not at the first step
+            if self.sigma > 0:
+                whole_steps(self.sigma, grid)
 
     # ------------------------------------------------------------------ the training loop
 
@@ -277,7 +295,9 @@ class DPOptimizer(OptimizerFacade):
 
         ``noise_multiplier * sensitivity``; with ``AdaptiveQuantile``, whose count needs noise too, a little more.
         """
-        return gaussian_sigma(noise_multiplier=self._noises()[0], sensitivity=self.sensitivity)
+        multiplier = self._noises()[0]
+        sigma = gaussian_sigma(noise_multiplier=multiplier, sensitivity=self.sensitivity)
+        return sigma if self._gradient.grid is None else exact_sigma(multiplier, self.sensitivity)
 
     @property
     def noise_multiplier(self) -> float:

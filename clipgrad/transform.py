@@ -15,6 +15,14 @@ from torch.utils._pytree import (
 
 from clipgrad import _validate
 from clipgrad._branches import BRANCHES, Disagreement
+from clipgrad._grid import (
+    Grid,
+    alone,
+    check_grid,
+    check_options,
+    check_samples,
+    exact_sensitivity,
+)
 from clipgrad._inputs import Inputs, take
 from clipgrad._microbatch import forward, plan, run
 from clipgrad._piece import Piece, Settings, accumulate
@@ -60,6 +68,7 @@ class ClippedGrad:
     memory_budget: float | None = None
     branches: str = "refuse"
     compile: bool | str = False
+    grid: float | None = None
     _compiler: Compiler | None = field(init=False, repr=False, compare=False)
     # Not an argument either: a copy with another norm must not find what was resolved for this one.
     _clipping_cache: dict[tuple[tuple[str, ...], tuple[int, ...]], Clipping] = field(
@@ -95,7 +104,7 @@ class ClippedGrad:
         settings = self._settings(inputs)
         if size == 0:
             return self._empty(inputs, settings)
-        step = self.microbatch_size or size
+        step = self._rows_at_once(size)
         if compiler is not None:
             step = compiler.rows(self.microbatch_size, size)
         pieces: list[Piece] = []
@@ -106,11 +115,12 @@ class ClippedGrad:
             if compiler is not None:
                 piece = compiler.run(inputs, rows, marked, settings, step)
             else:
+                batch = inputs.rows(rows)
                 piece = run(
                     inputs.loss,
                     inputs.names,
                     inputs.params,
-                    inputs.rows(rows),
+                    batch if self.grid is None else alone(batch),
                     marked,
                     settings,
                 )
@@ -136,10 +146,12 @@ class ClippedGrad:
         =================  =====================  ===============================================
 
         Rounding: the bound holds for exact arithmetic. In float32 the change of a sum can exceed it by about
-        one part in ``1e5``; see ``docs/guarantees.md``.
+        one part in ``1e5``; see ``docs/guarantees.md``. With a ``grid`` it holds to the last bit.
         """
         relation = relation_of(relation)
         clipping = make_clipping(self.max_grad_norm, rescale=self.rescale_to_unit_norm)
+        if self.grid is not None:
+            return exact_sensitivity(clipping, relation)
         return sensitivity(
             clipping, relation, normalize_by=self.normalize_by, nan_safe=self.nan_safe
         )
@@ -153,7 +165,9 @@ class ClippedGrad:
         Raises:
             ValueError: If it is out of range.
         """
-        make_clipping(max_grad_norm, rescale=self.rescale_to_unit_norm)
+        clipping = make_clipping(max_grad_norm, rescale=self.rescale_to_unit_norm)
+        if self.grid is not None:
+            check_grid(self.grid, clipping, max_grad_norm)
         other = replace(self, max_grad_norm=_owned(max_grad_norm))
         object.__setattr__(other, "_compiler", self._compiler)
         return other
@@ -176,7 +190,7 @@ class ClippedGrad:
                 "explain needs a batch of at least one sample; the estimates depend on it."
             )
         settings = self._settings(inputs)
-        rows = slice(0, min(self.microbatch_size or inputs.batch_size, inputs.batch_size))
+        rows = slice(0, min(self._rows_at_once(inputs.batch_size), inputs.batch_size))
         with torch.enable_grad():
             tape = _first_part(inputs, inputs.rows(rows), settings)
         try:
@@ -202,9 +216,21 @@ class ClippedGrad:
             memory_budget=self.memory_budget,
             pre_clipping=self._pre_clipping(inputs),
             branches=self.branches,
+            grid=self._grid(self._clipping_cache[key], inputs),
         )
 
+    def _grid(self, clipping: Clipping, inputs: Inputs) -> Grid | None:
+        if self.grid is None:
+            return None
+        check_samples(inputs.batch_size, "batch size")
+        return Grid(self.grid, clipping, tuple(param.numel() for param in inputs.params))
+
+    def _rows_at_once(self, size: int) -> int:
+        return 1 if self.grid is not None else self.microbatch_size or size
+
     def _accumulation(self, dtype: torch.dtype) -> torch.dtype:
+        if self.grid is not None:
+            return torch.float64
         return self.accumulate_dtype or torch.promote_types(dtype, torch.float32)
 
     def _pre_clipping(self, inputs: Inputs) -> Callable[[list[Tensor]], list[Tensor]] | None:
@@ -318,6 +344,7 @@ def clipped_grad(
     memory_budget: float | None = None,
     branches: str = "refuse",
     compile: bool | str = False,
+    grid: float | None = None,
 ) -> ClippedGrad:
     """Transform a loss into the sum of its per-sample clipped gradients.
 
@@ -358,6 +385,10 @@ def clipped_grad(
             ``clipgrad`` tells. Every microbatch is padded to ``microbatch_size`` rows (default: the size of the first
             batch), so batches of any size share a graph. The first batch is compared with the eager step. Not
             together with ``branches="split"``.
+        grid: Exact mode: round each sample's clipped gradient to multiples of this power of two, at most
+            ``C / sqrt(elements)``; ``C / 2**20`` is a good choice. Sums are float64 and integer arithmetic, so
+            ``sensitivity`` holds without rounding, and results do not depend on the order of the batch. Each sample
+            passes alone, whatever ``microbatch_size`` says, which is slow. See ``docs/exact.md``.
 
     Returns:
         A ``ClippedGrad``; call it like ``fn``.
@@ -377,7 +408,16 @@ def clipped_grad(
         >>> gradient.sensitivity()
         1.0
     """
-    make_clipping(max_grad_norm, rescale=rescale_to_unit_norm)
+    clipping = make_clipping(max_grad_norm, rescale=rescale_to_unit_norm)
+    if grid is not None:
+        grid = check_grid(grid, clipping, max_grad_norm)
+        check_options(
+            normalize_by=normalize_by,
+            rescale=rescale_to_unit_norm,
+            accumulate_dtype=accumulate_dtype,
+            nan_safe=nan_safe,
+            compile=compile,
+        )
     if accumulate_dtype is not None and (
         not accumulate_dtype.is_floating_point or accumulate_dtype.itemsize < 4
     ):
@@ -409,6 +449,7 @@ def clipped_grad(
         memory_budget=memory_budget,
         branches=_validate.one_of("branches", branches, BRANCHES),
         compile=_compile_mode(compile, branches),
+        grid=grid,
     )
 
 

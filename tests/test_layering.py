@@ -53,12 +53,17 @@ FORBIDDEN = {
     "sampling._poisson": SAMPLERS - {"sampling._poisson"},
     "sampling._users": {"sampling._loader", "sampling._make"},
     "sampling._loader": {"sampling._make"},
+    "discrete": MACHINERY,
+    "_discrete_gaussian": EVERYTHING | {"clipgrad", "torch"},
+    "_grid": MACHINERY | {"optimizer", "compiled", "noise", "discrete"},
     "accounting": MACHINERY | {"torch"},
     "_phases": EVERYTHING | {"clipgrad", "torch"},
 }
+HOMES = {"noise", "discrete", "_discrete_gaussian", "sampling", "testing"}
 RANDOM_CALL = re.compile(
     r"(rand|randn|randint)(_like)?|randperm|(normal|bernoulli|poisson)_?|(random|uniform)_"
     r"|multinomial|exponential_|manual_seed|Generator|default_rng|SystemRandom|urandom|token_bytes"
+    r"|randbelow|discrete_gaussian"
 )
 
 
@@ -89,7 +94,7 @@ def violations(path: str, source: str) -> list[str]:
         if below(name.removeprefix("clipgrad."), forbidden):
             found.append(f"clipgrad/{path}:{line} imports {name}")
     for node in ast.walk(tree):
-        if isinstance(node, ast.Call) and not below(module, {"noise", "sampling", "testing"}):
+        if isinstance(node, ast.Call) and not below(module, HOMES):
             called = ast.unparse(node.func).rpartition(".")[2]
             if RANDOM_CALL.fullmatch(called):
                 found.append(f"clipgrad/{path}:{node.lineno} draws randomness: {called}")
@@ -140,6 +145,11 @@ def test_package_keeps_its_layers() -> None:
         ("optimizer.py", "g.add_(torch.empty_like(g).normal_())"),
         ("rules/linear.py", "g = torch.Generator()"),
         ("_plan.py", "from torch import bernoulli\nbernoulli(p)"),
+        ("_grid.py", "from clipgrad.discrete import DiscreteGaussianNoise"),
+        ("_grid.py", "from clipgrad._piece import Piece"),
+        ("discrete.py", "from clipgrad.transform import ClippedGrad"),
+        ("_grid.py", "secrets.randbelow(2)"),
+        ("_discrete_gaussian.py", "from clipgrad.discrete import DiscreteGaussianNoise"),
     ],
 )
 def test_forbidden_is_found(path: str, source: str) -> None:
