@@ -14,7 +14,7 @@ from dp_accounting import pld, rdp
 from scipy import optimize, special
 
 from clipgrad import accounting
-from clipgrad.accounting import epsilon, noise_multiplier
+from clipgrad.accounting import _dp, _pld, _rdp, _run, epsilon, noise_multiplier
 
 # The run of Opacus' own tests of its accountants.
 OPACUS: dict[str, Any] = {"sample_rate": 0.04, "steps": 2249, "delta": 1e-5}
@@ -258,9 +258,9 @@ def without_dp_accounting(monkeypatch: pytest.MonkeyPatch) -> None:
             raise ModuleNotFoundError("No module named 'dp_accounting'")
         return original(name, package)
 
-    monkeypatch.setattr(accounting, "import_module", import_module)
-    accounting._rdp_of_one_step.cache_clear()
-    accounting._epsilon_by_pld.cache_clear()
+    monkeypatch.setattr(_dp, "import_module", import_module)
+    for cached in (_run._epsilon, _rdp._orders, _rdp._of_one_step, _pld._of_one_step):
+        cached.cache_clear()
 
 
 @BOTH

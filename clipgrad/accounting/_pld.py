@@ -1,0 +1,163 @@
+"""Accounting by privacy loss distributions (PLDs): their convolution is the composition of mechanisms."""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+from typing import Any
+
+from ._dp import imported
+from ._terms import Mechanism, Terms
+
+_GRID = 1e-4
+_COARSEST_GRID = 100.0  # from 700 on the exponential overflows
+
+
+class PrivacyLoss:
+    """Answers for growing histories; remembers the PLD of all mechanisms but the last."""
+
+    def __init__(self) -> None:
+        self._interval = 0.0
+        self._finished: tuple[tuple[Mechanism, int], ...] = ()
+        self._pld: Any = None
+
+    def epsilon(self, terms: Terms, delta: float) -> float:
+        """The epsilon at `delta`."""
+        if not terms.sampled:
+            sigma = terms.precision**-0.5
+            gaussian = imported("dp_accounting.gaussian_mechanism")
+            return float(gaussian.get_epsilon_gaussian(sigma, delta))
+        with imported("numpy").errstate(over="ignore"):  # to infinity, and so on the safe side
+            pld = self._composed(terms)
+            return math.inf if pld is None else float(pld.get_epsilon_for_delta(delta))
+
+    def delta(self, terms: Terms, epsilon: float) -> float:
+        """The delta at `epsilon`."""
+        if not terms.sampled:
+            return _delta_of_gaussian(math.sqrt(terms.precision), epsilon)
+        with imported("numpy").errstate(over="ignore"):
+            pld = self._composed(terms)
+            return 1.0 if pld is None else min(1.0, float(pld.get_delta_for_epsilon(epsilon)))
+
+    def _composed(self, terms: Terms) -> Any:
+        """None if the losses are too large to be resolved."""
+        interval = grid_interval(terms)
+        if interval > _COARSEST_GRID:
+            return None
+        *finished, (last, count) = terms.sampled
+        known = len(self._finished)
+        if interval != self._interval or tuple(finished[:known]) != self._finished:
+            distributions = imported("dp_accounting.pld.privacy_loss_distribution")
+            known, self._pld = 0, distributions.identity(interval)
+        for mechanism, times in finished[known:]:
+            self._pld = self._pld.compose(_of_one_step(mechanism, interval).self_compose(times))
+        self._interval, self._finished = interval, tuple(finished)
+        composed = self._pld.compose(_of_one_step(last, interval).self_compose(count))
+        if terms.precision:
+            composed = composed.compose(_of_gaussian(terms.precision, interval))
+        return composed
+
+
+def grid_interval(terms: Terms) -> float:
+    """Between privacy losses: 1e-4, dp-accounting's default, unless the losses are huge.
+
+    With little noise they would fill the memory. A grid in proportion to them costs at most seconds,
+    and the result stays an upper bound: rounding is upwards. Intervals are powers of two of the
+    default: a grid is then part of each finer one and its bound above theirs, so that a run which
+    outgrows a grid does not come out as more private.
+    """
+    one_step, variance = terms.precision / 4, terms.precision
+    for mechanism, count in terms.sampled:
+        size, growth = _spread(mechanism)
+        one_step = max(one_step, size)
+        variance += count * growth
+    # Of the whole run, in hundreds.
+    mu = math.sqrt(variance)
+    whole_run = mu * (mu / 2 + 5) / 100
+    needed = max(1.0, one_step, whole_run)
+    return _GRID * 2.0 ** math.ceil(math.log2(needed)) if math.isfinite(needed) else math.inf
+
+
+@lru_cache(maxsize=256)
+def _spread(mechanism: Mechanism) -> tuple[float, float]:
+    """Size of the losses of one step, and what the step adds to the variance of the run's.
+
+    The latter by the central limit (Dong, Roth and Su, "Gaussian Differential Privacy", 2019), or as
+    without sampling if that is less. Only the grid depends on it.
+    """
+    rate, noise = mechanism.rate, mechanism.noise
+    if mechanism.truncation is not None:
+        rate, noise = min(1.0, 2 * rate), noise / 2  # one sample in, one sample out
+    if mechanism.group_size == 1:
+        growth = rate**2 * _expm1(noise**-2)
+        return (0.5 / noise) ** 2, min(growth, noise**-2)
+    chances = _binomial(mechanism.group_size, rate)
+    # More of the group than this are never in one batch.
+    most = max(j for j, chance in enumerate(chances) if chance > 1e-15)
+    growth = sum(
+        p * q * _expm1(i * j * noise**-2)
+        for i, p in enumerate(chances[: most + 1])
+        for j, q in enumerate(chances[: most + 1])
+    )
+    return (0.5 * most / noise) ** 2, min(growth, (mechanism.group_size / noise) ** 2)
+
+
+def _expm1(exponent: float) -> float:
+    return math.expm1(exponent) if exponent < 700 else math.inf
+
+
+def _binomial(count: int, rate: float) -> list[float]:
+    """Probabilities of 0 to `count` successes."""
+    chances: list[float] = (
+        imported("scipy.stats").binom.pmf(list(range(count + 1)), count, rate).tolist()
+    )
+    return chances
+
+
+@lru_cache(maxsize=8)
+def _of_one_step(mechanism: Mechanism, interval: float) -> Any:
+    """The PLD of one step: it takes about a second, its powers a fraction."""
+    distributions = imported("dp_accounting.pld.privacy_loss_distribution")
+    relation = imported("dp_accounting").NeighboringRelation[mechanism.relation.upper()]
+    if mechanism.truncation is not None:
+        num_samples, most = mechanism.truncation
+        return distributions.from_truncated_subsampled_gaussian_mechanism(
+            num_samples,
+            mechanism.rate,
+            most,
+            mechanism.noise,
+            value_discretization_interval=interval,
+            neighboring_relation=relation,
+        )
+    if mechanism.group_size > 1:
+        # Ganesh, "Tight Group-Level DP Guarantees for DP-SGD with Sampling via Mixture of Gaussians
+        # Mechanisms", 2024: each of the group's samples in the batch moves the sum by a clip norm.
+        size = mechanism.group_size
+        return distributions.from_mixture_gaussian_mechanism(
+            mechanism.noise,
+            list(range(size + 1)),
+            _binomial(size, mechanism.rate),
+            value_discretization_interval=interval,
+        )
+    return distributions.from_gaussian_mechanism(
+        mechanism.noise,
+        value_discretization_interval=interval,
+        sampling_prob=mechanism.rate,
+        neighboring_relation=relation,
+    )
+
+
+@lru_cache(maxsize=8)
+def _of_gaussian(precision: float, interval: float) -> Any:
+    distributions = imported("dp_accounting.pld.privacy_loss_distribution")
+    return distributions.from_gaussian_mechanism(
+        precision**-0.5, value_discretization_interval=interval
+    )
+
+
+def _delta_of_gaussian(mu: float, epsilon: float) -> float:
+    """Balle and Wang, "Improving the Gaussian Mechanism for Differential Privacy", 2018, theorem 8."""
+    special = imported("scipy.special")
+    above = float(special.ndtr(mu / 2 - epsilon / mu))
+    below = math.exp(epsilon + float(special.log_ndtr(-mu / 2 - epsilon / mu)))
+    return max(0.0, above - below)

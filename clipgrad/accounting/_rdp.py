@@ -1,0 +1,60 @@
+"""Renyi accounting: the divergences of the steps, at a hundred and fifty orders, add up."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+from ._dp import imported, without_warnings
+from ._terms import Mechanism, Terms
+
+
+class Renyi:
+    """Answers for growing histories; remembers the sum over all mechanisms but the last."""
+
+    def __init__(self) -> None:
+        self._finished: tuple[tuple[Mechanism, int], ...] = ()
+        self._sum: Any = 0.0
+
+    def epsilon(self, terms: Terms, delta: float) -> float:
+        """The epsilon at `delta`."""
+        rdp = imported("dp_accounting.rdp.rdp_privacy_accountant")
+        bound, _ = rdp.compute_epsilon(_orders(), self._divergences(terms), delta)
+        return float(bound)
+
+    def delta(self, terms: Terms, epsilon: float) -> float:
+        """The delta at `epsilon`."""
+        rdp = imported("dp_accounting.rdp.rdp_privacy_accountant")
+        bound, _ = rdp.compute_delta(_orders(), self._divergences(terms), epsilon)
+        return float(bound)
+
+    def _divergences(self, terms: Terms) -> Any:
+        # Mironov, "Renyi Differential Privacy", 2017, corollary 3.
+        gaussian = terms.precision / 2 * _orders()
+        if not terms.sampled:
+            return gaussian
+        *finished, (last, count) = terms.sampled
+        known = len(self._finished)
+        if tuple(finished[:known]) != self._finished:
+            known, self._sum = 0, 0.0
+        for mechanism, times in finished[known:]:
+            self._sum = self._sum + times * _of_one_step(mechanism)
+        self._finished = tuple(finished)
+        return self._sum + count * _of_one_step(last) + gaussian
+
+
+@lru_cache(maxsize=64)
+def _of_one_step(mechanism: Mechanism) -> Any:
+    """Renyi divergence at each order; steps add up, so that this serves any number."""
+    dp = imported("dp_accounting")
+    accountant = imported("dp_accounting.rdp").RdpAccountant()
+    with without_warnings():
+        accountant.compose(
+            dp.PoissonSampledDpEvent(mechanism.rate, dp.GaussianDpEvent(mechanism.noise))
+        )
+    return accountant.rdp
+
+
+@lru_cache(maxsize=1)
+def _orders() -> Any:
+    return imported("dp_accounting.rdp").RdpAccountant().orders

@@ -1,0 +1,290 @@
+"""Plans of runs of equal steps: their epsilon, the noise that a target needs, the steps that it allows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from enum import Enum
+from functools import lru_cache
+
+from . import _checks
+from ._backends import backend, epsilon_of
+from ._checks import Accountant
+from ._dp import imported
+from ._sampling import Poisson, Sampling, TruncatedPoisson, require_sampling, require_supported
+from ._terms import LEAST_NOISE, Terms, terms_of
+
+_TOLERANCE = 1e-4  # relative, of a calibrated noise multiplier
+_MOST_NOISE = 2.0**30
+_MOST_STEPS = 2**40
+
+
+def epsilon(
+    *,
+    noise_multiplier: float,
+    sample_rate: float | None = None,
+    sampling: Sampling | None = None,
+    steps: int,
+    delta: float,
+    accountant: Accountant = "pld",
+    relation: str | Enum = "add_or_remove_one",
+    group_size: int = 1,
+) -> float:
+    """The epsilon for which the run is ``(epsilon, delta)`` differentially private.
+
+    Args:
+        noise_multiplier: Standard deviation of the noise per unit of sensitivity, where the
+            sensitivity is that of ``relation``: twice the clip norm for ``"replace_one"``.
+        sample_rate: Probability q of each sample to be in a batch, ``0 < q <= 1``; stands for
+            ``sampling=Poisson(q)``. Give exactly one of the two.
+        sampling: How batches are drawn.
+        steps: Noisy steps of the run, empty batches included; at least 0.
+        delta: Probability with which epsilon may fail to hold, ``0 < delta < 1``; choose it well
+            below one over the number of samples.
+        accountant: ``"pld"`` (tight) or ``"rdp"`` (quick when asked again).
+        relation: Which datasets are neighbours: ``"add_or_remove_one"``, ``"replace_special"`` (the
+            same figures) or ``"replace_one"`` (under Poisson sampling only ``"pld"``); or a
+            :class:`clipgrad.Relation`.
+        group_size: The most samples that one person has; neighbours then differ in all of them.
+
+    Returns:
+        At least 0; infinite without noise, 0.0 without steps.
+
+    Raises:
+        ValueError: If a number is out of range, a name unknown, or a combination has no bound here.
+        ImportError: If ``dp-accounting`` is not installed.
+
+    Examples:
+        >>> run = {"sample_rate": 256 / 60_000, "steps": 15 * 234, "delta": 1e-5}
+        >>> round(epsilon(noise_multiplier=1.3, **run), 2)
+        0.86
+        >>> round(epsilon(noise_multiplier=1.3, accountant="rdp", **run), 2)
+        0.95
+        >>> epsilon(noise_multiplier=0.0, **run)
+        inf
+    """
+    run = _Run.checked(sample_rate, sampling, steps, delta, accountant, relation, group_size)
+    return run.epsilon(_checks.at_least_0("noise_multiplier", noise_multiplier))
+
+
+def noise_multiplier(
+    *,
+    target_epsilon: float,
+    sample_rate: float | None = None,
+    sampling: Sampling | None = None,
+    steps: int,
+    delta: float,
+    accountant: Accountant = "pld",
+    relation: str | Enum = "add_or_remove_one",
+    group_size: int = 1,
+) -> float:
+    """The smallest noise multiplier with which the run meets ``target_epsilon``.
+
+    Args:
+        target_epsilon: The epsilon not to exceed, positive; infinity needs no noise.
+        sample_rate: As in :func:`epsilon`, also for the rest.
+        sampling: How batches are drawn, instead.
+        steps: Noisy steps of the run.
+        delta: Probability with which epsilon may fail to hold.
+        accountant: ``"pld"`` or ``"rdp"``, which asks for some 5 % more noise.
+        relation: Which datasets are neighbours.
+        group_size: The most samples that one person has.
+
+    Returns:
+        The noise multiplier, at most 0.01 % above the smallest; :func:`epsilon` of it is at most
+        ``target_epsilon``. 0.0 if there are no steps or the target is infinite.
+
+    Raises:
+        ValueError: If a number is out of range, a name unknown, a combination has no bound here, or
+            no noise meets the target.
+        ImportError: If ``dp-accounting`` is not installed.
+
+    Examples:
+        >>> run = {"sample_rate": 0.01, "steps": 1000, "delta": 1e-5, "accountant": "rdp"}
+        >>> sigma = noise_multiplier(target_epsilon=2.0, **run)
+        >>> round(sigma, 2), epsilon(noise_multiplier=sigma, **run) <= 2.0
+        (1.02, True)
+    """
+    run = _Run.checked(sample_rate, sampling, steps, delta, accountant, relation, group_size)
+    target = _target(target_epsilon)
+    if run.steps == 0 or target == math.inf:
+        return 0.0
+    if run.accountant == "rdp":
+        return _smallest_noise(run, target, start=1.0, factor=2.0)
+    # Renyi accounting comes close at a fraction of the time.
+    start = _smallest_noise(run.near(), target, start=1.0, factor=2.0)
+    return _smallest_noise(run, target, start=start, factor=1.25)
+
+
+def steps(
+    *,
+    target_epsilon: float,
+    noise_multiplier: float,
+    sample_rate: float | None = None,
+    sampling: Sampling | None = None,
+    delta: float,
+    accountant: Accountant = "pld",
+    relation: str | Enum = "add_or_remove_one",
+    group_size: int = 1,
+) -> int:
+    """The largest number of steps that stays within ``target_epsilon``.
+
+    Args:
+        target_epsilon: The epsilon not to exceed, positive and finite.
+        noise_multiplier: As in :func:`epsilon`, also for the rest.
+        sample_rate: Probability of each sample to be in a batch.
+        sampling: How batches are drawn, instead.
+        delta: Probability with which epsilon may fail to hold.
+        accountant: ``"pld"`` or ``"rdp"``, which allows some 10 to 20 % fewer steps.
+        relation: Which datasets are neighbours.
+        group_size: The most samples that one person has.
+
+    Returns:
+        At least 0, at most ``2**40``: more are not looked for. :func:`epsilon` of as many steps is
+        at most ``target_epsilon``, and of one more it is not.
+
+    Raises:
+        ValueError: If a number is out of range, a name unknown, or a combination has no bound here.
+        ImportError: If ``dp-accounting`` is not installed.
+
+    Examples:
+        >>> run = {"noise_multiplier": 1.0, "sample_rate": 0.01, "delta": 1e-5, "accountant": "rdp"}
+        >>> most = steps(target_epsilon=2.0, **run)
+        >>> epsilon(steps=most, **run) <= 2.0 < epsilon(steps=most + 1, **run)
+        True
+    """
+    run = _Run.checked(sample_rate, sampling, 1, delta, accountant, relation, group_size)
+    target = _target(target_epsilon)
+    noise = _checks.at_least_0("noise_multiplier", noise_multiplier)
+    if target == math.inf:
+        raise ValueError("target_epsilon must be finite, got inf: any number of steps has it.")
+    start = 1
+    if run.accountant == "pld":
+        near = run.near()
+        start = max(1, _most_steps(lambda count: near.with_steps(count).epsilon(noise), target, 1))
+    return _most_steps(lambda count: run.with_steps(count).epsilon(noise), target, start)
+
+
+def _most_steps(epsilon_of: Callable[[int], float], target: float, start: int) -> int:
+    """Every number that this returns has been checked to meet the target, and one more not to."""
+    within, beyond = 0, min(start, _MOST_STEPS)
+    known = {0: 0.0}
+
+    def meets(count: int) -> bool:
+        known[count] = epsilon_of(count)
+        return known[count] <= target
+
+    while meets(beyond):
+        within = beyond
+        if within == _MOST_STEPS:
+            return within
+        beyond = min(_MOST_STEPS, within + max(1, within // 4) if start > 1 else 2 * within)
+    while beyond - within > 1:
+        # Epsilon grows about as a power of the steps; where it does not, halving makes progress.
+        guess = (within + beyond) // 2
+        low, high = known[within], known[beyond]
+        if len(known) % 2 and within and 0 < low < target < high < math.inf:
+            slope = math.log(beyond / within) / math.log(high / low)
+            # One beyond the estimate, so that both ends close in.
+            guess = math.floor(within * (target / low) ** slope) + 1
+            guess = min(max(guess, within + 1), beyond - 1)
+        if meets(guess):
+            within = guess
+        else:
+            beyond = guess
+    return within
+
+
+def _smallest_noise(run: _Run, target: float, *, start: float, factor: float) -> float:
+    """Every value that this returns has been checked to meet the target."""
+    upper = start
+    while run.epsilon(upper) > target:
+        upper *= factor
+        if upper > _MOST_NOISE:
+            raise ValueError(
+                f"target_epsilon = {target} at delta = {run.delta} is not met by a noise "
+                f"multiplier of {_MOST_NOISE:.0f}; raise target_epsilon or delta, or take fewer steps."
+            )
+    lower = upper / factor
+    while run.epsilon(lower) <= target:
+        upper, lower = lower, lower / factor
+    if lower < LEAST_NOISE:
+        return upper
+
+    def gap(noise: float) -> float:  # finite, and nearly linear
+        return math.log(min(max(run.epsilon(noise), 1e-12), 1e12) / target)
+
+    tolerance = _TOLERANCE / 4 * lower
+    root: float = imported("scipy.optimize").brentq(gap, lower, upper, xtol=tolerance)
+    while root < upper and run.epsilon(root) > target:  # the root may lie on either side
+        root += tolerance
+    return min(root, upper)
+
+
+def _target(value: object) -> float:
+    target = _checks.at_least_0("target_epsilon", value, infinity=True)
+    if target == 0.0:
+        raise ValueError("target_epsilon must be positive, got 0.0: only a run of no steps has it.")
+    return target
+
+
+@dataclass(frozen=True)
+class _Run:
+    """All of a run but its noise."""
+
+    sampling: Sampling
+    steps: int
+    delta: float
+    accountant: str
+    relation: str
+    group_size: int
+
+    @classmethod
+    def checked(
+        cls,
+        sample_rate: float | None,
+        sampling: Sampling | None,
+        steps: object,
+        delta: object,
+        accountant: object,
+        relation: object,
+        group_size: object,
+    ) -> _Run:
+        count = _checks.integer("steps", steps, least=0)
+        if (sample_rate is None) == (sampling is None):
+            raise ValueError(
+                f"sample_rate and sampling are {sample_rate} and {sampling}; give exactly one of "
+                "them: sample_rate=q stands for sampling=Poisson(q)."
+            )
+        drawn = require_sampling(sampling) if sample_rate is None else Poisson(sample_rate)
+        probability = _checks.probability("delta", delta)
+        by, name = _checks.accountant_name(accountant), _checks.relation_name(relation)
+        size = _checks.integer("group_size", group_size, least=1)
+        require_supported(drawn, relation=name, accountant=by, group_size=size)
+        return cls(drawn, count, probability, by, name, size)
+
+    def epsilon(self, noise: float) -> float:
+        """At this noise per unit of the relation's sensitivity."""
+        if self.steps == 0:
+            return 0.0
+        runs = [(noise, self.sampling, self.steps)]
+        terms = terms_of(runs, relation=self.relation, group_size=self.group_size)
+        return _epsilon(terms, self.delta, self.accountant)
+
+    def with_steps(self, steps: int) -> _Run:
+        return replace(self, steps=steps)
+
+    def near(self) -> _Run:
+        """A run of about the same epsilon that Renyi accounting can treat."""
+        renyi = replace(self, accountant="rdp")
+        match self.sampling:
+            case Poisson(rate) | TruncatedPoisson(rate):
+                near = Poisson(min(1.0, rate * self.group_size))
+                return replace(renyi, sampling=near, relation="add_or_remove_one", group_size=1)
+        return renyi
+
+
+@lru_cache(maxsize=64)
+def _epsilon(terms: Terms, delta: float, accountant: str) -> float:
+    return epsilon_of(terms, delta, backend(accountant))
