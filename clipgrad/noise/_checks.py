@@ -35,6 +35,15 @@ def scale(name: str, value: object) -> float:
     return number
 
 
+def count(name: str, value: object) -> int:
+    """An integer, at least 1."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"{name} must be an integer, got {value!r}; 1 is the default.")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}; 1 is the default.")
+    return int(value)
+
+
 def targets(tensors: Sequence[Tensor] | Tensor, sigma: float) -> list[Tensor]:
     """The tensors as a list, all fit for noise: none may get noise if another one cannot."""
     if isinstance(tensors, Tensor):
