@@ -148,7 +148,7 @@ def everything(recorder: Recorder) -> list[Use]:
 @pytest.mark.usefixtures("four_threads")
 def test_no_key_and_counter_twice(recorder: Recorder) -> None:
     uses = everything(recorder)
-    assert len({key for key, _, _ in uses}) > 100
+    assert len({key for key, _, _ in uses}) > 50
     assert len(uses) > 500
     check_no_overlap(uses)
 
@@ -233,7 +233,7 @@ def test_the_derivation_is_that_of_rfc_5869(monkeypatch: pytest.MonkeyPatch) -> 
         assert lineage.key(torch.device(device), worker) == expected
 
 
-def test_noise_copied_to_a_device_has_keys_of_its_own(recorder: Recorder) -> None:
+def test_noise_copied_to_a_device_goes_on_where_the_last_noise_stopped(recorder: Recorder) -> None:
     """The CPU stands in for a device without a cipher."""
     makers = SystemNoise()
     makers.add_gaussian_([torch.zeros(5)], 1.0)
@@ -245,6 +245,6 @@ def test_noise_copied_to_a_device_has_keys_of_its_own(recorder: Recorder) -> Non
     for _ in range(2):
         copied.add([total], 1.0)
         makers.add_gaussian_([total], 1.0)
-    assert len({key for key, _, _ in recorder.uses}) == 5
+    assert len({key for key, _, _ in recorder.uses}) == 2  # a new one after 1 MiB
     check_no_overlap(recorder.uses)
     assert abs(float(total.std()) - 2.0) < 0.04

@@ -59,7 +59,7 @@ class AcceleratorNoise:
         for piece in pieces(flats, _COPIED_AT_A_TIME):
             sizes = [part.numel() for part in piece]
             noise = torch.zeros(sum(sizes), dtype=checks.DRAWN_IN[piece[0].dtype])
-            self._cpu.add([noise], sigma, self._device)
+            self._cpu.add([noise], sigma)
             torch._foreach_add_(piece, noise.to(self._device).split(sizes))
 
 

@@ -10,6 +10,7 @@ import torch
 import triton.language as tl
 from cryptography.hazmat.primitives.ciphers import Cipher
 from cryptography.hazmat.primitives.ciphers.algorithms import ChaCha20
+from numpy.typing import NDArray
 from torch import Tensor
 
 from clipgrad.noise import _chacha_kernels as kernels
@@ -116,7 +117,9 @@ class TritonChaCha:
                 raise RuntimeError(f"the device's noise is off by {error} in {dtype}")
 
 
-def _table(flats: list[Tensor], sizes: np.ndarray, chunk: int, scale: float) -> np.ndarray:
+def _table(
+    flats: list[Tensor], sizes: NDArray[np.int64], chunk: int, scale: float
+) -> NDArray[np.int64]:
     """What the kernel reads: the scale's bits; then an address and a number of values a program."""
     programs = -(-sizes // chunk)
     within = np.arange(programs.sum()) - np.repeat(programs.cumsum() - programs, programs)
@@ -134,7 +137,7 @@ def _signed(word: int) -> int:
 
 
 def _words(octets: bytes) -> list[int]:
-    return np.frombuffer(octets, dtype="<i4").tolist()
+    return [int(word) for word in np.frombuffer(octets, dtype="<i4")]
 
 
 # ------------------------------------------------------------------ the CPU's answer
@@ -153,7 +156,7 @@ def keystream(key: bytes, nonce: bytes, first: int, blocks: int) -> bytes:
     return cipher.encryptor().update(bytes(64 * blocks))
 
 
-def gaussians(key: bytes, size: int, draws: int) -> np.ndarray:
+def gaussians(key: bytes, size: int, draws: int) -> NDArray[np.float64]:
     """What the kernel has to add to one tensor of at most one program a chunk, for a sigma of 1."""
     rounds = -(-size // _SMALLEST_CHUNK)
     bits = keystream(key, bytes(12), 0, rounds * _BLOCK * draws)
@@ -163,5 +166,8 @@ def gaussians(key: bytes, size: int, draws: int) -> np.ndarray:
     sign = np.where(k & 1, -1.0, 1.0) * np.sign(angle)
     pairs = np.stack([radius * np.sin(angle), radius * sign * np.cos(angle)], axis=-1)
     # [round, lane, draw, value] -> [round, value, lane]: neighbouring lanes hold neighbouring values.
-    summed = pairs.reshape(rounds, _BLOCK, draws, _PER_BLOCK).sum(2) / math.sqrt(draws)
-    return summed.transpose(0, 2, 1).reshape(-1)[:size]
+    summed: NDArray[np.float64] = pairs.reshape(rounds, _BLOCK, draws, _PER_BLOCK).sum(
+        2
+    ) / math.sqrt(draws)
+    by_lane: NDArray[np.float64] = summed.transpose(0, 2, 1).reshape(-1)
+    return by_lane[:size]

@@ -20,6 +20,9 @@ from clipgrad.noise._pieces import pieces, share_out
 PIECE = 2**15
 _PIECES_PER_WORKER = 4  # 0.3 ms of drawing: no thread is worth waking for less
 _MOST_WORKERS = 4  # on 16 cores eight took longer: they wait for the interpreter's lock
+# A key is made in 17 us, in which 7000 values are drawn, so small calls go on where the last one stopped.
+_BYTES_PER_KEY = 2**20
+_CPU = torch.device("cpu")
 _PID_AT_IMPORT = os.getpid()
 
 
@@ -36,23 +39,17 @@ class CpuNoise:
         self._workers: list[_Worker] = []
         self._threads = ThreadPoolExecutor(_MOST_WORKERS)
 
-    def add(self, flats: list[Tensor], sigma: float, device: torch.device) -> None:
-        """Add to flat tensors in the CPU's memory, all drawn in one dtype.
-
-        Args:
-            flats: One-dimensional tensors.
-            sigma: Standard deviation, positive.
-            device: Whose noise it is in the end; it goes into the keys.
-        """
+    def add(self, flats: list[Tensor], sigma: float) -> None:
+        """Add to flat tensors in the CPU's memory, all drawn in one dtype."""
         parts = list(pieces(flats, PIECE))
         # PyTorch's threading does not survive a fork: "Invalid thread pool!", now and then.
         threads = torch.get_num_threads() if self._lineage.process[0] == _PID_AT_IMPORT else 1
         count = max(1, min(threads, _MOST_WORKERS, len(parts) // _PIECES_PER_WORKER))
         while len(self._workers) < count:
-            self._workers.append(_Worker(self._draws))
+            self._workers.append(_Worker(self._lineage, len(self._workers), self._draws))
         workers = self._workers[:count]
-        for index, worker in enumerate(workers):
-            worker.begin(self._lineage.key(device, index))
+        for worker in workers:
+            worker.begin()
         if count == 1:
             for part in parts:
                 workers[0].add(part, sigma)
@@ -65,13 +62,16 @@ class CpuNoise:
 class _Worker:
     """One keystream at a time and scratch memory, used by one thread at a time."""
 
-    def __init__(self, draws: int) -> None:
-        self._draws = draws
+    def __init__(self, lineage: Lineage, index: int, draws: int) -> None:
+        self._lineage, self._index, self._draws = lineage, index, draws
+        self._keystream: Keystream | None = None
         self._scratch: dict[torch.dtype, BoxMuller] = {}
         self._sums: dict[torch.dtype, Tensor] = {}
 
-    def begin(self, key: bytes) -> None:
-        self._keystream = Keystream(key)
+    def begin(self) -> None:
+        """Take a new key, unless the one at hand has given little."""
+        if self._keystream is None or self._keystream.given > _BYTES_PER_KEY:
+            self._keystream = Keystream(self._lineage.key(_CPU, self._index))
 
     def add(self, piece: list[Tensor], sigma: float) -> None:
         sizes = [part.numel() for part in piece]
@@ -84,6 +84,7 @@ class _Worker:
 
     def _draw(self, size: int, dtype: torch.dtype) -> Tensor:
         """A value of variance ``draws`` for each of the ``size``."""
+        assert self._keystream is not None
         if dtype not in self._scratch:
             self._scratch[dtype] = BoxMuller(dtype, PIECE)
         gaussians = self._scratch[dtype]

@@ -49,7 +49,7 @@ class Lineage:
         self._lock = threading.Lock()
 
     def key(self, device: torch.device, worker: int) -> bytes:
-        """A key that nobody has had, for one stream: one call's, on one device, in one worker.
+        """A key that nobody has had, for one stream on one device, in one worker.
 
         HKDF-Expand with SHA-256 (RFC 5869, section 2.3); the master key is uniform, so that the
         extraction step may be left out (section 3.3). The running number alone makes each ``info``

@@ -21,7 +21,9 @@ class Keystream:
 
     def __init__(self, key: bytes) -> None:
         self._encryptor = Cipher(AES(key), CTR(_FIRST_BLOCK)).encryptor()
+        self.given = 0  # bytes so far
 
     def fill(self, buffer: memoryview, zeros: memoryview) -> None:
         """Write the next ``len(zeros)`` bytes to the buffer, at least ``SLACK`` longer than that."""
         self._encryptor.update_into(zeros, buffer)
+        self.given += len(zeros)

@@ -26,10 +26,10 @@ class SystemNoise:
     where the GPU's cipher is missing or does not compute what it should, noise is made on the CPU
     and copied over; the logger ``clipgrad`` says so once.
 
-    The master key, 256 bits, comes from :mod:`secrets`. Each call has keys of its own, one per
-    device and worker thread (HKDF, RFC 5869). Copies, unpickled objects, forked children and restored
-    checkpoints make a new master key: noise used twice cancels in a difference. A checkpoint holds
-    no key.
+    The master key, 256 bits, comes from :mod:`secrets`. From it come the keys of each device and worker
+    thread (HKDF, RFC 5869), new ones all the time, and no key meets a counter twice. Copies,
+    unpickled objects, forked children and restored checkpoints make a new master key: noise used twice
+    cancels in a difference. A checkpoint holds no key.
 
     Limits: noise is a rounded number and the numbers near a rounded sum are not all alike likely
     (Mironov, "On Significance of the Least Significant Bits for Differential Privacy", 2012); no
@@ -112,7 +112,7 @@ class _Makers:
 
     def _add_on(self, device: torch.device, flats: list[Tensor], sigma: float) -> None:
         if device.type == "cpu":
-            self._cpu.add(flats, sigma, device)
+            self._cpu.add(flats, sigma)
             return
         if device not in self._accelerators:
             self._accelerators[device] = AcceleratorNoise(
