@@ -140,8 +140,8 @@ def check_grid(grid: float, clipping: Clipping, strategy: ClippingStrategy) -> f
     rules = strategy.values() if isinstance(strategy, Mapping) else [strategy]
     if any(isinstance(rule, Automatic | PerLayer) for rule in rules):
         raise ValueError(
-            f"grid cannot be combined with max_grad_norm={strategy!r}, whose bound is a rounded number; give a norm, or "
-            "a mapping from prefix to norm."
+            f"grid cannot be combined with max_grad_norm={strategy!r}, whose bound is a rounded number; give a norm, "
+            "or a mapping from prefix to norm."
         )
     spacing = _validate.positive("grid", grid)
     below = _power_of_two_below(spacing)

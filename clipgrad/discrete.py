@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clipgrad import _noise_checks as checks
 from clipgrad._discrete_gaussian import MOST_SIGMA, discrete_gaussian
 from clipgrad.noise import NoiseSource
+from clipgrad.noise import _checks as checks
 
 # A sum within this is an exact integer, and so is what noise makes of it.
 _LARGEST_SUM = 2**52

@@ -175,8 +175,8 @@ class DPOptimizer(OptimizerFacade):
             noise = noise_on_grid(grid, noise, generator)
             if self._progress.norm is not None:
                 raise ValueError(
-                    f"grid cannot be combined with max_grad_norm={max_grad_norm!r}: the noise of its count would not be "
-                    "exact. Give a norm, or a function of the step."
+                    f"grid cannot be combined with max_grad_norm={max_grad_norm!r}: the noise of its count would not "
+                    "be exact. Give a norm, or a function of the step."
                 )
         if noise is None:
             noise = SystemNoise() if generator is None else SeededNoise(generator)

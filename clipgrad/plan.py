@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from clipgrad import _validate, accounting
 from clipgrad.accounting import FixedSize, FullBatch, Ledger, Poisson, Sampling, TruncatedPoisson
-from clipgrad.clipping import Relation, relation_of
-from clipgrad.clipping.strategies import MaxGradNorm
+from clipgrad.clipping import ClippingStrategy, Relation, Schedule, relation_of
 
 
 @dataclass(frozen=True, kw_only=True)
 class PrivacyPlan:
     """What is sampled, clipped and noised, and how often: said once, so that no two parts can disagree.
 
-    ``poisson_loader(dataset, plan=plan)`` draws its batches, ``DPOptimizer(..., plan=plan)`` clips, adds the noise, keeps
-    the ledger and refuses to take more steps than planned.
+    ``poisson_loader(dataset, plan=plan)`` draws its batches; ``DPOptimizer(..., plan=plan)`` clips, adds the noise,
+    keeps the ledger and refuses to take more steps than planned.
 
     Args:
         num_samples: Size of the dataset; the number of users if batches are made of users.
@@ -53,8 +52,8 @@ class PrivacyPlan:
     expected_batch_size: float
     steps: int
     delta: float
-    noise_multiplier: float | Callable[[int], float]
-    max_grad_norm: MaxGradNorm = 1.0
+    noise_multiplier: float | Schedule
+    max_grad_norm: ClippingStrategy = 1.0
     max_batch_size: int | None = None
     shuffled: bool = False
     relation: Relation = Relation.ADD_OR_REMOVE_ONE
@@ -89,7 +88,7 @@ class PrivacyPlan:
         expected_batch_size: float,
         steps: int,
         delta: float,
-        max_grad_norm: MaxGradNorm = 1.0,
+        max_grad_norm: ClippingStrategy = 1.0,
         max_batch_size: int | None = None,
         shuffled: bool = False,
         relation: Relation = Relation.ADD_OR_REMOVE_ONE,
@@ -123,7 +122,7 @@ class PrivacyPlan:
         )
         return plan.with_noise(noise)
 
-    def with_noise(self, noise_multiplier: float | Callable[[int], float]) -> PrivacyPlan:
+    def with_noise(self, noise_multiplier: float | Schedule) -> PrivacyPlan:
         """The same plan with other noise."""
         return replace(self, noise_multiplier=noise_multiplier)
 

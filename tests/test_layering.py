@@ -25,6 +25,16 @@ INSIDE = {
     "_microbatch",
 }
 MACHINERY = INSIDE | {"transform"}
+# What noise is made of; it ends in _system, by way of _accelerator and _cpu.
+NOISE = {
+    "noise._system",
+    "noise._seeded",
+    "noise._accelerator",
+    "noise._cpu",
+    "noise._box_muller",
+    "noise._keystream",
+    "noise._keys",
+}
 ABOVE = {"optimizer", "transform", "_microbatch", "compiled"}
 # _make -> _loader -> _users -> _poisson -> _trials -> _words
 SAMPLERS = {"sampling._poisson", "sampling._users", "sampling._loader", "sampling._make"}
@@ -45,7 +55,19 @@ FORBIDDEN = {
     "rules": ABOVE | {"_plan", "_capture", "_gradients", "_tape"},
     "rules._canonical": MACHINERY | {"optimizer"},
     "clipping": MACHINERY | {"optimizer", "compiled"},
-    "noise": MACHINERY,
+    "noise": MACHINERY | {"optimizer"},
+    "noise._checks": NOISE,
+    "noise._pieces": NOISE,
+    "noise._keys": NOISE,
+    "noise._keystream": NOISE,
+    "noise._chacha_kernels": NOISE | {"torch", "noise._checks"},
+    "noise._box_muller": NOISE - {"noise._keystream"},
+    "noise._cpu": {"noise._system", "noise._accelerator", "noise._seeded"},
+    "noise._accelerator": {"noise._system", "noise._seeded"},
+    "noise._system": {"noise._seeded"},
+    "discrete": MACHINERY,
+    "_discrete_gaussian": EVERYTHING | {"clipgrad", "torch"},
+    "_grid": MACHINERY | {"optimizer", "compiled", "noise", "discrete"},
     "sampling": MACHINERY | {"optimizer"},
     "sampling._words": {"sampling._trials", *SAMPLERS},
     "sampling._trials": SAMPLERS,
@@ -53,13 +75,11 @@ FORBIDDEN = {
     "sampling._poisson": SAMPLERS - {"sampling._poisson"},
     "sampling._users": {"sampling._loader", "sampling._make"},
     "sampling._loader": {"sampling._make"},
-    "discrete": MACHINERY,
-    "_discrete_gaussian": EVERYTHING | {"clipgrad", "torch"},
-    "_grid": MACHINERY | {"optimizer", "compiled", "noise", "discrete"},
     "accounting": (EVERYTHING - {"accounting"}) | {"clipgrad", "torch"},
     "_phases": EVERYTHING | {"clipgrad", "torch"},
 }
-HOMES = {"noise", "discrete", "_discrete_gaussian", "sampling", "testing"}
+# Where a random number may be drawn. In noise that is where keys are made; what makes Gaussians of them is a function.
+HOMES = {"noise._keys", "noise._seeded", "discrete", "_discrete_gaussian", "sampling", "testing"}
 RANDOM_CALL = re.compile(
     r"(rand|randn|randint)(_like)?|randperm|(normal|bernoulli|poisson)_?|(random|uniform)_"
     r"|multinomial|exponential_|manual_seed|Generator|default_rng|SystemRandom|urandom|token_bytes"
@@ -132,6 +152,12 @@ def test_package_keeps_its_layers() -> None:
         ("accounting/_ledger.py", "import torch.distributed"),
         ("accounting/_sampling.py", "from ..clipping import Relation"),
         ("accounting/_pld.py", "import clipgrad"),
+        ("noise/_cpu.py", "if TYPE_CHECKING:\n    from clipgrad._capture import Tape"),
+        ("noise/_cpu.py", "from clipgrad.noise._system import SystemNoise"),
+        ("noise/_cpu.py", "x.normal_()"),
+        ("noise/_box_muller.py", "from clipgrad.noise import _keys"),
+        ("noise/_keys.py", "from clipgrad.noise._keystream import Keystream"),
+        ("noise/_accelerator.py", "torch.randn(3, device='cuda')"),
         ("transform.py", "from clipgrad._reference import clipped_sum"),
         ("optimizer.py", "from clipgrad.profile import profile_step"),
         ("profile/__main__.py", "from clipgrad._microbatch import run"),
@@ -170,9 +196,11 @@ def test_forbidden_is_found(path: str, source: str) -> None:
         ("rules/linear.py", "from ._canonical import norm\nfrom clipgrad.rules import _registry"),
         ("rules/_canonical.py", "import torch\nfrom .._validate import check"),
         ("testing.py", "from clipgrad._reference import clipped_sum"),
-        ("noise.py", "import torch\ntorch.Generator()\ntorch.empty(3).normal_()"),
         ("sampling/_words.py", "torch.rand(3)\nsecrets.token_bytes(8)"),
         ("sampling/_users.py", "from clipgrad.sampling._poisson import PoissonSampler"),
+        ("noise/_seeded.py", "import torch\ntorch.Generator()\ntorch.empty(3).normal_()"),
+        ("noise/_keys.py", "secrets.token_bytes(32)"),
+        ("noise/_cpu.py", "from clipgrad.noise._keys import Lineage"),
         ("transform.py", "def f(generator: torch.Generator): vmap(f, randomness='different')"),
         ("accounting/_run.py", "import torchless"),
         ("accounting/_run.py", "from . import _checks\nfrom ._sampling import Poisson"),

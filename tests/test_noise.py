@@ -9,8 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from clipgrad import noise
-from clipgrad.noise import NoiseSource, SystemNoise, os_seeded_generator
+from clipgrad.noise import NoiseSource, SystemNoise, _keys
 from tests.noise_checks import PIECE, check_gaussian, check_independent, draw, seeded
 
 
@@ -124,26 +123,9 @@ def test_pieces_parameters_steps_and_sources_are_independent() -> None:
 
 
 def test_a_repeated_stream_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(noise, "os_seeded_generator", lambda _: torch.Generator().manual_seed(1))
+    monkeypatch.setattr(_keys, "new_master", lambda: bytes(32))
     with pytest.raises(AssertionError):
         check_independent(torch.stack([draw(SystemNoise(), 1000), draw(SystemNoise(), 1000)]))
-
-
-@pytest.mark.usefixtures("four_threads")
-def test_each_worker_has_a_generator_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    made: list[torch.Generator] = []
-
-    def counting(device: torch.device) -> torch.Generator:
-        made.append(os_seeded_generator(device))
-        return made[-1]
-
-    monkeypatch.setattr(noise, "os_seeded_generator", counting)
-    system = SystemNoise()
-    for _ in range(3):
-        system.add_gaussian_([torch.zeros(16 * PIECE), torch.zeros(9)], 1.0)
-    assert len(made) == 4
-    states = torch.stack([generator.get_state() for generator in made])
-    assert len(states.unique(dim=0)) == 4
 
 
 def test_calls_from_several_threads() -> None:

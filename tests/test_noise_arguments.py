@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from clipgrad._noise_pieces import flat_targets, pieces, share_out
 from clipgrad.noise import NoiseSource, SeededNoise, SystemNoise, gaussian_sigma
+from clipgrad.noise._pieces import flat_targets, pieces, share_out
 from tests.noise_checks import draw, seeded
 
 
@@ -73,6 +73,18 @@ def test_twice_the_same_tensor(source: NoiseSource) -> None:
     with pytest.raises(TypeError, match=r"pass \[tensor\]"):
         source.add_gaussian_(total, 1.0)  # type: ignore[arg-type]
     source.add_gaussian_([torch.zeros(0), torch.zeros(0)], 1.0)
+
+
+@pytest.mark.parametrize("draws", [0, -1])
+def test_too_few_draws(draws: int) -> None:
+    with pytest.raises(ValueError, match=f"draws must be at least 1, got {draws}"):
+        SystemNoise(draws=draws)
+
+
+@pytest.mark.parametrize("draws", [1.0, "2", True, None])
+def test_draws_of_a_wrong_type(draws: Any) -> None:
+    with pytest.raises(TypeError, match="draws must be an integer"):
+        SystemNoise(draws=draws)
 
 
 def test_seeded_noise_wants_a_generator() -> None:

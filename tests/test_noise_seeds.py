@@ -16,8 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from clipgrad import noise
-from clipgrad.noise import NoiseSource, SystemNoise, os_seeded_generator
+from clipgrad.noise import NoiseSource, SystemNoise, _keys, os_seeded_generator
 from tests.noise_checks import PIECE, check_independent, draw, seeded
 
 
@@ -141,17 +140,27 @@ def test_system_noise_is_never_restored() -> None:
     check_independent(torch.stack(rows))
 
 
-def test_a_load_seeds_anew(monkeypatch: pytest.MonkeyPatch) -> None:
-    seeds = iter(range(100))
-    monkeypatch.setattr(
-        noise, "os_seeded_generator", lambda _: torch.Generator().manual_seed(next(seeds))
-    )
+def test_a_load_makes_a_new_master_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    numbers = iter(range(1, 100))
+    monkeypatch.setattr(_keys, "new_master", lambda: bytes([next(numbers)]) * 32)
     system = SystemNoise()
     draw(system, 10)
     draw(system, 10)
-    assert next(seeds) == 1
+    assert next(numbers) == 2
     system.load_state_dict(system.state_dict())
-    assert torch.equal(draw(system, 10), draw(seeded(2), 10))
+    found = draw(system, 10)
+    monkeypatch.setattr(_keys, "new_master", lambda: bytes([3]) * 32)
+    assert torch.equal(found, draw(SystemNoise(), 10))
+
+
+def test_a_copy_keeps_its_draws() -> None:
+    original = SystemNoise(draws=3)
+    for twin in (
+        copy.copy(original),
+        copy.deepcopy(original),
+        pickle.loads(pickle.dumps(original)),
+    ):
+        assert twin._draws == 3
 
 
 def test_states_of_others_are_refused() -> None:

@@ -28,7 +28,7 @@ def flat_targets(tensors: Sequence[Tensor]) -> tuple[list[Tensor], list[tuple[Te
 def _flat_view(tensor: Tensor) -> Tensor | None:
     """The tensor's values as one axis, in the order of memory; None if that memory has gaps."""
     if tensor.is_contiguous():
-        return tensor.view(-1)
+        return tensor if tensor.dim() == 1 else tensor.view(-1)
     order = sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
     ordered = tensor.permute(order)
     return ordered.view(-1) if ordered.is_contiguous() else None

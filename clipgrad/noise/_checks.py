@@ -35,6 +35,15 @@ def scale(name: str, value: object) -> float:
     return number
 
 
+def count(name: str, value: object) -> int:
+    """An integer, at least 1."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"{name} must be an integer, got {value!r}; 1 is the default.")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}; 1 is the default.")
+    return int(value)
+
+
 def targets(tensors: Sequence[Tensor] | Tensor, sigma: float) -> list[Tensor]:
     """The tensors as a list, all fit for noise: none may get noise if another one cannot."""
     if isinstance(tensors, Tensor):
@@ -42,7 +51,7 @@ def targets(tensors: Sequence[Tensor] | Tensor, sigma: float) -> list[Tensor]:
     checked = list(tensors)
     seen = set()
     for index, tensor in enumerate(checked):
-        _target(f"tensors[{index}]", tensor, sigma)
+        _target(index, tensor, sigma)
         key = (tensor.device, tensor.data_ptr())
         if key in seen and tensor.numel():
             raise ValueError(
@@ -53,7 +62,21 @@ def targets(tensors: Sequence[Tensor] | Tensor, sigma: float) -> list[Tensor]:
     return checked
 
 
-def _target(name: str, tensor: object, sigma: float) -> None:
+def _target(index: int, tensor: object, sigma: float) -> None:
+    limits = _LIMITS.get(tensor.dtype) if isinstance(tensor, Tensor) else None
+    if (
+        limits is not None
+        and isinstance(tensor, Tensor)
+        and tensor.layout is torch.strided
+        and tensor.device.type != "meta"
+        and limits.tiny <= sigma <= limits.max
+        and tensor.is_contiguous()
+    ):
+        return
+    _refuse_or_accept(f"tensors[{index}]", tensor, sigma)
+
+
+def _refuse_or_accept(name: str, tensor: object, sigma: float) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a tensor, got {tensor!r}; leave out what has no gradient.")
     limits = _LIMITS.get(tensor.dtype)

@@ -1,0 +1,14 @@
+"""Gaussian noise. Apart from :mod:`clipgrad.sampling`, the only place where randomness enters.
+
+A :class:`NoiseSource` is the seam: the optimizer holds one and calls nothing else.
+:class:`SystemNoise` is the private default: a cipher keyed by the operating system.
+:class:`SeededNoise` is repeatable and not private.
+"""
+
+from __future__ import annotations
+
+from clipgrad.noise._seeded import SeededNoise, os_seeded_generator
+from clipgrad.noise._source import NoiseSource, gaussian_sigma
+from clipgrad.noise._system import SystemNoise
+
+__all__ = ["NoiseSource", "SeededNoise", "SystemNoise", "gaussian_sigma", "os_seeded_generator"]

@@ -1,0 +1,139 @@
+"""Random bits to Gaussians, the same work for every value: Box and Muller (1958), branch-free.
+
+A pair of values takes a 64-bit integer ``j`` and an integer ``k`` of ``w`` bits, both signed:
+
+* ``R = sqrt(-2 ln u)``, with ``u = 1/2 + j / 2^64 + 2^-53`` in float64, from 2^-53 to 1: radii reach
+  8.57, and those near 0 are resolved to 1e-8.
+* ``a = (k + 1/2) pi / 2^w``, between ``-pi/2`` and ``pi/2``, and the pair is ``R sin a``, ``R s cos a``:
+  the lowest bit of ``k`` is the sign ``s``, so that the point lies in any quadrant.
+
+``cos a`` is computed as the sine of the complement to ``pi/2``, which is exact as an integer. So both
+values have the full relative precision of their dtype around 0 too, where ``cos`` of a rounded angle would
+not.
+
+``w`` is 32 for float32, which computes everything but the radius' logarithm in float32, and 64 for
+float64.
+
+Conversions and scaled sums are torch's, logarithms, sines and integers numpy's: torch would start an
+OpenMP team for a logarithm of more than 2048 values, which costs more than it gains in a worker
+thread and never ends in a forked child.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from clipgrad.noise._keystream import SLACK, Keystream
+
+_Array = NDArray[Any]
+_INTEGERS = {torch.float32: torch.int32, torch.float64: torch.int64}
+_MOST_LAYOUTS = 8  # a training has two or three: full pieces and what is left over
+_RADIUS_BYTES = 8
+
+
+class _Layout(NamedTuple):
+    """Views of one memory for one number of values. Integers and the floats made of them share it."""
+
+    bits: memoryview  # where the keystream writes
+    zeros: memoryview  # what the cipher encrypts
+    radius_bits: Tensor  # [m] int64
+    radius: Tensor  # [m] float64
+    log: _Array  # the same
+    last_radius: Tensor  # [m] in the target's dtype; for float64 it is the one above
+    root: _Array  # the same
+    angle_bits: Tensor  # [2, m] int32 or int64
+    k: _Array  # its first row
+    complement: _Array  # its second row
+    angles: Tensor  # [2, m] float32 or float64, in the end the values
+    sines: _Array  # the same
+    values: Tensor  # [n] of the 2 m
+
+
+class BoxMuller:
+    """Gaussians in memory of its own, cache-sized and used by one thread at a time.
+
+    Args:
+        dtype: ``torch.float32`` or ``torch.float64``.
+        capacity: The most values asked for at a time, an even number.
+    """
+
+    def __init__(self, dtype: torch.dtype, capacity: int) -> None:
+        self._dtype, self._integer = dtype, _INTEGERS[dtype]
+        bits = 8 * dtype.itemsize
+        pairs = capacity // 2
+        with torch.inference_mode(False):  # else unusable outside of that mode
+            memory = bytearray(pairs * (_RADIUS_BYTES + 2 * dtype.itemsize) + SLACK)
+            self._bytes = memoryview(memory)
+            self._memory = torch.frombuffer(memory, dtype=torch.uint8)
+            self._small_radius = torch.empty(pairs, dtype=torch.float32)
+            self._middle = torch.tensor(0.5 + 2.0**-53, dtype=torch.float64)
+            self._half_step = torch.tensor(math.pi / 2 ** (bits + 1), dtype=dtype)
+        self._zeros = memoryview(bytes(pairs * (_RADIUS_BYTES + dtype.itemsize)))
+        self._step = math.pi / 2**bits
+        word = np.dtype(f"i{dtype.itemsize}").type
+        self._top, self._all_but_top = np.array(bits - 1, word), np.array(2 ** (bits - 1) - 1, word)
+        self._layouts: dict[int, _Layout] = {}
+
+    def draw(self, keystream: Keystream, size: int) -> Tensor:
+        """``size`` values of N(0, 1), one dimension, valid until the next call."""
+        at = self._layouts.get(size) or self._layout(size)
+        keystream.fill(at.bits, at.zeros)
+        return self.transform(at)
+
+    def transform(self, at: _Layout) -> Tensor:
+        """Turn the bits in memory into values, in place."""
+        radius = at.radius.copy_(at.radius_bits)
+        torch.add(self._middle, radius, alpha=2.0**-64, out=radius)
+        np.log(at.log, out=at.log)
+        last_radius = radius if at.last_radius is radius else at.last_radius.copy_(radius)
+        last_radius.mul_(-2.0)
+        np.sqrt(at.root, out=at.root)
+
+        # With all bits but the sign's inverted, k + 1/2 turns into sign(k) (2^(w-1) - |k + 1/2|), the angle that is
+        # left to pi/2; with all inverted, into its negative. The lowest bit decides whether to.
+        k, complement = at.k, at.complement
+        np.left_shift(k, self._top, out=complement)
+        np.right_shift(complement, self._top, out=complement)
+        np.bitwise_xor(complement, k, out=complement)
+        np.bitwise_xor(complement, self._all_but_top, out=complement)
+        angles = at.angles.copy_(at.angle_bits)
+        torch.add(self._half_step, angles, alpha=self._step, out=angles)
+        np.sin(at.sines, out=at.sines)
+        angles.mul_(last_radius)
+        return at.values
+
+    def _layout(self, size: int) -> _Layout:
+        pairs = (size + 1) // 2
+        ends = pairs * _RADIUS_BYTES, pairs * (_RADIUS_BYTES + self._dtype.itemsize)
+        after = pairs * (_RADIUS_BYTES + 2 * self._dtype.itemsize)
+        with torch.inference_mode(False):
+            radius = self._memory[: ends[0]].view(torch.float64)
+            angles = self._memory[ends[0] : after].view(self._dtype).view(2, pairs)
+            angle_bits = angles.view(self._integer)
+            last = radius if self._dtype is torch.float64 else self._small_radius[:pairs]
+            k, complement = angle_bits.numpy()
+            layout = _Layout(
+                bits=self._bytes[: ends[1] + SLACK],
+                zeros=self._zeros[: ends[1]],
+                radius_bits=radius.view(torch.int64),
+                radius=radius,
+                log=radius.numpy(),
+                last_radius=last,
+                root=last.numpy(),
+                angle_bits=angle_bits,
+                k=k,
+                complement=complement,
+                angles=angles,
+                sines=angles.view(-1).numpy(),
+                values=angles.view(-1)[:size],
+            )
+        if len(self._layouts) >= _MOST_LAYOUTS:
+            self._layouts.clear()
+        self._layouts[size] = layout
+        return layout

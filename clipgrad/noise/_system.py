@@ -1,0 +1,121 @@
+"""The private noise source: it finds out where the noise belongs and who makes it there."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from clipgrad.noise import _checks as checks
+from clipgrad.noise._accelerator import AcceleratorNoise
+from clipgrad.noise._cpu import CpuNoise
+from clipgrad.noise._keys import Lineage, process
+from clipgrad.noise._pieces import flat_targets
+
+
+class SystemNoise:
+    """The private default: from a cipher, keyed by the operating system, never the same twice.
+
+    Random bits are the keystream of a cipher, AES-256 in counter mode on the CPU and ChaCha20 (RFC
+    8439) on a GPU with Triton, and a Box-Muller transform makes Gaussians of them. Who has seen any
+    amount of noise and can tell it from fresh noise has broken the cipher. On other devices, and
+    where the GPU's cipher is missing or does not compute what it should, noise is made on the CPU
+    and copied over; the logger ``clipgrad`` says so once.
+
+    The master key, 256 bits, comes from :mod:`secrets`. From it come the keys of each device and worker
+    thread (HKDF, RFC 5869), new ones all the time, and no key meets a counter twice. Copies,
+    unpickled objects, forked children and restored checkpoints make a new master key: noise used twice
+    cancels in a difference. A checkpoint holds no key.
+
+    Limits: noise is a rounded number and the numbers near a rounded sum are not all alike likely
+    (Mironov, "On Significance of the Least Significant Bits for Differential Privacy", 2012); no
+    value exceeds 8.57 sigma (a Gaussian does with probability 1e-17); the time that it takes is not
+    promised to be constant.
+
+    Args:
+        draws: Independent Gaussians of which each value is the sum, over ``sqrt(draws)``. With more
+            than one, an adversary who searches for the bits behind an exact value has to search
+            all of them at once (Holohan and Braghin, "Secure Random Sampling in Differential
+            Privacy", 2021, section 4). Noise takes ``draws`` times as long.
+
+    Raises:
+        TypeError: If ``draws`` is not an integer.
+        ValueError: If ``draws`` is less than 1.
+
+    Examples:
+        >>> sums = [torch.zeros(3), torch.zeros(2, 2, dtype=torch.float64)]
+        >>> SystemNoise().add_gaussian_(sums, sigma=2.0)
+        >>> SystemNoise(draws=4).add_gaussian_(sums, sigma=2.0)
+    """
+
+    def __init__(self, *, draws: int = 1) -> None:
+        self._draws = checks.count("draws", draws)
+        self._makers: _Makers | None = None
+
+    def add_gaussian_(self, tensors: Sequence[Tensor], sigma: float) -> None:
+        """Add fresh, independent ``N(0, sigma^2)``: see :meth:`NoiseSource.add_gaussian_`."""
+        scale = checks.scale("sigma", sigma)
+        if scale == 0.0:
+            return
+        checked = checks.targets(tensors, scale)
+        makers = self._makers
+        if makers is None or makers.process != process():  # a forked child has its parent's
+            makers = self._makers = _Makers(self._draws)
+        makers.add(checked, scale)
+
+    def state_dict(self) -> dict[str, Any]:
+        """A marker only: with the key its reader could subtract the noise."""
+        return {"kind": "SystemNoise", "format": 1}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Make a new master key: a checkpoint restored twice must not use the same noise twice.
+
+        Args:
+            state: What :meth:`state_dict` returned.
+
+        Raises:
+            ValueError: If ``state`` is another noise source's.
+        """
+        checks.state(state, "SystemNoise")
+        self._makers = None
+
+    def __reduce__(self) -> tuple[Callable[[], SystemNoise], tuple[()]]:
+        # For copy and pickle: a new source, never the same stream.
+        return partial(SystemNoise, draws=self._draws), ()
+
+
+class _Makers:
+    """What makes noise in one process, from one master key. Thread-safe."""
+
+    def __init__(self, draws: int) -> None:
+        self._lineage = Lineage()
+        self._draws = draws
+        self._lock = threading.Lock()
+        self._cpu = CpuNoise(self._lineage, draws)
+        self._accelerators: dict[torch.device, AcceleratorNoise] = {}
+        self.process = self._lineage.process
+
+    def add(self, tensors: list[Tensor], sigma: float) -> None:
+        groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+        for tensor in tensors:
+            groups.setdefault((tensor.device, checks.DRAWN_IN[tensor.dtype]), []).append(tensor)
+        with self._lock, torch.no_grad():
+            for (device, _), members in groups.items():
+                flats, detours = flat_targets(members)
+                self._add_on(device, flats, sigma)
+                for tensor, detour in detours:
+                    tensor.add_(detour)
+
+    def _add_on(self, device: torch.device, flats: list[Tensor], sigma: float) -> None:
+        if device.type == "cpu":
+            self._cpu.add(flats, sigma)
+            return
+        if device not in self._accelerators:
+            self._accelerators[device] = AcceleratorNoise(
+                device, self._lineage, self._cpu, self._draws
+            )
+        self._accelerators[device].add(flats, sigma)

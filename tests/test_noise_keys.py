@@ -1,0 +1,250 @@
+"""No block of a cipher is asked for twice with the same key, whatever becomes of the noise source."""
+
+import copy
+import hashlib
+import hmac
+import itertools
+import multiprocessing
+import os
+import pickle
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from clipgrad.noise import SystemNoise, _accelerator, _keys, _keystream
+from clipgrad.noise._keys import Lineage
+from tests.noise_checks import PIECE
+
+Use = tuple[bytes, int, int]  # key, first byte, end
+
+
+@dataclass
+class Recorder:
+    """Stands where the ``cryptography`` package's cipher is made, and notes what it is asked for."""
+
+    real: Callable[..., Any]
+    uses: list[Use] = field(default_factory=list)
+
+    def __call__(self, algorithm: Any, mode: Any) -> Any:
+        recorder, encryptor = self, self.real(algorithm, mode).encryptor()
+        start = 16 * int.from_bytes(mode.nonce, "big")
+
+        class Encryptor:
+            def __init__(self) -> None:
+                self.at = start
+
+            def update_into(self, data: memoryview, buffer: memoryview) -> None:
+                recorder.uses.append((algorithm.key, self.at, self.at + len(data)))
+                self.at += len(data)
+                encryptor.update_into(data, buffer)
+
+        class Made:
+            def encryptor(self) -> Encryptor:
+                return Encryptor()
+
+        return Made()
+
+
+@pytest.fixture
+def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
+    made = Recorder(_keystream.Cipher)
+    monkeypatch.setattr(_keystream, "Cipher", made)
+    return made
+
+
+@pytest.fixture
+def four_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    yield
+    torch.set_num_threads(before)
+
+
+def check_no_overlap(uses: list[Use]) -> None:
+    by_key: dict[bytes, list[tuple[int, int]]] = {}
+    for key, start, end in uses:
+        assert len(key) == 32
+        by_key.setdefault(key, []).append((start, end))
+    for ranges in by_key.values():
+        ranges.sort()
+        for (_, end), (start, _) in itertools.pairwise(ranges):
+            assert end <= start, "a key was used twice for the same blocks"
+
+
+def some_calls(source: SystemNoise) -> None:
+    """Pieces for four workers, small tensors, both dtypes, gaps, an odd number of values."""
+    totals = [torch.zeros(17 * PIECE), torch.zeros(9), torch.zeros(3, 5, dtype=torch.float64)]
+    totals += [torch.zeros(40, 60)[:, ::2], torch.zeros(11, dtype=torch.bfloat16)]
+    for _ in range(3):
+        source.add_gaussian_(totals, 1.0)
+        source.add_gaussian_([torch.zeros(4)], 2.0)
+
+
+def from_numpy(source: SystemNoise) -> None:
+    # Not torch.zeros: in a forked child it would wait for OpenMP threads that only the parent has.
+    source.add_gaussian_([torch.from_numpy(np.zeros(3 * PIECE, dtype=np.float32))], 1.0)
+
+
+def in_forked_child(source: SystemNoise, recorder: Recorder) -> list[Use]:
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            del recorder.uses[:]
+            from_numpy(source)
+            with os.fdopen(writer, "wb") as pipe:
+                pickle.dump(recorder.uses, pipe)
+        finally:
+            os._exit(0)
+    os.close(writer)
+    with os.fdopen(reader, "rb") as pipe:
+        uses: list[Use] = pickle.load(pipe)
+    os.waitpid(pid, 0)
+    assert uses
+    return uses
+
+
+def in_spawned_child(source: SystemNoise, queue: Any) -> None:
+    recorder = Recorder(_keystream.Cipher)
+    _keystream.Cipher = recorder  # type: ignore[assignment, misc]
+    from_numpy(source)
+    queue.put(recorder.uses)
+
+
+def everything(recorder: Recorder) -> list[Use]:
+    """All that may happen to a source, in one list of uses."""
+    source = SystemNoise()
+    some_calls(source)
+    relatives = [copy.copy(source), copy.deepcopy(source), pickle.loads(pickle.dumps(source))]
+    restored = SystemNoise()
+    restored.load_state_dict(source.state_dict())
+    relatives += [restored, SystemNoise(), SystemNoise(draws=3)]
+    for relative in relatives:
+        some_calls(relative)
+    source.load_state_dict(source.state_dict())
+    some_calls(source)
+    barrier = threading.Barrier(4)
+
+    def call(_: int) -> None:
+        barrier.wait()
+        some_calls(source)
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(call, range(4)))
+    if hasattr(os, "fork"):
+        recorder.uses += in_forked_child(source, recorder) + in_forked_child(source, recorder)
+    some_calls(source)
+    return recorder.uses
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+@pytest.mark.usefixtures("four_threads")
+def test_no_key_and_counter_twice(recorder: Recorder) -> None:
+    uses = everything(recorder)
+    assert len({key for key, _, _ in uses}) > 50
+    assert len(uses) > 500
+    check_no_overlap(uses)
+
+
+def test_a_spawned_process_has_keys_of_its_own(recorder: Recorder) -> None:
+    source = SystemNoise()
+    from_numpy(source)
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    children = [context.Process(target=in_spawned_child, args=(source, queue)) for _ in range(2)]
+    for child in children:
+        child.start()
+    uses = [use for _ in children for use in queue.get(timeout=120)]
+    for child in children:
+        child.join()
+    from_numpy(source)
+    assert len({key for key, _, _ in uses}) == 2
+    check_no_overlap(recorder.uses + uses)
+
+
+class StandingStill(Lineage):
+    """The number in a key's derivation is not counted on."""
+
+    def key(self, device: torch.device, worker: int) -> bytes:
+        self._handed_out = 0
+        return super().key(device, worker)
+
+
+class WithoutWorker(Lineage):
+    """All workers of a call have one key."""
+
+    def key(self, device: torch.device, worker: int) -> bytes:
+        self._handed_out -= worker > 0
+        return super().key(device, 0)
+
+
+@pytest.mark.parametrize("broken", [StandingStill, WithoutWorker])
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+@pytest.mark.usefixtures("four_threads")
+def test_a_broken_derivation_is_found(
+    recorder: Recorder, monkeypatch: pytest.MonkeyPatch, broken: type[Lineage]
+) -> None:
+    monkeypatch.setattr("clipgrad.noise._system.Lineage", broken)
+    with pytest.raises(AssertionError, match="used twice"):
+        check_no_overlap(everything(recorder))
+
+
+@pytest.mark.parametrize("place", ["process", "master"])
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+def test_an_inherited_key_is_found(
+    recorder: Recorder, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    if place == "process":  # forked children go on with their parent's key
+        monkeypatch.setattr("clipgrad.noise._system.process", lambda: (1, 0))
+        monkeypatch.setattr(_keys, "process", lambda: (1, 0))
+    else:  # all sources have the same
+        monkeypatch.setattr(_keys, "new_master", lambda: bytes(32))
+    with pytest.raises(AssertionError, match="used twice"):
+        check_no_overlap(everything(recorder))
+
+
+def test_what_a_key_is_made_of() -> None:
+    infos = {
+        _keys._info(number, device, worker)
+        for number in (0, 1, 256, 2**40)
+        for device in ("cpu", "cuda:0", "cuda:1", "cuda:10")
+        for worker in (0, 1, 256)
+    }
+    assert len(infos) == 4 * 4 * 3
+    masters = {_keys.new_master() for _ in range(100)}
+    assert len(masters) == 100
+    assert {len(master) for master in masters} == {32}
+
+
+def test_the_derivation_is_that_of_rfc_5869(monkeypatch: pytest.MonkeyPatch) -> None:
+    master = bytes(range(32))
+    monkeypatch.setattr(_keys, "new_master", lambda: master)
+    lineage = Lineage()
+    for number, (device, worker) in enumerate([("cpu", 0), ("cuda:1", 3), ("cpu", 0)]):
+        info = b"clipgrad.noise/1" + number.to_bytes(8, "big") + worker.to_bytes(4, "big")
+        expected = hmac.digest(master, info + device.encode() + b"\x01", hashlib.sha256)
+        assert lineage.key(torch.device(device), worker) == expected
+
+
+def test_noise_copied_to_a_device_goes_on_where_the_last_noise_stopped(recorder: Recorder) -> None:
+    """The CPU stands in for a device without a cipher."""
+    makers = SystemNoise()
+    makers.add_gaussian_([torch.zeros(5)], 1.0)
+    assert makers._makers is not None
+    lineage, cpu = makers._makers._lineage, makers._makers._cpu
+    device = torch.device("cpu")
+    copied = _accelerator.AcceleratorNoise(device, lineage, cpu, 1)
+    total: Tensor = torch.zeros(100_000)
+    for _ in range(2):
+        copied.add([total], 1.0)
+        makers.add_gaussian_([total], 1.0)
+    assert len({key for key, _, _ in recorder.uses}) == 2  # a new one after 1 MiB
+    check_no_overlap(recorder.uses)
+    assert abs(float(total.std()) - 2.0) < 0.04
