@@ -9,17 +9,21 @@ from __future__ import annotations
 
 from clipgrad import accounting, rules
 from clipgrad.batch_norm import replace_batch_norm
+from clipgrad.checkpoint import load_checkpoint, save_checkpoint
 from clipgrad.clipping import AdaptiveQuantile, Automatic, PerLayer, Relation
+from clipgrad.discrete import DiscreteGaussianNoise
 from clipgrad.errors import (
     CompileError,
     CompileMismatchError,
     EscapedParameterError,
     NotPerSampleError,
+    PrivacyBudgetError,
     UnclippedGradientError,
 )
 from clipgrad.explain import Explanation
 from clipgrad.noise import NoiseSource, SeededNoise, SystemNoise
 from clipgrad.optimizer import Diagnostics, DPOptimizer
+from clipgrad.plan import PrivacyPlan
 from clipgrad.profile import StepProfile, profile_step
 from clipgrad.result import ClippedGradResult
 from clipgrad.rules import register_decomposition, register_rule, unregister_rule
@@ -45,6 +49,7 @@ __all__ = [
     "CompileMismatchError",
     "DPOptimizer",
     "Diagnostics",
+    "DiscreteGaussianNoise",
     "EmptyBatchCollate",
     "EscapedParameterError",
     "Explanation",
@@ -54,6 +59,8 @@ __all__ = [
     "PerLayer",
     "PoissonLoader",
     "PoissonSampler",
+    "PrivacyBudgetError",
+    "PrivacyPlan",
     "Relation",
     "SeededNoise",
     "StepProfile",
@@ -62,12 +69,14 @@ __all__ = [
     "UserSampler",
     "accounting",
     "clipped_grad",
+    "load_checkpoint",
     "poisson_loader",
     "profile_step",
     "register_decomposition",
     "register_rule",
     "replace_batch_norm",
     "rules",
+    "save_checkpoint",
     "unregister_rule",
     "user_loader",
 ]

@@ -54,14 +54,40 @@ class Account:
     def state_dict(self) -> dict[str, Any]:
         return {"done": self.done, "ledger": self.ledger.state_dict()}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue the count of a checkpoint.
+    def restored(self, state: Mapping[str, Any] | None) -> Account:
+        """The account that ``state_dict`` saved, under this plan.
+
+        Args:
+            state: What the optimizer saved beside the wrapped optimizer's state, ``account`` among it.
 
         Raises:
-            ValueError: If the state is malformed.
+            ValueError: If there is no account in it, or it does not fit.
         """
-        done = state["done"]
+        if state is None or "account" not in state:
+            raise ValueError(
+                "state_dict has no account of what was released, but the optimizer was built with a plan: steps would "
+                "be forgotten. Load the state of an optimizer with a plan, or the wrapped one's into optimizer.inner."
+            )
+        found = state["account"]
+        done = found["done"]
         if type(done) is not int or done < 0:
-            raise ValueError(f"state['done'] must be a number of steps, got {done!r}.")
-        self.ledger.load_state_dict(state["ledger"])
-        self.done = done
+            raise ValueError(f"state_dict: done must be a number of steps, got {done!r}.")
+        other = Account(self.plan)
+        other.ledger.load_state_dict(found["ledger"])
+        other.done = done
+        return other
+
+
+def account_of(plan: PrivacyPlan | None, ledger: Ledger | None) -> Account | None:
+    """The account of a plan, if there is one.
+
+    Raises:
+        ValueError: If a ledger is given without a plan.
+    """
+    if plan is None:
+        if ledger is not None:
+            raise ValueError(
+                "ledger needs a plan, which says how batches are drawn; pass plan=clipgrad.PrivacyPlan(...)."
+            )
+        return None
+    return Account(plan, ledger)

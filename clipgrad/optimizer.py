@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from clipgrad import _validate
+from clipgrad._account import account_of
 from clipgrad._facade import OptimizerFacade
-from clipgrad._grid import Grid, check_samples, exact_sigma
+from clipgrad._grid import Grid, exact_sigma
+from clipgrad._mechanism import mechanism, noise_source
 from clipgrad._pending import Pending
 from clipgrad._phases import phase
 from clipgrad._requirements import (
@@ -24,19 +26,20 @@ from clipgrad._requirements import (
     refuse_strangers,
 )
 from clipgrad._swap import ParameterSlots
+from clipgrad.accounting import Ledger
 from clipgrad.clipping import (
     ClippingStrategy,
     Progress,
     Relation,
     Schedule,
     make_clipping,
-    relation_of,
 )
 from clipgrad.compiled import fixed_size, observed
-from clipgrad.discrete import noise_on_grid, whole_steps
+from clipgrad.discrete import whole_steps
 from clipgrad.errors import UnclippedGradientError
 from clipgrad.explain import Explanation
-from clipgrad.noise import NoiseSource, SeededNoise, SystemNoise, gaussian_sigma
+from clipgrad.noise import NoiseSource, gaussian_sigma
+from clipgrad.plan import PrivacyPlan
 from clipgrad.result import ClippedGradResult
 from clipgrad.transform import ClippedGrad, clipped_grad
 
@@ -74,6 +77,8 @@ class DPOptimizer(OptimizerFacade):
         model: The model. Its trainable parameters that ``optimizer`` does not own are constants.
         loss_fn: ``loss_fn(model, *batch) -> scalar``, the function a non-private loop calls on a whole batch. Here
             it sees a batch of one, so ``mean`` and ``sum`` reductions both work.
+        plan: A ``PrivacyPlan``, in place of the next four. Every step is then written to ``ledger``, ``epsilon()`` tells
+            what it cost so far, and a step beyond the plan is refused.
         max_grad_norm: Clipping norm; a number, or a mapping from parameter-name prefix to norm, or ``PerLayer``,
             ``Automatic`` or ``AdaptiveQuantile``. In place of a number, a function of the step (0, 1, ...) that
             depends on no data. It is the same for all of a logical batch. See ``docs/clipping.md``.
@@ -81,10 +86,11 @@ class DPOptimizer(OptimizerFacade):
             clips without privacy (robust training), a use of its own: no epsilon belongs to it.
         expected_batch_size: The public constant that sums are divided by: sampling rate times dataset size, not the
             size of the batch at hand, which is private.
+        relation: The neighbouring relation that the noise is calibrated to; default ``ADD_OR_REMOVE_ONE``.
+        ledger: With a plan: the ledger of an earlier training on the same data, to be continued.
         microbatch_size: Process a batch in pieces of this size; bounds memory, changes no result.
         keep_batch_dim: False: ``loss_fn`` sees an element of the batch without a batch axis of one: ``[K, ...]`` if the
             element is a user with K samples (``user_loader``), who is then what is clipped, counted and protected.
-        relation: The neighbouring relation that the noise is calibrated to.
         noise: Where noise comes from; default ``SystemNoise()``, seeded by the operating system.
         generator: A ``torch.Generator`` for reproducible experiments instead of ``noise``. **Not private**: whoever
             knows the seed can subtract the noise.
@@ -134,12 +140,14 @@ class DPOptimizer(OptimizerFacade):
         model: nn.Module,
         loss_fn: Callable[..., Tensor],
         *,
-        max_grad_norm: ClippingStrategy,
-        noise_multiplier: float | Schedule,
-        expected_batch_size: float,
+        plan: PrivacyPlan | None = None,
+        max_grad_norm: ClippingStrategy | None = None,
+        noise_multiplier: float | Schedule | None = None,
+        expected_batch_size: float | None = None,
+        relation: Relation | str | None = None,
+        ledger: Ledger | None = None,
         microbatch_size: int | None = None,
         keep_batch_dim: bool = True,
-        relation: Relation = Relation.ADD_OR_REMOVE_ONE,
         noise: NoiseSource | None = None,
         generator: torch.Generator | None = None,
         nan_safe: bool = True,
@@ -153,34 +161,22 @@ class DPOptimizer(OptimizerFacade):
     ) -> None:
         # Optimizer.__init__ is not called: param_groups, state and hooks are the wrapped optimizer's.
         check_parts(optimizer, model, loss_fn)
-        if noise is not None and generator is not None:
-            raise ValueError(
-                "noise and generator exclude each other; pass one of them, or neither."
-            )
+        chosen = mechanism(plan, max_grad_norm, noise_multiplier, expected_batch_size, relation)
         self.inner = optimizer
         self.model = model
         self.loss_fn = loss_fn
-        self._progress = Progress.start(max_grad_norm, noise_multiplier)
-        self.expected_batch_size = _validate.positive("expected_batch_size", expected_batch_size)
-        self.relation = relation_of(relation)
+        self._progress = Progress.start(chosen.max_grad_norm, chosen.noise_multiplier)
+        self.expected_batch_size = chosen.expected_batch_size
+        self.relation = chosen.relation
+        self._account = account_of(plan, ledger)
         if compile and microbatch_size is None:
             microbatch_size = fixed_size(self.expected_batch_size)
-        if noise is not None and not callable(getattr(noise, "add_gaussian_", None)):
+        if grid is not None and self._progress.norm is not None:
             raise ValueError(
-                f"noise must be a NoiseSource such as clipgrad.SystemNoise(), got {noise!r}; how much of it there is "
-                "says noise_multiplier."
+                f"grid cannot be combined with max_grad_norm={max_grad_norm!r}: the noise of its count would not be "
+                "exact. Give a norm, or a function of the step."
             )
-        if grid is not None:
-            check_samples(2 * self.expected_batch_size, "twice the expected_batch_size")
-            noise = noise_on_grid(grid, noise, generator)
-            if self._progress.norm is not None:
-                raise ValueError(
-                    f"grid cannot be combined with max_grad_norm={max_grad_norm!r}: the noise of its count would not "
-                    "be exact. Give a norm, or a function of the step."
-                )
-        if noise is None:
-            noise = SystemNoise() if generator is None else SeededNoise(generator)
-        self.noise: NoiseSource = noise
+        self.noise: NoiseSource = noise_source(noise, generator, grid, self.expected_batch_size)
         self._gradient: ClippedGrad = clipped_grad(
             self._loss,
             max_grad_norm=self._progress.max_grad_norm,
@@ -250,6 +246,7 @@ class DPOptimizer(OptimizerFacade):
 
         Raises:
             ValueError: If a closure is given.
+            PrivacyBudgetError: If all steps of the plan were taken. Nothing was released.
             UnclippedGradientError: Without a ``backward`` since the last step, or if somebody else wrote to a
                 ``.grad`` in between. The parameters are untouched.
         """
@@ -258,12 +255,16 @@ class DPOptimizer(OptimizerFacade):
                 "step: a closure would compute gradients again after the noise was added, unclipped. Call "
                 "backward(*batch) and then step(); optimizers that need a closure (LBFGS) cannot be private here."
             )
+        if self._account is not None:
+            self._account.before_step()
         sigma, sigma_observed = self.sigma, self._noises()[1]
         parameters = [parameter for _, parameter in self._selection]
         selected = set(map(id, parameters))
         others = [p for p in self._owned() if id(p) not in selected]
         sums = self._pending.take([name for name, _ in self._selection], parameters, others)
         sums, observed = sums[: len(parameters)], sums[len(parameters) :]
+        if self._account is not None:
+            self._account.record(self.accounted_noise_multiplier)
         with torch.no_grad():
             with phase("noise"):
                 self.noise.add_gaussian_(sums, sigma)
@@ -306,6 +307,11 @@ class DPOptimizer(OptimizerFacade):
 
     @noise_multiplier.setter
     def noise_multiplier(self, noise_multiplier: float | Schedule) -> None:
+        if self._account is not None:
+            raise ValueError(
+                "noise_multiplier belongs to the plan, whose epsilon would not hold any more. Give the plan a function "
+                "of the step, or continue with another plan: a new DPOptimizer with ledger=optimizer.ledger."
+            )
         self._progress = self._progress.with_noise_multiplier(noise_multiplier)
 
     @property
@@ -316,6 +322,33 @@ class DPOptimizer(OptimizerFacade):
         the clipped sum and the count together.
         """
         return self._progress.noise_multiplier
+
+    @property
+    def ledger(self) -> Ledger:
+        """What was released so far, step by step.
+
+        Raises:
+            RuntimeError: Without a plan, since nobody has said how batches are drawn.
+        """
+        if self._account is None:
+            raise RuntimeError(
+                "ledger: this optimizer was built without a plan, so it does not know how batches are drawn. Pass "
+                "plan=clipgrad.PrivacyPlan(...), or keep a clipgrad.accounting.Ledger yourself."
+            )
+        return self._account.ledger
+
+    def epsilon(self, delta: float | None = None) -> float:
+        """The epsilon of what was released so far.
+
+        Args:
+            delta: Probability with which epsilon may fail to hold; default the plan's.
+
+        Raises:
+            RuntimeError: Without a plan.
+        """
+        if delta is None and self._account is not None:
+            delta = self._account.plan.delta
+        return self.ledger.epsilon(math.nan if delta is None else delta)
 
     @property
     def max_grad_norm(self) -> ClippingStrategy:
@@ -370,6 +403,8 @@ class DPOptimizer(OptimizerFacade):
         An unfinished logical batch is not part of it.
         """
         own = {"noise": self.noise.state_dict(), "progress": self._progress.state_dict()}
+        if self._account is not None:
+            own["account"] = self._account.state_dict()
         return {**self.inner.state_dict(), _STATE_KEY: own}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -385,12 +420,16 @@ class DPOptimizer(OptimizerFacade):
         progress = self._progress
         if own is not None and "progress" in own:
             progress = progress.restored(own["progress"])
+        if self._account is not None:
+            account = self._account.restored(own)
         self.inner.load_state_dict(
             {key: value for key, value in state_dict.items() if key != _STATE_KEY}
         )
         if own is not None:
             self.noise.load_state_dict(own["noise"])
         self._progress = progress
+        if self._account is not None:
+            self._account = account
         self.zero_grad()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
