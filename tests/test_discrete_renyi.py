@@ -54,7 +54,7 @@ def both(scale: float, shift: Shift, rate: float, order: float) -> tuple[float, 
 
 
 def claimed(scale: float, shift: Shift, rate: float, order: int) -> float:
-    """Of the Gaussian at an integer order (Mironov, Talwar and Zhang 2019, section 3.3)."""
+    """Of the Gaussian at an integer order (Mironov, Talwar and Zhang 2019, arXiv:1908.10530)."""
     squared = sum(mu**2 for mu in shift) / scale**2
     if rate == 1.0:
         return order * squared / 2
