@@ -86,9 +86,6 @@ class Setting:
         return SeededNoise(torch.Generator().manual_seed(self.seed + 2))
 
 
-Watch = Callable[[DPOptimizer], Any]
-
-
 def train(
     setting: Setting,
     *,
@@ -124,7 +121,7 @@ def train(
     return scores, canaries.included, watcher
 
 
-class Planned:
+class Faulty:
     """A noise source with a bug."""
 
     def __init__(self, inner: SeededNoise) -> None:
@@ -140,14 +137,14 @@ class Planned:
         self.inner.load_state_dict(state)
 
 
-class HalfNoise(Planned):
+class HalfNoise(Faulty):
     """Half the standard deviation."""
 
     def add_gaussian_(self, tensors: Sequence[Tensor], sigma: float) -> None:
         self.inner.add_gaussian_(tensors, sigma / 2)
 
 
-class ReusedNoise(Planned):
+class ReusedNoise(Faulty):
     """The first step's noise in every step."""
 
     drawn: list[Tensor] | None = None
