@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-from clipgrad import accounting, rules
+from clipgrad import accounting, audit, rules
 from clipgrad.batch_norm import replace_batch_norm
 from clipgrad.checkpoint import load_checkpoint, save_checkpoint
 from clipgrad.clipping import AdaptiveQuantile, Automatic, PerLayer, Relation
@@ -68,6 +68,7 @@ __all__ = [
     "UnclippedGradientError",
     "UserSampler",
     "accounting",
+    "audit",
     "clipped_grad",
     "load_checkpoint",
     "poisson_loader",

@@ -77,8 +77,8 @@ class DPOptimizer(OptimizerFacade):
         model: The model. Its trainable parameters that ``optimizer`` does not own are constants.
         loss_fn: ``loss_fn(model, *batch) -> scalar``, the function a non-private loop calls on a whole batch. Here
             it sees a batch of one, so ``mean`` and ``sum`` reductions both work.
-        plan: A ``PrivacyPlan``, in place of the next four. Every step is then written to ``ledger``, ``epsilon()`` tells
-            what it cost so far, and a step beyond the plan is refused.
+        plan: A ``PrivacyPlan``, in place of the next four. Every step is then written to ``ledger``, ``epsilon()``
+            tells what it cost so far, and a step beyond the plan is refused.
         max_grad_norm: Clipping norm; a number, or a mapping from parameter-name prefix to norm, or ``PerLayer``,
             ``Automatic`` or ``AdaptiveQuantile``. In place of a number, a function of the step (0, 1, ...) that
             depends on no data. It is the same for all of a logical batch. See ``docs/clipping.md``.

@@ -62,6 +62,17 @@ def check_digits(output: str, folder: Path) -> None:
     assert len(re.findall(r"step +20/20 +loss [\d.]+ +accuracy +[\d.]+%", output)) == 3
 
 
+def check_audit(output: str, folder: Path) -> None:
+    assert len(re.findall(r"step +\d+/16 +loss [\d.]+", output)) == 4
+    claim = float(re.findall(r"claimed: epsilon = ([\d.]+)", output)[0])
+    approximate, gaussian = map(float, re.findall(r"epsilon >= ([\d.]+) at delta", output))
+    # A quarter of the noise: so far from the claim that no coins hide it.
+    assert 3 < approximate < gaussian
+    assert gaussian > claim == 4.38
+    assert "NOT as private as claimed" in output
+
+
 CHECKS: dict[str, tuple[list[str], Callable[[str, Path], None]]] = {
+    "audit": (["--noise", "0.25"], check_audit),
     "digits": (["--seed", "0"], check_digits),
 }

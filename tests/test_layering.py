@@ -77,9 +77,20 @@ FORBIDDEN = {
     "sampling._loader": {"sampling._make"},
     "accounting": (EVERYTHING - {"accounting"}) | {"clipgrad", "torch"},
     "_phases": EVERYTHING | {"clipgrad", "torch"},
+    # An audit shares no code with what it audits: the public names are all that it may use.
+    "audit": INSIDE | {name for name in EVERYTHING if name.startswith("_") and name != "__init__"},
 }
 # Where a random number may be drawn. In noise that is where keys are made; what makes Gaussians of them is a function.
-HOMES = {"noise._keys", "noise._seeded", "discrete", "_discrete_gaussian", "sampling", "testing"}
+# audit._coins decides which canaries are trained on.
+HOMES = {
+    "noise._keys",
+    "noise._seeded",
+    "discrete",
+    "_discrete_gaussian",
+    "sampling",
+    "audit._coins",
+    "testing",
+}
 RANDOM_CALL = re.compile(
     r"(rand|randn|randint)(_like)?|randperm|(normal|bernoulli|poisson)_?|(random|uniform)_"
     r"|multinomial|exponential_|manual_seed|Generator|default_rng|SystemRandom|urandom|token_bytes"
@@ -109,7 +120,8 @@ def violations(path: str, source: str) -> list[str]:
     module = path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
     forbidden = {name for layer in FORBIDDEN if below(module, {layer}) for name in FORBIDDEN[layer]}
     forbidden |= set() if module == "testing" else {"_reference"}
-    forbidden |= set() if below(module, {"__init__", "profile"}) else {"profile"}
+    for last in ("profile", "audit"):  # nothing but the package itself imports them
+        forbidden |= set() if below(module, {"__init__", last}) else {last}
     for line, name in imports(path, tree):
         if below(name.removeprefix("clipgrad."), forbidden):
             found.append(f"clipgrad/{path}:{line} imports {name}")
@@ -169,6 +181,10 @@ def test_package_keeps_its_layers() -> None:
         ("compiled/_step.py", "from clipgrad.transform import ClippedGrad"),
         ("compiled/_state.py", "from clipgrad._microbatch import run"),
         ("_microbatch.py", "from clipgrad.compiled import Compiler"),
+        ("optimizer.py", "from clipgrad import audit"),
+        ("audit/_recorder.py", "from clipgrad._pending import Pending"),
+        ("audit/_recorder.py", "from clipgrad._gradients import Gradients"),
+        ("audit/_bound.py", "import secrets\nsecrets.token_bytes(3)"),
         ("transform.py", "x = torch.randn(3)"),
         ("optimizer.py", "g.add_(torch.empty_like(g).normal_())"),
         ("rules/linear.py", "g = torch.Generator()"),
@@ -209,6 +225,10 @@ def test_forbidden_is_found(path: str, source: str) -> None:
         ("profile/__init__.py", "from clipgrad.profile._measure import profile_step"),
         ("profile/_measure.py", "from clipgrad.optimizer import DPOptimizer"),
         ("_phases.py", "from typing import Protocol"),
+        ("__init__.py", "from clipgrad import accounting, audit"),
+        ("audit/_recorder.py", "from clipgrad.optimizer import DPOptimizer"),
+        ("audit/__init__.py", "from clipgrad.audit._coins import Canaries"),
+        ("audit/_coins.py", "import secrets\nsecrets.token_bytes(3)"),
     ],
 )
 def test_allowed_is_left_alone(path: str, source: str) -> None:

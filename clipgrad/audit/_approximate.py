@@ -1,0 +1,84 @@
+"""How many coins an (epsilon, delta)-DP run lets be guessed; Steinke, Nasr and Jagielski 2023.
+
+Main theorem of arXiv:2305.08846 (their code is appendix D). Let ``m`` fair coins decide what an
+(epsilon, delta)-DP run sees, and let ``r`` of them be guessed from what it releases, where ``r`` is
+fixed beforehand. With ``W ~ Binomial(r, 1 / (1 + exp(-epsilon)))``,
+
+    P[at least v correct] <= P[W >= v] + 2 m delta max_i P[v > W >= v - i] / i,    i = 1, 2, ...
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from clipgrad.audit._scipy import special
+
+_GRID = 64
+_BISECTIONS = 30
+
+
+def p_value(epsilon: float, *, delta: float, m: int, guesses: int, correct: int) -> float:
+    """A bound on the probability that so many guesses or more are correct, if the claim holds.
+
+    Args:
+        epsilon: The claim, at least 0.
+        delta: The claim's delta.
+        m: Number of canaries.
+        guesses: How many coins are guessed, at most ``m``.
+        correct: How many of the guesses are right.
+    """
+    if correct == 0:
+        return 1.0
+    q = 1.0 / (1.0 + math.exp(-epsilon))
+    at_least = np.arange(correct, 0, -1)
+    # P[W >= k] for k = correct, ..., 1, 0
+    tails = np.append(special().betainc(at_least, guesses - at_least + 1, q), 1.0)
+    steepest = np.max((tails[1:] - tails[0]) / np.arange(1, correct + 1))
+    return min(1.0, float(tails[0] + 2 * m * delta * steepest))
+
+
+def epsilon_exceeded(
+    *, delta: float, m: int, guesses: int, correct: int, significance: float, above: float = 0.0
+) -> float:
+    """The largest epsilon of which, and of every smaller one, the p-value is at most ``significance``.
+
+    Args:
+        delta: The claim's delta.
+        m: Number of canaries.
+        guesses: How many coins are guessed.
+        correct: How many of the guesses are right.
+        significance: One minus the confidence.
+        above: What is known already; nothing smaller is looked for.
+
+    Returns:
+        At least ``above``, which means that no more was shown.
+    """
+    if correct == 0:
+        return above
+    # At delta = 0 this is Clopper and Pearson's lower bound on the accuracy; delta only lowers it.
+    q = float(special().betaincinv(correct, guesses - correct + 1, significance))
+    most = math.log(q) - math.log1p(-q)
+    if most <= above or delta == 0.0:
+        return max(above, most)
+
+    def rejected(epsilon: float) -> bool:
+        value = p_value(epsilon, delta=delta, m=m, guesses=guesses, correct=correct)
+        return value <= significance
+
+    if not rejected(above):
+        return above
+    # The second term need not grow with epsilon, and the truth may lie at the first epsilon that is
+    # not rejected. So we look for that one from below.
+    low = 0.0
+    for high in np.linspace(0.0, most, _GRID + 1).tolist():
+        if not rejected(high):
+            break
+        low = high
+    else:
+        return most
+    for _ in range(_BISECTIONS if high > 0.0 else 0):
+        middle = (low + high) / 2
+        low, high = (middle, high) if rejected(middle) else (low, middle)
+    return max(above, float(low))

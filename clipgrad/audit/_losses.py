@@ -1,0 +1,64 @@
+"""The black-box score: what the model's loss says about a canary."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from clipgrad.audit._undisturbed import evaluating, undisturbed
+
+
+def canary_losses(model: nn.Module, loss_fn: Callable[..., Tensor], *canaries: Any) -> torch.Tensor:
+    """The loss of each canary, in evaluation mode, one canary at a time.
+
+    Take it before training and after; ``before - after`` is the score of the black-box audit: what a
+    canary's loss has fallen by. It needs the trained model only, and shows much less than
+    :class:`StepRecorder`.
+
+    Args:
+        model: The model. Its modules' training flags and the random number generators are left as
+            they were.
+        loss_fn: ``loss_fn(model, *batch) -> scalar``, as for :class:`~clipgrad.DPOptimizer`.
+        *canaries: What ``loss_fn`` takes after the model: pytrees of tensors, ``[m, ...]``.
+
+    Returns:
+        ``[m]``, detached. A loss that is not finite is returned as it is.
+
+    Raises:
+        ValueError: If the tensors' first axes differ.
+
+    Examples:
+        >>> def loss_fn(model, x, y):
+        ...     return torch.nn.functional.mse_loss(model(x), y)
+        >>> canary_losses(
+        ...     torch.nn.Linear(3, 1), loss_fn, torch.zeros(5, 3), torch.zeros(5, 1)
+        ... ).shape
+        torch.Size([5])
+    """
+    m = count(canaries)
+    with torch.no_grad(), undisturbed(model), evaluating(model):
+        losses = [
+            loss_fn(model, *tree_map(lambda leaf, i=i: leaf[i : i + 1], canaries)) for i in range(m)
+        ]
+    return torch.stack(losses).reshape(m).detach()
+
+
+def count(canaries: Any) -> int:
+    """How many canaries a pytree of ``[m, ...]`` tensors holds.
+
+    Raises:
+        ValueError: If it holds none, or something else than such tensors.
+    """
+    leaves = tree_leaves(canaries)
+    sizes = {len(leaf) if isinstance(leaf, Tensor) and leaf.dim() else None for leaf in leaves}
+    size = sizes.pop() if len(sizes) == 1 else None
+    if not size:
+        raise ValueError(
+            "canaries must be tensors, at least one, whose first axes have the same positive length, got "
+            f"{[tuple(leaf.shape) if isinstance(leaf, Tensor) else type(leaf).__name__ for leaf in leaves]}."
+        )
+    return size

@@ -1,0 +1,28 @@
+"""Libraries that only the mathematics of an audit needs, imported when first used."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+
+def special() -> Any:
+    """``scipy.special``: incomplete beta functions."""
+    return _imported("scipy.special")
+
+
+def gaussian_epsilon(mu: float, delta: float) -> float:
+    """Epsilon at ``delta`` of a ``mu``-GDP run; Balle and Wang 2018 by way of dp-accounting."""
+    if mu == 0.0:
+        return 0.0
+    return float(_imported("dp_accounting").get_epsilon_gaussian(1.0 / mu, delta))
+
+
+def _imported(module: str) -> Any:
+    try:
+        return import_module(module)
+    except ImportError as error:
+        raise ImportError(
+            f"{module} could not be imported ({error}); audits need it: "
+            "pip install 'clipgrad[accounting]'"
+        ) from error
