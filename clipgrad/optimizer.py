@@ -420,16 +420,13 @@ class DPOptimizer(OptimizerFacade):
         progress = self._progress
         if own is not None and "progress" in own:
             progress = progress.restored(own["progress"])
-        if self._account is not None:
-            account = self._account.restored(own)
+        account = None if self._account is None else self._account.restored(own)
         self.inner.load_state_dict(
             {key: value for key, value in state_dict.items() if key != _STATE_KEY}
         )
         if own is not None:
             self.noise.load_state_dict(own["noise"])
-        self._progress = progress
-        if self._account is not None:
-            self._account = account
+        self._progress, self._account = progress, account
         self.zero_grad()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
 from types import TracebackType
 from typing import Any, Literal
 
@@ -14,6 +12,7 @@ from torch.utils._pytree import tree_map
 
 from clipgrad.audit._losses import count
 from clipgrad.audit._undisturbed import undisturbed
+from clipgrad.clipping import Relation
 from clipgrad.optimizer import DPOptimizer
 
 Observed = Literal["parameters", "gradients"]
@@ -160,7 +159,7 @@ class StepRecorder:
                 product, squared = vmap(along, randomness="different", chunk_size=self._chunk_size)(
                     self._canaries
                 )
-        bound = _bound(self._optimizer.max_grad_norm)
+        bound = _bound(self._optimizer)
         clipped = product * (bound / squared.sqrt()).clamp(max=1.0)
         # A canary whose gradient is not finite contributes nothing to training.
         return torch.where(clipped.isfinite() & squared.isfinite(), clipped, 0.0).cpu()
@@ -178,8 +177,7 @@ class _Loss(nn.Module):
         return self.loss_fn(self.model, *batch)
 
 
-def _bound(max_grad_norm: float | Mapping[str, float]) -> float:
+def _bound(optimizer: DPOptimizer) -> float:
     """The longest that a clipped gradient can be; groups are scored as if they were one."""
-    if isinstance(max_grad_norm, Mapping):
-        return math.hypot(*max_grad_norm.values())
-    return float(max_grad_norm)
+    moves = 2 if optimizer.relation is Relation.REPLACE_ONE else 1
+    return optimizer.sensitivity / moves

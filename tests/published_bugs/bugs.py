@@ -71,8 +71,8 @@ def _(patch: pytest.MonkeyPatch) -> None:
 def _(patch: pytest.MonkeyPatch) -> None:
     right = transform.make_clipping
 
-    def wrong(norm: Any, names: Any = None, **named: Any) -> Clipping:
-        return right(dict.fromkeys(names, norm) if names else norm, names, **named)
+    def wrong(norm: Any, names: Any = None, *rest: Any, **named: Any) -> Clipping:
+        return right(dict.fromkeys(names, norm) if names else norm, names, *rest, **named)
 
     patch.setattr(transform, "make_clipping", wrong)
 
@@ -134,7 +134,7 @@ def _(patch: pytest.MonkeyPatch) -> None:
 def _(patch: pytest.MonkeyPatch) -> None:
     right = Pending.add
 
-    def wrong(self: Pending, parameters: Any, sums: Any) -> None:
+    def wrong(self: Pending, parameters: Any, sums: Any, others: Any = ()) -> None:
         if self._sums is None:
             right(self, parameters, sums)
             self._sums = [parameter.grad for parameter in parameters]
@@ -196,7 +196,7 @@ def _(patch: pytest.MonkeyPatch) -> None:
 def _(patch: pytest.MonkeyPatch) -> None:
     right = Pending.add
 
-    def wrong(self: Pending, parameters: Any, sums: Any) -> None:
+    def wrong(self: Pending, parameters: Any, sums: Any, others: Any = ()) -> None:
         SystemNoise().add_gaussian_(sums, 3.0)
         right(self, parameters, sums)
 
