@@ -34,8 +34,7 @@ class TruncatedPoisson:
     For hardware that takes a fixed number of rows (Chua et al., "Scalable DP-SGD: Shuffling vs.
     Poisson Subsampling", 2024). Those to stay must be a uniformly random subset. Cutting couples the samples:
     one that is added can push another one out, which moves the sum by up to two clip norms. The
-    more often batches are cut, the more that costs; a limit of five standard deviations above the
-    mean costs next to nothing. The bound is dp-accounting's (Ganesh, "Tighter Privacy Analysis for
+    more often batches are cut, the more that costs; far above the mean it costs next to nothing. The bound is dp-accounting's (Ganesh, "Tighter Privacy Analysis for
     Truncated Poisson Sampling", 2025), for ``accountant="pld"`` and any relation.
 
     Args:
