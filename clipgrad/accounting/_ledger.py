@@ -49,8 +49,8 @@ class Ledger:
     With ``accountant="rdp"`` an answer takes a tenth of a millisecond. With ``"pld"`` it takes a second for
     each noise level that is new, and a fraction of one after that: ask once an epoch.
 
-    More steps never give a smaller answer: rounding can make a bound wobble in its tenth digit, and then
-    an earlier answer, which bounds the later one's truth from below, is repeated.
+    More steps never give a smaller answer. Should rounding let a bound fall in its last digits, the
+    earlier one is repeated: what was released since has not made the run more private.
 
     Args:
         relation: Which datasets are neighbours: ``"add_or_remove_one"``, ``"replace_one"``,

@@ -10,6 +10,9 @@ from ._dp import imported
 from ._terms import Mechanism, Terms
 
 _GRID = 1e-4
+_GROUP_GRID = (
+    4  # times as coarse: a mixture of Gaussians takes long, and this is within a few thousandths
+)
 _COARSEST_GRID = 100.0  # from 700 on the exponential overflows
 
 
@@ -66,15 +69,15 @@ def grid_interval(terms: Terms) -> float:
     default: a grid is then part of each finer one and its bound above theirs, so that a run which
     outgrows a grid does not come out as more private.
     """
-    one_step, variance = terms.precision / 4, terms.precision
+    least, variance = max(1.0, terms.precision / 4), terms.precision
     for mechanism, count in terms.sampled:
-        size, growth = _spread(mechanism)
-        one_step = max(one_step, size)
+        one_step, growth = _spread(mechanism)
+        least = max(least, one_step, _GROUP_GRID if mechanism.group_size > 1 else 1.0)
         variance += count * growth
     # Of the whole run, in hundreds.
     mu = math.sqrt(variance)
     whole_run = mu * (mu / 2 + 5) / 100
-    needed = max(1.0, one_step, whole_run)
+    needed = max(least, whole_run)
     return _GRID * 2.0 ** math.ceil(math.log2(needed)) if math.isfinite(needed) else math.inf
 
 
@@ -91,15 +94,11 @@ def _spread(mechanism: Mechanism) -> tuple[float, float]:
     if mechanism.group_size == 1:
         growth = rate**2 * _expm1(noise**-2)
         return (0.5 / noise) ** 2, min(growth, noise**-2)
-    chances = _binomial(mechanism.group_size, rate)
+    size = mechanism.group_size
     # More of the group than this are never in one batch.
-    most = max(j for j, chance in enumerate(chances) if chance > 1e-15)
-    growth = sum(
-        p * q * _expm1(i * j * noise**-2)
-        for i, p in enumerate(chances[: most + 1])
-        for j, q in enumerate(chances[: most + 1])
-    )
-    return (0.5 * most / noise) ** 2, min(growth, (mechanism.group_size / noise) ** 2)
+    most = int(imported("scipy.stats").binom.isf(1e-15, size, rate))
+    squared = size * rate * (1 - rate) + (size * rate) ** 2  # of how many are, the mean
+    return (0.5 * most / noise) ** 2, squared * noise**-2
 
 
 def _expm1(exponent: float) -> float:

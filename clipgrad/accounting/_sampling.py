@@ -32,11 +32,11 @@ class TruncatedPoisson:
     """A Poisson batch that is cut to ``max_batch_size`` if it comes out larger.
 
     For hardware that takes a fixed number of rows (Chua et al., "Scalable DP-SGD: Shuffling vs.
-    Poisson Subsampling", 2024). Those to stay must be a uniformly random subset. Cutting couples the samples:
-    one that is added can push another one out, which moves the sum by up to two clip norms. The
-    more often batches are cut, the more that costs; a limit of five standard deviations above the
-    mean costs next to nothing. The bound is dp-accounting's (Ganesh, "Tighter Privacy Analysis for
-    Truncated Poisson Sampling", 2025), for ``accountant="pld"`` and any relation.
+    Poisson Subsampling", 2024). Those that stay must be a uniformly random subset. Cutting couples
+    the samples: one that is added can push another one out, which moves the sum by up to two clip
+    norms. The more often batches are cut, the more that costs; far above the mean it costs next to
+    nothing. The bound is dp-accounting's (Ganesh, "Tighter Privacy Analysis for Truncated Poisson
+    Sampling", 2025), for ``accountant="pld"`` and any relation.
 
     Args:
         sample_rate: Probability of each sample to be drawn, before the cut.
@@ -66,26 +66,28 @@ class FixedSize:
 
     Fix the order. Within one pass a sample is in at most one batch. The other batches depend on it
     only through what was released before, so that a pass costs one Gaussian mechanism, not one per
-    batch (parallel composition). Passes add up: ``ceil(steps / floor(num_samples / batch_size))`` Gaussian mechanisms.
-    An order drawn at random, independently of the data, is a mixture of fixed ones, and a mixture is no
-    worse than its worst part (the hockey-stick divergence is jointly convex).
+    batch (parallel composition). Passes add up: ``ceil(steps / floor(num_samples / batch_size))``
+    Gaussian mechanisms. An order drawn at random, independently of the data, is a mixture of fixed
+    ones, and a mixture is no worse than its worst part (hockey-stick divergence is jointly convex).
 
     A shuffle does hide something, but nobody knows tightly how much, and it is not what Poisson
-    sampling hides: Chua et al., "How Private are DP-SGD Implementations?" (2024) and "Scalable DP-SGD: Shuffling
-    vs. Poisson Subsampling" (2024) prove lower bounds for shuffled batches far above Poisson's epsilon.
+    sampling hides: Chua et al., "How Private are DP-SGD Implementations?" (2024) and "Scalable
+    DP-SGD: Shuffling vs. Poisson Subsampling" (2024), prove lower bounds for shuffled batches that
+    can lie far above Poisson's epsilon.
 
     **Relations.** The argument needs neighbours of equal size that fill the same places:
-    ``"replace_one"`` and ``"replace_special"`` (the sample becomes a null sample, which keeps its place). Under
-    ``"add_or_remove_one"`` it fails: one sample less moves every later one by a place, so
-    that all the batches behind it change, and by two clip norms each. It is refused.
+    ``"replace_one"`` and ``"replace_special"`` (the sample becomes a null sample, which keeps its
+    place). Under ``"add_or_remove_one"`` it fails: one sample less moves every later one by a
+    place, so that all the batches behind it change, by two clip norms each. It is refused.
 
     **The last batch** of a pass may be smaller or left out (``drop_last``): a pass is counted as
-    ``floor(num_samples / batch_size)`` steps, which bounds both. Divide by a public constant, as ever.
+    ``floor(num_samples / batch_size)`` steps, which bounds both. Divide by a public constant, as
+    ever.
 
     **Passes must be passes.** Steps that are recorded one after the other are consecutive steps of
-    passes that are finished before the next one begins; the first begins a pass. Resume a run within
-    its pass, with the same order. Batches that are drawn anew for every step, with
-    or without replacement, are no passes: one sample may be in all of them.
+    passes, each finished before the next one begins; the first step begins one. Resume a run within
+    its pass and with the same order. Batches that are drawn anew for every step, with or without
+    replacement, are no passes: one sample may be in all of them.
 
     Args:
         num_samples: Size of the dataset.

@@ -1,0 +1,356 @@
+"""One plan makes loader, optimizer and accountant, and none of them can leave it."""
+
+from __future__ import annotations
+
+import copy
+import io
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import clipgrad
+from clipgrad import DPOptimizer, PrivacyBudgetError, PrivacyPlan, Relation, accounting
+from clipgrad.accounting import FixedSize, FullBatch, Ledger, Poisson, TruncatedPoisson
+from tests.dp_tools import mlp, sgd, squared, values
+
+RUN: dict[str, Any] = {
+    "num_samples": 64,
+    "expected_batch_size": 8,
+    "steps": 5,
+    "delta": 1e-3,
+    "noise_multiplier": 1.0,
+}
+
+
+def plan(**changes: Any) -> PrivacyPlan:
+    return PrivacyPlan(**{**RUN, **changes})
+
+
+def dataset(size: int = 64) -> torch.utils.data.TensorDataset:
+    return torch.utils.data.TensorDataset(torch.randn(size, 4, dtype=torch.float64))
+
+
+def optimizer_of(a_plan: PrivacyPlan, **options: Any) -> DPOptimizer:
+    model = mlp()
+    return DPOptimizer(sgd(model, lr=0.1), model, squared, plan=a_plan, **options)
+
+
+def take(optimizer: DPOptimizer, steps: int) -> None:
+    for _ in range(steps):
+        optimizer.backward(torch.randn(3, 4, dtype=torch.float64))
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+# ------------------------------------------------------------------------------- numbers
+
+
+def test_epsilon_is_that_of_the_run() -> None:
+    run = {"sample_rate": 8 / 64, "steps": 5, "delta": 1e-3, "noise_multiplier": 1.0}
+    assert plan().epsilon() == accounting.epsilon(**run)
+    assert plan().epsilon(3) == accounting.epsilon(**{**run, "steps": 3})
+    assert plan().epsilon(0) == 0.0
+    assert plan(noise_multiplier=0.0).epsilon() == float("inf")
+
+
+@pytest.mark.parametrize("accountant", ["pld", "rdp"])
+def test_the_least_noise_for_an_epsilon(accountant: str) -> None:
+    wanted = {name: RUN[name] for name in ("num_samples", "expected_batch_size", "steps", "delta")}
+    found = PrivacyPlan.for_epsilon(1.5, **wanted, accountant=accountant)  # type: ignore[arg-type]
+    assert found.epsilon() <= 1.5
+    assert found.with_noise(0.999 * found.noise_at(0)).epsilon() > 1.5
+
+
+@pytest.mark.parametrize(
+    ("changes", "sampling"),
+    [
+        ({}, Poisson(0.125)),
+        ({"expected_batch_size": 64}, FullBatch()),
+        ({"max_batch_size": 16}, TruncatedPoisson(0.125, 64, 16)),
+        ({"shuffled": True, "relation": "replace_one"}, FixedSize(64, 8)),
+    ],
+)
+def test_how_batches_come_about(changes: dict[str, Any], sampling: object) -> None:
+    assert plan(**changes).sampling == sampling
+
+
+def test_noise_of_a_schedule_is_added_up_step_by_step() -> None:
+    scheduled = plan(noise_multiplier=lambda step: 1.0 + step)
+    by_hand = Ledger()
+    for step in range(5):
+        by_hand.record(1.0 + step, Poisson(0.125))
+    assert scheduled.epsilon() == by_hand.epsilon(1e-3)
+    assert scheduled.epsilon() < plan().epsilon()
+
+
+def test_a_plan_says_what_it_promises() -> None:
+    text = str(plan(max_batch_size=32))
+    for part in ("epsilon = ", "delta = 0.001", "5 steps", "at most 32", "of 64 samples", "pld"):
+        assert part in text
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_samples": 0}, "num_samples must be an integer, at least 1, got 0"),
+        ({"steps": 2.5}, "steps must be an integer, at least 1, got 2.5"),
+        ({"steps": True}, "steps must be an integer"),
+        ({"expected_batch_size": 65}, "at most num_samples = 64, got 65"),
+        ({"expected_batch_size": 0}, "expected_batch_size must be a positive"),
+        ({"delta": 0.0}, "delta must lie between 0 and 1"),
+        ({"delta": 1}, "delta must lie between 0 and 1"),
+        ({"noise_multiplier": "1"}, "noise_multiplier must be a number"),
+        ({"relation": "other"}, "relation must be one of"),
+        ({"accountant": "gdp"}, "accountant must be one of"),
+        ({"shuffled": True}, "one sample more moves others into other batches"),
+        (
+            {"shuffled": True, "relation": "replace_one", "max_batch_size": 9},
+            "max_batch_size=9 cuts Poisson batches",
+        ),
+        (
+            {"shuffled": True, "relation": "replace_one", "expected_batch_size": 7.5},
+            "must be a whole number",
+        ),
+    ],
+)
+def test_plans_that_are_none(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises((ValueError, TypeError), match=message):
+        plan(**changes)
+
+
+# ------------------------------------------------------------------------------- the optimizer
+
+
+def test_the_optimizer_is_built_from_the_plan() -> None:
+    a_plan = plan(max_grad_norm=2.0, relation="replace_one", noise_multiplier=1.5)
+    optimizer = optimizer_of(a_plan)
+    assert optimizer.max_grad_norm == 2.0
+    assert optimizer.expected_batch_size == 8
+    assert optimizer.relation is Relation.REPLACE_ONE
+    assert optimizer.sigma == 1.5 * 2 * 2.0
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"max_grad_norm": 1.0},
+        {"noise_multiplier": 1.0},
+        {"expected_batch_size": 8},
+        {"relation": "replace_one"},
+    ],
+)
+def test_nothing_is_said_twice(given: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=f"plan says already what {next(iter(given))} would say"):
+        optimizer_of(plan(), **given)
+
+
+def test_what_is_missing_without_a_plan() -> None:
+    model = mlp()
+    with pytest.raises(TypeError, match="needs noise_multiplier, expected_batch_size"):
+        DPOptimizer(sgd(model), model, squared, max_grad_norm=1.0)
+    with pytest.raises(ValueError, match="ledger needs a plan"):
+        DPOptimizer(
+            sgd(model),
+            model,
+            squared,
+            max_grad_norm=1.0,
+            noise_multiplier=1.0,
+            expected_batch_size=1,
+            ledger=Ledger(),
+        )
+
+
+def test_epsilon_so_far() -> None:
+    optimizer = optimizer_of(plan())
+    seen = [optimizer.epsilon()]
+    for _ in range(5):
+        take(optimizer, 1)
+        seen.append(optimizer.epsilon())
+    assert seen == sorted(seen)
+    assert seen[0] == 0.0
+    assert seen[2] == plan().epsilon(2)
+    assert seen[-1] == plan().epsilon()
+    assert optimizer.epsilon(1e-5) > optimizer.epsilon()
+    assert optimizer.ledger.history == plan().ledger().history
+
+
+def test_no_step_beyond_the_plan() -> None:
+    optimizer = optimizer_of(plan(steps=2))
+    take(optimizer, 2)
+    optimizer.backward(torch.randn(3, 4, dtype=torch.float64))
+    before = values(optimizer.model)
+    with pytest.raises(PrivacyBudgetError, match="all 2 steps of the plan were taken"):
+        optimizer.step()
+    assert all(torch.equal(before[name], now) for name, now in values(optimizer.model).items())
+    assert optimizer.ledger.steps == 2
+
+
+def test_a_step_without_a_batch_costs_nothing() -> None:
+    optimizer = optimizer_of(plan())
+    with pytest.raises(clipgrad.UnclippedGradientError):
+        optimizer.step()
+    assert optimizer.ledger.steps == 0
+
+
+def test_noise_that_was_drawn_counts_even_if_the_step_fails() -> None:
+    optimizer = optimizer_of(plan())
+    optimizer.backward(torch.randn(3, 4, dtype=torch.float64))
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("out of memory")
+
+    handle = optimizer.inner.register_step_pre_hook(fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        optimizer.step()
+    handle.remove()
+    assert optimizer.ledger.steps == 1
+
+
+def test_the_plans_noise_cannot_be_changed() -> None:
+    optimizer = optimizer_of(plan())
+    with pytest.raises(ValueError, match="noise_multiplier belongs to the plan"):
+        optimizer.noise_multiplier = 0.5
+
+
+def test_a_scheduled_and_an_adaptive_run_tell_the_ledger_the_truth() -> None:
+    scheduled = plan(
+        noise_multiplier=lambda step: 2.0 if step < 2 else 1.0,
+        max_grad_norm=clipgrad.AdaptiveQuantile(1.0, count_stddev=10.0),
+    )
+    optimizer = optimizer_of(scheduled)
+    take(optimizer, 5)
+    assert [(e.noise_multiplier, e.steps) for e in optimizer.ledger.history] == [(2.0, 2), (1.0, 3)]
+    assert optimizer.epsilon() == scheduled.epsilon()
+
+
+def test_a_further_plan_continues_the_count() -> None:
+    first = optimizer_of(plan(steps=2))
+    take(first, 2)
+    second = optimizer_of(plan(steps=3, expected_batch_size=16), ledger=first.ledger)
+    take(second, 3)
+    assert [(e.sampling, e.steps) for e in second.ledger.history] == [
+        (Poisson(0.125), 2),
+        (Poisson(0.25), 3),
+    ]
+    with pytest.raises(ValueError, match="epsilons of different relations do not add up"):
+        optimizer_of(plan(relation="replace_one"), ledger=first.ledger)
+
+
+def test_without_a_plan_there_is_no_ledger() -> None:
+    model = mlp()
+    optimizer = DPOptimizer(
+        sgd(model), model, squared, max_grad_norm=1.0, noise_multiplier=1.0, expected_batch_size=1
+    )
+    for ask in (lambda: optimizer.ledger, optimizer.epsilon):
+        with pytest.raises(RuntimeError, match="built without a plan"):
+            ask()
+
+
+# ------------------------------------------------------------------------------- its state
+
+
+def through_a_file(state: Any) -> Any:
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+def test_the_count_survives_a_checkpoint() -> None:
+    optimizer = optimizer_of(plan(steps=3))
+    take(optimizer, 2)
+    other = optimizer_of(plan(steps=3))
+    other.load_state_dict(through_a_file(optimizer.state_dict()))
+    assert other.epsilon() == optimizer.epsilon() > 0
+    take(other, 1)
+    with pytest.raises(PrivacyBudgetError):
+        take(other, 1)
+    assert optimizer.ledger.steps == 2
+
+
+def test_a_state_without_an_account_is_refused() -> None:
+    optimizer = optimizer_of(plan())
+    take(optimizer, 1)
+    before = optimizer.ledger.steps
+    for state in (optimizer.inner.state_dict(), {**optimizer.state_dict(), "clipgrad": {}}):
+        with pytest.raises(ValueError, match="no account of what was released"):
+            optimizer.load_state_dict(state)
+    assert optimizer.ledger.steps == before
+
+
+def test_a_malformed_account_is_refused() -> None:
+    optimizer = optimizer_of(plan())
+    state = optimizer.state_dict()
+    state["clipgrad"]["account"]["done"] = -1
+    with pytest.raises(ValueError, match="done must be a number of steps, got -1"):
+        optimizer.load_state_dict(state)
+
+
+def test_a_copy_counts_for_itself() -> None:
+    optimizer = optimizer_of(plan())
+    take(optimizer, 1)
+    other = copy.deepcopy(optimizer)
+    take(other, 2)
+    assert (optimizer.ledger.steps, other.ledger.steps) == (1, 3)
+
+
+# ------------------------------------------------------------------------------- the loader
+
+
+def test_one_iteration_of_the_loader_is_the_run() -> None:
+    a_plan = plan()
+    loader = clipgrad.poisson_loader(dataset(), plan=a_plan)
+    optimizer = optimizer_of(a_plan)
+    for (x,) in loader:
+        optimizer.backward(x)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert optimizer.ledger.steps == a_plan.steps == len(loader)
+    assert loader.batch_sampler.sampling == a_plan.sampling
+
+
+def test_a_truncated_plan_cuts_and_pads() -> None:
+    a_plan = plan(max_batch_size=9)
+    loader = clipgrad.poisson_loader(dataset(), plan=a_plan, pad=True)
+    for batch, is_padding in loader:
+        assert len(batch[0]) == len(is_padding) == 9
+    assert loader.batch_sampler.sampling == a_plan.sampling
+
+
+def test_users_of_a_plan() -> None:
+    a_plan = plan(num_samples=4, expected_batch_size=2)
+    loader = clipgrad.user_loader(dataset(6), [0, 0, 1, 2, 3, 3], plan=a_plan)
+    assert len(list(loader)) == 5
+    assert loader.batch_sampler.sample_rate == 0.5
+
+
+def test_loaders_that_do_not_fit_the_plan() -> None:
+    with pytest.raises(ValueError, match=r"plan is for 64 samples .* there are 63 samples"):
+        clipgrad.poisson_loader(dataset(63), plan=plan())
+    with pytest.raises(ValueError, match="leave out the other arguments"):
+        clipgrad.poisson_loader(dataset(), plan=plan(), steps=3)
+    with pytest.raises(ValueError, match="there are 2 users"):
+        clipgrad.user_loader(dataset(3), [0, 0, 1], plan=plan())
+    shuffled = plan(shuffled=True, relation="replace_one")
+    with pytest.raises(ValueError, match="ordinary DataLoader"):
+        clipgrad.poisson_loader(dataset(), plan=shuffled)
+
+
+def test_the_loop_of_the_readme_is_short() -> None:
+    """Nothing but the plan connects the parts."""
+
+    def loss_fn(model: nn.Module, x: Tensor) -> Tensor:
+        return model(x).square().mean()
+
+    model = nn.Linear(4, 1).double()
+    a_plan = PrivacyPlan.for_epsilon(
+        2.0, num_samples=64, expected_batch_size=8, steps=3, delta=1e-3
+    )
+    optimizer = DPOptimizer(sgd(model), model, loss_fn, plan=a_plan)
+    for (x,) in clipgrad.poisson_loader(dataset(), plan=a_plan):
+        optimizer.backward(x)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert optimizer.epsilon() <= 2.0
