@@ -1,8 +1,8 @@
 """ChaCha20 and the Gaussians made of it as Triton kernels. Needs Triton.
 
-One lane computes one block (RFC 8439, section 2.3): 64 bytes, four Box-Muller pairs, eight values. The
-transform is that of :mod:`clipgrad.noise._box_muller` in float64 for all dtypes: CUDA's fast float32
-logarithm, sine and cosine are too coarse near 0.
+One lane computes one block (RFC 8439, section 2.3): 64 bytes, four Box-Muller pairs, eight values. Angles
+are those of :mod:`clipgrad.noise._box_muller`, radii ``sqrt(-ln u^2)`` with ``u = (j + 1/2) / 2^63``,
+which reach 9.4. All is float64: CUDA's fast float32 logarithm, sine and cosine are too coarse near 0.
 """
 
 # No `from __future__ import annotations`: Triton reads the annotations.
@@ -69,7 +69,7 @@ def _int64(low, high):
 
 @triton.jit
 def _pair(w0, w1, w2, w3):
-    """Two Gaussians of four words: see :mod:`clipgrad.noise._box_muller`."""
+    """Two Gaussians of four words."""
     j, k = _int64(w0, w1), _int64(w2, w3)
     u = j.to(tl.float64) * 1.0842021724855044e-19 + 5.421010862427522e-20  # 2^-63, 2^-64
     radius = tl.sqrt(-tl.log(u * u))

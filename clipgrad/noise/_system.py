@@ -31,9 +31,9 @@ class SystemNoise:
     unpickled objects, forked children and restored checkpoints make a new master key: noise used twice
     cancels in a difference. A checkpoint holds no key.
 
-    Limits: noise is a rounded number and the numbers near a rounded sum are not all alike likely
-    (Mironov, "On Significance of the Least Significant Bits for Differential Privacy", 2012); no
-    value exceeds 8.57 sigma (a Gaussian does with probability 1e-17); the time that it takes is not
+    Limits: noise is a rounded number, and the low bits of a sum tell of what was added (Mironov, "On
+    Significance of the Least Significant Bits for Differential Privacy", 2012); no value exceeds 8.57
+    sigma, 9.4 on a GPU (a Gaussian does with probability 1e-17); the time that it takes is not
     promised to be constant.
 
     Args:
