@@ -112,7 +112,7 @@ def test_parameters_and_modes(source: NoiseSource) -> None:
 
 @pytest.mark.usefixtures("four_threads")
 def test_pieces_parameters_steps_and_sources_are_independent() -> None:
-    """Pieces are what worker threads share out; 16 of them per step occupy four workers."""
+    """Pieces are drawn one after the other into the same memory; a step here has several of either size."""
     rows = []
     for system in (SystemNoise(), SystemNoise()):
         for _ in range(2):

@@ -1,18 +1,15 @@
 """What is refused before any noise is added, and how tensors are cut up for the threads."""
 
 import math
-import threading
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
 
 from clipgrad.noise import NoiseSource, SeededNoise, SystemNoise, gaussian_sigma
-from clipgrad.noise._pieces import flat_targets, pieces, share_out
+from clipgrad.noise._pieces import flat_targets, pieces
 from tests.noise_checks import draw, seeded
 
 
@@ -140,30 +137,3 @@ def test_flat_targets_are_the_tensors_memory(order: list[int], gaps: bool) -> No
         target += detour
     assert (tensor == 1).all()
     assert flat.numel() == tensor.numel()
-
-
-def test_share_out_does_everything_once_and_reports_failure() -> None:
-    values = torch.zeros(100, 50)
-
-    def add_one(piece: list[Tensor]) -> None:
-        piece[0] += 1
-
-    def fail(piece: list[Tensor]) -> None:
-        raise OSError("no noise here")
-
-    with ThreadPoolExecutor(3) as threads:
-        share_out([[row] for row in values], [add_one] * 4, threads)
-        assert (values == 1).all()
-        with pytest.raises(OSError, match="no noise"):
-            share_out([[row] for row in values], [fail, add_one], threads)
-        gate = threading.Event()
-
-        def slow(piece: list[Tensor]) -> None:
-            gate.wait()  # until the helper has had its piece
-
-        def fail_late(piece: list[Tensor]) -> None:
-            gate.set()
-            raise OSError("no noise there")
-
-        with pytest.raises(OSError, match="no noise there"):
-            share_out([[row] for row in values], [slow, fail_late], threads)

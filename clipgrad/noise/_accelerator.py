@@ -14,6 +14,7 @@ from clipgrad.noise._cpu import CpuNoise
 from clipgrad.noise._keys import Lineage
 from clipgrad.noise._pieces import pieces
 
+_KEY_BYTES = 32  # ChaCha20 knows no other size
 _COPIED_AT_A_TIME = 2**22  # 16 MB of float32 on either side
 _log = logging.getLogger("clipgrad")
 _told: set[str] = set()
@@ -52,7 +53,7 @@ class AcceleratorNoise:
             self._add_copied(flats, sigma)
             return
         for piece in pieces(flats, self._cipher.limit(self._draws)):
-            key = self._lineage.key(self._device, 0)
+            key = self._lineage.key(self._device, _KEY_BYTES)
             self._cipher.add_gaussian_(piece, sigma, self._draws, key)
 
     def _add_copied(self, flats: list[Tensor], sigma: float) -> None:

@@ -14,9 +14,9 @@ not.
 ``w`` is 32 for float32, which computes everything but the radius' logarithm in float32, and 64 for
 float64.
 
-Conversions and scaled sums are torch's, logarithms, sines and integers numpy's: torch would start an
-OpenMP team for a logarithm of more than 2048 values, which costs more than it gains in a worker
-thread and never ends in a forked child.
+Shared, all of it is torch's, which shares large operations out over its threads. Alone, logarithms, sines and
+integers are numpy's: torch would start its threads for a logarithm of more than 2048 values, and in a forked
+child they never answer.
 """
 
 from __future__ import annotations
@@ -61,9 +61,14 @@ class BoxMuller:
     Args:
         dtype: ``torch.float32`` or ``torch.float64``.
         capacity: The most values asked for at a time, an even number.
+        shared: Whether torch's threads may share the work.
+
+    Attributes:
+        capacity: As above.
     """
 
-    def __init__(self, dtype: torch.dtype, capacity: int) -> None:
+    def __init__(self, dtype: torch.dtype, capacity: int, *, shared: bool = False) -> None:
+        self.capacity, self._shared = capacity, shared
         self._dtype, self._integer = dtype, _INTEGERS[dtype]
         bits = 8 * dtype.itemsize
         pairs = capacity // 2
@@ -77,6 +82,7 @@ class BoxMuller:
         self._zeros = memoryview(bytes(pairs * (_RADIUS_BYTES + dtype.itemsize)))
         self._step = math.pi / 2**bits
         word = np.dtype(f"i{dtype.itemsize}").type
+        self._bits = bits
         self._top, self._all_but_top = np.array(bits - 1, word), np.array(2 ** (bits - 1) - 1, word)
         self._layouts: dict[int, _Layout] = {}
 
@@ -90,23 +96,40 @@ class BoxMuller:
         """Turn the bits in memory into values, in place."""
         radius = at.radius.copy_(at.radius_bits)
         torch.add(self._middle, radius, alpha=2.0**-64, out=radius)
-        np.log(at.log, out=at.log)
+        if self._shared:
+            radius.log_()
+        else:
+            np.log(at.log, out=at.log)
         last_radius = radius if at.last_radius is radius else at.last_radius.copy_(radius)
         last_radius.mul_(-2.0)
-        np.sqrt(at.root, out=at.root)
+        if self._shared:
+            last_radius.sqrt_()
+        else:
+            np.sqrt(at.root, out=at.root)
+        self._complement(at)
+        angles = at.angles.copy_(at.angle_bits)
+        torch.add(self._half_step, angles, alpha=self._step, out=angles)
+        if self._shared:
+            angles.sin_()
+        else:
+            np.sin(at.sines, out=at.sines)
+        angles.mul_(last_radius)
+        return at.values
 
+    def _complement(self, at: _Layout) -> None:
         # With all bits but the sign's inverted, k + 1/2 turns into sign(k) (2^(w-1) - |k + 1/2|), the angle that is
         # left to pi/2; with all inverted, into its negative. The lowest bit decides whether to.
+        if self._shared:
+            bits, rest = at.angle_bits
+            torch.bitwise_left_shift(bits, self._bits - 1, out=rest)
+            rest.bitwise_right_shift_(self._bits - 1).bitwise_xor_(bits)
+            rest.bitwise_xor_(2 ** (self._bits - 1) - 1)
+            return
         k, complement = at.k, at.complement
         np.left_shift(k, self._top, out=complement)
         np.right_shift(complement, self._top, out=complement)
         np.bitwise_xor(complement, k, out=complement)
         np.bitwise_xor(complement, self._all_but_top, out=complement)
-        angles = at.angles.copy_(at.angle_bits)
-        torch.add(self._half_step, angles, alpha=self._step, out=angles)
-        np.sin(at.sines, out=at.sines)
-        angles.mul_(last_radius)
-        return at.values
 
     def _layout(self, size: int) -> _Layout:
         pairs = (size + 1) // 2

@@ -11,7 +11,7 @@ import torch
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDFExpand
 
-KEY_BYTES = 32
+_MASTER_BYTES = 32
 _forks = itertools.count(1)
 _generation = 0
 
@@ -32,7 +32,7 @@ def process() -> tuple[int, int]:
 
 def new_master() -> bytes:
     """A fresh secret of 256 bits."""
-    return secrets.token_bytes(KEY_BYTES)
+    return secrets.token_bytes(_MASTER_BYTES)
 
 
 class Lineage:
@@ -48,25 +48,20 @@ class Lineage:
         self._handed_out = 0
         self._lock = threading.Lock()
 
-    def key(self, device: torch.device, worker: int) -> bytes:
-        """A key that nobody has had, for one stream on one device, in one worker.
+    def key(self, device: torch.device, size: int) -> bytes:
+        """A key of ``size`` bytes that nobody has had, for one stream: one call's, on one device.
 
         HKDF-Expand with SHA-256 (RFC 5869, section 2.3); the master key is uniform, so that the
         extraction step may be left out (section 3.3). The running number alone makes each ``info``
-        differ from all others, device and worker say whose key it is.
+        differ from all others, the device says whose key it is.
         """
         with self._lock:
             number = self._handed_out
             self._handed_out += 1
-        info = _info(number, str(device), worker)
-        return HKDFExpand(SHA256(), KEY_BYTES, info).derive(self._master)
+        info = _info(number, str(device))
+        return HKDFExpand(SHA256(), size, info).derive(self._master)
 
 
-def _info(number: int, device: str, worker: int) -> bytes:
+def _info(number: int, device: str) -> bytes:
     """Fields of fixed width first, the one of free length last: no two inputs give the same."""
-    return (
-        b"clipgrad.noise/1"
-        + number.to_bytes(8, "big")
-        + worker.to_bytes(4, "big")
-        + device.encode()
-    )
+    return b"clipgrad.noise/1" + number.to_bytes(8, "big") + device.encode()

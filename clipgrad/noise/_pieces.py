@@ -1,10 +1,8 @@
-"""Cutting tensors into pieces and sharing the pieces out over threads. Nothing here is random."""
+"""Cutting tensors into pieces. Nothing here is random."""
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Executor, wait
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -50,34 +48,3 @@ def pieces(flats: list[Tensor], limit: int) -> Iterator[list[Tensor]]:
                 piece, room = [], limit
     if piece:
         yield piece
-
-
-def share_out(
-    pieces: Sequence[list[Tensor]],
-    workers: Sequence[Callable[[list[Tensor]], None]],
-    threads: Executor,
-) -> None:
-    """Have every piece worked on once: by the first worker in this thread, by the others in theirs.
-
-    Raises what a worker raised, once all have stopped: a piece that failed must not pass for done.
-    """
-    waiting = deque(pieces)
-    inference = torch.is_inference_mode_enabled()
-
-    def run(worker: Callable[[list[Tensor]], None]) -> None:
-        # Gradient and inference mode belong to a thread, so each enters them anew.
-        with torch.inference_mode(inference), torch.no_grad():
-            while True:
-                try:
-                    piece = waiting.popleft()
-                except IndexError:
-                    return
-                worker(piece)
-
-    helpers = [threads.submit(run, worker) for worker in workers[1:]]
-    try:
-        run(workers[0])
-    finally:
-        wait(helpers)
-    for helper in helpers:
-        helper.result()

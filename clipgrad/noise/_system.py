@@ -20,14 +20,14 @@ from clipgrad.noise._pieces import flat_targets
 class SystemNoise:
     """The private default: from a cipher, keyed by the operating system, never the same twice.
 
-    Random bits are the keystream of a cipher, AES-256 in counter mode on the CPU and ChaCha20 (RFC
+    Random bits are the keystream of a cipher, AES-128 in counter mode on the CPU and ChaCha20 (RFC
     8439) on a GPU with Triton, and a Box-Muller transform makes Gaussians of them. Who has seen any
     amount of noise and can tell it from fresh noise has broken the cipher. On other devices, and
     where the GPU's cipher is missing or does not compute what it should, noise is made on the CPU
     and copied over; the logger ``clipgrad`` says so once.
 
-    The master key, 256 bits, comes from :mod:`secrets`. From it come the keys of each device and worker
-    thread (HKDF, RFC 5869), new ones all the time, and no key meets a counter twice. Copies,
+    The master key, 256 bits, comes from :mod:`secrets`. From it each call
+    gets keys of its own (HKDF, RFC 5869), one a device, and no key meets a counter twice. Copies,
     unpickled objects, forked children and restored checkpoints make a new master key: noise used twice
     cancels in a difference. A checkpoint holds no key.
 
