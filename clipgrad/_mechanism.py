@@ -21,6 +21,7 @@ class Mechanism(NamedTuple):
     noise_multiplier: float | Schedule
     expected_batch_size: float
     relation: Relation
+    grid: float | None
 
 
 def mechanism(
@@ -29,6 +30,7 @@ def mechanism(
     noise_multiplier: float | Schedule | None,
     expected_batch_size: float | None,
     relation: Relation | str | None,
+    grid: float | None,
 ) -> Mechanism:
     """From a plan, or from all of the numbers, and never from both.
 
@@ -42,13 +44,17 @@ def mechanism(
         "expected_batch_size": expected_batch_size,
     }
     if plan is not None:
-        given = {**numbers, "relation": relation}
+        given = {**numbers, "relation": relation, "grid": grid}
         if twice := [name for name, value in given.items() if value is not None]:
             raise ValueError(
                 f"plan says already what {', '.join(twice)} would say; leave it out, or make another plan."
             )
         return Mechanism(
-            plan.max_grad_norm, plan.noise_multiplier, plan.expected_batch_size, plan.relation
+            plan.max_grad_norm,
+            plan.noise_multiplier,
+            plan.expected_batch_size,
+            plan.relation,
+            plan.grid,
         )
     if missing := [name for name, value in numbers.items() if value is None]:
         raise TypeError(
@@ -62,6 +68,7 @@ def mechanism(
         noise_multiplier,
         _validate.positive("expected_batch_size", expected_batch_size),  # type: ignore[arg-type]
         relation_of(Relation.ADD_OR_REMOVE_ONE if relation is None else relation),
+        grid,
     )
 
 

@@ -77,8 +77,8 @@ class DPOptimizer(OptimizerFacade):
         model: The model. Its trainable parameters that ``optimizer`` does not own are constants.
         loss_fn: ``loss_fn(model, *batch) -> scalar``, the function a non-private loop calls on a whole batch. Here
             it sees a batch of one, so ``mean`` and ``sum`` reductions both work.
-        plan: A ``PrivacyPlan``, in place of the next four. Every step is then written to ``ledger``, ``epsilon()``
-            tells what it cost so far, and a step beyond the plan is refused.
+        plan: A ``PrivacyPlan``, in place of the next four and of ``grid``. Every step is then written to ``ledger``,
+            ``epsilon()`` tells what it cost so far, and a step beyond the plan is refused.
         max_grad_norm: Clipping norm; a number, or a mapping from parameter-name prefix to norm, or ``PerLayer``,
             ``Automatic`` or ``AdaptiveQuantile``. In place of a number, a function of the step (0, 1, ...) that
             depends on no data. It is the same for all of a logical batch. See ``docs/clipping.md``.
@@ -161,7 +161,10 @@ class DPOptimizer(OptimizerFacade):
     ) -> None:
         # Optimizer.__init__ is not called: param_groups, state and hooks are the wrapped optimizer's.
         check_parts(optimizer, model, loss_fn)
-        chosen = mechanism(plan, max_grad_norm, noise_multiplier, expected_batch_size, relation)
+        chosen = mechanism(
+            plan, max_grad_norm, noise_multiplier, expected_batch_size, relation, grid
+        )
+        grid = chosen.grid
         self.inner = optimizer
         self.model = model
         self.loss_fn = loss_fn

@@ -31,7 +31,8 @@ class PrivacyPlan:
             sampling is claimed (Chua et al. 2024, arXiv:2403.17673), so epsilon is much larger; only for the
             relations ``REPLACE_ONE`` and ``REPLACE_SPECIAL``.
         relation: Which datasets are neighbours.
-        accountant: ``"pld"`` (tight) or ``"rdp"`` (quick, for a progress bar).
+        accountant: ``"pld"`` (tight), ``"rdp"`` (quick, for a progress bar) or, with a grid, ``"rdp_integer"``.
+        grid: Exact mode: the spacing of an integer grid; see ``DPOptimizer``.
 
     Raises:
         ValueError: If a number is out of range, or the settings exclude each other.
@@ -58,6 +59,7 @@ class PrivacyPlan:
     shuffled: bool = False
     relation: Relation = Relation.ADD_OR_REMOVE_ONE
     accountant: accounting.Accountant = "pld"
+    grid: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("num_samples", "steps"):
@@ -74,7 +76,7 @@ class PrivacyPlan:
         if not callable(self.noise_multiplier):
             _validate.number("noise_multiplier", self.noise_multiplier)
         _validate.flag("shuffled", self.shuffled)
-        _validate.one_of("accountant", self.accountant, ("pld", "rdp"))
+        _validate.one_of("accountant", self.accountant, ("pld", "rdp", "rdp_integer"))
         object.__setattr__(self, "relation", relation_of(self.relation))
         self._refuse_contradictions()
         self.sampling  # noqa: B018 - what it refuses is refused here
@@ -93,6 +95,7 @@ class PrivacyPlan:
         shuffled: bool = False,
         relation: Relation = Relation.ADD_OR_REMOVE_ONE,
         accountant: accounting.Accountant = "pld",
+        grid: float | None = None,
     ) -> PrivacyPlan:
         """The plan with the least noise that stays within ``target_epsilon``; the other arguments are the plan's.
 
@@ -111,6 +114,7 @@ class PrivacyPlan:
             shuffled=shuffled,
             relation=relation,
             accountant=accountant,
+            grid=grid,
         )
         noise = accounting.noise_multiplier(
             target_epsilon=target_epsilon,
@@ -183,6 +187,11 @@ class PrivacyPlan:
         )
 
     def _refuse_contradictions(self) -> None:
+        if self.grid is not None and self.accountant != "rdp_integer":
+            raise ValueError(
+                f"grid={self.grid} has discrete Gaussian noise, for which accountant {self.accountant!r} is not "
+                "proven; use accountant='rdp_integer' (docs/exact.md)."
+            )
         if not self.shuffled:
             return
         if self.max_batch_size is not None:

@@ -216,7 +216,11 @@ def test_no_noise_is_enough() -> None:
         ({"steps": 1.5}, ValueError, "steps.*got 1.5"),
         ({"delta": 0.0}, ValueError, "delta must lie between 0 and 1, got 0.0"),
         ({"delta": 1.0}, ValueError, "delta.*got 1.0"),
-        ({"accountant": "prv"}, ValueError, "accountant must be one of 'pld', 'rdp', got 'prv'"),
+        (
+            {"accountant": "prv"},
+            ValueError,
+            "accountant must be one of 'pld', 'rdp', 'rdp_integer', got 'prv'",
+        ),
         ({"relation": "zero_out"}, ValueError, "relation must be one of.*got 'zero_out'"),
         (
             {"relation": "replace_one", "accountant": "rdp"},

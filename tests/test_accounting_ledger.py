@@ -277,7 +277,9 @@ def test_epsilon_must_be_finite(value: float) -> None:
 
 
 def test_names_are_checked() -> None:
-    with pytest.raises(ValueError, match="accountant must be one of 'pld', 'rdp', got 'prv'"):
+    with pytest.raises(
+        ValueError, match="accountant must be one of 'pld', 'rdp', 'rdp_integer', got 'prv'"
+    ):
         Ledger(accountant="prv")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"relation must be one of.*got 'zero_out'"):
         Ledger(relation="zero_out")

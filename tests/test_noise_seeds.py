@@ -2,7 +2,6 @@
 
 import copy
 import io
-import math
 import os
 import pickle
 import select
@@ -16,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from clipgrad.noise import NoiseSource, SystemNoise, _keys, os_seeded_generator
+from clipgrad.noise import NoiseSource, SystemNoise, _keys
 from tests.noise_checks import PIECE, check_independent, draw, seeded
 
 
@@ -65,39 +64,6 @@ def test_a_forked_child_does_not_repeat_its_parent() -> None:
     check_independent(torch.stack([*children, draw(system, size)]))
     repeated = [in_forked_child(seeded(), 1000), draw(seeded(), 1000)]
     assert torch.equal(*repeated)  # what the check must find does happen without it
-
-
-def test_the_whole_state_is_random_and_the_stream_is_mersenne_twister() -> None:
-    states = [os_seeded_generator().get_state().view(torch.int64) for _ in range(64)]
-    keys = torch.stack(states)[:, 3 : 3 + 624]
-    assert keys.min() >= 0
-    assert keys.max() < 2**32
-    bits = (keys.reshape(-1, 1) >> torch.arange(32)) & 1
-    assert (bits.double().mean(0) - 0.5).abs().max() < 8 * 0.5 / math.sqrt(keys.numel())
-    assert len(keys.flatten().unique()) > keys.numel() - 20  # 0.2 collisions are expected
-
-    generator = os_seeded_generator()
-    key = generator.get_state().view(torch.int64)[3 : 3 + 624].numpy().astype(np.uint32)
-    twister = np.random.MT19937()
-    twister.state = {"bit_generator": "MT19937", "state": {"key": key, "pos": 624}}
-    drawn = torch.rand(2000, generator=generator)  # 24 bits of one word each
-    assert np.array_equal(drawn.numpy() * 2**24, twister.random_raw(2000) % 2**24)
-
-
-def test_an_unknown_layout_of_the_state_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Other:
-        device = torch.device("cpu")
-
-        def __init__(self, device: str) -> None: ...
-
-        def manual_seed(self, seed: int) -> None: ...
-
-        def get_state(self) -> Tensor:
-            return torch.zeros(5056, dtype=torch.uint8)
-
-    monkeypatch.setattr(torch, "Generator", Other)
-    with pytest.raises(RuntimeError, match="unknown layout"):
-        os_seeded_generator()
 
 
 def through_a_file(state: dict[str, Any]) -> dict[str, Any]:

@@ -248,6 +248,19 @@ def test_without_a_plan_there_is_no_ledger() -> None:
             ask()
 
 
+def test_a_plan_of_the_exact_mode() -> None:
+    exact = plan(grid=2.0**-10, accountant="rdp_integer")
+    optimizer = optimizer_of(exact)
+    assert isinstance(optimizer.noise, clipgrad.DiscreteGaussianNoise)
+    take(optimizer, 2)
+    assert optimizer.epsilon() == exact.epsilon(2) >= plan(accountant="rdp").epsilon(2)
+    for accountant in ("pld", "rdp"):
+        with pytest.raises(ValueError, match="not proven; use accountant='rdp_integer'"):
+            plan(grid=2.0**-10, accountant=accountant)
+    with pytest.raises(ValueError, match="plan says already what grid would say"):
+        optimizer_of(plan(), grid=2.0**-10)
+
+
 # ------------------------------------------------------------------------------- its state
 
 

@@ -15,7 +15,8 @@ Two accountants: ``"pld"``, privacy loss distributions (Doroshenko et al., "Conn
 infinite there. ``"rdp"``, Renyi differential privacy (Mironov, Talwar and Zhang, "Renyi
 Differential Privacy of the Sampled Gaussian Mechanism", 2019), comes out about a tenth higher and
 remembers the single step: asking again with more steps, as a progress bar does, costs a tenth of a
-millisecond. Both are upper bounds.
+millisecond. Both are upper bounds. ``"rdp_integer"`` is the second at whole orders only, where it holds
+for the discrete Gaussian noise of the exact mode too (``grid=``).
 """
 
 # Imports here are relative, so that the package can be loaded on its own, without clipgrad's torch.

@@ -22,7 +22,9 @@ class Backend(Protocol):
 
 def backend(accountant: str) -> Backend:
     """A fresh one."""
-    return PrivacyLoss() if accountant == "pld" else Renyi()
+    if accountant == "pld":
+        return PrivacyLoss()
+    return Renyi(integer_orders=accountant == "rdp_integer")
 
 
 def epsilon_of(terms: Terms, delta: float, within: Backend) -> float:

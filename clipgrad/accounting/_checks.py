@@ -7,7 +7,7 @@ import numbers
 from enum import Enum
 from typing import Literal
 
-Accountant = Literal["pld", "rdp"]
+Accountant = Literal["pld", "rdp", "rdp_integer"]
 
 
 def at_least_0(name: str, value: object, *, infinity: bool = False) -> float:
@@ -48,7 +48,7 @@ def probability(name: str, value: object) -> float:
 
 def accountant_name(value: object) -> str:
     """`value`, if it is an accountant's name."""
-    return _one_of("accountant", value, ("pld", "rdp"))
+    return _one_of("accountant", value, ("pld", "rdp", "rdp_integer"))
 
 
 def relation_name(value: object) -> str:

@@ -55,7 +55,7 @@ class Ledger:
     Args:
         relation: Which datasets are neighbours: ``"add_or_remove_one"``, ``"replace_one"``,
             ``"replace_special"``, or a :class:`clipgrad.Relation`.
-        accountant: ``"pld"`` (tight) or ``"rdp"`` (quick).
+        accountant: ``"pld"`` (tight), ``"rdp"`` (quick) or ``"rdp_integer"`` (for the exact mode).
 
     Raises:
         ValueError: If a name is unknown.
@@ -86,7 +86,7 @@ class Ledger:
 
     @property
     def accountant(self) -> str:
-        """``"pld"`` or ``"rdp"``."""
+        """Its name."""
         return self._accountant
 
     @property

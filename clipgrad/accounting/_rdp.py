@@ -10,23 +10,33 @@ from ._terms import Mechanism, Terms
 
 
 class Renyi:
-    """Answers for growing histories; remembers the sum over all mechanisms but the last."""
+    """Answers for growing histories; remembers the sum over all mechanisms but the last.
 
-    def __init__(self) -> None:
+    Args:
+        integer_orders: Leave out the orders between whole numbers.
+    """
+
+    def __init__(self, *, integer_orders: bool = False) -> None:
+        orders = _orders()
+        self._chosen = orders == orders.round() if integer_orders else orders > 0
         self._finished: tuple[tuple[Mechanism, int], ...] = ()
         self._sum: Any = 0.0
 
     def epsilon(self, terms: Terms, delta: float) -> float:
         """The epsilon at `delta`."""
         rdp = imported("dp_accounting.rdp.rdp_privacy_accountant")
-        bound, _ = rdp.compute_epsilon(_orders(), self._divergences(terms), delta)
+        bound, _ = rdp.compute_epsilon(*self._curve(terms), delta)
         return float(bound)
 
     def delta(self, terms: Terms, epsilon: float) -> float:
         """The delta at `epsilon`."""
         rdp = imported("dp_accounting.rdp.rdp_privacy_accountant")
-        bound, _ = rdp.compute_delta(_orders(), self._divergences(terms), epsilon)
+        bound, _ = rdp.compute_delta(*self._curve(terms), epsilon)
         return float(bound)
+
+    def _curve(self, terms: Terms) -> tuple[Any, Any]:
+        """Orders, and the divergence at each."""
+        return _orders()[self._chosen], self._divergences(terms)[self._chosen]
 
     def _divergences(self, terms: Terms) -> Any:
         # Mironov, "Renyi Differential Privacy", 2017, corollary 3.
@@ -57,4 +67,4 @@ def _of_one_step(mechanism: Mechanism) -> Any:
 
 @lru_cache(maxsize=1)
 def _orders() -> Any:
-    return imported("dp_accounting.rdp").RdpAccountant().orders
+    return imported("numpy").asarray(imported("dp_accounting.rdp").RdpAccountant().orders)

@@ -42,7 +42,8 @@ def epsilon(
         steps: Noisy steps of the run, empty batches included; at least 0.
         delta: Probability with which epsilon may fail to hold, ``0 < delta < 1``; choose it well
             below one over the number of samples.
-        accountant: ``"pld"`` (tight) or ``"rdp"`` (quick when asked again).
+        accountant: ``"pld"`` (tight), ``"rdp"`` (quick when asked again) or ``"rdp_integer"`` (for the
+            exact mode).
         relation: Which datasets are neighbours: ``"add_or_remove_one"``, ``"replace_special"`` (the
             same figures) or ``"replace_one"`` (under Poisson sampling only ``"pld"``); or a
             :class:`clipgrad.Relation`.
@@ -110,7 +111,7 @@ def noise_multiplier(
     target = _target(target_epsilon)
     if run.steps == 0 or target == math.inf:
         return 0.0
-    if run.accountant == "rdp":
+    if run.accountant != "pld":
         return _smallest_noise(run, target, start=1.0, factor=2.0)
     # Renyi accounting comes close at a fraction of the time.
     start = _smallest_noise(run.near(), target, start=1.0, factor=2.0)

@@ -40,7 +40,7 @@ class TruncatedPoisson:
 
     Args:
         sample_rate: Probability of each sample to be drawn, before the cut.
-        num_samples: Size of the dataset; the larger one of two neighbours.
+        num_samples: Size of the dataset.
         max_batch_size: The most samples that a batch keeps.
 
     Raises:
@@ -136,7 +136,7 @@ def require_supported(
     Args:
         sampling: How batches were drawn.
         relation: A relation's name.
-        accountant: ``"pld"`` or ``"rdp"``.
+        accountant: By name.
         group_size: Samples of one person.
 
     Raises:
@@ -149,9 +149,9 @@ def require_supported(
             "(the same noise) or 'replace_one', or sample by Poisson."
         )
     if isinstance(sampling, TruncatedPoisson):
-        if accountant == "rdp":
+        if accountant != "pld":
             raise ValueError(
-                "accountant 'rdp' cannot treat TruncatedPoisson sampling; use accountant='pld'."
+                f"accountant {accountant!r} cannot treat TruncatedPoisson sampling; use accountant='pld'."
             )
         if group_size > 1:
             raise ValueError(
@@ -159,14 +159,14 @@ def require_supported(
                 "Poisson, which never cuts a batch."
             )
     if isinstance(sampling, Poisson) and sampling.sample_rate < 1.0:
-        if relation == "replace_one" and accountant == "rdp":
+        if relation == "replace_one" and accountant != "pld":
             raise ValueError(
-                "accountant 'rdp' cannot treat relation 'replace_one' under Poisson sampling; use "
+                f"accountant {accountant!r} cannot treat relation 'replace_one' under Poisson sampling; use "
                 "accountant='pld'."
             )
-        if group_size > 1 and accountant == "rdp":
+        if group_size > 1 and accountant != "pld":
             raise ValueError(
-                f"accountant 'rdp' cannot treat group_size = {group_size} under Poisson sampling; "
+                f"accountant {accountant!r} cannot treat group_size = {group_size} under Poisson sampling; "
                 "use accountant='pld'."
             )
         if group_size > 1 and relation == "replace_one":

@@ -89,7 +89,9 @@ def _mechanism(
         case Poisson(rate) if rate < 1.0:
             return Mechanism(in_clip_norms, rate, relation, group_size)
         case TruncatedPoisson(rate, num_samples, most):
-            return Mechanism(in_clip_norms, rate, relation, group_size, (num_samples, most))
+            # Of the two neighbours the larger counts: the dataset and one sample more.
+            larger = num_samples + (relation == "add_or_remove_one")
+            return Mechanism(in_clip_norms, rate, relation, group_size, (larger, most))
         case Poisson() | FullBatch():
             return None
     raise AssertionError(f"no mechanism for {sampling!r}")

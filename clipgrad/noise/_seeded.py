@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -81,30 +80,3 @@ class SeededNoise:
                 f"draws otherwise; build SeededNoise with torch.Generator({state['device']!r})."
             )
         self._generator.set_state(state["generator"].cpu())
-
-
-def os_seeded_generator(device: torch.device | str = "cpu") -> torch.Generator:
-    """A new generator, its state random: 19937 bits of it on the CPU, 63 elsewhere.
-
-    Raises:
-        RuntimeError: If this PyTorch lays out the CPU generator's state in an unknown way.
-    """
-    generator = torch.Generator(device)
-    seed = secrets.randbits(63)
-    generator.manual_seed(seed)
-    if generator.device.type != "cpu":
-        return generator
-    # In 64-bit words: seed, flags, next, the 624 words of the Mersenne Twister, spare normals.
-    # manual_seed made the 624 from the low 32 bits of the seed, so the first two are known.
-    state = generator.get_state()
-    first = seed & 0xFFFFFFFF
-    second = (1812433253 * (first ^ (first >> 30)) + 1) & 0xFFFFFFFF
-    if state.numel() != 5056 or state.view(torch.int64)[3:5].tolist() != [first, second]:
-        raise RuntimeError(
-            f"torch {torch.__version__} keeps a CPU generator's state in an unknown layout, and "
-            "its own seeds have 32 bits. Use an older torch, or pass a NoiseSource of your own."
-        )
-    words = torch.frombuffer(bytearray(secrets.token_bytes(4 * 624)), dtype=torch.int32)
-    state.view(torch.int64)[3 : 3 + 624] = words.to(torch.int64).bitwise_and(0xFFFFFFFF)
-    generator.set_state(state)
-    return generator

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from importlib import import_module
 from typing import Any
 
 import torch
 from torch.utils.data import Sampler
 
+from clipgrad.accounting import Poisson, TruncatedPoisson
 from clipgrad.sampling import _arguments as arguments
 from clipgrad.sampling._trials import LARGEST, Trials, random_subset
 from clipgrad.sampling._words import words_from
@@ -117,12 +117,11 @@ class PoissonSampler(Sampler[list[int]]):
         return self._most
 
     @property
-    def sampling(self) -> Any:
-        """What the accountant has to know: ``accounting.Poisson`` or ``TruncatedPoisson``."""
-        accounting = import_module("clipgrad.accounting")
+    def sampling(self) -> Poisson | TruncatedPoisson:
+        """What the accountant has to know."""
         if self._most is None:
-            return accounting.Poisson(sample_rate=self.sample_rate)
-        return accounting.TruncatedPoisson(
+            return Poisson(sample_rate=self.sample_rate)
+        return TruncatedPoisson(
             sample_rate=self.sample_rate,
             num_samples=self._num_samples,
             max_batch_size=self._most,

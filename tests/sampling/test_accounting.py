@@ -9,8 +9,6 @@ import pytest
 from clipgrad import accounting
 from clipgrad.sampling import PoissonSampler, UserSampler
 
-arrives = pytest.mark.xfail(strict=False, reason="comes with the accounting branch")
-
 
 def check(poisson: Callable[..., Any], truncated: Callable[..., Any]) -> None:
     wanted = poisson(sample_rate=0.25)
@@ -25,9 +23,8 @@ def check(poisson: Callable[..., Any], truncated: Callable[..., Any]) -> None:
     assert UserSampler(ids, expected_users=1, max_users=2).sampling == wanted
 
 
-@arrives
 def test_descriptions() -> None:
-    check(accounting.Poisson, accounting.TruncatedPoisson)  # type: ignore[attr-defined]
+    check(accounting.Poisson, accounting.TruncatedPoisson)
 
 
 def test_what_descriptions_are_made_from(monkeypatch: pytest.MonkeyPatch) -> None:
