@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from clipgrad import DPOptimizer, SystemNoise
+from clipgrad import DPOptimizer, PoissonSampler, PrivacyPlan, SystemNoise, poisson_loader
+from clipgrad.accounting import Ledger, Poisson
 from tests.dp_tools import assert_same, clipped, data, mlp, private, sgd, squared, values
-from tests.noise_checks import check_gaussian, check_independent
+from tests.noise_checks import check_gaussian, check_independent, draw
 
 
 class Tied(nn.Module):
@@ -133,6 +134,70 @@ def an_empty_batch_gets_noise() -> None:
     optimizer.backward(data(5)[:0])
     optimizer.step()
     assert all(not torch.equal(before[name], after) for name, after in values(model).items())
+
+
+def what_is_accounted_is_what_was_done() -> None:
+    """Rate and noise in the ledger are those of the loader and of the noise that was added."""
+    model = nn.Linear(60, 60).double()
+    plan = PrivacyPlan(
+        num_samples=640, expected_batch_size=64, steps=3, delta=1e-5, noise_multiplier=1.5
+    )
+    data = torch.utils.data.TensorDataset(torch.zeros(640, 60, dtype=torch.float64))
+    loader = poisson_loader(data, plan=plan)
+    optimizer = DPOptimizer(sgd(model), model, lambda m, x: m(x).sum() * 0.0, plan=plan)
+    drawn, noises = 0, []
+    for (x,) in loader:
+        before = values(model)
+        optimizer.backward(x)
+        optimizer.step()
+        optimizer.zero_grad()
+        drawn += len(x)
+        noises += [(before[name] - after).flatten() for name, after in values(model).items()]
+    (entry,) = optimizer.ledger.history
+    assert entry.sampling == loader.batch_sampler.sampling
+    rate = entry.sampling.sample_rate
+    assert abs(drawn - 3 * 640 * rate) < 8 * math.sqrt(3 * 640 * rate)
+    check_gaussian(torch.cat(noises), entry.noise_multiplier / 64)
+
+
+def the_ledger_counts_every_step() -> None:
+    ledger = Ledger(accountant="rdp")
+    for sigma in (1.0, 1.0, 2.0, 1.0):
+        ledger.record(sigma, Poisson(0.1))
+    assert ledger.steps == 4
+    (first, *_) = ledger.history
+    assert first.steps == 2
+    apart = Ledger(accountant="rdp")
+    apart.record(1.0, Poisson(0.1), 3)
+    apart.record(2.0, Poisson(0.1))
+    assert math.isclose(ledger.epsilon(1e-5), apart.epsilon(1e-5))
+
+
+def epsilon_is_never_negative() -> None:
+    assert Ledger().epsilon(0.5) == 0.0
+    for accountant in ("pld", "rdp"):
+        ledger = Ledger(accountant=accountant)  # type: ignore[arg-type]
+        ledger.record(50.0, Poisson(0.001))
+        assert ledger.epsilon(0.9) >= 0.0
+
+
+def small_rates_are_exact() -> None:
+    """Of 2^40 indices each is drawn with q = 2^-30: far below what 24 bits resolve."""
+    sampler = PoissonSampler(2**40, sample_rate=2.0**-30, steps=20)
+    sizes = torch.tensor([float(len(batch)) for batch in sampler])
+    assert abs(sizes.sum() - 20 * 1024) < 8 * math.sqrt(20 * 1024)
+
+
+def nothing_repeats_after_a_restart() -> None:
+    first, again = SystemNoise(), SystemNoise()
+    draw(first, 1)
+    state = first.state_dict()
+    rows = [draw(first, 1000)]
+    again.load_state_dict(state)
+    rows.append(draw(again, 1000))
+    first.load_state_dict(state)
+    rows.append(draw(first, 1000))
+    check_independent(torch.stack(rows))
 
 
 def no_gradient_after_the_noise() -> None:
