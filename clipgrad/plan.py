@@ -39,14 +39,19 @@ class PrivacyPlan:
 
     Examples:
         >>> plan = PrivacyPlan.for_epsilon(
-        ...     3.0, num_samples=60_000, expected_batch_size=256, steps=3_500, delta=1e-5
+        ...     3.0,
+        ...     num_samples=60_000,
+        ...     expected_batch_size=256,
+        ...     steps=3_500,
+        ...     delta=1e-5,
+        ...     accountant="rdp",
         ... )
         >>> round(plan.noise_multiplier, 2), plan.epsilon() <= 3.0
-        (0.73, True)
+        (0.77, True)
         >>> print(plan)
         (epsilon = 3.00, delta = 1e-05)-differentially private towards adding or removing one sample: 3500 steps on
-        Poisson batches of 256 of 60000 samples (q = 0.00426667), Gaussian noise of 0.73 sensitivities, clipping
-        norm 1.0, accountant pld.
+        Poisson batches of 256 of 60000 samples (q = 0.00426667), Gaussian noise of 0.77 sensitivities, clipping
+        norm 1.0, accountant rdp.
     """
 
     num_samples: int

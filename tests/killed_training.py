@@ -81,7 +81,12 @@ def main(folder: Path, steps: int, point: str | None, step: int) -> None:
     killer = Killer(folder / "log.jsonl", point, step)
     data = torch.utils.data.TensorDataset(torch.randn(64, 3), torch.randn(64, 1))
     plan = clipgrad.PrivacyPlan(
-        num_samples=64, expected_batch_size=8, steps=steps, delta=1e-3, noise_multiplier=1.0
+        num_samples=64,
+        expected_batch_size=8,
+        steps=steps,
+        delta=1e-3,
+        noise_multiplier=1.0,
+        accountant="rdp",
     )
     loader = clipgrad.poisson_loader(data, plan=plan)
     model = nn.Linear(3, 1)

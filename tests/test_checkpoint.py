@@ -39,7 +39,12 @@ def test_killed_in_the_middle_of_a_step(tmp_path: Path) -> None:
     assert starts == [0, 1, 2, 3, 4, 5]
     (end,) = [entry for entry in log if "finished" in entry]
     plan = clipgrad.PrivacyPlan(
-        num_samples=64, expected_batch_size=8, steps=STEPS, delta=1e-3, noise_multiplier=1.0
+        num_samples=64,
+        expected_batch_size=8,
+        steps=STEPS,
+        delta=1e-3,
+        noise_multiplier=1.0,
+        accountant="rdp",
     )
     assert end["epsilon"] == pytest.approx(plan.epsilon(), rel=1e-9)
 
