@@ -22,10 +22,10 @@ from clipgrad.errors import (
 )
 from clipgrad.explain import Explanation
 from clipgrad.noise import NoiseSource, SeededNoise, SystemNoise
-from clipgrad.optimizer import Diagnostics, DPOptimizer
+from clipgrad.optimizer import DPOptimizer
 from clipgrad.plan import PrivacyPlan
 from clipgrad.profile import StepProfile, profile_step
-from clipgrad.result import ClippedGradResult
+from clipgrad.result import ClippedGradResult, Diagnostics
 from clipgrad.rules import register_decomposition, register_rule, unregister_rule
 from clipgrad.sampling import (
     EmptyBatchCollate,

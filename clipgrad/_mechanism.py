@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 
 from clipgrad import _validate
-from clipgrad._grid import check_samples
-from clipgrad.clipping import ClippingStrategy, Relation, Schedule, relation_of
-from clipgrad.discrete import noise_on_grid
+from clipgrad._grid import Grid, check_samples
+from clipgrad.clipping import (
+    Clipping,
+    ClippingStrategy,
+    Progress,
+    Relation,
+    Schedule,
+    relation_of,
+)
+from clipgrad.discrete import noise_on_grid, whole_steps
 from clipgrad.noise import NoiseSource, SeededNoise, SystemNoise
 from clipgrad.plan import PrivacyPlan
 
@@ -96,3 +104,35 @@ def noise_source(
     if noise is not None:
         return noise
     return SystemNoise() if generator is None else SeededNoise(generator)
+
+
+def check_possible(progress: Progress, *, nan_safe: bool, grid: float | None) -> None:
+    """Refuse combinations that no noise makes private, or not exactly.
+
+    Raises:
+        ValueError: With the reason and the remedy.
+    """
+    if grid is not None and progress.norm is not None:
+        raise ValueError(
+            f"grid cannot be combined with max_grad_norm={progress.strategy!r}: the noise of its count would not be "
+            "exact. Give a norm, or a function of the step."
+        )
+    if progress.noise_multiplier > 0 and not nan_safe:
+        raise ValueError(
+            "nan_safe=False has no finite sensitivity: one sample's NaN would turn the whole sum into NaN, which no "
+            "noise hides. Keep nan_safe=True, or clip without privacy: noise_multiplier=0, got "
+            f"{progress.noise_multiplier}."
+        )
+
+
+def check_fits(clipping: Clipping, sizes: Sequence[int], grid: float | None, sigma: float) -> None:
+    """Refuse a grid that is too coarse for the parameters or the noise, before the first step.
+
+    Raises:
+        ValueError: With a grid that works.
+    """
+    if grid is None:
+        return
+    Grid(grid, clipping, tuple(sizes))
+    if sigma > 0:
+        whole_steps(sigma, grid)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -121,3 +121,29 @@ def check_batch(batch: tuple[Any, ...]) -> None:
                 f"the batch holds a tensor of shape {tuple(leaf.shape)} that requires grad, but no gradient flows "
                 "through the batch. Compute it inside loss_fn, or detach it if nothing before it is trained."
             )
+
+
+def parameters_to_train(
+    model: nn.Module, owned: Sequence[Tensor]
+) -> tuple[tuple[str, nn.Parameter], ...]:
+    """The optimizer's parameters that require grad, in the model's order, of a model that can be trained.
+
+    Args:
+        model: The model.
+        owned: All parameters of the optimizer.
+
+    Raises:
+        ValueError: If a parameter is not the model's, or none is left.
+        NotPerSampleError: For BatchNorm in training mode, and for gradient hooks.
+    """
+    named = list(model.named_parameters())
+    refuse_strangers(owned, (p for _, p in named))
+    ours = set(map(id, owned))
+    selection = tuple((name, p) for name, p in named if id(p) in ours and p.requires_grad)
+    if not selection:
+        raise ValueError(
+            "optimizer holds no parameter of the model that requires grad; there is nothing to train."
+        )
+    refuse_batch_norm(model)
+    refuse_hooks(model, selection)
+    return selection

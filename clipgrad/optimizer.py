@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,15 +14,14 @@ from torch.optim import Optimizer
 from clipgrad import _validate
 from clipgrad._account import account_of
 from clipgrad._facade import OptimizerFacade
-from clipgrad._grid import Grid, exact_sigma
-from clipgrad._mechanism import mechanism, noise_source
+from clipgrad._grid import exact_sigma
+from clipgrad._mechanism import check_fits, check_possible, mechanism, noise_source
 from clipgrad._pending import Pending
 from clipgrad._phases import phase
 from clipgrad._requirements import (
     check_batch,
     check_parts,
-    refuse_batch_norm,
-    refuse_hooks,
+    parameters_to_train,
     refuse_strangers,
 )
 from clipgrad._swap import ParameterSlots
@@ -35,34 +34,14 @@ from clipgrad.clipping import (
     make_clipping,
 )
 from clipgrad.compiled import fixed_size, observed
-from clipgrad.discrete import whole_steps
 from clipgrad.errors import UnclippedGradientError
 from clipgrad.explain import Explanation
 from clipgrad.noise import NoiseSource, gaussian_sigma
 from clipgrad.plan import PrivacyPlan
-from clipgrad.result import ClippedGradResult
+from clipgrad.result import ClippedGradResult, Diagnostics, diagnostics_of, mean_loss
 from clipgrad.transform import ClippedGrad, clipped_grad
 
 _STATE_KEY = "clipgrad"
-
-
-@dataclass(frozen=True)
-class Diagnostics:
-    """What the last ``backward`` saw. **Not private**: none of it may leave the trusted side.
-
-    Attributes:
-        losses: Per-sample losses, ``[B]``.
-        grad_norms: Per-sample gradient norms before clipping, ``[B]``, or by clipping group.
-        batch_size: Samples that were not padding.
-        clipped_fraction: Share of them whose norm exceeded the clipping norm.
-        num_nonfinite: Samples that were dropped because their gradient was not finite.
-    """
-
-    losses: Tensor
-    grad_norms: Tensor | Mapping[str, Tensor]
-    batch_size: int
-    clipped_fraction: float
-    num_nonfinite: int
 
 
 class DPOptimizer(OptimizerFacade):
@@ -174,11 +153,6 @@ class DPOptimizer(OptimizerFacade):
         self._account = account_of(plan, ledger)
         if compile and microbatch_size is None:
             microbatch_size = fixed_size(self.expected_batch_size)
-        if grid is not None and self._progress.norm is not None:
-            raise ValueError(
-                f"grid cannot be combined with max_grad_norm={max_grad_norm!r}: the noise of its count would not be "
-                "exact. Give a norm, or a function of the step."
-            )
         self.noise: NoiseSource = noise_source(noise, generator, grid, self.expected_batch_size)
         self._gradient: ClippedGrad = clipped_grad(
             self._loss,
@@ -194,20 +168,13 @@ class DPOptimizer(OptimizerFacade):
             compile=compile,
             grid=grid,
         )
-        if self.noise_multiplier > 0 and not nan_safe:
-            raise ValueError(
-                "nan_safe=False has no finite sensitivity: one sample's NaN would turn the whole sum into NaN, which "
-                "no noise hides. Keep nan_safe=True, or clip without privacy: noise_multiplier=0, got "
-                f"{noise_multiplier}."
-            )
+        check_possible(self._progress, nan_safe=nan_safe, grid=grid)
         self.sigma  # noqa: B018 - noise that cannot exist is refused here, not at the first step
         self._start()
         names, sizes = zip(*((name, p.numel()) for name, p in self._selection), strict=True)
-        clipping = make_clipping(self.max_grad_norm, names, sizes, rescale=False)
-        if grid is not None:
-            Grid(grid, clipping, sizes)  # refused here, not at the first step
-            if self.sigma > 0:
-                whole_steps(self.sigma, grid)
+        check_fits(
+            make_clipping(self.max_grad_norm, names, sizes, rescale=False), sizes, grid, self.sigma
+        )
 
     # ------------------------------------------------------------------ the training loop
 
@@ -239,7 +206,7 @@ class DPOptimizer(OptimizerFacade):
         sums = [result.grads[name] for name in names]
         self._pending.add(parameters, sums, self._progress.observed(result))
         self._last = replace(result, grads=None)  # else the sums would live until the next call
-        return _mean_loss(result, is_padding)
+        return mean_loss(result, is_padding)
 
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Add noise to the clipped sums, divide by ``expected_batch_size``, step the wrapped optimizer.
@@ -369,10 +336,7 @@ class DPOptimizer(OptimizerFacade):
         last = self._last
         if last is None:
             raise RuntimeError("diagnostics: no backward has run yet; call backward(*batch) first.")
-        share = float(last.num_clipped) / last.batch_size if last.batch_size else math.nan
-        return Diagnostics(
-            last.values, last.grad_norms, last.batch_size, share, int(last.num_nonfinite)
-        )
+        return diagnostics_of(last)
 
     def explain(self, *batch: Any) -> Explanation:
         """Tell how each parameter's per-sample gradient is found for such a batch; changes nothing."""
@@ -475,16 +439,7 @@ class DPOptimizer(OptimizerFacade):
 
     def _select(self) -> None:
         """Find the parameters to train now: the optimizer's, in the model's order, that require grad."""
-        named = list(self.model.named_parameters())
-        refuse_strangers(self._owned(), (p for _, p in named))
-        owned = set(map(id, self._owned()))
-        selection = tuple((name, p) for name, p in named if id(p) in owned and p.requires_grad)
-        if not selection:
-            raise ValueError(
-                "optimizer holds no parameter of the model that requires grad; there is nothing to train."
-            )
-        refuse_batch_norm(self.model)
-        refuse_hooks(self.model, selection)
+        selection = parameters_to_train(self.model, list(self._owned()))
         before, now = ([id(p) for _, p in chosen] for chosen in (self._selection, selection))
         if self._pending.unfinished and before != now:
             raise UnclippedGradientError(
@@ -493,8 +448,3 @@ class DPOptimizer(OptimizerFacade):
             )
         self._selection = selection
         self._slots = ParameterSlots(self.model, [parameter for _, parameter in selection])
-
-
-def _mean_loss(result: ClippedGradResult, is_padding: Tensor | None) -> Tensor:
-    values = result.values
-    return values.mean() if is_padding is None else values[~is_padding].mean()
