@@ -12,8 +12,8 @@ from benchmarks.step import Step
 
 FEWEST_ROUNDS = 5
 SLOW = 8
-"""A step this many times as slow as the fastest runs in the first ``FEWEST_ROUNDS`` rounds only, or it would eat the
-time of the others."""
+SLOW_ROUNDS = 3
+"""A step ``SLOW`` times as slow as the fastest runs in so few rounds, or it would eat the time of the others."""
 
 
 def synchronize(device: str) -> None:
@@ -60,10 +60,11 @@ def interleaved(
     """
     warm = {name: timed(step, device) for name, step in steps.items()}
     quick = [name for name, taken in warm.items() if taken < SLOW * min(warm.values())]
-    left = seconds - FEWEST_ROUNDS * sum(warm.values())
+    slow_rounds = FEWEST_ROUNDS if len(quick) == len(steps) else SLOW_ROUNDS
+    left = seconds - slow_rounds * sum(warm.values())
     more = int(left / max(sum(warm[name] for name in quick), 1e-9))
-    more = max(0, min(most_rounds - FEWEST_ROUNDS, more))
-    rounds = [list(steps)] * FEWEST_ROUNDS + [quick] * more
+    more = max(FEWEST_ROUNDS - slow_rounds, min(most_rounds - slow_rounds, more))
+    rounds = [list(steps)] * slow_rounds + [quick] * more
     in_all, done = sum(map(len, rounds)), 0
     times: dict[str, list[float]] = {name: [] for name in steps}
     for index, names in enumerate(rounds):

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from benchmarks import memory, row
-from benchmarks.measure import FEWEST_ROUNDS, SLOW, interleaved, timed
+from benchmarks.measure import FEWEST_ROUNDS, SLOW, SLOW_ROUNDS, interleaved, timed
 from benchmarks.modes import Kind, Microbatch, Mode
 from benchmarks.step import Setting, Step, Unavailable
 from benchmarks.workloads._workload import Workload
@@ -46,8 +46,10 @@ def test_a_slow_step_does_not_eat_the_rounds_of_the_others() -> None:
         def __call__(self) -> None: ...
 
     steps = {"quick": Taking(1.0), "slow": Taking(1.5 * SLOW)}
-    found = interleaved(steps, "cpu", seconds=5 * (1 + 1.5 * SLOW) + 4, most_rounds=30)
-    assert {name: len(times) for name, times in found.items()} == {"quick": 9, "slow": 5}
+    found = interleaved(steps, "cpu", seconds=SLOW_ROUNDS * (1 + 1.5 * SLOW) + 4, most_rounds=30)
+    assert {name: len(times) for name, times in found.items()} == {"quick": 7, "slow": 3}
+    found = interleaved(steps, "cpu", seconds=0.0, most_rounds=30)
+    assert {name: len(times) for name, times in found.items()} == {"quick": 5, "slow": 3}
 
 
 def test_a_step_in_another_process_times_itself() -> None:
