@@ -135,7 +135,11 @@ def _prepare(mode: Mode, setting: Setting, cell: Cell, wanted: _Wanted, plan: Pl
     compiled = mode.kind is Kind.CLIPGRAD and mode.compiled
     try:
         if mode.private and not compiled:
+            began = time.perf_counter()
             cell.check = check_mode(mode, wanted.oracle)
+            _refuse_hopeless(
+                mode, setting, wanted.oracle.setting, time.perf_counter() - began, plan
+            )
             _forget(setting.device)
         before = torch.cuda.memory_allocated() if setting.device == "cuda" else 0
         step = mode.make(setting)
@@ -169,6 +173,17 @@ def _prepare(mode: Mode, setting: Setting, cell: Cell, wanted: _Wanted, plan: Pl
     finally:
         _forget(setting.device)
     return step
+
+
+def _refuse_hopeless(
+    mode: Mode, setting: Setting, checked: Setting, taken: float, plan: Plan
+) -> None:
+    """Leave a peer out whose gradient of a few samples took so long that its step would take far too long."""
+    whole = taken * setting.batch_size / checked.batch_size
+    if mode.kind is Kind.PEER and not mode.compiled and whole > 4 * plan.slowest:
+        raise Unavailable(
+            f"a gradient of {checked.batch_size} samples took {taken:.1f} s; not timed any further"
+        )
 
 
 def check_mode(mode: Mode, oracle: check.Check) -> str | None:

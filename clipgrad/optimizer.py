@@ -147,9 +147,8 @@ class DPOptimizer(OptimizerFacade):
         self.inner = optimizer
         self.model = model
         self.loss_fn = loss_fn
+        self._mechanism = chosen
         self._progress = Progress.start(chosen.max_grad_norm, chosen.noise_multiplier)
-        self.expected_batch_size = chosen.expected_batch_size
-        self.relation = chosen.relation
         self._account = account_of(plan, ledger)
         if compile and microbatch_size is None:
             microbatch_size = fixed_size(self.expected_batch_size)
@@ -254,6 +253,16 @@ class DPOptimizer(OptimizerFacade):
         self._pending.clear(self._owned())
 
     # ------------------------------------------------------------------ what it promises
+
+    @property
+    def expected_batch_size(self) -> float:
+        """The public constant that sums are divided by."""
+        return self._mechanism.expected_batch_size
+
+    @property
+    def relation(self) -> Relation:
+        """The neighbouring relation that the noise is calibrated to."""
+        return self._mechanism.relation
 
     @property
     def sensitivity(self) -> float:

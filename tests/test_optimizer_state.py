@@ -247,7 +247,8 @@ def test_what_is_promised_can_be_read_but_not_changed() -> None:
     assert isinstance(optimizer.max_grad_norm, dict)
     optimizer.max_grad_norm["2"] = 0.1
     assert (optimizer.sensitivity, optimizer.sigma) == (5.0, 2.5)
-    for name in ("sensitivity", "sigma", "max_grad_norm", "diagnostics"):
+    promised = ("sensitivity", "sigma", "max_grad_norm", "relation", "expected_batch_size")
+    for name in (*promised, "ledger", "diagnostics"):
         with pytest.raises(AttributeError):
             setattr(optimizer, name, 0.0)
 

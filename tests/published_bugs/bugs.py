@@ -171,7 +171,8 @@ def _(patch: pytest.MonkeyPatch) -> None:
     right = DPOptimizer.step
 
     def wrong(self: DPOptimizer, closure: None = None) -> None:
-        self.expected_batch_size = self.diagnostics.batch_size
+        size = float(self.diagnostics.batch_size)
+        self._mechanism = self._mechanism._replace(expected_batch_size=size)
         right(self, closure)
 
     patch.setattr(DPOptimizer, "step", wrong)
