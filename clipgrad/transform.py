@@ -36,7 +36,7 @@ from clipgrad.clipping import (
     relation_of,
     sensitivity,
 )
-from clipgrad.compiled import MODES, Compiler
+from clipgrad.compiled import MODES, Compiler, MicrobatchRunner
 from clipgrad.explain import Explanation, make_explanation
 from clipgrad.result import ClippedGradResult
 
@@ -104,16 +104,17 @@ class ClippedGrad:
         settings = self._settings(inputs)
         if size == 0:
             return self._empty(inputs, settings)
-        step = self._rows_at_once(size)
+        step, compiled = self._rows_at_once(size), None
         if compiler is not None:
             step = compiler.rows(self.microbatch_size, size)
+            compiled = MicrobatchRunner(compiler, inputs, settings, step)
         pieces: list[Piece] = []
         sums: list[Tensor] | None = None
         for start in range(0, size, step):
             rows = slice(start, min(start + step, size))
             marked = None if mask is None else mask[rows]
-            if compiler is not None:
-                piece = compiler.run(inputs, rows, marked, settings, step)
+            if compiled is not None:
+                piece = compiled(rows, marked)
             else:
                 batch = inputs.rows(rows)
                 piece = run(

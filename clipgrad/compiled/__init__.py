@@ -10,6 +10,7 @@
 ``_backend``       hands the graph to ``torch.compile``
 ``_check``         compares the compiled graph with the eager step
 ``_step``          puts these together: ``Compiler``
+``_runner``        runs the microbatches of a call on what it made: ``MicrobatchRunner``
 =================  ===============================================================================
 """
 
@@ -17,7 +18,8 @@ from __future__ import annotations
 
 from clipgrad.compiled._backend import MODES
 from clipgrad.compiled._observe import observed
+from clipgrad.compiled._runner import MicrobatchRunner
 from clipgrad.compiled._shape import fixed_size
 from clipgrad.compiled._step import Compiler
 
-__all__ = ["MODES", "Compiler", "fixed_size", "observed"]
+__all__ = ["MODES", "Compiler", "MicrobatchRunner", "fixed_size", "observed"]

@@ -11,17 +11,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
 from clipgrad._inputs import Inputs
 from clipgrad._microbatch import run
 from clipgrad._piece import Piece, Settings
 from clipgrad.compiled import _backend
-from clipgrad.compiled._check import Generators, compare, tolerance
+from clipgrad.compiled._check import Generators
 from clipgrad.compiled._graph import Graph, trace
 from clipgrad.compiled._observe import Observer
-from clipgrad.compiled._shape import fitted_batch, fitted_mask
-from clipgrad.compiled._signature import describe, difference, refuse_modes, signature
+from clipgrad.compiled._signature import describe, difference, refuse_modes
 from clipgrad.compiled._state import State
 from clipgrad.compiled._walk import write_down
 from clipgrad.errors import CompileError
@@ -31,7 +29,7 @@ _log = logging.getLogger("clipgrad")
 
 
 @dataclass
-class _Entry:
+class Entry:
     """One compiled graph and what it was made for."""
 
     signature: tuple[Any, ...]
@@ -58,7 +56,7 @@ class Compiler:
 
     def __init__(self, mode: str) -> None:
         self.mode = mode
-        self._entries: list[_Entry] = []
+        self._entries: list[Entry] = []
         self._size: int | None = None
         self._bounds: tuple[tuple[float, ...], Tensor] | None = None
 
@@ -71,53 +69,14 @@ class Compiler:
             asked = self._size = self._size or batch_size
         return asked
 
-    def run(
-        self, inputs: Inputs, rows: slice, mask: Tensor | None, settings: Settings, size: int
-    ) -> Piece:
-        """Norms and clipped sums of one microbatch.
-
-        Args:
-            inputs: The arguments.
-            rows: Which samples.
-            mask: Boolean, of these samples: those that are padding. None if none is.
-            settings: Of the transform.
-            size: Rows of the compiled graph, at least the number of samples.
-
-        Raises:
-            CompileError: If the step cannot be compiled, or was compiled for too many signatures.
-            CompileMismatchError: If the compiled step does not compute what the eager one does.
-        """
-        batch = inputs.rows(rows)
-        count = rows.stop - rows.start
-        device = inputs.params[0].device
-        padded = fitted_batch(batch, size)
-        padding = fitted_mask(mask, count, size, device)
-        bounds = self._bounds_on(device, settings.clipping.norms)
-        now = signature(inputs, size, settings.clipping)
-        entry = self._find(now) or self._make(inputs, padded, padding, bounds, settings, now)
-        generators = None if entry.checked else Generators(device)
-        piece = self._call(entry, inputs, padded, padding, bounds)
-        assert piece.all_finite is not None
-        finite = bool(piece.all_finite)
-        dropping = settings.nan_safe or mask is not None or count < size
-        if not finite and (dropping or generators is not None):
-            # Rare: a sample has to be taken out of the factors themselves, which the graph does not do.
-            return run(inputs.loss, inputs.names, inputs.params, batch, mask, settings)
-        if generators is not None:
-            with generators.replayed():
-                eager = run(inputs.loss, inputs.names, inputs.params, padded, padding, settings)
-            slack = tolerance(entry.graph.module, device)
-            compare(piece, eager, inputs.names, settings.clipping, slack)
-            entry.checked = True
-        return _first(piece, count)
-
-    def _bounds_on(self, device: torch.device, norms: tuple[float, ...]) -> Tensor:
+    def bounds_on(self, device: torch.device, norms: tuple[float, ...]) -> Tensor:
         """The clipping norms as an input of the graph; copied to the device when they change."""
         if self._bounds is None or self._bounds[0] != norms or self._bounds[1].device != device:
             self._bounds = norms, torch.tensor(norms, dtype=torch.float64, device=device)
         return self._bounds[1]
 
-    def _find(self, now: tuple[Any, ...]) -> _Entry | None:
+    def find(self, now: tuple[Any, ...]) -> Entry | None:
+        """The graph that serves a signature and the state as it is; None if there is none."""
         for index, entry in enumerate(self._entries):
             if entry.obstacle(now) is None:
                 if index:
@@ -125,7 +84,7 @@ class Compiler:
                 return entry
         return None
 
-    def _make(
+    def make(
         self,
         inputs: Inputs,
         batch: Sequence[Any],
@@ -133,7 +92,7 @@ class Compiler:
         bounds: Tensor,
         settings: Settings,
         now: tuple[Any, ...],
-    ) -> _Entry:
+    ) -> Entry:
         """Trace the step twice and compile the graph, telling the user who waits."""
         refuse_modes()
         reason = self._entries[0].obstacle(now) if self._entries else None
@@ -151,7 +110,7 @@ class Compiler:
         )
         generators = Generators(padding.device)
         graph, state = _trace_twice(inputs, batch, padding, bounds, settings, generators)
-        entry = _Entry(
+        entry = Entry(
             now,
             state,
             graph,
@@ -160,7 +119,7 @@ class Compiler:
         )
         traced = time.perf_counter()
         try:
-            self._call(entry, inputs, batch, padding, bounds)
+            self.call(entry, inputs, batch, padding, bounds)
         except Exception as error:
             raise CompileError(
                 f"torch.compile could not compile the traced step ({type(error).__name__}: {error}). Leave compile "
@@ -178,9 +137,9 @@ class Compiler:
         self._entries.insert(0, entry)
         return entry
 
-    def _call(
+    def call(
         self,
-        entry: _Entry,
+        entry: Entry,
         inputs: Inputs,
         batch: Sequence[Any],
         padding: Tensor,
@@ -268,18 +227,4 @@ def _same_constants(first: Graph, again: Graph) -> bool:
         a is b
         or (fresh and describe(a) == describe(b) and torch.equal(a.nan_to_num(), b.nan_to_num()))
         for a, b, fresh in zip(first.constants, again.constants, first.fresh, strict=True)
-    )
-
-
-def _first(piece: Piece, count: int) -> Piece:
-    """The piece without the rows that were added."""
-    if piece.values.shape[0] == count:
-        return piece
-    return Piece(
-        piece.sums,
-        piece.values[:count],
-        [norms[:count] for norms in piece.norms],
-        tree_map(lambda leaf: leaf[:count], piece.aux),
-        piece.nonfinite[:count],
-        piece.all_finite,
     )
