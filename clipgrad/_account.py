@@ -18,7 +18,7 @@ class Account:
         ledger: Of an earlier training on the same data, to be continued; by default an empty one.
 
     Raises:
-        ValueError: If ledger and plan speak of different neighbours.
+        ValueError: If ledger and plan do not count alike.
     """
 
     def __init__(self, plan: PrivacyPlan, ledger: Ledger | None = None) -> None:
@@ -26,12 +26,19 @@ class Account:
         self.done = 0
         if ledger is None:
             ledger = Ledger(relation=plan.relation, accountant=plan.accountant)
-        elif ledger.relation != plan.relation.value:
+        elif not isinstance(ledger, Ledger):
             raise ValueError(
-                f"ledger counts towards relation {ledger.relation!r}, the plan towards {plan.relation.value!r}, and "
-                "epsilons of different relations do not add up; plan for the ledger's relation."
+                f"ledger must be a clipgrad.accounting.Ledger, got {type(ledger).__name__}; optimizer.ledger of the "
+                "earlier training, for example."
+            )
+        found, wanted = (ledger.relation, ledger.accountant), (plan.relation.value, plan.accountant)
+        if found != wanted:
+            raise ValueError(
+                f"ledger counts with relation and accountant {found}, the plan with {wanted}: their epsilons do not "
+                "add up. Make the plan with those of the ledger."
             )
         self.ledger = ledger
+        self.ledger.begin()
 
     def before_step(self) -> None:
         """Refuse a step that was not planned.
@@ -42,8 +49,9 @@ class Account:
         if self.done >= self.plan.steps:
             raise PrivacyBudgetError(
                 f"step: all {self.plan.steps} steps of the plan were taken, and a further one would cost more than "
-                f"it promises at delta = {self.plan.delta}. End the training, or plan for more steps: a new "
-                "DPOptimizer with another plan and ledger=optimizer.ledger continues the count."
+                f"it promises at delta = {self.plan.delta}. One iteration of a loader made with plan= is the whole "
+                "run. End the training, or plan for more steps: a new DPOptimizer with another plan and "
+                "ledger=optimizer.ledger continues the count."
             )
 
     def record(self, noise_multiplier: float) -> None:
@@ -54,14 +62,14 @@ class Account:
     def state_dict(self) -> dict[str, Any]:
         return {"done": self.done, "ledger": self.ledger.state_dict()}
 
-    def restored(self, state: Mapping[str, Any] | None) -> Account:
-        """The account that ``state_dict`` saved, under this plan.
+    def check(self, state: Mapping[str, Any] | None) -> None:
+        """Refuse a state that ``load_state_dict`` could not take up; changes nothing.
 
         Args:
             state: What the optimizer saved beside the wrapped optimizer's state, ``account`` among it.
 
         Raises:
-            ValueError: If there is no account in it, or it does not fit.
+            ValueError: If there is no account in it, it does not fit, or it would forget steps.
         """
         if state is None or "account" not in state:
             raise ValueError(
@@ -72,10 +80,20 @@ class Account:
         done = found["done"]
         if type(done) is not int or done < 0:
             raise ValueError(f"state_dict: done must be a number of steps, got {done!r}.")
-        other = Account(self.plan)
-        other.ledger.load_state_dict(found["ledger"])
-        other.done = done
-        return other
+        saved = Ledger(relation=self.plan.relation, accountant=self.plan.accountant)
+        saved.load_state_dict(found["ledger"])
+        if saved.steps < self.ledger.steps:
+            raise ValueError(
+                f"state_dict holds {saved.steps} released steps, the ledger {self.ledger.steps}: what was released in "
+                "this process stays released. To return to earlier weights load the model's state alone; to resume "
+                "after a restart build a new DPOptimizer."
+            )
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue the count of a checkpoint that was checked, in the ledger that others may hold too."""
+        self.ledger.load_state_dict(state["account"]["ledger"])
+        self.ledger.begin()
+        self.done = state["account"]["done"]
 
 
 def account_of(plan: PrivacyPlan | None, ledger: Ledger | None) -> Account | None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -115,6 +116,20 @@ class Pending:
     def _refuse_unless_intact(self, name: str, parameter: Tensor) -> None:
         if not self._is_intact(parameter):
             raise UnclippedGradientError(_foreign(name, parameter))
+
+
+def refuse_unnoised(pending: weakref.ref[Pending]) -> Callable[..., None]:
+    """A hook of the wrapped optimizer: it must not step on sums that have no noise yet."""
+
+    def refuse(*_: object) -> None:
+        waiting = pending()
+        if waiting is not None and waiting.unfinished:
+            raise UnclippedGradientError(
+                "the wrapped optimizer's own step() was called while clipped sums wait for their noise; call "
+                "DPOptimizer.step(), which adds it, divides and steps the wrapped one."
+            )
+
+    return refuse
 
 
 def _version(tensor: Tensor) -> int:

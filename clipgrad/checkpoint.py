@@ -65,7 +65,7 @@ def save_checkpoint(path: str | os.PathLike[str], parts: Mapping[str, Stateful])
     finally:
         beside.unlink(missing_ok=True)
     _flush_folder(path.parent)
-    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}.{'[0-9a-f]' * 8}.part"):
         leftover.unlink(missing_ok=True)  # of a process that was killed
 
 
@@ -89,7 +89,8 @@ def load_checkpoint(
         Whether there was a checkpoint; without one nothing changes, and the training starts at its beginning.
 
     Raises:
-        ValueError: If the file is no such checkpoint or holds other parts; nothing was restored.
+        ValueError: If the file is no such checkpoint or holds other parts; nothing was restored. What a part refuses by
+            itself comes out as it is, and parts named before it are restored by then: do not go on training.
     """
     path = Path(path)
     if not path.exists():

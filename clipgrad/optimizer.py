@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
@@ -16,7 +17,7 @@ from clipgrad._account import account_of
 from clipgrad._facade import OptimizerFacade
 from clipgrad._grid import exact_sigma
 from clipgrad._mechanism import check_fits, check_possible, mechanism, noise_source
-from clipgrad._pending import Pending
+from clipgrad._pending import Pending, refuse_unnoised
 from clipgrad._phases import phase
 from clipgrad._requirements import (
     check_batch,
@@ -39,6 +40,7 @@ from clipgrad.explain import Explanation
 from clipgrad.noise import NoiseSource, gaussian_sigma
 from clipgrad.plan import PrivacyPlan
 from clipgrad.result import ClippedGradResult, Diagnostics, diagnostics_of, mean_loss
+from clipgrad.sampling import PaddedBatch
 from clipgrad.transform import ClippedGrad, clipped_grad
 
 _STATE_KEY = "clipgrad"
@@ -152,7 +154,7 @@ class DPOptimizer(OptimizerFacade):
         self._account = account_of(plan, ledger)
         if compile and microbatch_size is None:
             microbatch_size = fixed_size(self.expected_batch_size)
-        self.noise: NoiseSource = noise_source(noise, generator, grid, self.expected_batch_size)
+        self._noise = noise_source(noise, generator, grid, self.expected_batch_size)
         self._gradient: ClippedGrad = clipped_grad(
             self._loss,
             max_grad_norm=self._progress.max_grad_norm,
@@ -180,11 +182,14 @@ class DPOptimizer(OptimizerFacade):
     def backward(self, *batch: Any, is_padding: Tensor | None = None) -> Tensor:
         """Add the clipped sum of the batch's per-sample gradients to ``.grad``.
 
-        Several calls before one ``step`` are one logical batch.
+        Several calls before one ``step`` are one logical batch. One batch of the loader is one step: split it over
+        several calls if it is large, but never add up several batches of the loader, never step twice on one, and never
+        give one to two optimizers. Sampling rates, and with them epsilon, would be others than those that are accounted
+        for. To accumulate, plan for a larger ``expected_batch_size``.
 
         Args:
             *batch: What ``loss_fn`` takes after the model: pytrees of tensors, batch axis first. A batch of no
-                samples is legal.
+                samples is legal. Or one ``PaddedBatch``, as a loader with ``pad=True`` yields it.
             is_padding: Boolean ``[B]``; samples marked True contribute exactly nothing.
 
         Returns:
@@ -196,6 +201,9 @@ class DPOptimizer(OptimizerFacade):
                 train are others than in the logical batch's first call.
             NotPerSampleError: If the loss cannot be attributed to single samples.
         """
+        if len(batch) == 1 and isinstance(batch[0], PaddedBatch) and is_padding is None:
+            is_padding = batch[0].is_padding
+            batch = tuple(batch[0].batch)
         check_batch(batch)
         self._select()
         names = [name for name, _ in self._selection]
@@ -253,6 +261,15 @@ class DPOptimizer(OptimizerFacade):
         self._pending.clear(self._owned())
 
     # ------------------------------------------------------------------ what it promises
+
+    @property
+    def noise(self) -> NoiseSource:
+        """Where noise comes from; another source may be set, if it fits."""
+        return self._noise
+
+    @noise.setter
+    def noise(self, noise: NoiseSource) -> None:
+        self._noise = noise_source(noise, None, self._mechanism.grid, self.expected_batch_size)
 
     @property
     def expected_batch_size(self) -> float:
@@ -396,13 +413,16 @@ class DPOptimizer(OptimizerFacade):
         progress = self._progress
         if own is not None and "progress" in own:
             progress = progress.restored(own["progress"])
-        account = None if self._account is None else self._account.restored(own)
+        if self._account is not None:
+            self._account.check(own)
         self.inner.load_state_dict(
             {key: value for key, value in state_dict.items() if key != _STATE_KEY}
         )
         if own is not None:
             self.noise.load_state_dict(own["noise"])
-        self._progress, self._account = progress, account
+        self._progress = progress
+        if own is not None and self._account is not None:
+            self._account.load_state_dict(own)
         self.zero_grad()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -441,6 +461,7 @@ class DPOptimizer(OptimizerFacade):
         self._pending = Pending()
         self._last = None
         self._select()
+        self.inner.register_step_pre_hook(refuse_unnoised(weakref.ref(self._pending)))
 
     def _owned(self) -> Iterator[Tensor]:
         """Every parameter that the wrapped optimizer steps if it has a gradient."""

@@ -79,12 +79,18 @@ class PrivacyPlan:
                 f"delta must lie between 0 and 1, got {self.delta}; 1e-5, for example."
             )
         if not callable(self.noise_multiplier):
-            _validate.number("noise_multiplier", self.noise_multiplier)
+            noise = _validate.number("noise_multiplier", self.noise_multiplier)
+            if not (math.isfinite(noise) and noise >= 0):
+                raise ValueError(f"noise_multiplier must be finite and at least 0, got {noise}.")
+        if self.grid is not None:
+            _validate.positive("grid", self.grid)
         _validate.flag("shuffled", self.shuffled)
         _validate.one_of("accountant", self.accountant, ("pld", "rdp", "rdp_integer"))
         object.__setattr__(self, "relation", relation_of(self.relation))
         self._refuse_contradictions()
-        self.sampling  # noqa: B018 - what it refuses is refused here
+        accounting.require_supported(
+            self.sampling, relation=self.relation.value, accountant=self.accountant
+        )
 
     @classmethod
     def for_epsilon(
@@ -159,6 +165,8 @@ class PrivacyPlan:
         """What the first steps release, by default all of the plan's."""
         ledger = Ledger(relation=self.relation, accountant=self.accountant)
         count = self.steps if steps is None else steps
+        if count < 0:
+            raise ValueError(f"steps must be at least 0, got {count}.")
         if not callable(self.noise_multiplier):
             if count:
                 ledger.record(self.noise_at(0), self.sampling, count)
@@ -172,23 +180,24 @@ class PrivacyPlan:
         return self.ledger(steps).epsilon(self.delta)
 
     def __str__(self) -> str:
+        size = f"{self.expected_batch_size:g}"
         if self.shuffled:
-            batches = f"shuffled batches of {self.expected_batch_size:g}"
-        elif self.max_batch_size is not None:
-            batches = (
-                f"Poisson batches of {self.expected_batch_size:g}, at most {self.max_batch_size},"
-            )
+            batches = f"shuffled batches of {size} of {self.num_samples} samples"
+        elif isinstance(self.sampling, FullBatch):
+            batches = f"batches of all {self.num_samples} samples"
         else:
-            batches = f"Poisson batches of {self.expected_batch_size:g}"
+            most = "" if self.max_batch_size is None else f", at most {self.max_batch_size},"
+            batches = f"Poisson batches of {size}{most} of {self.num_samples} samples (q = {self.sample_rate:g})"
+        kind = "Gaussian" if self.grid is None else "discrete Gaussian"
         noise = (
-            "scheduled Gaussian noise"
+            f"scheduled {kind} noise"
             if callable(self.noise_multiplier)
-            else f"Gaussian noise of {self.noise_multiplier:.2f} sensitivities"
+            else f"{kind} noise of {self.noise_multiplier:.2f} sensitivities"
         )
         return (
-            f"(epsilon = {self.epsilon():.2f}, delta = {self.delta:g})-differentially private towards "
-            f"{_RELATIONS[self.relation]}: {self.steps} steps on {batches} of {self.num_samples} samples "
-            f"(q = {self.sample_rate:g}), {noise}, clipping norm {self.max_grad_norm}, accountant {self.accountant}."
+            f"(epsilon = {_rounded_up(self.epsilon())}, delta = {self.delta:g})-differentially private towards "
+            f"{_RELATIONS[self.relation]}: {self.steps} steps on {batches}, {noise}, clipping norm "
+            f"{self.max_grad_norm}, accountant {self.accountant}."
         )
 
     def _refuse_contradictions(self) -> None:
@@ -196,6 +205,16 @@ class PrivacyPlan:
             raise ValueError(
                 f"grid={self.grid} has discrete Gaussian noise, for which accountant {self.accountant!r} is not "
                 "proven; use accountant='rdp_integer' (docs/exact.md)."
+            )
+        if self.grid is not None and self.max_batch_size is not None:
+            raise ValueError(
+                f"max_batch_size={self.max_batch_size} cannot be accounted for with a grid; leave one of them out."
+            )
+        sampled = not self.shuffled and self.expected_batch_size < self.num_samples
+        if self.grid is not None and sampled and self.relation is Relation.REPLACE_ONE:
+            raise ValueError(
+                "relation 'replace_one' under Poisson sampling cannot be accounted for with a grid; use "
+                "'add_or_remove_one' or 'replace_special'."
             )
         if not self.shuffled:
             return
@@ -226,3 +245,12 @@ _RELATIONS: Mapping[Relation, str] = {
 def _count(name: str, value: object) -> None:
     if type(value) is not int or value < 1:
         raise ValueError(f"{name} must be an integer, at least 1, got {value!r}.")
+
+
+def _rounded_up(epsilon: float) -> str:
+    """Three digits, never less than it is."""
+    if epsilon == 0 or math.isinf(epsilon):
+        return f"{epsilon:g}"
+    unit = 10.0 ** (math.floor(math.log10(epsilon)) - 2)
+    digits = max(0, 2 - math.floor(math.log10(epsilon)))
+    return f"{math.ceil(epsilon / unit * (1 - 1e-12)) * unit:.{digits}f}"

@@ -151,7 +151,7 @@ def test_a_coarser_grid_bounds_a_finer_one() -> None:
     run: dict[str, Any] = {"noise_multiplier": 1.0, "sample_rate": 0.2, "delta": 1e-6}
     grids, values = [], []
     for steps in (1454, 1455):
-        terms = terms_of([(1.0, Poisson(0.2), steps)], relation="replace_special", group_size=1)
+        terms = terms_of([(1.0, Poisson(0.2), steps, 0)], relation="replace_special", group_size=1)
         grids.append(grid_interval(terms))
         values.append(epsilon(steps=steps, **run))
     assert grids[1] == 2 * grids[0]

@@ -48,7 +48,7 @@ def test_fixed_batches_cost_one_mechanism_a_pass(
 def test_a_pass_has_the_fewest_steps_that_it_may_have(
     n: int, batch: int, steps_a_pass: int
 ) -> None:
-    terms = terms_of([(2.0, FixedSize(n, batch), 60)], relation="replace_one", group_size=1)
+    terms = terms_of([(2.0, FixedSize(n, batch), 60, 0)], relation="replace_one", group_size=1)
     assert terms.precision == 60 / steps_a_pass / 4
 
 
@@ -66,7 +66,7 @@ def test_fixed_batches_with_changing_noise_cover_every_place(
     size = n // batch if drop_last else -(-n // batch)
     passes = [noises[start : start + size] for start in range(0, len(noises), size)]
     worst = sum(min(noises_of_a_pass) ** -2 for noises_of_a_pass in passes)
-    history = [(noise, FixedSize(n, batch), count) for noise, count in runs]
+    history = [(noise, FixedSize(n, batch), count, 0) for noise, count in runs]
     ours = terms_of(history, relation="replace_one", group_size=1).precision
     if n % batch == 0:
         assert ours == pytest.approx(worst, rel=1e-12)
@@ -75,7 +75,8 @@ def test_fixed_batches_with_changing_noise_cover_every_place(
 
 
 def test_another_description_begins_a_pass() -> None:
-    def precision(*history: tuple[float, Any, int]) -> float:
+    def precision(*runs: tuple[float, Any, int]) -> float:
+        history = [(*run, 0) for run in runs]
         return terms_of(history, relation="replace_one", group_size=1).precision
 
     a, b = FixedSize(100, 10), FixedSize(100, 20)

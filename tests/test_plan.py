@@ -238,7 +238,7 @@ def test_a_further_plan_continues_the_count() -> None:
         (Poisson(0.125), 2),
         (Poisson(0.25), 3),
     ]
-    with pytest.raises(ValueError, match="epsilons of different relations do not add up"):
+    with pytest.raises(ValueError, match="their epsilons do not add up"):
         optimizer_of(plan(relation="replace_special"), ledger=first.ledger)
 
 
@@ -263,6 +263,61 @@ def test_a_plan_of_the_exact_mode() -> None:
             plan(grid=2.0**-10, accountant=accountant)
     with pytest.raises(ValueError, match="plan says already what grid would say"):
         optimizer_of(plan(), grid=2.0**-10)
+
+
+def test_what_the_noise_stands_on_cannot_be_changed() -> None:
+    optimizer = optimizer_of(plan(grid=2.0**-10, accountant="rdp_integer"))
+    with pytest.raises(AttributeError):
+        optimizer.relation = Relation.REPLACE_SPECIAL  # type: ignore[misc]
+    with pytest.raises(ValueError, match="needs noise on the same grid"):
+        optimizer.noise = clipgrad.SystemNoise()
+    with pytest.raises(ValueError, match="noise must be a NoiseSource"):
+        optimizer_of(plan()).noise = 0  # type: ignore[assignment]
+    optimizer.noise = clipgrad.DiscreteGaussianNoise(2.0**-10)
+
+
+def test_the_wrapped_optimizer_does_not_step_without_noise() -> None:
+    optimizer = optimizer_of(plan())
+    for one in (optimizer, copy.deepcopy(optimizer)):
+        one.backward(torch.randn(3, 4, dtype=torch.float64))
+        before = values(one.model)
+        with pytest.raises(clipgrad.UnclippedGradientError, match="wait for their noise"):
+            one.inner.step()
+        assert all(torch.equal(before[name], now) for name, now in values(one.model).items())
+        one.step()
+        one.zero_grad()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"relation": "replace_one", "accountant": "rdp"}, "cannot treat relation 'replace_one'"),
+        ({"max_batch_size": 40, "accountant": "rdp"}, "cannot treat TruncatedPoisson"),
+        (
+            {"max_batch_size": 40, "accountant": "rdp_integer", "grid": 2.0**-9},
+            "max_batch_size=40 cannot be accounted for with a grid",
+        ),
+        (
+            {"relation": "replace_one", "accountant": "rdp_integer", "grid": 2.0**-9},
+            "'replace_one' under Poisson sampling cannot be accounted for with a grid",
+        ),
+        ({"noise_multiplier": -1.0}, "noise_multiplier must be finite and at least 0, got -1"),
+        ({"noise_multiplier": float("nan")}, "noise_multiplier must be finite"),
+    ],
+)
+def test_what_cannot_be_accounted_for_is_refused_at_once(
+    changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        plan(**changes)
+
+
+def test_the_promise_is_rounded_up() -> None:
+    tiny = plan(noise_multiplier=300.0, delta=1e-9)
+    said = float(str(tiny).split("epsilon = ")[1].split(",")[0])
+    assert 0 < tiny.epsilon() <= said < 1.02 * tiny.epsilon()
+    assert "batches of all 64 samples" in str(plan(expected_batch_size=64))
+    assert "discrete Gaussian" in str(plan(grid=2.0**-9, accountant="rdp_integer"))
 
 
 # ------------------------------------------------------------------------------- its state
@@ -305,6 +360,56 @@ def test_a_malformed_account_is_refused() -> None:
         optimizer.load_state_dict(state)
 
 
+def test_a_ledger_that_is_shared_stays_shared() -> None:
+    ledger = Ledger(accountant="rdp")
+    a, b = (optimizer_of(plan(), ledger=ledger) for _ in range(2))
+    for optimizer in (a, b):
+        take(optimizer, 1)
+    for optimizer in (a, b):
+        optimizer.load_state_dict(through_a_file(optimizer.state_dict()))
+        take(optimizer, 1)
+    assert a.ledger is b.ledger is ledger
+    assert ledger.steps == 4
+
+
+def test_what_was_released_stays_released() -> None:
+    optimizer = optimizer_of(plan())
+    take(optimizer, 1)
+    early = through_a_file(optimizer.state_dict())
+    take(optimizer, 2)
+    with pytest.raises(ValueError, match="holds 1 released steps, the ledger 3"):
+        optimizer.load_state_dict(early)
+    assert optimizer.ledger.steps == 3
+
+
+def test_shuffled_passes_do_not_continue_after_a_restart() -> None:
+    """Eight batches a pass; the second half is shuffled anew, so that a sample may be in both."""
+    shuffled = plan(shuffled=True, relation="replace_special", steps=8)
+    whole, first = optimizer_of(shuffled), optimizer_of(shuffled)
+    take(whole, 8)
+    assert whole.epsilon() == shuffled.epsilon()
+    take(first, 4)
+    resumed = optimizer_of(shuffled)
+    resumed.load_state_dict(through_a_file(first.state_dict()))
+    take(resumed, 4)
+    two_passes = Ledger(relation="replace_special", accountant="rdp")
+    two_passes.record(1.0, FullBatch(), 2)
+    assert resumed.epsilon() == pytest.approx(two_passes.epsilon(1e-3))
+    further = optimizer_of(shuffled, ledger=whole.ledger)
+    take(further, 1)
+    assert further.epsilon() == pytest.approx(two_passes.epsilon(1e-3))
+    again = Ledger(relation="replace_special", accountant="rdp")
+    again.load_state_dict(through_a_file(resumed.ledger.state_dict()))
+    assert again.epsilon(1e-3) == resumed.epsilon()
+
+
+def test_a_ledger_of_another_accountant_is_refused() -> None:
+    with pytest.raises(ValueError, match="their epsilons do not add up"):
+        optimizer_of(plan(grid=2.0**-10, accountant="rdp_integer"), ledger=Ledger())
+    with pytest.raises(ValueError, match=r"ledger must be a .*Ledger, got dict"):
+        optimizer_of(plan(), ledger={})
+
+
 def test_a_copy_counts_for_itself() -> None:
     optimizer = optimizer_of(plan())
     take(optimizer, 1)
@@ -331,9 +436,25 @@ def test_one_iteration_of_the_loader_is_the_run() -> None:
 def test_a_truncated_plan_cuts_and_pads() -> None:
     a_plan = plan(max_batch_size=9, accountant="pld")
     loader = clipgrad.poisson_loader(dataset(), plan=a_plan, pad=True)
-    for batch, is_padding in loader:
+    optimizer = optimizer_of(a_plan)
+    for padded in loader:
+        batch, is_padding = padded
         assert len(batch[0]) == len(is_padding) == 9
+        optimizer.backward(padded)
+        assert optimizer.diagnostics.batch_size == int((~is_padding).sum())
+        optimizer.step()
+        optimizer.zero_grad()
     assert loader.batch_sampler.sampling == a_plan.sampling
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_finished_run_that_is_started_again_has_nothing_to_do(workers: int) -> None:
+    a_plan = plan(steps=3)
+    loader = clipgrad.poisson_loader(dataset(), plan=a_plan, num_workers=workers)
+    assert len(list(loader)) == 3
+    again = clipgrad.poisson_loader(dataset(), plan=a_plan, num_workers=workers)
+    again.load_state_dict(through_a_file(loader.state_dict()))
+    assert list(again) == []
 
 
 def test_users_of_a_plan() -> None:

@@ -25,7 +25,14 @@ from __future__ import annotations
 from ._checks import Accountant
 from ._ledger import Entry, Ledger
 from ._run import epsilon, noise_multiplier, steps
-from ._sampling import FixedSize, FullBatch, Poisson, Sampling, TruncatedPoisson
+from ._sampling import (
+    FixedSize,
+    FullBatch,
+    Poisson,
+    Sampling,
+    TruncatedPoisson,
+    require_supported,
+)
 
 __all__ = [
     "Accountant",
@@ -38,5 +45,6 @@ __all__ = [
     "TruncatedPoisson",
     "epsilon",
     "noise_multiplier",
+    "require_supported",
     "steps",
 ]

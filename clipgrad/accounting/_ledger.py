@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from enum import Enum
 from typing import Any
 
@@ -32,17 +32,19 @@ class Entry:
         noise_multiplier: Standard deviation of the noise per unit of the relation's sensitivity.
         sampling: How their batches were drawn.
         steps: How many they are.
+        stretch: Numbers the stretches of ``FixedSize`` steps whose passes do not continue one another.
     """
 
     noise_multiplier: float
     sampling: Sampling
     steps: int
+    stretch: int = 0
 
 
 class Ledger:
     """Adds up noisy steps; noise and sampling may change on the way.
 
-    :meth:`record` every step, also those with an empty batch; it costs about a microsecond. Then
+    :meth:`record` every step, also those with an empty batch; it costs some microseconds. Then
     ask. The bounds hold for a schedule that was fixed beforehand: how much noise a step gets and
     when training stops must not be decided from what was released.
 
@@ -77,6 +79,7 @@ class Ledger:
         self._relation = _checks.relation_name(relation)
         self._history: list[Entry] = []
         self._steps = 0
+        self._stretch = 0
         self._forget()
 
     @property
@@ -119,11 +122,25 @@ class Ledger:
             require_supported(sampling, relation=self._relation, accountant=self._accountant)
         noise = _checks.at_least_0("noise_multiplier", noise_multiplier)
         count = _checks.integer("steps", steps, least=1)
-        if last and (noise, sampling) == (last.noise_multiplier, last.sampling):
-            self._history[-1] = Entry(noise, last.sampling, last.steps + count)
+        stretch = self._stretch if isinstance(sampling, FixedSize) else 0
+        if last and (noise, sampling, stretch) == (
+            last.noise_multiplier,
+            last.sampling,
+            last.stretch,
+        ):
+            self._history[-1] = replace(last, steps=last.steps + count)
         else:
-            self._history.append(Entry(noise, sampling, count))
+            self._history.append(Entry(noise, sampling, count, stretch))
         self._steps += count
+
+    def begin(self) -> None:
+        """Say that the next step begins a training, or goes on with one after a restart.
+
+        With :class:`FixedSize` batches its pass is another one than the last step's, which costs up to one pass more
+        if that was not finished: the order of the batches is another. With other batches it changes nothing.
+        """
+        if self._history and isinstance(self._history[-1].sampling, FixedSize):
+            self._stretch = self._history[-1].stretch + 1
 
     def epsilon(self, delta: float, *, group_size: int = 1) -> float:
         """The epsilon for which all that was recorded is ``(epsilon, delta)`` differentially private.
@@ -172,7 +189,10 @@ class Ledger:
                     accountant=self._accountant,
                     group_size=size,
                 )
-        runs = [(entry.noise_multiplier, entry.sampling, entry.steps) for entry in self._history]
+        runs = [
+            (entry.noise_multiplier, entry.sampling, entry.steps, entry.stretch)
+            for entry in self._history
+        ]
         terms = terms_of(runs, relation=self._relation, group_size=size)
         within = self._backends.setdefault(size, backend(self._accountant))
         answer = (epsilon_of if asked == "epsilon" else delta_of)(terms, at, within)
@@ -194,6 +214,7 @@ class Ledger:
                 type(entry.sampling).__name__,
                 list(astuple(entry.sampling)),
                 entry.steps,
+                entry.stretch,
             ]
             for entry in self._history
         ]
@@ -224,8 +245,10 @@ class Ledger:
             )
         loaded = Ledger(relation=self._relation, accountant=self._accountant)  # type: ignore[arg-type]
         for entry in state["history"]:
-            loaded.record(*_read(entry))
+            *released, loaded._stretch = _read(entry)
+            loaded.record(*released)
         self._history, self._steps = loaded._history, loaded._steps
+        self._stretch = loaded._stretch
         self._forget()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -239,15 +262,20 @@ class Ledger:
         )
 
 
-def _read(entry: Any) -> tuple[Any, Sampling, Any]:
-    """Arguments of `record`, which checks the numbers."""
+def _read(entry: Any) -> tuple[Any, Sampling, Any, int]:
+    """Arguments of `record`, which checks the numbers, and the stretch."""
     match entry:
-        case [noise, str(kind), list(numbers), steps] if kind in _DESCRIPTIONS:
+        case [noise, str(kind), list(numbers), steps, stretch] if kind in _DESCRIPTIONS:
             try:
-                return noise, _DESCRIPTIONS[kind](*numbers), steps
+                return (
+                    noise,
+                    _DESCRIPTIONS[kind](*numbers),
+                    steps,
+                    _checks.integer("stretch", stretch, least=0),
+                )
             except TypeError as error:
                 raise ValueError(f"state has a history entry {entry!r}: {error}") from error
     raise ValueError(
         f"state has a history entry {entry!r}; it must be noise multiplier, kind of sampling, its "
-        "numbers and steps."
+        "numbers, steps and stretch."
     )

@@ -269,7 +269,7 @@ class _Run:
         """At this noise per unit of the relation's sensitivity."""
         if self.steps == 0:
             return 0.0
-        runs = [(noise, self.sampling, self.steps)]
+        runs = [(noise, self.sampling, self.steps, 0)]
         terms = terms_of(runs, relation=self.relation, group_size=self.group_size)
         return _epsilon(terms, self.delta, self.accountant)
 

@@ -16,8 +16,8 @@ from ._sampling import FixedSize, FullBatch, Poisson, Sampling, TruncatedPoisson
 # Less than this and epsilon exceeds any use, so that infinity is as good a bound.
 LEAST_NOISE = 1e-3
 
-# Noise multiplier, sampling, steps.
-Run = tuple[float, Sampling, int]
+# Noise multiplier, sampling, steps, and the stretch of passes that they belong to.
+Run = tuple[float, Sampling, int, int]
 
 
 @dataclass(frozen=True)
@@ -61,12 +61,12 @@ def terms_of(history: Sequence[Run], *, relation: str, group_size: int) -> Terms
     the sum `group_size` times as far. Spread over several they cost less, since Gaussian mechanisms add
     up in squares.
     """
-    if any(noise < LEAST_NOISE for noise, _, _ in history):
+    if any(noise < LEAST_NOISE for noise, _, _, _ in history):
         return Terms(math.inf, ())
     precision = 0.0
     counts: dict[Mechanism, int] = {}
-    for sampling, stretch in groupby(history, key=lambda run: run[1]):
-        runs = [(noise, steps) for noise, _, steps in stretch]
+    for (sampling, _), stretch in groupby(history, key=lambda run: (run[1], run[3])):
+        runs = [(noise, steps) for noise, _, steps, _ in stretch]
         if isinstance(sampling, FixedSize):
             precision += sum(count * noise**-2 for noise, count in _once_a_pass(sampling, runs))
             continue

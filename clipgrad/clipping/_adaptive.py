@@ -25,7 +25,7 @@ class AdaptiveQuantile:
     no sample. Nothing else of the data reaches C.
 
     **One step costs what one Gaussian step costs.** With the noise multiplier z of the optimizer, the gradients get
-    ``z_g = (z**-2 - (s / count_stddev)**-2)**-0.5`` so that both queries together are one Gaussian mechanism of
+    ``z_g = (z**-2 - (s / count_stddev)**2)**-0.5`` so that both queries together are one Gaussian mechanism of
     multiplier z (theorem 1); s is how far one sample moves the count:
 
     ====================================  ===  =========================================================

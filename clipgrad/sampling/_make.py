@@ -85,6 +85,7 @@ def poisson_loader(
         steps=steps,
         rank=rank,
         num_replicas=num_replicas,
+        whole_run=plan is not None,
         generator=generator,
     )
     example = dataset[0]
@@ -178,7 +179,8 @@ def user_loader(
     """
     if plan is not None:
         given = (expected_users, sample_rate, max_users, steps)
-        users = len(set(user_ids.tolist() if isinstance(user_ids, Tensor) else user_ids))
+        # A sampler looks at the ids, and tells well what is wrong with them.
+        users = UserSampler(user_ids, sample_rate=1.0).num_users
         expected_users, max_users, steps = _planned(plan, "users", users, given)
     sampler = UserSampler(
         user_ids,
@@ -189,6 +191,7 @@ def user_loader(
         steps=steps,
         rank=rank,
         num_replicas=num_replicas,
+        whole_run=plan is not None,
         generator=generator,
     )
     if sampler.num_samples != arguments.length(dataset):

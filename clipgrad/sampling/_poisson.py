@@ -44,6 +44,8 @@ class PoissonSampler(Sampler[list[int]]):
         steps: Batches per iteration; by default as many as make ``num_samples`` draws on average.
         rank: Which share to draw from, ``0 <= rank < num_replicas``.
         num_replicas: Number of shares, on every rank the same.
+        whole_run: Whether one iteration is all there is, as with a plan: the state of a finished one is then restored
+            as finished, and yields no batch.
         generator: A CPU generator for a repeatable and NOT PRIVATE choice; it advances. With ranks,
             seed each rank's differently.
 
@@ -75,8 +77,10 @@ class PoissonSampler(Sampler[list[int]]):
         steps: int | None = None,
         rank: int | None = None,
         num_replicas: int | None = None,
+        whole_run: bool = False,
         generator: torch.Generator | None = None,
     ) -> None:
+        self._whole_run = whole_run
         self._num_samples = arguments.count("num_samples", num_samples, most=LARGEST)
         self._expected, rate = _rates(self._num_samples, expected_batch_size, sample_rate)
         # len() is a 64-bit integer, whatever the rate.
@@ -153,7 +157,9 @@ class PoissonSampler(Sampler[list[int]]):
         A loader with workers draws ahead of the training loop. Of what the loop has received,
         :meth:`PoissonLoader.state_dict` tells, in the same format.
         """
-        state = {"kind": "PoissonSampler", "format": 1, "done": self._done % self._steps}
+        state = {"kind": "PoissonSampler", "format": 1, "done": self._done}
+        if not self._whole_run:
+            state["done"] = self._done % self._steps
         if self._generator is not None:
             state["generator"] = self._generator.get_state()
         return state
@@ -178,7 +184,7 @@ class PoissonSampler(Sampler[list[int]]):
                 f"state {'has' if 'generator' in state else 'lacks'} a generator's state, unlike "
                 "this sampler; construct both with a generator, or both without."
             )
-        if not 0 <= state["done"] < self._steps:
+        if not 0 <= state["done"] < self._steps + self._whole_run:
             raise ValueError(
                 f"state is {state['done']} batches into an iteration, but steps is {self._steps}; "
                 "construct the sampler with the steps it was saved with."

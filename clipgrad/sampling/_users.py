@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
+from clipgrad.accounting import Poisson, TruncatedPoisson
 from clipgrad.sampling import _arguments as arguments
 from clipgrad.sampling._poisson import PoissonSampler
 from clipgrad.sampling._trials import random_subset
@@ -35,6 +36,7 @@ class UserSampler(Sampler[list[list[int]]]):
         steps: Batches per iteration.
         rank: Which share of the users to draw from.
         num_replicas: Number of shares.
+        whole_run: See :class:`PoissonSampler`.
         generator: For repeatable, NOT PRIVATE batches.
 
     Raises:
@@ -60,6 +62,7 @@ class UserSampler(Sampler[list[list[int]]]):
         steps: int | None = None,
         rank: int | None = None,
         num_replicas: int | None = None,
+        whole_run: bool = False,
         generator: torch.Generator | None = None,
     ) -> None:
         self._samples = _by_user(user_ids)
@@ -85,6 +88,7 @@ class UserSampler(Sampler[list[list[int]]]):
             steps=steps,
             rank=rank,
             num_replicas=num_replicas,
+            whole_run=whole_run,
             generator=generator,
         )
 
@@ -114,7 +118,7 @@ class UserSampler(Sampler[list[list[int]]]):
         return self._users.max_batch_size
 
     @property
-    def sampling(self) -> Any:
+    def sampling(self) -> Poisson | TruncatedPoisson:
         """What the accountant has to know; its samples are users."""
         return self._users.sampling
 
