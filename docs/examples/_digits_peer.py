@@ -23,16 +23,14 @@ class VmapDPOptimizer:
         model,
         loss_fn,
         *,
-        max_grad_norm,
-        noise_multiplier,
-        expected_batch_size,
+        plan,
         generator=None,
     ):
         self.optimizer = optimizer
         self.parameters = dict(model.named_parameters())
-        self.max_grad_norm = max_grad_norm
-        self.sigma = noise_multiplier * max_grad_norm
-        self.expected_batch_size = expected_batch_size
+        self.max_grad_norm = plan.max_grad_norm
+        self.sigma = plan.noise_multiplier * plan.max_grad_norm
+        self.expected_batch_size = plan.expected_batch_size
         self.generator = generator
 
         def loss_of_one(parameters, image, label):

@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import copy
 import math
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -32,7 +33,7 @@ from torch import nn
 from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 
 import clipgrad
-from clipgrad import accounting
+from clipgrad import PrivacyPlan
 
 DELTA = 1e-4  # well below one over the number of training images
 LEARNING_RATE = 0.006
@@ -56,20 +57,13 @@ def loss_fn(model, images, labels):
     return nn.functional.cross_entropy(model(images), labels)
 
 
-def train_privately(model, data, args, noise_multiplier, watch, dp=clipgrad.DPOptimizer):
-    loader = clipgrad.poisson_loader(
-        data.train,
-        expected_batch_size=args.batch_size,
-        steps=args.steps,
-        generator=generator(args.seed, 1),
-    )
+def train_privately(model, data, args, plan, watch, dp=clipgrad.DPOptimizer):
+    loader = clipgrad.poisson_loader(data.train, plan=plan, generator=generator(args.seed, 1))
     optimizer = dp(
         torch.optim.Adam(model.parameters(), lr=LEARNING_RATE),
         model,
         loss_fn,
-        max_grad_norm=args.max_grad_norm,
-        noise_multiplier=noise_multiplier,
-        expected_batch_size=args.batch_size,
+        plan=plan,
         generator=generator(args.seed, 2),
     )
     for step, (images, labels) in enumerate(loader, start=1):
@@ -117,31 +111,35 @@ def load() -> Digits:
     )
 
 
-def choose_noise(args, run) -> float:
+def make_plan(args, num_samples: int) -> PrivacyPlan:
+    """All that privacy depends on, said once: loader and optimizer are built from it."""
+    numbers = {
+        "num_samples": num_samples,
+        "expected_batch_size": args.batch_size,
+        "steps": args.steps,
+        "delta": DELTA,
+        "max_grad_norm": args.max_grad_norm,
+    }
     if args.noise_multiplier is not None:
-        return args.noise_multiplier
-    return accounting.noise_multiplier(target_epsilon=args.epsilon, **run)
+        return PrivacyPlan(noise_multiplier=args.noise_multiplier, **numbers)
+    return PrivacyPlan.for_epsilon(args.epsilon, **numbers)
 
 
-def plan_epsilons(args, noise_multiplier: float, run) -> dict[int, float]:
+def epsilons_of(plan: PrivacyPlan, quick: bool) -> dict[int, float]:
     """Epsilon after each step at which the model is looked at.
 
     It depends on nothing that happens in the training, and so can be known before.
     """
-    every = math.ceil(args.steps / (4 if args.quick else 20))
-    steps = [*range(0, args.steps, every), args.steps]
-    return {
-        step: accounting.epsilon(noise_multiplier=noise_multiplier, **(run | {"steps": step}))
-        for step in steps
-    }
+    every = math.ceil(plan.steps / (4 if quick else 20))
+    return {step: plan.epsilon(step) for step in [*range(0, plan.steps, every), plan.steps]}
 
 
 # ----------------------------------------------------------------------------------- the comparison
 
 
-def train_all(model, data, args, noise_multiplier, epsilons) -> dict[str, Outcome]:
+def train_all(model, data, args, plan, epsilons) -> dict[str, Outcome]:
     """Three trainings from the same initial weights."""
-    private = partial(train_privately, noise_multiplier=noise_multiplier)
+    private = partial(train_privately, plan=plan)
     trainings = {
         "clipgrad": private,
         "not private": train_plainly,
@@ -158,7 +156,7 @@ def train_all(model, data, args, noise_multiplier, epsilons) -> dict[str, Outcom
     return outcomes
 
 
-def measure_speeds(model, data, args, noise_multiplier) -> dict[str, float]:
+def measure_speeds(model, data, args, plan) -> dict[str, float]:
     """Samples per second by training: same model, batch and optimizer; the noise included."""
     images, labels = data.train[: args.batch_size]
 
@@ -168,9 +166,7 @@ def measure_speeds(model, data, args, noise_multiplier) -> dict[str, float]:
             torch.optim.Adam(own.parameters(), lr=LEARNING_RATE),
             own,
             loss_fn,
-            max_grad_norm=args.max_grad_norm,
-            noise_multiplier=noise_multiplier,
-            expected_batch_size=args.batch_size,
+            plan=replace(plan, steps=1000),  # enough for the stopwatch
         )
         return partial(one_step, partial(optimizer.backward, images, labels), optimizer)
 
@@ -196,27 +192,20 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     torch.set_num_threads(args.threads)
     data = load()
-    run = {
-        "sample_rate": args.batch_size / len(data.train),
-        "steps": args.steps,
-        "delta": DELTA,
-    }
     console.print(f"{len(data.train)} training images, {len(data.test)} test images")
     if args.seed is not None:
         torch.manual_seed(args.seed)
         console.print(
             f"--seed {args.seed}: repeatable, so NOT PRIVATE; epsilon is only what it'd be"
         )
-    noise_multiplier = choose_noise(args, run)
-    console.print(
-        f"noise multiplier {noise_multiplier:.2f}, sampling rate {run['sample_rate']:.3f}"
-    )
+    plan = make_plan(args, len(data.train))
+    console.print(str(plan), soft_wrap=True)
 
     model = make_model()
-    epsilons = plan_epsilons(args, noise_multiplier, run)
-    outcomes = train_all(model, data, args, noise_multiplier, epsilons)
+    epsilons = epsilons_of(plan, args.quick)
+    outcomes = train_all(model, data, args, plan, epsilons)
     console.print("measuring speed ...")
-    speeds = measure_speeds(model, data, args, noise_multiplier)
+    speeds = measure_speeds(model, data, args, plan)
     table(outcomes, speeds, baseline="not private")
     console.print(
         f"epsilon: at delta = {DELTA:g}, of each training alone, without the search for "
