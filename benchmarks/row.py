@@ -22,6 +22,9 @@ from benchmarks.peers import check
 from benchmarks.records import Cell, Row
 from benchmarks.step import Setting, Step, Unavailable, close
 
+HOPELESS_S = 20.0
+"""What a step would take if a check of few samples, with all that a first run takes, were any guide."""
+
 NotePoint = Callable[[str, float], None]
 
 
@@ -137,9 +140,7 @@ def _prepare(mode: Mode, setting: Setting, cell: Cell, wanted: _Wanted, plan: Pl
         if mode.private and not compiled:
             began = time.perf_counter()
             cell.check = check_mode(mode, wanted.oracle)
-            _refuse_hopeless(
-                mode, setting, wanted.oracle.setting, time.perf_counter() - began, plan
-            )
+            _refuse_hopeless(mode, setting, wanted.oracle.setting, time.perf_counter() - began)
             _forget(setting.device)
         before = torch.cuda.memory_allocated() if setting.device == "cuda" else 0
         step = mode.make(setting)
@@ -175,12 +176,10 @@ def _prepare(mode: Mode, setting: Setting, cell: Cell, wanted: _Wanted, plan: Pl
     return step
 
 
-def _refuse_hopeless(
-    mode: Mode, setting: Setting, checked: Setting, taken: float, plan: Plan
-) -> None:
+def _refuse_hopeless(mode: Mode, setting: Setting, checked: Setting, taken: float) -> None:
     """Leave a peer out whose gradient of a few samples took so long that its step would take far too long."""
     whole = taken * setting.batch_size / checked.batch_size
-    if mode.kind is Kind.PEER and not mode.compiled and whole > 4 * plan.slowest:
+    if mode.kind is Kind.PEER and not mode.compiled and whole > HOPELESS_S:
         raise Unavailable(
             f"a gradient of {checked.batch_size} samples took {taken:.1f} s; not timed any further"
         )
