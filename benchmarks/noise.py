@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from benchmarks.measure import synchronize
+from benchmarks.measure import timed
 from clipgrad.noise import NoiseSource, SeededNoise, SystemNoise
 
 SIZES = (10_000, 1_000_000, 10_000_000)
@@ -37,11 +37,7 @@ def interleaved(calls: list[Callable[[], None]], device: str) -> list[list[float
     while rounds < 7 or (time.perf_counter() - start < SECONDS and rounds < 2000):
         for index in range(len(calls)):
             at = (index + rounds) % len(calls)
-            synchronize(device)
-            before = time.perf_counter()
-            calls[at]()
-            synchronize(device)
-            times[at].append(time.perf_counter() - before)
+            times[at].append(timed(calls[at], device))
         rounds += 1
     return [taken[2:] for taken in times]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
 from typing import Any
 
@@ -63,6 +64,14 @@ def trained(model: nn.Module) -> dict[str, nn.Parameter]:
 def values(model: nn.Module) -> dict[str, Tensor]:
     """A copy of all parameters."""
     return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def through_a_file(state: Any) -> Any:
+    """What comes back of a checkpoint that is saved and loaded as data, unable to run code."""
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
 
 
 def assert_same(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:

@@ -59,6 +59,17 @@ class Watched:
         self._source.load_state_dict(state)
 
 
+def plan_of(steps: int) -> clipgrad.PrivacyPlan:
+    return clipgrad.PrivacyPlan(
+        num_samples=64,
+        expected_batch_size=8,
+        steps=steps,
+        delta=1e-3,
+        noise_multiplier=1.0,
+        accountant="rdp",
+    )
+
+
 def loss_fn(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     return nn.functional.mse_loss(model(x), y)
 
@@ -80,14 +91,7 @@ def main(folder: Path, steps: int, point: str | None, step: int) -> None:
     torch.manual_seed(0)
     killer = Killer(folder / "log.jsonl", point, step)
     data = torch.utils.data.TensorDataset(torch.randn(64, 3), torch.randn(64, 1))
-    plan = clipgrad.PrivacyPlan(
-        num_samples=64,
-        expected_batch_size=8,
-        steps=steps,
-        delta=1e-3,
-        noise_multiplier=1.0,
-        accountant="rdp",
-    )
+    plan = plan_of(steps)
     loader = clipgrad.poisson_loader(data, plan=plan)
     model = nn.Linear(3, 1)
     inner = torch.optim.SGD(model.parameters(), lr=0.1)

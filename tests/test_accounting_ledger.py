@@ -1,13 +1,11 @@
 """A ledger adds up what it is told, like one run if nothing changed; saved and loaded it is the same."""
 
 import copy
-import io
 import math
 from typing import Any
 
 import dp_accounting as dp
 import pytest
-import torch
 from dp_accounting import pld, rdp
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -24,6 +22,7 @@ from clipgrad.accounting import (
 )
 from clipgrad.accounting._pld import grid_interval
 from clipgrad.accounting._terms import terms_of
+from tests.dp_tools import through_a_file
 
 BOTH = pytest.mark.parametrize("accountant", ["pld", "rdp"])
 
@@ -167,13 +166,10 @@ def test_state_survives_saving(relation: Any) -> None:
     ledger.record(3.0, FixedSize(100, 8), 5)
     ledger.record(3.0, TruncatedPoisson(0.1, 100, 30), 2)
     ledger.record(0.0, FullBatch())
-    stored = io.BytesIO()
-    torch.save(ledger.state_dict(), stored)
-    stored.seek(0)
     loaded = Ledger(relation="replace_special")
     loaded.record(1.0, FullBatch(), 7)
     loaded.epsilon(1e-5)
-    loaded.load_state_dict(torch.load(stored, weights_only=True))
+    loaded.load_state_dict(through_a_file(ledger.state_dict()))
     assert loaded.history == ledger.history
     assert loaded.steps == ledger.steps
     assert loaded.state_dict() == ledger.state_dict()

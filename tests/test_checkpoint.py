@@ -12,9 +12,8 @@ import pytest
 import torch
 from torch import nn
 
-import clipgrad
 from clipgrad import checkpoint, load_checkpoint, save_checkpoint
-from tests.killed_training import POINTS
+from tests.killed_training import POINTS, plan_of
 
 STEPS = 8
 
@@ -38,15 +37,7 @@ def test_killed_in_the_middle_of_a_step(tmp_path: Path) -> None:
     starts = [entry["steps"] for entry in log if "started" in entry]
     assert starts == [0, 1, 2, 3, 4, 5]
     (end,) = [entry for entry in log if "finished" in entry]
-    plan = clipgrad.PrivacyPlan(
-        num_samples=64,
-        expected_batch_size=8,
-        steps=STEPS,
-        delta=1e-3,
-        noise_multiplier=1.0,
-        accountant="rdp",
-    )
-    assert end["epsilon"] == pytest.approx(plan.epsilon(), rel=1e-9)
+    assert end["epsilon"] == pytest.approx(plan_of(STEPS).epsilon(), rel=1e-9)
 
     # Noise that died with a process is never drawn again.
     noises = [entry["noise"] for entry in log if "noise" in entry]

@@ -1,14 +1,12 @@
 """Private noise is never the same twice; seeded noise is the same whenever it should be."""
 
 import copy
-import io
 import os
 import pickle
 import select
 import signal
 import traceback
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +14,7 @@ import torch
 from torch import Tensor
 
 from clipgrad.noise import NoiseSource, SystemNoise, _keys
+from tests.dp_tools import through_a_file
 from tests.noise_checks import PIECE, check_independent, draw, seeded
 
 
@@ -64,14 +63,6 @@ def test_a_forked_child_does_not_repeat_its_parent() -> None:
     check_independent(torch.stack([*children, draw(system, size)]))
     repeated = [in_forked_child(seeded(), 1000), draw(seeded(), 1000)]
     assert torch.equal(*repeated)  # what the check must find does happen without it
-
-
-def through_a_file(state: dict[str, Any]) -> dict[str, Any]:
-    file = io.BytesIO()
-    torch.save(state, file)
-    file.seek(0)
-    loaded: dict[str, Any] = torch.load(file, weights_only=True)
-    return loaded
 
 
 def test_seeded_noise_continues_exactly() -> None:

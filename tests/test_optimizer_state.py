@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
 import pickle
 from typing import Any
 
@@ -13,7 +12,17 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from clipgrad import DPOptimizer, UnclippedGradientError
-from tests.dp_tools import assert_same, clipped, data, mlp, private, sgd, squared, values
+from tests.dp_tools import (
+    assert_same,
+    clipped,
+    data,
+    mlp,
+    private,
+    sgd,
+    squared,
+    through_a_file,
+    values,
+)
 
 
 def adamw(model: nn.Module) -> torch.optim.AdamW:
@@ -32,13 +41,6 @@ def train(optimizer: DPOptimizer, steps: range) -> None:
         optimizer.backward(data(3, seed=step))
         optimizer.step()
         optimizer.zero_grad()
-
-
-def through_a_file(state: Any) -> Any:
-    file = io.BytesIO()
-    torch.save(state, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
 
 
 def test_a_restored_run_continues_exactly() -> None:

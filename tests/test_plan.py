@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
 from typing import Any
 
 import pytest
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 import clipgrad
 from clipgrad import DPOptimizer, PrivacyBudgetError, PrivacyPlan, Relation, accounting
 from clipgrad.accounting import FixedSize, FullBatch, Ledger, Poisson, TruncatedPoisson
-from tests.dp_tools import mlp, sgd, squared, values
+from tests.dp_tools import mlp, sgd, squared, through_a_file, values
 
 RUN: dict[str, Any] = {
     "num_samples": 64,
@@ -321,13 +320,6 @@ def test_the_promise_is_rounded_up() -> None:
 
 
 # ------------------------------------------------------------------------------- its state
-
-
-def through_a_file(state: Any) -> Any:
-    file = io.BytesIO()
-    torch.save(state, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
 
 
 def test_the_count_survives_a_checkpoint() -> None:

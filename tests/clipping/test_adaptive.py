@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from clipgrad import AdaptiveQuantile, Automatic, DPOptimizer, PerLayer, Relation, SystemNoise
 from clipgrad._reference import Params
 from tests.clipping.reference import AdaptiveByHand
-from tests.clipping.test_schedules import Recording, step, through_a_file
-from tests.dp_tools import assert_same, data, mlp, private, squared, values
+from tests.clipping.test_schedules import Recording, step
+from tests.dp_tools import assert_same, data, mlp, private, squared, through_a_file, values
 from tests.oracle import per_sample_gradients
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -15,7 +14,18 @@ from torch._dynamo.utils import counters
 
 from clipgrad import Automatic, DPOptimizer, PerLayer, SystemNoise, clipped_grad
 from tests.compiled.conftest import Graphs
-from tests.dp_tools import assert_same, clipped, data, mlp, private, sgd, squared, trained, values
+from tests.dp_tools import (
+    assert_same,
+    clipped,
+    data,
+    mlp,
+    private,
+    sgd,
+    squared,
+    through_a_file,
+    trained,
+    values,
+)
 from tests.small_mlp import assert_same as assert_same_result
 from tests.small_mlp import make_batch, make_params
 from tests.small_mlp import mlp as mlp_loss
@@ -45,13 +55,6 @@ def step(optimizer: DPOptimizer, *batches: Tensor) -> None:
         optimizer.backward(batch)
     optimizer.step()
     optimizer.zero_grad()
-
-
-def through_a_file(state: Any) -> Any:
-    file = io.BytesIO()
-    torch.save(state, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
 
 
 def test_norm_and_noise_of_each_step() -> None:

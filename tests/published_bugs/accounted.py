@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from clipgrad import PrivacyPlan, SystemNoise
+from clipgrad import PrivacyPlan, SeededNoise, SystemNoise
 from clipgrad._account import Account
 from clipgrad.accounting import Ledger, Poisson, _ledger
 from clipgrad.sampling._trials import Trials
@@ -78,10 +78,7 @@ def _(patch: pytest.MonkeyPatch) -> None:
 
     def add(self: SystemNoise, tensors: list[Tensor], sigma: float) -> None:
         self.calls = getattr(self, "calls", 0) + 1  # type: ignore[attr-defined]
-        generator = torch.Generator().manual_seed(self.calls)
-        for tensor in tensors:
-            noise = torch.randn(tensor.shape, generator=generator, dtype=tensor.dtype)
-            tensor.add_(noise, alpha=sigma)
+        SeededNoise(torch.Generator().manual_seed(self.calls)).add_gaussian_(tensors, sigma)
 
     patch.setattr(SystemNoise, "state_dict", state_dict)
     patch.setattr(SystemNoise, "load_state_dict", load_state_dict)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from clipgrad import DPOptimizer, SystemNoise, transform
+from clipgrad import DPOptimizer, SeededNoise, SystemNoise, transform
 from clipgrad import optimizer as optimizer_module
 from clipgrad._gradients import Gradients
 from clipgrad._pending import Pending
@@ -215,9 +215,7 @@ def _(patch: pytest.MonkeyPatch) -> None:
     def wrong(self: SystemNoise, tensors: list[Tensor], sigma: float) -> None:
         seed = int(torch.randint(2**40, ()))
         for tensor in tensors:
-            generator = torch.Generator().manual_seed(seed)
-            noise = torch.randn(tensor.numel(), generator=generator, dtype=tensor.dtype)
-            tensor.add_(noise.view(tensor.shape), alpha=sigma)
+            SeededNoise(torch.Generator().manual_seed(seed)).add_gaussian_([tensor], sigma)
 
     patch.setattr(SystemNoise, "add_gaussian_", wrong)
 
@@ -225,10 +223,7 @@ def _(patch: pytest.MonkeyPatch) -> None:
 @bug("steps share their noise", "a seed set anew in the loop", checks.noise_is_independent)
 def _(patch: pytest.MonkeyPatch) -> None:
     def wrong(self: SystemNoise, tensors: list[Tensor], sigma: float) -> None:
-        generator = torch.Generator().manual_seed(0)
-        for tensor in tensors:
-            noise = torch.randn(tensor.shape, generator=generator, dtype=tensor.dtype)
-            tensor.add_(noise, alpha=sigma)
+        SeededNoise(torch.Generator().manual_seed(0)).add_gaussian_(tensors, sigma)
 
     patch.setattr(SystemNoise, "add_gaussian_", wrong)
 

@@ -4,7 +4,6 @@ That single trials are exact is shown in ``test_trials.py``; here it is the samp
 """
 
 import copy
-import io
 import math
 import pickle
 from typing import Any
@@ -15,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clipgrad.sampling import PoissonSampler
+from tests.dp_tools import through_a_file
 from tests.sampling.checks import check_poisson, membership, seeded
 
 # ------------------------------------------------------------------------------- distribution
@@ -121,11 +121,8 @@ def test_a_seeded_iteration_continues_exactly(done: int) -> None:
     batches = list(interrupted)
     iteration = iter(interrupted)
     batches += [next(iteration) for _ in range(done)]
-    file = io.BytesIO()
-    torch.save(interrupted.state_dict(), file)
-    file.seek(0)
     restored = sampler(2)
-    restored.load_state_dict(torch.load(file, weights_only=True))
+    restored.load_state_dict(through_a_file(interrupted.state_dict()))
     if done < 5:
         batches += list(restored)
     assert batches + list(restored) == expected

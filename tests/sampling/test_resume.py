@@ -1,6 +1,5 @@
 """A checkpoint in the middle of an iteration: no batch lost, none counted twice, with workers too."""
 
-import io
 import pickle
 from typing import Any
 
@@ -9,6 +8,7 @@ import torch
 from torch.utils.data import TensorDataset
 
 from clipgrad.sampling import PoissonLoader, poisson_loader, user_loader
+from tests.dp_tools import through_a_file
 from tests.sampling.checks import seeded
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
@@ -36,13 +36,6 @@ def users(num_workers: int, seed: int | None = None) -> PoissonLoader:
         num_workers=num_workers,
         generator=None if seed is None else seeded(seed),
     )
-
-
-def through_a_file(state: dict[str, Any]) -> Any:
-    file = io.BytesIO()
-    torch.save(state, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
 
 
 def interrupted(made: PoissonLoader, after: int) -> tuple[list[Any], Any]:
