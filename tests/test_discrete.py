@@ -327,6 +327,7 @@ def test_on_a_gpu() -> None:
     found = []
     for order in (torch.arange(9), torch.arange(8, -1, -1)):
         optimizer = private(model, noise_multiplier=1.0, grid=GRID)
+        optimizer.zero_grad()  # of the one before
         optimizer.backward(x[order])
         found.append(torch.cat([s.flatten() for s in optimizer._pending._sums or []]))
     optimizer.step()
