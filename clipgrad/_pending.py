@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor
 
+from clipgrad._copies import copies
 from clipgrad.errors import UnclippedGradientError
 
 
@@ -65,8 +66,9 @@ class Pending:
             self._sums = [*laid_out, *others]
         else:
             torch._foreach_add_(self._sums, [*sums, *others])
-        for parameter, total in zip(parameters, self._sums[: len(parameters)], strict=True):
-            parameter.grad = total.to(parameter.dtype, copy=True)
+        shown = copies(self._sums[: len(parameters)])
+        for parameter, copy in zip(parameters, shown, strict=True):
+            parameter.grad = copy.to(parameter.dtype)
             self._remember(parameter)
 
     def take(

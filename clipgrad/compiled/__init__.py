@@ -8,6 +8,7 @@
 ``_signature``     everything else that decides what a graph looks like
 ``_shape``         one fixed number of rows for batches of every size
 ``_backend``       hands the graph to ``torch.compile``
+``_replay``        records the compiled graph as a CUDA graph, and replays it
 ``_check``         compares the compiled graph with the eager step
 ``_step``          puts these together: ``Compiler``
 ``_runner``        runs the microbatches of a call on what it made: ``MicrobatchRunner``

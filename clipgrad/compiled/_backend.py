@@ -15,7 +15,7 @@ Run = Callable[..., Sequence[Tensor]]
 
 
 def uses_cuda_graphs(mode: str) -> bool:
-    """Whether results of the mode lie in memory that the next run overwrites."""
+    """Whether the mode asks for CUDA graphs; they are recorded in ``_replay``."""
     return mode in ("reduce-overhead", "max-autotune")
 
 
@@ -32,5 +32,6 @@ def compile_graph(module: GraphModule, mode: str) -> Run:
     """
     options: dict[str, Any] = dict(torch._inductor.list_mode_options(mode))
     options["fallback_random"] = True
+    options["triton.cudagraphs"] = False
     run: Run = torch.compile(module, fullgraph=True, dynamic=False, options=options)
     return run

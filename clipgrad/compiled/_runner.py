@@ -46,8 +46,9 @@ class MicrobatchRunner:
         padded = fitted_batch(batch, size)
         padding = fitted_mask(mask, count, size, self._device)
         entry = self._entry = self._entry or self._look(padded, padding)
-        generators = None if entry.checked else Generators(self._device)
-        piece = self._compiler.call(entry, self._inputs, padded, padding, self._bounds)
+        flat = entry.arguments(self._inputs, padded, padding, self._bounds)
+        generators = None if entry.trusted(flat) else Generators(self._device)
+        piece = entry.call(flat)
         assert piece.all_finite is not None
         finite = bool(piece.all_finite)
         dropping = settings.nan_safe or mask is not None or count < size

@@ -19,6 +19,7 @@ from clipgrad.compiled import _backend
 from clipgrad.compiled._check import Generators
 from clipgrad.compiled._graph import Graph, trace
 from clipgrad.compiled._observe import Observer
+from clipgrad.compiled._replay import CudaRecorder, Replay, recordable
 from clipgrad.compiled._signature import describe, difference, refuse_modes
 from clipgrad.compiled._state import State
 from clipgrad.compiled._walk import write_down
@@ -37,6 +38,7 @@ class Entry:
     graph: Graph
     run: _backend.Run
     constants: tuple[Any, ...]
+    replay: Replay | None = None
     checked: bool = False
 
     def obstacle(self, now: tuple[Any, ...]) -> str | None:
@@ -45,6 +47,29 @@ class Entry:
         if found is None and tuple(map(describe, self.graph.constants)) != self.constants:
             return "shape, dtype, device or requires_grad of a tensor that the loss reads"
         return found
+
+    def arguments(
+        self, inputs: Inputs, batch: Sequence[Any], padding: Tensor, bounds: Tensor
+    ) -> list[Tensor]:
+        """Everything that the graph reads, in its order."""
+        tensors = [leaf for leaf in batch if isinstance(leaf, Tensor)]
+        given = (*inputs.params, *tensors, *inputs.others, padding, bounds, *self.graph.constants)
+        return [tensor.detach() for tensor in given]
+
+    def trusted(self, flat: Sequence[Tensor]) -> bool:
+        """Whether what would run now was compared with the eager step."""
+        return self.checked and (self.replay is None or self.replay.settled(flat))
+
+    def call(self, flat: Sequence[Tensor]) -> Piece:
+        """Run the compiled step on its arguments."""
+        with ExitStack() as stack:
+            stack.enter_context(torch.no_grad())
+            for kind in {"cpu", flat[0].device.type}:
+                # The traced operations hold the casts already.
+                if torch.is_autocast_enabled(kind):
+                    stack.enter_context(torch.autocast(kind, enabled=False))
+            results = self.run(*flat) if self.replay is None else self.replay(flat)
+        return self.graph.layout.restore(results)
 
 
 class Compiler:
@@ -119,7 +144,8 @@ class Compiler:
         )
         traced = time.perf_counter()
         try:
-            self.call(entry, inputs, batch, padding, bounds)
+            flat = entry.arguments(inputs, batch, padding, bounds)
+            entry.call(flat)
         except Exception as error:
             raise CompileError(
                 f"torch.compile could not compile the traced step ({type(error).__name__}: {error}). Leave compile "
@@ -134,34 +160,17 @@ class Compiler:
             traced - started,
             compiled - traced,
         )
+        if _backend.uses_cuda_graphs(self.mode) and recordable(graph.module, padding.device):
+            entry.replay = _replay(entry, padding.device, len(inputs.params), len(flat))
         self._entries.insert(0, entry)
         return entry
 
-    def call(
-        self,
-        entry: Entry,
-        inputs: Inputs,
-        batch: Sequence[Any],
-        padding: Tensor,
-        bounds: Tensor,
-    ) -> Piece:
-        graph = entry.graph
-        tensors = [leaf for leaf in batch if isinstance(leaf, Tensor)]
-        given = (*inputs.params, *tensors, *inputs.others, padding, bounds)
-        flat = [tensor.detach() for tensor in (*given, *graph.constants)]
-        borrowed = _backend.uses_cuda_graphs(self.mode)
-        with ExitStack() as stack:
-            stack.enter_context(torch.no_grad())
-            for kind in {"cpu", padding.device.type}:
-                # The traced operations hold the casts already.
-                if torch.is_autocast_enabled(kind):
-                    stack.enter_context(torch.autocast(kind, enabled=False))
-            if borrowed:
-                torch.compiler.cudagraph_mark_step_begin()
-            results = entry.run(*flat)
-            if borrowed:  # the memory of a CUDA graph, which its next run overwrites
-                results = [result.clone() for result in results]
-        return graph.layout.restore(results)
+
+def _replay(entry: Entry, device: torch.device, params: int, arguments: int) -> Replay:
+    """Parameters, and what the loss finds outside of its arguments, stay where they are; the rest does not."""
+    constants = len(entry.graph.constants)
+    resident = [True] * params + [False] * (arguments - params - constants) + [True] * constants
+    return Replay(entry.run, resident, lambda: CudaRecorder(device))
 
 
 def _trace_twice(

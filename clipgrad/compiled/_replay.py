@@ -1,0 +1,165 @@
+"""Record a compiled step as a CUDA graph, and replay it: one launch instead of one for each kernel.
+
+PyTorch's own recordings (``triton.cudagraphs``) are turned off for it. They copy every parameter into memory of their
+own at each replay, and decide at each call which of many recordings is meant. Here parameters stay where they are, and
+there is one recording for each compiled step.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+from torch.utils._pytree import tree_leaves
+
+from clipgrad._copies import copies
+from clipgrad.compiled._check import Generators
+
+_log = logging.getLogger("clipgrad")
+
+Run = Callable[..., Sequence[Tensor]]
+
+
+class Recorder(Protocol):
+    """Takes down what a device does while a function runs."""
+
+    def record(self, function: Callable[[], Sequence[Tensor]]) -> Sequence[Tensor]:
+        """Run the function and note its work; what it returned lies in memory that every replay overwrites."""
+        ...
+
+    def wait(self) -> None:
+        """Let nothing that follows overtake the last replay."""
+        ...
+
+    def replay(self) -> None:
+        """Do the noted work again, on the same memory."""
+        ...
+
+
+class CudaRecorder:
+    """A CUDA graph, with memory of its own.
+
+    Args:
+        device: Where everything lies.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._graph = torch.cuda.CUDAGraph()
+        self._last: torch.cuda.Stream | None = None
+
+    def record(self, function: Callable[[], Sequence[Tensor]]) -> Sequence[Tensor]:
+        with torch.cuda.device(self._device):
+            stream, now = torch.cuda.Stream(), torch.cuda.current_stream()
+            stream.wait_stream(now)
+            with torch.cuda.stream(stream):
+                function()  # libraries make their handles and workspaces for a stream at its first use
+            now.wait_stream(stream)
+            with torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local"):
+                results = function()
+        return results
+
+    def wait(self) -> None:
+        now = torch.cuda.current_stream(self._device)
+        if self._last is not None and self._last != now:
+            now.wait_stream(self._last)  # which may still read or write the same memory
+        self._last = now
+
+    def replay(self) -> None:
+        self._graph.replay()
+
+
+class Replay:
+    """A compiled step that is recorded at its first call and replayed at all others.
+
+    Args:
+        run: The compiled step; it has run before.
+        resident: For each argument whether it stays where it is from call to call, as parameters do. One that is found
+            somewhere else is copied from then on, like all others.
+        recorder: Makes a recorder.
+    """
+
+    def __init__(
+        self, run: Run, resident: Sequence[bool], recorder: Callable[[], Recorder]
+    ) -> None:
+        self._run, self._make = run, recorder
+        self._resident = list(resident)
+        self._recorder: Recorder | None = None
+        self._inputs: list[Tensor] = []
+        self._results: Sequence[Tensor] = ()
+        self._places: list[int] = []
+        self._failed = False
+
+    def settled(self, flat: Sequence[Tensor]) -> bool:
+        """Whether a call with these arguments would record nothing."""
+        return self._failed or (self._recorder is not None and self._at(flat) == self._places)
+
+    def __call__(self, flat: Sequence[Tensor]) -> list[Tensor]:
+        """What the step returns for these arguments, in fresh memory.
+
+        Args:
+            flat: Tensors of the shapes, strides and dtypes of every other call.
+        """
+        if not self.settled(flat):
+            self._record(flat)
+        if self._failed or self._recorder is None:
+            return list(self._run(*flat))
+        copied = [index for index, stays in enumerate(self._resident) if not stays]
+        self._recorder.wait()
+        torch._foreach_copy_([self._inputs[i] for i in copied], [flat[i] for i in copied])
+        self._recorder.replay()
+        return copies(self._results)
+
+    def _at(self, flat: Sequence[Tensor]) -> list[int]:
+        """Addresses of what is taken to stay."""
+        return [
+            tensor.data_ptr() for tensor, stays in zip(flat, self._resident, strict=True) if stays
+        ]
+
+    def _record(self, flat: Sequence[Tensor]) -> None:
+        if self._recorder is not None:
+            self._resident = [
+                stays and tensor.data_ptr() == known.data_ptr()
+                for stays, tensor, known in zip(self._resident, flat, self._inputs, strict=True)
+            ]
+        self._recorder, self._results = None, ()  # its memory serves the next one
+        with torch.inference_mode(False):
+            self._inputs = [
+                tensor.detach() if stays else _same_layout(tensor)
+                for stays, tensor in zip(self._resident, flat, strict=True)
+            ]
+        recorder = self._make()
+        generators = Generators(flat[0].device)
+        try:
+            self._results = recorder.record(lambda: self._run(*self._inputs))
+        except Exception as error:  # whatever a kernel may do that cannot be recorded
+            self._failed, self._inputs = True, []
+            _log.warning(
+                "clipgrad: the compiled step runs without CUDA graphs, since it cannot be recorded (%s: %s).",
+                type(error).__name__,
+                " ".join(str(error).split())[:300],
+            )
+            return
+        finally:
+            generators.restore()  # a trial run draws random numbers, and none may be missing from the real one
+        self._recorder, self._places = recorder, self._at(flat)
+
+
+def recordable(module: GraphModule, device: torch.device) -> bool:
+    """Whether a recording would hold all of a graph: what the CPU does is done once, and never repeated."""
+    values = tree_leaves([node.meta.get("val") for node in module.graph.nodes])
+    return device.type == "cuda" and all(
+        value.device == device for value in values if isinstance(value, Tensor)
+    )
+
+
+def _same_layout(tensor: Tensor) -> Tensor:
+    """A copy with the same strides, which the compiled step was made for."""
+    made = torch.empty_strided(
+        tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device
+    )
+    return made.copy_(tensor.detach())

@@ -1,0 +1,281 @@
+"""Recorded steps, on the CPU: the recorder is a stand-in that runs the graph again, on the memory of its recording.
+
+Between replays that memory holds nonsense, so what is read from it without a replay shows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.fx import symbolic_trace
+
+from clipgrad import CompileMismatchError, DPOptimizer, clipped_grad
+from clipgrad._copies import copies
+from clipgrad.compiled import _backend, _step
+from clipgrad.compiled._replay import Replay, recordable
+from tests.architectures import ARCHITECTURES
+from tests.compiled.conftest import Graphs
+from tests.compiled.test_exact import check
+from tests.oracle import clipped_sum, per_sample_gradients
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:There is a performance drop"),
+    pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad"),
+]
+NONSENSE = 77
+
+
+class Recorder:
+    """Counts what is asked of it."""
+
+    made: list[Recorder]
+
+    def __init__(self, device: torch.device) -> None:
+        self.replays = 0
+        type(self).made.append(self)
+
+    def record(self, function: Callable[[], Sequence[Tensor]]) -> Sequence[Tensor]:
+        self._function = function
+        self._results = [result.clone().fill_(NONSENSE) for result in function()]
+        return self._results
+
+    def wait(self) -> None: ...
+
+    def replay(self) -> None:
+        self.replays += 1
+        for kept, result in zip(self._results, self._function(), strict=True):
+            kept.copy_(result)
+
+
+@pytest.fixture
+def recorders(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Recorder]]:
+    Recorder.made = []
+    monkeypatch.setattr(_backend, "uses_cuda_graphs", lambda mode: True)
+    monkeypatch.setattr(_step, "recordable", lambda module, device: True)
+    monkeypatch.setattr(_step, "CudaRecorder", Recorder)
+    return Recorder.made
+
+
+@pytest.mark.parametrize(
+    "name", ["autocast", "cnn_channels_last", "lora", "sinusoidal_buffer", "tied_embedding"]
+)
+def test_architecture(name: str, graphs: Graphs, recorders: list[Recorder]) -> None:
+    check(ARCHITECTURES[name], graphs)
+    assert [recorder.replays for recorder in recorders] == [2]
+
+
+def net() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(3, 4), nn.Dropout(0.5), nn.Tanh(), nn.Linear(4, 2)).double()
+
+
+def loss_fn(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(model(x), y)
+
+
+def private(model: nn.Module, lr: float = 0.0, **options: int) -> DPOptimizer:
+    return DPOptimizer(
+        torch.optim.SGD(model.parameters(), lr=lr), model, loss_fn, max_grad_norm=0.5, noise_multiplier=0.0,
+        expected_batch_size=1, compile=True, **options,
+    )  # fmt: skip
+
+
+def data(rows: int) -> tuple[Tensor, Tensor]:
+    return torch.randn(rows, 3, dtype=torch.float64), torch.randint(2, (rows,))
+
+
+def test_nothing_that_was_returned_is_overwritten(
+    graphs: Graphs, recorders: list[Recorder]
+) -> None:
+    model = net().eval()
+    optimizer = private(model, microbatch_size=4)
+    x, y = data(9)
+    expected = per_sample_gradients(model, loss_fn, (x, y))
+    kept: list[tuple[Tensor, Tensor]] = []
+    for step in range(12):
+        rows = slice(0, 1 + step % 9)
+        optimizer.backward(x[rows], y[rows])
+        sums, norms = clipped_sum({n: g[rows] for n, g in expected.items()}, 0.5)
+        for name, parameter in model.named_parameters():
+            assert parameter.grad is not None
+            kept.append((parameter.grad, sums[name]))
+        norms_found = optimizer.diagnostics.grad_norms
+        assert isinstance(norms_found, Tensor)
+        kept += [(norms_found, norms)]
+        optimizer.zero_grad()
+    for found, wanted in kept:
+        torch.testing.assert_close(found, wanted)
+    assert len(recorders) == len(graphs) == 1
+
+
+def test_sums_of_several_microbatches_and_calls_add_up(
+    graphs: Graphs, recorders: list[Recorder]
+) -> None:
+    model = net().eval()
+    optimizer = private(model, microbatch_size=2)
+    x, y = data(7)
+    expected, _ = clipped_sum(per_sample_gradients(model, loss_fn, (x, y)), 0.5)
+    optimizer.backward(x[:5], y[:5])
+    optimizer.backward(x[5:], y[5:])
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[name])
+
+
+def test_weights_that_were_stepped_in_place_are_seen(
+    graphs: Graphs, recorders: list[Recorder]
+) -> None:
+    model = net().eval()
+    optimizer = private(model, lr=0.3, microbatch_size=4)
+    x, y = data(4)
+    for _ in range(5):
+        optimizer.zero_grad()
+        expected, _ = clipped_sum(per_sample_gradients(model, loss_fn, (x, y)), 0.5)
+        optimizer.backward(x, y)
+        for name, parameter in model.named_parameters():
+            torch.testing.assert_close(parameter.grad, expected[name])
+        optimizer.step()
+    assert len(recorders) == 1
+
+
+def test_a_weight_that_moves_is_recorded_once_more_and_copied_from_then_on(
+    graphs: Graphs, recorders: list[Recorder]
+) -> None:
+    model = net().eval()
+    optimizer = private(model, microbatch_size=4)
+    x, y = data(4)
+    for _ in range(5):
+        optimizer.zero_grad()
+        model[0].weight.data = torch.randn(4, 3, dtype=torch.float64)
+        expected, _ = clipped_sum(per_sample_gradients(model, loss_fn, (x, y)), 0.5)
+        optimizer.backward(x, y)
+        for name, parameter in model.named_parameters():
+            torch.testing.assert_close(parameter.grad, expected[name])
+    assert len(recorders) == 2
+    assert len(graphs) == 1
+
+
+def test_a_new_recording_is_checked_again(
+    graphs: Graphs, recorders: list[Recorder], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = net().eval()
+    optimizer = private(model, microbatch_size=4)
+    optimizer.backward(*data(4))
+    optimizer.zero_grad()
+
+    class Broken(Recorder):
+        def replay(self) -> None:
+            super().replay()
+            self._results[0].mul_(1.5)
+
+    Broken.made = []
+    monkeypatch.setattr(_step, "CudaRecorder", Broken)
+    optimizer.backward(*data(4))  # the first recording still serves
+    model[0].weight.data = model[0].weight.data.clone()
+    optimizer.zero_grad()
+    with pytest.raises(CompileMismatchError, match=r"0\.weight"):
+        optimizer.backward(*data(4))
+
+
+def test_buffers_and_globals_are_read_at_each_replay(
+    graphs: Graphs, recorders: list[Recorder]
+) -> None:
+    scale = torch.tensor(2.0, dtype=torch.float64)
+
+    def loss(params: Tensor, x: Tensor) -> Tensor:
+        return (params * x).sum() * scale
+
+    gradient = clipped_grad(loss, max_grad_norm=float("inf"), compile=True)
+    w, x = torch.ones(3, dtype=torch.float64), torch.ones(2, 3, dtype=torch.float64)
+    for factor in (2.0, 3.0, -1.0):
+        scale.fill_(factor)
+        torch.testing.assert_close(gradient(w, x).grads, 2 * factor * torch.ones_like(w))
+    assert len(recorders) == 1
+
+
+def test_dropout_draws_what_the_eager_step_draws(graphs: Graphs, recorders: list[Recorder]) -> None:
+    """Recording takes a trial run, and its random numbers are nobody's loss."""
+    model, (x, y) = net(), data(8)
+    losses = []
+    for compile in (False, True):
+        optimizer = DPOptimizer(
+            torch.optim.SGD(model.parameters(), lr=0.0), model, loss_fn, max_grad_norm=0.5, noise_multiplier=0.0,
+            expected_batch_size=1, microbatch_size=4, compile=compile,
+        )  # fmt: skip
+        torch.manual_seed(3)
+        for _ in range(4):
+            optimizer.backward(x, y)
+            losses.append(optimizer.diagnostics.losses)
+            optimizer.zero_grad()
+    assert recorders
+    torch.testing.assert_close(losses[:4], losses[4:])
+    assert len(torch.stack(losses[4:]).unique(dim=0)) == 4
+
+
+def test_what_cannot_be_recorded_runs_as_it_is_and_is_told_once(
+    graphs: Graphs,
+    recorders: list[Recorder],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    class Unable(Recorder):
+        def record(self, function: Callable[[], Sequence[Tensor]]) -> Sequence[Tensor]:
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+    Unable.made = []
+    monkeypatch.setattr(_step, "CudaRecorder", Unable)
+    model = net().eval()
+    optimizer = private(model, microbatch_size=4)
+    x, y = data(4)
+    expected, _ = clipped_sum(per_sample_gradients(model, loss_fn, (x, y)), 0.5)
+    for _ in range(3):
+        optimizer.backward(x, y)
+        for name, parameter in model.named_parameters():
+            torch.testing.assert_close(parameter.grad, expected[name])
+        optimizer.zero_grad()
+    assert caplog.text.count("runs without CUDA graphs") == 1
+    assert len(Unable.made) == 1
+
+
+def test_arguments_keep_their_layout() -> None:
+    """The compiled step was made for these strides."""
+    given = torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last)
+    seen: list[tuple[int, ...]] = []
+
+    def run(x: Tensor) -> list[Tensor]:
+        seen.append(x.stride())
+        return [x * 2]
+
+    Recorder.made = []
+    replay = Replay(run, [False], lambda: Recorder(given.device))
+    assert torch.equal(replay([given])[0], given * 2)
+    assert set(seen) == {given.stride()}
+
+
+def test_copies_are_exact_and_fresh() -> None:
+    special = torch.tensor([0.0, -0.0, torch.nan, torch.inf, -torch.inf, 1e-45])
+    given = [
+        special,
+        special.double(),
+        torch.randn(3).bfloat16(),
+        torch.tensor([True, False]),
+        torch.arange(3),
+        torch.tensor([1 + 2j]),
+    ]
+    for copy, tensor in zip(copies(given), given, strict=True):
+        assert copy.dtype == tensor.dtype
+        assert copy.data_ptr() != tensor.data_ptr()
+        assert torch.equal(copy.view(torch.uint8), tensor.view(torch.uint8))
+
+
+def test_only_what_lies_on_one_gpu_is_recorded() -> None:
+    module = symbolic_trace(lambda x: x + 1)
+    meta = torch.device("cuda", 0)
+    for node in module.graph.nodes:
+        node.meta["val"] = torch.zeros(2)
+    assert not recordable(module, torch.device("cpu"))
+    assert not recordable(
+        module, meta
+    )  # a value on the CPU would be computed once, and never again
