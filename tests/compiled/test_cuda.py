@@ -18,7 +18,9 @@ pytestmark = [
 
 
 @pytest.mark.parametrize("mode", [True, "reduce-overhead"])
-def test_every_size_equals_the_loop_and_nothing_is_overwritten(mode: bool | str) -> None:
+def test_every_size_equals_the_loop_and_nothing_is_overwritten(
+    mode: bool | str, caplog: pytest.LogCaptureFixture
+) -> None:
     torch.manual_seed(0)
     model = Net().cuda()
     x, y = torch.randn(10, 2, 5, 5, device="cuda"), torch.randint(3, (10,), device="cuda")
@@ -46,6 +48,7 @@ def test_every_size_equals_the_loop_and_nothing_is_overwritten(mode: bool | str)
         optimizer.zero_grad()
     for seen, norms in kept:  # results of earlier runs are still theirs
         torch.testing.assert_close(seen, norms, rtol=1e-3, atol=1e-4)
+    assert "without CUDA graphs" not in caplog.text
 
 
 @pytest.mark.parametrize("mode", [True, "reduce-overhead"])
@@ -93,3 +96,28 @@ def test_a_sample_that_is_not_finite(mode: bool | str) -> None:
             assert parameter.grad is not None
             torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-3, atol=1e-4)
         optimizer.zero_grad()
+
+
+def test_weights_that_move_and_streams_that_change() -> None:
+    """A recording reads parameters where they were; elsewhere it has to follow them."""
+    torch.manual_seed(0)
+    model = Net().cuda()
+    x, y = torch.randn(4, 2, 5, 5, device="cuda"), torch.randint(3, (4,), device="cuda")
+    optimizer = DPOptimizer(
+        torch.optim.SGD(model.parameters(), lr=0.0), model, loss_fn, max_grad_norm=0.5,
+        noise_multiplier=0.0, expected_batch_size=1, microbatch_size=4, compile="reduce-overhead",
+    )  # fmt: skip
+    for step in range(8):
+        if step in (3, 5):
+            model.head.weight.data = torch.randn_like(model.head.weight)
+        with torch.no_grad():
+            model.conv.weight.mul_(1.1)
+        expected, _ = clipped_sum(per_sample_gradients(model, loss_fn, (x, y)), 0.5)
+        stream = torch.cuda.Stream() if step % 2 else torch.cuda.current_stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            optimizer.zero_grad()
+            optimizer.backward(x, y)
+        torch.cuda.current_stream().wait_stream(stream)
+        for name, parameter in model.named_parameters():
+            torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-3, atol=1e-4)

@@ -1,0 +1,101 @@
+"""Convolutions as a GPU computes them, on the CPU: patches in parts, and products in an operation of their own."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.fx import GraphModule
+
+import clipgrad
+from clipgrad.compiled import _backend
+from clipgrad.rules import _convolution_use, _tensor_cores
+from clipgrad.rules._convolution_use import ConvolutionUse
+from clipgrad.testing import RuleCase, assert_rule_matches_reference
+from tests.rule_cases.convolution import CASES
+
+
+@pytest.fixture
+def products(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Samples of each product that was taken."""
+    taken: list[int] = []
+
+    def product(a: Tensor, b: Tensor) -> Tensor:
+        taken.append(a.shape[0])
+        result: Tensor = _tensor_cores.tf32_bmm(a, b)
+        return result
+
+    monkeypatch.setattr(_convolution_use, "convolution_product", product)
+    monkeypatch.setattr(ConvolutionUse, "_unfolds", lambda self: True)
+    return taken
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("case", [c for c in CASES if not c.declines], ids=lambda case: case.name)
+def test_case(case: RuleCase, products: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_convolution_use, "_PATCHES_AT_ONCE", 1)  # a sample at a time
+    assert_rule_matches_reference(case)
+
+
+def loss(params: dict[str, Tensor], x: Tensor) -> Tensor:
+    return F.conv2d(x, params["w"], padding=1).square().sum()
+
+
+def test_parts_are_as_large_as_they_may_be(
+    products: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x, w = (
+        torch.randn(7, 2, 5, 5, dtype=torch.float64),
+        torch.randn(3, 2, 3, 3, dtype=torch.float64),
+    )
+    gradient = clipgrad.clipped_grad(loss, max_grad_norm=1.0, strategy="kept")
+    whole = gradient({"w": w}, x)
+    assert products == [7]
+    products.clear()
+    monkeypatch.setattr(_convolution_use, "_PATCHES_AT_ONCE", 3 * 2 * 9 * 25)
+    parts = gradient({"w": w}, x)
+    assert products == [3, 3, 1]
+    torch.testing.assert_close(parts.grads, whole.grads)
+    torch.testing.assert_close(parts.grad_norms, whole.grad_norms)
+
+
+def test_a_graph_holds_the_product_whole(
+    products: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the setting would be looked at when the graph is made, and a compiler would take plain products."""
+    monkeypatch.setattr(_convolution_use, "convolution_product", _tensor_cores.tf32_bmm)
+    modules: list[GraphModule] = []
+
+    def compile_graph(module: GraphModule, mode: str) -> GraphModule:
+        modules.append(module)
+        return module
+
+    monkeypatch.setattr(_backend, "compile_graph", compile_graph)
+    x, w = (
+        torch.randn(4, 2, 5, 5, dtype=torch.float64),
+        torch.randn(3, 2, 3, 3, dtype=torch.float64),
+    )
+    expected = clipgrad.clipped_grad(loss, max_grad_norm=1.0, strategy="kept")({"w": w}, x)
+    compiled = clipgrad.clipped_grad(loss, max_grad_norm=1.0, strategy="kept", compile=True)
+    torch.testing.assert_close(compiled({"w": w}, x).grads, expected.grads)
+    assert any(
+        node.target is torch.ops.clipgrad.tf32_bmm.default for node in modules[0].graph.nodes
+    )
+
+
+def test_the_setting_is_put_back() -> None:
+    matmul = torch.backends.cuda.matmul
+    a = torch.randn(2, 3, 4)
+    before = matmul.allow_tf32
+    torch.testing.assert_close(_tensor_cores.tf32_bmm(a, a.mT), a @ a.mT)
+    with pytest.raises(RuntimeError):
+        _tensor_cores.tf32_bmm(a, a)
+    assert matmul.allow_tf32 == before
+
+
+@pytest.mark.parametrize("allowed", [True, False])
+def test_only_where_convolutions_may(allowed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", allowed)
+    assert _tensor_cores._only_convolutions_may() is allowed
