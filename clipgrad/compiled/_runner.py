@@ -27,6 +27,8 @@ class MicrobatchRunner:
         self._compiler, self._inputs, self._settings, self._size = compiler, inputs, settings, size
         self._device = inputs.params[0].device
         self._bounds = compiler.bounds_on(self._device, settings.clipping.norms)
+        self._params = [param.detach() for param in inputs.params]
+        self._others = [other.detach() for other in inputs.others]
         self._entry: Entry | None = None
 
     def __call__(self, rows: slice, mask: Tensor | None) -> Piece:
@@ -45,8 +47,9 @@ class MicrobatchRunner:
         count = rows.stop - rows.start
         padded = fitted_batch(batch, size)
         padding = fitted_mask(mask, count, size, self._device)
-        entry = self._entry = self._entry or self._look(padded, padding)
-        flat = entry.arguments(self._inputs, padded, padding, self._bounds)
+        given = self._given(padded, padding)
+        entry = self._entry = self._entry or self._look(padded, padding, given)
+        flat = entry.arguments(given)
         generators = None if entry.trusted(flat) else Generators(self._device)
         piece = entry.call(flat)
         assert piece.all_finite is not None
@@ -63,11 +66,15 @@ class MicrobatchRunner:
             entry.checked = True
         return _first(piece, count)
 
-    def _look(self, batch: Sequence[Any], padding: Tensor) -> Entry:
+    def _given(self, batch: Sequence[Any], padding: Tensor) -> list[Tensor]:
+        tensors = [leaf for leaf in batch if isinstance(leaf, Tensor)]
+        return [*self._params, *tensors, *self._others, padding, self._bounds]
+
+    def _look(self, batch: Sequence[Any], padding: Tensor, given: Sequence[Tensor]) -> Entry:
         inputs, settings, compiler = self._inputs, self._settings, self._compiler
         now = signature(inputs, self._size, settings.clipping)
         return compiler.find(now) or compiler.make(
-            inputs, batch, padding, self._bounds, settings, now
+            inputs, batch, padding, self._bounds, settings, now, given
         )
 
     def _eagerly(self, batch: Sequence[Any], mask: Tensor | None) -> Piece:

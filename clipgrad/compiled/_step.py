@@ -48,13 +48,9 @@ class Entry:
             return "shape, dtype, device or requires_grad of a tensor that the loss reads"
         return found
 
-    def arguments(
-        self, inputs: Inputs, batch: Sequence[Any], padding: Tensor, bounds: Tensor
-    ) -> list[Tensor]:
-        """Everything that the graph reads, in its order."""
-        tensors = [leaf for leaf in batch if isinstance(leaf, Tensor)]
-        given = (*inputs.params, *tensors, *inputs.others, padding, bounds, *self.graph.constants)
-        return [tensor.detach() for tensor in given]
+    def arguments(self, given: Sequence[Tensor]) -> list[Tensor]:
+        """What the graph reads: what the call gives, and what the loss finds elsewhere, as it is now."""
+        return [*given, *(constant.detach() for constant in self.graph.constants)]
 
     def trusted(self, flat: Sequence[Tensor]) -> bool:
         """Whether what would run now was compared with the eager step."""
@@ -117,8 +113,19 @@ class Compiler:
         bounds: Tensor,
         settings: Settings,
         now: tuple[Any, ...],
+        given: Sequence[Tensor],
     ) -> Entry:
-        """Trace the step twice and compile the graph, telling the user who waits."""
+        """Trace the step twice and compile the graph, telling the user who waits.
+
+        Args:
+            inputs: The arguments of the call.
+            batch: Rows of one microbatch.
+            padding: Which of them are none.
+            bounds: The clipping norms.
+            settings: Of the transform.
+            now: The signature.
+            given: Parameters, tensors of the batch and other tensors, padding and bounds, detached.
+        """
         refuse_modes()
         reason = self._entries[0].obstacle(now) if self._entries else None
         if len(self._entries) >= LIMIT:
@@ -144,8 +151,7 @@ class Compiler:
         )
         traced = time.perf_counter()
         try:
-            flat = entry.arguments(inputs, batch, padding, bounds)
-            entry.call(flat)
+            entry.call(entry.arguments(given))
         except Exception as error:
             raise CompileError(
                 f"torch.compile could not compile the traced step ({type(error).__name__}: {error}). Leave compile "
@@ -161,15 +167,15 @@ class Compiler:
             compiled - traced,
         )
         if _backend.uses_cuda_graphs(self.mode) and recordable(graph.module, padding.device):
-            entry.replay = _replay(entry, padding.device, len(inputs.params), len(flat))
+            entry.replay = _replay(entry, padding.device, len(inputs.params), len(given))
         self._entries.insert(0, entry)
         return entry
 
 
-def _replay(entry: Entry, device: torch.device, params: int, arguments: int) -> Replay:
+def _replay(entry: Entry, device: torch.device, params: int, given: int) -> Replay:
     """Parameters, and what the loss finds outside of its arguments, stay where they are; the rest does not."""
     constants = len(entry.graph.constants)
-    resident = [True] * params + [False] * (arguments - params - constants) + [True] * constants
+    resident = [True] * params + [False] * (given - params) + [True] * constants
     return Replay(entry.run, resident, lambda: CudaRecorder(device))
 
 
