@@ -155,7 +155,8 @@ def tables(cipher: TritonChaCha) -> None:
     """A table serves the addresses and sizes that it holds and no others; there are never many."""
     memory = torch.zeros(3000)
     for step in range(10):
-        parts = [(step, step + 100), (500 - step, 500)]
+        start = step // 2  # the same addresses with other sizes, and others
+        parts = [(start, start + 100 + step), (500 - start, 600 - 2 * step)]
         tensors = [memory[start:end] for start, end in parts]
         for again in range(2):
             before = memory.clone()
