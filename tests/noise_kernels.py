@@ -8,11 +8,14 @@ import math
 import numpy as np
 import pytest
 import torch
+import triton
+import triton.language as tl
 
+from clipgrad.noise import _box_muller_kernels as box_muller
 from clipgrad.noise import _chacha_kernels as kernels
-from clipgrad.noise import _chacha_triton as chacha
+from clipgrad.noise import _chacha_proof as proof
 from clipgrad.noise._chacha_triton import TritonChaCha
-from tests.noise_checks import check_gaussian
+from tests.noise_checks import check_gaussian, check_independent
 
 CPU = torch.device("cpu")
 SUNSCREEN = (
@@ -28,16 +31,37 @@ CIPHERTEXT = bytes.fromhex(
 
 
 def vectors(cipher: TritonChaCha) -> None:
-    block = cipher.blocks(chacha.RFC_KEY, chacha.RFC_NONCE, 1)[:64]
-    assert block == chacha.RFC_BLOCK  # RFC 8439, 2.3.2
+    block = cipher.blocks(proof.RFC_KEY, proof.RFC_NONCE, 1)[:64]
+    assert block == proof.RFC_BLOCK  # RFC 8439, 2.3.2
     nonce = bytes.fromhex("000000000000004a00000000")
-    stream = cipher.blocks(chacha.RFC_KEY, nonce, 1)
+    stream = cipher.blocks(proof.RFC_KEY, nonce, 1)
     mixed = bytes(a ^ b for a, b in zip(SUNSCREEN, stream, strict=False))
     assert mixed == CIPHERTEXT  # RFC 8439, 2.4.2
     random = np.random.default_rng(0)
     for first in (7, 2**32 - 128):
         key, nonce = random.bytes(32), random.bytes(12)
-        assert cipher.blocks(key, nonce, first) == chacha.keystream(key, nonce, first, 128)
+        assert cipher.blocks(key, nonce, first) == proof.keystream(key, nonce, first, 128)
+
+
+def pairs(cipher: TritonChaCha) -> None:
+    """Each float32 value beside float64's of the same bits, to 2^-21: from the far tail to the centre."""
+    random, worst = np.random.default_rng(0), 0.0
+    for step in range(60):
+        words = random.integers(0, 2**32, (proof.LANES, 2), dtype=np.uint32)
+        if step % 2:  # u near 0 and near 1 by every power of 2
+            near = words[:, 0] >> random.integers(0, 32, proof.LANES, dtype=np.uint32)
+            words[:, 0] = np.where(words[:, 1] & 64, near, ~near)
+        found = cipher.pairs(words)
+        worst = max(worst, proof.relative_error(found, proof.pairs_float32(words)))
+    assert worst < 2.0**-21
+    planted = np.resize(np.array([[0, 2], [2**32 - 1, 2**32 - 2]], np.uint32), (proof.LANES, 2))
+    far, near = np.abs(cipher.pairs(planted)[:2, 0])
+    assert far == np.float32(math.sqrt(106 * math.log(2)))  # 8.57, of u = 2^-53
+    assert near == np.float32(2.0**-26)  # of u = 1 - 2^-53
+    words = random.integers(0, 2**32, (400_000, 2), dtype=np.uint32)
+    values = torch.from_numpy(proof.pairs_float32(words))  # the formula itself
+    check_gaussian(values, 1.0)
+    check_independent(values.T)
 
 
 def tensors(cipher: TritonChaCha) -> None:
@@ -58,10 +82,15 @@ def tensors(cipher: TritonChaCha) -> None:
         assert int((memory == 5.0).sum()) == 2 * len(sizes) + inside
         if dtype is torch.float64:
             assert len(noise.unique()) == len(noise)
-    draws = 3
-    alone = torch.zeros(1025, dtype=torch.float64)
-    cipher.add_gaussian_([alone], 2.0, draws, key)
-    assert np.abs(alone.numpy() - 2 * chacha.gaussians(key, 1025, draws)).max() < 1e-11
+    for dtype, tolerance in [(torch.float64, 1e-11), (torch.float32, 4e-6)]:
+        for draws in (1, 3):
+            alone = torch.zeros(2100, dtype=dtype)  # programs that are full and others
+            cipher.add_gaussian_([alone], 2.0, draws, key)
+            expected = 2 * proof.gaussians(key, 2100, draws, dtype)
+            assert np.abs(alone.numpy() - expected).max() < tolerance
+    shaped = torch.zeros(21, 10, 10).permute(2, 0, 1).contiguous()
+    cipher.add_gaussian_([shaped], 2.0, 3, key)
+    assert torch.equal(shaped.view(-1), alone)
     mixed = [torch.zeros(900), torch.zeros(900, dtype=torch.bfloat16), torch.zeros(900)]
     cipher.add_gaussian_(mixed, 1.0, 1, key)
     rows = torch.stack([row.double() for row in mixed])
@@ -78,14 +107,15 @@ class Asked:
         self.grid = grid
         return self
 
-    def __call__(self, table, chunk, first, *key, DRAWS, TYPE, BLOCK):  # type: ignore[no-untyped-def]
-        counts = table[2::2].tolist()
+    def __call__(self, table, chunk, first, *numbers):  # type: ignore[no-untyped-def]
+        draws, _, per_block, lanes = numbers[6:]
+        counts = table[1::2].tolist()
+        assert (self.grid, chunk % (per_block * lanes)) == ((len(counts),), 0)
         assert max(counts) <= chunk
-        first %= 2**32
         for program, count in enumerate(counts):
-            start = first + program * (chunk // 8) * DRAWS
-            rounds = -(-count // (8 * BLOCK))
-            self.ranges.append((start, start + rounds * BLOCK * DRAWS))
+            start = first + program * (chunk // per_block) * draws
+            rounds = -(-count // (per_block * lanes))
+            self.ranges.append((start, start + rounds * lanes * draws))
 
 
 def counters(cipher: TritonChaCha) -> None:
@@ -93,16 +123,49 @@ def counters(cipher: TritonChaCha) -> None:
     real, asked = kernels.add_gaussian, Asked()
     kernels.add_gaussian = asked
     try:
-        flats = [torch.zeros(n) for n in (5, 3_000_000, 17, 1024 * 2**13)]
+        flats = [torch.zeros(n) for n in (5, 3_000_000, 17, 2048 * 2**13)]
         flats += [torch.zeros(n, dtype=torch.float16) for n in (2000, 1)]
-        cipher.add_gaussian_(flats, 1.0, 2, bytes(32))
-        ranges = sorted(asked.ranges)
-        assert all(end <= start for (_, end), (start, _) in itertools.pairwise(ranges))
-        assert ranges[-1][1] <= 2**32
+        flats += [torch.zeros(n, dtype=torch.float64) for n in (1025, 1)]
+        for _ in range(2):  # the second time from a table that is there
+            asked.ranges.clear()
+            cipher.add_gaussian_(flats, 1.0, 2, bytes(32))
+            ranges = sorted(asked.ranges)
+            assert all(end <= start for (_, end), (start, _) in itertools.pairwise(ranges))
+            assert ranges[-1][1] <= 2**32
+            assert sum(end - start for start, end in ranges) >= 2 * (3_000_000 + 2048 * 2**13) / 16
+        where = (0, torch.float32, (flats[0].data_ptr(),), (10_000,))
         with pytest.raises(RuntimeError, match="blocks"):  # else the counter would start again
-            cipher._launch([torch.zeros(10_000)], 1.0, 1, bytes(32), 2**32 - 1000)
+            cipher._launch(where, 1.0, 1, bytes(32), 2**32 - 600)
     finally:
         kernels.add_gaussian = real
+
+
+def capture() -> None:
+    """No key is baked into a CUDA graph."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "current_device", lambda: 0)
+        patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        total = torch.zeros(5)
+        with pytest.raises(RuntimeError, match="outside of the graph"):
+            TritonChaCha(torch.device("cuda", 0)).add_gaussian_([total], 1.0, 1, bytes(32))
+        assert not total.any()
+
+
+def tables(cipher: TritonChaCha) -> None:
+    """A table serves the addresses and sizes that it holds and no others; there are never many."""
+    memory = torch.zeros(3000)
+    for step in range(10):
+        start = step // 2  # the same addresses with other sizes, and others
+        parts = [(start, start + 100 + step), (500 - start, 600 - 2 * step)]
+        tensors = [memory[start:end] for start, end in parts]
+        for again in range(2):
+            before = memory.clone()
+            cipher.add_gaussian_(tensors, 1.0, 1, bytes([step, again]) * 16)
+            changed = torch.zeros(3000, dtype=torch.bool)
+            for start, end in parts:
+                changed[start:end] = True
+            assert torch.equal(memory != before, changed)
+        assert len(cipher._tables) <= 8
 
 
 def sabotage(cipher: TritonChaCha) -> None:
@@ -116,9 +179,34 @@ def sabotage(cipher: TritonChaCha) -> None:
         def add_gaussian_(self, flats, sigma, draws, key):  # type: ignore[no-untyped-def]
             super().add_gaussian_(flats, 1.001 * sigma, draws, key)
 
-    for wrong in (Wrong(CPU), Loud(CPU)):
+    class Faint(TritonChaCha):  # float32 only
+        def add_gaussian_(self, tensors, sigma, draws, key):  # type: ignore[no-untyped-def]
+            factor = 1 - 2e-6 * (tensors[0].dtype is torch.float32)
+            super().add_gaussian_(tensors, factor * sigma, draws, key)
+
+    for wrong in (Wrong(CPU), Loud(CPU), Faint(CPU)):
         with pytest.raises(RuntimeError, match="the device's"):
             wrong.prove()
+    for name, broken in BROKEN.items():
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(box_muller, name, broken)
+            with pytest.raises(RuntimeError, match="Gaussians are off"):
+                cipher.prove()
+
+
+@triton.jit
+def log_of_rounded_u(v):
+    """Wrong near u = 1 only, where u as a float32 has no digits left; as hardware logarithms are."""
+    return -2.0 * tl.log(tl.where(v < 0, 1.0 + v, v))
+
+
+@triton.jit
+def short_log1p(f):
+    """The first terms of the series: right near u = 1, wrong elsewhere."""
+    return f * (f * (0.6666667 * f - 1.0) * -1.0 - 2.0)
+
+
+BROKEN = {"_minus_two_log": log_of_rounded_u, "_minus_two_log1p": short_log1p}
 
 
 def main() -> None:
@@ -127,10 +215,16 @@ def main() -> None:
     print("vectors")
     cipher.prove()
     print("proof")
+    pairs(cipher)
+    print("pairs")
     tensors(cipher)
     print("tensors")
     counters(cipher)
     print("counters")
+    capture()
+    print("capture")
+    tables(cipher)
+    print("tables")
     sabotage(cipher)
     print("sabotage")
 

@@ -65,6 +65,8 @@ FORBIDDEN = {
     "noise._keys": NOISE,
     "noise._keystream": NOISE,
     "noise._chacha_kernels": NOISE | {"torch", "noise._checks"},
+    "noise._box_muller_kernels": NOISE | {"torch", "noise._checks", "noise._chacha_kernels"},
+    "noise._chacha_proof": NOISE | {"noise._chacha_triton", "noise._chacha_kernels"},
     "noise._box_muller": NOISE - {"noise._keystream"},
     "noise._cpu": {"noise._system", "noise._accelerator", "noise._seeded"},
     "noise._accelerator": {"noise._system", "noise._seeded"},

@@ -12,9 +12,10 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+import scipy.stats
 import torch
 
-from clipgrad.noise import SystemNoise, _accelerator
+from clipgrad.noise import SystemNoise, _accelerator, _keys
 from clipgrad.noise._accelerator import AcceleratorNoise, proved_cipher
 from clipgrad.noise._cpu import CpuNoise
 from clipgrad.noise._keys import Lineage
@@ -37,7 +38,8 @@ def test_kernels_in_the_interpreter() -> None:
         check=False,
     )
     assert ran.returncode == 0, ran.stderr
-    assert ran.stdout.split() == ["vectors", "proof", "tensors", "counters", "sabotage"]
+    parts = ["vectors", "proof", "pairs", "tensors", "counters", "capture", "tables", "sabotage"]
+    assert ran.stdout.split() == parts
 
 
 def fallback(draws: int = 1) -> AcceleratorNoise:
@@ -116,3 +118,93 @@ def test_noise_on_cuda(dtype: torch.dtype, draws: int) -> None:
     correlation = torch.corrcoef(torch.stack(rows).double()) - torch.eye(4, device="cuda")
     assert float(correlation.abs().max()) < 8 / math.sqrt(3e6)
     assert torch.equal(torch.cuda.get_rng_state(), state)  # nothing of Philox
+
+
+@pytest.mark.cuda
+@needs_cuda
+@needs_triton
+def test_every_pair_on_cuda_is_that_of_its_bits() -> None:
+    """A million pairs beside float64's: the compiled arithmetic, which the interpreter does not run."""
+    from clipgrad.noise import _chacha_proof as proof
+    from clipgrad.noise._chacha_triton import TritonChaCha
+
+    cipher = TritonChaCha(torch.device("cuda", 0))
+    key, size = bytes(range(32)), 2_000_003
+    for dtype, tolerance in [(torch.float32, 2.0**-21), (torch.float64, 1e-9)]:
+        found = torch.zeros(size, dtype=dtype, device="cuda")
+        cipher.add_gaussian_([found], 1.0, 1, key)
+        expected = proof.gaussians(key, size, 1, dtype)
+        assert proof.relative_error(found.cpu().numpy(), expected) < tolerance
+
+
+@pytest.mark.cuda
+@needs_cuda
+@needs_triton
+def test_a_hundred_million_values_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Moments, Kolmogorov and Smirnov, Pearson, tails, neighbours: tests/test_noise_statistics.py on the device."""
+    monkeypatch.setattr(_keys, "new_master", lambda: bytes(range(32)))
+    source, n, edge = SystemNoise(), 0, 8.0
+    bins = torch.zeros(8192, dtype=torch.int64, device="cuda")
+    powers = torch.zeros(4, dtype=torch.float64, device="cuda")
+    lagged = torch.zeros(2, 3, dtype=torch.float64, device="cuda")
+    beyond = dict.fromkeys((4.0, 5.0, 6.0), 0)
+    before = torch.zeros(10_000_000, device="cuda")
+    for _ in range(10):
+        x = torch.zeros(10_000_000, device="cuda")
+        source.add_gaussian_([x], 0.75)
+        x /= 0.75
+        n += x.numel()
+        powers += torch.stack([x.double().pow(power).sum() for power in (1, 2, 3, 4)])
+        at = ((x + edge) * 512).floor_().clamp_(0, len(bins) - 1).long()
+        bins += torch.bincount(at, minlength=len(bins))
+        for bound in beyond:
+            beyond[bound] += int((x.abs() > bound).sum())
+        for row, (one, other) in enumerate([(x, before), (x * x - 1, before * before - 1)]):
+            # Pairs lie 128 values apart, a lane's 2048 on.
+            products = [one[1:] * one[:-1], one[128:] * one[:-128], one * other]
+            lagged[row] += torch.stack([product.double().sum() for product in products])
+        before = x
+    check_moments((powers / n).tolist(), n)
+    edges = torch.arange(1, len(bins)).double() / 512 - edge
+    below = bins.cpu().cumsum(0)[:-1].double() / n
+    exact = torch.from_numpy(scipy.stats.norm.cdf(edges.numpy()))
+    distance = float((below - exact).abs().max())
+    assert scipy.stats.kstwobign.sf(distance * math.sqrt(n)) > 1e-6
+    for bound, count in beyond.items():
+        expected = 2 * float(scipy.stats.norm.sf(bound))
+        assert scipy.stats.binomtest(count, n, expected).pvalue > 1e-6
+    errors = lagged / torch.tensor([[n], [4 * n]], device="cuda").double().sqrt()
+    assert float(errors.abs().max()) < 5
+
+
+def check_moments(raw: list[float], n: int) -> None:
+    """Five standard errors of mean, variance, third and fourth moment: Var of x^k is (2k - 1)!! less the square."""
+    for power, moment, variance in [(1, 0, 1), (2, 1, 2), (3, 0, 15), (4, 3, 96)]:
+        assert abs(raw[power - 1] - moment) < 5 * math.sqrt(variance / n)
+
+
+@pytest.mark.cuda
+@needs_cuda
+@needs_triton
+def test_a_cuda_graph_cannot_hold_noise() -> None:
+    """Each replay would add the same."""
+    source, total = SystemNoise(), torch.zeros(1000, device="cuda")
+    source.add_gaussian_([total], 1.0)
+    graph = torch.cuda.CUDAGraph()
+    with pytest.raises(RuntimeError, match="outside of the graph"), torch.cuda.graph(graph):
+        source.add_gaussian_([total], 1.0)
+
+
+@pytest.mark.cuda
+@needs_cuda
+@needs_triton
+def test_tables_on_two_streams() -> None:
+    """Fresh memory on either stream each time: a table that is still read must not become somebody else's memory."""
+    source, side = SystemNoise(), torch.cuda.Stream()
+    for step in range(30):
+        for stream in (torch.cuda.current_stream(), side):
+            with torch.cuda.stream(stream):
+                totals = [torch.zeros(1000 + step, device="cuda") for _ in range(50)]
+                source.add_gaussian_(totals, 1.0)
+                check_gaussian(torch.cat(totals), 1.0)
+                del totals

@@ -12,7 +12,7 @@ from torch import Tensor
 from clipgrad.noise import _checks as checks
 from clipgrad.noise._cpu import CpuNoise
 from clipgrad.noise._keys import Lineage
-from clipgrad.noise._pieces import pieces
+from clipgrad.noise._pieces import flat, pieces
 
 _KEY_BYTES = 32  # ChaCha20 knows no other size
 _COPIED_AT_A_TIME = 2**22  # 16 MB of float32 on either side
@@ -24,8 +24,8 @@ _telling = threading.Lock()
 class DeviceCipher(Protocol):
     """What draws on the device itself."""
 
-    def add_gaussian_(self, flats: list[Tensor], sigma: float, draws: int, key: bytes) -> None:
-        """Add noise from a key that is used for nothing else."""
+    def add_gaussian_(self, tensors: list[Tensor], sigma: float, draws: int, key: bytes) -> None:
+        """Add noise from a key that is used for nothing else. The tensors' memory has no gaps."""
         ...
 
     def limit(self, draws: int) -> int:
@@ -47,12 +47,12 @@ class AcceleratorNoise:
         self._device, self._lineage, self._cpu, self._draws = device, lineage, cpu, draws
         self._cipher = proved_cipher(device)
 
-    def add(self, flats: list[Tensor], sigma: float) -> None:
-        """Add to flat tensors of the device, all drawn in one dtype."""
+    def add(self, tensors: list[Tensor], sigma: float) -> None:
+        """Add to tensors of the device, all drawn in one dtype and each contiguous."""
         if self._cipher is None:
-            self._add_copied(flats, sigma)
+            self._add_copied(flat(tensors), sigma)
             return
-        for piece in pieces(flats, self._cipher.limit(self._draws)):
+        for piece in pieces(tensors, self._cipher.limit(self._draws)):
             key = self._lineage.key(self._device, _KEY_BYTES)
             self._cipher.add_gaussian_(piece, sigma, self._draws, key)
 

@@ -18,6 +18,7 @@ DRAWN_IN = {
     torch.bfloat16: torch.float32,
 }
 _LIMITS = {dtype: torch.finfo(dtype) for dtype in DRAWN_IN}
+_PLAIN_TYPES = {Tensor, torch.nn.Parameter}
 
 
 def real(name: str, value: object) -> float:
@@ -49,9 +50,30 @@ def targets(tensors: Sequence[Tensor] | Tensor, sigma: float) -> list[Tensor]:
     if isinstance(tensors, Tensor):
         raise TypeError("tensors must be a sequence of tensors, got one tensor; pass [tensor].")
     checked = list(tensors)
+    if not _plain(checked, sigma):
+        for index, tensor in enumerate(checked):
+            _refuse_or_accept(f"tensors[{index}]", tensor, sigma)
+    _refuse_twice(checked)
+    return checked
+
+
+def _plain(tensors: list[Any], sigma: float) -> bool:
+    """Whether nothing can be wrong with any of them: a training's sums, which this asks in a few passes."""
+    if not set(map(type, tensors)) <= _PLAIN_TYPES or not all(map(Tensor.is_contiguous, tensors)):
+        return False
+    limits = [_LIMITS.get(dtype) for dtype in {tensor.dtype for tensor in tensors}]
+    return (
+        all(known is not None and known.tiny <= sigma <= known.max for known in limits)
+        and {tensor.layout for tensor in tensors} <= {torch.strided}
+        and not any(tensor.is_meta for tensor in tensors)
+    )
+
+
+def _refuse_twice(tensors: list[Tensor]) -> None:
+    if len(set(map(Tensor.data_ptr, tensors))) == len(tensors):
+        return
     seen = set()
-    for index, tensor in enumerate(checked):
-        _target(index, tensor, sigma)
+    for index, tensor in enumerate(tensors):
         key = (tensor.device, tensor.data_ptr())
         if key in seen and tensor.numel():
             raise ValueError(
@@ -59,21 +81,6 @@ def targets(tensors: Sequence[Tensor] | Tensor, sigma: float) -> list[Tensor]:
                 "get twice the noise; pass it once."
             )
         seen.add(key)
-    return checked
-
-
-def _target(index: int, tensor: object, sigma: float) -> None:
-    limits = _LIMITS.get(tensor.dtype) if isinstance(tensor, Tensor) else None
-    if (
-        limits is not None
-        and isinstance(tensor, Tensor)
-        and tensor.layout is torch.strided
-        and tensor.device.type != "meta"
-        and limits.tiny <= sigma <= limits.max
-        and tensor.is_contiguous()
-    ):
-        return
-    _refuse_or_accept(f"tensors[{index}]", tensor, sigma)
 
 
 def _refuse_or_accept(name: str, tensor: object, sigma: float) -> None:

@@ -8,39 +8,51 @@ import torch
 from torch import Tensor
 
 
-def flat_targets(tensors: Sequence[Tensor]) -> tuple[list[Tensor], list[tuple[Tensor, Tensor]]]:
-    """One flat tensor to write to for each, and what to add to which tensor afterwards.
+def contiguous_targets(
+    tensors: Sequence[Tensor],
+) -> tuple[list[Tensor], list[tuple[Tensor, Tensor]]]:
+    """One contiguous tensor to write to for each, and what to add to which tensor afterwards.
 
-    A tensor whose memory has gaps has no flat view: it is written by way of dense zeros.
+    A tensor whose memory has gaps has no contiguous view: it is written by way of dense zeros.
     """
-    flats, detours = [], []
-    for tensor in tensors:
-        flat = _flat_view(tensor)
-        if flat is None:
-            flat = torch.zeros(tensor.numel(), dtype=tensor.dtype, device=tensor.device)
-            detours.append((tensor, flat.view(tensor.shape)))
-        flats.append(flat)
-    return flats, detours
+    targets, detours = list(tensors), []
+    if all(map(Tensor.is_contiguous, targets)):
+        return targets, []
+    for index, tensor in enumerate(targets):
+        view = _contiguous_view(tensor)
+        if view is None:
+            view = torch.zeros(tensor.numel(), dtype=tensor.dtype, device=tensor.device)
+            detours.append((tensor, view.view(tensor.shape)))
+        targets[index] = view
+    return targets, detours
 
 
-def _flat_view(tensor: Tensor) -> Tensor | None:
-    """The tensor's values as one axis, in the order of memory; None if that memory has gaps."""
+def _contiguous_view(tensor: Tensor) -> Tensor | None:
+    """The tensor's values in the order of memory; None if that memory has gaps."""
     if tensor.is_contiguous():
-        return tensor if tensor.dim() == 1 else tensor.view(-1)
+        return tensor
     order = sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
     ordered = tensor.permute(order)
-    return ordered.view(-1) if ordered.is_contiguous() else None
+    return ordered if ordered.is_contiguous() else None
 
 
-def pieces(flats: list[Tensor], limit: int) -> Iterator[list[Tensor]]:
-    """All values, in parts that together hold ``limit`` values or, at the end, fewer."""
+def flat(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Contiguous tensors as one axis each."""
+    return [tensor if tensor.dim() == 1 else tensor.view(-1) for tensor in tensors]
+
+
+def pieces(tensors: list[Tensor], limit: int) -> Iterator[list[Tensor]]:
+    """All values of contiguous tensors, in parts that together hold ``limit`` or, at the end, fewer."""
+    if 0 < sum(map(Tensor.numel, tensors)) <= limit:
+        yield tensors
+        return
     piece: list[Tensor] = []
     room = limit
-    for flat in flats:
-        start, size = 0, flat.numel()
+    for tensor in tensors:
+        start, size = 0, tensor.numel()
         while start < size:
             taken = min(room, size - start)
-            piece.append(flat if taken == size else flat[start : start + taken])
+            piece.append(tensor if taken == size else tensor.view(-1)[start : start + taken])
             start += taken
             room -= taken
             if not room:

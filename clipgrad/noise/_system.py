@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -14,7 +14,7 @@ from clipgrad.noise import _checks as checks
 from clipgrad.noise._accelerator import AcceleratorNoise
 from clipgrad.noise._cpu import CpuNoise
 from clipgrad.noise._keys import Lineage, process
-from clipgrad.noise._pieces import flat_targets
+from clipgrad.noise._pieces import contiguous_targets, flat
 
 
 class SystemNoise:
@@ -33,7 +33,7 @@ class SystemNoise:
 
     Limits: noise is a rounded number, and the low bits of a sum tell of what was added (Mironov, "On
     Significance of the Least Significant Bits for Differential Privacy", 2012); no value exceeds 8.57
-    sigma, 9.4 on a GPU (a Gaussian does with probability 1e-17); the time that it takes is not
+    sigma, 9.4 of float64 noise on a GPU (a Gaussian does with probability 1e-17); the time that it takes is not
     promised to be constant.
 
     Args:
@@ -100,22 +100,30 @@ class _Makers:
         self.process = self._lineage.process
 
     def add(self, tensors: list[Tensor], sigma: float) -> None:
-        groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
-        for tensor in tensors:
-            groups.setdefault((tensor.device, checks.DRAWN_IN[tensor.dtype]), []).append(tensor)
         with self._lock, torch.no_grad():
-            for (device, _), members in groups.items():
-                flats, detours = flat_targets(members)
-                self._add_on(device, flats, sigma)
+            for device, members in _drawn_together(tensors):
+                targets, detours = contiguous_targets(members)
+                self._add_on(device, targets, sigma)
                 for tensor, detour in detours:
                     tensor.add_(detour)
 
-    def _add_on(self, device: torch.device, flats: list[Tensor], sigma: float) -> None:
+    def _add_on(self, device: torch.device, targets: list[Tensor], sigma: float) -> None:
         if device.type == "cpu":
-            self._cpu.add(flats, sigma)
+            self._cpu.add(flat(targets), sigma)
             return
         if device not in self._accelerators:
             self._accelerators[device] = AcceleratorNoise(
                 device, self._lineage, self._cpu, self._draws
             )
-        self._accelerators[device].add(flats, sigma)
+        self._accelerators[device].add(targets, sigma)
+
+
+def _drawn_together(tensors: list[Tensor]) -> Iterable[tuple[torch.device, list[Tensor]]]:
+    """The tensors by device and by the dtype that their noise is drawn in."""
+    kinds = {(tensor.device, tensor.dtype) for tensor in tensors}
+    if len(kinds) == 1:
+        return [(tensors[0].device, tensors)]
+    groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    for tensor in tensors:
+        groups.setdefault((tensor.device, checks.DRAWN_IN[tensor.dtype]), []).append(tensor)
+    return [(device, members) for (device, _), members in groups.items()]
