@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from cryptography.hazmat.primitives.ciphers.modes import GCM
 from torch import Tensor
 
 from clipgrad.noise import SystemNoise, _accelerator, _keys, _keystream
@@ -34,7 +35,10 @@ class Recorder:
 
     def __call__(self, algorithm: Any, mode: Any) -> Any:
         recorder, encryptor = self, self.real(algorithm, mode).encryptor()
-        start = 16 * int.from_bytes(mode.nonce, "big")
+        # SP 800-38D, 7.1: block 0 makes the checksum's key, block 1 ends it; bytes are encrypted from block 2 on.
+        assert isinstance(mode, GCM)
+        assert len(mode.initialization_vector) == 12
+        start = 16 * (int.from_bytes(mode.initialization_vector, "big") * 2**32 + 2)
 
         class Encryptor:
             def __init__(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -46,7 +47,7 @@ class CpuNoise:
         if (dtype, shared) not in self._scratch:
             self._scratch[dtype, shared] = BoxMuller(dtype, limit, shared=shared)
         gaussians = self._scratch[dtype, shared]
-        keystream = Keystream(self._lineage.key(_CPU, KEY_BYTES))
+        keystream = Keystream(partial(self._lineage.key, _CPU, KEY_BYTES))
         scale = sigma / math.sqrt(self._draws)
         for piece in pieces(flats, limit):
             sizes = [part.numel() for part in piece]
