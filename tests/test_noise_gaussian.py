@@ -10,8 +10,9 @@ from cryptography.hazmat.primitives.ciphers import Cipher
 from cryptography.hazmat.primitives.ciphers.algorithms import AES
 from cryptography.hazmat.primitives.ciphers.modes import ECB
 
+from clipgrad.noise import _keystream
 from clipgrad.noise._box_muller import BoxMuller
-from clipgrad.noise._keystream import Keystream
+from clipgrad.noise._keystream import FIRST_BLOCK, KEY_GOOD_FOR, Keystream
 
 DTYPES = [torch.float32, torch.float64]
 EPS = {torch.float32: 2.0**-23, torch.float64: 2.0**-52}
@@ -30,7 +31,7 @@ def oracle(radius_word: int, angle_word: int, bits: int) -> tuple[float, float]:
     return radius * sine, radius * sign * cosine
 
 
-class Given(Keystream):
+class Given:
     """Hands out bits that a test made up."""
 
     def __init__(self, radius_words: list[int], angle_words: list[int], dtype: torch.dtype) -> None:
@@ -102,10 +103,10 @@ def test_radii_reach_the_far_tail_and_the_centre(dtype: torch.dtype, shared: boo
 @pytest.mark.parametrize("size", [1, 2, 3, 15, 16, 17, 999])
 def test_any_number_of_values(dtype: torch.dtype, size: int) -> None:
     """An odd number leaves the last value of the last pair out; the layout does not change values."""
-    values = BoxMuller(dtype, 1000).draw(Keystream(bytes(16)), size)
+    values = BoxMuller(dtype, 1000).draw(Keystream(lambda: bytes(16)), size)
     assert values.shape == (size,)
     pairs, word = (size + 1) // 2, WORD[dtype] // 8
-    bits = aes_blocks(bytes(16), 0, pairs * (8 + word) // 16 + 1)
+    bits = aes_blocks(bytes(16), FIRST_BLOCK, pairs * (8 + word) // 16 + 1)
     radius_words = struct.unpack(f"<{pairs}q", bits[: 8 * pairs])
     angle_words = struct.unpack(f"<{pairs}{'iq'[word == 8]}", bits[8 * pairs : (8 + word) * pairs])
     found = [oracle(j, k, 8 * word) for j, k in zip(radius_words, angle_words, strict=True)]
@@ -120,21 +121,37 @@ def aes_blocks(key: bytes, first: int, count: int) -> bytes:
 
 
 def test_the_keystream_is_aes_in_counter_mode() -> None:
+    """GCM is made of it."""
     key = bytes(range(16))
-    stream, found = Keystream(key), b""
+    stream, found = Keystream(lambda: key), b""
     for size in (1, 100, 16, 4096, 7):  # continues within a block
         buffer = bytearray(size + 15)
         stream.fill(memoryview(buffer), memoryview(bytes(size)))
         found += bytes(buffer[:size])
-    assert found == aes_blocks(key, 0, 300)[: len(found)]
+    assert found == aes_blocks(key, FIRST_BLOCK, 300)[: len(found)]
     # FIPS 197, appendix C.1
     block = bytes.fromhex("00112233445566778899aabbccddeeff")
     published = bytes.fromhex("69c4e0d86a7b0430d8cdb78070b4c55a")
     assert Cipher(AES(key), ECB()).encryptor().update(block) == published
 
 
+def test_a_key_that_is_used_up_is_followed_by_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert KEY_GOOD_FOR <= 2**36 - 32  # SP 800-38D, 5.2.1.1: the counter's end
+    monkeypatch.setattr(_keystream, "KEY_GOOD_FOR", 250)
+    keys, found = [bytes([n]) * 16 for n in range(3)], []
+    stream = Keystream(iter(keys).__next__)
+    for size in (100, 100, 100, 200, 50):  # the third and the fourth do not fit
+        buffer = bytearray(size + 15)
+        stream.fill(memoryview(buffer), memoryview(bytes(size)))
+        found.append(bytes(buffer[:size]))
+    streams = [aes_blocks(key, FIRST_BLOCK, 20) for key in keys]
+    assert found[0] + found[1] == streams[0][:200]
+    assert found[2] == streams[1][:100]
+    assert found[3] + found[4] == streams[2][:250]
+
+
 def test_memory_is_allocated_once() -> None:
-    gaussians, stream = BoxMuller(torch.float32, 2**15), Keystream(bytes(16))
+    gaussians, stream = BoxMuller(torch.float32, 2**15), Keystream(lambda: bytes(16))
     places = {gaussians.draw(stream, 2**15).data_ptr() for _ in range(3)}
     places |= {gaussians.draw(stream, 2**15).data_ptr() for _ in range(3)}
     assert len(places) == 1

@@ -1,28 +1,56 @@
-"""Random bytes on the CPU: AES-128 in counter mode."""
+"""Random bytes on the CPU: AES-128 in counter mode, as Galois/Counter Mode computes it.
+
+Encrypting zeros in GCM gives the keystream of its counter mode, GCTR (NIST SP 800-38D, section 6.5). For GCM the
+library uses 512-bit AES instructions where it finds them: 0.42 ns a float32 value beside 0.72 for plain CTR, with the
+checksum that nobody asks for.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Protocol
+
 from cryptography.hazmat.primitives.ciphers import Cipher
 from cryptography.hazmat.primitives.ciphers.algorithms import AES
-from cryptography.hazmat.primitives.ciphers.modes import CTR
+from cryptography.hazmat.primitives.ciphers.modes import GCM
 
-KEY_BYTES = 16  # of 32 it took a third longer, and nobody searches 2^128 keys
+KEY_BYTES = 16  # of 32 it took a sixth longer, and nobody searches 2^128 keys
 SLACK = (
     15  # bytes behind the last: the library wants room for one more block, though it never fills it
 )
-_FIRST_BLOCK = bytes(16)
+KEY_GOOD_FOR = 2**35
+"""Bytes. GCM's counter has 32 bits and ends at 2^36; the library refuses to go further."""
+FIRST_BLOCK = 2
+"""Of the keystream: GCM keeps block 1 for its checksum, and encrypts a block of zeros for it."""
+_NONCE = bytes(12)  # a key is used once
+
+
+class Bits(Protocol):
+    """Where the bits of Gaussians come from."""
+
+    def fill(self, buffer: memoryview, zeros: memoryview) -> None:
+        """Write ``len(zeros)`` bytes to the buffer, at least ``SLACK`` longer than that."""
+        ...
 
 
 class Keystream:
-    """The keystream of one key from block 0 on (NIST SP 800-38A, section 6.5).
+    """Bytes that never come again.
 
-    The counter is the cipher's own and only moves forward. A key must be given to one keystream
-    only: ``Lineage.key`` hands each out once.
+    The counter is the cipher's own and only moves forward.
+
+    Args:
+        new_key: Called for the first key, and for another one whenever ``KEY_GOOD_FOR`` bytes have been drawn from one.
+            None may come twice, here or anywhere: ``Lineage.key`` hands each out once.
     """
 
-    def __init__(self, key: bytes) -> None:
-        self._encryptor = Cipher(AES(key), CTR(_FIRST_BLOCK)).encryptor()
+    def __init__(self, new_key: Callable[[], bytes]) -> None:
+        self._new_key = new_key
+        self._left = 0
 
     def fill(self, buffer: memoryview, zeros: memoryview) -> None:
         """Write the next ``len(zeros)`` bytes to the buffer, at least ``SLACK`` longer than that."""
+        if len(zeros) > self._left:
+            self._encryptor = Cipher(AES(self._new_key()), GCM(_NONCE)).encryptor()
+            self._left = KEY_GOOD_FOR
+        self._left -= len(zeros)
         self._encryptor.update_into(zeros, buffer)

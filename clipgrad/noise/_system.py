@@ -41,9 +41,12 @@ class SystemNoise:
             than one, an adversary who searches for the bits behind an exact value has to search
             all of them at once (Holohan and Braghin, "Secure Random Sampling in Differential
             Privacy", 2021, section 4). Noise takes ``draws`` times as long.
+        compile: Make float32 noise on the CPU by a compiled loop, two to three times as fast. Compiling takes seconds,
+            once; PyTorch keeps the result on disk. The loop is compared with the uncompiled one before it is used; if
+            they differ, or there is no C++ compiler, noise is made uncompiled and the logger ``clipgrad`` says so once.
 
     Raises:
-        TypeError: If ``draws`` is not an integer.
+        TypeError: If ``draws`` is not an integer, or ``compile`` not a truth value.
         ValueError: If ``draws`` is less than 1.
 
     Examples:
@@ -52,8 +55,13 @@ class SystemNoise:
         >>> SystemNoise(draws=4).add_gaussian_(sums, sigma=2.0)
     """
 
-    def __init__(self, *, draws: int = 1) -> None:
+    def __init__(self, *, draws: int = 1, compile: bool = False) -> None:
         self._draws = checks.count("draws", draws)
+        if not isinstance(compile, bool):
+            raise TypeError(
+                f"compile must be True or False, got {compile!r}; False is the default."
+            )
+        self._compile = compile
         self._makers: _Makers | None = None
 
     def add_gaussian_(self, tensors: Sequence[Tensor], sigma: float) -> None:
@@ -64,7 +72,7 @@ class SystemNoise:
         checked = checks.targets(tensors, scale)
         makers = self._makers
         if makers is None or makers.process != process():  # a forked child has its parent's
-            makers = self._makers = _Makers(self._draws)
+            makers = self._makers = _Makers(self._draws, self._compile)
         makers.add(checked, scale)
 
     def state_dict(self) -> dict[str, Any]:
@@ -85,17 +93,17 @@ class SystemNoise:
 
     def __reduce__(self) -> tuple[Callable[[], SystemNoise], tuple[()]]:
         # For copy and pickle: a new source, never the same stream.
-        return partial(SystemNoise, draws=self._draws), ()
+        return partial(SystemNoise, draws=self._draws, compile=self._compile), ()
 
 
 class _Makers:
     """What makes noise in one process, from one master key. Thread-safe."""
 
-    def __init__(self, draws: int) -> None:
+    def __init__(self, draws: int, compiled: bool) -> None:
         self._lineage = Lineage()
         self._draws = draws
         self._lock = threading.Lock()
-        self._cpu = CpuNoise(self._lineage, draws)
+        self._cpu = CpuNoise(self._lineage, draws, compiled=compiled)
         self._accelerators: dict[torch.device, AcceleratorNoise] = {}
         self.process = self._lineage.process
 
