@@ -36,6 +36,8 @@ class Settings:
     grid: Grid | None = None
     deferred: bool = False
     """Leave the question whether every norm is finite to the caller: a traced graph cannot ask it."""
+    selects: bool = False
+    """Take the samples that are dropped out of the factors whether there is one or not: then nobody has to ask."""
 
 
 @dataclass(frozen=True)
@@ -48,8 +50,8 @@ class Piece:
         norms: Per-sample norms, ``[B]`` per clipping group.
         aux: Per-sample auxiliary output, or None.
         nonfinite: Boolean ``[B]``: samples dropped because their gradient was not finite.
-        all_finite: Boolean scalar, if the question was left to the caller. Where it is False, ``sums`` are
-            worthless and the microbatch has to be run again by somebody who asks.
+        all_finite: Boolean scalar, if the question was left to the caller. Where it is False and samples were not
+            taken out in any case, ``sums`` are worthless, and the microbatch has to be run again by somebody who asks.
     """
 
     sums: list[Tensor]
@@ -94,6 +96,8 @@ def clip(
     if settings.nan_safe or is_padding is not None:
         keep = keep if settings.nan_safe else ~is_padding  # type: ignore[operator]
         factors = [torch.where(keep, factor, 0.0) for factor in factors]
+        if settings.selects:
+            gradients.select(keep)
     with phase("contraction"):
         sums = _weighted_sums(gradients, params, factors, settings)
     # Asked only now: on a GPU the answer takes as long as all that is queued, and the sums are queued already.

@@ -82,12 +82,14 @@ class Graph:
         layout: What the list holds.
         constants: Tensors that the loss found outside of its arguments (buffers, closures), by reference.
         fresh: Which of them it made of Python numbers itself (``torch.tensor(...)``).
+        asks: Whether somebody has to ask if all norms were finite, for else the sums are worthless.
     """
 
     module: GraphModule
     layout: Layout
     constants: tuple[Tensor, ...]
     fresh: tuple[bool, ...]
+    asks: bool
 
     def text(self) -> str:
         """The operations and their arguments, to be compared with another trace."""
@@ -115,6 +117,14 @@ class _RefuseScalars(TorchDispatchMode):
         if torch.Tag.data_dependent_output in func.tags and get_proxy_mode() is not None:
             raise CompileError(_VALUE_READ)
         return func(*args, **(kwargs or {}))
+
+
+def worth_asking(device: torch.device) -> bool:
+    """Whether to ask after each run if all norms were finite. Elsewhere the answer waits for all that is queued.
+
+    Without the question the graph has to take samples out of the factors themselves, which costs a pass over them.
+    """
+    return device.type == "cpu"
 
 
 def trace(
@@ -148,13 +158,15 @@ def trace(
     given = [param.detach() for param in params]
     tensors = [leaf for leaf in batch if isinstance(leaf, Tensor)]
     layouts: list[Layout] = []
+    asks = worth_asking(is_padding.device)
 
     def step(*flat: Tensor) -> list[Tensor]:
         leaves = iter(flat[len(params) :])
         rows = [next(leaves) if isinstance(leaf, Tensor) else leaf for leaf in batch]
         with _RefuseScalars(), observer or nullcontext():
             *_, mask, norms = flat
-            now = replace(settings, deferred=True, clipping=settings.clipping.reading(norms))
+            clipping = settings.clipping.reading(norms)
+            now = replace(settings, deferred=True, selects=not asks, clipping=clipping)
             piece = run(loss, names, flat[: len(params)], rows, mask, now)
         layout, results = Layout.flatten(piece)
         layouts.append(layout)
@@ -163,7 +175,7 @@ def trace(
     with _RefuseReads(), _explained(), torch.autograd.set_multithreading_enabled(False):
         module = make_fx(step)(*given, *tensors, *others, is_padding, bounds)
     constants, fresh = _lift_constants(module)
-    return Graph(module, layouts[0], constants, fresh)
+    return Graph(module, layouts[0], constants, fresh, asks)
 
 
 def _lift_constants(module: GraphModule) -> tuple[tuple[Tensor, ...], tuple[bool, ...]]:

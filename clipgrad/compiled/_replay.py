@@ -8,18 +8,25 @@ there is one recording for each compiled step.
 from __future__ import annotations
 
 import logging
+import operator
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 from torch.utils._pytree import tree_leaves
 
 from clipgrad._copies import copies
 from clipgrad.compiled._check import Generators
 
 _log = logging.getLogger("clipgrad")
+
+_ATTENTIONS = (
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+)
 
 Run = Callable[..., Sequence[Tensor]]
 
@@ -151,10 +158,22 @@ class Replay:
 
 def recordable(module: GraphModule, device: torch.device) -> bool:
     """Whether a recording would hold all of a graph: what the CPU does is done once, and never repeated."""
-    values = tree_leaves([node.meta.get("val") for node in module.graph.nodes])
     return device.type == "cuda" and all(
-        value.device == device for value in values if isinstance(value, Tensor)
+        value.device == device
+        for node in module.graph.nodes
+        if not _is_seed(node)
+        for value in tree_leaves(node.meta.get("val"))
+        if isinstance(value, Tensor)
     )
+
+
+def _is_seed(node: Node) -> bool:
+    """Whether a node is a fused attention or a part of its result, among them the seed and the offset of its dropout.
+
+    They lie on the CPU, unless a recording is made: then on the device, where each replay finds new ones.
+    """
+    source = node.args[0] if node.target is operator.getitem else node
+    return isinstance(source, Node) and source.target in _ATTENTIONS
 
 
 def _same_layout(tensor: Tensor) -> Tensor:

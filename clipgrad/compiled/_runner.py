@@ -52,11 +52,10 @@ class MicrobatchRunner:
         flat = entry.arguments(given)
         generators = None if entry.trusted(flat) else Generators(self._device)
         piece = entry.call(flat)
-        assert piece.all_finite is not None
-        finite = bool(piece.all_finite)
-        dropping = settings.nan_safe or mask is not None or count < size
-        if not finite and (dropping or generators is not None):
-            # Rare: a sample has to be taken out of the factors themselves, which the graph does not do.
+        dropping = entry.graph.asks and (settings.nan_safe or mask is not None or count < size)
+        if (dropping or generators is not None) and not bool(piece.all_finite):
+            # Rare: a sample has to be taken out of the factors themselves, which this graph does not do; and a batch
+            # with one proves little.
             return self._eagerly(batch, mask)
         if generators is not None:
             with generators.replayed():

@@ -26,6 +26,7 @@ from typing import Protocol, runtime_checkable
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 # Gram matrices of one block stay below this many elements, so that a ghost norm needs no more scratch
 # than about 256 MiB whatever the sequence length.
@@ -113,6 +114,9 @@ class PerSample:
 
     def weighted_sum(self, factors: Tensor) -> Tensor:
         wide = widen(self.gradient)
+        if wide.device.type != "cpu" and get_proxy_mode() is not None:
+            # A compiler makes one pass of this and of what comes before; a matrix product it leaves alone.
+            return scale_rows(wide, factors).sum(0)
         return (
             factors.to(wide.dtype) @ wide.flatten(1)
             if wide.dim() > 1
@@ -198,7 +202,8 @@ class Outer:
         return replace(self, left=left, right=self.right[rows])
 
     def select(self, keep: Tensor) -> Outer:
-        keep = keep.repeat_interleave(self.groups)
+        if self.groups > 1:
+            keep = keep.repeat_interleave(self.groups)
         left = self.left if isinstance(self.left, OneHot) else select_rows(self.left, keep)
         return replace(self, left=left, right=select_rows(self.right, keep))
 

@@ -5,12 +5,14 @@ Between replays that memory holds nonsense, so what is read from it without a re
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import symbolic_trace
 
 from clipgrad import CompileMismatchError, DPOptimizer, clipped_grad
@@ -272,10 +274,26 @@ def test_copies_are_exact_and_fresh() -> None:
 
 def test_only_what_lies_on_one_gpu_is_recorded() -> None:
     module = symbolic_trace(lambda x: x + 1)
-    meta = torch.device("cuda", 0)
+    gpu = torch.device("cuda", 0)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        there, here = torch.empty(2, device="cuda:0"), torch.empty(2)
     for node in module.graph.nodes:
-        node.meta["val"] = torch.zeros(2)
+        node.meta["val"] = there
+    assert recordable(module, gpu)
+    assert not recordable(module, torch.device("cuda", 1))
     assert not recordable(module, torch.device("cpu"))
-    assert not recordable(
-        module, meta
-    )  # a value on the CPU would be computed once, and never again
+    next(iter(module.graph.nodes)).meta["val"] = here  # would be computed once, and never again
+    assert not recordable(module, gpu)
+
+
+def test_seeds_of_attention_are_no_obstacle() -> None:
+    attention = torch.ops.aten._scaled_dot_product_efficient_attention.default
+    module = symbolic_trace(lambda q: operator.getitem(attention(q, q, q, None, True, 0.1), 2))
+    gpu = torch.device("cuda", 0)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        there, seed = torch.empty(2, device="cuda:0"), torch.empty((), dtype=torch.int64)
+    q, fused, item, _ = module.graph.nodes
+    q.meta["val"], fused.meta["val"], item.meta["val"] = there, (there, there, seed, seed), seed
+    assert recordable(module, gpu)
+    item.target = operator.add
+    assert not recordable(module, gpu)

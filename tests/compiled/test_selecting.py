@@ -1,0 +1,141 @@
+"""Graphs that take dropped samples out by themselves, as those of a GPU do: nobody asks, and nothing waits."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from clipgrad import DPOptimizer, clipped_grad
+from clipgrad.compiled import MicrobatchRunner, _graph
+from tests.architectures import ARCHITECTURES
+from tests.compiled.conftest import Graphs
+from tests.compiled.test_exact import check
+from tests.oracle import clipped_sum, per_sample_gradients
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:There is a performance drop"),
+    pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad"),
+]
+
+
+@pytest.fixture(autouse=True)
+def nobody_asks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_graph, "worth_asking", lambda device: False)
+
+
+@pytest.fixture
+def eager_runs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Rows of each microbatch that ran eagerly."""
+    runs: list[int] = []
+    eagerly = MicrobatchRunner._eagerly
+
+    def counted(self, batch, mask):  # type: ignore[no-untyped-def]
+        runs.append(len(batch[0]))
+        return eagerly(self, batch, mask)
+
+    monkeypatch.setattr(MicrobatchRunner, "_eagerly", counted)
+    return runs
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "cnn",
+        "conv1d_grouped",
+        "lstm",
+        "mlp",
+        "packed_qkv_chunks",
+        "tied_embedding",
+        "weight_norm",
+        "weight_slices",
+    ],
+)
+def test_architecture(name: str, graphs: Graphs) -> None:
+    check(ARCHITECTURES[name], graphs)
+
+
+class Net(nn.Module):
+    """Kept, ghost and shared uses, and a bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(2, 6, 3, groups=2)
+        self.tied = nn.Linear(6, 6)
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.conv(x).flatten(2).mT
+        out: Tensor = self.head(self.tied(self.tied(tokens).tanh()).mean(1))
+        return out
+
+
+def loss_fn(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(model(x), y)
+
+
+@pytest.mark.parametrize("strategy", ["auto", "kept", "ghost", "recompute"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_sample_that_is_not_finite(
+    strategy: str, bad: float, graphs: Graphs, eager_runs: list[int]
+) -> None:
+    model = Net().double()
+    x, y = torch.randn(6, 2, 5, 5, dtype=torch.float64), torch.randint(3, (6,))
+    optimizer = DPOptimizer(
+        torch.optim.SGD(model.parameters(), lr=0.0), model, loss_fn, max_grad_norm=0.5, noise_multiplier=0.0,
+        expected_batch_size=1, microbatch_size=4, compile=True, strategy=strategy,
+    )  # fmt: skip
+    optimizer.backward(x, y)
+    assert eager_runs == [4]  # the check
+    optimizer.zero_grad()
+    x[2] = bad
+    keep = [0, 1, 3, 4, 5]
+    expected, _ = clipped_sum(per_sample_gradients(model, loss_fn, (x[keep], y[keep])), 0.5)
+    optimizer.backward(x, y)
+    assert eager_runs == [4]
+    assert optimizer.diagnostics.num_nonfinite == 1
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[name])
+
+
+def test_padding_that_is_not_finite(graphs: Graphs, eager_runs: list[int]) -> None:
+    def loss(w: Tensor, x: Tensor) -> Tensor:
+        return (w * x).sum()
+
+    for nan_safe in (True, False):
+        eager_runs.clear()
+        gradient = clipped_grad(loss, max_grad_norm=1.0, nan_safe=nan_safe, compile=True)
+        w, x = torch.ones(3, dtype=torch.float64), torch.randn(5, 3, dtype=torch.float64)
+        gradient(w, x)
+        x[1] = torch.nan
+        mask = torch.arange(5) == 1
+        result = gradient(w, x, is_padding=mask)
+        torch.testing.assert_close(result.grads, gradient(w, x[~mask]).grads)
+        assert result.num_nonfinite == 0
+        assert eager_runs == [5]
+
+
+def test_without_nan_safety_a_nan_stays(graphs: Graphs) -> None:
+    def loss(w: Tensor, x: Tensor) -> Tensor:
+        return (w * x).sum()
+
+    gradient = clipped_grad(loss, max_grad_norm=1.0, nan_safe=False, compile=True)
+    w, x = torch.ones(3, dtype=torch.float64), torch.randn(4, 3, dtype=torch.float64)
+    gradient(w, x)
+    x[1, 0] = torch.nan
+    assert gradient(w, x).grads.isnan().any()
+
+
+def test_a_first_batch_that_is_not_finite_proves_nothing(
+    graphs: Graphs, eager_runs: list[int]
+) -> None:
+    def loss(w: Tensor, x: Tensor) -> Tensor:
+        return (w * x).sum()
+
+    gradient = clipped_grad(loss, max_grad_norm=1.0, compile=True)
+    w, x = torch.ones(3, dtype=torch.float64), torch.randn(4, 3, dtype=torch.float64)
+    bad = x.clone()
+    bad[0] = torch.nan
+    torch.testing.assert_close(gradient(w, bad).grads, gradient(w, x[1:]).grads)
+    assert eager_runs == [4, 4]  # the bad batch itself; then the check
