@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import keystr, tree_flatten, tree_flatten_with_path, tree_unflatten
 
 from clipgrad import _validate
@@ -21,6 +21,52 @@ def take(batch: Sequence[Any], index: slice | Tensor) -> list[Any]:
     return [pick(leaf) if isinstance(leaf, Tensor) else leaf for leaf in batch]
 
 
+class _Flat(NamedTuple):
+    """A pytree taken apart.
+
+    Attributes:
+        leaves: In order.
+        structure: Equal for two trees exactly if they are nested alike.
+        restore: From as many leaves to the tree.
+        paths: The keys that lead to each leaf.
+    """
+
+    leaves: list[Any]
+    structure: Any
+    restore: Callable[[Sequence[Any]], Any]
+    paths: Callable[[], list[tuple[Any, ...]]]
+
+
+_TENSORS = {Tensor, nn.Parameter}
+
+
+def _flat(tree: Any) -> _Flat:
+    """Take a tree apart; a flat dictionary or tuple of tensors, the usual case, without PyTorch's general walk."""
+    kind = type(tree)
+    if (
+        kind is dict
+        and _TENSORS.issuperset(map(type, tree.values()))
+        and {str}.issuperset(map(type, tree))
+    ):
+        keys = tuple(tree)
+        return _Flat(
+            list(tree.values()),
+            (dict, keys),
+            lambda leaves: dict(zip(keys, leaves, strict=True)),
+            lambda: _paths(tree),
+        )
+    if kind is tuple and _TENSORS.issuperset(map(type, tree)):
+        return _Flat(list(tree), (tuple, len(tree)), tuple, lambda: _paths(tree))
+    leaves, spec = tree_flatten(tree)
+    return _Flat(
+        leaves, spec, lambda values: tree_unflatten(list(values), spec), lambda: _paths(tree)
+    )
+
+
+def _paths(tree: Any) -> list[tuple[Any, ...]]:
+    return [path for path, _ in tree_flatten_with_path(tree)[0]]
+
+
 @dataclass(frozen=True)
 class Inputs:
     """The arguments of one call, flattened."""
@@ -30,7 +76,7 @@ class Inputs:
     batch: list[Any]
     batch_size: int
     loss: Callable[[Sequence[Tensor], Sequence[Any]], Any]
-    restore: Callable[[list[Tensor]], Any]
+    restore: Callable[[Sequence[Tensor]], Any]
     fn: Callable[..., Any]
     others: list[Tensor]
     """Tensors among the arguments that are neither parameters nor batch."""
@@ -40,7 +86,8 @@ class Inputs:
     """How parameters, batch and further arguments are nested."""
 
     def rows(self, index: slice) -> list[Any]:
-        return take(self.batch, index)
+        whole = index.start == 0 and index.stop == self.batch_size
+        return list(self.batch) if whole else take(self.batch, index)
 
     @classmethod
     def bind(
@@ -66,29 +113,29 @@ class Inputs:
         argnums = (argnums,) if isinstance(argnums, int) else argnums
         argnums, batch_argnums = _validate.positions(argnums, batch_argnums, len(args))
         trainable = tuple(args[i] for i in argnums)
-        names, params, spec = _flatten_parameters(trainable[0] if single else trainable)
-        paths, batch_spec = tree_flatten_with_path(tuple(args[i] for i in batch_argnums))
-        batch = [leaf.detach() if isinstance(leaf, Tensor) else leaf for _, leaf in paths]
-        size = _validate.batch_size(batch, [keystr(path) for path, _ in paths])
+        parameters = _flat(trainable[0] if single else trainable)
+        names, params = _parameter_names(parameters), parameters.leaves
+        samples = _flat(tuple(args[i] for i in batch_argnums))
+        batch = [leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in samples.leaves]
+        size = _validate.batch_size(batch, lambda: list(map(keystr, samples.paths())))
         _validate.differentiable(params, batch)
         _validate.no_python_samples([args[i] for i in batch_argnums], size)
         used = {*argnums, *batch_argnums}
-        others, other_spec = tree_flatten({i: args[i] for i in range(len(args)) if i not in used})
+        rest = _flat({i: args[i] for i in range(len(args)) if i not in used})
+        others = rest.leaves
         if aliased:
             others = [
                 leaf.detach() if isinstance(leaf, Tensor) and not leaf.requires_grad else leaf
                 for leaf in others
             ]
-        further = tree_unflatten(others, other_spec)
+        further = rest.restore(others)
 
         def loss(leaves: Sequence[Tensor], sample: Sequence[Any]) -> Any:
             full = [further.get(i) for i in range(len(args))]
-            restored = tree_unflatten(list(leaves), spec)
+            restored = parameters.restore(leaves)
             for position, value in zip(argnums, (restored,) if single else restored, strict=True):
                 full[position] = value
-            for position, value in zip(
-                batch_argnums, tree_unflatten(list(sample), batch_spec), strict=True
-            ):
+            for position, value in zip(batch_argnums, samples.restore(sample), strict=True):
                 full[position] = value
             return fn(*full)
 
@@ -98,20 +145,23 @@ class Inputs:
             batch,
             size,
             loss,
-            lambda leaves: tree_unflatten(leaves, spec),
+            parameters.restore,
             fn,
             [leaf for leaf in others if isinstance(leaf, Tensor)],
             [leaf for leaf in (*batch, *others) if not isinstance(leaf, Tensor)],
-            (spec, batch_spec, other_spec, argnums, batch_argnums),
+            (parameters.structure, samples.structure, rest.structure, argnums, batch_argnums),
         )
 
 
-def _flatten_parameters(tree: Any) -> tuple[list[str], list[Tensor], Any]:
-    paths, spec = tree_flatten_with_path(tree)
-    names = [".".join(_component(key) for key in path) for path, _ in paths]
-    params = [leaf for _, leaf in paths]
+def _parameter_names(parameters: _Flat) -> list[str]:
+    """The name of each parameter, of parameters that can be differentiated."""
+    leaves, structure = parameters.leaves, parameters.structure
+    if type(structure) is tuple and structure[0] is dict:
+        names = list(structure[1])
+    else:
+        names = [".".join(map(_component, path)) for path in parameters.paths()]
     seen: dict[int, str] = {}
-    for name, leaf in zip(names, params, strict=True):
+    for name, leaf in zip(names, leaves, strict=True):
         if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
             kind = leaf.dtype if isinstance(leaf, Tensor) else type(leaf).__name__
             raise ValueError(
@@ -124,9 +174,9 @@ def _flatten_parameters(tree: Any) -> tuple[list[str], list[Tensor], Any]:
                 "twice inside fn, so that its two gradients are summed before the norm."
             )
         seen[id(leaf)] = name
-    if not params:
+    if not leaves:
         raise ValueError("params holds no tensor; there is nothing to differentiate.")
-    return names, params, spec
+    return names
 
 
 def _component(key: Any) -> str:

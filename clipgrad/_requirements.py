@@ -115,7 +115,8 @@ def check_batch(batch: tuple[Any, ...]) -> None:
         raise ValueError(
             "backward needs the batch, as loss_fn takes it after the model; it computes the loss itself."
         )
-    for leaf in tree_leaves(batch):
+    leaves = batch if all(type(part) is Tensor for part in batch) else tree_leaves(batch)
+    for leaf in leaves:
         if isinstance(leaf, Tensor) and leaf.requires_grad:
             raise ValueError(
                 f"the batch holds a tensor of shape {tuple(leaf.shape)} that requires grad, but no gradient flows "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -68,16 +68,17 @@ class ParameterSlots:
         Raises:
             NotPerSampleError: If the body wrote to a buffer.
         """
-        before = [_buffers(module) for module in self._modules]
+        before = [_buffers(module) for module in self._modules if module._buffers]
+        without = [module for module in self._modules if not module._buffers]
         flat = [list(module._flat_weights) for module, _ in self._flat]
         try:
             self._place(tensors)
             yield
-            for buffers in before:
+            for buffers in (*before, *_made_in(without)):
                 _check(buffers)
         finally:
             self._restore(flat)
-            for buffers in before:
+            for buffers in (*before, *_made_in(without)):
                 _put_back(buffers)
 
     def _place(self, tensors: Sequence[Tensor]) -> None:
@@ -112,6 +113,11 @@ def _buffers(module: nn.Module) -> _Buffers:
         if buffer is not None and not buffer.is_inference()
     }
     return _Buffers(module, tensors, versions)
+
+
+def _made_in(modules: Iterable[nn.Module]) -> list[_Buffers]:
+    """What was before in those of the modules without buffers that have some now."""
+    return [_Buffers(module, {}, {}) for module in modules if module._buffers]
 
 
 def _check(before: _Buffers) -> None:

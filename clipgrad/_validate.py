@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import numbers
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -47,8 +48,9 @@ def one_of(name: str, value: str, allowed: Sequence[str]) -> str:
     return value
 
 
+@functools.lru_cache(maxsize=64)
 def positions(
-    argnums: Sequence[int], batch_argnums: Sequence[int] | None, count: int
+    argnums: tuple[int, ...], batch_argnums: tuple[int, ...] | None, count: int
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Positions of parameters and of batch arguments among ``count`` arguments; -1 is the last."""
 
@@ -79,8 +81,18 @@ def positions(
     return parameters, batch
 
 
-def batch_size(leaves: Sequence[Any], paths: Sequence[str]) -> int:
-    """The common leading size of all tensors of a batch."""
+def batch_size(leaves: Sequence[Any], find_paths: Callable[[], Sequence[str]]) -> int:
+    """The common leading size of all tensors of a batch.
+
+    Args:
+        leaves: Of the batch.
+        find_paths: Tells where each of them stands, for a message.
+    """
+    if leaves and all(isinstance(leaf, Tensor) and leaf.dim() for leaf in leaves):
+        found = {leaf.shape[0] for leaf in leaves}
+        if len(found) == 1:
+            return int(found.pop())
+    paths = find_paths()
     for leaf, path in zip(leaves, paths, strict=True):
         if not isinstance(leaf, Tensor) and _may_hold_samples(leaf):
             remedy = "Convert it with torch.as_tensor"
@@ -125,7 +137,7 @@ def _may_hold_samples(leaf: Any) -> bool:
 
 def no_python_samples(arguments: Sequence[Any], size: int) -> None:
     """Refuse a list with one Python value per sample: it would reach every sample as a whole."""
-    stack = list(arguments)
+    stack = [argument for argument in arguments if not isinstance(argument, Tensor)]
     while stack:
         value = stack.pop()
         if isinstance(value, Mapping):

@@ -22,10 +22,9 @@ from clipgrad._phases import phase
 from clipgrad._requirements import (
     check_batch,
     check_parts,
-    parameters_to_train,
     refuse_strangers,
 )
-from clipgrad._swap import ParameterSlots
+from clipgrad._survey import Survey
 from clipgrad.accounting import Ledger
 from clipgrad.clipping import (
     ClippingStrategy,
@@ -110,8 +109,7 @@ class DPOptimizer(OptimizerFacade):
         >>> optimizer.zero_grad()
     """
 
-    _selection: tuple[tuple[str, nn.Parameter], ...]
-    _slots: ParameterSlots | None
+    _survey: Survey
     _pending: Pending
     _last: ClippedGradResult | None
 
@@ -174,7 +172,7 @@ class DPOptimizer(OptimizerFacade):
         check_possible(self._progress, nan_safe=nan_safe, grid=grid)
         self.sigma  # noqa: B018 - noise that cannot exist is refused here, not at the first step
         self._start()
-        names, sizes = zip(*((name, p.numel()) for name, p in self._selection), strict=True)
+        names, sizes = self._survey.names, [p.numel() for p in self._survey.parameters]
         check_fits(
             make_clipping(self.max_grad_norm, names, sizes, rescale=False), sizes, grid, self.sigma
         )
@@ -207,11 +205,10 @@ class DPOptimizer(OptimizerFacade):
             is_padding = batch[0].is_padding
             batch = tuple(batch[0].batch)
         check_batch(batch)
-        self._select()
-        names = [name for name, _ in self._selection]
-        parameters = [parameter for _, parameter in self._selection]
+        survey = self._look_again()
+        names, parameters = survey.names, survey.parameters
         self._pending.before_backward(names, parameters)
-        result = self._present()(dict(self._selection), *batch, is_padding=is_padding)
+        result = self._present()(dict(survey.selection), *batch, is_padding=is_padding)
         sums = [result.grads[name] for name in names]
         self._pending.add(parameters, sums, self._progress.observed(result))
         self._last = replace(result, grads=None)  # else the sums would live until the next call
@@ -237,10 +234,10 @@ class DPOptimizer(OptimizerFacade):
         if self._account is not None:
             self._account.before_step()
         sigma, sigma_observed = self.sigma, self._noises()[1]
-        parameters = [parameter for _, parameter in self._selection]
+        names, parameters = self._survey.names, self._survey.parameters
         selected = set(map(id, parameters))
         others = [p for p in self._owned() if id(p) not in selected]
-        sums = self._pending.take([name for name, _ in self._selection], parameters, others)
+        sums = self._pending.take(names, parameters, others)
         sums, observed = sums[: len(parameters)], sums[len(parameters) :]
         if self._account is not None:
             self._account.record(self.accounted_noise_multiplier)
@@ -369,14 +366,14 @@ class DPOptimizer(OptimizerFacade):
     def explain(self, *batch: Any) -> Explanation:
         """Tell how each parameter's per-sample gradient is found for such a batch; changes nothing."""
         check_batch(batch)
-        self._select()
-        return self._present().explain(dict(self._selection), *batch)
+        survey = self._look_again()
+        return self._present().explain(dict(survey.selection), *batch)
 
     # ------------------------------------------------------------------ torch.optim.Optimizer
 
     def __getstate__(self) -> dict[str, Any]:
         # ``step`` may be a scheduler's wrapper, bound to this very object. The logical batch in progress stays here.
-        left_out = ("step", "_pending", "_last", "_selection", "_slots")
+        left_out = ("step", "_pending", "_last", "_survey")
         return {key: value for key, value in self.__dict__.items() if key not in left_out}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -442,8 +439,7 @@ class DPOptimizer(OptimizerFacade):
 
     @observed
     def _loss(self, parameters: Mapping[str, Tensor], *batch: Any) -> Tensor:
-        assert self._slots is not None
-        with self._slots.holding(list(parameters.values())):
+        with self._survey.slots.holding(list(parameters.values())):
             return self.loss_fn(self.model, *batch)
 
     def _present(self) -> ClippedGrad:
@@ -458,25 +454,28 @@ class DPOptimizer(OptimizerFacade):
         return self._progress.noise(self.relation, self.expected_batch_size)
 
     def _start(self) -> None:
-        self._selection = ()
-        self._slots = None
+        self._survey = Survey(self.model, list(self._owned()))
         self._pending = Pending()
         self._last = None
-        self._select()
         self.inner.register_step_pre_hook(refuse_unnoised(weakref.ref(self._pending)))
 
     def _owned(self) -> Iterator[Tensor]:
         """Every parameter that the wrapped optimizer steps if it has a gradient."""
         return (p for group in self.inner.param_groups for p in group["params"])
 
-    def _select(self) -> None:
+    def _look_again(self) -> Survey:
         """Find the parameters to train now: the optimizer's, in the model's order, that require grad."""
-        selection = parameters_to_train(self.model, list(self._owned()))
-        before, now = ([id(p) for _, p in chosen] for chosen in (self._selection, selection))
-        if self._pending.unfinished and before != now:
+        owned = list(self._owned())
+        before = self._survey
+        if before.holds(self.model, owned):
+            return before
+        survey = Survey(self.model, owned)
+        if self._pending.unfinished and (
+            list(map(id, before.parameters)) != list(map(id, survey.parameters))
+        ):
             raise UnclippedGradientError(
                 "backward: the parameters to train changed within a logical batch (requires_grad, add_param_group), "
                 "so the sums so far do not fit. Change them after step() or zero_grad()."
             )
-        self._selection = selection
-        self._slots = ParameterSlots(self.model, [parameter for _, parameter in selection])
+        self._survey = survey
+        return survey

@@ -3,11 +3,42 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
+import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of each sample, counted when somebody asks: counting costs several small operations.
+
+    Attributes:
+        norms: Per-sample norms, ``[B]`` per clipping group.
+        bounds: The clipping norm of each group.
+        nonfinite: Boolean ``[B]``: samples that were dropped because their gradient was not finite.
+        is_padding: Boolean ``[B]``, or None if no sample is padding.
+    """
+
+    norms: Sequence[Tensor]
+    bounds: Sequence[float]
+    nonfinite: Tensor
+    is_padding: Tensor | None
+
+    @cached_property
+    def num_clipped(self) -> Tensor:
+        """How many samples had a norm above the clipping norm, in any group."""
+        above = [norms > bound for norms, bound in zip(self.norms, self.bounds, strict=True)]
+        clipped = torch.stack(above).any(0) & ~self.nonfinite
+        return (clipped if self.is_padding is None else clipped & ~self.is_padding).sum()
+
+    @cached_property
+    def num_nonfinite(self) -> Tensor:
+        """How many samples were dropped because their gradient was not finite."""
+        return self.nonfinite.sum()
 
 
 @dataclass(frozen=True)
@@ -24,9 +55,7 @@ class ClippedGradResult:
             from group to ``[B]``.
         aux: Per-sample auxiliary outputs stacked on a leading axis, or None.
         batch_size: Number of samples that are not padding.
-        num_clipped: How many of them had a norm above the clipping norm (in any group), a scalar tensor. ``Automatic``
-            scales the others too.
-        num_nonfinite: How many were dropped because their gradient was not finite, a scalar tensor.
+        outcome: What became of each sample: what the counts below are taken from.
     """
 
     grads: Any
@@ -34,8 +63,20 @@ class ClippedGradResult:
     grad_norms: Tensor | Mapping[str, Tensor]
     aux: Any
     batch_size: int
-    num_clipped: Tensor
-    num_nonfinite: Tensor
+    outcome: Outcome = field(repr=False)
+
+    @property
+    def num_clipped(self) -> Tensor:
+        """How many of them had a norm above the clipping norm (in any group), a scalar tensor.
+
+        ``Automatic`` scales the others too. Counted from ``grad_norms`` when it is first asked for.
+        """
+        return self.outcome.num_clipped
+
+    @property
+    def num_nonfinite(self) -> Tensor:
+        """How many were dropped because their gradient was not finite, a scalar tensor."""
+        return self.outcome.num_nonfinite
 
 
 @dataclass(frozen=True)

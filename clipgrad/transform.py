@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -28,7 +29,6 @@ from clipgrad._microbatch import forward, plan, run
 from clipgrad._piece import Piece, Settings, accumulate
 from clipgrad._tape import Strategy, Tape
 from clipgrad.clipping import (
-    Clipping,
     ClippingStrategy,
     Relation,
     is_grouped,
@@ -38,7 +38,7 @@ from clipgrad.clipping import (
 )
 from clipgrad.compiled import MODES, Compiler, MicrobatchRunner
 from clipgrad.explain import Explanation, make_explanation
-from clipgrad.result import ClippedGradResult
+from clipgrad.result import ClippedGradResult, Outcome
 
 RANDOMNESS = ("different", "same", "error")
 STRATEGIES = ("auto", *(strategy.value for strategy in Strategy))
@@ -70,8 +70,11 @@ class ClippedGrad:
     compile: bool | str = False
     grid: float | None = None
     _compiler: Compiler | None = field(init=False, repr=False, compare=False)
-    # Not an argument either: a copy with another norm must not find what was resolved for this one.
-    _clipping_cache: dict[tuple[tuple[str, ...], tuple[int, ...]], Clipping] = field(
+    # Not arguments either: a copy with another norm must not find what was resolved for this one.
+    _settings_cache: dict[tuple[Any, ...], Settings] = field(
+        init=False, default_factory=dict, repr=False, compare=False
+    )
+    _sensitivity_cache: dict[Relation, float] = field(
         init=False, default_factory=dict, repr=False, compare=False
     )
 
@@ -150,6 +153,13 @@ class ClippedGrad:
         one part in ``1e5``; see ``docs/guarantees.md``. With a ``grid`` it holds to the last bit.
         """
         relation = relation_of(relation)
+        if isinstance(self.max_grad_norm, Mapping):  # which could be written to
+            return self._sensitivity(relation)
+        if relation not in self._sensitivity_cache:
+            self._sensitivity_cache[relation] = self._sensitivity(relation)
+        return self._sensitivity_cache[relation]
+
+    def _sensitivity(self, relation: Relation) -> float:
         clipping = make_clipping(self.max_grad_norm, rescale=self.rescale_to_unit_norm)
         if self.grid is not None:
             return exact_sensitivity(clipping, relation)
@@ -200,31 +210,38 @@ class ClippedGrad:
             tape.release()
 
     def _settings(self, inputs: Inputs) -> Settings:
-        names, sizes = tuple(inputs.names), tuple(p.numel() for p in inputs.params)
-        key = names, sizes
-        if key not in self._clipping_cache:
-            self._clipping_cache[key] = make_clipping(
-                self.max_grad_norm, names, sizes, rescale=self.rescale_to_unit_norm
-            )
+        if self.grid is not None:
+            check_samples(inputs.batch_size, "batch size")
+        params = inputs.params
+        sizes, dtypes = tuple(map(Tensor.numel, params)), tuple(map(_DTYPE, params))
+        key = tuple(inputs.names), sizes, dtypes
+        settings = self._settings_cache.get(key)
+        if settings is None:
+            settings = self._settings_cache[key] = self._resolved(*key)
+        if self.pre_clipping_transform is None:
+            return settings
+        return replace(settings, pre_clipping=self._pre_clipping(inputs))
+
+    def _resolved(
+        self, names: tuple[str, ...], sizes: tuple[int, ...], dtypes: tuple[torch.dtype, ...]
+    ) -> Settings:
+        """The configuration for parameters of these names, sizes and dtypes."""
+        clipping = make_clipping(
+            self.max_grad_norm, names, sizes, rescale=self.rescale_to_unit_norm
+        )
         return Settings(
-            clipping=self._clipping_cache[key],
-            dtypes=tuple(self._accumulation(p.dtype) for p in inputs.params),
+            clipping=clipping,
+            dtypes=tuple(map(self._accumulation, dtypes)),
             randomness=self.randomness,
             keep_batch_dim=self.keep_batch_dim,
             has_aux=self.has_aux,
             nan_safe=self.nan_safe,
             strategy=None if self.strategy == "auto" else Strategy(self.strategy),
             memory_budget=self.memory_budget,
-            pre_clipping=self._pre_clipping(inputs),
+            pre_clipping=None,
             branches=self.branches,
-            grid=self._grid(self._clipping_cache[key], inputs),
+            grid=None if self.grid is None else Grid(self.grid, clipping, sizes),
         )
-
-    def _grid(self, clipping: Clipping, inputs: Inputs) -> Grid | None:
-        if self.grid is None:
-            return None
-        check_samples(inputs.batch_size, "batch size")
-        return Grid(self.grid, clipping, tuple(param.numel() for param in inputs.params))
 
     def _rows_at_once(self, size: int) -> int:
         return 1 if self.grid is not None else self.microbatch_size or size
@@ -234,10 +251,9 @@ class ClippedGrad:
             return torch.float64
         return self.accumulate_dtype or torch.promote_types(dtype, torch.float32)
 
-    def _pre_clipping(self, inputs: Inputs) -> Callable[[list[Tensor]], list[Tensor]] | None:
+    def _pre_clipping(self, inputs: Inputs) -> Callable[[list[Tensor]], list[Tensor]]:
         transform = self.pre_clipping_transform
-        if transform is None:
-            return None
+        assert transform is not None
 
         def apply(gradients: list[Tensor]) -> list[Tensor]:
             before = inputs.restore(gradients)
@@ -264,15 +280,14 @@ class ClippedGrad:
             for p, dtype in zip(inputs.params, settings.dtypes, strict=True)
         ]
         none = torch.zeros(0, dtype=settings.dtypes[0], device=device)
-        count = torch.zeros((), dtype=torch.long, device=device)
+        norms = [none for _ in settings.clipping.groups]
         return ClippedGradResult(
             inputs.restore(sums),
             none,
-            self._norms(settings, [none for _ in settings.clipping.groups]),
+            self._norms(settings, norms),
             None,
             0,
-            count,
-            count,
+            Outcome(norms, settings.clipping.norms, none.bool(), None),
         )
 
     def _norms(self, settings: Settings, norms: Sequence[Tensor]) -> Tensor | Mapping[str, Tensor]:
@@ -290,17 +305,8 @@ class ClippedGrad:
     ) -> ClippedGradResult:
         if self.normalize_by != 1.0:
             sums = [total.div_(self.normalize_by) for total in sums]
-        norms = [torch.cat(group) for group in zip(*(piece.norms for piece in pieces), strict=True)]
-        bounds = settings.clipping.norms
-        clipped = torch.stack(
-            [norm > bound for norm, bound in zip(norms, bounds, strict=True)]
-        ).any(0)
-        nonfinite = torch.cat([piece.nonfinite for piece in pieces])
-        real = inputs.batch_size
-        clipped = clipped & ~nonfinite
-        if mask is not None:
-            clipped = clipped & ~mask
-            real -= int(mask.sum())
+        norms = [_joined(group) for group in zip(*(piece.norms for piece in pieces), strict=True)]
+        nonfinite = _joined([piece.nonfinite for piece in pieces])
         aux = (
             tree_map(lambda *leaves: torch.cat(leaves), *(piece.aux for piece in pieces))
             if self.has_aux
@@ -308,13 +314,21 @@ class ClippedGrad:
         )
         return ClippedGradResult(
             grads=inputs.restore(sums),
+            # A copy also of a single piece's, and of aux: the loss may have returned a view of something large.
             values=torch.cat([piece.values for piece in pieces]),
             grad_norms=self._norms(settings, norms),
             aux=aux,
-            batch_size=real,
-            num_clipped=clipped.sum(),
-            num_nonfinite=nonfinite.sum(),
+            batch_size=inputs.batch_size - (0 if mask is None else int(mask.sum())),
+            outcome=Outcome(norms, settings.clipping.norms, nonfinite, mask),
         )
+
+
+_DTYPE = attrgetter("dtype")
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    """Per-sample values of all microbatches, which nothing else holds."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 
 def _first_part(inputs: Inputs, batch: list[Any], settings: Settings) -> Tape:

@@ -41,6 +41,7 @@ BUFFERS: dict[str, tuple[Callable[[Any, Tensor], Any], Tensor | None]] = {
     "replaced by data": (lambda m, x: setattr(m, "state", x.mean(0)), zeros()),
     "filled for the first time": (lambda m, x: setattr(m, "state", x.mean(0)), None),
     "made in forward": (lambda m, x: m.register_buffer("fresh", x.mean(0)), None),
+    "made in a layer without": (lambda m, x: m.layer.register_buffer("fresh", x.mean(0)), None),
     "deleted": (lambda m, x: m._buffers.pop("state"), zeros()),
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -45,12 +46,16 @@ def fitted(leaf: Tensor, size: int) -> Tensor:
         index = torch.arange(size, device=leaf.device) % rows
         leaf = leaf.index_select(0, index)
     leaf = leaf.contiguous(memory_format=layout)
-    strides = torch.empty(leaf.shape, device="meta").stride()
-    if layout is not torch.contiguous_format:
-        strides = torch.empty(leaf.shape, device="meta", memory_format=layout).stride()
+    strides = _strides(leaf.shape, layout)
     if leaf.stride() == strides:
         return leaf
     return leaf.as_strided(leaf.shape, strides)  # axes of length one may have any stride
+
+
+@functools.lru_cache(maxsize=256)
+def _strides(shape: torch.Size, layout: torch.memory_format) -> tuple[int, ...]:
+    """Of a new tensor."""
+    return torch.empty(shape, device="meta", memory_format=layout).stride()
 
 
 def fitted_batch(batch: Sequence[Any], size: int) -> list[Any]:
@@ -59,8 +64,16 @@ def fitted_batch(batch: Sequence[Any], size: int) -> list[Any]:
 
 
 def fitted_mask(mask: Tensor | None, rows: int, size: int, device: torch.device) -> Tensor:
-    """Boolean ``[size]``: the samples that the caller marked, and the rows that were added."""
-    full = torch.arange(size, device=device) >= rows
-    if mask is not None:
-        full[:rows] |= mask.to(device)
+    """Boolean ``[size]``: the samples that the caller marked, and the rows that were added; not to be written to."""
+    added = _added_rows(rows, size, device)
+    if mask is None:
+        return added
+    full = added.clone()
+    full[:rows] |= mask.to(device)
     return full
+
+
+@functools.lru_cache(maxsize=256)
+def _added_rows(rows: int, size: int, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):  # kept, and to be used outside of it
+        return torch.arange(size, device=device) >= rows

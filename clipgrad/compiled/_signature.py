@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -18,12 +19,12 @@ from clipgrad.compiled._state import same
 from clipgrad.errors import CompileError
 from clipgrad.rules._registry import rules
 
+_ATTRIBUTES = attrgetter("shape", "dtype", "device", "requires_grad", "layout")
+
 
 def describe(tensor: Tensor) -> tuple[Any, ...]:
     """What a compiled graph assumes of a tensor."""
-    return (
-        tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.requires_grad, tensor.layout, type(tensor),
-    )  # fmt: skip
+    return _ATTRIBUTES(tensor), tensor.stride(), type(tensor)
 
 
 def _describe_rows(leaf: Any) -> tuple[Any, ...]:
@@ -50,7 +51,8 @@ def _flags(kinds: Sequence[str]) -> tuple[Any, ...]:
     cuda, cudnn = torch.backends.cuda, torch.backends.cudnn
     return (
         torch.get_default_dtype(),
-        torch.get_default_device(),
+        # Without a mode it is the CPU; asking takes a third as long as all the rest.
+        torch.get_default_device() if _get_current_function_mode_stack() else torch.device("cpu"),
         *((torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in kinds),
         torch.is_autocast_cache_enabled(),
         torch.are_deterministic_algorithms_enabled(),

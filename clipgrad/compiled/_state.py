@@ -11,7 +11,9 @@ from __future__ import annotations
 import contextvars
 import enum
 import types
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from itertools import chain, repeat
+from operator import attrgetter, is_
 from typing import Any
 
 import numpy as np
@@ -41,6 +43,50 @@ def same(now: Any, was: Any) -> bool:
     return False
 
 
+class _Columns:
+    """The places of a ``State`` column by column, so that one loop of the interpreter's own compares them all.
+
+    By identity alone: what is not the same object may still be equal, and ``State.change`` decides that.
+    """
+
+    def __init__(self, state: State) -> None:
+        # A list's or set's entries are read as a tuple made for the purpose, which is never the same object twice.
+        entries = [place for place in state.attributes if isinstance(place[0], AsTuple)]
+        attributes = [place for place in state.attributes if not isinstance(place[0], AsTuple)]
+        self._mappings, self._keys, self._items = _columns(state.items, 3)
+        self._containers, self._lengths = _columns(state.lengths, 2)
+        self._owners, self._names, self._attributes = _columns(attributes, 3)
+        self._lists = [owner.value for owner, *_ in entries]
+        self._list_lengths = [len(was) for _, _, was, _ in entries]
+        self._entries = [value for _, _, was, _ in entries for value in was]
+        self._cells, self._contents = _columns(state.cells, 2)
+
+    def identical(self) -> bool:
+        """Whether every place holds the very object that was found in it."""
+        missing = repeat(MISSING)
+        entries = list(chain.from_iterable(self._lists))
+        try:
+            contents_now = list(map(_CONTENTS, self._cells))
+        except ValueError:  # one without a value
+            return False
+        return (
+            all(map(is_, map(get, self._mappings, self._keys, missing), self._items))
+            and list(map(len, self._containers)) == self._lengths
+            and all(map(is_, map(getattr, self._owners, self._names, missing), self._attributes))
+            and list(map(len, self._lists)) == self._list_lengths
+            and len(entries) == len(self._entries)
+            and all(map(is_, entries, self._entries))
+            and all(map(is_, contents_now, self._contents))
+        )
+
+
+_CONTENTS = attrgetter("cell_contents")
+
+
+def _columns(places: Sequence[tuple[Any, ...]], count: int) -> list[list[Any]]:
+    return [[place[index] for place in places] for index in range(count)]
+
+
 class State:
     """The places that a step read, each with what was found in it, and a name for messages; see ``_walk``.
 
@@ -58,6 +104,8 @@ class State:
         self.attributes: list[tuple[Any, str, Any, str]] = []
         self.cells: list[tuple[types.CellType, Any, str]] = []
         self.arrays: list[tuple[Any, Any, str]] = []
+        self._columns: _Columns | None = None
+        """Made by the first ``change``; from then on places may only be left out, by ``forget_results``."""
 
     def __len__(self) -> int:
         return len(self.items) + len(self.lengths) + len(self.attributes) + len(self.cells)
@@ -79,9 +127,17 @@ class State:
                 and now is not item[2]
             )
         ]
+        self._columns = None
 
     def change(self) -> str | None:
         """The first place whose value is another now, and how it changed; None if there is none."""
+        if self._columns is None:
+            self._columns = _Columns(self)
+        if not self._columns.identical():
+            return self._first_change()
+        return self._array_change()
+
+    def _first_change(self) -> str | None:
         for mapping, key, was, path in self.items:
             now = get(mapping, key, MISSING)
             if now is not was and not same(now, was):
@@ -97,6 +153,9 @@ class State:
             now = contents(cell)
             if not same(now, was):
                 return f"{path} ({_told(was)} -> {_told(now)})"
+        return self._array_change()
+
+    def _array_change(self) -> str | None:
         for array, copy, path in self.arrays:
             if not np.array_equal(array, copy, equal_nan=array.dtype.kind == "f"):
                 return f"the values of {path}"
@@ -106,12 +165,12 @@ class State:
 class AsTuple:
     """The entries of a list or set, readable as an attribute."""
 
-    def __init__(self, value: Iterable[Any]) -> None:
-        self._value = value
+    def __init__(self, value: Collection[Any]) -> None:
+        self.value = value
 
     @property
     def entries(self) -> tuple[Any, ...]:
-        return tuple(self._value)
+        return tuple(self.value)
 
 
 class Entry:

@@ -17,7 +17,9 @@ from torch import Tensor, nn
 
 import clipgrad
 from clipgrad import CompileError, DPOptimizer, clipped_grad
-from clipgrad.compiled._state import same
+from clipgrad.compiled._shape import fitted_mask
+from clipgrad.compiled._signature import _flags
+from clipgrad.compiled._state import MISSING, AsTuple, State, same
 from tests.compiled.conftest import Graphs
 from tests.small_mlp import assert_same, make_batch, make_params, mlp
 
@@ -364,3 +366,81 @@ def test_constant_made_of_python_numbers(graphs: Graphs) -> None:
 )  # fmt: skip
 def test_same(now: Any, was: Any, expected: bool) -> None:
     assert same(now, was) is expected
+
+
+def test_each_kind_of_place_is_compared_each_time() -> None:
+    mapping, container, slotted, entries = {"a": 1.5}, {"x": 1}, Slotted(), ["a", "b"]
+    cell, array = types.CellType(2.5), np.ones(2)
+    state = State()
+    state.items.append((mapping, "a", 1.5, "an item"))
+    state.items.append((mapping, "b", MISSING, "a missing item"))
+    state.lengths.append((container, 1, "a length"))
+    state.attributes.append((slotted, "factor", 1.0, "an attribute"))
+    state.attributes.append((AsTuple(entries), "entries", tuple(entries), "entries"))
+    state.cells.append((cell, 2.5, "a cell"))
+    state.arrays.append((array, array.copy(), "an array"))
+    changes: list[tuple[Callable[[], Any], Callable[[], Any], str]] = [
+        (lambda: mapping.update(a=2.5), lambda: mapping.update(a=1.5), "an item"),
+        (lambda: mapping.update(b=0), lambda: mapping.pop("b"), "a missing item"),
+        (lambda: container.update(y=1), lambda: container.pop("y"), "a length"),
+        (lambda: setattr(slotted, "factor", 2.0), lambda: setattr(slotted, "factor", 1.0), "an attribute"),
+        (lambda: delattr(slotted, "factor"), lambda: setattr(slotted, "factor", 1.0), "an attribute"),
+        (lambda: entries.append("c"), entries.pop, "entries"),
+        (entries.reverse, entries.reverse, "entries"),
+        (lambda: setattr(cell, "cell_contents", 3), lambda: setattr(cell, "cell_contents", 2.5), "a cell"),
+        (lambda: delattr(cell, "cell_contents"), lambda: setattr(cell, "cell_contents", 2.5), "a cell"),
+        (lambda: array.fill(2), lambda: array.fill(1), "an array"),
+    ]  # fmt: skip
+    assert state.change() is None
+    for there, back, place in changes:
+        there()
+        assert place in str(state.change())
+        back()
+        assert state.change() is None
+
+
+def test_an_equal_value_is_no_change() -> None:
+    table = {"a": (1, float("7.5")), "b": [1.5]}
+    state = State()
+    state.items += [(table, "a", table["a"], "a"), (table, "b", table["b"], "b")]
+    assert state.change() is None
+    table["a"] = (1, float("7.5"))
+    assert state.change() is None
+    table["a"] = (True, 7.5)
+    assert state.change() is not None
+
+
+def test_forgotten_results_are_not_compared_any_more() -> None:
+    table = {"kept": torch.ones(1), "made": torch.ones(1), "value": 1.0}
+    state = State()
+    state.items += [(table, key, table[key], key) for key in table]
+    assert state.change() is None
+    table["made"] = torch.ones(1)
+    assert "made" in str(state.change())
+    state.forget_results([])
+    assert state.change() is None
+    table["value"] = 2.0
+    assert "value" in str(state.change())
+
+
+def test_default_device_is_part_of_the_signature() -> None:
+    before = _flags(("cpu",))
+    with torch.device("meta"):
+        assert _flags(("cpu",)) != before
+    torch.set_default_device("meta")
+    try:
+        assert _flags(("cpu",)) != before
+    finally:
+        torch.set_default_device(None)
+    assert _flags(("cpu",)) == before
+
+
+def test_masks_are_shared_but_never_written_to() -> None:
+    device = torch.device("cpu")
+    marked = torch.tensor([True, False])
+    for _ in range(2):
+        assert fitted_mask(None, 2, 4, device).tolist() == [False, False, True, True]
+        assert fitted_mask(marked, 2, 4, device).tolist() == [True, False, True, True]
+        assert fitted_mask(None, 4, 4, device).tolist() == [False] * 4
+    with torch.inference_mode():
+        assert not fitted_mask(None, 3, 4, device).is_inference()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import weakref
+from collections import OrderedDict
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clipgrad import clipped_grad, transform
+from clipgrad import Relation, clipped_grad, transform
 from clipgrad._microbatch import run
 from clipgrad._reference import Params, per_sample_gradients_by_loop
 from tests.small_mlp import (
@@ -220,3 +221,44 @@ def test_parameters_of_any_layout() -> None:
     x = draw(B, 4)
     result = clipped_grad(loss, max_grad_norm=1.0)(p, x)
     close(result.grads, definition(p, x, norm=1.0, fn=loss)[0])
+
+
+def test_what_is_kept_of_a_configuration_belongs_to_it_alone(params: Params, batch: Any) -> None:
+    """Sensitivity by relation and norm; groups by names, dtypes of sums by dtypes."""
+    one = clipped_grad(mlp, max_grad_norm=1.0)
+    for gradient, norm in ((one, 1.0), (one.with_max_grad_norm(3.0), 3.0), (one, 1.0)):
+        assert gradient.sensitivity() == norm
+        assert gradient.sensitivity(Relation.REPLACE_ONE) == 2 * norm
+        assert gradient.sensitivity() == norm
+    for dtype in (torch.float64, torch.float32):
+        cast = {name: p.to(dtype) for name, p in params.items()}
+        result = one(cast, batch[0].to(dtype), batch[1])
+        assert {g.dtype for g in result.grads.values()} == {dtype}
+    groups = clipped_grad(
+        lambda p, x, y: mlp({n.partition("/")[2]: v for n, v in p.items()}, x, y),
+        max_grad_norm={"a": 0.1, "b": 0.2},
+    )
+    for first in ("a", "b"):
+        second = "b" if first == "a" else "a"
+        named = {f"{first if n == 'in.w' else second}./{n}": p for n, p in params.items()}
+        norms = groups(named, *batch).grad_norms
+        alone = clipped_grad(mlp, max_grad_norm={"in.w": 1.0, "": 1.0})(params, *batch).grad_norms
+        close(norms[first], alone["in.w"])
+
+
+def test_trees_of_any_kind_have_the_same_names(params: Params, batch: Any) -> None:
+    """A flat dictionary takes a road of its own."""
+    renamed = {name.replace(".", "_"): p for name, p in params.items()}
+
+    def loss(p: Any, x: Tensor, y: Tensor) -> Tensor:
+        return mlp({name: p[name.replace(".", "_")] for name in params}, x, y)
+
+    norms = {name: 0.1 * (i + 1) for i, name in enumerate(renamed)}
+    expected = clipped_grad(loss, max_grad_norm=norms)(renamed, *batch)
+    ordered = clipped_grad(loss, max_grad_norm=norms)(OrderedDict(renamed), *batch)
+    assert type(ordered.grads) is OrderedDict
+    assert type(expected.grads) is dict
+    assert_same(dataclasses.replace(ordered, grads=dict(ordered.grads)), expected)
+    tied = {"a": renamed["in_w"], "b": renamed["in_w"]}
+    with pytest.raises(ValueError, match="'b' and 'a' are the same tensor"):
+        clipped_grad(loss, max_grad_norm=1.0)(tied, *batch)
