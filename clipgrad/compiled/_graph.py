@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from clipgrad._microbatch import Loss, run
 from clipgrad._piece import Piece, Settings
+from clipgrad.compiled._decompositions import TABLE
 from clipgrad.errors import CompileError
 
 _READS = {
@@ -173,7 +174,9 @@ def trace(
         return results
 
     with _RefuseReads(), _explained(), torch.autograd.set_multithreading_enabled(False):
-        module = make_fx(step)(*given, *tensors, *others, is_padding, bounds)
+        module = make_fx(step, decomposition_table=TABLE)(
+            *given, *tensors, *others, is_padding, bounds
+        )
     constants, fresh = _lift_constants(module)
     return Graph(module, layouts[0], constants, fresh, asks)
 

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clipgrad.rules._canonical import Outer, scale_rows, select_rows, widen
+from clipgrad.rules._grouped_convolution import per_sample_weight_gradient
 from clipgrad.rules._tensor_cores import convolution_product
 
 # Patches (the unfolded input) of more elements than this are not built at once: 512 MiB of float32.
@@ -183,17 +184,18 @@ class ConvolutionUse:
 
     def _grouped(self) -> Tensor:
         """Samples as groups of one big convolution."""
-        samples = self.input.shape[0]
-
-        def fold(tensor: Tensor) -> Tensor:
-            return widen(tensor).reshape(1, samples * tensor.shape[1], *tensor.shape[2:])
-
-        # Only the shape of the weight is read.
-        weight = widen(self.weight)[None].expand(samples, *self.weight.shape).flatten(0, 1)
-        gradient = self.geometry.weight_gradient(
-            fold(self.gradient), fold(self.input), weight, samples * self.geometry.groups
+        geometry = self.geometry
+        return per_sample_weight_gradient(
+            widen(self.gradient),
+            widen(self.input),
+            self.weight.shape,
+            geometry.stride,
+            geometry.padding,
+            geometry.dilation,
+            geometry.transposed,
+            geometry.output_padding or (0,) * len(geometry.stride),
+            geometry.groups,
         )
-        return gradient.view(samples, *self.weight.shape)
 
 
 def _patches(
