@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from benchmarks import compare, report
+from benchmarks.allocator import keep_freed_memory
 from benchmarks.modes import Microbatch, Mode, modes
 from benchmarks.progress import Bar
 from benchmarks.records import Row, load
@@ -39,6 +40,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--row-seconds", type=float, default=30.0, help="time for the timed rounds of a row (30)"
     )
     group.addoption("--most-rounds", type=int, default=30, help="no more rounds than this (30)")
+    group.addoption(
+        "--default-allocator",
+        action="store_true",
+        help="let the C library hand freed memory back to the system (see benchmarks/allocator.py)",
+    )
     group.addoption("--no-memory", action="store_true", help="leave peak memory out")
     group.addoption(
         "--results", type=Path, default=RESULTS, help="folder of tables, charts and raw figures"
@@ -111,6 +117,8 @@ _FINDINGS = pytest.StashKey[compare.Findings]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if not config.getoption("--default-allocator"):
+        keep_freed_memory()
     quick = bool(config.getoption("benchmark_disable", False)) and not config.getoption(
         "benchmark_enable", False
     )

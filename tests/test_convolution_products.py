@@ -39,6 +39,23 @@ def test_case(case: RuleCase, products: list[int], monkeypatch: pytest.MonkeyPat
     assert_rule_matches_reference(case)
 
 
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("case", [c for c in CASES if not c.declines], ids=lambda case: case.name)
+def test_groups_in_a_graph(case: RuleCase, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The library's grouped convolution as one operation of a graph, for every kind of convolution."""
+    monkeypatch.setattr(_backend, "compile_graph", lambda module, mode: module)
+    monkeypatch.setattr(ConvolutionUse, "_unfolds", lambda self: False)
+    monkeypatch.setattr(ConvolutionUse, "_depthwise", ConvolutionUse._grouped)
+    torch.manual_seed(0)
+    params, batch = case.params(), case.batch(3)
+    expected = clipgrad.clipped_grad(case.loss, max_grad_norm=1.0, strategy="ghost")(params, *batch)
+    gradient = clipgrad.clipped_grad(case.loss, max_grad_norm=1.0, strategy="kept", compile=True)
+    found = gradient(params, *batch)
+    torch.testing.assert_close(found.grads, expected.grads)
+    torch.testing.assert_close(found.grad_norms, expected.grad_norms)
+
+
 def loss(params: dict[str, Tensor], x: Tensor) -> Tensor:
     return F.conv2d(x, params["w"], padding=1).square().sum()
 
