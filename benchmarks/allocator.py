@@ -2,7 +2,7 @@
 
 By default glibc hands large blocks back to the system as soon as they are freed, and each step asks for them anew,
 page by page. On two cores of a virtual machine that was a quarter of an ordinary step of cnn-medium, and how much of it
-a mode pays depends on which mode ran before. PyTorch's guide to performance on CPUs advises another allocator therefore.
+a mode pays depends on which mode ran before. PyTorch's guide to performance on CPUs advises other allocators.
 """
 
 from __future__ import annotations
