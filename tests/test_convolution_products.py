@@ -36,7 +36,9 @@ def products(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 @pytest.mark.parametrize("case", [c for c in CASES if not c.declines], ids=lambda case: case.name)
 def test_case(case: RuleCase, products: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_convolution_use, "_PATCHES_AT_ONCE", 1)  # a sample at a time
-    assert_rule_matches_reference(case)
+    assert_rule_matches_reference(
+        case, batch_sizes=(3,), strategies=("kept",), microbatch_sizes=(None,)
+    )
 
 
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
