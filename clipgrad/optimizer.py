@@ -82,7 +82,8 @@ class DPOptimizer(OptimizerFacade):
         branches: ``"split"`` allows a loss that branches on values of tensors; see ``clipped_grad``.
         compile: Run the step as one compiled graph; see ``clipped_grad``. Without ``microbatch_size`` the graph has
             room for a Poisson batch two standard deviations above ``expected_batch_size``; if all your batches have
-            the same size, pass that as ``microbatch_size``, and no row is wasted.
+            the same size, pass that as ``microbatch_size``, and no row is wasted. The default noise source is compiled
+            too.
         grid: Exact mode: clipped sums are integer multiples of this power of two, and the noise is the discrete
             Gaussian, ``DiscreteGaussianNoise(grid)``; see ``clipped_grad`` and ``docs/exact.md``.
 
