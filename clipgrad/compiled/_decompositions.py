@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from clipgrad.compiled._shape import is_channels_last
+
 
 def _format(gradient: Tensor) -> torch.memory_format:
-    last = gradient.dim() == 4 and gradient.is_contiguous(memory_format=torch.channels_last)
-    return torch.channels_last if last and not gradient.is_contiguous() else torch.contiguous_format
+    return torch.channels_last if is_channels_last(gradient) else torch.contiguous_format
 
 
 # With "flexible_layout" the compiler passes tensors as they lie, and learns from the fake how the result lies.
@@ -35,10 +36,8 @@ def max_pool2d_backward(
     kernel takes 0.5.
     """
     layout = _format(gradient)
-    shape = (*gradient.shape[:-2], height, width)
-    image = gradient.new_empty(shape)  # only its shape and layout are read
-    if layout is torch.channels_last:
-        image = image.to(memory_format=layout)
+    # Only its shape and layout are read.
+    image = gradient.new_empty((*gradient.shape[:-2], height, width)).to(memory_format=layout)
     result: Tensor = torch.ops.aten.max_pool2d_with_indices_backward(
         gradient.contiguous(memory_format=layout), image, kernel_size, stride, padding, dilation, ceil_mode,
         indices.contiguous(memory_format=layout),
@@ -47,17 +46,7 @@ def max_pool2d_backward(
 
 
 @max_pool2d_backward.register_fake
-def _(
-    gradient: Tensor,
-    indices: Tensor,
-    height: int,
-    width: int,
-    kernel_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    ceil_mode: bool,
-) -> Tensor:
+def _(gradient: Tensor, indices: Tensor, height: int, width: int, *_: object) -> Tensor:
     image = gradient.new_empty((*gradient.shape[:-2], height, width))
     return image.to(memory_format=_format(gradient))
 

@@ -18,6 +18,7 @@ from torch.fx import GraphModule, Node
 from torch.utils._pytree import tree_leaves
 
 from clipgrad._copies import copies
+from clipgrad.compiled._backend import Run
 from clipgrad.compiled._check import Generators
 
 _log = logging.getLogger("clipgrad")
@@ -27,8 +28,6 @@ _ATTENTIONS = (
     torch.ops.aten._scaled_dot_product_flash_attention.default,
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,
 )
-
-Run = Callable[..., Sequence[Tensor]]
 
 
 class Recorder(Protocol):

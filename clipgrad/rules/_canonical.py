@@ -19,7 +19,7 @@ Bu et al. 2023 (arXiv:2210.00038) for keeping the factors of one backward pass (
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
@@ -38,6 +38,9 @@ _SYMMETRY_POSITIONS = 256
 _ROUNDING_MARGIN = 8.0
 # Squared norms that underflow hides are let go below this: no clipping norm is anywhere near 1e-12.
 _NEGLIGIBLE = 1e-24
+
+
+BatchedProduct = Callable[[Tensor, Tensor], Tensor]
 
 
 def widen(tensor: Tensor) -> Tensor:
@@ -166,7 +169,7 @@ class Outer:
     def outer(self) -> Outer:
         return self
 
-    def per_sample(self) -> Tensor:
+    def per_sample(self, batched_product: BatchedProduct = torch.bmm) -> Tensor:
         right = widen(self.right)
         if isinstance(self.left, OneHot):
             return _scatter_rows(self.left, right).view(self.samples, *self.shape)
@@ -174,7 +177,7 @@ class Outer:
         if left.shape[1] == 1:  # an outer product is a broadcast; bmm with one position is slower
             product = left.transpose(1, 2) * right
         else:
-            product = torch.bmm(left.transpose(1, 2), right)
+            product = batched_product(left.transpose(1, 2), right)
         return product.view(self.samples, *self.shape)
 
     def weighted_sum(self, factors: Tensor) -> Tensor:

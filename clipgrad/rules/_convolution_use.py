@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clipgrad.rules._canonical import Outer, scale_rows, select_rows, widen
-from clipgrad.rules._grouped_convolution import per_sample_weight_gradient
+from clipgrad.rules._geometry import Geometry
+from clipgrad.rules._grouped_convolution import grouped_gradient
 from clipgrad.rules._tensor_cores import convolution_product
 
 # Patches (the unfolded input) of more elements than this are not built at once: 512 MiB of float32.
@@ -25,45 +26,6 @@ _SMALL_PATCH = 64
 _LARGE_WEIGHT = 1 << 17
 # Filters of one channel and fewer taps than this are left to the library's own depthwise kernels on CUDA.
 _LONG_FILTER = 32
-
-
-@dataclass(frozen=True)
-class Geometry:
-    """The static arguments of a convolution, one entry per spatial axis."""
-
-    stride: tuple[int, ...]
-    padding: tuple[int, ...]
-    dilation: tuple[int, ...]
-    groups: int
-    transposed: bool = False
-    output_padding: tuple[int, ...] = ()
-
-    def convolve(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """The convolution itself, by the public function: autocast on CPU knows no other."""
-        axes = len(self.stride)
-        if not self.transposed:
-            plain = getattr(torch, f"conv{axes}d")
-            result: Tensor = plain(
-                input, weight, bias, self.stride, self.padding, self.dilation, self.groups
-            )
-            return result
-        transposed = getattr(torch, f"conv_transpose{axes}d")
-        result = transposed(
-            input, weight, bias, self.stride, self.padding, self.output_padding, self.groups,
-            self.dilation,
-        )  # fmt: skip
-        return result
-
-    def weight_gradient(
-        self, gradient: Tensor, input: Tensor, weight: Tensor, groups: int
-    ) -> Tensor:
-        """The gradient of a weight shaped like ``weight``, by the library's own convolution."""
-        axes = len(self.stride)
-        result: Tensor = torch.ops.aten.convolution_backward(
-            gradient, input, weight, None, self.stride, self.padding, self.dilation, self.transposed,
-            self.output_padding or (0,) * axes, groups, (False, True, False),
-        )[1]  # fmt: skip
-        return result
 
 
 @dataclass(frozen=True)
@@ -107,17 +69,14 @@ class ConvolutionUse:
         samples = self.input.shape[0]
         parts = min(samples, ceil(self._patch_elements() / _PATCHES_AT_ONCE))
         size = ceil(samples / parts)
-        products = [self._rows(start, start + size)._product() for start in range(0, samples, size)]
+        products = [
+            self._rows(start, start + size).outer().per_sample(convolution_product)
+            for start in range(0, samples, size)
+        ]
         return products[0] if len(products) == 1 else torch.cat(products)
 
     def _rows(self, start: int, stop: int) -> ConvolutionUse:
         return replace(self, input=self.input[start:stop], gradient=self.gradient[start:stop])
-
-    def _product(self) -> Tensor:
-        factors = self.outer()
-        assert isinstance(factors.left, Tensor)
-        left, right = widen(factors.left), widen(factors.right)
-        return convolution_product(left.transpose(1, 2), right).view(-1, *self.weight.shape)
 
     def _patch_elements(self) -> int:
         image, rows = (
@@ -184,17 +143,8 @@ class ConvolutionUse:
 
     def _grouped(self) -> Tensor:
         """Samples as groups of one big convolution."""
-        geometry = self.geometry
-        return per_sample_weight_gradient(
-            widen(self.gradient),
-            widen(self.input),
-            self.weight.shape,
-            geometry.stride,
-            geometry.padding,
-            geometry.dilation,
-            geometry.transposed,
-            geometry.output_padding or (0,) * len(geometry.stride),
-            geometry.groups,
+        return grouped_gradient(
+            widen(self.gradient), widen(self.input), self.weight.shape, self.geometry
         )
 
 

@@ -12,17 +12,11 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
+from clipgrad.rules._geometry import Geometry
 
-def per_sample_weight_gradient(
-    gradient: Tensor,
-    input: Tensor,
-    shape: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    transposed: bool,
-    output_padding: Sequence[int],
-    groups: int,
+
+def grouped_gradient(
+    gradient: Tensor, input: Tensor, shape: Sequence[int], geometry: Geometry
 ) -> Tensor:
     """``[B, *shape]`` of the output gradient and the input of a convolution.
 
@@ -30,25 +24,13 @@ def per_sample_weight_gradient(
         gradient: ``[B, C_out, *spatial]``.
         input: ``[B, C_in, *spatial]``, of the same dtype.
         shape: Of the weight.
-        stride: This and the others as the convolution has them.
-        padding: One entry for each spatial axis, like the others.
-        dilation: See above.
-        transposed: Whether the convolution is.
-        output_padding: See above.
-        groups: Of the convolution itself.
+        geometry: Of the convolution.
     """
     whole = gradient.device.type == "cpu" and get_proxy_mode() is not None
     found: Tensor = (_operation if whole else _compute)(
-        gradient,
-        input,
-        list(shape),
-        list(stride),
-        list(padding),
-        list(dilation),
-        transposed,
-        list(output_padding),
-        groups,
-    )
+        gradient, input, shape, geometry.stride, geometry.padding, geometry.dilation, geometry.groups,
+        geometry.transposed, geometry.output_padding,
+    )  # fmt: skip
     return found
 
 
@@ -59,21 +41,20 @@ def _compute(
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
+    groups: int,
     transposed: bool,
     output_padding: Sequence[int],
-    groups: int,
 ) -> Tensor:
+    geometry = Geometry(
+        tuple(stride), tuple(padding), tuple(dilation), groups, transposed, tuple(output_padding)
+    )
     samples = input.shape[0]
 
     def fold(tensor: Tensor) -> Tensor:
         return tensor.reshape(1, samples * tensor.shape[1], *tensor.shape[2:])
 
-    # Only the shape of the weight is read.
-    weight = input.new_empty(samples * shape[0], *shape[1:])
-    found: Tensor = torch.ops.aten.convolution_backward(
-        fold(gradient), fold(input), weight, None, stride, padding, dilation, transposed, output_padding,
-        samples * groups, (False, True, False),
-    )[1]  # fmt: skip
+    weight = input.new_empty(samples * shape[0], *shape[1:])  # only its shape is read
+    found = geometry.weight_gradient(fold(gradient), fold(input), weight, samples * groups)
     return found.contiguous().view(samples, *shape)
 
 
@@ -83,15 +64,5 @@ _operation = torch.library.custom_op(
 
 
 @_operation.register_fake
-def _(
-    gradient: Tensor,
-    input: Tensor,
-    shape: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    transposed: bool,
-    output_padding: Sequence[int],
-    groups: int,
-) -> Tensor:
+def _(gradient: Tensor, input: Tensor, shape: Sequence[int], *_: object) -> Tensor:
     return input.new_empty(input.shape[0], *shape)

@@ -12,8 +12,6 @@ from torch import Tensor
 
 def convolution_product(a: Tensor, b: Tensor) -> Tensor:
     """``torch.bmm(a, b)`` of two operands of a convolution."""
-    if a.shape[2] == 1:  # an outer product is a broadcast; bmm with one position is slower
-        return a * b
     if a.device.type == "cuda" and a.dtype is torch.float32 and _only_convolutions_may():
         product: Tensor = tf32_bmm(a, b)
         return product

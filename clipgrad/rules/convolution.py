@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clipgrad.rules._canonical import PerSample, Use, widen
-from clipgrad.rules._convolution_use import ConvolutionUse, Geometry
+from clipgrad.rules._convolution_use import ConvolutionUse
+from clipgrad.rules._geometry import Geometry
 from clipgrad.rules._registry import Call, Decline, Extent, Recipe, register_rule
 
 
