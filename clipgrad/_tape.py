@@ -12,16 +12,8 @@ from torch import Tensor
 from clipgrad._lanes import per_sample
 from clipgrad._phases import phase
 from clipgrad.errors import NotPerSampleError
-from clipgrad.rules._canonical import (
-    Outer,
-    PerSample,
-    Use,
-    added,
-    ghost_norms_squared,
-    never_underestimated,
-    row_norms_squared,
-    widen,
-)
+from clipgrad.rules._canonical import Outer, PerSample, Use, added, row_norms_squared, widen
+from clipgrad.rules._ghost import ghost_norms_squared, lengths_of, never_underestimated
 from clipgrad.rules._registry import Extent, Recipe
 
 
@@ -158,7 +150,9 @@ def _recomputed_norms(factors: Sequence[Outer]) -> Tensor:
         chunk = slice(start, min(start + step, samples))
         total = added([outer.rows_of(chunk).per_sample() for outer in factors])
         pieces.append(row_norms_squared(total))
-    return never_underestimated(torch.cat(pieces), factors, materialised=True)
+    return never_underestimated(
+        torch.cat(pieces), lengths_of(factors), factors[0], materialised=True
+    )
 
 
 class Tape:

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from clipgrad import _tape
 from clipgrad._tape import Strategy, Tracked
-from clipgrad.rules import OneHot, Outer, PerSample, Use, _canonical
-from clipgrad.rules._canonical import ghost_norms_squared, never_underestimated, row_norms_squared
+from clipgrad.rules import OneHot, Outer, PerSample, Use, _ghost, _gram
+from clipgrad.rules._canonical import row_norms_squared
+from clipgrad.rules._ghost import ghost_norms_squared, lengths_of, never_underestimated
 
 B, S, ROWS, COLUMNS = 4, 5, 6, 3
 SHAPE = torch.Size([ROWS, COLUMNS])
@@ -101,12 +102,20 @@ def test_weighted_sum(make: Callable[[], Outer]) -> None:
         torch.testing.assert_close(turned.weighted_sum(factors), expected.mT)
 
 
+@pytest.fixture(params=[0, 256], ids=["segments", "gram"])
+def few(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both ways to the norm of an embedding."""
+    monkeypatch.setattr(_ghost, "_FEW_POSITIONS", request.param)
+
+
+@pytest.mark.usefixtures("few")
 @kinds
 def test_ghost_norm(make: Callable[[], Outer]) -> None:
     use = make()
     torch.testing.assert_close(ghost_norms_squared([use]), squared_norms(definition(use)))
 
 
+@pytest.mark.usefixtures("few")
 @joins
 def test_ghost_norm_of_several_uses(make: Callable[[], list[Outer]]) -> None:
     uses = make()
@@ -144,7 +153,7 @@ def test_weighted_sum_of_gradients(shape: tuple[int, ...]) -> None:
 def test_symmetric_recursion(
     monkeypatch: pytest.MonkeyPatch, positions: int, threshold: int
 ) -> None:
-    monkeypatch.setattr(_canonical, "_SYMMETRY_POSITIONS", threshold)
+    monkeypatch.setattr(_gram, "_SYMMETRY_POSITIONS", threshold)
     use = dense(positions)
     torch.testing.assert_close(ghost_norms_squared([use]), squared_norms(definition(use)))
 
@@ -154,7 +163,7 @@ def test_symmetric_recursion(
 def test_gram_matrices_in_pieces(
     monkeypatch: pytest.MonkeyPatch, elements: int, make: Callable[[], list[Outer]]
 ) -> None:
-    monkeypatch.setattr(_canonical, "_GRAM_ELEMENTS", elements)
+    monkeypatch.setattr(_gram, "_ELEMENTS", elements)
     uses = make()
     torch.testing.assert_close(ghost_norms_squared(uses), squared_norms(total(uses)))
 
@@ -221,6 +230,7 @@ def test_ghost_norm_is_not_too_small_in_float32(scale: float, distance: float) -
         torch.testing.assert_close(found.double(), expected, rtol=1e-3, atol=0)
 
 
+@pytest.mark.usefixtures("few")
 def test_cross_term_may_cancel() -> None:
     """An embedding row and the output layer that push in opposite directions."""
     right = 1e3 * torch.randn(B, 1, COLUMNS)
@@ -230,6 +240,20 @@ def test_cross_term_may_cancel() -> None:
     uses = [Outer(OneHot(ids, ROWS), right, SHAPE), Outer(-row, nearly, SHAPE)]
     exact = (right.double() - nearly.double()).flatten(1).norm(dim=1)
     assert (ghost_norms_squared(uses).sqrt() >= 0.99 * exact).all()
+
+
+@pytest.mark.usefixtures("few")
+@pytest.mark.parametrize("distance", [1.0, 0.1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6])
+def test_equal_ids_may_cancel(distance: float) -> None:
+    """Every id comes twice, with nearly opposite gradients."""
+    right = torch.randn(B, 4, COLUMNS)
+    right = torch.cat((right, -right + distance * torch.randn(B, 4, COLUMNS)), 1)
+    use = Outer(OneHot(torch.arange(4).repeat(B, 2), ROWS), right, SHAPE)
+    expected = squared_norms(definition(replace(use, right=right.double()))).sqrt()
+    found = ghost_norms_squared([use]).sqrt()
+    assert (found >= 0.99 * expected).all()
+    if distance >= 0.1:
+        torch.testing.assert_close(found.double(), expected, rtol=1e-3, atol=0)
 
 
 @pytest.mark.parametrize("positions", [1, 3])
@@ -246,6 +270,7 @@ def test_zero_stays_zero() -> None:
             assert not ghost_norms_squared([silent]).any()
 
 
+@pytest.mark.usefixtures("few")
 def test_non_finite_stays_non_finite() -> None:
     for value in (torch.nan, torch.inf):
         for make in KINDS.values():
@@ -256,7 +281,7 @@ def test_non_finite_stays_non_finite() -> None:
             norms = ghost_norms_squared([use])
             assert not norms[0].isfinite()
             assert norms[1:].isfinite().all()
-            raised = never_underestimated(norms, [use], materialised=True)
+            raised = never_underestimated(norms, lengths_of([use]), use, materialised=True)
             assert not raised[0].isfinite()
 
 

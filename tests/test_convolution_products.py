@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -23,7 +25,7 @@ def products(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     def product(a: Tensor, b: Tensor) -> Tensor:
         taken.append(a.shape[0])
-        result: Tensor = _tensor_cores.tf32_bmm(a, b)
+        result: Tensor = _tensor_cores.bmm(a, b, True)
         return result
 
     monkeypatch.setattr(_convolution_use, "convolution_product", product)
@@ -84,7 +86,8 @@ def test_a_graph_holds_the_product_whole(
     products: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Else the setting would be looked at when the graph is made, and a compiler would take plain products."""
-    monkeypatch.setattr(_convolution_use, "convolution_product", _tensor_cores.tf32_bmm)
+    product = partial(_tensor_cores.bmm, allowed=True)
+    monkeypatch.setattr(_convolution_use, "convolution_product", product)
     modules: list[GraphModule] = []
 
     def compile_graph(module: GraphModule, mode: str) -> GraphModule:
@@ -99,22 +102,28 @@ def test_a_graph_holds_the_product_whole(
     expected = clipgrad.clipped_grad(loss, max_grad_norm=1.0, strategy="kept")({"w": w}, x)
     compiled = clipgrad.clipped_grad(loss, max_grad_norm=1.0, strategy="kept", compile=True)
     torch.testing.assert_close(compiled({"w": w}, x).grads, expected.grads)
-    assert any(
-        node.target is torch.ops.clipgrad.tf32_bmm.default for node in modules[0].graph.nodes
-    )
-
-
-def test_the_setting_is_put_back() -> None:
-    matmul = torch.backends.cuda.matmul
-    a = torch.randn(2, 3, 4)
-    before = matmul.allow_tf32
-    torch.testing.assert_close(_tensor_cores.tf32_bmm(a, a.mT), a @ a.mT)
-    with pytest.raises(RuntimeError):
-        _tensor_cores.tf32_bmm(a, a)
-    assert matmul.allow_tf32 == before
+    assert any(node.target is torch.ops.clipgrad.bmm.default for node in modules[0].graph.nodes)
 
 
 @pytest.mark.parametrize("allowed", [True, False])
-def test_only_where_convolutions_may(allowed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", allowed)
-    assert _tensor_cores._only_convolutions_may() is allowed
+def test_the_setting_is_put_back(allowed: bool) -> None:
+    matmul = torch.backends.cuda.matmul
+    a = torch.randn(2, 3, 4)
+    before = matmul.allow_tf32
+    torch.testing.assert_close(_tensor_cores.bmm(a, a.mT, allowed), a @ a.mT)
+    with pytest.raises(RuntimeError):
+        _tensor_cores.bmm(a, a, allowed)
+    assert matmul.allow_tf32 == before
+    with _tensor_cores.tf32(allowed):
+        assert _tensor_cores.matrices_may() is allowed
+    assert matmul.allow_tf32 == before
+
+
+@pytest.mark.parametrize("convolutions", [True, False])
+@pytest.mark.parametrize("matrices", [True, False])
+def test_only_where_one_of_them_may(
+    convolutions: bool, matrices: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", convolutions)
+    with _tensor_cores.tf32(matrices):
+        assert _tensor_cores.convolutions_may() is (convolutions or matrices)

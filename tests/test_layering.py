@@ -36,6 +36,8 @@ NOISE = {
     "noise._keystream",
     "noise._keys",
 }
+# rules._ghost -> rules._gram -> rules._gram_triton -> rules._gram_kernels
+GHOST = {"rules._ghost", "rules._gram"}
 ABOVE = {"optimizer", "transform", "_microbatch", "compiled"}
 # _make -> _loader -> _users -> _poisson -> _trials -> _words
 SAMPLERS = {"sampling._poisson", "sampling._users", "sampling._loader", "sampling._make"}
@@ -54,7 +56,11 @@ FORBIDDEN = {
     "_gradients": ABOVE,
     "_tape": ABOVE | {"_plan", "_capture", "_gradients"},
     "rules": ABOVE | {"_plan", "_capture", "_gradients", "_tape"},
-    "rules._canonical": MACHINERY | {"optimizer"},
+    "rules._canonical": MACHINERY | {"optimizer"} | GHOST,
+    "rules._ghost": MACHINERY - {"rules"} | {"rules._registry"},
+    "rules._gram": GHOST - {"rules._gram"} | {"rules._canonical"},
+    "rules._gram_triton": GHOST | {"rules._canonical"},
+    "rules._gram_kernels": EVERYTHING | {"clipgrad", "torch"},
     "clipping": MACHINERY | {"optimizer", "compiled"},
     "plan": MACHINERY | {"optimizer", "compiled", "noise", "sampling", "_account", "_mechanism"},
     "_account": MACHINERY | {"optimizer", "compiled", "noise", "sampling"},

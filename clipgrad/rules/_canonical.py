@@ -18,27 +18,13 @@ Bu et al. 2023 (arXiv:2210.00038) for keeping the factors of one backward pass (
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
-
-# Gram matrices of one block stay below this many elements, so that a ghost norm needs no more scratch
-# than about 256 MiB whatever the sequence length.
-_GRAM_ELEMENTS = 1 << 25
-# Below this many positions a half-size block is too small for the saved half of a symmetric Gram matrix to pay.
-_SYMMETRY_POSITIONS = 256
-# Rounding errors of a ghost norm, in units of the last place of what its terms sum to without cancellation, stay
-# below ``8 + sqrt(rows) + sqrt(columns)`` for the worst inputs found (constant ones); this is the safety on top.
-_ROUNDING_MARGIN = 8.0
-# Squared norms that underflow hides are let go below this: no clipping norm is anywhere near 1e-12.
-_NEGLIGIBLE = 1e-24
-
 
 BatchedProduct = Callable[[Tensor, Tensor], Tensor]
 
@@ -209,145 +195,6 @@ class Outer:
             keep = keep.repeat_interleave(self.groups)
         left = self.left if isinstance(self.left, OneHot) else select_rows(self.left, keep)
         return replace(self, left=left, right=select_rows(self.right, keep))
-
-
-def ghost_norms_squared(uses: Sequence[Outer]) -> Tensor:
-    """Squared norm per sample of the summed gradient of several uses of one parameter, ``[B]``.
-
-    Uses are summed before the norm: the cross terms ``2 <g_u, g_v>`` count. Uses of one kind are joined along
-    their positions; one-hot and dense uses (an embedding tied to the output layer) meet in a cross term.
-    The result may overestimate where terms cancel almost entirely, but a sample is never clipped too little.
-    """
-    dense = _join([use for use in uses if not isinstance(use.left, OneHot)])
-    hot = _join([use for use in uses if isinstance(use.left, OneHot)])
-    total: Tensor | None = None
-    if dense is not None:
-        assert isinstance(dense.left, Tensor)
-        total = _dense_norms(widen(dense.left), widen(dense.right))
-        total = total.view(dense.samples, dense.groups).sum(1)
-    if hot is not None:
-        assert isinstance(hot.left, OneHot)
-        norms = row_norms_squared(_segment_sums(hot.left, widen(hot.right)))
-        total = norms if total is None else total + norms + 2 * _cross(hot, dense)
-    assert total is not None, "a ghost norm of no uses"
-    if len(uses) == 1 and uses[0].right.shape[1] == 1:
-        return total  # a product of two norms: nothing cancels
-    return never_underestimated(total, uses, materialised=dense is None)
-
-
-def never_underestimated(norms: Tensor, uses: Sequence[Outer], *, materialised: bool) -> Tensor:
-    """Raise squared norms ``[B]`` to the error that finding them from the factors may carry.
-
-    Without cancellation the gradient would have the norm ``m = sum_s |left_s| |right_s|``, and rounding errors are
-    multiples of it. Where terms cancel almost entirely (nearly equal positions with opposite output gradients) the
-    error exceeds the norm; clipping to a norm that came out too small would let a sample contribute any number of
-    times the clipping norm. Norms far above the error are returned as they are.
-
-    Args:
-        norms: Squared norms as computed.
-        uses: The factors they were computed from.
-        materialised: Whether they come from the gradient itself, so that the norm carries the error, and not from
-            Gram matrices, where its square does.
-    """
-    shape, groups = uses[0].shape, uses[0].groups
-    columns = uses[0].right.shape[-1]
-    rows = shape.numel() // max(1, columns * groups)
-    lefts, rights, products = (norms.new_zeros(len(norms) * groups) for _ in range(3))
-    for use in uses:
-        right = _lengths(widen(use.right))
-        left = torch.ones_like(right)
-        if isinstance(use.left, Tensor):
-            left = _lengths(widen(use.left))
-        lefts, rights = lefts + left.sum(1), rights + right.sum(1)
-        products = products + (left * right).sum(1)
-    margin = _ROUNDING_MARGIN * (8 + math.sqrt(rows) + math.sqrt(columns))
-    margin *= torch.finfo(norms.dtype).eps
-    floor = products.square() * (margin**2 if materialised else margin)
-    norms = torch.maximum(norms, floor.view(-1, groups).sum(1))
-    if materialised:
-        return norms
-    hidden = _underflow(lefts.square(), rows, rights.square(), columns)
-    return norms + hidden.view(-1, groups).sum(1)
-
-
-def _lengths(vectors: Tensor) -> Tensor:
-    """Norms over the last axis; on CPU ``vector_norm`` is slow where that axis is not the dense one."""
-    lengths: Tensor
-    if vectors.stride(-1) == 1:
-        lengths = torch.linalg.vector_norm(vectors, dim=-1)
-    else:
-        lengths = torch.linalg.vecdot(vectors, vectors).sqrt()
-    return lengths
-
-
-def _underflow(left: Tensor, rows: int, right: Tensor, columns: int) -> Tensor:
-    """What vanishes when tiny numbers are squared, although the other factor may be huge."""
-    tiny = torch.finfo(left.dtype).tiny
-    return F.threshold(tiny * columns * right + tiny * rows * left, _NEGLIGIBLE, 0.0)
-
-
-def _join(uses: Sequence[Outer]) -> Outer | None:
-    if len(uses) <= 1:
-        return uses[0] if uses else None
-    right = torch.cat([use.right for use in uses], dim=1)
-    first = uses[0].left
-    if isinstance(first, OneHot):
-        ids = torch.cat([use.left.ids for use in uses if isinstance(use.left, OneHot)], dim=1)
-        return replace(uses[0], left=OneHot(ids, first.width), right=right)
-    left = torch.cat([use.left for use in uses if isinstance(use.left, Tensor)], dim=1)
-    return replace(uses[0], left=left, right=right)
-
-
-def _dense_norms(left: Tensor, right: Tensor) -> Tensor:
-    positions = left.shape[1]
-    if positions == 1:
-        heights, widths = row_norms_squared(left), row_norms_squared(right)
-        hidden = _underflow(heights, left.shape[-1], widths, right.shape[-1])
-        return heights * widths + hidden
-    if positions < _SYMMETRY_POSITIONS:
-        return _gram_product(left, right, left, right)
-    # Gram matrices are symmetric: two half-size norms and one off-diagonal block, counted twice.
-    half = positions // 2
-    heads, tails = (left[:, :half], right[:, :half]), (left[:, half:], right[:, half:])
-    return _dense_norms(*heads) + _dense_norms(*tails) + 2 * _gram_product(*heads, *tails)
-
-
-def _gram_product(left: Tensor, right: Tensor, other_left: Tensor, other_right: Tensor) -> Tensor:
-    """``sum_st (left_s . other_left_t) (right_s . other_right_t)`` per sample."""
-    elements = left.shape[1] * other_left.shape[1]
-    step = max(1, _GRAM_ELEMENTS // max(1, elements))
-    pieces = []
-    for start in range(0, left.shape[0], step):
-        rows = slice(start, start + step)
-        first = torch.bmm(left[rows], other_left[rows].transpose(1, 2))
-        second = torch.bmm(right[rows], other_right[rows].transpose(1, 2))
-        pieces.append(torch.linalg.vecdot(first.flatten(1), second.flatten(1)))
-    return torch.cat(pieces) if len(pieces) != 1 else pieces[0]
-
-
-def _cross(hot: Outer, dense: Outer | None) -> Tensor:
-    """``<g_hot, g_dense>`` per sample: ``sum_st dense.left[s, id_t] (dense.right_s . hot.right_t)``."""
-    if dense is None or not isinstance(dense.left, Tensor) or not isinstance(hot.left, OneHot):
-        return hot.right.new_zeros(hot.samples)
-    ids = hot.left.ids[:, None, :].expand(-1, dense.left.shape[1], -1)
-    picked = widen(dense.left).gather(2, ids)
-    products = torch.bmm(widen(dense.right), widen(hot.right).transpose(1, 2))
-    products_summed: Tensor = torch.linalg.vecdot(picked.flatten(1), products.flatten(1))
-    return products_summed
-
-
-def _segment_sums(left: OneHot, right: Tensor) -> Tensor:
-    """Rows of ``right`` summed over equal ids of a sample, ``[B, S, columns]``; unused rows are zero.
-
-    The sort gives segments a static shape, so nothing of the size ``[B, width, columns]`` appears.
-    """
-    samples, positions = left.ids.shape
-    ids, order = left.ids.sort(dim=1, stable=True)
-    fresh = torch.ones_like(ids)
-    fresh[:, 1:] = (ids[:, 1:] != ids[:, :-1]).to(ids.dtype)
-    segment = fresh.cumsum(1) - 1 + positions * torch.arange(samples, device=ids.device)[:, None]
-    rows = right.gather(1, order[..., None].expand_as(right)).flatten(0, 1)
-    return torch.zeros_like(rows).index_add_(0, segment.flatten(), rows).view_as(right)
 
 
 def _scatter_rows(left: OneHot, right: Tensor) -> Tensor:

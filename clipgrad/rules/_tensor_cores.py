@@ -1,10 +1,14 @@
-"""Matrix products that stand for a convolution, in the precision that convolutions are allowed.
+"""Batched products in TF32 or without it, whatever the process allows to matrix products.
 
 cuDNN's convolutions use the tensor cores' TF32 unless ``torch.backends.cudnn.allow_tf32`` says no, matrix products only
-if they are told to. A per-sample weight gradient is a convolution's arithmetic, whichever way it is computed.
+if they are told to. A per-sample weight gradient is a convolution's arithmetic, whichever way it is computed; a norm
+made of inner products that cancel needs all its digits.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -12,29 +16,51 @@ from torch import Tensor
 
 def convolution_product(a: Tensor, b: Tensor) -> Tensor:
     """``torch.bmm(a, b)`` of two operands of a convolution."""
-    if a.device.type == "cuda" and a.dtype is torch.float32 and _only_convolutions_may():
-        product: Tensor = tf32_bmm(a, b)
-        return product
-    return torch.bmm(a, b)
+    return _product(a, b, convolutions_may())
 
 
-def _only_convolutions_may() -> bool:
-    return bool(torch.backends.cudnn.allow_tf32) and not torch.backends.cuda.matmul.allow_tf32
+def full_product(a: Tensor, b: Tensor) -> Tensor:
+    """``torch.bmm(a, b)`` in full float32."""
+    return _product(a, b, False)
 
 
-# An operation of its own: a traced graph holds it whole, with the setting inside.
-@torch.library.custom_op("clipgrad::tf32_bmm", mutates_args=())
-def tf32_bmm(a: Tensor, b: Tensor) -> Tensor:
-    """``torch.bmm(a, b)`` in TF32; the setting is the process', and is put back at once."""
+def convolutions_may() -> bool:
+    """Whether the process allows TF32 to float32 convolutions, or to what stands for them."""
+    return bool(torch.backends.cudnn.allow_tf32) or matrices_may()
+
+
+def matrices_may() -> bool:
+    """Whether the process allows TF32 to float32 matrix products."""
+    return bool(torch.backends.cuda.matmul.allow_tf32)
+
+
+@contextmanager
+def tf32(allowed: bool) -> Iterator[None]:
+    """Allow TF32 to matrix products or do not; the setting is the process', and is put back."""
     matmul = torch.backends.cuda.matmul
     before = matmul.allow_tf32
-    matmul.allow_tf32 = True
+    matmul.allow_tf32 = allowed
     try:
-        return torch.bmm(a, b)
+        yield
     finally:
         matmul.allow_tf32 = before
 
 
-@tf32_bmm.register_fake
-def _(a: Tensor, b: Tensor) -> Tensor:
+def _product(a: Tensor, b: Tensor, allowed: bool) -> Tensor:
+    if a.device.type == "cuda" and a.dtype is torch.float32 and allowed != matrices_may():
+        product: Tensor = bmm(a, b, allowed)
+        return product
+    return torch.bmm(a, b)
+
+
+# An operation of its own: a traced graph holds it whole, with the setting inside.
+@torch.library.custom_op("clipgrad::bmm", mutates_args=())
+def bmm(a: Tensor, b: Tensor, allowed: bool) -> Tensor:
+    """``torch.bmm(a, b)``, with TF32 if allowed."""
+    with tf32(allowed):
+        return torch.bmm(a, b)
+
+
+@bmm.register_fake
+def _(a: Tensor, b: Tensor, allowed: bool) -> Tensor:
     return a.new_empty(a.shape[0], a.shape[1], b.shape[2])

@@ -1,0 +1,91 @@
+"""Gram matrices as a Triton kernel: two products, their elementwise product and its sum, and nothing written between.
+
+Needs Triton.
+"""
+
+# No `from __future__ import annotations`: Triton reads the annotations.
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _block_of_gram(
+    factor,
+    rows,
+    columns,
+    positions,
+    width: tl.constexpr,
+    position_stride,
+    element_stride,
+    TILE: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
+    """``factor[rows] @ factor[columns]^T`` in float32: TF32's tensor cores, three products for one."""
+    block = tl.zeros((TILE, TILE), tl.float32)
+    element = tl.arange(0, DEPTH)
+    for start in range(0, width, DEPTH):
+        inside = start + element < width
+        offsets = (start + element) * element_stride
+        a = tl.load(
+            factor + rows[:, None] * position_stride + offsets[None, :],
+            mask=(rows[:, None] < positions) & inside[None, :],
+            other=0.0,
+        )
+        b = tl.load(
+            factor + columns[None, :] * position_stride + offsets[:, None],
+            mask=(columns[None, :] < positions) & inside[:, None],
+            other=0.0,
+        )
+        block = tl.dot(a, b, block, input_precision="tf32x3")
+    return block
+
+
+@triton.jit
+def gram_sums(
+    left,
+    right,
+    out,
+    positions,
+    blocks,
+    left_width: tl.constexpr,
+    right_width: tl.constexpr,
+    left_sample_stride,
+    left_position_stride,
+    left_element_stride,
+    right_sample_stride,
+    right_position_stride,
+    right_element_stride,
+    TILE: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
+    """One block of the upper triangle of one sample's Gram matrices; they are symmetric, so the others count twice.
+
+    ``out[program]`` is what the block adds to the squared norm, then what it adds to the sums of the left lengths, of
+    the right ones and of their products, which lie on the diagonal.
+    """
+    program = tl.program_id(0)
+    sample = (program // blocks).to(tl.int64)
+    block = program % blocks
+    # The blocks (0, 0), (0, 1), (1, 1), (0, 2), ...: the root is rounded, and then set right.
+    column = ((tl.sqrt(8.0 * block.to(tl.float32) + 1.0) - 1.0) * 0.5).to(tl.int32)
+    column = tl.where((column + 1) * (column + 2) // 2 <= block, column + 1, column)
+    column = tl.where(column * (column + 1) // 2 > block, column - 1, column)
+    row = block - column * (column + 1) // 2
+    lane = tl.arange(0, TILE)
+    rows, columns = row * TILE + lane, column * TILE + lane
+    lefts = _block_of_gram(
+        left + sample * left_sample_stride, rows, columns, positions, left_width,
+        left_position_stride, left_element_stride, TILE, DEPTH,
+    )  # fmt: skip
+    rights = _block_of_gram(
+        right + sample * right_sample_stride, rows, columns, positions, right_width,
+        right_position_stride, right_element_stride, TILE, DEPTH,
+    )  # fmt: skip
+    on_diagonal = (lane[:, None] == lane[None, :]) & (row == column)
+    left_lengths = tl.sqrt(tl.sum(tl.where(on_diagonal, lefts, 0.0), 1))
+    right_lengths = tl.sqrt(tl.sum(tl.where(on_diagonal, rights, 0.0), 1))
+    place = out + program.to(tl.int64) * 4
+    tl.store(place, tl.sum(lefts * rights) * tl.where(row == column, 1.0, 2.0))
+    tl.store(place + 1, tl.sum(left_lengths))
+    tl.store(place + 2, tl.sum(right_lengths))
+    tl.store(place + 3, tl.sum(left_lengths * right_lengths))

@@ -1,0 +1,85 @@
+"""Runs the Gram kernel in Triton's interpreter: ``TRITON_INTERPRET=1 python -m tests.gram_kernels``."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from clipgrad.rules import _gram_triton as launcher
+from clipgrad.rules._gram import _by_products
+
+CPU = torch.device("cpu")
+
+
+def check(left: Tensor, right: Tensor) -> None:
+    expected = torch.stack(_by_products(left.double(), right.double()))
+    torch.testing.assert_close(launcher.launch(left, right).double(), expected, rtol=2e-6, atol=0)
+
+
+def shapes() -> None:
+    for positions in (1, 16, 63, 64, 65, 129, 300):
+        check(torch.randn(2, positions, 5), torch.randn(2, positions, 33))
+    check(torch.randn(3, 70, 64), torch.randn(3, 70, 32))
+    assert launcher.launch(torch.randn(0, 70, 4), torch.randn(0, 70, 3)).shape == (4, 0)
+
+
+def layouts() -> None:
+    left, right = torch.randn(3, 7, 70).mT, torch.randn(70, 3, 40).transpose(0, 1)
+    check(left, right)
+    check(left[1:, ::2], right[1:, 35:, ::3])
+    check(left, right[:1].expand_as(right))
+
+
+def values() -> None:
+    left, right = torch.ones(2, 64, 3), torch.ones(2, 64, 3)
+    left[0, 3, 1] = math.nan
+    found = launcher.launch(left, right)
+    assert not found[:2, 0].isfinite().any()
+    assert found[:, 1].isfinite().all()
+    left[0, 3, 1] = math.inf
+    assert not launcher.launch(left, right)[0, 0].isfinite()
+    assert not launcher.launch(0 * right, right)[0].any()
+
+
+def choice() -> None:
+    """Small work is left to others, and so is what 32 bits cannot address."""
+    enough = torch.randn(32, 20, 3)
+    expected = launcher.launch(enough, enough)
+    found = launcher.gram_sums(enough, enough)
+    assert found is not None
+    assert torch.equal(found, expected)
+    assert launcher.gram_sums(enough[:, :15], enough[:, :15]) is None
+    assert launcher.gram_sums(enough[:31], enough[:31]) is None
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launcher, "_LARGEST_OFFSET", 20 * 3)
+        assert launcher.gram_sums(enough, enough) is None
+
+
+def proof() -> None:
+    assert launcher.proved(CPU)
+    right = launcher.launch
+
+    def off(left: Tensor, other: Tensor) -> Tensor:
+        return right(left, other) * (1 + 2e-5)
+
+    def one_row_less(left: Tensor, other: Tensor) -> Tensor:
+        return right(left[:, :-1], other[:, :-1])
+
+    for wrong in (off, one_row_less):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(launcher, "launch", wrong)
+            assert not launcher.proved(CPU)
+
+
+def main() -> None:
+    torch.manual_seed(0)
+    for part in (shapes, layouts, values, choice, proof):
+        part()
+        print(part.__name__)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,114 @@
+"""Squared norms and lengths from Gram matrices, by products and by the kernel."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import Tensor
+
+from clipgrad.rules import Outer, _gram, _tensor_cores
+from clipgrad.rules._ghost import ghost_norms_squared
+from clipgrad.rules._gram import gram_sums
+
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+def expected(left: Tensor, right: Tensor) -> Tensor:
+    """By the definition, in float64: norms, left and right lengths, products of lengths."""
+    left, right = left.double(), right.double()
+    norms = (left.mT @ right).square().sum((1, 2))
+    lefts, rights = left.norm(dim=2), right.norm(dim=2)
+    return torch.stack([norms, lefts.sum(1), rights.sum(1), (lefts * rights).sum(1)])
+
+
+def found(left: Tensor, right: Tensor) -> Tensor:
+    norms, lengths = gram_sums(left, right)
+    return torch.stack([norms, lengths.left, lengths.right, lengths.products])
+
+
+@pytest.mark.parametrize("positions", [0, 1, 2, 5, 16])
+@pytest.mark.parametrize("threshold", [2, 4, 256])
+@pytest.mark.parametrize("elements", [1, 60, 1 << 25])
+def test_by_products(
+    positions: int, threshold: int, elements: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_gram, "_SYMMETRY_POSITIONS", threshold)
+    monkeypatch.setattr(_gram, "_ELEMENTS", elements)
+    left = torch.randn(3, positions, 4, dtype=torch.float64)
+    right = torch.randn(3, 6, positions, dtype=torch.float64).mT
+    torch.testing.assert_close(found(left, right), expected(left, right))
+
+
+def test_of_no_samples() -> None:
+    assert found(torch.randn(0, 3, 4), torch.randn(0, 3, 5)).shape == (4, 0)
+
+
+@pytest.mark.slow
+@needs_triton
+def test_kernel_in_the_interpreter() -> None:
+    """Shapes, layouts, values that are not finite, what is left to others, and the proof."""
+    ran = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "tests.gram_kernels"],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.split() == ["shapes", "layouts", "values", "choice", "proof"]
+
+
+@pytest.mark.cuda
+@needs_cuda
+@pytest.mark.parametrize("tf32", [False, True])
+@pytest.mark.parametrize(
+    "shape", [(4, 8, 5, 3), (40, 16, 5, 3), (32, 64, 256, 768), (8, 1000, 9, 64), (1, 3, 2, 2)]
+)
+def test_on_cuda_in_full_precision(shape: tuple[int, int, int, int], tf32: bool) -> None:
+    """Whatever is allowed to matrix products, and whether the kernel is worth its launch or not."""
+    samples, positions, rows, columns = shape
+    left = torch.randn(samples, positions, rows, device="cuda")
+    right = torch.randn(samples, columns, positions, device="cuda").mT
+    with _tensor_cores.tf32(tf32):
+        result = found(left, right)
+    torch.testing.assert_close(result.double(), expected(left, right), rtol=1e-5, atol=0)
+
+
+@pytest.mark.cuda
+@needs_cuda
+@needs_triton
+def test_kernel_is_used_on_cuda() -> None:
+    from clipgrad.rules import _gram_triton
+
+    left, right = torch.randn(2, 40, 64, 20, device="cuda")
+    result = _gram_triton.gram_sums(left, right)
+    assert result is not None
+    assert torch.equal(result, found(left, right))
+
+
+@pytest.mark.cuda
+@needs_cuda
+@pytest.mark.parametrize("distance", [0.1, 1e-2, 1e-3, 1e-4, 1e-6])
+@pytest.mark.parametrize("positions", [2, 64])
+def test_what_cancels_is_clipped_enough_in_tf32(positions: int, distance: float) -> None:
+    """Norms and the clipped sum, each position nearly the opposite of another."""
+    torch.manual_seed(0)
+    half = positions // 2
+    left = torch.randn(64, 1, 96, device="cuda").repeat(1, positions, 1)
+    left[:, half:] *= -1
+    right = torch.randn(64, half, 80, device="cuda").repeat(1, 2, 1)
+    right[:, half:] += distance * torch.randn(64, half, 80, device="cuda")
+    use = Outer(left, right, torch.Size([96, 80]))
+    with _tensor_cores.tf32(True):
+        norms = ghost_norms_squared([use]).sqrt()
+        for sample in range(64):
+            factors = torch.zeros(64, device="cuda")
+            factors[sample] = 1 / norms[sample]  # clipped to 1
+            assert float(use.weighted_sum(factors).norm()) < 1.2
