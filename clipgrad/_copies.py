@@ -3,25 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import attrgetter
 
 import torch
 from torch import Tensor
 
+_DTYPE = attrgetter("dtype")
+
 
 def copies(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Copies of all tensors, with a launch for each dtype and not for each tensor."""
-    groups: dict[torch.dtype, list[int]] = {}
-    for index, tensor in enumerate(tensors):
-        groups.setdefault(tensor.dtype, []).append(index)
+    dtypes = set(map(_DTYPE, tensors))
+    if len(dtypes) == 1:
+        return _alike(tensors, *dtypes)
     found = list(tensors)
-    for dtype, members in groups.items():
-        chosen = [tensors[index] for index in members]
-        # Times one is the value itself, NaN, infinities and the sign of zero included.
-        made = (
-            torch._foreach_mul(chosen, 1.0)
-            if dtype.is_floating_point
-            else [tensor.clone() for tensor in chosen]
-        )
+    for dtype in dtypes:
+        members = [index for index, tensor in enumerate(tensors) if tensor.dtype is dtype]
+        made = _alike([tensors[index] for index in members], dtype)
         for index, copy in zip(members, made, strict=True):
             found[index] = copy
     return found
+
+
+def _alike(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """Copies of tensors of one dtype."""
+    if not dtype.is_floating_point:
+        return [tensor.clone() for tensor in tensors]
+    # Times one is the value itself, NaN, infinities and the sign of zero included.
+    return list(torch._foreach_mul(list(tensors), 1.0))

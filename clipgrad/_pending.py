@@ -35,8 +35,8 @@ class Pending:
         self._sums = None
         self._written = {}
         for parameter in parameters:
-            if parameter.grad is not None:
-                self._remember(parameter)
+            if (left := parameter.grad) is not None:
+                self._written[id(parameter)] = (left, _version(left))
 
     def before_backward(self, names: Sequence[str], parameters: Sequence[Tensor]) -> None:
         if self.unfinished and all(parameter.grad is None for parameter in parameters):
@@ -66,10 +66,7 @@ class Pending:
             self._sums = [*laid_out, *others]
         else:
             torch._foreach_add_(self._sums, [*sums, *others])
-        shown = copies(self._sums[: len(parameters)])
-        for parameter, copy in zip(parameters, shown, strict=True):
-            parameter.grad = copy.to(parameter.dtype)
-            self._remember(parameter)
+        self.publish(parameters, copies(self._sums[: len(parameters)]))
 
     def take(
         self, names: Sequence[str], parameters: Sequence[Tensor], others: Iterable[Tensor]
@@ -99,14 +96,13 @@ class Pending:
         return sums
 
     def publish(self, parameters: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
-        """Show the finished, noisy gradients."""
+        """Show gradients that nobody else holds, and remember them: the sums so far, or those that are finished."""
+        written = self._written
         for parameter, gradient in zip(parameters, gradients, strict=True):
-            parameter.grad = gradient.to(parameter.dtype)
-            self._remember(parameter)
-
-    def _remember(self, parameter: Tensor) -> None:
-        assert parameter.grad is not None
-        self._written[id(parameter)] = (parameter.grad, _version(parameter.grad))
+            if gradient.dtype is not parameter.dtype:
+                gradient = gradient.to(parameter.dtype)
+            parameter.grad = gradient
+            written[id(parameter)] = (gradient, _version(gradient))
 
     def _of(self, parameter: Tensor) -> Tensor | None:
         return self._written.get(id(parameter), (None, -1))[0]

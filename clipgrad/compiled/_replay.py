@@ -114,11 +114,13 @@ class Replay:
             self._record(flat)
         if self._failed or self._recorder is None:
             return list(self._run(*flat))
-        copied = [index for index, stays in enumerate(self._resident) if not stays]
         self._recorder.wait()
-        torch._foreach_copy_([self._inputs[i] for i in copied], [flat[i] for i in copied])
+        torch._foreach_copy_(self._moving(self._inputs), self._moving(flat))
         self._recorder.replay()
         return copies(self._results)
+
+    def _moving(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        return [t for t, stays in zip(tensors, self._resident, strict=True) if not stays]
 
     def _at(self, flat: Sequence[Tensor]) -> list[int]:
         """Addresses of what is taken to stay."""
