@@ -65,9 +65,13 @@ def _modes(plt: Any, rows: Sequence[Row]) -> Any:
         axis.barh(range(len(bars)), values, xerr=spread, color=colours, error_kw={"elinewidth": 1})
         end = max(100.0, *[100 * ratio.high for ratio in ratios])
         for position, (value, ratio) in enumerate(zip(values, ratios, strict=True)):
-            axis.text(
-                100 * ratio.high + 0.02 * end, position, f"{value:.0f}", va="center", fontsize=8
-            )
+            place = 100 * ratio.high + 0.02 * end, position
+            box = {
+                "facecolor": "white",
+                "edgecolor": "none",
+                "pad": 1.0,
+            }  # it may lie on the line at 100
+            axis.text(*place, f"{value:.0f}", va="center", fontsize=8, bbox=box)
         axis.set_yticks(range(len(bars)), [_short(cell) for cell in bars], fontsize=8)
         axis.invert_yaxis()
         axis.set_xlim(0, 1.12 * end)
@@ -197,7 +201,7 @@ def _batch_sizes(plt: Any, rows: Sequence[Row]) -> Any:
         axis.minorticks_off()
         axis.set_xlabel("batch size (samples)")
         _tidy(axis)
-    _logarithmic(left)
+    left.axhline(0, color=STANDARD, linewidth=0.8)  # what privacy adds may be less than nothing
     left.legend(fontsize=8, frameon=False)
     right.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
     figure.suptitle("Overhead against batch size, microbatch = batch", fontsize=11)
