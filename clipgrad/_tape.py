@@ -150,9 +150,7 @@ def _recomputed_norms(factors: Sequence[Outer]) -> Tensor:
         chunk = slice(start, min(start + step, samples))
         total = added([outer.rows_of(chunk).per_sample() for outer in factors])
         pieces.append(row_norms_squared(total))
-    return never_underestimated(
-        torch.cat(pieces), lengths_of(factors), factors[0], materialised=True
-    )
+    return never_underestimated(torch.cat(pieces), lengths_of(factors), factors, materialised=True)
 
 
 class Tape:

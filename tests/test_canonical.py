@@ -256,6 +256,23 @@ def test_equal_ids_may_cancel(distance: float) -> None:
         torch.testing.assert_close(found.double(), expected, rtol=1e-3, atol=0)
 
 
+@pytest.mark.parametrize("materialised", [True, False])
+def test_norms_allow_for_a_sum_in_tf32(materialised: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products of factors that are rounded to 11 bits each are off by up to 2^-10, of which a norm is 8 times."""
+    use = cancelling(1e-6)
+    lengths = lengths_of([use])
+    exact = torch.zeros(B)
+    before = never_underestimated(exact, lengths, [use], materialised=materialised).sqrt()
+    monkeypatch.setattr(_ghost, "_may_round_to_tf32", lambda norms: True)
+    after = never_underestimated(exact, lengths, [use], materialised=materialised).sqrt()
+    assert (before < after).all()
+    assert (after >= lengths.products * 2.0**-7).all()
+    embedding = hot()
+    lengths = lengths_of([embedding])
+    norms = never_underestimated(exact.double(), lengths, [embedding], materialised=True)
+    assert (norms.sqrt() < 1e-10 * lengths.products).all()
+
+
 @pytest.mark.parametrize("positions", [1, 3])
 def test_underflow_does_not_hide_a_norm(positions: int) -> None:
     left, right = torch.full((B, positions, ROWS), 1e18), torch.full((B, positions, COLUMNS), 1e-23)
@@ -281,7 +298,7 @@ def test_non_finite_stays_non_finite() -> None:
             norms = ghost_norms_squared([use])
             assert not norms[0].isfinite()
             assert norms[1:].isfinite().all()
-            raised = never_underestimated(norms, lengths_of([use]), use, materialised=True)
+            raised = never_underestimated(norms, lengths_of([use]), [use], materialised=True)
             assert not raised[0].isfinite()
 
 

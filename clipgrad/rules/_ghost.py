@@ -15,7 +15,7 @@ from torch import Tensor
 
 from clipgrad.rules._canonical import OneHot, Outer, added, row_norms_squared, widen
 from clipgrad.rules._gram import Lengths, equal_id_sums, gram_sums
-from clipgrad.rules._tensor_cores import full_product, matrices_may
+from clipgrad.rules._tensor_cores import convolutions_may, full_product
 
 # Rounding errors of a ghost norm, in units of the last place of what its terms sum to without cancellation, stay
 # below ``8 + sqrt(rows) + sqrt(columns)`` for the worst inputs found (constant ones); this is the safety on top.
@@ -63,11 +63,11 @@ def ghost_norms_squared(uses: Sequence[Outer]) -> Tensor:
             parts.append(2 * _cross(hot, dense))
     assert parts, "a ghost norm of no uses"
     total = sum(lengths[1:], start=lengths[0])
-    return never_underestimated(added(parts), total, uses[0], materialised=not by_gram)
+    return never_underestimated(added(parts), total, uses, materialised=not by_gram)
 
 
 def never_underestimated(
-    norms: Tensor, lengths: Lengths, use: Outer, *, materialised: bool
+    norms: Tensor, lengths: Lengths, uses: Sequence[Outer], *, materialised: bool
 ) -> Tensor:
     """Raise squared norms ``[B]`` to the error that finding them from the factors may carry.
 
@@ -81,16 +81,17 @@ def never_underestimated(
     Args:
         norms: Squared norms as computed.
         lengths: Of all positions, ``[B * groups]``.
-        use: One of the uses, for the parameter's shape.
+        uses: What they were computed from.
         materialised: Whether they come from the gradient itself, so that the norm carries the error, and not from
             Gram matrices, where its square does.
     """
-    shape, groups, columns = use.shape, use.groups, use.right.shape[-1]
+    shape, groups, columns = uses[0].shape, uses[0].groups, uses[0].right.shape[-1]
     rows = shape.numel() // max(1, columns * groups)
     margin = _ROUNDING_MARGIN * (8 + math.sqrt(rows) + math.sqrt(columns))
     margin *= torch.finfo(norms.dtype).eps
     share = margin**2 if materialised else margin
-    if _sums_in_tf32(norms):
+    # Rows of an embedding are added, not multiplied.
+    if any(isinstance(use.left, Tensor) for use in uses) and _may_round_to_tf32(norms):
         share = max(share, (_ROUNDING_MARGIN * _TF32_PRODUCT) ** 2)
     floor = lengths.products.square() * share
     norms = torch.maximum(norms, floor.view(-1, groups).sum(1))
@@ -110,9 +111,9 @@ def lengths_of(uses: Sequence[Outer]) -> Lengths:
     return sum(found[1:], start=found[0])
 
 
-def _sums_in_tf32(norms: Tensor) -> bool:
-    """Whether the weighted sum of the same factors rounds them to TF32 first."""
-    return norms.device.type == "cuda" and norms.dtype is torch.float32 and matrices_may()
+def _may_round_to_tf32(norms: Tensor) -> bool:
+    """Whether the weighted sum of the same factors, a matrix product or a convolution, may run in TF32."""
+    return norms.device.type == "cuda" and norms.dtype is torch.float32 and convolutions_may()
 
 
 def _lengths(vectors: Tensor) -> Tensor:
