@@ -142,8 +142,7 @@ def _(patch: pytest.MonkeyPatch) -> None:
         for parameter, total in zip(parameters, sums, strict=True):
             parameter.grad.copy_(total)  # as a fresh backward would, and with it the sum so far
         torch._foreach_add_(self._sums, [parameter.grad for parameter in parameters])
-        for parameter in parameters:
-            self._remember(parameter)
+        self.publish(parameters, [parameter.grad for parameter in parameters])
 
     patch.setattr(Pending, "add", wrong)
 
