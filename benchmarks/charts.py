@@ -66,11 +66,8 @@ def _modes(plt: Any, rows: Sequence[Row]) -> Any:
         end = max(100.0, *[100 * ratio.high for ratio in ratios])
         for position, (value, ratio) in enumerate(zip(values, ratios, strict=True)):
             place = 100 * ratio.high + 0.02 * end, position
-            box = {
-                "facecolor": "white",
-                "edgecolor": "none",
-                "pad": 1.0,
-            }  # it may lie on the line at 100
+            # It may lie on the line at 100.
+            box = {"facecolor": "white", "edgecolor": "none", "pad": 1.0}
             axis.text(*place, f"{value:.0f}", va="center", fontsize=8, bbox=box)
         axis.set_yticks(range(len(bars)), [_short(cell) for cell in bars], fontsize=8)
         axis.invert_yaxis()

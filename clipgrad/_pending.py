@@ -35,8 +35,8 @@ class Pending:
         self._sums = None
         self._written = {}
         for parameter in parameters:
-            if (left := parameter.grad) is not None:
-                self._written[id(parameter)] = (left, _version(left))
+            if parameter.grad is not None:
+                self._remember(parameter, parameter.grad)
 
     def before_backward(self, names: Sequence[str], parameters: Sequence[Tensor]) -> None:
         if self.unfinished and all(parameter.grad is None for parameter in parameters):
@@ -97,12 +97,14 @@ class Pending:
 
     def publish(self, parameters: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
         """Show gradients that nobody else holds, and remember them: the sums so far, or those that are finished."""
-        written = self._written
         for parameter, gradient in zip(parameters, gradients, strict=True):
             if gradient.dtype is not parameter.dtype:
                 gradient = gradient.to(parameter.dtype)
             parameter.grad = gradient
-            written[id(parameter)] = (gradient, _version(gradient))
+            self._remember(parameter, gradient)
+
+    def _remember(self, parameter: Tensor, gradient: Tensor) -> None:
+        self._written[id(parameter)] = (gradient, _version(gradient))
 
     def _of(self, parameter: Tensor) -> Tensor | None:
         return self._written.get(id(parameter), (None, -1))[0]

@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from torch import Tensor
@@ -14,9 +9,7 @@ from torch import Tensor
 from clipgrad.rules import Outer, _gram, _tensor_cores
 from clipgrad.rules._ghost import ghost_norms_squared
 from clipgrad.rules._gram import gram_sums
-
-needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
-needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+from tests.kernels import interpreted, needs_cuda, needs_triton
 
 
 def expected(left: Tensor, right: Tensor) -> Tensor:
@@ -53,16 +46,7 @@ def test_of_no_samples() -> None:
 @needs_triton
 def test_kernel_in_the_interpreter() -> None:
     """Shapes, layouts, values that are not finite, what is left to others, and the proof."""
-    ran = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "tests.gram_kernels"],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        timeout=280,
-        check=False,
-    )
-    assert ran.returncode == 0, ran.stderr
-    assert ran.stdout.split() == ["shapes", "layouts", "values", "choice", "proof"]
+    assert interpreted("tests.gram_kernels") == ["shapes", "layouts", "values", "choice", "proof"]
 
 
 @pytest.mark.cuda

@@ -3,11 +3,8 @@ of their own: whether to interpret is decided when Triton is imported."""
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import math
-import os
-import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -19,27 +16,16 @@ from clipgrad.noise import SystemNoise, _accelerator, _keys
 from clipgrad.noise._accelerator import AcceleratorNoise, proved_cipher
 from clipgrad.noise._cpu import CpuNoise
 from clipgrad.noise._keys import Lineage
+from tests.kernels import interpreted, needs_cuda, needs_triton
 from tests.noise_checks import check_gaussian
-
-needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
-needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
 @pytest.mark.slow
 @needs_triton
 def test_kernels_in_the_interpreter() -> None:
     """RFC 8439, ``cryptography``'s ChaCha20, the Gaussians, many tensors of all dtypes, draws."""
-    ran = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "tests.noise_kernels"],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        timeout=280,
-        check=False,
-    )
-    assert ran.returncode == 0, ran.stderr
     parts = ["vectors", "proof", "pairs", "tensors", "counters", "capture", "tables", "sabotage"]
-    assert ran.stdout.split() == parts
+    assert interpreted("tests.noise_kernels") == parts
 
 
 def fallback(draws: int = 1) -> AcceleratorNoise:

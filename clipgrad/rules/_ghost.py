@@ -62,7 +62,7 @@ def ghost_norms_squared(uses: Sequence[Outer]) -> Tensor:
         if dense is not None:
             parts.append(2 * _cross(hot, dense))
     assert parts, "a ghost norm of no uses"
-    total = sum(lengths[1:], start=lengths[0])
+    total = Lengths.total(lengths)
     return never_underestimated(added(parts), total, uses, materialised=not by_gram)
 
 
@@ -108,7 +108,7 @@ def lengths_of(uses: Sequence[Outer]) -> Lengths:
         right = _lengths(widen(use.right))
         left = _lengths(widen(use.left)) if isinstance(use.left, Tensor) else torch.ones_like(right)
         found.append(Lengths.of(left, right))
-    return sum(found[1:], start=found[0])
+    return Lengths.total(found)
 
 
 def _may_round_to_tf32(norms: Tensor) -> bool:

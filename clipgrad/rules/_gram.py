@@ -7,9 +7,11 @@ all positions lie on their diagonals.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from functools import cache
 from importlib.util import find_spec
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -42,8 +44,12 @@ class Lengths:
         """From the length of each position, ``[B, S]``."""
         return cls(left.sum(1), right.sum(1), (left * right).sum(1))
 
+    @classmethod
+    def total(cls, parts: Sequence[Lengths]) -> Lengths:
+        """Those of all positions of one or more factors."""
+        return sum(parts[1:], start=parts[0])
+
     def __add__(self, other: Lengths) -> Lengths:
-        """Those of all positions of two factors."""
         return Lengths(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
 
 
@@ -117,15 +123,23 @@ def _product_and_lengths(left: Tensor, right: Tensor, *_: Tensor) -> tuple[Tenso
     return total, lengths.left, lengths.right, lengths.products
 
 
+@cache
+def _launcher() -> ModuleType | None:
+    """What launches the kernel, if Triton is there; looking for a package that is not takes long."""
+    if find_spec("triton") is None:
+        return None
+    from clipgrad.rules import _gram_triton
+
+    return _gram_triton
+
+
 # An operation of its own: a traced graph holds it whole, with the setting and the kernel inside.
 @torch.library.custom_op("clipgrad::gram_sums", mutates_args=())
 def _on_cuda(left: Tensor, right: Tensor) -> Tensor:
     """Norms and the three lengths, ``[4, B]``, by a kernel of our own where Triton is there."""
-    if find_spec("triton") is not None:
-        from clipgrad.rules import _gram_triton
-
-        if (found := _gram_triton.gram_sums(left, right)) is not None:
-            return found
+    launcher = _launcher()
+    if launcher is not None and (found := launcher.gram_sums(left, right)) is not None:
+        return found  # type: ignore[no-any-return]
     with tf32(False):
         return torch.stack(_by_products(left, right))
 
