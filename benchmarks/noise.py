@@ -46,7 +46,7 @@ def line(name: str, totals: list[Tensor], device: str) -> str:
     generator = torch.Generator(device).manual_seed(0)
     sources: dict[str, NoiseSource] = {
         "system": SystemNoise(),
-        "compiled": SystemNoise(compile=True),
+        "uncompiled": SystemNoise(compile=False),
         "draws=4": SystemNoise(draws=4),
         "seeded": SeededNoise(generator),
     }
@@ -78,7 +78,7 @@ def main() -> None:
             f"{device}, {torch.get_num_threads()} threads, float32; microseconds (median) and ratio to normal_"
         )
         print(
-            f"{'':22s} {'normal_':>10s} {'system':>17s} {'compiled':>17s} {'draws=4':>17s} {'seeded':>17s}"
+            f"{'':22s} {'normal_':>10s} {'system':>17s} {'uncompiled':>17s} {'draws=4':>17s} {'seeded':>17s}"
         )
         for name, totals in cases(device):
             print(line(name, totals, device))

@@ -85,10 +85,8 @@ def noise_source(
     generator: torch.Generator | None,
     grid: float | None,
     expected_batch_size: float,
-    *,
-    compile: bool = False,
 ) -> NoiseSource:
-    """The source that was asked for; the operating system's by default, compiled if the step is.
+    """The source that was asked for; the operating system's by default.
 
     Raises:
         ValueError: If two were asked for, or it is none.
@@ -105,7 +103,7 @@ def noise_source(
         return noise_on_grid(grid, noise, generator)
     if noise is not None:
         return noise
-    return SystemNoise(compile=compile) if generator is None else SeededNoise(generator)
+    return SystemNoise() if generator is None else SeededNoise(generator)
 
 
 def check_possible(progress: Progress, *, nan_safe: bool, grid: float | None) -> None:

@@ -153,9 +153,7 @@ class DPOptimizer(OptimizerFacade):
         self._account = account_of(plan, ledger)
         if compile and microbatch_size is None:
             microbatch_size = fixed_size(self.expected_batch_size)
-        self._noise = noise_source(
-            noise, generator, grid, self.expected_batch_size, compile=bool(compile)
-        )
+        self._noise = noise_source(noise, generator, grid, self.expected_batch_size)
         self._gradient: ClippedGrad = clipped_grad(
             self._loss,
             max_grad_norm=self._progress.max_grad_norm,

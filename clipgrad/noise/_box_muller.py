@@ -16,7 +16,7 @@ float64.
 
 Shared, all of it is torch's, which shares large operations out over its threads. Alone, logarithms, sines and
 integers are numpy's: torch would start its threads for a logarithm of more than 2048 values, and in a forked
-child they never answer. :mod:`clipgrad.noise._fused` does the same in one compiled loop.
+child they never answer. :mod:`clipgrad.noise._c_loop` does the same in one loop of C.
 """
 
 from __future__ import annotations
@@ -91,6 +91,10 @@ class BoxMuller:
         at = self._layouts.get(size) or self._layout(size)
         keystream.fill(at.bits, at.zeros)
         return self.transform(at)
+
+    def add(self, keystream: Bits, target: Tensor, scale: float) -> None:
+        """Add ``scale * N(0, 1)`` to each value of a tensor of one dimension."""
+        target.add_(self.draw(keystream, target.numel()), alpha=scale)
 
     def transform(self, at: _Layout) -> Tensor:
         """Turn the bits in memory into values, in place."""

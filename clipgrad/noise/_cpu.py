@@ -12,7 +12,7 @@ from torch import Tensor
 
 from clipgrad.noise import _checks as checks
 from clipgrad.noise._box_muller import BoxMuller
-from clipgrad.noise._fused import fused
+from clipgrad.noise._c_loop import looped
 from clipgrad.noise._keys import Lineage
 from clipgrad.noise._keystream import KEY_BYTES, Bits, Keystream
 from clipgrad.noise._pieces import pieces
@@ -21,9 +21,6 @@ from clipgrad.noise._pieces import pieces
 PIECE = 2**15
 # What torch's threads work on together: large enough to be worth sharing, small enough for their caches.
 SHARED_PIECE = 2**17
-# A compiled loop makes whole pieces. Few of this size take less time than one that is shared, most of it thrown away;
-# and for a small part of such a piece it does not pay.
-SMALL_PIECE, FEW, SMALL_PART = 2**14, 3, 1 / 8
 _CPU = torch.device("cpu")
 _PID_AT_IMPORT = os.getpid()
 
@@ -37,23 +34,26 @@ class Gaussians(Protocol):
         """At most ``capacity`` values."""
         ...
 
+    def add(self, keystream: Bits, target: Tensor, scale: float) -> None:
+        """Add ``scale`` times such a value to each of at most ``capacity`` values."""
+        ...
+
 
 class CpuNoise:
     """What makes noise on the CPU of one process. For one call at a time.
 
-    Large calls run on torch's own threads, which are awake anyway after a backward pass. Threads of Python's
+    Uncompiled, large calls run on torch's own threads, which are awake anyway after a backward pass. Python's threads
     took longer than one alone: they hand the interpreter's lock to and fro, and torch's keep spinning beside them.
 
     Args:
         lineage: Hands out the keys.
         draws: Independent values of which each value of the noise is the scaled sum.
-        compiled: Whether float32 is made by a compiled loop, if there is a compiler.
+        compiled: Whether float32 is made by a loop in C, if there is a compiler.
     """
 
-    def __init__(self, lineage: Lineage, draws: int, *, compiled: bool = False) -> None:
+    def __init__(self, lineage: Lineage, draws: int, *, compiled: bool = True) -> None:
         self._lineage, self._draws, self._compiled = lineage, draws, compiled
-        self._scratch: dict[tuple[torch.dtype, bool], BoxMuller] = {}
-        self._fused: dict[tuple[int, bool], Gaussians | None] = {}
+        self._gaussians: dict[tuple[torch.dtype, bool], Gaussians] = {}
         self._sums: dict[tuple[torch.dtype, int], Tensor] = {}
 
     def add(self, flats: list[Tensor], sigma: float) -> None:
@@ -61,34 +61,28 @@ class CpuNoise:
         dtype = checks.DRAWN_IN[flats[0].dtype]
         keystream = Keystream(partial(self._lineage.key, _CPU, KEY_BYTES))
         scale = sigma / math.sqrt(self._draws)
-        for large in pieces(flats, SHARED_PIECE):
-            gaussians = self._gaussians(dtype, sum(part.numel() for part in large))
-            for piece in pieces(large, gaussians.capacity):
-                sizes = [part.numel() for part in piece]
-                noise = self._draw(gaussians, keystream, sum(sizes))
-                if len(piece) == 1:
-                    piece[0].add_(noise, alpha=scale)
-                else:
-                    torch._foreach_add_(piece, noise.split(sizes), alpha=scale)
+        gaussians = self._for(dtype, sum(map(Tensor.numel, flats)))
+        for piece in pieces(flats, gaussians.capacity):
+            if len(piece) == 1 and self._draws == 1:
+                gaussians.add(keystream, piece[0], scale)
+                continue
+            sizes = [part.numel() for part in piece]
+            noise = self._draw(gaussians, keystream, sum(sizes))
+            torch._foreach_add_(piece, noise.split(sizes), alpha=scale)
 
-    def _gaussians(self, dtype: torch.dtype, size: int) -> Gaussians:
+    def _for(self, dtype: torch.dtype, size: int) -> Gaussians:
         """What makes so many values fastest."""
-        # In a forked child torch's threads do not exist and never answer, and a compiler starts threads itself.
+        # In a forked child torch's threads do not exist and never answer.
         forked = self._lineage.process[0] != _PID_AT_IMPORT
-        threads = not forked and torch.get_num_threads() > 1
-        enough = size >= SMALL_PART * SMALL_PIECE
-        if self._compiled and dtype is torch.float32 and enough and not forked:
-            few = size <= FEW * SMALL_PIECE
-            at = (SMALL_PIECE, False) if few else (SHARED_PIECE, threads)
-            if at not in self._fused:
-                self._fused[at] = fused(at[0], parallel=at[1])
-            if (found := self._fused[at]) is not None:
-                return found
-        shared = threads and size > PIECE
-        if (dtype, shared) not in self._scratch:
-            limit = SHARED_PIECE if shared else PIECE
-            self._scratch[dtype, shared] = BoxMuller(dtype, limit, shared=shared)
-        return self._scratch[dtype, shared]
+        shared = not forked and torch.get_num_threads() > 1 and size > PIECE
+        found = self._gaussians.get((dtype, shared))
+        if found is None:
+            if self._compiled and dtype is torch.float32:
+                found = looped()
+            if found is None:
+                found = BoxMuller(dtype, SHARED_PIECE if shared else PIECE, shared=shared)
+            self._gaussians[dtype, shared] = found
+        return found
 
     def _draw(self, gaussians: Gaussians, keystream: Keystream, size: int) -> Tensor:
         """A value of variance ``draws`` for each of the ``size``."""
