@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
+from clipgrad._bundle import Bundle, bundled
 from clipgrad._lanes import untraced
 from clipgrad._tape import Tape, Tracked
 from clipgrad.rules._canonical import PerSample, added, row_norms_squared, select_rows, widen
@@ -30,9 +34,38 @@ class Gradients:
                     self._parts[index].append(entry)
         self._summed: dict[int, Tensor] = {}
         self._pulled: dict[int, list[Tensor | None]] = {}
+        self._bundles: list[Bundle] = []
+        self._bundled: dict[int, Bundle] = {}
 
-    def squared_norms(self, index: int) -> Tensor | None:
-        """Squared norm of every sample's gradient of one parameter, ``[B]``; None if nothing reached it."""
+    def squared_norms(self, members: Sequence[int]) -> Tensor | None:
+        """Squared norms of every sample's gradient of some parameters together, ``[B]``; None if nothing reached any.
+
+        Args:
+            members: Indices of the parameters; each belongs to one call.
+        """
+        found = []
+        if (
+            get_proxy_mode() is None and len(members) > 1
+        ):  # a compiler joins small operations itself
+            bundle = bundled(self._kept_alone(members), members)
+            if bundle is not None:
+                self._bundles.append(bundle)
+                self._bundled.update(dict.fromkeys(bundle.indices, bundle))
+                found.append(bundle.squared_norms())
+        alone = (self._squared_norms(index) for index in members if index not in self._bundled)
+        found += [norms for norms in alone if norms is not None]
+        return _total(found)
+
+    def _kept_alone(self, members: Sequence[int]) -> dict[int, Tensor]:
+        """Kept gradients of parameters that are reached in no other way."""
+        found = {}
+        for index in members:
+            parts = self._parts[index]
+            if len(parts) == 1 and not parts[0].derived and parts[0].kept is not None:
+                found[index] = parts[0].kept
+        return found
+
+    def _squared_norms(self, index: int) -> Tensor | None:
         parts = self._parts[index]
         if not parts:
             return None
@@ -56,6 +89,8 @@ class Gradients:
 
     def weighted_sum(self, index: int, factors: Tensor) -> Tensor | None:
         """``sum_b factors[b] g_b`` of one parameter; None if nothing reached it."""
+        if index in self._bundled:
+            return self._bundled[index].weighted_sum(index, factors)
         if index in self._summed:
             return PerSample(self._summed[index]).weighted_sum(factors)
         total: Tensor | None = None
@@ -79,6 +114,8 @@ class Gradients:
 
     def select(self, keep: Tensor) -> None:
         """Make the gradient of every sample outside the mask exactly zero."""
+        for bundle in self._bundles:
+            bundle.select(keep)
         for entry in self._tape.tracked:
             entry.select(keep)
         # What was summed per sample stays so: pulling back a sum instead would round it as the expression does.
@@ -126,11 +163,17 @@ class Transformed:
     def __init__(self, gradients: list[Tensor]) -> None:
         self._gradients = gradients
 
-    def squared_norms(self, index: int) -> Tensor:
-        return row_norms_squared(self._gradients[index])
+    def squared_norms(self, members: Sequence[int]) -> Tensor | None:
+        return _total([row_norms_squared(self._gradients[index]) for index in members])
 
     def weighted_sum(self, index: int, factors: Tensor) -> Tensor:
         return PerSample(self._gradients[index]).weighted_sum(factors)
 
     def select(self, keep: Tensor) -> None:
         self._gradients = [select_rows(gradient, keep) for gradient in self._gradients]
+
+
+def _total(norms: Sequence[Tensor]) -> Tensor | None:
+    if len(norms) > 1:
+        return torch.stack(list(norms)).sum(0)
+    return norms[0] if norms else None

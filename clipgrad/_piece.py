@@ -89,9 +89,8 @@ def clip(
         gradients = Transformed(
             settings.pre_clipping([gradients.per_sample(index) for index in indices])
         )
-    squared = [gradients.squared_norms(index) for index in indices]
     norms = [
-        _total([squared[index] for index in clipping.members(group)], values).sqrt()
+        _or_zero(gradients.squared_norms(clipping.members(group)), values).sqrt()
         for group in range(len(clipping.groups))
     ]
     finite = torch.stack(norms).isfinite().all(0)
@@ -129,12 +128,10 @@ def _weighted_sums(
     return sums
 
 
-def _total(squared: Sequence[Tensor | None], values: Tensor) -> Tensor:
-    present = [norm for norm in squared if norm is not None]
-    if not present:
-        wide = torch.promote_types(values.dtype, torch.float32)
-        return torch.zeros_like(values, dtype=wide)
-    return torch.stack(present).sum(0) if len(present) > 1 else present[0]
+def _or_zero(squared: Tensor | None, values: Tensor) -> Tensor:
+    if squared is not None:
+        return squared
+    return torch.zeros_like(values, dtype=torch.promote_types(values.dtype, torch.float32))
 
 
 def accumulate(sums: list[Tensor] | None, more: list[Tensor]) -> list[Tensor]:

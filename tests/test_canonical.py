@@ -313,9 +313,11 @@ def test_half_precision_is_widened() -> None:
         factors = torch.rand(B)
         result = use.weighted_sum(factors)
         assert result.dtype is torch.float32
-        torch.testing.assert_close(
-            result, torch.einsum("b,brc->rc", factors.double(), definition(wide)).float()
-        )
+        exact = torch.einsum("b,brc->rc", factors.double(), definition(wide))
+        absolute = replace(wide, left=wide.left.abs(), right=wide.right.abs())  # type: ignore[union-attr]
+        terms = torch.einsum("b,brc->rc", factors.double(), definition(absolute))
+        # A few roundings of what is summed, which may cancel; in the half types it would be hundreds of times more.
+        assert ((result - exact).abs() <= 1e-6 * terms).all()
 
 
 @pytest.mark.parametrize(

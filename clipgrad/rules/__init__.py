@@ -10,6 +10,7 @@ from clipgrad.rules import (
     embedding,
     embedding_bag,
     linear,
+    loss,
     normalization,
     recurrent,
 )
@@ -45,6 +46,7 @@ __all__ = [
     "embedding",
     "embedding_bag",
     "linear",
+    "loss",
     "normalization",
     "recurrent",
     "register_decomposition",
