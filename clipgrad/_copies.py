@@ -1,14 +1,15 @@
-"""Copies of many tensors at the price of one launch."""
+"""Copies of many tensors at the price of one launch, or of none."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from operator import attrgetter
 
 import torch
 from torch import Tensor
 
 _DTYPE = attrgetter("dtype")
+_COPIES_ON_WRITE = {"cpu", "cuda"}
 
 
 def copies(tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -31,3 +32,15 @@ def _alike(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
         return [tensor.clone() for tensor in tensors]
     # Times one is the value itself, NaN, infinities and the sign of zero included.
     return list(torch._foreach_mul(list(tensors), 1.0))
+
+
+def copies_once_written(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Copies that cost time and memory only if somebody writes to one of the two, by whatever way.
+
+    PyTorch copies on write: whoever asks for an address that may be written to, NumPy or a kernel too, gets memory of
+    its own first, unless the other tensor is gone by then.
+    """
+    lazy: Callable[[Tensor], Tensor] | None = getattr(torch, "_lazy_clone", None)
+    if lazy is None or any(tensor.device.type not in _COPIES_ON_WRITE for tensor in tensors):
+        return copies(tensors)
+    return [lazy(tensor) for tensor in tensors]

@@ -8,15 +8,15 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor
 
-from clipgrad._copies import copies
+from clipgrad._copies import copies_once_written
 from clipgrad.errors import UnclippedGradientError
 
 
 class Pending:
     """The clipped sums of the logical batch so far, and proof that ``.grad`` still shows just them.
 
-    The sums are private to this object and ``.grad`` holds a copy: some writes to a tensor leave no trace
-    (``p.grad.data``, ``GradScaler.unscale_``), and none of them may reach what the noise is added to.
+    The sums are private to this object and ``.grad`` holds a copy, made when somebody writes: some writes to a tensor
+    leave no trace (``p.grad.data``, ``GradScaler.unscale_``), and none of them may reach what the noise is added to.
     """
 
     def __init__(self) -> None:
@@ -66,7 +66,7 @@ class Pending:
             self._sums = [*laid_out, *others]
         else:
             torch._foreach_add_(self._sums, [*sums, *others])
-        self.publish(parameters, copies(self._sums[: len(parameters)]))
+        self.publish(parameters, copies_once_written(self._sums[: len(parameters)]))
 
     def take(
         self, names: Sequence[str], parameters: Sequence[Tensor], others: Iterable[Tensor]
@@ -93,6 +93,10 @@ class Pending:
                     "on it. Clear it with optimizer.zero_grad() before backward."
                 )
         sums, self._sums = self._sums, None
+        # What .grad shows shares the sums' memory until somebody writes. The noise is to be written without a copy.
+        for parameter in parameters:
+            self._written.pop(id(parameter), None)
+            parameter.grad = None
         return sums
 
     def publish(self, parameters: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:

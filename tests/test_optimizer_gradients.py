@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -89,17 +91,71 @@ def test_foreign_gradients_before_the_first_backward(set_to_none: bool) -> None:
         torch.testing.assert_close(model.get_parameter(name).grad, total)
 
 
-def test_writes_that_leave_no_trace_do_not_reach_the_step() -> None:
+def by_data(gradient: Tensor) -> None:
     # Tensor.data shares memory, but not the version counter that tells of a write.
+    gradient.data.mul_(1000.0)
+
+
+def by_numpy(gradient: Tensor) -> None:
+    gradient.numpy()[...] = 1000.0
+
+
+def by_address(gradient: Tensor) -> None:
+    ctypes.memset(gradient.data_ptr(), 65, 4 * gradient.numel())
+
+
+def by_storage(gradient: Tensor) -> None:
+    gradient.untyped_storage().fill_(65)
+
+
+def by_a_tensor_on_its_storage(gradient: Tensor) -> None:
+    torch.empty(0).set_(gradient.untyped_storage()).fill_(1000.0)
+
+
+def by_another_library(gradient: Tensor) -> None:
+    np.from_dlpack(gradient)  # read only, if it is at all
+    torch.from_dlpack(gradient.detach()).mul_(1000.0)
+
+
+@pytest.mark.parametrize(
+    "write",
+    [by_data, by_numpy, by_address, by_storage, by_a_tensor_on_its_storage, by_another_library],
+)
+@pytest.mark.parametrize("calls", [1, 2])
+def test_writes_that_leave_no_trace_do_not_reach_the_step(
+    write: Callable[[Tensor], None], calls: int
+) -> None:
     model = mlp()
     sums, _ = clipped(model, data())
     optimizer, before = private(model), values(model)
-    optimizer.backward(data())
-    for gradient in grads(model):
-        gradient.data.mul_(1000.0)
+    for _ in range(calls):
+        optimizer.backward(data())
+        for gradient in grads(model):
+            try:
+                write(gradient)
+            except (RuntimeError, BufferError, TypeError):
+                pytest.skip("PyTorch refuses to write in this way")
     optimizer.step()
     for name, total in sums.items():
-        torch.testing.assert_close(model.get_parameter(name), before[name] - total)
+        torch.testing.assert_close(model.get_parameter(name), before[name] - calls * total)
+
+
+def test_showing_the_sums_copies_nothing() -> None:
+    """Neither what ``.grad`` shows before the step, nor what is noised in it."""
+    model = mlp()
+    optimizer = private(model, noise_multiplier=1.0)
+    optimizer.backward(data())
+    assert optimizer._pending._sums is not None
+    addresses = [address_only_read(total) for total in optimizer._pending._sums]
+    assert [address_only_read(gradient) for gradient in grads(model)] == addresses
+    optimizer.step()
+    assert [address_only_read(gradient) for gradient in grads(model)] == addresses
+
+
+def address_only_read(tensor: Tensor) -> int:
+    """``data_ptr`` is for writing."""
+    address: int = torch._C._data_address(tensor)  # type: ignore[attr-defined]
+    return address
 
 
 def test_a_grad_scaler_is_refused() -> None:

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,10 +51,13 @@ def bug(name: str, where: str, check: Callable[[], None]) -> Callable[[Plant], P
 def _(patch: pytest.MonkeyPatch) -> None:
     right = Gradients.squared_norms
 
-    def wrong(self: Gradients, index: int) -> Tensor | None:
-        norms = right(self, index)
-        is_bias = self._tape.tracked[index].shared.dim() == 1
-        return norms.square() if is_bias and norms is not None else norms
+    def wrong(self: Gradients, members: Sequence[int]) -> Tensor | None:
+        biases = [index for index in members if self._tape.tracked[index].shared.dim() == 1]
+        others = right(self, [index for index in members if index not in biases])
+        norms = right(self, biases)
+        if norms is None or others is None:
+            return others if norms is None else norms.square()
+        return others + norms.square()
 
     patch.setattr(Gradients, "squared_norms", wrong)
 
