@@ -35,6 +35,8 @@ _CONV2D = torch.conv2d
 DTYPES = frozenset({torch.float32})
 # Elements of a first convolution's result for each of its image, which is copied.
 WORTH = 2.0
+# Elements of that result in all samples; below, Python takes longer than what is gained.
+LARGE = 1 << 16
 
 
 def _named(home: Any, names: str) -> set[Callable[..., Any]]:
@@ -163,7 +165,10 @@ class ChannelsLast:
         if found is None or found.dim() < 4 or weight.dim() != 4 or found.device.type != "cpu":
             return None
         height, width = (stride, stride) if isinstance(stride, int) else (*stride, *stride)[:2]
-        if WORTH * found.shape[-3] * height * width > weight.shape[0] or not found.is_contiguous():
+        shrinks = height * width
+        if WORTH * found.shape[-3] * shrinks > weight.shape[0] or not found.is_contiguous():
+            return None
+        if found.numel() // found.shape[-3] * weight.shape[0] // shrinks < LARGE:
             return None
         with below_vmap():
             flat = found.reshape(-1, *found.shape[-3:])

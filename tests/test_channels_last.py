@@ -47,6 +47,7 @@ def eager_to_turn(monkeypatch: pytest.MonkeyPatch) -> list[ChannelsLast]:
 
     monkeypatch.setattr(_channels_last, "DTYPES", {torch.float32, torch.float64})
     monkeypatch.setattr(_channels_last, "WORTH", 0.0)
+    monkeypatch.setattr(_channels_last, "LARGE", 0)
     monkeypatch.setattr(_microbatch, "ChannelsLast", Noted)
     return tried
 
@@ -281,7 +282,8 @@ def layouts_seen(
 def test_from_the_first_convolution_on(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where it costs little: of images with few channels, in float32; not in exact arithmetic, nor in autocast."""
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(8, 8, 3))
-    x = torch.randn(4, 3, 12, 12)
+    assert layouts_seen(model, torch.randn(4, 3, 12, 12), monkeypatch) == [False, False]
+    x = torch.randn(32, 3, 20, 20)
     assert layouts_seen(model, x, monkeypatch) == [True, True]
     assert layouts_seen(model, x, monkeypatch, keep_batch_dim=False) == [True, True]
     wide = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 8, 3, stride=2))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import mmap
 import os
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -129,6 +130,36 @@ def test_any_number_of_values(size: int) -> None:
     if size > 1000:
         check_gaussian(values, 3.0)
         check_independent(torch.cat([values, values.flip(1)[:1]]).double())
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_threads_share_a_large_tensor(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_cpu, "_MANY", 4 * CAPACITY)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    source, size = SystemNoise(), 12 * CAPACITY + 77
+    totals = torch.zeros(4, size)
+    for total in totals:
+        source.add_gaussian_([total, torch.zeros(100)], 2.0)
+    assert (totals != 0).all()
+    check_gaussian(totals, 2.0)
+    check_independent(totals.double())
+    check_independent(totals[:, : 12 * CAPACITY].reshape(48, CAPACITY).double())
+
+
+def test_a_thread_that_fails_is_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    loop()
+    monkeypatch.setattr(_cpu, "_MANY", 4 * CAPACITY)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    real, main = LoopedBoxMuller.add, threading.get_ident()
+
+    def add(self: LoopedBoxMuller, *args: Any) -> None:
+        if threading.get_ident() != main:
+            raise MemoryError("in a thread")
+        real(self, *args)
+
+    monkeypatch.setattr(LoopedBoxMuller, "add", add)
+    with pytest.raises(MemoryError, match="in a thread"):
+        SystemNoise().add_gaussian_([torch.zeros(5 * CAPACITY)], 1.0)
 
 
 def test_it_adds_to_what_is_there() -> None:

@@ -19,7 +19,7 @@ import torch
 from cryptography.hazmat.primitives.ciphers.modes import CTR, GCM
 from torch import Tensor
 
-from clipgrad.noise import SystemNoise, _accelerator, _keys, _keystream
+from clipgrad.noise import SystemNoise, _accelerator, _cpu, _keys, _keystream
 from clipgrad.noise._keys import Lineage
 from tests.noise_checks import PIECE
 
@@ -161,6 +161,7 @@ def test_no_key_and_counter_twice(
     recorder: Recorder, compile: bool, mode: type[CTR | GCM], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(_keystream, "fastest", lambda: mode)
+    monkeypatch.setattr(_cpu, "_MANY", 16 * PIECE)  # threads of Python's take part
     uses = everything(recorder, compile=compile)
     assert len({key for key, _, _ in uses}) > 50
     assert len(uses) > 300

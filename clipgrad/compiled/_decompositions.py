@@ -15,6 +15,14 @@ def _format(gradient: Tensor) -> torch.memory_format:
     return torch.channels_last if is_channels_last(gradient) else torch.contiguous_format
 
 
+def _image(gradient: Tensor, height: int, width: int) -> Tensor:
+    """Memory, not even cleared, for the image that was pooled, laid out as the gradient is."""
+    shape = (*gradient.shape[:-2], height, width)
+    return torch.empty(
+        shape, dtype=gradient.dtype, device=gradient.device, memory_format=_format(gradient)
+    )
+
+
 # With "flexible_layout" the compiler passes tensors as they lie, and learns from the fake how the result lies.
 @torch.library.custom_op(
     "clipgrad::max_pool2d_backward", mutates_args=(), tags=(torch.Tag.flexible_layout,)
@@ -36,8 +44,7 @@ def max_pool2d_backward(
     kernel takes 0.5.
     """
     layout = _format(gradient)
-    # Only its shape and layout are read.
-    image = gradient.new_empty((*gradient.shape[:-2], height, width)).to(memory_format=layout)
+    image = _image(gradient, height, width)  # only its shape and layout are read
     result: Tensor = torch.ops.aten.max_pool2d_with_indices_backward(
         gradient.contiguous(memory_format=layout), image, kernel_size, stride, padding, dilation, ceil_mode,
         indices.contiguous(memory_format=layout),
@@ -47,8 +54,7 @@ def max_pool2d_backward(
 
 @max_pool2d_backward.register_fake
 def _(gradient: Tensor, indices: Tensor, height: int, width: int, *_: object) -> Tensor:
-    image = gradient.new_empty((*gradient.shape[:-2], height, width))
-    return image.to(memory_format=_format(gradient))
+    return _image(gradient, height, width)
 
 
 def _pool_backward(

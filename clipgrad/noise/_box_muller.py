@@ -93,8 +93,9 @@ class BoxMuller:
         return self.transform(at)
 
     def add(self, keystream: Bits, target: Tensor, scale: float) -> None:
-        """Add ``scale * N(0, 1)`` to each value of a tensor of one dimension."""
-        target.add_(self.draw(keystream, target.numel()), alpha=scale)
+        """Add ``scale * N(0, 1)`` to each value of a contiguous tensor of one dimension and any size."""
+        for part in target.split(self.capacity):
+            part.add_(self.draw(keystream, part.numel()), alpha=scale)
 
     def transform(self, at: _Layout) -> Tensor:
         """Turn the bits in memory into values, in place."""

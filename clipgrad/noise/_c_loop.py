@@ -25,8 +25,8 @@ from clipgrad.noise._keystream import SLACK, Bits
 Loop = Callable[[int, int, int, float, int], object]
 """``(j, k, size, scale, target)`` with the addresses of three arrays; see ``_float32_loop.c``."""
 
-# A piece and its bits, 640 KiB, stay in a cache of one core. Smaller ones spend more in Python between the pieces.
-CAPACITY = 2**16
+# A piece, its bits and the zeros that become them, 512 KiB, stay in the cache of one core.
+CAPACITY = 2**15
 SOURCE = Path(__file__).with_name("_float32_loop.c")
 _COMPILERS = ("cc", "gcc", "clang")
 # The sum of a product is rounded once; no function sets errno, no operation traps: else nothing is vectorised.
@@ -34,6 +34,7 @@ _FLAGS = (
     "-O3", "-std=gnu11", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC",
 )  # fmt: skip
 _SECONDS = 60
+_BYTES = 4  # of a float32
 _RADIUS_BYTES, _PAIR_BYTES = 8, 12
 _TOLERANCE = 1e-6  # relative; rounding makes 4e-7
 _log = logging.getLogger("clipgrad")
@@ -68,14 +69,16 @@ class LoopedBoxMuller:
         return values
 
     def add(self, keystream: Bits, target: Tensor, scale: float) -> None:
-        """Add ``scale * N(0, 1)`` to each value of a tensor of one dimension."""
+        """Add ``scale * N(0, 1)`` to each value of a contiguous tensor of one dimension and any size."""
         if target.dtype is not torch.float32:
-            target.add_(self.draw(keystream, target.numel()), alpha=scale)
+            for part in target.split(CAPACITY):
+                part.add_(self.draw(keystream, part.numel()), alpha=scale)
             return
-        self._add(keystream, target.numel(), scale, target.data_ptr())
-        if (
-            not target.is_inference()
-        ):  # autograd, and whoever watches versions, cannot see who writes by address
+        size, address = target.numel(), target.data_ptr()
+        for start in range(0, size, CAPACITY):
+            self._add(keystream, min(CAPACITY, size - start), scale, address + _BYTES * start)
+        if not target.is_inference():
+            # Autograd, and whoever else watches versions, does not see who writes by address.
             torch.autograd.graph.increment_version(target)
 
     def _add(self, keystream: Bits, size: int, scale: float, address: int) -> None:

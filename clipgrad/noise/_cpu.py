@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from concurrent.futures import ThreadPoolExecutor, wait
 from functools import partial
 from typing import Protocol
 
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from clipgrad.noise import _checks as checks
 from clipgrad.noise._box_muller import BoxMuller
-from clipgrad.noise._c_loop import looped
+from clipgrad.noise._c_loop import LoopedBoxMuller, looped
 from clipgrad.noise._keys import Lineage
 from clipgrad.noise._keystream import KEY_BYTES, Bits, Keystream
 from clipgrad.noise._pieces import pieces
@@ -21,6 +22,11 @@ from clipgrad.noise._pieces import pieces
 PIECE = 2**15
 # What torch's threads work on together: large enough to be worth sharing, small enough for their caches.
 SHARED_PIECE = 2**17
+# Smaller tensors get theirs together: each costs some operations more than the values themselves.
+_ALONE = 2**11
+# One tensor of as many is shared by threads of Python's, which let go of its lock in the cipher and in the loop. For
+# fewer it does not pay: after a backward pass PyTorch's threads go on spinning for milliseconds.
+_MANY, _MOST_THREADS = 2**22, 16
 _CPU = torch.device("cpu")
 _PID_AT_IMPORT = os.getpid()
 
@@ -35,7 +41,7 @@ class Gaussians(Protocol):
         ...
 
     def add(self, keystream: Bits, target: Tensor, scale: float) -> None:
-        """Add ``scale`` times such a value to each of at most ``capacity`` values."""
+        """Add ``scale`` times such a value to each value of a contiguous tensor of one dimension and any size."""
         ...
 
 
@@ -55,20 +61,52 @@ class CpuNoise:
         self._lineage, self._draws, self._compiled = lineage, draws, compiled
         self._gaussians: dict[tuple[torch.dtype, bool], Gaussians] = {}
         self._sums: dict[tuple[torch.dtype, int], Tensor] = {}
+        self._loops: list[LoopedBoxMuller] = []
+        self._pool: ThreadPoolExecutor | None = None
 
     def add(self, flats: list[Tensor], sigma: float) -> None:
         """Add to flat tensors in the CPU's memory, all drawn in one dtype."""
         dtype = checks.DRAWN_IN[flats[0].dtype]
-        keystream = Keystream(partial(self._lineage.key, _CPU, KEY_BYTES))
+        keystream = self._keystream()
         scale = sigma / math.sqrt(self._draws)
         gaussians = self._for(dtype, sum(map(Tensor.numel, flats)))
-        for piece in pieces(flats, gaussians.capacity):
-            if len(piece) == 1 and self._draws == 1:
-                gaussians.add(keystream, piece[0], scale)
-                continue
+        together = []
+        for flat in flats:
+            if flat.numel() < _ALONE or self._draws > 1:
+                together.append(flat)
+            elif flat.numel() < _MANY or not isinstance(gaussians, LoopedBoxMuller):
+                gaussians.add(keystream, flat, scale)
+            else:
+                self._add_in_threads(flat, scale)
+        for piece in pieces(together, gaussians.capacity):
             sizes = [part.numel() for part in piece]
             noise = self._draw(gaussians, keystream, sum(sizes))
             torch._foreach_add_(piece, noise.split(sizes), alpha=scale)
+
+    def _keystream(self) -> Keystream:
+        """Of a key of its own."""
+        return Keystream(partial(self._lineage.key, _CPU, KEY_BYTES))
+
+    def _add_in_threads(self, flat: Tensor, scale: float) -> None:
+        """Add to one large tensor, each thread with a key of its own."""
+        count = min(torch.get_num_threads(), _MOST_THREADS)
+        parts = flat.tensor_split(count)
+        while len(self._loops) < count:
+            another = looped()
+            assert another is not None, "there was one"
+            self._loops.append(another)
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(_MOST_THREADS, "clipgrad-noise")
+        waiting = [
+            self._pool.submit(loop.add, self._keystream(), part, scale)
+            for loop, part in zip(self._loops[1:count], parts[1:], strict=True)
+        ]
+        try:
+            self._loops[0].add(self._keystream(), parts[0], scale)
+        finally:  # nobody may see a tensor that is still being written to
+            wait(waiting)
+        for future in waiting:
+            future.result()
 
     def _for(self, dtype: torch.dtype, size: int) -> Gaussians:
         """What makes so many values fastest."""
