@@ -14,6 +14,7 @@ import sys
 _LIMIT = 2**30
 _NAMES = {"MALLOC_MMAP_THRESHOLD_": -3, "MALLOC_TRIM_THRESHOLD_": -1}
 """The environment variables of glibc, and the numbers that ``mallopt`` has for them."""
+_ours: set[str] = set()
 
 
 def keep_freed_memory() -> None:
@@ -28,4 +29,13 @@ def keep_freed_memory() -> None:
         return
     for name, number in _NAMES.items():
         os.environ[name] = str(_LIMIT)
+        _ours.add(name)
         mallopt(number, _LIMIT)
+
+
+def environment_without() -> dict[str, str]:
+    """The environment of a process that hands freed memory back, as it would have without ``keep_freed_memory``.
+
+    Peak memory is measured so: kept memory has gaps, which are no need of the mode's.
+    """
+    return {name: value for name, value in os.environ.items() if name not in _ours}

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.allocator import environment_without
 from benchmarks.modes import modes
 from benchmarks.step import Setting, Step, close
 from benchmarks.workloads import WORKLOADS
@@ -56,6 +57,7 @@ class MemoryServer:
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             text=True,
+            env=environment_without(),
         )
 
     def __enter__(self) -> MemoryServer:
