@@ -7,16 +7,14 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.fx import GraphModule
 
 import clipgrad
 from clipgrad.compiled import _backend
-from clipgrad.rules import _convolution_use, _tap_products, _tensor_cores
+from clipgrad.rules import _convolution_use, _tensor_cores
 from clipgrad.rules._convolution_use import ConvolutionUse
-from clipgrad.rules._geometry import Geometry
 from clipgrad.testing import RuleCase, assert_rule_matches_reference
-from tests.oracle import clipped_sum, per_sample_gradients
 from tests.rule_cases.convolution import CASES
 
 
@@ -43,114 +41,6 @@ def test_case(case: RuleCase, products: list[int], monkeypatch: pytest.MonkeyPat
     assert_rule_matches_reference(
         case, batch_sizes=(3,), strategies=("kept",), microbatch_sizes=(None,)
     )
-
-
-@pytest.fixture
-def by_taps(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Gradients are found by a product for each tap, wherever that is possible."""
-    monkeypatch.setattr(_convolution_use, "_TAPS_ON", {"cpu", "cuda"})
-    monkeypatch.setattr(_tap_products, "_FEWEST_CHANNELS", 1)
-
-
-@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
-@pytest.mark.filterwarnings("ignore:There is a performance drop")
-@pytest.mark.parametrize("case", [c for c in CASES if not c.declines], ids=lambda case: case.name)
-@pytest.mark.usefixtures("by_taps")
-def test_case_by_taps(case: RuleCase) -> None:
-    assert_rule_matches_reference(
-        case, batch_sizes=(3,), strategies=("kept",), microbatch_sizes=(None,)
-    )
-
-
-@pytest.mark.parametrize(
-    ("taps", "padding", "dilation", "size"),
-    [
-        ((3, 3), (1, 1), (1, 1), (9, 7)),
-        ((1, 1), (0, 0), (1, 1), (5, 6)),
-        ((3, 2), (0, 2), (2, 3), (11, 12)),
-        ((5, 5), (2, 2), (1, 1), (6, 6)),
-        ((3, 3), (3, 4), (1, 2), (5, 5)),
-        ((4, 1), (0, 0), (1, 1), (4, 3)),
-        ((1, 4), (0, 0), (1, 1), (3, 4)),
-    ],
-)
-def test_taps(
-    taps: tuple[int, int],
-    padding: tuple[int, int],
-    dilation: tuple[int, int],
-    size: tuple[int, int],
-) -> None:
-    """Also where the last tap reads past the image, and where a neighbour has NaN."""
-    torch.manual_seed(0)
-    x = torch.randn(3, 2, *size, dtype=torch.float64)
-    weight = torch.randn(4, 2, *taps, dtype=torch.float64)
-    gradient = torch.randn_like(F.conv2d(x, weight, padding=padding, dilation=dilation))
-    geometry = Geometry((1, 1), padding, dilation, 1)
-    exact = ConvolutionUse(x, gradient, weight, geometry)._grouped()
-    found = _tap_products.tap_gradient(gradient, x, weight.shape, geometry)
-    torch.testing.assert_close(found, exact)
-    x[1] = torch.nan
-    beside = _tap_products.tap_gradient(gradient, x, weight.shape, geometry)
-    torch.testing.assert_close(beside[[0, 2]], exact[[0, 2]])
-    assert beside[1].isnan().all()
-
-
-@pytest.mark.usefixtures("by_taps")
-def test_taps_in_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
-    graphs = []
-
-    def uncompiled(module: GraphModule, mode: str) -> GraphModule:
-        graphs.append(str(module.graph))
-        return module
-
-    monkeypatch.setattr(_backend, "compile_graph", uncompiled)
-    check_taps(torch.float64, "cpu", True, 1e-10)
-    assert all(graph.count("clipgrad.tap_products") == 2 for graph in graphs)
-    assert graphs
-
-
-@pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("compile", [False, True, "reduce-overhead"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("allowed", [False, True])
-@pytest.mark.usefixtures("by_taps")
-def test_taps_on_a_gpu(
-    compile: bool | str, dtype: torch.dtype, allowed: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", allowed)
-    double = dtype is torch.float64
-    check_taps(dtype, "cuda", compile, 1e-10 if double else 5e-3 if allowed else 1e-4)
-
-
-def check_taps(dtype: torch.dtype, device: str, compile: bool | str, tolerance: float) -> None:
-    """Two convolutions with pooling between them, beside the loop in float64."""
-    torch.manual_seed(0)
-    model = nn.Sequential(
-        nn.Conv2d(2, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(16, 24, 3, bias=False)
-    ).double()  # fmt: skip
-    x = torch.randn(5, 2, 12, 12, dtype=torch.float64)
-
-    def loss(model: nn.Module, x: Tensor) -> Tensor:
-        total: Tensor = model(x).square().mean()
-        return total
-
-    exact, norms = clipped_sum(per_sample_gradients(model, loss, (x,)), 0.5)
-    model = model.to(device, dtype)
-    gradient = clipgrad.clipped_grad(
-        lambda p, x: torch.func.functional_call(model, p, (x,)).square().mean(),
-        max_grad_norm=0.5,
-        strategy="kept",
-        compile=compile,
-    )
-    for _ in range(3):
-        found = gradient(dict(model.named_parameters()), x.to(device, dtype))
-        assert isinstance(found.grad_norms, Tensor)
-        torch.testing.assert_close(found.grad_norms.double().cpu(), norms, rtol=tolerance, atol=0)
-        for name, total in found.grads.items():
-            torch.testing.assert_close(
-                total.double().cpu(), exact[name], rtol=0, atol=0.5 * tolerance
-            )
 
 
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")

@@ -13,7 +13,6 @@ from torch import Tensor
 from clipgrad.rules._canonical import Outer, scale_rows, select_rows, widen
 from clipgrad.rules._geometry import Geometry
 from clipgrad.rules._grouped_convolution import grouped_gradient
-from clipgrad.rules._tap_products import takes, tap_gradient
 from clipgrad.rules._tensor_cores import convolution_product
 
 # Patches (the unfolded input) of more elements than this are not built at once: 512 MiB of float32.
@@ -25,8 +24,6 @@ _PATCH_ELEMENTS = 1 << 26
 # the weight is this large; in between the grouped convolution is up to 1.7x faster. See docs/performance.md.
 _SMALL_PATCH = 64
 _LARGE_WEIGHT = 1 << 17
-# On CPU a product for each tap took one and a half to three times as long as the others.
-_TAPS_ON = {"cuda"}
 # Filters of one channel and fewer taps than this are left to the library's own depthwise kernels on CUDA.
 _LONG_FILTER = 32
 
@@ -67,10 +64,6 @@ class ConvolutionUse:
         if self.weight.shape[1] == 1 and self.geometry.groups > 1:
             on_cpu, taps = self.input.device.type == "cpu", self.weight[0, 0].numel()
             return self._depthwise() if on_cpu or taps >= _LONG_FILTER else self._grouped()
-        if self.input.device.type in _TAPS_ON and takes(self.geometry, self.weight):
-            return tap_gradient(
-                widen(self.gradient), widen(self.input), self.weight.shape, self.geometry
-            )
         if not self._unfolds():
             return self._grouped()
         samples = self.input.shape[0]
