@@ -41,7 +41,8 @@ class Bundle:
             total = PerSample(self._rows).weighted_sum(factors)
             parts = total.split([prod(shape) for shape in self._shapes.values()])
             for (at, shape), part in zip(self._shapes.items(), parts, strict=True):
-                self._sums[at] = part.view(shape)
+                # Memory of its own: who saves one sum, or writes to it, shall not reach the others.
+                self._sums[at] = part.clone().view(shape)
         return self._sums[index]
 
     def select(self, keep: Tensor) -> None:

@@ -13,7 +13,6 @@ from torch.overrides import TorchFunctionMode, resolve_name
 from clipgrad import _leftovers
 from clipgrad._branches import is_read, read
 from clipgrad._call import BoundCall
-from clipgrad._channels_last import ChannelsLast
 from clipgrad._lanes import (
     Decline,
     below_vmap,
@@ -59,7 +58,6 @@ class Capture(TorchFunctionMode):
         wrappers: What the loss holds for each parameter, in the tape's order.
         originals: The tensors that the caller passed; met inside the loss, they are a gradient that escapes.
         splits: Answer Python's questions about values, if need be by splitting the microbatch.
-        layout: Lays convolutions out channels last; None if nothing does.
     """
 
     def __init__(
@@ -69,16 +67,12 @@ class Capture(TorchFunctionMode):
         originals: Sequence[Tensor],
         *,
         splits: bool = False,
-        layout: ChannelsLast | None = None,
     ) -> None:
         super().__init__()
         self.tape = tape
         self.splits = splits
         self.level = current_level()
         self.randomness = current_randomness()
-        self._layout = layout
-        if layout is not None:
-            layout.level = self.level
         self.table: dict[int, Tracked] = {}
         for tracked, wrapper in zip(tape.tracked, wrappers, strict=True):
             tracked.wrapper = wrapper
@@ -100,12 +94,6 @@ class Capture(TorchFunctionMode):
         if func == _REQUIRES_GRAD:
             return self._requires_grad(args[0])
         kept = _leftovers.among(operands(args, kwargs))
-        turned = False
-        if self._layout is not None:
-            if current_level() == self.level:
-                args, turned = self._layout.before(func, args, kwargs)
-            else:
-                self._layout.elsewhere(func, args)
         try:
             result = self._run(func, args, kwargs)
         except Exception as error:
@@ -115,8 +103,6 @@ class Capture(TorchFunctionMode):
         made = tensors_in(result)
         if kept and made:  # asking for a shape is harmless
             raise _leftovers.refuse(operation_name(func))
-        if turned and self._layout is not None:
-            self._layout.after(made)
         self.made.extend(map(weakref.ref, made))
         return result
 

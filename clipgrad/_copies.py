@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 _DTYPE = attrgetter("dtype")
-_COPIES_ON_WRITE = {"cpu", "cuda"}
+# Not CUDA's: its fused and foreach kernels write to addresses that they ask for as if to read (PyTorch 2.11 to 2.13).
+_COPIES_ON_WRITE = {"cpu"}
 
 
 def copies(tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -43,4 +44,7 @@ def copies_once_written(tensors: Sequence[Tensor]) -> list[Tensor]:
     lazy: Callable[[Tensor], Tensor] | None = getattr(torch, "_lazy_clone", None)
     if lazy is None or any(tensor.device.type not in _COPIES_ON_WRITE for tensor in tensors):
         return copies(tensors)
-    return [lazy(tensor) for tensor in tensors]
+    try:
+        return [lazy(tensor) for tensor in tensors]
+    except RuntimeError:  # memory that is not PyTorch's own
+        return copies(tensors)

@@ -16,7 +16,6 @@ from clipgrad import _leftovers
 from clipgrad._advice import explained
 from clipgrad._branches import Disagreement
 from clipgrad._capture import Capture, escape_message, written_message
-from clipgrad._channels_last import ChannelsLast, tried_here
 from clipgrad._gradients import Gradients
 from clipgrad._inputs import take
 from clipgrad._phases import phase
@@ -36,29 +35,6 @@ def forward(
     settings: Settings,
 ) -> tuple[Tape, Tensor, Any]:
     """Run the loss on every sample at once and record the uses of the parameters."""
-    if settings.layouts.on and tried_here(params[0].dtype, params[0].device):
-        layout = ChannelsLast()
-        try:
-            return _forward(loss, names, params, batch, settings, layout)
-        except Disagreement:
-            raise
-        except Exception:
-            if not layout.used:
-                raise
-        found = _forward(loss, names, params, batch, settings, None)
-        settings.layouts.on = False  # the loss minds: do not run it twice each time
-        return found
-    return _forward(loss, names, params, batch, settings, None)
-
-
-def _forward(
-    loss: Loss,
-    names: Sequence[str],
-    params: Sequence[Tensor],
-    batch: Sequence[Any],
-    settings: Settings,
-    layout: ChannelsLast | None,
-) -> tuple[Tape, Tensor, Any]:
     size = next(leaf.shape[0] for leaf in batch if isinstance(leaf, Tensor))
     tape = Tape(names, params, size)
 
@@ -68,13 +44,11 @@ def _forward(
     def one_sample(leaves: list[Tensor], sample: list[Any]) -> tuple[Tensor, ...]:
         if settings.keep_batch_dim:
             sample = [leaf[None] if isinstance(leaf, Tensor) else leaf for leaf in sample]
-        capture = Capture(tape, leaves, params, splits=settings.branches == "split", layout=layout)
+        capture = Capture(tape, leaves, params, splits=settings.branches == "split")
         made.append(capture.made)
         capture.made.extend(weakref.ref(leaf) for leaf in sample if isinstance(leaf, Tensor))
         with capture:
             result = loss(leaves, sample)
-        if layout is not None:
-            layout.check()
         value, aux = _split(result, settings.has_aux)
         flat, spec = tree_flatten(aux)
         for leaf in flat:

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from clipgrad._channels_last import Switch
 from clipgrad._gradients import Gradients, Transformed
 from clipgrad._grid import Grid
 from clipgrad._phases import phase
@@ -40,8 +38,6 @@ class Settings:
     """Leave the question whether every norm is finite to the caller: a traced graph cannot ask it."""
     selects: bool = False
     """Take the samples that are dropped out of the factors whether there is one or not: then nobody has to ask."""
-    layouts: Switch = field(default_factory=partial(Switch, False), compare=False)
-    """Whether convolutions may be laid out channels last."""
 
 
 @dataclass(frozen=True)

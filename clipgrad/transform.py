@@ -16,7 +16,6 @@ from torch.utils._pytree import (
 
 from clipgrad import _validate
 from clipgrad._branches import BRANCHES, Disagreement
-from clipgrad._channels_last import Switch
 from clipgrad._grid import (
     Grid,
     alone,
@@ -242,7 +241,6 @@ class ClippedGrad:
             pre_clipping=None,
             branches=self.branches,
             grid=None if self.grid is None else Grid(self.grid, clipping, sizes),
-            layouts=Switch(self.grid is None and self._compiler is None),
         )
 
     def _rows_at_once(self, size: int) -> int:

@@ -112,6 +112,17 @@ def by_a_tensor_on_its_storage(gradient: Tensor) -> None:
     torch.empty(0).set_(gradient.untyped_storage()).fill_(1000.0)
 
 
+def by_many_at_once(gradient: Tensor) -> None:
+    torch._foreach_mul_([gradient.data], 1000.0)
+
+
+def by_a_scaler(gradient: Tensor) -> None:
+    # GradScaler.unscale_: it leaves no version.
+    scale, found = torch.tensor(1000.0), torch.zeros(1)
+    scale, found = scale.to(gradient.device), found.to(gradient.device)
+    torch._amp_foreach_non_finite_check_and_unscale_([gradient], found, scale)
+
+
 def by_another_library(gradient: Tensor) -> None:
     np.from_dlpack(gradient)  # read only, if it is at all
     torch.from_dlpack(gradient.detach()).mul_(1000.0)
@@ -119,7 +130,16 @@ def by_another_library(gradient: Tensor) -> None:
 
 @pytest.mark.parametrize(
     "write",
-    [by_data, by_numpy, by_address, by_storage, by_a_tensor_on_its_storage, by_another_library],
+    [
+        by_data,
+        by_numpy,
+        by_address,
+        by_storage,
+        by_a_tensor_on_its_storage,
+        by_many_at_once,
+        by_a_scaler,
+        by_another_library,
+    ],
 )
 @pytest.mark.parametrize("calls", [1, 2])
 def test_writes_that_leave_no_trace_do_not_reach_the_step(
@@ -138,6 +158,22 @@ def test_writes_that_leave_no_trace_do_not_reach_the_step(
     optimizer.step()
     for name, total in sums.items():
         torch.testing.assert_close(model.get_parameter(name), before[name] - calls * total)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("write", [by_data, by_many_at_once, by_a_scaler])
+def test_nor_on_a_gpu(write: Callable[[Tensor], None]) -> None:
+    """Its kernels for many tensors write to addresses that they asked for as if to read."""
+    model = mlp().cuda()
+    sums, _ = clipped(model, data().cuda())
+    optimizer, before = private(model), values(model)
+    optimizer.backward(data().cuda())
+    for gradient in grads(model):
+        write(gradient)
+    optimizer.step()
+    for name, total in sums.items():
+        torch.testing.assert_close(model.get_parameter(name), before[name] - total)
 
 
 def test_showing_the_sums_copies_nothing() -> None:

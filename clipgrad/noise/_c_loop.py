@@ -42,6 +42,16 @@ _found: list[Loop | None] = []
 _compiling = threading.Lock()
 
 
+def _forked() -> None:
+    """A thread of the parent's may have held the lock, and is not there to let go of it."""
+    global _compiling
+    _compiling = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forked)
+
+
 class LoopedBoxMuller:
     """Gaussians of float32 in memory of its own, used by one thread at a time.
 
@@ -90,10 +100,17 @@ class LoopedBoxMuller:
         self._loop(self._address, self._address + pairs * _RADIUS_BYTES, size, scale, address)
 
 
-def looped() -> LoopedBoxMuller | None:
-    """What draws by the loop; None if there is no compiler or the loop is wrong, which is logged once."""
+def looped(*, may_compile: bool) -> LoopedBoxMuller | None:
+    """What draws by the loop; None if there is no compiler or the loop is wrong, which is logged once.
+
+    Args:
+        may_compile: Whether it may be compiled and proved now, if it is not. The proof runs on torch's threads, which
+            do not exist in a forked child.
+    """
     with _compiling, torch.inference_mode(False), torch.no_grad():
         if not _found:
+            if not may_compile:
+                return None
             _found.append(_compile_and_prove())
     return None if _found[0] is None else LoopedBoxMuller(_found[0])
 

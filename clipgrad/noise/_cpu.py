@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import partial
 from typing import Protocol
 
@@ -74,10 +74,14 @@ class CpuNoise:
         for flat in flats:
             if flat.numel() < _ALONE or self._draws > 1:
                 together.append(flat)
-            elif flat.numel() < _MANY or not isinstance(gaussians, LoopedBoxMuller):
-                gaussians.add(keystream, flat, scale)
-            else:
+            elif (
+                flat.numel() >= _MANY
+                and flat.dtype is torch.float32
+                and isinstance(gaussians, LoopedBoxMuller)
+            ):
                 self._add_in_threads(flat, scale)
+            else:
+                gaussians.add(keystream, flat, scale)
         for piece in pieces(together, gaussians.capacity):
             sizes = [part.numel() for part in piece]
             noise = self._draw(gaussians, keystream, sum(sizes))
@@ -88,20 +92,22 @@ class CpuNoise:
         return Keystream(partial(self._lineage.key, _CPU, KEY_BYTES))
 
     def _add_in_threads(self, flat: Tensor, scale: float) -> None:
-        """Add to one large tensor, each thread with a key of its own."""
+        """Add to one large tensor of float32, each thread with a key of its own.
+
+        By address only: tensor operations ask whether gradients are recorded, which each thread says for itself.
+        """
         count = min(torch.get_num_threads(), _MOST_THREADS)
         parts = flat.tensor_split(count)
         while len(self._loops) < count:
-            another = looped()
+            another = looped(may_compile=False)
             assert another is not None, "there was one"
             self._loops.append(another)
         if self._pool is None:
             self._pool = ThreadPoolExecutor(_MOST_THREADS, "clipgrad-noise")
-        waiting = [
-            self._pool.submit(loop.add, self._keystream(), part, scale)
-            for loop, part in zip(self._loops[1:count], parts[1:], strict=True)
-        ]
+        waiting: list[Future[None]] = []
         try:
+            for loop, part in zip(self._loops[1:count], parts[1:], strict=True):
+                waiting.append(self._pool.submit(loop.add, self._keystream(), part, scale))
             self._loops[0].add(self._keystream(), parts[0], scale)
         finally:  # nobody may see a tensor that is still being written to
             wait(waiting)
@@ -116,7 +122,7 @@ class CpuNoise:
         found = self._gaussians.get((dtype, shared))
         if found is None:
             if self._compiled and dtype is torch.float32:
-                found = looped()
+                found = looped(may_compile=not forked)
             if found is None:
                 found = BoxMuller(dtype, SHARED_PIECE if shared else PIECE, shared=shared)
             self._gaussians[dtype, shared] = found

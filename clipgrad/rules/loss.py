@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -26,7 +27,7 @@ def cross_entropy(
     label_smoothing: float = 0.0,
 ) -> Tensor:
     """Of classes given by number: of one sample ``(C,)`` with ``()``, or ``(N, C, ...)`` with ``(N, ...)``."""
-    if not (call.has_lanes(input) and call.has_lanes(target)) or target.is_floating_point():
+    if not (call.has_lanes(input) and call.has_lanes(target)) or target.dtype is not torch.int64:
         raise Decline
     if weight is not None or label_smoothing or size_average is not None or reduce is not None:
         raise Decline
@@ -48,36 +49,21 @@ def cross_entropy(
     return call.finish(total)
 
 
-@register_rule(F.mse_loss, name="mse_loss")
-def mse_loss(
-    call: Call,
-    input: Tensor,
-    target: Tensor,
-    size_average: bool | None = None,
-    reduce: bool | None = None,
-    reduction: str = "mean",
-    weight: Tensor | None = None,
-) -> Tensor:
-    """The mean square of differences."""
-    return _elementwise(
-        call, F.mse_loss, input, target, reduction, plain=_all_none(size_average, reduce, weight)
-    )
+def _register_difference(function: Callable[..., Tensor]) -> None:
+    """A loss of the differences between input and target."""
 
-
-@register_rule(F.l1_loss, name="l1_loss")
-def l1_loss(
-    call: Call,
-    input: Tensor,
-    target: Tensor,
-    size_average: bool | None = None,
-    reduce: bool | None = None,
-    reduction: str = "mean",
-    weight: Tensor | None = None,
-) -> Tensor:
-    """The mean of absolute differences."""
-    return _elementwise(
-        call, F.l1_loss, input, target, reduction, plain=_all_none(size_average, reduce, weight)
-    )
+    @register_rule(function, name=function.__name__)
+    def loss(
+        call: Call,
+        input: Tensor,
+        target: Tensor,
+        size_average: bool | None = None,
+        reduce: bool | None = None,
+        reduction: str = "mean",
+        weight: Tensor | None = None,
+    ) -> Tensor:
+        plain = _all_none(size_average, reduce, weight)
+        return _elementwise(call, function, input, target, reduction, plain=plain)
 
 
 @register_rule(F.binary_cross_entropy_with_logits, name="binary_cross_entropy_with_logits")
@@ -127,3 +113,7 @@ def _elementwise(
         raise Decline
     rows = losses.flatten(1)
     return call.finish(rows.mean(1) if reduction == "mean" else rows.sum(1))
+
+
+for _function in (F.mse_loss, F.l1_loss):
+    _register_difference(_function)
