@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from math import prod
 
 import torch
@@ -51,17 +51,15 @@ class Bundle:
         self._sums = {}
 
 
-def bundled(gradients: Mapping[int, Tensor], members: Sequence[int]) -> Bundle | None:
+def bundled(gradients: Mapping[int, Tensor]) -> Bundle | None:
     """The small ones among the gradients of a clipping group; None if there are not two of a kind.
 
     Args:
         gradients: Kept per-sample gradients ``[B, *shape]`` by index of the parameter.
-        members: Indices of the group.
     """
     small: dict[int, Tensor] = {}
-    for index in members:
-        gradient = gradients.get(index)
-        if gradient is None or gradient.dim() < 2 or not 0 < gradient.numel() <= SMALL:
+    for index, gradient in gradients.items():
+        if gradient.dim() < 2 or not 0 < gradient.numel() <= SMALL:
             continue
         kind = gradient.dtype, gradient.device
         first = next(iter(small.values()), gradient)

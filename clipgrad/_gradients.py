@@ -34,7 +34,6 @@ class Gradients:
                     self._parts[index].append(entry)
         self._summed: dict[int, Tensor] = {}
         self._pulled: dict[int, list[Tensor | None]] = {}
-        self._bundles: list[Bundle] = []
         self._bundled: dict[int, Bundle] = {}
 
     def squared_norms(self, members: Sequence[int]) -> Tensor | None:
@@ -44,12 +43,10 @@ class Gradients:
             members: Indices of the parameters; each belongs to one call.
         """
         found = []
-        if (
-            get_proxy_mode() is None and len(members) > 1
-        ):  # a compiler joins small operations itself
-            bundle = bundled(self._kept_alone(members), members)
+        # A compiler joins small operations itself.
+        if get_proxy_mode() is None and len(members) > 1:
+            bundle = bundled(self._kept_alone(members))
             if bundle is not None:
-                self._bundles.append(bundle)
                 self._bundled.update(dict.fromkeys(bundle.indices, bundle))
                 found.append(bundle.squared_norms())
         alone = (self._squared_norms(index) for index in members if index not in self._bundled)
@@ -114,7 +111,7 @@ class Gradients:
 
     def select(self, keep: Tensor) -> None:
         """Make the gradient of every sample outside the mask exactly zero."""
-        for bundle in self._bundles:
+        for bundle in set(self._bundled.values()):
             bundle.select(keep)
         for entry in self._tape.tracked:
             entry.select(keep)

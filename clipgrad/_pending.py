@@ -15,8 +15,9 @@ from clipgrad.errors import UnclippedGradientError
 class Pending:
     """The clipped sums of the logical batch so far, and proof that ``.grad`` still shows just them.
 
-    The sums are private to this object and ``.grad`` holds a copy, made when somebody writes: some writes to a tensor
-    leave no trace (``p.grad.data``, ``GradScaler.unscale_``), and none of them may reach what the noise is added to.
+    The sums are private to this object and ``.grad`` holds a copy, on the CPU made when somebody writes. Some writes to
+    a tensor leave no trace (``p.grad.data``, ``GradScaler.unscale_``), and none of them may reach what the noise is
+    added to.
     """
 
     def __init__(self) -> None:

@@ -92,11 +92,6 @@ class BoxMuller:
         keystream.fill(at.bits, at.zeros)
         return self.transform(at)
 
-    def add(self, keystream: Bits, target: Tensor, scale: float) -> None:
-        """Add ``scale * N(0, 1)`` to each value of a contiguous tensor of one dimension and any size."""
-        for part in target.split(self.capacity):
-            part.add_(self.draw(keystream, part.numel()), alpha=scale)
-
     def transform(self, at: _Layout) -> Tensor:
         """Turn the bits in memory into values, in place."""
         radius = at.radius.copy_(at.radius_bits)

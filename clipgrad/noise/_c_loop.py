@@ -79,11 +79,12 @@ class LoopedBoxMuller:
         return values
 
     def add(self, keystream: Bits, target: Tensor, scale: float) -> None:
-        """Add ``scale * N(0, 1)`` to each value of a contiguous tensor of one dimension and any size."""
-        if target.dtype is not torch.float32:
-            for part in target.split(CAPACITY):
-                part.add_(self.draw(keystream, part.numel()), alpha=scale)
-            return
+        """Add ``scale * N(0, 1)`` to each value of a contiguous float32 tensor of any size.
+
+        By address only, so that any thread may: tensor operations ask whether gradients are recorded, which each thread
+        says for itself.
+        """
+        assert target.dtype is torch.float32, "the loop knows no other"
         size, address = target.numel(), target.data_ptr()
         for start in range(0, size, CAPACITY):
             self._add(keystream, min(CAPACITY, size - start), scale, address + _BYTES * start)

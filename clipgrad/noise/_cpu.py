@@ -40,10 +40,6 @@ class Gaussians(Protocol):
         """At most ``capacity`` values."""
         ...
 
-    def add(self, keystream: Bits, target: Tensor, scale: float) -> None:
-        """Add ``scale`` times such a value to each value of a contiguous tensor of one dimension and any size."""
-        ...
-
 
 class CpuNoise:
     """What makes noise on the CPU of one process. For one call at a time.
@@ -70,18 +66,16 @@ class CpuNoise:
         keystream = self._keystream()
         scale = sigma / math.sqrt(self._draws)
         gaussians = self._for(dtype, sum(map(Tensor.numel, flats)))
-        together = []
-        for flat in flats:
-            if flat.numel() < _ALONE or self._draws > 1:
-                together.append(flat)
-            elif (
-                flat.numel() >= _MANY
-                and flat.dtype is torch.float32
-                and isinstance(gaussians, LoopedBoxMuller)
-            ):
-                self._add_in_threads(flat, scale)
-            else:
-                gaussians.add(keystream, flat, scale)
+        together = flats
+        if isinstance(gaussians, LoopedBoxMuller) and self._draws == 1:
+            together = []
+            for flat in flats:
+                if flat.numel() < _ALONE or flat.dtype is not torch.float32:
+                    together.append(flat)
+                elif flat.numel() < _MANY:
+                    gaussians.add(keystream, flat, scale)
+                else:
+                    self._add_in_threads(flat, scale)
         for piece in pieces(together, gaussians.capacity):
             sizes = [part.numel() for part in piece]
             noise = self._draw(gaussians, keystream, sum(sizes))
@@ -92,10 +86,7 @@ class CpuNoise:
         return Keystream(partial(self._lineage.key, _CPU, KEY_BYTES))
 
     def _add_in_threads(self, flat: Tensor, scale: float) -> None:
-        """Add to one large tensor of float32, each thread with a key of its own.
-
-        By address only: tensor operations ask whether gradients are recorded, which each thread says for itself.
-        """
+        """Add to one large tensor, each thread with a key of its own."""
         count = min(torch.get_num_threads(), _MOST_THREADS)
         parts = flat.tensor_split(count)
         while len(self._loops) < count:
