@@ -1,7 +1,8 @@
-"""Convolutions as a GPU computes them, on the CPU: patches in parts, and products in an operation of their own."""
+"""Every way to find per-sample gradients of convolutions, also those that only a GPU or another processor takes."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from functools import partial
 
 import pytest
@@ -12,10 +13,25 @@ from torch.fx import GraphModule
 
 import clipgrad
 from clipgrad.compiled import _backend
-from clipgrad.rules import _convolution_use, _tensor_cores
-from clipgrad.rules._convolution_use import ConvolutionUse
+from clipgrad.rules import _convolution_gradient, _tensor_cores
+from clipgrad.rules._canonical import Outer
+from clipgrad.rules._geometry import Geometry
 from clipgrad.testing import RuleCase, assert_rule_matches_reference
 from tests.rule_cases.convolution import CASES
+
+
+def always(way: _convolution_gradient.Way, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_convolution_gradient, "fastest", lambda *_: way)
+
+
+def joined(outers: Iterable[Outer], samples: int) -> Tensor:
+    """As on a GPU."""
+    found = _convolution_gradient._joined(outers)
+    assert len(found) == samples
+    return found
+
+
+Gather = Callable[[Iterable[Outer], int], Tensor]
 
 
 @pytest.fixture
@@ -28,16 +44,22 @@ def products(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         result: Tensor = _tensor_cores.bmm(a, b, True)
         return result
 
-    monkeypatch.setattr(_convolution_use, "convolution_product", product)
-    monkeypatch.setattr(ConvolutionUse, "_unfolds", lambda self: True)
+    monkeypatch.setattr(_convolution_gradient, "convolution_product", product)
+    always(_convolution_gradient.by_patches, monkeypatch)
     return taken
 
 
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
 @pytest.mark.parametrize("case", [c for c in CASES if not c.declines], ids=lambda case: case.name)
-def test_case(case: RuleCase, products: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_convolution_use, "_PATCHES_AT_ONCE", 1)  # a sample at a time
+@pytest.mark.parametrize("gather", [joined, _convolution_gradient._side_by_side])
+def test_case(
+    case: RuleCase, gather: Gather, products: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A sample at a time."""
+    monkeypatch.setattr(_convolution_gradient, "_side_by_side", gather)
+    monkeypatch.setattr(_convolution_gradient, "_PATCHES_AT_ONCE", {"cpu": 1})
+    monkeypatch.setattr(_convolution_gradient, "_FEWEST_AT_ONCE", 1)
     assert_rule_matches_reference(
         case, batch_sizes=(3,), strategies=("kept",), microbatch_sizes=(None,)
     )
@@ -49,8 +71,7 @@ def test_case(case: RuleCase, products: list[int], monkeypatch: pytest.MonkeyPat
 def test_groups_in_a_graph(case: RuleCase, monkeypatch: pytest.MonkeyPatch) -> None:
     """The library's grouped convolution as one operation of a graph, for every kind of convolution."""
     monkeypatch.setattr(_backend, "compile_graph", lambda module, mode: module)
-    monkeypatch.setattr(ConvolutionUse, "_unfolds", lambda self: False)
-    monkeypatch.setattr(ConvolutionUse, "_depthwise", ConvolutionUse._grouped)
+    always(_convolution_gradient.by_groups, monkeypatch)
     torch.manual_seed(0)
     params, batch = case.params(), case.batch(3)
     expected = clipgrad.clipped_grad(case.loss, max_grad_norm=1.0, strategy="ghost")(params, *batch)
@@ -64,8 +85,9 @@ def loss(params: dict[str, Tensor], x: Tensor) -> Tensor:
     return F.conv2d(x, params["w"], padding=1).square().sum()
 
 
+@pytest.mark.parametrize(("most", "taken"), [(5, [4, 3]), (1, [4, 3]), (7, [7])])
 def test_parts_are_as_large_as_they_may_be(
-    products: list[int], monkeypatch: pytest.MonkeyPatch
+    most: int, taken: list[int], products: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     x, w = (
         torch.randn(7, 2, 5, 5, dtype=torch.float64),
@@ -75,9 +97,10 @@ def test_parts_are_as_large_as_they_may_be(
     whole = gradient({"w": w}, x)
     assert products == [7]
     products.clear()
-    monkeypatch.setattr(_convolution_use, "_PATCHES_AT_ONCE", 3 * 2 * 9 * 25)
+    monkeypatch.setattr(_convolution_gradient, "_side_by_side", joined)
+    monkeypatch.setattr(_convolution_gradient, "_PATCHES_AT_ONCE", {"cpu": most * 2 * 9 * 25})
     parts = gradient({"w": w}, x)
-    assert products == [3, 3, 1]
+    assert products == taken
     torch.testing.assert_close(parts.grads, whole.grads)
     torch.testing.assert_close(parts.grad_norms, whole.grad_norms)
 
@@ -87,7 +110,7 @@ def test_a_graph_holds_the_product_whole(
 ) -> None:
     """Else the setting would be looked at when the graph is made, and a compiler would take plain products."""
     product = partial(_tensor_cores.bmm, allowed=True)
-    monkeypatch.setattr(_convolution_use, "convolution_product", product)
+    monkeypatch.setattr(_convolution_gradient, "convolution_product", product)
     modules: list[GraphModule] = []
 
     def compile_graph(module: GraphModule, mode: str) -> GraphModule:
@@ -127,3 +150,16 @@ def test_only_where_one_of_them_may(
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", convolutions)
     with _tensor_cores.tf32(matrices):
         assert _tensor_cores.convolutions_may() is (convolutions or matrices)
+
+
+@pytest.mark.parametrize(
+    ("capability", "way"),
+    [("AVX512", "by_groups"), ("AVX2", "by_patches"), ("SVE256", "by_groups")],
+)
+def test_a_processor_without_avx512_unfolds_more(
+    capability: str, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    geometry = Geometry((1, 1), (1, 1), (1, 1), 1)
+    chosen = _convolution_gradient.fastest(torch.device("cpu"), (128, 64, 3, 3), geometry)
+    assert chosen.__name__ == way

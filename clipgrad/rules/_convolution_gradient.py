@@ -1,0 +1,217 @@
+"""Per-sample weight gradients of a convolution: three ways to find them, and the choice.
+
+* **patches**: the image unfolded, and one product per sample;
+* **groups**: the library's own weight gradient of one convolution in which every sample is a group;
+* **exchange**: for filters of one channel, the output gradient convolved over the image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from math import ceil, prod
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
+
+from clipgrad.rules._canonical import OneHot, Outer
+from clipgrad.rules._geometry import Geometry
+from clipgrad.rules._tensor_cores import convolution_product
+
+# Patches (the unfolded input) of more elements than this are not built at once: 512 MiB of float32, or 8 where that
+# is as fast.
+_PATCHES_AT_ONCE = {"cuda": 1 << 27, "cpu": 1 << 21}
+# Fewer samples than this at a time leave cores without work.
+_FEWEST_AT_ONCE = 4
+# On CPU, patches win over groups while a patch is this small (a first layer), and again when the weights of a group
+# are this large; in between groups are up to 1.7x faster. They are slow without AVX-512. See docs/performance.md.
+_SMALL_PATCH = 64
+_LARGE_WEIGHT = {"AVX512": 1 << 17, "AVX2": 1 << 14}
+# Filters of one channel and fewer taps than this are left to the library's own depthwise kernels on CUDA.
+_LONG_FILTER = 32
+
+Way = Callable[[Tensor, Tensor, torch.Size, Geometry], Tensor]
+
+
+def per_sample_gradient(
+    gradient: Tensor, input: Tensor, shape: torch.Size, geometry: Geometry
+) -> Tensor:
+    """``[B, *shape]``, the fastest way for these shapes on this device.
+
+    Args:
+        gradient: Of the output, ``[B, C_out, *spatial]``.
+        input: ``[B, C_in, *spatial]``, of the same dtype.
+        shape: Of the weight.
+        geometry: Of the convolution.
+    """
+    return fastest(input.device, shape, geometry)(gradient, input, shape, geometry)
+
+
+def rows_and_patches(
+    gradient: Tensor, input: Tensor, shape: torch.Size, geometry: Geometry
+) -> Outer:
+    """Rows meet patches: ``left`` is one row vector per position, ``right`` the patch it saw."""
+    groups, axes = geometry.groups, len(geometry.stride)
+    rows, image = _roles(gradient, input, geometry)
+    samples, channels = rows.shape[:2]
+    left = rows.reshape(samples * groups, channels // groups, -1).transpose(1, 2)
+    patches = _patches(image, shape[-axes:], rows.shape[2:], geometry)
+    right = patches.reshape(samples * groups, -1, left.shape[1]).transpose(1, 2)
+    return Outer(left, right, shape, groups)
+
+
+def fastest(device: torch.device, shape: Sequence[int], geometry: Geometry) -> Way:
+    """The way that is fastest; results do not depend on it."""
+    on_cpu, taps = device.type == "cpu", prod(shape[2:])
+    if shape[1] == 1 and geometry.groups > 1:
+        return by_exchange if on_cpu or taps >= _LONG_FILTER else by_groups
+    # On a GPU the library would run a kernel for each group, that is for each sample. Patches of one pixel are a view
+    # of the image, or every stride-th pixel of it.
+    if not on_cpu or taps == 1 or shape[1] * taps <= _SMALL_PATCH:
+        return by_patches
+    capability = torch.backends.cpu.get_cpu_capability()
+    large = _LARGE_WEIGHT.get(capability, _LARGE_WEIGHT["AVX512"])
+    return by_patches if prod(shape) // geometry.groups >= large else by_groups
+
+
+def by_patches(gradient: Tensor, input: Tensor, shape: torch.Size, geometry: Geometry) -> Tensor:
+    """Unfold some samples, take their products, and go on with the next ones."""
+    on_cpu = input.device.type == "cpu"
+    rows, image = _roles(gradient, input, geometry)
+    samples = len(image)
+    elements = image.shape[1] * prod(shape[2:]) * prod(rows.shape[2:])
+    size = _PATCHES_AT_ONCE["cpu" if on_cpu else "cuda"] // max(1, elements)
+    parts = ceil(samples / max(size, _FEWEST_AT_ONCE if on_cpu else 1))
+    if parts <= 1:
+        return rows_and_patches(gradient, input, shape, geometry).per_sample(convolution_product)
+    size = ceil(samples / parts)
+    outers = (
+        rows_and_patches(
+            gradient[start : start + size], input[start : start + size], shape, geometry
+        )
+        for start in range(0, samples, size)
+    )
+    return _side_by_side(outers, samples) if on_cpu else _joined(outers)
+
+
+def _joined(outers: Iterable[Outer]) -> Tensor:
+    return torch.cat([outer.per_sample(convolution_product) for outer in outers])
+
+
+def _side_by_side(outers: Iterable[Outer], samples: int) -> Tensor:
+    """Products written where they belong, which saves a pass over them and their memory once more."""
+    found, stop = torch.empty(0), 0
+    for outer in outers:
+        assert not isinstance(outer.left, OneHot)
+        if stop == 0:
+            found = outer.right.new_empty(samples, *outer.shape)
+        start, stop = stop, stop + outer.samples
+        place = found[start:stop].view(len(outer.left), -1, outer.right.shape[2])
+        torch.bmm(outer.left.transpose(1, 2), outer.right, out=place)
+    return found
+
+
+def by_groups(gradient: Tensor, input: Tensor, shape: torch.Size, geometry: Geometry) -> Tensor:
+    """Samples as groups of one big convolution, in memory that is not even cleared.
+
+    On a CPU an operation of its own where a graph is traced: left open, a compiler lays the folded images out channels
+    last, as is right for ordinary convolutions; for groups by the hundred that is two to three times as slow, copies
+    included.
+    """
+    whole = gradient.device.type == "cpu" and get_proxy_mode() is not None
+    found: Tensor = (_operation if whole else _grouped)(
+        gradient, input, shape, geometry.stride, geometry.padding, geometry.dilation, geometry.groups,
+        geometry.transposed, geometry.output_padding,
+    )  # fmt: skip
+    return found
+
+
+def _grouped(
+    gradient: Tensor,
+    input: Tensor,
+    shape: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    transposed: bool,
+    output_padding: Sequence[int],
+) -> Tensor:
+    geometry = Geometry(
+        tuple(stride), tuple(padding), tuple(dilation), groups, transposed, tuple(output_padding)
+    )
+    samples = input.shape[0]
+
+    def fold(tensor: Tensor) -> Tensor:
+        return tensor.reshape(1, samples * tensor.shape[1], *tensor.shape[2:])
+
+    weight = input.new_empty(samples * shape[0], *shape[1:])  # only its shape is read
+    found = geometry.weight_gradient(fold(gradient), fold(input), weight, samples * groups)
+    return found.contiguous().view(samples, *shape)
+
+
+_operation = torch.library.custom_op(
+    "clipgrad::per_sample_weight_gradient", _grouped, mutates_args=()
+)
+
+
+@_operation.register_fake
+def _(gradient: Tensor, input: Tensor, shape: Sequence[int], *_: object) -> Tensor:
+    return input.new_empty(input.shape[0], *shape)
+
+
+def by_exchange(gradient: Tensor, input: Tensor, shape: torch.Size, geometry: Geometry) -> Tensor:
+    """Filters with one channel each: the output gradient convolved over the image, stride and dilation exchanged.
+
+    Every channel of every sample becomes a group of one forward convolution.
+    """
+    rows, image = _roles(gradient, input, geometry)
+    samples = image.shape[0]
+    exchanged = replace(
+        geometry,
+        stride=geometry.dilation,
+        dilation=geometry.stride,
+        groups=samples * geometry.groups,
+        transposed=False,
+    )
+    found = exchanged.convolve(
+        image.reshape(1, -1, *image.shape[2:]), rows.reshape(-1, 1, *rows.shape[2:]), None
+    )
+    for axis, size in enumerate(shape[2:], start=2):
+        found = found.narrow(axis, 0, size)  # a stride may leave pixels that no output saw
+    return found.reshape(samples, *shape)
+
+
+def _roles(gradient: Tensor, input: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor]:
+    """Rows and image. In a transposed convolution input and output change places."""
+    return (input, gradient) if geometry.transposed else (gradient, input)
+
+
+def _patches(
+    image: Tensor, kernel: Sequence[int], positions: Sequence[int], geometry: Geometry
+) -> Tensor:
+    """A strided view ``[B, C, *kernel, *positions]`` of the padded image; nothing is copied but the padding."""
+    if any(geometry.padding):
+        image = F.pad(image, [side for pad in reversed(geometry.padding) for side in (pad, pad)])
+    reach = [
+        (count - 1) * stride + (size - 1) * dilation + 1
+        for count, stride, size, dilation in zip(
+            positions, geometry.stride, kernel, geometry.dilation, strict=True
+        )
+    ]
+    missing = [max(0, need - have) for need, have in zip(reach, image.shape[2:], strict=True)]
+    if any(missing):  # output_padding reaches past the image
+        image = F.pad(image, [side for gap in reversed(missing) for side in (0, gap)])
+    batch_stride, channel_stride, *spatial = image.stride()
+    return image.as_strided(
+        (*image.shape[:2], *kernel, *positions),
+        (
+            batch_stride,
+            channel_stride,
+            *(step * dilation for step, dilation in zip(spatial, geometry.dilation, strict=True)),
+            *(step * stride for step, stride in zip(spatial, geometry.stride, strict=True)),
+        ),
+        image.storage_offset(),
+    )
