@@ -2,8 +2,9 @@
 
 Inside ``vmap`` a per-sample tensor hides one axis, the *lane* axis. A rule needs the tensor with that axis
 visible, so that it can run one ordinary batched operation. The public way down is an ``autograd.Function``
-with a ``vmap`` static method; it costs about 130 microseconds a call, this one about 5. Every use of
-functorch's private interface in the package is in this file.
+with a ``vmap`` static method; it costs about 130 microseconds a call, this one about 5. Likewise the level of a
+``vmap`` is opened here: ``torch.func.vmap`` takes its arguments and results apart at each call, which costs another
+200. Every use of functorch's private interface in the package is in this file.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch._functorch.pyfunctorch import (
     retrieve_current_functorch_interpreter,
     temporarily_pop_interpreter_stack,
 )
+from torch._functorch.vmap import lazy_load_decompositions  # type: ignore[attr-defined]
 
 
 class Decline(Exception):
@@ -38,6 +40,20 @@ def current_randomness() -> str:
         return "different"
     randomness: str = interpreter.randomness()
     return randomness
+
+
+@contextmanager
+def lanes(size: int, randomness: str) -> Iterator[int]:
+    """Run the body under a ``vmap`` over ``size`` samples; yields its level.
+
+    Tensors enter it by ``per_sample`` and leave it by ``all_samples``.
+    """
+    lazy_load_decompositions()
+    level: int = _functorch._vmap_increment_nesting(size, randomness)
+    try:
+        yield level
+    finally:
+        _functorch._vmap_decrement_nesting()
 
 
 @contextmanager
@@ -111,14 +127,22 @@ def per_sample(value: Tensor, level: int) -> Tensor:
     return wrapped
 
 
+def all_samples(tensor: Tensor, level: int, size: int) -> Tensor:
+    """The tensor with its lane axis in front; what is the same for all samples is broadcast."""
+    whole: Tensor = _functorch._remove_batch_dim(tensor, level, size, 0)
+    return whole
+
+
 __all__ = [
     "Decline",
     "address",
+    "all_samples",
     "below_vmap",
     "current_level",
     "current_randomness",
     "is_broadcast",
     "is_wrapped",
+    "lanes",
     "per_sample",
     "physical",
     "untraced",

@@ -9,8 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.func import vmap
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from clipgrad import _leftovers
 from clipgrad._advice import explained
@@ -18,6 +17,7 @@ from clipgrad._branches import Disagreement
 from clipgrad._capture import Capture, escape_message, written_message
 from clipgrad._gradients import Gradients
 from clipgrad._inputs import take
+from clipgrad._lanes import all_samples, lanes, per_sample
 from clipgrad._phases import phase
 from clipgrad._piece import Piece, Settings, clip, joined
 from clipgrad._plan import Choice, choose
@@ -38,42 +38,42 @@ def forward(
     size = next(leaf.shape[0] for leaf in batch if isinstance(leaf, Tensor))
     tape = Tape(names, params, size)
 
-    structure: list[Any] = []
-    made: list[list[weakref.ref[Tensor]]] = []
-
-    def one_sample(leaves: list[Tensor], sample: list[Any]) -> tuple[Tensor, ...]:
-        if settings.keep_batch_dim:
-            sample = [leaf[None] if isinstance(leaf, Tensor) else leaf for leaf in sample]
-        capture = Capture(tape, leaves, params, splits=settings.branches == "split")
-        made.append(capture.made)
-        capture.made.extend(weakref.ref(leaf) for leaf in sample if isinstance(leaf, Tensor))
-        with capture:
-            result = loss(leaves, sample)
-        value, aux = _split(result, settings.has_aux)
-        flat, spec = tree_flatten(aux)
-        for leaf in flat:
-            if not isinstance(leaf, Tensor):
-                raise NotPerSampleError(
-                    f"aux may hold tensors only, got {type(leaf).__name__}; return constants outside the loss."
-                )
-        structure.append(spec)
-        return value, *flat
-
-    in_dims = ([0] * len(params), [0 if isinstance(leaf, Tensor) else None for leaf in batch])
     versions = [param._version for param in params]
     try:
-        with explained():
-            values, *aux = vmap(one_sample, in_dims=in_dims, randomness=settings.randomness)(
-                [entry.leaf for entry in tape.tracked], list(batch)
-            )
+        with explained(), lanes(size, settings.randomness) as level:
+            leaves = [per_sample(entry.leaf, level) for entry in tape.tracked]
+            rows = [per_sample(leaf, level) if isinstance(leaf, Tensor) else leaf for leaf in batch]
+            capture = Capture(tape, leaves, params, splits=settings.branches == "split")
+            value, aux, structure = _one_sample(loss, capture, leaves, rows, settings)
+            values = all_samples(value, level, size)
+            aux = [all_samples(leaf, level, size).detach() for leaf in aux]
         for name, param, version in zip(names, params, versions, strict=True):
             if param._version != version:
                 raise NotPerSampleError(written_message(name))
     except BaseException:
         tape.release()
         raise
-    _leftovers.remember(made[0])
-    return tape, values, tree_unflatten([leaf.detach() for leaf in aux], structure[0])
+    _leftovers.remember(capture.made)
+    return tape, values, tree_unflatten(aux, structure)
+
+
+def _one_sample(
+    loss: Loss, capture: Capture, leaves: list[Tensor], sample: list[Any], settings: Settings
+) -> tuple[Tensor, list[Tensor], TreeSpec]:
+    """Value, auxiliary tensors and their structure of the loss as every sample sees it."""
+    if settings.keep_batch_dim:
+        sample = [leaf[None] if isinstance(leaf, Tensor) else leaf for leaf in sample]
+    capture.made.extend(weakref.ref(leaf) for leaf in sample if isinstance(leaf, Tensor))
+    with capture:
+        result = loss(leaves, sample)
+    value, aux = _split(result, settings.has_aux)
+    flat, structure = tree_flatten(aux)
+    for leaf in flat:
+        if not isinstance(leaf, Tensor):
+            raise NotPerSampleError(
+                f"aux may hold tensors only, got {type(leaf).__name__}; return constants outside the loss."
+            )
+    return value, flat, structure
 
 
 def run(
