@@ -14,13 +14,14 @@ from torch.fx import GraphModule
 import clipgrad
 from clipgrad.compiled import _backend
 from clipgrad.rules import _convolution_gradient, _tensor_cores
-from clipgrad.rules._canonical import Outer
+from clipgrad.rules._canonical import Outer, PerSample, row_norms_squared
+from clipgrad.rules._convolution_gradient import Way
 from clipgrad.rules._geometry import Geometry
 from clipgrad.testing import RuleCase, assert_rule_matches_reference
 from tests.rule_cases.convolution import CASES
 
 
-def always(way: _convolution_gradient.Way, monkeypatch: pytest.MonkeyPatch) -> None:
+def always(way: Way, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_convolution_gradient, "fastest", lambda *_: way)
 
 
@@ -63,6 +64,65 @@ def test_case(
     assert_rule_matches_reference(
         case, batch_sizes=(3,), strategies=("kept",), microbatch_sizes=(None,)
     )
+
+
+@pytest.fixture
+def sliced(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
+    """Shapes of the weights whose gradients were found by slices, which are taken wherever they can be."""
+    shapes: list[torch.Size] = []
+    fastest, by_slices = _convolution_gradient.fastest, _convolution_gradient.by_slices
+
+    def counted(gradient: Tensor, input: Tensor, shape: torch.Size, geometry: Geometry) -> Tensor:
+        shapes.append(shape)
+        return by_slices(gradient, input, shape, geometry)
+
+    def choose(device: torch.device, shape: torch.Size, geometry: Geometry) -> Way:
+        sliceable = _convolution_gradient._sliceable(shape, geometry)
+        return counted if sliceable else fastest(device, shape, geometry)
+
+    monkeypatch.setattr(_convolution_gradient, "_FEWEST_COLUMNS", 1)
+    monkeypatch.setattr(_convolution_gradient, "fastest", choose)
+    return shapes
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("case", [c for c in CASES if not c.declines], ids=lambda case: case.name)
+def test_slices(case: RuleCase, sliced: list[torch.Size]) -> None:
+    assert_rule_matches_reference(
+        case, batch_sizes=(3,), strategies=("kept",), microbatch_sizes=(None,)
+    )
+
+
+@pytest.mark.parametrize("stride", [(1, 1), (1, 2)])
+@pytest.mark.parametrize("dilation", [(1, 1), (2, 1), (3, 2)])
+@pytest.mark.parametrize("padding", [(0, 0), (2, 1)])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_slices_of_every_geometry(
+    stride: tuple[int, int],
+    dilation: tuple[int, int],
+    padding: tuple[int, int],
+    transposed: bool,
+    channels_last: bool,
+    sliced: list[torch.Size],
+) -> None:
+    """Compared with patches, norms and sums of the result included."""
+    geometry = Geometry(
+        stride, padding, dilation, 1, transposed, (0, 1) if transposed and stride[1] > 1 else (0, 0)
+    )
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    x = torch.randn(2, 3, 11, 10, dtype=torch.float64).contiguous(memory_format=layout)
+    w = torch.randn(*((3, 4) if transposed else (4, 3)), 3, 2, dtype=torch.float64)
+    gradient = torch.randn_like(geometry.convolve(x, w, None)).contiguous(memory_format=layout)
+    expected = _convolution_gradient.by_patches(gradient, x, w.shape, geometry)
+    found = _convolution_gradient.per_sample_gradient(gradient, x, w.shape, geometry)
+    assert sliced == [w.shape]
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(row_norms_squared(found), row_norms_squared(expected))
+    factors = torch.tensor([0.3, 0.7], dtype=torch.float64)
+    total = PerSample(found).weighted_sum(factors)
+    torch.testing.assert_close(total, PerSample(expected).weighted_sum(factors))
 
 
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")

@@ -52,9 +52,20 @@ def added(tensors: Sequence[Tensor]) -> Tensor:
 _LONG_ROW = 1 << 12
 
 
+def as_it_lies(tensor: Tensor) -> tuple[Tensor, list[int]]:
+    """The tensor with all axes but the first in the order in which they lie in memory, and where each of them was.
+
+    What reads a dense tensor in this order reads it from end to end, and flattening it copies nothing.
+    """
+    axes = list(range(1, tensor.dim()))
+    if not tensor.is_contiguous():
+        axes.sort(key=tensor.stride, reverse=True)
+    return tensor.permute(0, *axes), axes
+
+
 def row_norms_squared(tensor: Tensor) -> Tensor:
     """Squared L2 norm of every sample, ``[B]``."""
-    flat = tensor.flatten(1) if tensor.dim() > 1 else tensor[:, None]
+    flat = as_it_lies(tensor)[0].flatten(1) if tensor.dim() > 1 else tensor[:, None]
     dtype = widen(flat[:0]).dtype
     if flat.device.type == "cpu" and flat.shape[1] > _LONG_ROW:
         # On the CPU one float32 sum over millions of values comes out too small by up to 1e-3; a sum of sums does not.
@@ -106,11 +117,11 @@ class PerSample:
         if get_proxy_mode() is not None:
             # A compiler makes one pass of this and of what comes before, in any layout; a product it leaves alone.
             return scale_rows(wide, factors).sum(0)
-        return (
-            factors.to(wide.dtype) @ wide.flatten(1)
-            if wide.dim() > 1
-            else factors.to(wide.dtype) @ wide
-        ).view(self.gradient.shape[1:])
+        if wide.dim() == 1:
+            return factors.to(wide.dtype) @ wide
+        lying, axes = as_it_lies(wide)
+        total = (factors.to(wide.dtype) @ lying.flatten(1)).view(lying.shape[1:])
+        return total.permute([axes.index(axis) for axis in range(1, wide.dim())])
 
     def outer(self) -> Outer | None:
         return None

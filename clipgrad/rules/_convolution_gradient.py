@@ -1,6 +1,7 @@
-"""Per-sample weight gradients of a convolution: three ways to find them, and the choice.
+"""Per-sample weight gradients of a convolution: four ways to find them, and the choice.
 
 * **patches**: the image unfolded, and one product per sample;
+* **slices**: the image unfolded along all axes but the first, and one product per sample and tap of the first axis;
 * **groups**: the library's own weight gradient of one convolution in which every sample is a group;
 * **exchange**: for filters of one channel, the output gradient convolved over the image.
 """
@@ -18,7 +19,7 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from clipgrad.rules._canonical import OneHot, Outer
 from clipgrad.rules._geometry import Geometry
-from clipgrad.rules._tensor_cores import convolution_product
+from clipgrad.rules._tensor_cores import convolution_product, window_products
 
 # Patches (the unfolded input) of more elements than this are not built at once: 512 MiB of float32, or 8 where that
 # is as fast.
@@ -29,6 +30,9 @@ _FEWEST_AT_ONCE = 4
 # are this large; in between groups are up to 1.7x faster. They are slow without AVX-512. See docs/performance.md.
 _SMALL_PATCH = 64
 _LARGE_WEIGHT = {"AVX512": 1 << 17, "AVX2": 1 << 14}
+# On CUDA, slices are a third of 3x3 patches to write and read. Their products have a third of the columns; with fewer
+# than this, or for more taps, that costs more than is gained.
+_FEWEST_COLUMNS, _MOST_TAPS = 128, 8
 # Filters of one channel and fewer taps than this are left to the library's own depthwise kernels on CUDA.
 _LONG_FILTER = 32
 
@@ -67,9 +71,12 @@ def fastest(device: torch.device, shape: Sequence[int], geometry: Geometry) -> W
     on_cpu, taps = device.type == "cpu", prod(shape[2:])
     if shape[1] == 1 and geometry.groups > 1:
         return by_exchange if on_cpu or taps >= _LONG_FILTER else by_groups
-    # On a GPU the library would run a kernel for each group, that is for each sample. Patches of one pixel are a view
-    # of the image, or every stride-th pixel of it.
-    if not on_cpu or taps == 1 or shape[1] * taps <= _SMALL_PATCH:
+    if taps == 1:
+        return by_patches  # a view of the image, or every stride-th pixel of it
+    if not on_cpu:
+        # By groups the library would run a kernel for each of them, that is for each sample.
+        return by_slices if _sliceable(shape, geometry) else by_patches
+    if shape[1] * taps <= _SMALL_PATCH:
         return by_patches
     capability = torch.backends.cpu.get_cpu_capability()
     large = _LARGE_WEIGHT.get(capability, _LARGE_WEIGHT["AVX512"])
@@ -111,6 +118,32 @@ def _side_by_side(outers: Iterable[Outer], samples: int) -> Tensor:
         place = found[start:stop].view(len(outer.left), -1, outer.right.shape[2])
         torch.bmm(outer.left.transpose(1, 2), outer.right, out=place)
     return found
+
+
+def by_slices(gradient: Tensor, input: Tensor, shape: torch.Size, geometry: Geometry) -> Tensor:
+    """Positions of a tap of the first axis follow each other in memory, so that each tap is a product of its own.
+
+    The result lies in memory with the taps of the first axis outside.
+    """
+    rows, image = _roles(gradient, input, geometry)
+    first, *others = shape[2:]
+    positions, *across = rows.shape[2:]
+    # Patches that are one tap high, at all heights that any tap of the first axis meets.
+    height = positions + (first - 1) * geometry.dilation[0]
+    slices = _patches(image, (1, *others), (height, *across), geometry)
+    columns = slices.flatten(1, 2 + len(others)).flatten(2)
+    apart = geometry.dilation[0] * prod(across)
+    products = window_products(rows.flatten(2), columns, apart, first)
+    return products.view(len(rows), first, shape[0], shape[1], *others).movedim(1, 3)
+
+
+def _sliceable(shape: Sequence[int], geometry: Geometry) -> bool:
+    return (
+        geometry.groups == 1
+        and geometry.stride[0] == 1
+        and 1 < shape[2] <= _MOST_TAPS
+        and shape[1] * prod(shape[3:]) >= _FEWEST_COLUMNS
+    )
 
 
 def by_groups(gradient: Tensor, input: Tensor, shape: torch.Size, geometry: Geometry) -> Tensor:

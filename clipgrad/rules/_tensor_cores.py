@@ -64,3 +64,39 @@ def bmm(a: Tensor, b: Tensor, allowed: bool) -> Tensor:
 @bmm.register_fake
 def _(a: Tensor, b: Tensor, allowed: bool) -> Tensor:
     return a.new_empty(a.shape[0], a.shape[1], b.shape[2])
+
+
+def window_products(rows: Tensor, columns: Tensor, apart: int, windows: int) -> Tensor:
+    """Products of rows and windows of columns, two operands of a convolution.
+
+    Args:
+        rows: ``[B, R, S]``.
+        columns: ``[B, C, L]``.
+        apart: Positions between the starts of two windows.
+        windows: How many there are.
+
+    Returns:
+        ``[B, windows, R, C]``; window ``w`` holds ``rows @ columns[:, :, w * apart : w * apart + S].mT``.
+    """
+    found: Tensor = _window_products(rows, columns, apart, windows, convolutions_may())
+    return found
+
+
+# Whole in a graph: products written where they belong, with the setting inside. Operands may lie as they like.
+@torch.library.custom_op(
+    "clipgrad::window_products", mutates_args=(), tags=(torch.Tag.flexible_layout,)
+)
+def _window_products(
+    rows: Tensor, columns: Tensor, apart: int, windows: int, allowed: bool
+) -> Tensor:
+    found = rows.new_empty(len(rows), windows, rows.shape[1], columns.shape[1])
+    with tf32(allowed):
+        for index in range(windows):
+            window = columns.narrow(2, index * apart, rows.shape[2])
+            torch.bmm(rows, window.transpose(1, 2), out=found[:, index])
+    return found
+
+
+@_window_products.register_fake
+def _(rows: Tensor, columns: Tensor, apart: int, windows: int, allowed: bool) -> Tensor:
+    return rows.new_empty(len(rows), windows, rows.shape[1], columns.shape[1])
