@@ -8,7 +8,8 @@ from math import prod
 import torch
 from torch import Tensor
 
-from clipgrad.rules._canonical import PerSample, row_norms_squared, select_rows
+from clipgrad.rules._canonical import PerSample, row_norms_squared
+from clipgrad.rules._selection import select_rows
 
 # Elements of all samples up to which copying a gradient costs less than the five operations that it saves.
 SMALL = 1 << 16

@@ -11,7 +11,8 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from clipgrad._bundle import Bundle, bundled
 from clipgrad._lanes import untraced
 from clipgrad._tape import Tape, Tracked
-from clipgrad.rules._canonical import PerSample, added, row_norms_squared, select_rows, widen
+from clipgrad.rules._canonical import PerSample, added, row_norms_squared, widen
+from clipgrad.rules._selection import select_rows
 
 
 class Gradients:

@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "clipgrad"
 EVERYTHING = {path.stem for path in PACKAGE.iterdir()}
 
-# profile -> optimizer -> transform -> _plan -> rules -> _canonical. A name stands for all that lies below it.
+# profile -> optimizer -> transform -> _plan -> rules -> _canonical -> _selection. A name stands for all below it.
 INSIDE = {
     "rules",
     "_lanes",
@@ -38,6 +38,7 @@ NOISE = {
 }
 # rules._ghost -> rules._gram -> rules._gram_triton -> rules._gram_kernels
 GHOST = {"rules._ghost", "rules._gram"}
+RULES = {f"rules.{path.stem}" for path in (PACKAGE / "rules").iterdir()}
 ABOVE = {"optimizer", "transform", "_microbatch", "compiled"}
 # _make -> _loader -> _users -> _poisson -> _trials -> _words
 SAMPLERS = {"sampling._poisson", "sampling._users", "sampling._loader", "sampling._make"}
@@ -56,11 +57,14 @@ FORBIDDEN = {
     "_gradients": ABOVE,
     "_tape": ABOVE | {"_plan", "_capture", "_gradients"},
     "rules": ABOVE | {"_plan", "_capture", "_gradients", "_tape"},
-    "rules._canonical": MACHINERY | {"optimizer"} | GHOST,
+    "rules._canonical": MACHINERY - {"rules"} | {"optimizer"} | RULES - {"rules._selection"},
     "rules._ghost": MACHINERY - {"rules"} | {"rules._registry"},
     "rules._gram": GHOST - {"rules._gram"} | {"rules._canonical"},
     "rules._gram_triton": GHOST | {"rules._canonical"},
     "rules._gram_kernels": EVERYTHING | {"clipgrad", "torch"},
+    "rules._selection": RULES - {"rules._selection_triton"},
+    "rules._selection_triton": RULES - {"rules._selection_kernels"},
+    "rules._selection_kernels": EVERYTHING | {"clipgrad", "torch"},
     "clipping": MACHINERY | {"optimizer", "compiled"},
     "plan": MACHINERY | {"optimizer", "compiled", "noise", "sampling", "_account", "_mechanism"},
     "_account": MACHINERY | {"optimizer", "compiled", "noise", "sampling"},

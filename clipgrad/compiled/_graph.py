@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from clipgrad._microbatch import Loss, run
 from clipgrad._piece import Piece, Settings
 from clipgrad.compiled._decompositions import TABLE
+from clipgrad.compiled._zeroing import zero_in_place
 from clipgrad.errors import CompileError
 
 _READS = {
@@ -178,6 +179,7 @@ def trace(
             *given, *tensors, *others, is_padding, bounds
         )
     constants, fresh = _lift_constants(module)
+    zero_in_place(module)
     return Graph(module, layouts[0], constants, fresh, asks)
 
 

@@ -26,6 +26,8 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
+from clipgrad.rules._selection import select_last, select_rows
+
 BatchedProduct = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -37,11 +39,6 @@ def widen(tensor: Tensor) -> Tensor:
 def scale_rows(tensor: Tensor, factors: Tensor) -> Tensor:
     """``tensor[b, ...] * factors[b]``."""
     return tensor * factors.to(tensor.dtype).view(-1, *[1] * (tensor.dim() - 1))
-
-
-def select_rows(tensor: Tensor, keep: Tensor) -> Tensor:
-    """Zero the samples that are not kept, by selection: ``0 * inf`` would be NaN."""
-    return torch.where(keep.view(-1, *[1] * (tensor.dim() - 1)), tensor, tensor.new_zeros(()))
 
 
 def added(tensors: Sequence[Tensor]) -> Tensor:
@@ -186,7 +183,7 @@ class Outer:
             total = right.new_zeros(self.left.width, right.shape[-1])
             return total.index_add_(0, self.left.ids.flatten(), rows).view(self.shape)
         left = widen(self.left)
-        if left.shape[-1] <= right.shape[-1]:  # scale the narrower factor
+        if self._scales_left(left):
             left = scale_rows(left, factors)
         else:
             right = scale_rows(right, factors)
@@ -204,8 +201,18 @@ class Outer:
     def select(self, keep: Tensor) -> Outer:
         if self.groups > 1:
             keep = keep.repeat_interleave(self.groups)
-        left = self.left if isinstance(self.left, OneHot) else select_rows(self.left, keep)
-        return replace(self, left=left, right=select_rows(self.right, keep))
+        if isinstance(self.left, OneHot):
+            return replace(self, right=select_rows(self.right, keep))
+        # One is scaled next, which is one pass with its selection; a product reads the other.
+        if self._scales_left(self.left):
+            left, right = select_rows(self.left, keep), select_last(self.right, keep)
+        else:
+            left, right = select_last(self.left, keep), select_rows(self.right, keep)
+        return replace(self, left=left, right=right)
+
+    def _scales_left(self, left: Tensor) -> bool:
+        """Whether the factors of a weighted sum go to the left, as the narrower of the two."""
+        return left.shape[-1] <= self.right.shape[-1]
 
 
 def _scatter_rows(left: OneHot, right: Tensor) -> Tensor:

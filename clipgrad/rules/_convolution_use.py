@@ -6,9 +6,10 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from clipgrad.rules._canonical import Outer, scale_rows, select_rows, widen
+from clipgrad.rules._canonical import Outer, scale_rows, widen
 from clipgrad.rules._convolution_gradient import per_sample_gradient, rows_and_patches
 from clipgrad.rules._geometry import Geometry
+from clipgrad.rules._selection import select_last, select_rows
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class ConvolutionUse:
     def weighted_sum(self, factors: Tensor) -> Tensor:
         """The library's own weight gradient, with the factors on the smaller operand."""
         gradient, input = widen(self.gradient), widen(self.input)
-        if input[:1].numel() < gradient[:1].numel():
+        if self._scales_input():
             input = scale_rows(input, factors)
         else:
             gradient = scale_rows(gradient, factors)
@@ -47,6 +48,12 @@ class ConvolutionUse:
         )
 
     def select(self, keep: Tensor) -> ConvolutionUse:
-        return replace(
-            self, input=select_rows(self.input, keep), gradient=select_rows(self.gradient, keep)
-        )
+        # One is scaled next, which is one pass with its selection; the library reads the other.
+        if self._scales_input():
+            input, gradient = select_rows(self.input, keep), select_last(self.gradient, keep)
+        else:
+            input, gradient = select_last(self.input, keep), select_rows(self.gradient, keep)
+        return replace(self, input=input, gradient=gradient)
+
+    def _scales_input(self) -> bool:
+        return self.input[:1].numel() < self.gradient[:1].numel()

@@ -1,0 +1,17 @@
+"""Zeros for dropped samples as a Triton kernel that returns at once where a sample is kept.
+
+Needs Triton.
+"""
+
+# No `from __future__ import annotations`: Triton reads the annotations.
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def zero_rows(values, keep, size, sample_stride, BLOCK: tl.constexpr):
+    sample = tl.program_id(0).to(tl.int64)
+    if tl.load(keep + sample) == 0:
+        for start in range(tl.program_id(1) * BLOCK, size, tl.num_programs(1) * BLOCK):
+            offsets = start + tl.arange(0, BLOCK)
+            tl.store(values + sample * sample_stride + offsets, 0.0, mask=offsets < size)
