@@ -53,7 +53,9 @@ def forward(
     except BaseException:
         tape.release()
         raise
-    _leftovers.remember(capture.made)
+    made = capture.made
+    del leaves, rows, value, capture  # what only this function held was kept by nobody
+    _leftovers.remember(made)
     return tape, values, tree_unflatten(aux, structure)
 
 

@@ -88,7 +88,13 @@ def sliced(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
 @pytest.mark.parametrize("case", [c for c in CASES if not c.declines], ids=lambda case: case.name)
-def test_slices(case: RuleCase, sliced: list[torch.Size]) -> None:
+@pytest.mark.parametrize("in_parts", [False, True])
+def test_slices(
+    case: RuleCase, in_parts: bool, sliced: list[torch.Size], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if in_parts:
+        monkeypatch.setattr(_convolution_gradient, "_PATCHES_AT_ONCE", {"cpu": 1})
+        monkeypatch.setattr(_convolution_gradient, "_FEWEST_AT_ONCE", 1)
     assert_rule_matches_reference(
         case, batch_sizes=(3,), strategies=("kept",), microbatch_sizes=(None,)
     )

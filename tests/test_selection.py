@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from clipgrad.rules._selection import select_rows, zero_rows_
+from clipgrad.rules._selection import may_overlap, select_rows, zero_rows_
 from tests.kernels import needs_cuda, needs_triton
 
 DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.cuda, needs_cuda])]
@@ -47,6 +47,33 @@ def test_zeros_where_the_tensor_lies(layout: str, dtype: torch.dtype, device: st
     zero_rows_(tensor, keep)
     torch.testing.assert_close(whole, expected, rtol=0, atol=0, equal_nan=True)
     assert not tensor.isnan().any()
+
+
+OVERLAPPING = {
+    "the same for all samples": lambda: torch.randn(1, 7).expand(5, 7),
+    "the same everywhere": lambda: torch.randn(()).expand(5, 7),
+    "the same within samples": lambda: torch.randn(5, 1, 7).expand(5, 3, 7),
+    "windows": lambda: torch.randn(11).unfold(0, 3, 2),
+    "windows of samples": lambda: torch.randn(9, 4).unfold(0, 3, 1),
+}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("layout", OVERLAPPING)
+def test_where_samples_share_memory_nothing_is_written(layout: str, device: str) -> None:
+    tensor = OVERLAPPING[layout]()
+    base = (tensor if tensor._base is None else tensor._base).to(device)
+    tensor = base.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+    before = base.clone()
+    assert may_overlap(tensor)
+    with pytest.raises(RuntimeError, match=r"written to others: shape \("):
+        zero_rows_(tensor, torch.arange(len(tensor), device=device) > 0)
+    assert torch.equal(base, before)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_other_layout_may_be_written_to(layout: str) -> None:
+    assert not may_overlap(LAYOUTS[layout]())
 
 
 @pytest.mark.cuda

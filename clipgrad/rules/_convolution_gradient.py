@@ -85,22 +85,27 @@ def fastest(device: torch.device, shape: Sequence[int], geometry: Geometry) -> W
 
 def by_patches(gradient: Tensor, input: Tensor, shape: torch.Size, geometry: Geometry) -> Tensor:
     """Unfold some samples, take their products, and go on with the next ones."""
-    on_cpu = input.device.type == "cpu"
     rows, image = _roles(gradient, input, geometry)
     samples = len(image)
-    elements = image.shape[1] * prod(shape[2:]) * prod(rows.shape[2:])
-    size = _PATCHES_AT_ONCE["cpu" if on_cpu else "cuda"] // max(1, elements)
-    parts = ceil(samples / max(size, _FEWEST_AT_ONCE if on_cpu else 1))
-    if parts <= 1:
+    size = _samples_at_once(image, prod(shape[2:]) * prod(rows.shape[2:]))
+    if samples <= size:
         return rows_and_patches(gradient, input, shape, geometry).per_sample(convolution_product)
-    size = ceil(samples / parts)
     outers = (
         rows_and_patches(
             gradient[start : start + size], input[start : start + size], shape, geometry
         )
         for start in range(0, samples, size)
     )
-    return _side_by_side(outers, samples) if on_cpu else _joined(outers)
+    return _side_by_side(outers, samples) if input.device.type == "cpu" else _joined(outers)
+
+
+def _samples_at_once(image: Tensor, copies: int) -> int:
+    """Of how many samples, spread evenly, patches are built: ``copies`` for each channel of the image."""
+    on_cpu, samples = image.device.type == "cpu", len(image)
+    elements = max(1, image.shape[1] * copies)
+    most = max(_PATCHES_AT_ONCE["cpu" if on_cpu else "cuda"] // elements, 1)
+    parts = ceil(samples / max(most, _FEWEST_AT_ONCE if on_cpu else 1))
+    return ceil(samples / max(1, parts)) or 1
 
 
 def _joined(outers: Iterable[Outer]) -> Tensor:
@@ -130,11 +135,15 @@ def by_slices(gradient: Tensor, input: Tensor, shape: torch.Size, geometry: Geom
     positions, *across = rows.shape[2:]
     # Patches that are one tap high, at all heights that any tap of the first axis meets.
     height = positions + (first - 1) * geometry.dilation[0]
-    slices = _patches(image, (1, *others), (height, *across), geometry)
-    columns = slices.flatten(1, 2 + len(others)).flatten(2)
     apart = geometry.dilation[0] * prod(across)
-    products = window_products(rows.flatten(2), columns, apart, first)
-    return products.view(len(rows), first, shape[0], shape[1], *others).movedim(1, 3)
+    size = _samples_at_once(image, prod(others) * height * prod(across))
+    products = []
+    for some_rows, some in zip(rows.split(size), image.split(size), strict=True):
+        slices = _patches(some, (1, *others), (height, *across), geometry)
+        columns = slices.flatten(1, 2 + len(others)).flatten(2)
+        products.append(window_products(some_rows.flatten(2), columns, apart, first))
+    found = products[0] if len(products) == 1 else torch.cat(products)
+    return found.view(len(rows), first, shape[0], shape[1], *others).movedim(1, 3)
 
 
 def _sliceable(shape: Sequence[int], geometry: Geometry) -> bool:

@@ -27,12 +27,26 @@ def select_rows(tensor: Tensor, keep: Tensor) -> Tensor:
 def select_last(tensor: Tensor, keep: Tensor) -> Tensor:
     """The same where nobody reads the tensor afterwards, and what reads the result has to find it in memory.
 
-    A compiled graph writes zeros to the tensor itself if it finds that to be so (see ``compiled._zeroing``).
+    A compiled graph writes zeros to the tensor itself if it finds that to be so (see ``compiled._zeroing``). Not to one
+    that is broadcast: its samples share their memory.
     """
-    if get_proxy_mode() is None or tensor.device.type not in _ZEROED_IN_GRAPHS_ON:
+    zeroed = get_proxy_mode() is not None and tensor.device.type in _ZEROED_IN_GRAPHS_ON
+    if not zeroed or may_overlap(tensor):
         return select_rows(tensor, keep)
     selected: Tensor = selected_by_zeroing(tensor, keep)
     return selected
+
+
+def may_overlap(tensor: Tensor) -> bool:
+    """Whether two elements may lie in the same place; False only if none do."""
+    reach = 0  # of all axes with smaller strides
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size == 1:
+            continue
+        if stride <= reach:
+            return True
+        reach += stride * (size - 1)
+    return False
 
 
 # Operations of their own: a traced graph holds the first, a compiled one the second in its place.
@@ -49,7 +63,12 @@ def _(tensor: Tensor, keep: Tensor) -> Tensor:
 
 @torch.library.custom_op("clipgrad::zero_rows_", mutates_args=("tensor",))
 def zero_rows_(tensor: Tensor, keep: Tensor) -> None:
-    """Write zeros to the samples outside of the mask."""
+    """Write zeros to the samples outside of the mask, whose elements each have a place of their own."""
+    if may_overlap(tensor):
+        raise RuntimeError(
+            f"zeros for one sample would be written to others: shape {tuple(tensor.shape)}, strides {tensor.stride()}. "
+            "This is a mistake of clipgrad's; please report it, and leave compile out."
+        )
     launcher = _launcher() if tensor.device.type == "cuda" else None
     if launcher is None or not launcher.zero_rows_(tensor, keep):
         tensor.masked_fill_(~keep.view(-1, *[1] * (tensor.dim() - 1)), 0.0)

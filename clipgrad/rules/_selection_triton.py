@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import logging
+from functools import cache
+
 import torch
 from torch import Tensor
 
 from clipgrad.rules import _selection_kernels as kernels
 
+_log = logging.getLogger("clipgrad")
 _BLOCK = 2048
 _PROGRAMS = 1024  # enough to fill a device with zeros to write, few enough to cost nothing
 
@@ -24,14 +28,43 @@ def zero_rows_(tensor: Tensor, keep: Tensor) -> bool:
     size = tensor[0].numel() if len(tensor) else 0
     if not size:
         return True
-    if not _in_blocks(tensor) or size >= 2**31 - _BLOCK * _PROGRAMS or len(tensor) >= 2**31:
+    if (
+        not _usable_on(tensor.device)
+        or not _in_blocks(tensor)
+        or size >= 2**31 - _BLOCK * _PROGRAMS
+        or len(tensor) >= 2**31
+    ):
         return False
+    _launch(tensor, keep, size)
+    return True
+
+
+def _launch(tensor: Tensor, keep: Tensor, size: int) -> None:
     shares = min(-(-size // _BLOCK), max(1, _PROGRAMS // len(tensor)))
     with torch.cuda.device(tensor.device):
         kernels.zero_rows[(len(tensor), shares)](
             tensor, keep.view(torch.uint8), size, tensor.stride(0), BLOCK=_BLOCK
         )
-    return True
+
+
+@cache
+def _usable_on(device: torch.device) -> bool:
+    """Whether the kernel writes what it must, and nothing else, on a tensor that has room for a mistake."""
+    reason = "it did not write what it must"
+    try:
+        room = torch.full((4, 3 * _BLOCK), torch.nan, device=device)
+        keep = torch.tensor([True, False, False, True], device=device)
+        _launch(room[:, :-5], keep, 3 * _BLOCK - 5)
+        usable = bool((room == 0).sum() == 2 * (3 * _BLOCK - 5)) and not room[1:3, :-5].any()
+    except Exception as error:  # whatever a compiler or a driver may not like
+        usable, reason = False, f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    if not usable:
+        _log.warning(
+            "clipgrad: dropped samples on %s are zeroed without the Triton kernel (%s).",
+            device,
+            reason,
+        )
+    return usable
 
 
 def _in_blocks(tensor: Tensor) -> bool:

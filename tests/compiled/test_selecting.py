@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -143,3 +145,31 @@ def test_a_first_batch_that_is_not_finite_proves_nothing(
     bad[0] = torch.nan
     torch.testing.assert_close(gradient(w, bad).grads, gradient(w, x[1:]).grads)
     assert eager_runs == [4, 4]  # the bad batch itself; then the check
+
+
+@pytest.mark.parametrize("convolution", [False, True])
+def test_a_gradient_that_all_samples_share(
+    convolution: bool, graphs: Graphs, eager_runs: list[int]
+) -> None:
+    """The output gradient of a plain sum is one number, broadcast: zeros for one sample would be zeros for all."""
+
+    def loss(w: Tensor, x: Tensor) -> Tensor:
+        out = F.conv1d(x.mT, w.mT[..., None]) if convolution else x @ w
+        return out.sum()
+
+    for strategy in ("ghost", "kept"):
+        eager_runs.clear()
+        w, x = torch.randn(3, 20, dtype=torch.float64), torch.randn(5, 6, 3, dtype=torch.float64)
+        settings: dict[str, Any] = {
+            "max_grad_norm": 1.0, "strategy": strategy, "keep_batch_dim": False
+        }  # fmt: skip
+        gradient = clipped_grad(loss, **settings, compile=True)
+        gradient(w, x)
+        last = torch.arange(5) == 4
+        expected = clipped_grad(loss, **settings)(w, x[:4])
+        torch.testing.assert_close(gradient(w, x, is_padding=last).grads, expected.grads)
+        x[4] = torch.inf
+        result = gradient(w, x)
+        assert result.num_nonfinite == 1
+        torch.testing.assert_close(result.grads, expected.grads)
+        assert eager_runs == [5]

@@ -52,6 +52,19 @@ def test_what_others_read_is_not_written_to() -> None:
         assert torch.equal(x, before)
 
 
+def test_a_gradient_that_all_samples_share() -> None:
+    def loss(w: Tensor, x: Tensor) -> Tensor:
+        return (x @ w).sum()
+
+    w, x = torch.randn(3, 20, dtype=torch.float64), torch.randn(5, 6, 3, dtype=torch.float64)
+    settings: dict[str, Any] = {"max_grad_norm": 1.0, "strategy": "ghost", "keep_batch_dim": False}
+    gradient = clipped_grad(loss, **settings, compile=True)
+    gradient(w, x)
+    expected = clipped_grad(loss, **settings)(w, x[:4]).grads
+    found = gradient(w, x, is_padding=torch.arange(5) == 4).grads
+    torch.testing.assert_close(found, expected)
+
+
 def test_a_factor_that_nobody_reads_is_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
     """By the compiler's own account."""
     copied: list[list[Any]] = []
