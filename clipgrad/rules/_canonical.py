@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
-from clipgrad.rules._selection import select_last, select_rows
+from clipgrad.rules._selection import for_each_row, select_last, select_rows
 
 BatchedProduct = Callable[[Tensor, Tensor], Tensor]
 
@@ -38,7 +38,7 @@ def widen(tensor: Tensor) -> Tensor:
 
 def scale_rows(tensor: Tensor, factors: Tensor) -> Tensor:
     """``tensor[b, ...] * factors[b]``."""
-    return tensor * factors.to(tensor.dtype).view(-1, *[1] * (tensor.dim() - 1))
+    return tensor * for_each_row(factors.to(tensor.dtype), tensor)
 
 
 def added(tensors: Sequence[Tensor]) -> Tensor:

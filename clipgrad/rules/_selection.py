@@ -19,9 +19,14 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode
 _ZEROED_IN_GRAPHS_ON = {"cuda"}
 
 
+def for_each_row(values: Tensor, tensor: Tensor) -> Tensor:
+    """One value for each sample, ``[B]``, to be broadcast over ``tensor``, ``[B, ...]``."""
+    return values.view(-1, *[1] * (tensor.dim() - 1))
+
+
 def select_rows(tensor: Tensor, keep: Tensor) -> Tensor:
     """The tensor ``[B, ...]`` with the samples outside of the boolean mask ``[B]`` zero."""
-    return torch.where(keep.view(-1, *[1] * (tensor.dim() - 1)), tensor, tensor.new_zeros(()))
+    return torch.where(for_each_row(keep, tensor), tensor, tensor.new_zeros(()))
 
 
 def select_last(tensor: Tensor, keep: Tensor) -> Tensor:
@@ -71,7 +76,7 @@ def zero_rows_(tensor: Tensor, keep: Tensor) -> None:
         )
     launcher = _launcher() if tensor.device.type == "cuda" else None
     if launcher is None or not launcher.zero_rows_(tensor, keep):
-        tensor.masked_fill_(~keep.view(-1, *[1] * (tensor.dim() - 1)), 0.0)
+        tensor.masked_fill_(~for_each_row(keep, tensor), 0.0)
 
 
 @zero_rows_.register_fake
