@@ -4,12 +4,27 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from clipgrad._copies import copies_once_written
+from clipgrad._copies import copies, copies_once_written
 from clipgrad.errors import UnclippedGradientError
+
+
+class Taken(NamedTuple):
+    """The sums of a finished logical batch.
+
+    Attributes:
+        sums: The parameters'.
+        others: Those that belong to no parameter.
+        lent: Whether the parameters' are only lent: to be read, not to be written to.
+    """
+
+    sums: list[Tensor]
+    others: list[Tensor]
+    lent: bool
 
 
 class Pending:
@@ -22,6 +37,8 @@ class Pending:
 
     def __init__(self) -> None:
         self._sums: list[Tensor] | None = None
+        self._others: list[Tensor] = []
+        self._lent = False
         self._written: dict[
             int, tuple[Tensor, int]
         ] = {}  # id(parameter) -> its .grad and version, as we left them
@@ -40,6 +57,7 @@ class Pending:
                 self._remember(parameter, parameter.grad)
 
     def before_backward(self, names: Sequence[str], parameters: Sequence[Tensor]) -> None:
+        """Make sure that ``.grad`` is as we left it, and that the sums outlive what follows."""
         if self.unfinished and all(parameter.grad is None for parameter in parameters):
             self._sums = (
                 None  # model.zero_grad() between two backward calls starts the logical batch anew
@@ -51,9 +69,16 @@ class Pending:
                 self._refuse_unless_intact(name, parameter)
             elif self._of(parameter) is not parameter.grad:
                 raise UnclippedGradientError(_foreign(name, parameter))
+        if self._lent and self._sums is not None:
+            self._sums, self._lent = copies(self._sums), False
 
     def add(
-        self, parameters: Sequence[Tensor], sums: Sequence[Tensor], others: Sequence[Tensor] = ()
+        self,
+        parameters: Sequence[Tensor],
+        sums: Sequence[Tensor],
+        others: Sequence[Tensor] = (),
+        *,
+        lent: bool = False,
     ) -> None:
         """Add the sums of one ``backward``.
 
@@ -61,18 +86,19 @@ class Pending:
             parameters: Those that are trained.
             sums: Their clipped sums.
             others: Sums over the same samples that belong to no parameter; each ``backward`` brings as many.
+            lent: Whether ``sums`` are overwritten by what follows ``before_backward``, and must not be written to.
         """
         if self._sums is None:
-            laid_out = [_laid_out_like(p, total) for p, total in zip(parameters, sums, strict=True)]
-            self._sums = [*laid_out, *others]
+            self._sums = [_laid_out_like(p, s) for p, s in zip(parameters, sums, strict=True)]
+            self._others, self._lent = list(others), lent
         else:
-            torch._foreach_add_(self._sums, [*sums, *others])
-        self.publish(parameters, copies_once_written(self._sums[: len(parameters)]))
+            torch._foreach_add_([*self._sums, *self._others], [*sums, *others])
+        self.publish(parameters, (copies if self._lent else copies_once_written)(self._sums))
 
     def take(
         self, names: Sequence[str], parameters: Sequence[Tensor], others: Iterable[Tensor]
-    ) -> list[Tensor]:
-        """The sums of the finished logical batch, to be noised in place: the parameters' first, then others.
+    ) -> Taken:
+        """The sums of the finished logical batch, which nobody else sees.
 
         Args:
             names: Names of the parameters.
@@ -93,12 +119,13 @@ class Pending:
                     "until then), but holds a .grad that was not clipped here, and the wrapped optimizer would step "
                     "on it. Clear it with optimizer.zero_grad() before backward."
                 )
-        sums, self._sums = self._sums, None
+        taken = Taken(self._sums, self._others, self._lent)
+        self._sums, self._others = None, []
         # What .grad shows shares the sums' memory until somebody writes. The noise is to be written without a copy.
         for parameter in parameters:
             self._written.pop(id(parameter), None)
             parameter.grad = None
-        return sums
+        return taken
 
     def publish(self, parameters: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
         """Show gradients that nobody else holds, and remember them: the sums so far, or those that are finished."""

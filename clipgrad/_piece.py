@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from clipgrad._copies import copies
 from clipgrad._gradients import Gradients, Transformed
 from clipgrad._grid import Grid
 from clipgrad._phases import phase
@@ -52,6 +53,8 @@ class Piece:
         nonfinite: Boolean ``[B]``: samples dropped because their gradient was not finite.
         all_finite: Boolean scalar, if the question was left to the caller. Where it is False and samples were not
             taken out in any case, ``sums`` are worthless, and the microbatch has to be run again by somebody who asks.
+        lent: Whether ``sums`` lie in memory that the next microbatch overwrites: to be read until then, and never to be
+            written to.
     """
 
     sums: list[Tensor]
@@ -60,6 +63,7 @@ class Piece:
     aux: Any
     nonfinite: Tensor
     all_finite: Tensor | None = None
+    lent: bool = False
 
 
 def clip(
@@ -130,12 +134,13 @@ def _or_zero(squared: Tensor | None, values: Tensor) -> Tensor:
     return torch.zeros_like(values, dtype=torch.promote_types(values.dtype, torch.float32))
 
 
-def accumulate(sums: list[Tensor] | None, more: list[Tensor]) -> list[Tensor]:
+def accumulate(sums: list[Tensor] | None, piece: Piece) -> list[Tensor]:
     """Add the sums of a further piece in place; None starts with them."""
     if sums is None:
         # A sum may alias a tensor that the microbatch owns; nothing else holds one, so it is ours to write to.
+        more = copies(piece.sums) if piece.lent else piece.sums
         return [total.contiguous() for total in more]
-    torch._foreach_add_(sums, more)
+    torch._foreach_add_(sums, piece.sums)
     return sums
 
 
@@ -148,7 +153,7 @@ def joined(pieces: Sequence[Piece], order: Tensor) -> Piece:
 
     sums: list[Tensor] | None = None
     for piece in pieces:
-        sums = accumulate(sums, piece.sums)
+        sums = accumulate(sums, piece)
     assert sums is not None
     return Piece(
         sums,

@@ -37,6 +37,7 @@ from clipgrad.compiled import fixed_size, observed
 from clipgrad.errors import UnclippedGradientError
 from clipgrad.explain import Explanation
 from clipgrad.noise import NoiseSource, gaussian_sigma
+from clipgrad.noise._mean import noised_mean
 from clipgrad.plan import PrivacyPlan
 from clipgrad.result import ClippedGradResult, Diagnostics, diagnostics_of, mean_loss
 from clipgrad.sampling import PaddedBatch
@@ -207,9 +208,11 @@ class DPOptimizer(OptimizerFacade):
         survey = self._look_again()
         names, parameters = survey.names, survey.parameters
         self._pending.before_backward(names, parameters)
-        result = self._present()(dict(survey.selection), *batch, is_padding=is_padding)
+        result, lent = self._present().lending(
+            dict(survey.selection), *batch, is_padding=is_padding
+        )
         sums = [result.grads[name] for name in names]
-        self._pending.add(parameters, sums, self._progress.observed(result))
+        self._pending.add(parameters, sums, self._progress.observed(result), lent=lent)
         self._last = replace(result, grads=None)  # else the sums would live until the next call
         return mean_loss(result, is_padding)
 
@@ -236,17 +239,15 @@ class DPOptimizer(OptimizerFacade):
         names, parameters = self._survey.names, self._survey.parameters
         selected = set(map(id, parameters))
         others = [p for p in self._owned() if id(p) not in selected]
-        sums = self._pending.take(names, parameters, others)
-        sums, observed = sums[: len(parameters)], sums[len(parameters) :]
+        sums, observed, lent = self._pending.take(names, parameters, others)
         if self._account is not None:
             self._account.record(self.accounted_noise_multiplier)
         with torch.no_grad():
             with phase("noise"):
-                self.noise.add_gaussian_(sums, sigma)
+                means = noised_mean(self.noise, sums, sigma, self.expected_batch_size, keep=lent)
                 if observed:
                     self.noise.add_gaussian_(observed, sigma_observed)
-            torch._foreach_div_(sums, self.expected_batch_size)
-            self._pending.publish(parameters, sums)
+            self._pending.publish(parameters, means)
         # Before the wrapped optimizer, which may raise: what was noised is public now, and this step is over.
         self._progress = self._progress.advanced(observed, self.expected_batch_size)
         with phase("optimizer"):

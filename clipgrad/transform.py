@@ -98,6 +98,25 @@ class ClippedGrad:
             NotPerSampleError: If the loss does something that cannot be attributed to single samples.
             CompileError: If ``compile`` is asked for and the step cannot be compiled.
         """
+        return self._call(args, is_padding, lend=False)[0]
+
+    def lending(
+        self, *args: Any, is_padding: Tensor | None = None
+    ) -> tuple[ClippedGradResult, bool]:
+        """The same, and whether ``grads`` are only lent; for :class:`clipgrad.DPOptimizer`.
+
+        What is lent is to be read until the next call, which overwrites it, and never to be written to: a CUDA graph's
+        own memory, of which a copy would be a pass over all sums.
+
+        Args:
+            *args: As for a call.
+            is_padding: Likewise.
+        """
+        return self._call(args, is_padding, lend=True)
+
+    def _call(
+        self, args: tuple[Any, ...], is_padding: Tensor | None, *, lend: bool
+    ) -> tuple[ClippedGradResult, bool]:
         compiler = self._compiler
         inputs = Inputs.bind(
             self.fn, self.argnums, self.batch_argnums, args, aliased=compiler is not None
@@ -106,11 +125,12 @@ class ClippedGrad:
         mask = _validate.padding_mask(is_padding, size)
         settings = self._settings(inputs)
         if size == 0:
-            return self._empty(inputs, settings)
+            return self._empty(inputs, settings), False
         step, compiled = self._rows_at_once(size), None
         if compiler is not None:
             step = compiler.rows(self.microbatch_size, size)
             compiled = MicrobatchRunner(compiler, inputs, settings, step)
+        lend = lend and step >= size and self.normalize_by == 1.0
         pieces: list[Piece] = []
         sums: list[Tensor] | None = None
         for start in range(0, size, step):
@@ -128,11 +148,12 @@ class ClippedGrad:
                     marked,
                     settings,
                 )
-            sums = accumulate(sums, piece.sums)
+            lend = lend and piece.lent
+            sums = piece.sums if lend else accumulate(sums, piece)
             pieces.append(replace(piece, sums=[]))  # else every microbatch's sums live to the end,
             del piece  # or these through the next one
         assert sums is not None
-        return self._result(inputs, settings, sums, pieces, mask)
+        return self._result(inputs, settings, sums, pieces, mask), lend
 
     def sensitivity(self, relation: Relation = Relation.ADD_OR_REMOVE_ONE) -> float:
         """The largest L2 change of ``grads`` between neighbouring batches, from the configuration alone.

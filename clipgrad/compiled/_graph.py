@@ -62,8 +62,8 @@ class Layout:
         ]  # fmt: skip
         return cls(len(piece.sums), len(piece.norms), structure), flat
 
-    def restore(self, flat: Sequence[Tensor]) -> Piece:
-        """The inverse of ``flatten``."""
+    def restore(self, flat: Sequence[Tensor], *, lent: bool) -> Piece:
+        """The inverse of ``flatten``; of sums that are lent, if they are."""
         after = self.sums + 1 + self.norms
         return Piece(
             list(flat[: self.sums]),
@@ -72,6 +72,7 @@ class Layout:
             tree_unflatten(list(flat[after + 2 :]), self.aux),
             flat[after],
             flat[after + 1],
+            lent,
         )
 
 

@@ -104,11 +104,18 @@ class Replay:
         """Whether a call with these arguments would record nothing."""
         return self._failed or (self._recorder is not None and self._at(flat) == self._places)
 
-    def __call__(self, flat: Sequence[Tensor]) -> list[Tensor]:
+    @property
+    def lends(self) -> bool:
+        """Whether what the last call was asked to lend lies in the recording's memory."""
+        return not self._failed
+
+    def __call__(self, flat: Sequence[Tensor], lend: int = 0) -> list[Tensor]:
         """What the step returns for these arguments, in fresh memory.
 
         Args:
             flat: Tensors of the shapes, strides and dtypes of every other call.
+            lend: How many of the first results stay where they are instead: to be read until the next call overwrites
+                them, and never to be written to.
         """
         if not self.settled(flat):
             self._record(flat)
@@ -117,7 +124,7 @@ class Replay:
         self._recorder.wait()
         torch._foreach_copy_(self._moving(self._inputs), self._moving(flat))
         self._recorder.replay()
-        return copies(self._results)
+        return [*self._results[:lend], *copies(self._results[lend:])]
 
     def _moving(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         return [t for t, stays in zip(tensors, self._resident, strict=True) if not stays]

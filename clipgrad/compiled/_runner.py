@@ -93,4 +93,5 @@ def _first(piece: Piece, count: int) -> Piece:
         tree_map(lambda leaf: leaf[:count], piece.aux),
         piece.nonfinite[:count],
         piece.all_finite,
+        piece.lent,
     )

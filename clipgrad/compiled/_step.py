@@ -57,15 +57,16 @@ class Entry:
         return self.checked and (self.replay is None or self.replay.settled(flat))
 
     def call(self, flat: Sequence[Tensor]) -> Piece:
-        """Run the compiled step on its arguments."""
+        """Run the compiled step on its arguments; what a recording computed of sums is lent, not copied."""
+        layout, replay = self.graph.layout, self.replay
         with ExitStack() as stack:
             stack.enter_context(torch.no_grad())
             for kind in {"cpu", flat[0].device.type}:
                 # The traced operations hold the casts already.
                 if torch.is_autocast_enabled(kind):
                     stack.enter_context(torch.autocast(kind, enabled=False))
-            results = self.run(*flat) if self.replay is None else self.replay(flat)
-        return self.graph.layout.restore(results)
+            results = self.run(*flat) if replay is None else replay(flat, lend=layout.sums)
+        return layout.restore(results, lent=replay is not None and replay.lends)
 
 
 class Compiler:

@@ -22,8 +22,8 @@ from torch import Tensor
 from clipgrad.noise._box_muller import BoxMuller
 from clipgrad.noise._keystream import SLACK, Bits
 
-Loop = Callable[[int, int, int, float, int], object]
-"""``(j, k, size, scale, target)`` with the addresses of three arrays; see ``_float32_loop.c``."""
+Loop = Callable[[int, int, int, float, float, int], object]
+"""``(j, k, size, scale, divisor, target)`` with the addresses of three arrays; see ``_float32_loop.c``."""
 
 # A piece, its bits and the zeros that become them, 512 KiB, stay in the cache of one core.
 CAPACITY = 2**15
@@ -75,11 +75,11 @@ class LoopedBoxMuller:
     def draw(self, keystream: Bits, size: int) -> Tensor:
         """``size`` values of N(0, 1), one dimension, valid until the next call."""
         values = self._values[:size].zero_()
-        self._add(keystream, size, 1.0, values.data_ptr())
+        self._add(keystream, size, 1.0, 1.0, values.data_ptr())
         return values
 
-    def add(self, keystream: Bits, target: Tensor, scale: float) -> None:
-        """Add ``scale * N(0, 1)`` to each value of a contiguous float32 tensor of any size.
+    def add(self, keystream: Bits, target: Tensor, scale: float, divisor: float = 1.0) -> None:
+        """Add ``scale * N(0, 1)`` to each value of a contiguous float32 tensor of any size, and divide the sum.
 
         By address only, so that any thread may: tensor operations ask whether gradients are recorded, which each thread
         says for itself.
@@ -87,18 +87,20 @@ class LoopedBoxMuller:
         assert target.dtype is torch.float32, "the loop knows no other"
         size, address = target.numel(), target.data_ptr()
         for start in range(0, size, CAPACITY):
-            self._add(keystream, min(CAPACITY, size - start), scale, address + _BYTES * start)
+            some = min(CAPACITY, size - start)
+            self._add(keystream, some, scale, divisor, address + _BYTES * start)
         if not target.is_inference():
             # Autograd, and whoever else watches versions, does not see who writes by address.
             torch.autograd.graph.increment_version(target)
 
-    def _add(self, keystream: Bits, size: int, scale: float, address: int) -> None:
+    def _add(self, keystream: Bits, size: int, scale: float, divisor: float, address: int) -> None:
         assert 0 < size <= CAPACITY, "the loop would read and write beyond its memory"
         pairs = (size + 1) // 2
         keystream.fill(
             self._bits[: pairs * _PAIR_BYTES + SLACK], self._zeros[: pairs * _PAIR_BYTES]
         )
-        self._loop(self._address, self._address + pairs * _RADIUS_BYTES, size, scale, address)
+        k = self._address + pairs * _RADIUS_BYTES
+        self._loop(self._address, k, size, scale, divisor, address)
 
 
 def looped(*, may_compile: bool) -> LoopedBoxMuller | None:
@@ -160,7 +162,7 @@ def compiled(source: str) -> Loop:
         loop: Loop = ctypes.CDLL(str(library)).clipgrad_add_gaussians
     loop.restype = None  # type: ignore[attr-defined]
     loop.argtypes = [  # type: ignore[attr-defined]
-        ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p,
+        ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_float, ctypes.c_void_p,
     ]  # fmt: skip
     return loop
 
@@ -180,13 +182,13 @@ def prove(found: LoopedBoxMuller) -> None:
     Raises:
         RuntimeError: If a value differs by more than rounding.
     """
-    for size, start, scale in ((CAPACITY, 0.0, 1.0), (4099, 1.0, 0.5)):
+    for size, start, scale, divisor in ((CAPACITY, 0.0, 1.0, 1.0), (4099, 1.0, 0.5, 3.0)):
         bits = _Public(found.capacity // 2)
         target = torch.full((size + 1,), start, dtype=torch.float32, device="cpu")
-        found.add(bits, target[:size], scale)
+        found.add(bits, target[:size], scale, divisor)
         values = target.double()
         added = BoxMuller(torch.float32, found.capacity).draw(bits, size).double() * scale
-        expected = torch.cat((added + start, target.new_tensor([start])))
+        expected = torch.cat(((added + start) / divisor, target.new_tensor([start])))
         wrong = ~(
             (values - expected).abs() <= _TOLERANCE * (expected.abs() + start)
         )  # NaN is wrong too

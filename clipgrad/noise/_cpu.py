@@ -60,8 +60,8 @@ class CpuNoise:
         self._loops: list[LoopedBoxMuller] = []
         self._pool: ThreadPoolExecutor | None = None
 
-    def add(self, flats: list[Tensor], sigma: float) -> None:
-        """Add to flat tensors in the CPU's memory, all drawn in one dtype."""
+    def add(self, flats: list[Tensor], sigma: float, divisor: float = 1.0) -> None:
+        """Add to flat tensors in the CPU's memory, all drawn in one dtype, and divide the sums."""
         dtype = checks.DRAWN_IN[flats[0].dtype]
         keystream = self._keystream()
         scale = sigma / math.sqrt(self._draws)
@@ -73,19 +73,21 @@ class CpuNoise:
                 if flat.numel() < _ALONE or flat.dtype is not torch.float32:
                     together.append(flat)
                 elif flat.numel() < _MANY:
-                    gaussians.add(keystream, flat, scale)
+                    gaussians.add(keystream, flat, scale, divisor)
                 else:
-                    self._add_in_threads(flat, scale)
+                    self._add_in_threads(flat, scale, divisor)
         for piece in pieces(together, gaussians.capacity):
             sizes = [part.numel() for part in piece]
             noise = self._draw(gaussians, keystream, sum(sizes))
             torch._foreach_add_(piece, noise.split(sizes), alpha=scale)
+            if divisor != 1.0:
+                torch._foreach_div_(piece, divisor)
 
     def _keystream(self) -> Keystream:
         """Of a key of its own."""
         return Keystream(partial(self._lineage.key, _CPU, KEY_BYTES))
 
-    def _add_in_threads(self, flat: Tensor, scale: float) -> None:
+    def _add_in_threads(self, flat: Tensor, scale: float, divisor: float) -> None:
         """Add to one large tensor, each thread with a key of its own."""
         count = min(torch.get_num_threads(), _MOST_THREADS)
         parts = flat.tensor_split(count)
@@ -98,8 +100,9 @@ class CpuNoise:
         waiting: list[Future[None]] = []
         try:
             for loop, part in zip(self._loops[1:count], parts[1:], strict=True):
-                waiting.append(self._pool.submit(loop.add, self._keystream(), part, scale))
-            self._loops[0].add(self._keystream(), parts[0], scale)
+                stream = self._keystream()
+                waiting.append(self._pool.submit(loop.add, stream, part, scale, divisor))
+            self._loops[0].add(self._keystream(), parts[0], scale, divisor)
         finally:  # nobody may see a tensor that is still being written to
             wait(waiting)
         for future in waiting:

@@ -71,10 +71,10 @@ static inline float sine(float a) {
     return a + a * (square * q);
 }
 
-/* Add scale * N(0, 1) to each of `size` values. j and k hold (size + 1) / 2 integers each; the first half of the values
- * are the sines of the pairs, the rest their cosines. */
+/* Add scale * N(0, 1) to each of `size` values and divide by `divisor`. j and k hold (size + 1) / 2 integers each; the first
+ * half of the values are the sines of the pairs, the rest their cosines. */
 void clipgrad_add_gaussians(const int64_t *restrict j, const int32_t *restrict k, int64_t size, float scale,
-                            float *restrict sines) {
+                            float divisor, float *restrict sines) {
     int64_t pairs = (size + 1) / 2, cosine_count = size - pairs;
     float *restrict cosines = sines + pairs;
     for (int64_t first = 0; first < pairs; first += AT_ONCE) {
@@ -86,10 +86,10 @@ void clipgrad_add_gaussians(const int64_t *restrict j, const int32_t *restrict k
             radius[i - first] = scale * sqrtf(-2.0f * logarithm(u));
         }
         for (int64_t i = first; i < last; i++)
-            sines[i] += radius[i - first] * sine((float)k[i] * STEP + STEP / 2);
+            sines[i] = (sines[i] + radius[i - first] * sine((float)k[i] * STEP + STEP / 2)) / divisor;
         for (int64_t i = first; i < last_cosine; i++) {
             int32_t complement = ((int32_t)((uint32_t)k[i] << 31) >> 31) ^ k[i] ^ 0x7FFFFFFF;
-            cosines[i] += radius[i - first] * sine((float)complement * STEP + STEP / 2);
+            cosines[i] = (cosines[i] + radius[i - first] * sine((float)complement * STEP + STEP / 2)) / divisor;
         }
     }
 }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -66,13 +66,21 @@ class SystemNoise:
     def add_gaussian_(self, tensors: Sequence[Tensor], sigma: float) -> None:
         """Add fresh, independent ``N(0, sigma^2)``: see :meth:`NoiseSource.add_gaussian_`."""
         scale = checks.scale("sigma", sigma)
-        if scale == 0.0:
-            return
-        checked = checks.targets(tensors, scale)
+        if scale != 0.0:
+            self._add(checks.targets(tensors, scale), scale)
+
+    def _add(
+        self,
+        checked: list[Tensor],
+        sigma: float,
+        divisor: float = 1.0,
+        into: list[Tensor] | None = None,
+    ) -> None:
+        """Add, and divide in the same pass; for :func:`clipgrad.noise._mean.noised_mean` too."""
         makers = self._makers
         if makers is None or makers.process != process():  # a forked child has its parent's
             makers = self._makers = _Makers(self._draws, self._compile)
-        makers.add(checked, scale)
+        makers.add(checked, sigma, divisor, into)
 
     def state_dict(self) -> dict[str, Any]:
         """A marker only: with the key its reader could subtract the noise."""
@@ -106,26 +114,50 @@ class _Makers:
         self._accelerators: dict[torch.device, AcceleratorNoise] = {}
         self.process = self._lineage.process
 
-    def add(self, tensors: list[Tensor], sigma: float) -> None:
+    def add(
+        self, tensors: list[Tensor], sigma: float, divisor: float, into: list[Tensor] | None
+    ) -> None:
         with self._lock, torch.no_grad():
-            for device, members in _drawn_together(tensors):
+            groups = _drawn_together(tensors)
+            if into is not None and not _one_kernel_serves(groups):
+                torch._foreach_copy_(into, tensors)
+                groups, into = _drawn_together(into), None
+            for device, members in groups:
                 targets, detours = contiguous_targets(members)
-                self._add_on(device, targets, sigma)
+                self._add_on(device, targets, sigma, 1.0 if detours else divisor, into)
                 for tensor, detour in detours:
                     tensor.add_(detour)
+                if detours and divisor != 1.0:
+                    torch._foreach_div_(members, divisor)
 
-    def _add_on(self, device: torch.device, targets: list[Tensor], sigma: float) -> None:
+    def _add_on(
+        self,
+        device: torch.device,
+        targets: list[Tensor],
+        sigma: float,
+        divisor: float,
+        into: list[Tensor] | None,
+    ) -> None:
         if device.type == "cpu":
-            self._cpu.add(flat(targets), sigma)
+            self._cpu.add(flat(targets), sigma, divisor)
             return
         if device not in self._accelerators:
             self._accelerators[device] = AcceleratorNoise(
                 device, self._lineage, self._cpu, self._draws
             )
-        self._accelerators[device].add(targets, sigma)
+        self._accelerators[device].add(targets, sigma, divisor, into)
 
 
-def _drawn_together(tensors: list[Tensor]) -> Iterable[tuple[torch.device, list[Tensor]]]:
+def _one_kernel_serves(groups: list[tuple[torch.device, list[Tensor]]]) -> bool:
+    """Whether something can read all tensors and write the results elsewhere."""
+    return (
+        len(groups) == 1
+        and groups[0][0].type == "cuda"
+        and all(map(Tensor.is_contiguous, groups[0][1]))
+    )
+
+
+def _drawn_together(tensors: list[Tensor]) -> list[tuple[torch.device, list[Tensor]]]:
     """The tensors by device and by the dtype that their noise is drawn in."""
     kinds = {(tensor.device, tensor.dtype) for tensor in tensors}
     if len(kinds) == 1:

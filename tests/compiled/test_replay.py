@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -78,10 +79,11 @@ def loss_fn(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     return F.cross_entropy(model(x), y)
 
 
-def private(model: nn.Module, lr: float = 0.0, **options: int) -> DPOptimizer:
+def private(model: nn.Module, lr: float = 0.0, **options: Any) -> DPOptimizer:
+    options = {"noise_multiplier": 0.0, **options}
     return DPOptimizer(
-        torch.optim.SGD(model.parameters(), lr=lr), model, loss_fn, max_grad_norm=0.5, noise_multiplier=0.0,
-        expected_batch_size=1, compile=True, **options,
+        torch.optim.SGD(model.parameters(), lr=lr), model, loss_fn, max_grad_norm=0.5, expected_batch_size=1,
+        compile=True, **options,
     )  # fmt: skip
 
 
@@ -124,6 +126,58 @@ def test_sums_of_several_microbatches_and_calls_add_up(
     optimizer.backward(x[5:], y[5:])
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.grad, expected[name])
+
+
+def test_calls_of_one_microbatch_each_add_up(graphs: Graphs, recorders: list[Recorder]) -> None:
+    """The first call's sums are lent until the second one runs."""
+    model = net().eval()
+    optimizer = private(model, microbatch_size=4)
+    x, y = data(11)
+    expected, _ = clipped_sum(per_sample_gradients(model, loss_fn, (x, y)), 0.5)
+    for rows in (slice(0, 4), slice(4, 8), slice(8, 11)):
+        optimizer.backward(x[rows], y[rows])
+    optimizer.step()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[name])
+
+
+@pytest.mark.parametrize("noise_multiplier", [0.0, 1.0])
+def test_what_is_lent_is_only_read(
+    noise_multiplier: float, graphs: Graphs, recorders: list[Recorder]
+) -> None:
+    """Neither noise nor a write to ``.grad`` reaches it, and no later replay reaches what was published."""
+    model = net().eval()
+    optimizer = private(model, microbatch_size=4, noise_multiplier=noise_multiplier)
+    published: list[tuple[Tensor, Tensor]] = []
+    for _ in range(3):
+        optimizer.zero_grad()
+        optimizer.backward(*data(4))
+        lent = recorders[0]._results[: len(list(model.parameters()))]
+        before = [total.clone() for total in lent]
+        for parameter, total in zip(model.parameters(), before, strict=True):
+            assert parameter.grad is not None
+            torch.testing.assert_close(parameter.grad, total)
+            parameter.grad.data.add_(7.0)  # leaves no trace
+        optimizer.step()
+        assert all(map(torch.equal, lent, before))
+        for parameter, total in zip(model.parameters(), before, strict=True):
+            gradient = parameter.grad
+            assert gradient is not None
+            assert torch.equal(gradient, total) == (noise_multiplier == 0)
+            assert float((gradient - total).abs().max()) < 5  # noise of 0.5, and no 7
+            published.append((gradient, gradient.clone()))
+    assert all(torch.equal(gradient, then) for gradient, then in published)
+
+
+def test_what_a_transform_returns_is_not_lent(graphs: Graphs, recorders: list[Recorder]) -> None:
+    gradient = clipped_grad(
+        lambda w, x: (w * x).sum(), max_grad_norm=1.0, compile=True, normalize_by=2.0
+    )
+    w, x = torch.zeros(3, dtype=torch.float64), torch.eye(3, dtype=torch.float64)
+    kept = [gradient(w, factor * x).grads for factor in (1.0, -1.0, 0.5)]
+    for factor, found in zip((1.0, -1.0, 0.5), kept, strict=True):
+        torch.testing.assert_close(found, torch.full_like(w, factor / 2))
+    assert len(recorders) == 1
 
 
 def test_weights_that_were_stepped_in_place_are_seen(

@@ -137,7 +137,9 @@ def _(patch: pytest.MonkeyPatch) -> None:
 def _(patch: pytest.MonkeyPatch) -> None:
     right = Pending.add
 
-    def wrong(self: Pending, parameters: Any, sums: Any, others: Any = ()) -> None:
+    def wrong(
+        self: Pending, parameters: Any, sums: Any, others: Any = (), *, lent: bool = False
+    ) -> None:
         if self._sums is None:
             right(self, parameters, sums)
             self._sums = [parameter.grad for parameter in parameters]
@@ -199,7 +201,9 @@ def _(patch: pytest.MonkeyPatch) -> None:
 def _(patch: pytest.MonkeyPatch) -> None:
     right = Pending.add
 
-    def wrong(self: Pending, parameters: Any, sums: Any, others: Any = ()) -> None:
+    def wrong(
+        self: Pending, parameters: Any, sums: Any, others: Any = (), *, lent: bool = False
+    ) -> None:
         SystemNoise().add_gaussian_(sums, 3.0)
         right(self, parameters, sums)
 

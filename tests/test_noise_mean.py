@@ -1,0 +1,169 @@
+"""The noised mean: what an addition and a division one after the other give, in one pass where that is possible."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from clipgrad.noise import NoiseSource, SeededNoise, SystemNoise, _cpu, _keys
+from clipgrad.noise._mean import noised_mean
+from tests.kernels import needs_cuda
+from tests.noise_checks import check_gaussian
+
+SIGMA, DIVISOR = 2.0, 48.0
+
+
+def sums_of(device: str = "cpu", dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    """Large ones, small ones, an empty one, a turned one and a scalar."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(300_000,), (70, 80), (7,), (0,), (), (40, 3, 3, 3)]
+    made = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+    made.append(torch.randn(50, 60, generator=generator, dtype=torch.float64).T)
+    return [tensor.to(device, dtype) for tensor in made]
+
+
+def clones(tensors: Sequence[Tensor]) -> list[Tensor]:
+    return [tensor.clone() for tensor in tensors]
+
+
+def in_two_passes(source: NoiseSource, sums: list[Tensor]) -> list[Tensor]:
+    totals = clones(sums)
+    source.add_gaussian_(totals, SIGMA)
+    return [total / DIVISOR for total in totals]
+
+
+@pytest.fixture
+def one_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_keys, "new_master", lambda: bytes(range(32)))
+
+
+@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize(
+    "options", [{}, {"compile": False}, {"draws": 3}], ids=["loop", "uncompiled", "draws"]
+)
+@pytest.mark.usefixtures("one_key")
+def test_one_pass_gives_what_two_give(
+    options: Mapping[str, Any], dtype: torch.dtype, keep: bool
+) -> None:
+    sums = sums_of(dtype=dtype)
+    expected = in_two_passes(SystemNoise(**options), sums)
+    given = clones(sums)
+    means = noised_mean(SystemNoise(**options), given, SIGMA, DIVISOR, keep=keep)
+    assert all(map(torch.equal, means, expected))
+    assert all(map(torch.equal, given, sums if keep else expected))
+    assert keep or all(mean is total for mean, total in zip(means, given, strict=True))
+    assert [mean.stride() for mean in means] == [total.stride() for total in sums]
+
+
+@pytest.mark.usefixtures("one_key")
+def test_threads_divide_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_cpu, "_MANY", 100_000)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    sums = sums_of()
+    means = noised_mean(SystemNoise(), clones(sums), SIGMA, DIVISOR)
+    assert all(map(torch.equal, means, in_two_passes(SystemNoise(), sums)))
+
+
+def test_tensors_of_several_kinds_and_gaps() -> None:
+    gaps = torch.zeros(300, 600)[:, ::2]
+    sums = [torch.zeros(90_000), torch.zeros(90_000).double(), gaps]
+    for keep in (True, False):
+        means = noised_mean(SystemNoise(), sums, SIGMA, DIVISOR, keep=keep)
+        for mean in means:
+            check_gaussian(mean * DIVISOR, SIGMA)
+
+
+class Doubled(SystemNoise):
+    """Adds in a way of its own."""
+
+    def add_gaussian_(self, tensors: Sequence[Tensor], sigma: float) -> None:
+        super().add_gaussian_(tensors, sigma)
+        super().add_gaussian_(tensors, sigma)
+
+
+class Counting:
+    """Wraps a source, as a user's would."""
+
+    def __init__(self) -> None:
+        self.inner, self.asked = SystemNoise(), 0
+
+    def add_gaussian_(self, tensors: Sequence[Tensor], sigma: float) -> None:
+        self.asked += 1
+        self.inner.add_gaussian_(tensors, sigma)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_a_source_that_adds_in_a_way_of_its_own_is_asked_to(keep: bool) -> None:
+    (mean,) = noised_mean(Doubled(), [torch.zeros(90_000)], SIGMA, DIVISOR, keep=keep)
+    check_gaussian(mean * DIVISOR, SIGMA * 2**0.5)
+    counting = Counting()
+    (mean,) = noised_mean(counting, [torch.zeros(90_000)], SIGMA, DIVISOR, keep=keep)
+    check_gaussian(mean * DIVISOR, SIGMA)
+    assert counting.asked == 1
+
+
+def test_a_method_put_in_the_place_of_a_source_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    source, seen = SystemNoise(), []
+    monkeypatch.setattr(source, "add_gaussian_", lambda tensors, sigma: seen.append(sigma))
+    (mean,) = noised_mean(source, [torch.ones(3)], SIGMA, DIVISOR)
+    assert seen == [SIGMA]
+    assert torch.equal(mean, torch.ones(3) / DIVISOR)
+
+
+def test_a_seeded_source_is_repeatable() -> None:
+    sums = sums_of()
+    sources = [SeededNoise(torch.Generator().manual_seed(1)) for _ in range(2)]
+    means = noised_mean(sources[0], clones(sums), SIGMA, DIVISOR)
+    for mean, expected in zip(means, in_two_passes(sources[1], sums), strict=True):
+        assert torch.equal(mean, expected)
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_without_noise_it_is_the_mean(keep: bool) -> None:
+    sums = sums_of()
+    given = clones(sums)
+    means = noised_mean(SystemNoise(), given, 0.0, DIVISOR, keep=keep)
+    for mean, total, before in zip(means, given, sums, strict=True):
+        assert torch.equal(mean, before / DIVISOR)
+        assert torch.equal(total, before if keep else mean)
+
+
+def test_what_is_refused_is_not_written_to() -> None:
+    for sigma, error in [(-1.0, ValueError), (float("nan"), ValueError), (1e-60, ValueError)]:
+        total = torch.ones(5)
+        with pytest.raises(error):
+            noised_mean(SystemNoise(), [total], sigma, DIVISOR)
+        assert torch.equal(total, torch.ones(5))
+    total = torch.ones(5)
+    with pytest.raises(ValueError, match="twice"):
+        noised_mean(SystemNoise(), [total, total], 1.0, DIVISOR)
+    assert torch.equal(total, torch.ones(5))
+
+
+@pytest.mark.cuda
+@needs_cuda
+@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.usefixtures("one_key")
+def test_on_cuda(dtype: torch.dtype, keep: bool) -> None:
+    """To the last bit, but for half precision, which is rounded once instead of twice."""
+    sums = sums_of("cuda", dtype)
+    contiguous = [total.contiguous() for total in sums]
+    for those in (sums, contiguous):
+        expected, given = in_two_passes(SystemNoise(), those), clones(those)
+        means = noised_mean(SystemNoise(), given, SIGMA, DIVISOR, keep=keep)
+        for mean, wanted, total, before in zip(means, expected, given, those, strict=True):
+            tolerance = 2**-7 if dtype is torch.bfloat16 else 0.0
+            torch.testing.assert_close(mean, wanted, rtol=tolerance, atol=0)
+            assert torch.equal(total, before if keep else mean)
+            assert mean.stride() == before.stride()
