@@ -160,6 +160,8 @@ def _parameter_names(parameters: _Flat) -> list[str]:
         names = list(structure[1])
     else:
         names = [".".join(map(_component, path)) for path in parameters.paths()]
+    if leaves and all(map(_is_floating, leaves)) and len(set(map(id, leaves))) == len(leaves):
+        return names
     seen: dict[int, str] = {}
     for name, leaf in zip(names, leaves, strict=True):
         if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
@@ -177,6 +179,10 @@ def _parameter_names(parameters: _Flat) -> list[str]:
     if not leaves:
         raise ValueError("params holds no tensor; there is nothing to differentiate.")
     return names
+
+
+def _is_floating(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor) and leaf.is_floating_point()
 
 
 def _component(key: Any) -> str:

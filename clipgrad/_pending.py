@@ -51,26 +51,26 @@ class Pending:
     def clear(self, parameters: Iterable[Tensor]) -> None:
         """Forget the sums; what ``zero_grad`` left in ``.grad``, zeros or nothing, is known to be harmless."""
         self._sums = None
-        self._written = {}
-        for parameter in parameters:
-            if parameter.grad is not None:
-                self._remember(parameter, parameter.grad)
+        left = [(p, grad) for p in parameters if (grad := p.grad) is not None]
+        self._written = _written(*zip(*left, strict=True)) if left else {}
 
     def before_backward(self, names: Sequence[str], parameters: Sequence[Tensor]) -> None:
         """Make sure that ``.grad`` is as we left it, and that the sums outlive what follows."""
-        if self.unfinished and all(parameter.grad is None for parameter in parameters):
+        grads = [parameter.grad for parameter in parameters]
+        if self._sums is not None and not any(grad is not None for grad in grads):
             self._sums = (
                 None  # model.zero_grad() between two backward calls starts the logical batch anew
             )
-        for name, parameter in zip(names, parameters, strict=True):
-            if parameter.grad is None and not self.unfinished:
+        if self._sums is not None:
+            self._refuse_unless_intact(names, parameters)
+            if self._lent:
+                self._sums, self._lent = copies(self._sums), False
+            return
+        for name, parameter, grad in zip(names, parameters, grads, strict=True):
+            if grad is None:
                 self._written.pop(id(parameter), None)  # frees the gradient that zero_grad dropped
-            elif self.unfinished:
-                self._refuse_unless_intact(name, parameter)
-            elif self._of(parameter) is not parameter.grad:
+            elif self._written.get(id(parameter), (None, -1))[0] is not grad:
                 raise UnclippedGradientError(_foreign(name, parameter))
-        if self._lent and self._sums is not None:
-            self._sums, self._lent = copies(self._sums), False
 
     def add(
         self,
@@ -110,10 +110,9 @@ class Pending:
                 "step: no backward(*batch) since the last step (or zero_grad came in between), so there is no clipped "
                 "gradient to step on. Call backward first; an empty batch is legal."
             )
-        for name, parameter in zip(names, parameters, strict=True):
-            self._refuse_unless_intact(name, parameter)
+        self._refuse_unless_intact(names, parameters)
         for parameter in others:
-            if parameter.grad is not None and not self._is_intact(parameter):
+            if parameter.grad is not None and self._touched([parameter]) is not None:
                 raise UnclippedGradientError(
                     f"a parameter of shape {tuple(parameter.shape)} was not trained by backward (it is frozen, or was "
                     "until then), but holds a .grad that was not clipped here, and the wrapped optimizer would step "
@@ -123,31 +122,33 @@ class Pending:
         self._sums, self._others = None, []
         # What .grad shows shares the sums' memory until somebody writes. The noise is to be written without a copy.
         for parameter in parameters:
-            self._written.pop(id(parameter), None)
+            del self._written[id(parameter)]
             parameter.grad = None
         return taken
 
     def publish(self, parameters: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
         """Show gradients that nobody else holds, and remember them: the sums so far, or those that are finished."""
+        shown = []
         for parameter, gradient in zip(parameters, gradients, strict=True):
             if gradient.dtype is not parameter.dtype:
                 gradient = gradient.to(parameter.dtype)
             parameter.grad = gradient
-            self._remember(parameter, gradient)
+            shown.append(gradient)
+        self._written.update(_written(parameters, shown))
 
-    def _remember(self, parameter: Tensor, gradient: Tensor) -> None:
-        self._written[id(parameter)] = (gradient, _version(gradient))
+    def _touched(self, parameters: Sequence[Tensor]) -> int | None:
+        """The first parameter whose ``.grad`` is not as we left it, by index."""
+        written = self._written
+        for index, parameter in enumerate(parameters):
+            ours, version = written.get(id(parameter), (None, -1))
+            if ours is None or parameter.grad is not ours or _version(ours) != version:
+                return index
+        return None
 
-    def _of(self, parameter: Tensor) -> Tensor | None:
-        return self._written.get(id(parameter), (None, -1))[0]
-
-    def _is_intact(self, parameter: Tensor) -> bool:
-        ours, version = self._written.get(id(parameter), (None, -1))
-        return parameter.grad is ours and ours is not None and _version(ours) == version
-
-    def _refuse_unless_intact(self, name: str, parameter: Tensor) -> None:
-        if not self._is_intact(parameter):
-            raise UnclippedGradientError(_foreign(name, parameter))
+    def _refuse_unless_intact(self, names: Sequence[str], parameters: Sequence[Tensor]) -> None:
+        touched = self._touched(parameters)
+        if touched is not None:
+            raise UnclippedGradientError(_foreign(names[touched], parameters[touched]))
 
 
 def refuse_unnoised(pending: weakref.ref[Pending]) -> Callable[..., None]:
@@ -162,6 +163,14 @@ def refuse_unnoised(pending: weakref.ref[Pending]) -> Callable[..., None]:
             )
 
     return refuse
+
+
+def _written(
+    parameters: Iterable[Tensor], gradients: Sequence[Tensor]
+) -> dict[int, tuple[Tensor, int]]:
+    """Gradients and their versions, by their parameters' ids."""
+    versions = map(_version, gradients)
+    return dict(zip(map(id, parameters), zip(gradients, versions, strict=True), strict=True))
 
 
 def _version(tensor: Tensor) -> int:

@@ -159,7 +159,8 @@ def differentiable(params: Sequence[Tensor], batch: Sequence[Any]) -> None:
             "a gradient was asked for under torch.inference_mode(), which switches autograd off; leave it, or use "
             "torch.no_grad(), which is no obstacle."
         )
-    if any(isinstance(leaf, Tensor) and leaf.is_inference() for leaf in (*params, *batch)):
+    tensors = [leaf for leaf in batch if isinstance(leaf, Tensor)]
+    if any(map(Tensor.is_inference, params)) or any(map(Tensor.is_inference, tensors)):
         raise ValueError(
             "a parameter or batch tensor was made under torch.inference_mode(), so autograd cannot use it; clone it "
             "outside."

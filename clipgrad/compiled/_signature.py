@@ -27,6 +27,15 @@ def describe(tensor: Tensor) -> tuple[Any, ...]:
     return _ATTRIBUTES(tensor), tensor.stride(), type(tensor)
 
 
+def describe_all(tensors: Sequence[Tensor]) -> tuple[Any, ...]:
+    """What ``describe`` says of each, in columns."""
+    return (
+        tuple(map(_ATTRIBUTES, tensors)),
+        tuple(map(Tensor.stride, tensors)),
+        tuple(map(type, tensors)),
+    )
+
+
 def _describe_rows(leaf: Any) -> tuple[Any, ...]:
     """The same of a batch leaf, whose rows are made to fit."""
     if isinstance(leaf, Tensor):
@@ -83,10 +92,10 @@ def signature(inputs: Inputs, size: int, clipping: Clipping) -> tuple[Any, ...]:
     return (
         ("number of rows", size),
         ("names of the parameters", tuple(inputs.names)),
-        ("shape, dtype, device or requires_grad of a parameter", tuple(map(describe, inputs.params))),
+        ("shape, dtype, device or requires_grad of a parameter", describe_all(inputs.params)),
         ("shape, dtype, device or layout of the batch", tuple(map(_describe_rows, inputs.batch))),
         ("an argument that is no tensor", tuple(map(_Constant, inputs.constants))),
-        ("further tensor arguments", tuple(map(describe, inputs.others))),
+        ("further tensor arguments", describe_all(inputs.others)),
         ("structure of the arguments", inputs.structure),
         ("autocast, default dtype or device, determinism or precision settings", _flags(kinds)),
         ("clipping groups or rules, or a norm that became or was 0 or inf", clipping.structure),

@@ -20,7 +20,7 @@ from clipgrad.compiled._check import Generators
 from clipgrad.compiled._graph import Graph, trace
 from clipgrad.compiled._observe import Observer
 from clipgrad.compiled._replay import CudaRecorder, Replay, recordable
-from clipgrad.compiled._signature import describe, difference, refuse_modes
+from clipgrad.compiled._signature import describe, describe_all, difference, refuse_modes
 from clipgrad.compiled._state import State
 from clipgrad.compiled._walk import write_down
 from clipgrad.errors import CompileError
@@ -44,7 +44,7 @@ class Entry:
     def obstacle(self, now: tuple[Any, ...]) -> str | None:
         """What has changed since the graph was made; None if it still serves."""
         found = difference(now, self.signature) or self.state.change()
-        if found is None and tuple(map(describe, self.graph.constants)) != self.constants:
+        if found is None and describe_all(self.graph.constants) != self.constants:
             return "shape, dtype, device or requires_grad of a tensor that the loss reads"
         return found
 
@@ -148,7 +148,7 @@ class Compiler:
             state,
             graph,
             _backend.compile_graph(graph.module, self.mode),
-            tuple(map(describe, graph.constants)),
+            describe_all(graph.constants),
         )
         traced = time.perf_counter()
         try:

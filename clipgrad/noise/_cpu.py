@@ -68,14 +68,21 @@ class CpuNoise:
         gaussians = self._for(dtype, sum(map(Tensor.numel, flats)))
         together = flats
         if isinstance(gaussians, LoopedBoxMuller) and self._draws == 1:
-            together = []
+            together, small = [], []
             for flat in flats:
-                if flat.numel() < _ALONE or flat.dtype is not torch.float32:
+                if flat.dtype is not torch.float32:
                     together.append(flat)
+                elif flat.numel() < _ALONE:
+                    small.append(flat)
                 elif flat.numel() < _MANY:
                     gaussians.add(keystream, flat, scale, divisor)
                 else:
                     self._add_in_threads(flat, scale, divisor)
+            for piece in pieces(small, gaussians.capacity):
+                joined = piece[0] if len(piece) == 1 else torch.cat(piece)
+                gaussians.add(keystream, joined, scale, divisor)
+                if joined is not piece[0]:
+                    torch._foreach_copy_(piece, joined.split(list(map(Tensor.numel, piece))))
         for piece in pieces(together, gaussians.capacity):
             sizes = [part.numel() for part in piece]
             noise = self._draw(gaussians, keystream, sum(sizes))
