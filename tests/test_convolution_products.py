@@ -151,6 +151,46 @@ def loss(params: dict[str, Tensor], x: Tensor) -> Tensor:
     return F.conv2d(x, params["w"], padding=1).square().sum()
 
 
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("case", [c for c in CASES if not c.declines], ids=lambda case: case.name)
+def test_positions_in_parts(
+    case: RuleCase, products: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU: each product cut into as many as there are positions."""
+    cut: list[int] = []
+
+    def parts(outer: Outer, device: torch.device) -> int:
+        cut.append(outer.right.shape[1])
+        return cut[-1]
+
+    monkeypatch.setattr(_convolution_gradient, "_parts", parts)
+    monkeypatch.setitem(_convolution_gradient._PATCHES_AT_ONCE, "cpu", 1 << 40)
+    assert_rule_matches_reference(case)
+    assert cut or case.name in {"1x1", "one pixel, strided", "frozen weight"}
+
+
+@pytest.mark.parametrize(
+    ("products_of", "parts"),
+    [
+        ((32, 64, 4096, 27), 8),  # 64 blocks
+        ((256, 64, 4096, 27), 1),
+        ((32, 32, 1024, 27), 8),  # a ninth would leave fewer than 128 positions
+        ((64, 32, 1024, 27), 8),
+        ((32, 32, 1000, 27), 4),
+        ((32, 32, 1001, 27), 1),
+        ((32, 256, 256, 1152), 1),
+    ],
+)
+def test_a_gpu_is_kept_busy(products_of: tuple[int, int, int, int], parts: int) -> None:
+    count, rows, positions, columns = products_of
+    left = torch.empty(count, positions, rows, device="meta")
+    right = torch.empty(count, positions, columns, device="meta")
+    outer = Outer(left, right, torch.Size((rows, columns)))
+    assert _convolution_gradient._parts(outer, torch.device("cuda", 0)) == parts
+    assert _convolution_gradient._parts(outer, torch.device("cpu")) == 1
+
+
 @pytest.mark.parametrize(("most", "taken"), [(5, [4, 3]), (1, [4, 3]), (7, [7])])
 def test_parts_are_as_large_as_they_may_be(
     most: int, taken: list[int], products: list[int], monkeypatch: pytest.MonkeyPatch

@@ -33,7 +33,8 @@ def clones(tensors: Sequence[Tensor]) -> list[Tensor]:
 def in_two_passes(source: NoiseSource, sums: list[Tensor]) -> list[Tensor]:
     totals = clones(sums)
     source.add_gaussian_(totals, SIGMA)
-    return [total / DIVISOR for total in totals]
+    # A tensor: on CUDA a division by a number is a product with its rounded reciprocal.
+    return [total / torch.full_like(total, DIVISOR) for total in totals]
 
 
 @pytest.fixture

@@ -33,6 +33,9 @@ _LARGE_WEIGHT = {"AVX512": 1 << 17, "AVX2": 1 << 14}
 # On CUDA, slices are a third of 3x3 patches to write and read. Their products have a third of the columns; with fewer
 # than this, or for more taps, that costs more than is gained.
 _FEWEST_COLUMNS, _MOST_TAPS = 128, 8
+# On CUDA a product is shared out in blocks of its result. Positions are cut until there are this many, as long as parts
+# of so many positions are left.
+_BLOCK, _ENOUGH_BLOCKS, _FEWEST_POSITIONS = 32, 512, 128
 # Filters of one channel and fewer taps than this are left to the library's own depthwise kernels on CUDA.
 _LONG_FILTER = 32
 
@@ -89,7 +92,9 @@ def by_patches(gradient: Tensor, input: Tensor, shape: torch.Size, geometry: Geo
     samples = len(image)
     size = _samples_at_once(image, prod(shape[2:]) * prod(rows.shape[2:]))
     if samples <= size:
-        return rows_and_patches(gradient, input, shape, geometry).per_sample(convolution_product)
+        outer = rows_and_patches(gradient, input, shape, geometry)
+        unfolded = prod(shape[2:]) > 1  # else the factors are views, and cutting would copy them
+        return _in_parts(outer, _parts(outer, input.device) if unfolded else 1)
     outers = (
         rows_and_patches(
             gradient[start : start + size], input[start : start + size], shape, geometry
@@ -97,6 +102,37 @@ def by_patches(gradient: Tensor, input: Tensor, shape: torch.Size, geometry: Geo
         for start in range(0, samples, size)
     )
     return _side_by_side(outers, samples) if input.device.type == "cpu" else _joined(outers)
+
+
+def _in_parts(outer: Outer, parts: int) -> Tensor:
+    """The product of each sample as the sum of products over parts of its positions."""
+    if parts == 1:
+        return outer.per_sample(convolution_product)
+    assert not isinstance(outer.left, OneHot)
+    left, right = (
+        factor.reshape(len(factor) * parts, -1, factor.shape[2])
+        for factor in (outer.left, outer.right)
+    )
+    shape = torch.Size((parts, *left.shape[2:], right.shape[2]))
+    cut = replace(outer, left=left, right=right, shape=shape, groups=parts)
+    return cut.per_sample(convolution_product).sum(1).view(outer.samples, *outer.shape)
+
+
+def _parts(outer: Outer, device: torch.device) -> int:
+    """Into how many parts positions are cut, so that products of few rows and columns keep a GPU busy."""
+    if device.type != "cuda":
+        return 1
+    assert not isinstance(outer.left, OneHot)
+    products, positions, rows = outer.left.shape
+    blocks = products * ceil(rows / _BLOCK) * ceil(outer.right.shape[2] / _BLOCK)
+    parts = 1
+    while (
+        2 * parts * blocks <= _ENOUGH_BLOCKS
+        and positions % (2 * parts) == 0
+        and positions >= 2 * parts * _FEWEST_POSITIONS
+    ):
+        parts *= 2
+    return parts
 
 
 def _samples_at_once(image: Tensor, copies: int) -> int:
