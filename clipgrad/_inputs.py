@@ -160,7 +160,12 @@ def _parameter_names(parameters: _Flat) -> list[str]:
         names = list(structure[1])
     else:
         names = [".".join(map(_component, path)) for path in parameters.paths()]
-    if leaves and all(map(_is_floating, leaves)) and len(set(map(id, leaves))) == len(leaves):
+    usual = bool(leaves) and _TENSORS.issuperset(map(type, leaves))
+    if (
+        usual
+        and all(map(Tensor.is_floating_point, leaves))
+        and len(set(map(id, leaves))) == len(leaves)
+    ):
         return names
     seen: dict[int, str] = {}
     for name, leaf in zip(names, leaves, strict=True):
@@ -179,10 +184,6 @@ def _parameter_names(parameters: _Flat) -> list[str]:
     if not leaves:
         raise ValueError("params holds no tensor; there is nothing to differentiate.")
     return names
-
-
-def _is_floating(leaf: Any) -> bool:
-    return isinstance(leaf, Tensor) and leaf.is_floating_point()
 
 
 def _component(key: Any) -> str:

@@ -49,7 +49,11 @@ class Pending:
         return self._sums is not None
 
     def clear(self, parameters: Iterable[Tensor]) -> None:
-        """Forget the sums; what ``zero_grad`` left in ``.grad``, zeros or nothing, is known to be harmless."""
+        """Forget the sums; what ``zero_grad`` left in ``.grad``, zeros or nothing, is known to be harmless.
+
+        Args:
+            parameters: Those that may have a ``.grad`` now.
+        """
         self._sums = None
         left = [(p, grad) for p in parameters if (grad := p.grad) is not None]
         self._written = _written(*zip(*left, strict=True)) if left else {}

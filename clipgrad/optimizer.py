@@ -257,7 +257,9 @@ class DPOptimizer(OptimizerFacade):
         """Forget the clipped sums of the logical batch, as ``torch.optim.Optimizer.zero_grad`` does."""
         with phase("optimizer"):
             self.inner.zero_grad(set_to_none)
-        self._pending.clear(self._owned())
+        usual = getattr(self.inner.zero_grad, "__func__", None) is Optimizer.zero_grad
+        nothing_left = set_to_none and usual
+        self._pending.clear(() if nothing_left else self._owned())
 
     # ------------------------------------------------------------------ what it promises
 

@@ -7,6 +7,7 @@ backward pass and no custom ``vmap`` rule to lose.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -14,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
 from torch.fx.graph import CodeGen
 from torch.overrides import TorchFunctionMode
@@ -86,6 +87,7 @@ class Graph:
         constants: Tensors that the loss found outside of its arguments (buffers, closures), by reference.
         fresh: Which of them it made of Python numbers itself (``torch.tensor(...)``).
         asks: Whether somebody has to ask if all norms were finite, for else the sums are worthless.
+        draws: Whether running it may move a random number generator on.
     """
 
     module: GraphModule
@@ -93,6 +95,7 @@ class Graph:
     constants: tuple[Tensor, ...]
     fresh: tuple[bool, ...]
     asks: bool
+    draws: bool
 
     def text(self) -> str:
         """The operations and their arguments, to be compared with another trace."""
@@ -180,8 +183,17 @@ def trace(
             *given, *tensors, *others, is_padding, bounds
         )
     constants, fresh = _lift_constants(module)
+    draws = any(map(_draws, module.graph.nodes))
     zero_in_place(module)
-    return Graph(module, layouts[0], constants, fresh, asks)
+    return Graph(module, layouts[0], constants, fresh, asks, draws)
+
+
+def _draws(node: Node) -> bool:
+    """Whether a node draws random numbers, as far as is known."""
+    if node.op != "call_function" or node.target is operator.getitem:
+        return False
+    tags = getattr(node.target, "tags", None)  # a higher-order operator has none
+    return tags is None or torch.Tag.nondeterministic_seeded in tags
 
 
 def _lift_constants(module: GraphModule) -> tuple[tuple[Tensor, ...], tuple[bool, ...]]:

@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 from clipgrad._copies import copies
 from clipgrad.compiled._backend import Run
 from clipgrad.compiled._check import Generators
+from clipgrad.compiled._signature import describe_all
 
 _log = logging.getLogger("clipgrad")
 
@@ -96,6 +97,7 @@ class Replay:
         self._resident = list(resident)
         self._recorder: Recorder | None = None
         self._inputs: list[Tensor] = []
+        self._moved: list[Tensor] = []  # those of them that each call copies to
         self._results: Sequence[Tensor] = ()
         self._places: list[int] = []
         self._failed = False
@@ -103,6 +105,18 @@ class Replay:
     def settled(self, flat: Sequence[Tensor]) -> bool:
         """Whether a call with these arguments would record nothing."""
         return self._failed or (self._recorder is not None and self._at(flat) == self._places)
+
+    def fits(self, flat: Sequence[Tensor]) -> bool:
+        """Whether the recording can be replayed with these arguments, whatever else they mean.
+
+        What stays is alive as long as the recording, so that reading it is safe even if nobody else holds it any more.
+        """
+        return (
+            self._recorder is not None
+            and len(flat) == len(self._resident)
+            and self._at(flat) == self._places
+            and describe_all(self._moving(flat)) == describe_all(self._moved)
+        )
 
     @property
     def lends(self) -> bool:
@@ -120,10 +134,19 @@ class Replay:
         if not self.settled(flat):
             self._record(flat)
         if self._failed or self._recorder is None:
-            return list(self._run(*flat))
+            return list(self._run(*(tensor.detach() for tensor in flat)))
+        self.start(flat)
+        return self.results(lend)
+
+    def start(self, flat: Sequence[Tensor]) -> None:
+        """Replay for these arguments, which fit."""
+        assert self._recorder is not None
         self._recorder.wait()
-        torch._foreach_copy_(self._moving(self._inputs), self._moving(flat))
+        torch._foreach_copy_(self._moved, self._moving(flat))
         self._recorder.replay()
+
+    def results(self, lend: int) -> list[Tensor]:
+        """What was replayed last, as a call returns it."""
         return [*self._results[:lend], *copies(self._results[lend:])]
 
     def _moving(self, tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -162,6 +185,7 @@ class Replay:
         finally:
             generators.restore()  # a trial run draws random numbers, and none may be missing from the real one
         self._recorder, self._places = recorder, self._at(flat)
+        self._moved = self._moving(self._inputs)
 
 
 def recordable(module: GraphModule, device: torch.device) -> bool:

@@ -27,8 +27,6 @@ class MicrobatchRunner:
         self._compiler, self._inputs, self._settings, self._size = compiler, inputs, settings, size
         self._device = inputs.params[0].device
         self._bounds = compiler.bounds_on(self._device, settings.clipping.norms)
-        self._params = [param.detach() for param in inputs.params]
-        self._others = [other.detach() for other in inputs.others]
         self._entry: Entry | None = None
 
     def __call__(self, rows: slice, mask: Tensor | None) -> Piece:
@@ -48,10 +46,13 @@ class MicrobatchRunner:
         padded = fitted_batch(batch, size)
         padding = fitted_mask(mask, count, size, self._device)
         given = self._given(padded, padding)
+        # On a GPU the questions whether the graph serves are answered while it is running.
+        ahead = None if self._entry is not None else self._compiler.ahead(given)
         entry = self._entry = self._entry or self._look(padded, padding, given)
         flat = entry.arguments(given)
-        generators = None if entry.trusted(flat) else Generators(self._device)
-        piece = entry.call(flat)
+        started = ahead is entry
+        generators = None if started or entry.trusted(flat) else Generators(self._device)
+        piece = entry.call(flat, started=started)
         dropping = entry.graph.asks and (settings.nan_safe or mask is not None or count < size)
         if (dropping or generators is not None) and not bool(piece.all_finite):
             # Rare: a sample has to be taken out of the factors themselves, which this graph does not do; and a batch
@@ -67,7 +68,7 @@ class MicrobatchRunner:
 
     def _given(self, batch: Sequence[Any], padding: Tensor) -> list[Tensor]:
         tensors = [leaf for leaf in batch if isinstance(leaf, Tensor)]
-        return [*self._params, *tensors, *self._others, padding, self._bounds]
+        return [*self._inputs.params, *tensors, *self._inputs.others, padding, self._bounds]
 
     def _look(self, batch: Sequence[Any], padding: Tensor, given: Sequence[Tensor]) -> Entry:
         inputs, settings, compiler = self._inputs, self._settings, self._compiler

@@ -50,13 +50,29 @@ class Entry:
 
     def arguments(self, given: Sequence[Tensor]) -> list[Tensor]:
         """What the graph reads: what the call gives, and what the loss finds elsewhere, as it is now."""
-        return [*given, *(constant.detach() for constant in self.graph.constants)]
+        flat = [*given, *self.graph.constants]
+        return flat if self.replay is not None else [tensor.detach() for tensor in flat]
 
     def trusted(self, flat: Sequence[Tensor]) -> bool:
         """Whether what would run now was compared with the eager step."""
         return self.checked and (self.replay is None or self.replay.settled(flat))
 
-    def call(self, flat: Sequence[Tensor]) -> Piece:
+    def start(self, flat: Sequence[Tensor]) -> bool:
+        """Replay the step ahead of all questions if nothing can come of it that could not be forgotten.
+
+        Then only the recording's own memory is written to: if the graph turns out not to serve, nobody looks there.
+
+        Returns:
+            Whether it was, so that ``call`` has only to fetch the results.
+        """
+        replay = self.replay
+        if replay is None or not self.checked or self.graph.draws or not replay.fits(flat):
+            return False
+        with torch.no_grad():
+            replay.start(flat)
+        return True
+
+    def call(self, flat: Sequence[Tensor], *, started: bool = False) -> Piece:
         """Run the compiled step on its arguments; what a recording computed of sums is lent, not copied."""
         layout, replay = self.graph.layout, self.replay
         with ExitStack() as stack:
@@ -65,7 +81,10 @@ class Entry:
                 # The traced operations hold the casts already.
                 if torch.is_autocast_enabled(kind):
                     stack.enter_context(torch.autocast(kind, enabled=False))
-            results = self.run(*flat) if replay is None else replay(flat, lend=layout.sums)
+            if replay is None:
+                results = self.run(*flat)
+            else:
+                results = replay.results(layout.sums) if started else replay(flat, layout.sums)
         return layout.restore(results, lent=replay is not None and replay.lends)
 
 
@@ -96,6 +115,13 @@ class Compiler:
         if self._bounds is None or self._bounds[0] != norms or self._bounds[1].device != device:
             self._bounds = norms, torch.tensor(norms, dtype=torch.float64, device=device)
         return self._bounds[1]
+
+    def ahead(self, given: Sequence[Tensor]) -> Entry | None:
+        """The graph that served last, if it could be started on these arguments before anybody knows that it serves."""
+        last = self._entries[0] if self._entries else None
+        if last is None or last.replay is None:
+            return None
+        return last if last.start(last.arguments(given)) else None
 
     def find(self, now: tuple[Any, ...]) -> Entry | None:
         """The graph that serves a signature and the state as it is; None if there is none."""

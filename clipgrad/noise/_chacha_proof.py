@@ -64,7 +64,7 @@ def prove(cipher: Device, device: torch.device) -> None:
         if not error <= _RELATIVE[dtype]:
             raise RuntimeError(f"the device's noise is off by a factor of 1 + {error} in {dtype}")
         if given.any():
-            raise RuntimeError("the device wrote where it should only read")
+            raise RuntimeError("the device's noise was written to what it should only read")
 
 
 def relative_error(

@@ -180,6 +180,61 @@ def test_what_a_transform_returns_is_not_lent(graphs: Graphs, recorders: list[Re
     assert len(recorders) == 1
 
 
+def scaled(factor: list[float]) -> Callable[..., Tensor]:
+    """A loss that reads a Python number."""
+    return lambda model, x, y: factor[0] * F.cross_entropy(model(x), y)
+
+
+def test_a_replay_that_ran_ahead_is_forgotten_if_it_does_not_serve(
+    graphs: Graphs, recorders: list[Recorder]
+) -> None:
+    """Questions are asked while the device works. Another factor, mode or trained parameter is another graph."""
+    model, factor = net(), [1.0]
+    model[1].p = 0.0  # draws nothing
+    optimizer = private(model, microbatch_size=4)
+    optimizer.loss_fn = scaled(factor)
+    x, y = data(4)
+
+    def check_against_the_oracle() -> None:
+        optimizer.zero_grad()
+        optimizer.backward(x, y)
+        names = [name for name, p in model.named_parameters() if p.requires_grad]
+        gradients = per_sample_gradients(model, optimizer.loss_fn, (x, y))
+        expected, _ = clipped_sum({name: gradients[name] for name in names}, 0.5)
+        for name in names:
+            torch.testing.assert_close(model.get_parameter(name).grad, expected[name])
+
+    for change in (1.0, 1.0, 3.0, 3.0, 1.0, 1.0):
+        factor[0] = change
+        check_against_the_oracle()
+    model[0].weight.requires_grad_(False)
+    check_against_the_oracle()
+    model[0].weight.requires_grad_(True)
+    check_against_the_oracle()
+    x = x.float().double()[:3]
+    y = y[:3]
+    check_against_the_oracle()
+    assert len(graphs) == len(recorders) == 3
+    # The runs that served, and one in vain for each change between graphs that fit.
+    served = 9
+    assert sum(recorder.replays for recorder in recorders) == served + 2
+
+
+def test_nothing_that_draws_runs_ahead(graphs: Graphs, recorders: list[Recorder]) -> None:
+    """Else a run in vain would leave the generator elsewhere than an eager step does."""
+    factor = [1.0]
+    model = net()
+    optimizer = private(model, microbatch_size=4)
+    optimizer.loss_fn = scaled(factor)
+    batch = data(4)
+    for change in (1.0, 1.0, 3.0, 3.0, 1.0, 1.0):
+        factor[0] = change
+        optimizer.zero_grad()
+        optimizer.backward(*batch)
+    assert len(recorders) == 2
+    assert sum(recorder.replays for recorder in recorders) == 6
+
+
 def test_weights_that_were_stepped_in_place_are_seen(
     graphs: Graphs, recorders: list[Recorder]
 ) -> None:
