@@ -19,7 +19,7 @@ class Taken(NamedTuple):
     Attributes:
         sums: The parameters'.
         others: Those that belong to no parameter.
-        lent: Whether the parameters' are only lent: to be read, not to be written to.
+        lent: Whether the parameters' are only lent until the next ``backward``.
     """
 
     sums: list[Tensor]
@@ -90,7 +90,7 @@ class Pending:
             parameters: Those that are trained.
             sums: Their clipped sums.
             others: Sums over the same samples that belong to no parameter; each ``backward`` brings as many.
-            lent: Whether ``sums`` are overwritten by what follows ``before_backward``, and must not be written to.
+            lent: Whether ``sums`` are overwritten by what follows the next ``before_backward``.
         """
         if self._sums is None:
             self._sums = [_laid_out_like(p, s) for p, s in zip(parameters, sums, strict=True)]

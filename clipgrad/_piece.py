@@ -53,8 +53,7 @@ class Piece:
         nonfinite: Boolean ``[B]``: samples dropped because their gradient was not finite.
         all_finite: Boolean scalar, if the question was left to the caller. Where it is False and samples were not
             taken out in any case, ``sums`` are worthless, and the microbatch has to be run again by somebody who asks.
-        lent: Whether ``sums`` lie in memory that the next microbatch overwrites: to be read until then, and never to be
-            written to.
+        lent: Whether ``sums`` lie in memory that the next microbatch overwrites.
     """
 
     sums: list[Tensor]

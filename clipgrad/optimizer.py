@@ -244,7 +244,9 @@ class DPOptimizer(OptimizerFacade):
             self._account.record(self.accounted_noise_multiplier)
         with torch.no_grad():
             with phase("noise"):
-                means = noised_mean(self.noise, sums, sigma, self.expected_batch_size, keep=lent)
+                means = noised_mean(
+                    self.noise, sums, sigma, self.expected_batch_size, elsewhere=lent
+                )
                 if observed:
                     self.noise.add_gaussian_(observed, sigma_observed)
             self._pending.publish(parameters, means)

@@ -105,8 +105,8 @@ class ClippedGrad:
     ) -> tuple[ClippedGradResult, bool]:
         """The same, and whether ``grads`` are only lent; for :class:`clipgrad.DPOptimizer`.
 
-        What is lent is to be read until the next call, which overwrites it, and never to be written to: a CUDA graph's
-        own memory, of which a copy would be a pass over all sums.
+        What is lent is overwritten by the next call: a CUDA graph's own memory, of which a copy would be a pass over
+        all sums.
 
         Args:
             *args: As for a call.

@@ -101,6 +101,7 @@ class Replay:
         self._results: Sequence[Tensor] = ()
         self._places: list[int] = []
         self._failed = False
+        self._separate = False
 
     def settled(self, flat: Sequence[Tensor]) -> bool:
         """Whether a call with these arguments would record nothing."""
@@ -120,16 +121,15 @@ class Replay:
 
     @property
     def lends(self) -> bool:
-        """Whether what the last call was asked to lend lies in the recording's memory."""
-        return not self._failed
+        """Whether the last call lent what it was asked to lend."""
+        return self._separate
 
     def __call__(self, flat: Sequence[Tensor], lend: int = 0) -> list[Tensor]:
         """What the step returns for these arguments, in fresh memory.
 
         Args:
             flat: Tensors of the shapes, strides and dtypes of every other call.
-            lend: How many of the first results stay where they are instead: to be read until the next call overwrites
-                them, and never to be written to.
+            lend: How many of the first results may stay where they are instead, until the next call overwrites them.
         """
         if not self.settled(flat):
             self._record(flat)
@@ -147,6 +147,8 @@ class Replay:
 
     def results(self, lend: int) -> list[Tensor]:
         """What was replayed last, as a call returns it."""
+        if not self._separate:
+            return copies(self._results)
         return [*self._results[:lend], *copies(self._results[lend:])]
 
     def _moving(self, tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -186,6 +188,14 @@ class Replay:
             generators.restore()  # a trial run draws random numbers, and none may be missing from the real one
         self._recorder, self._places = recorder, self._at(flat)
         self._moved = self._moving(self._inputs)
+        self._separate = _are_separate(self._results, self._inputs)
+
+
+def _are_separate(results: Sequence[Tensor], inputs: Sequence[Tensor]) -> bool:
+    """Whether each result has memory of its own, so that somebody may write to it until it is overwritten."""
+    results = [result for result in results if result.numel()]
+    places = [tensor.untyped_storage().data_ptr() for tensor in (*results, *inputs)]
+    return len(set(places[: len(results)]) - set(places[len(results) :])) == len(results)
 
 
 def recordable(module: GraphModule, device: torch.device) -> bool:

@@ -24,16 +24,8 @@ _telling = threading.Lock()
 class DeviceCipher(Protocol):
     """What draws on the device itself."""
 
-    def add_gaussian_(
-        self,
-        tensors: list[Tensor],
-        sigma: float,
-        draws: int,
-        key: bytes,
-        divisor: float = 1.0,
-        into: list[Tensor] | None = None,
-    ) -> None:
-        """Add noise from a key that is used for nothing else, and divide. The tensors' memory has no gaps."""
+    def add_gaussian_(self, tensors: list[Tensor], sigma: float, draws: int, key: bytes) -> None:
+        """Add noise from a key that is used for nothing else. The tensors' memory has no gaps."""
         ...
 
     def limit(self, draws: int) -> int:
@@ -55,41 +47,21 @@ class AcceleratorNoise:
         self._device, self._lineage, self._cpu, self._draws = device, lineage, cpu, draws
         self._cipher = proved_cipher(device)
 
-    def add(
-        self,
-        tensors: list[Tensor],
-        sigma: float,
-        divisor: float = 1.0,
-        into: list[Tensor] | None = None,
-    ) -> None:
-        """Add to tensors of the device, all drawn in one dtype and each contiguous, and divide the sums.
-
-        Args:
-            tensors: What is added to.
-            sigma: Standard deviation.
-            divisor: As it says.
-            into: Where the results go, tensors like those given; None for where the sums are.
-        """
-        cipher = self._cipher
-        limit = 0 if cipher is None else cipher.limit(self._draws)
-        if into is not None and sum(map(Tensor.numel, tensors)) > limit:
-            torch._foreach_copy_(into, tensors)
-            tensors, into = into, None
-        if cipher is None:
-            self._add_copied(flat(tensors), sigma, divisor)
+    def add(self, tensors: list[Tensor], sigma: float) -> None:
+        """Add to tensors of the device, all drawn in one dtype and each contiguous."""
+        if self._cipher is None:
+            self._add_copied(flat(tensors), sigma)
             return
-        for piece in pieces(tensors, limit):
+        for piece in pieces(tensors, self._cipher.limit(self._draws)):
             key = self._lineage.key(self._device, _KEY_BYTES)
-            cipher.add_gaussian_(piece, sigma, self._draws, key, divisor, into)
+            self._cipher.add_gaussian_(piece, sigma, self._draws, key)
 
-    def _add_copied(self, flats: list[Tensor], sigma: float, divisor: float) -> None:
+    def _add_copied(self, flats: list[Tensor], sigma: float) -> None:
         for piece in pieces(flats, _COPIED_AT_A_TIME):
             sizes = [part.numel() for part in piece]
             noise = torch.zeros(sum(sizes), dtype=checks.DRAWN_IN[piece[0].dtype])
             self._cpu.add([noise], sigma)
             torch._foreach_add_(piece, noise.to(self._device).split(sizes))
-        if divisor != 1.0:
-            torch._foreach_div_(flats, divisor)
 
 
 def proved_cipher(device: torch.device) -> DeviceCipher | None:

@@ -141,28 +141,18 @@ def _load(target, left, PER_BLOCK: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _quotient(before, noise, divisor):
-    """The sum divided as IEEE 754 says; float32's plain division is off by some last places."""
-    if noise.dtype == tl.float64:
-        return (before.to(tl.float64) + noise) / divisor
-    else:
-        return tl.div_rn(before.to(tl.float32) + noise, divisor.to(tl.float32))
-
-
-@triton.jit
 def _store(
-    target, left, before, noise, divisor,
-    TYPE: tl.constexpr, PER_BLOCK: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    target, left, before, noise, TYPE: tl.constexpr, PER_BLOCK: tl.constexpr, BLOCK: tl.constexpr
+):
     lane = tl.arange(0, BLOCK)
     if left >= PER_BLOCK * BLOCK:
         for i in tl.static_range(PER_BLOCK):
-            mean = _quotient(before[i], noise[i], divisor)
-            tl.store(target + i * BLOCK + lane, mean.to(TYPE))
+            total = before[i].to(noise[i].dtype) + noise[i]
+            tl.store(target + i * BLOCK + lane, total.to(TYPE))
     else:
         for i in tl.static_range(PER_BLOCK):
-            mean = _quotient(before[i], noise[i], divisor)
-            tl.store(target + i * BLOCK + lane, mean.to(TYPE), mask=lane < left - i * BLOCK)
+            total = before[i].to(noise[i].dtype) + noise[i]
+            tl.store(target + i * BLOCK + lane, total.to(TYPE), mask=lane < left - i * BLOCK)
 
 
 @triton.jit
@@ -172,28 +162,25 @@ def _halves(word):
     return word.to(tl.int32), (word >> 32).to(tl.int32)
 
 
-ARGUMENTS = ("chunk", "first", "scale", "divisor", "k01", "k23", "k45", "k67", "one")
+ARGUMENTS = ("chunk", "first", "scale", "k01", "k23", "k45", "k67", "one")
 
 
 @triton.jit(do_not_specialize=ARGUMENTS)
 def add_gaussian(
-    table, chunk: tl.int32, first: tl.int64, scale: tl.int64, divisor: tl.int64,
+    table, chunk: tl.int32, first: tl.int64, scale: tl.int64,
     k01: tl.int64, k23: tl.int64, k45: tl.int64, k67: tl.int64, one: tl.int32,
     DRAWS: tl.constexpr, TYPE: tl.constexpr, PER_BLOCK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Program ``p`` adds noise to its part of a tensor, and divides.
+    """Program ``p`` adds noise to its part of a tensor.
 
-    The table is int64: for each program the addresses of its part and of the results' part, which may be the same, and
-    the number of values there, at most ``chunk``. Program p has the blocks from
-    ``first + p * chunk / PER_BLOCK * DRAWS`` on for itself. Scale and divisor are the bits of a float64 each, each
-    ``k`` two words of the key.
+    The table is int64: for each program the address of its part and the number of values there, at most
+    ``chunk``. Program p has the blocks from ``first + p * chunk / PER_BLOCK * DRAWS`` on for itself. The scale is
+    the bits of a float64, each ``k`` two words of the key.
     """
     program = tl.program_id(0)
-    source = tl.load(table + 3 * program).to(tl.pointer_type(TYPE))
-    target = tl.load(table + 3 * program + 1).to(tl.pointer_type(TYPE))
-    count = tl.load(table + 3 * program + 2).to(tl.int32)
+    target = tl.load(table + 2 * program).to(tl.pointer_type(TYPE))
+    count = tl.load(table + 2 * program + 1).to(tl.int32)
     scale = scale.to(tl.int64).to(tl.float64, bitcast=True)
-    divisor = divisor.to(tl.int64).to(tl.float64, bitcast=True)
     one = _word(one)
     k0, k1 = _halves(k01)
     k2, k3 = _halves(k23)
@@ -203,7 +190,7 @@ def add_gaussian(
     own = (program * (chunk // PER_BLOCK)).to(tl.uint32)
     for start in range(0, count, PER_BLOCK * BLOCK):
         before = _load(
-            source + start, count - start, PER_BLOCK, BLOCK
+            target + start, count - start, PER_BLOCK, BLOCK
         )  # on its way while the cipher runs
         index = (start // PER_BLOCK + lane).to(tl.uint32) + own
         counter = index * DRAWS + first.to(tl.uint32)
@@ -212,7 +199,7 @@ def add_gaussian(
             counter += 1
             more = _values(counter, k0, k1, k2, k3, k4, k5, k6, k7, scale, one, TYPE)
             noise = _sums(noise, more, PER_BLOCK)
-        _store(target + start, count - start, before, noise, divisor, TYPE, PER_BLOCK, BLOCK)
+        _store(target + start, count - start, before, noise, TYPE, PER_BLOCK, BLOCK)
 
 
 KEY = ("k0", "k1", "k2", "k3", "k4", "k5", "k6", "k7")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import struct
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,23 +22,12 @@ _ENOUGH_PROGRAMS = 2**13
 _COUNTERS = 2**32  # RFC 8439 counts blocks in 32 bits
 _ONE = 1  # the kernel must not know
 _MOST_TABLES = 8
-_COLUMNS = 3  # of a table
 _TYPES = {
     torch.float64: tl.float64,
     torch.float32: tl.float32,
     torch.float16: tl.float16,
     torch.bfloat16: tl.bfloat16,
 }
-
-
-class _Where(NamedTuple):
-    """Tensors of one dtype on one stream: the addresses of what is read and of what is written, and their sizes."""
-
-    stream: int
-    dtype: torch.dtype
-    sources: tuple[int, ...]
-    results: tuple[int, ...]
-    sizes: tuple[int, ...]
 
 
 class TritonChaCha:
@@ -52,80 +41,64 @@ class TritonChaCha:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         # A table belongs to the stream it was made on, so that its memory is not given to others while one reads it.
-        self._tables: dict[_Where, Tensor] = {}
+        self._tables: dict[tuple[object, ...], Tensor] = {}
         self._compiled: dict[tuple[torch.dtype, int], Any] = {}
 
     def limit(self, draws: int) -> int:
         """The most values that one key is good for; a quarter of its blocks, room for what is unused."""
         return _COUNTERS // 4 * min(proof.PER_BLOCK.values()) // draws
 
-    def add_gaussian_(
-        self,
-        tensors: list[Tensor],
-        sigma: float,
-        draws: int,
-        key: bytes,
-        divisor: float = 1.0,
-        into: list[Tensor] | None = None,
-    ) -> None:
-        """Add ``N(0, sigma^2)`` to tensors of the device, and divide the sums.
+    def add_gaussian_(self, tensors: list[Tensor], sigma: float, draws: int, key: bytes) -> None:
+        """Add ``N(0, sigma^2)`` to tensors of the device.
 
         Args:
             tensors: Of any shape, without gaps in their memory: contiguous, but for the order of their axes.
             sigma: Standard deviation, positive.
             draws: Independent values of which each value is the scaled sum.
             key: 32 bytes that are used for nothing else.
-            divisor: What each sum is divided by, in the dtype that noise is drawn in.
-            into: Tensors of the same shapes, strides and dtypes, which get the results; None for the given ones.
 
         Raises:
             RuntimeError: If the key has too few blocks, or if a CUDA graph is being captured; nothing is written to
                 the tensors that are left.
         """
-        numbers = (sigma / math.sqrt(draws), divisor)
-        found = [(t, o) for t, o in zip(tensors, into or tensors, strict=True) if t.numel()]
-        dtypes = dict.fromkeys([tensor.dtype for tensor, _ in found])
-        first = 0
+        tensors = [tensor for tensor in tensors if tensor.numel()]
+        dtypes = dict.fromkeys([tensor.dtype for tensor in tensors])
+        first, scale = 0, sigma / math.sqrt(draws)
         with self._on_device():
             stream = self._stream()
             for dtype in dtypes:
-                alike = [(t, o) for t, o in found if t.dtype is dtype] if len(dtypes) > 1 else found
-                sources = tuple(tensor.data_ptr() for tensor, _ in alike)
-                results = tuple(out.data_ptr() for _, out in alike) if into else sources
-                sizes = tuple(tensor.numel() for tensor, _ in alike)
-                where = _Where(stream, dtype, sources, results, sizes)
-                first = self._launch(where, numbers, draws, key, first)
+                alike = [t for t in tensors if t.dtype is dtype] if len(dtypes) > 1 else tensors
+                sizes = tuple(map(Tensor.numel, alike))
+                where = stream, dtype, tuple(map(Tensor.data_ptr, alike)), sizes
+                first = self._launch(where, scale, draws, key, first)
 
     def _launch(
-        self, where: _Where, numbers: tuple[float, float], draws: int, key: bytes, first: int
+        self,
+        where: tuple[int, torch.dtype, tuple[int, ...], tuple[int, ...]],
+        scale: float,
+        draws: int,
+        key: bytes,
+        first: int,
     ) -> int:
-        """Add to tensors of one dtype from block ``first`` on; the first block that is left.
-
-        Args:
-            where: The tensors.
-            numbers: What each draw is multiplied by, and what the sums are divided by.
-            draws: As above, and so is ``key``.
-            key: See there.
-            first: The first block that is not used yet.
-        """
-        dtype, sizes = where.dtype, where.sizes
+        """Add to tensors of one dtype from block ``first`` on; the first block that is left."""
+        _, dtype, addresses, sizes = where
         per_block = proof.PER_BLOCK[torch.float64 if dtype is torch.float64 else torch.float32]
         chunk, total = per_block * _BLOCK, sum(sizes)
         while chunk < _LARGEST_CHUNK and total > chunk * _ENOUGH_PROGRAMS:
             chunk *= 2
         table = self._tables.get(where)
         if table is None:
-            table = self._copied(_table(where, chunk))
+            table = self._copied(_table(addresses, sizes, chunk, dtype.itemsize))
             if len(self._tables) >= _MOST_TABLES:
                 self._tables.clear()
             self._tables[where] = table
-        programs = len(table) // _COLUMNS
+        programs = len(table) // 2
         end = first + programs * (chunk // per_block) * draws
         if end > _COUNTERS:
             raise RuntimeError(
                 f"one key has {_COUNTERS} blocks, and {end} were asked for; pass fewer tensors at a time."
             )
-        bits = struct.unpack("<6q", struct.pack("<2d", *numbers) + key)
+        bits = struct.unpack("<5q", struct.pack("<d", scale) + key)
         arguments = (table, chunk, first, *bits, _ONE, draws, _TYPES[dtype], per_block, _BLOCK)
         compiled = self._compiled.get((dtype, draws))
         if compiled is None:
@@ -187,17 +160,17 @@ class TritonChaCha:
         proof.prove(self, self._device)
 
 
-def _table(where: _Where, chunk: int) -> NDArray[np.int64]:
-    """What the kernel reads: for each program where its values are, where its results go, and how many there are."""
-    size = np.array(where.sizes, dtype=np.int64)
+def _table(
+    addresses: tuple[int, ...], sizes: tuple[int, ...], chunk: int, itemsize: int
+) -> NDArray[np.int64]:
+    """What the kernel reads: an address and a number of values for each program."""
+    size = np.array(sizes, dtype=np.int64)
     programs = -(-size // chunk)
     within = np.arange(programs.sum()) - np.repeat(programs.cumsum() - programs, programs)
-    table = np.empty(_COLUMNS * len(within), dtype=np.int64)
-    for column, addresses in enumerate((where.sources, where.results)):
-        starts = np.array(addresses, dtype=np.uint64).view(np.int64)
-        offset = within * chunk * where.dtype.itemsize
-        table[column::_COLUMNS] = np.repeat(starts, programs) + offset
-    table[2::_COLUMNS] = np.minimum(np.repeat(size, programs) - within * chunk, chunk)
+    starts = np.array(addresses, dtype=np.uint64).view(np.int64)
+    table = np.empty(2 * len(within), dtype=np.int64)
+    table[::2] = np.repeat(starts, programs) + within * chunk * itemsize
+    table[1::2] = np.minimum(np.repeat(size, programs) - within * chunk, chunk)
     return table
 
 

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from clipgrad._copies import copies
 from clipgrad.noise import _checks as checks
 from clipgrad.noise._source import NoiseSource
 from clipgrad.noise._system import SystemNoise
@@ -16,30 +15,36 @@ _PLAIN = SystemNoise.add_gaussian_
 
 
 def noised_mean(
-    source: NoiseSource, sums: Sequence[Tensor], sigma: float, divisor: float, *, keep: bool = False
+    source: NoiseSource,
+    sums: Sequence[Tensor],
+    sigma: float,
+    divisor: float,
+    *,
+    elsewhere: bool = False,
 ) -> list[Tensor]:
-    """``(sums + N(0, sigma^2)) / divisor``, rounded after the addition and after the division.
+    """``(sums + N(0, sigma^2)) / divisor``, rounded after the addition and after the division. It uses ``sums`` up.
 
     Args:
         source: Draws the noise. One that is no ``SystemNoise``, or adds in a way of its own, is asked to add, and the
             division is a pass of its own.
-        sums: Dense tensors, each once.
+        sums: Dense tensors, each once. Noise is added in place.
         sigma: Standard deviation of the noise on the sums.
         divisor: A public constant.
-        keep: Leave ``sums`` as they are and return other tensors; else they hold the result.
+        elsewhere: Return other tensors; else those of ``sums``.
 
     Raises:
         ValueError: If the noise is refused; see :meth:`NoiseSource.add_gaussian_`. Nothing was written.
         TypeError: Likewise.
     """
+    if elsewhere:
+        source.add_gaussian_(sums, sigma)
+        return list(torch._foreach_div(list(sums), divisor))
     scale = checks.scale("sigma", sigma)
     asked = getattr(source.add_gaussian_, "__func__", None)  # a subclass, or a wrapper, has its own
     if scale != 0.0 and isinstance(source, SystemNoise) and asked is _PLAIN:
         checked = checks.targets(sums, scale)
-        into = list(map(torch.empty_like, checked)) if keep else None
-        source._add(checked, scale, divisor, into)
-        return into or checked
-    means = copies(sums) if keep else list(sums)
-    source.add_gaussian_(means, sigma)
-    torch._foreach_div_(means, divisor)
-    return means
+        source._add(checked, scale, divisor)
+        return checked
+    source.add_gaussian_(sums, sigma)
+    torch._foreach_div_(list(sums), divisor)
+    return list(sums)

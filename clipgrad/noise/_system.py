@@ -69,18 +69,12 @@ class SystemNoise:
         if scale != 0.0:
             self._add(checks.targets(tensors, scale), scale)
 
-    def _add(
-        self,
-        checked: list[Tensor],
-        sigma: float,
-        divisor: float = 1.0,
-        into: list[Tensor] | None = None,
-    ) -> None:
-        """Add, and divide in the same pass; for :func:`clipgrad.noise._mean.noised_mean` too."""
+    def _add(self, checked: list[Tensor], sigma: float, divisor: float = 1.0) -> None:
+        """Add and divide, on the CPU in one pass; for :func:`clipgrad.noise._mean.noised_mean` too."""
         makers = self._makers
         if makers is None or makers.process != process():  # a forked child has its parent's
             makers = self._makers = _Makers(self._draws, self._compile)
-        makers.add(checked, sigma, divisor, into)
+        makers.add(checked, sigma, divisor)
 
     def state_dict(self) -> dict[str, Any]:
         """A marker only: with the key its reader could subtract the noise."""
@@ -114,29 +108,19 @@ class _Makers:
         self._accelerators: dict[torch.device, AcceleratorNoise] = {}
         self.process = self._lineage.process
 
-    def add(
-        self, tensors: list[Tensor], sigma: float, divisor: float, into: list[Tensor] | None
-    ) -> None:
+    def add(self, tensors: list[Tensor], sigma: float, divisor: float) -> None:
         with self._lock, torch.no_grad():
-            groups = _drawn_together(tensors)
-            if into is not None and not _one_kernel_serves(groups):
-                torch._foreach_copy_(into, tensors)
-                groups, into = _drawn_together(into), None
-            for device, members in groups:
+            for device, members in _drawn_together(tensors):
                 targets, detours = contiguous_targets(members)
-                self._add_on(device, targets, sigma, 1.0 if detours else divisor, into)
+                at_once = device.type == "cpu" and not detours
+                self._add_on(device, targets, sigma, divisor if at_once else 1.0)
                 for tensor, detour in detours:
                     tensor.add_(detour)
-                if detours and divisor != 1.0:
+                if not at_once and divisor != 1.0:
                     torch._foreach_div_(members, divisor)
 
     def _add_on(
-        self,
-        device: torch.device,
-        targets: list[Tensor],
-        sigma: float,
-        divisor: float,
-        into: list[Tensor] | None,
+        self, device: torch.device, targets: list[Tensor], sigma: float, divisor: float
     ) -> None:
         if device.type == "cpu":
             self._cpu.add(flat(targets), sigma, divisor)
@@ -145,16 +129,7 @@ class _Makers:
             self._accelerators[device] = AcceleratorNoise(
                 device, self._lineage, self._cpu, self._draws
             )
-        self._accelerators[device].add(targets, sigma, divisor, into)
-
-
-def _one_kernel_serves(groups: list[tuple[torch.device, list[Tensor]]]) -> bool:
-    """Whether something can read all tensors and write the results elsewhere."""
-    return (
-        len(groups) == 1
-        and groups[0][0].type == "cuda"
-        and all(map(Tensor.is_contiguous, groups[0][1]))
-    )
+        self._accelerators[device].add(targets, sigma)
 
 
 def _drawn_together(tensors: list[Tensor]) -> list[tuple[torch.device, list[Tensor]]]:
