@@ -149,7 +149,11 @@ class ClippedGrad:
                     settings,
                 )
             lend = lend and piece.lent
-            sums = piece.sums if lend else accumulate(sums, piece)
+            if lend:
+                sums = piece.sums
+                pieces.append(piece)
+                break
+            sums = accumulate(sums, piece)
             pieces.append(replace(piece, sums=[]))  # else every microbatch's sums live to the end,
             del piece  # or these through the next one
         assert sums is not None
