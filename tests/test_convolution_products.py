@@ -258,6 +258,57 @@ def test_only_where_one_of_them_may(
         assert _tensor_cores.convolutions_may() is (convolutions or matrices)
 
 
+@pytest.mark.parametrize("at_once", [1 << 20, 1])
+@pytest.mark.parametrize(
+    ("taps", "padding", "dilation"),
+    [
+        ((3,), (1,), (1,)),
+        ((4,), (0,), (2,)),
+        ((3, 3), (1, 1), (1, 1)),
+        ((3, 2), (2, 1), (1, 1)),
+        ((3, 5), (0, 8), (3, 2)),
+        ((2, 3, 2), (1, 0, 1), (1, 2, 1)),
+    ],
+)
+def test_the_output_gradient_unfolded(
+    taps: tuple[int, ...],
+    padding: tuple[int, ...],
+    dilation: tuple[int, ...],
+    at_once: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(_convolution_gradient._PATCHES_AT_ONCE, "cpu", at_once)
+    axes, shape = len(taps), torch.Size((2, 5, *taps))
+    geometry = Geometry((1,) * axes, padding, dilation, 1)
+    assert _convolution_gradient.fastest(torch.device("cpu"), shape, geometry).__name__ == "by_rows"
+    x = torch.randn(7, 5, *(9, 10, 8)[:axes], dtype=torch.float64)
+    weight = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    y = geometry.convolve(x, weight, None)
+    gradient = torch.randn_like(y)
+    found = _convolution_gradient.by_rows(gradient, x, shape, geometry)
+    for sample in range(7):
+        (expected,) = torch.autograd.grad(y[sample], weight, gradient[sample], retain_graph=True)
+        torch.testing.assert_close(found[sample], expected)
+
+
+@pytest.mark.parametrize(
+    ("shape", "geometry"),
+    [
+        ((3, 32, 3, 3), Geometry((2, 1), (1, 1), (1, 1), 1)),
+        ((3, 32, 3, 3), Geometry((1, 1), (1, 1), (1, 1), 1, transposed=True)),
+        ((4, 16, 3, 3), Geometry((1, 1), (1, 1), (1, 1), 2)),
+        ((3, 32, 3, 3), Geometry((1, 1), (1, 3), (1, 1), 1)),  # outputs that saw padding alone
+        ((8, 32, 3, 3), Geometry((1, 1), (1, 1), (1, 1), 1)),
+        ((3, 2, 3, 3), Geometry((1, 1), (1, 1), (1, 1), 1)),
+    ],
+)
+def test_where_the_output_gradient_is_not_unfolded(
+    shape: tuple[int, ...], geometry: Geometry
+) -> None:
+    chosen = _convolution_gradient.fastest(torch.device("cpu"), shape, geometry)
+    assert chosen.__name__ != "by_rows"
+
+
 @pytest.mark.parametrize(
     ("capability", "way"),
     [("AVX512", "by_groups"), ("AVX2", "by_patches"), ("SVE256", "by_groups")],
@@ -267,5 +318,6 @@ def test_a_processor_without_avx512_unfolds_more(
 ) -> None:
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     geometry = Geometry((1, 1), (1, 1), (1, 1), 1)
-    chosen = _convolution_gradient.fastest(torch.device("cpu"), (128, 64, 3, 3), geometry)
-    assert chosen.__name__ == way
+    cpu = torch.device("cpu")
+    assert _convolution_gradient.fastest(cpu, (128, 64, 3, 3), geometry).__name__ == way
+    assert _convolution_gradient.fastest(cpu, (64, 128, 3, 3), geometry).__name__ == "by_groups"

@@ -1,6 +1,7 @@
-"""Per-sample weight gradients of a convolution: four ways to find them, and the choice.
+"""Per-sample weight gradients of a convolution: five ways to find them, and the choice.
 
 * **patches**: the image unfolded, and one product per sample;
+* **rows**: the output gradient unfolded instead, where it has few channels;
 * **slices**: the image unfolded along all axes but the first, and one product per sample and tap of the first axis;
 * **groups**: the library's own weight gradient of one convolution in which every sample is a group;
 * **exchange**: for filters of one channel, the output gradient convolved over the image.
@@ -30,6 +31,9 @@ _FEWEST_AT_ONCE = 4
 # are this large; in between groups are up to 1.7x faster. They are slow without AVX-512. See docs/performance.md.
 _SMALL_PATCH = 64
 _LARGE_WEIGHT = {"AVX512": 1 << 17, "AVX2": 1 << 14}
+# Patches are read once for each row of the weight. With fewer rows than columns by this factor, writing them is not
+# paid back.
+_MOST_COLUMNS_PER_ROW = 1.5
 # On CUDA, slices are a third of 3x3 patches to write and read. Their products have a third of the columns; with fewer
 # than this, or for more taps, that costs more than is gained.
 _FEWEST_COLUMNS, _MOST_TAPS = 128, 8
@@ -76,6 +80,8 @@ def fastest(device: torch.device, shape: Sequence[int], geometry: Geometry) -> W
         return by_exchange if on_cpu or taps >= _LONG_FILTER else by_groups
     if taps == 1:
         return by_patches  # a view of the image, or every stride-th pixel of it
+    if _few_rows(shape, geometry):
+        return by_rows
     if not on_cpu:
         # By groups the library would run a kernel for each of them, that is for each sample.
         return by_slices if _sliceable(shape, geometry) else by_patches
@@ -83,7 +89,8 @@ def fastest(device: torch.device, shape: Sequence[int], geometry: Geometry) -> W
         return by_patches
     capability = torch.backends.cpu.get_cpu_capability()
     large = _LARGE_WEIGHT.get(capability, _LARGE_WEIGHT["AVX512"])
-    return by_patches if prod(shape) // geometry.groups >= large else by_groups
+    paid_back = shape[1] <= _MOST_COLUMNS_PER_ROW * shape[0] / geometry.groups
+    return by_patches if paid_back and prod(shape) // geometry.groups >= large else by_groups
 
 
 def by_patches(gradient: Tensor, input: Tensor, shape: torch.Size, geometry: Geometry) -> Tensor:
@@ -159,6 +166,40 @@ def _side_by_side(outers: Iterable[Outer], samples: int) -> Tensor:
         place = found[start:stop].view(len(outer.left), -1, outer.right.shape[2])
         torch.bmm(outer.left.transpose(1, 2), outer.right, out=place)
     return found
+
+
+def by_rows(gradient: Tensor, input: Tensor, shape: torch.Size, geometry: Geometry) -> Tensor:
+    """Unfold the output gradient at every pixel of the image: what each tap's output was there.
+
+    Pixel ``q`` met tap ``k`` at output ``q + padding - dilation * k``. So the unfolded gradient is padded by what is
+    left of a filter's reach, and holds the taps in reverse.
+    """
+    taps = shape[2:]
+    padding = tuple(
+        (size - 1) * dilation - pad
+        for size, dilation, pad in zip(taps, geometry.dilation, geometry.padding, strict=True)
+    )
+    turned, pixels = replace(geometry, padding=padding), input.shape[2:]
+    some = _samples_at_once(gradient, prod(taps) * prod(pixels))
+    products = []
+    for of_some, image in zip(gradient.split(some), input.split(some), strict=True):
+        met = _patches(of_some, taps, pixels, turned).flatten(1, 1 + len(taps)).flatten(2)
+        size = torch.Size((met.shape[1], shape[1]))
+        outer = Outer(met.transpose(1, 2), image.flatten(2).transpose(1, 2), size)
+        products.append(_in_parts(outer, _parts(outer, input.device)))
+    found = products[0] if len(products) == 1 else torch.cat(products)
+    found = found.view(len(input), shape[0], *taps, shape[1])
+    return found.flip(list(range(2, 2 + len(taps)))).movedim(-1, 2)
+
+
+def _few_rows(shape: Sequence[int], geometry: Geometry) -> bool:
+    """Whether unfolding the output gradient is possible, and the smaller part of what unfolding the image would be."""
+    fits = all(
+        pad <= (size - 1) * dilation
+        for size, dilation, pad in zip(shape[2:], geometry.dilation, geometry.padding, strict=True)
+    )
+    usual = geometry.groups == 1 and not geometry.transposed and set(geometry.stride) == {1}
+    return usual and fits and shape[0] < shape[1] and shape[0] * prod(shape[2:]) <= _SMALL_PATCH
 
 
 def by_slices(gradient: Tensor, input: Tensor, shape: torch.Size, geometry: Geometry) -> Tensor:
