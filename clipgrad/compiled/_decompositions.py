@@ -88,7 +88,43 @@ def _product_with_bias(
     return (product.unsqueeze(0) + bias).squeeze(0)
 
 
+def _input_gradient(
+    gradient: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    bias_sizes: Sequence[int] | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    transposed: bool,
+    output_padding: Sequence[int],
+    groups: int,
+    output_mask: Sequence[bool],
+) -> Any:
+    """A convolution's input gradient alone, as the convolution that it is: that operation does not ask for the image.
+
+    Nobody reads the image for it, but PyTorch copies one that is not laid out as the weight is: 24 of 220 ms of a
+    diffusion model's step.
+    """
+    if input.device.type != "cpu" or list(output_mask) != [True, False, False]:
+        return NotImplemented
+    axes = len(stride)
+    left = [0] * axes
+    if not transposed:  # pixels behind the last place of the filter
+        left = [
+            size - ((count - 1) * step - 2 * pad + apart * (taps - 1) + 1)
+            for size, count, taps, step, pad, apart in zip(
+                input.shape[2:], gradient.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True
+            )
+        ]  # fmt: skip
+    found = torch.ops.aten.convolution(
+        gradient, weight, None, stride, padding, dilation, not transposed, left, groups
+    )
+    return found, None, None
+
+
 TABLE: dict[Any, Callable[..., Any]] = {
     torch.ops.aten.addmm.default: _product_with_bias,
+    torch.ops.aten.convolution_backward.default: _input_gradient,
     torch.ops.aten.max_pool2d_with_indices_backward.default: _pool_backward,
 }
