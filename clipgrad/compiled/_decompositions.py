@@ -120,6 +120,9 @@ def _input_gradient(
     found = torch.ops.aten.convolution(
         gradient, weight, None, stride, padding, dilation, not transposed, left, groups
     )
+    if transposed:  # an output padding of more than a stride makes places that no pixel was at
+        for axis, size in enumerate(input.shape[2:], start=2):
+            found = found.narrow(axis, 0, size)
     return found, None, None
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
 from torch.fx.graph import CodeGen
@@ -87,7 +88,7 @@ class Graph:
         constants: Tensors that the loss found outside of its arguments (buffers, closures), by reference.
         fresh: Which of them it made of Python numbers itself (``torch.tensor(...)``).
         asks: Whether somebody has to ask if all norms were finite, for else the sums are worthless.
-        draws: Whether running it may move a random number generator on.
+        forgettable: Whether a run leaves nothing behind but its results, so that one in vain does not matter.
     """
 
     module: GraphModule
@@ -95,7 +96,7 @@ class Graph:
     constants: tuple[Tensor, ...]
     fresh: tuple[bool, ...]
     asks: bool
-    draws: bool
+    forgettable: bool
 
     def text(self) -> str:
         """The operations and their arguments, to be compared with another trace."""
@@ -183,17 +184,48 @@ def trace(
             *given, *tensors, *others, is_padding, bounds
         )
     constants, fresh = _lift_constants(module)
-    draws = any(map(_draws, module.graph.nodes))
+    forgettable = not any(_draws(node) or _writes_outside(node) for node in module.graph.nodes)
     zero_in_place(module)
-    return Graph(module, layouts[0], constants, fresh, asks, draws)
+    return Graph(module, layouts[0], constants, fresh, asks, forgettable)
+
+
+_KNOWN = {"aten", "prims", "clipgrad"}
 
 
 def _draws(node: Node) -> bool:
-    """Whether a node draws random numbers, as far as is known."""
+    """Whether a node may draw random numbers. Operations of others do not have to say so."""
     if node.op != "call_function" or node.target is operator.getitem:
         return False
-    tags = getattr(node.target, "tags", None)  # a higher-order operator has none
-    return tags is None or torch.Tag.nondeterministic_seeded in tags
+    target = node.target
+    if not isinstance(target, OpOverload) or target.namespace not in _KNOWN:
+        return True
+    return torch.Tag.nondeterministic_seeded in target.tags
+
+
+def _writes_outside(node: Node) -> bool:
+    """Whether a node writes to an argument of the graph, or to a view of one."""
+    return any(_root(argument).op == "placeholder" for argument in _shared(node, written=True))
+
+
+def _root(node: Node) -> Node:
+    """What a view is a view of."""
+    while bases := _shared(node, written=False):
+        node = bases[0]
+    return node
+
+
+def _shared(node: Node, *, written: bool) -> list[Node]:
+    """The arguments that an operation writes to, or whose memory its result may share."""
+    if not isinstance(node.target, OpOverload):
+        return list(node.args[:1]) if node.target is operator.getitem and not written else []  # type: ignore[arg-type]
+    described = zip(node.target._schema.arguments, node.args, strict=False)
+    return [
+        value
+        for argument, value in described
+        if isinstance(value, Node)
+        and argument.alias_info is not None
+        and (argument.alias_info.is_write or not written)
+    ]
 
 
 def _lift_constants(module: GraphModule) -> tuple[tuple[Tensor, ...], tuple[bool, ...]]:

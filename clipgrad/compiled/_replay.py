@@ -8,12 +8,13 @@ there is one recording for each compiled step.
 from __future__ import annotations
 
 import logging
+import math
 import operator
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 from torch.utils._pytree import tree_leaves
 
@@ -23,6 +24,7 @@ from clipgrad.compiled._check import Generators
 from clipgrad.compiled._signature import describe_all
 
 _log = logging.getLogger("clipgrad")
+_PLAIN = {Tensor, nn.Parameter}
 
 _ATTENTIONS = (
     torch.ops.aten._scaled_dot_product_efficient_attention.default,
@@ -115,6 +117,7 @@ class Replay:
         return (
             self._recorder is not None
             and len(flat) == len(self._resident)
+            and _PLAIN.issuperset(map(type, flat))  # others may have no address
             and self._at(flat) == self._places
             and describe_all(self._moving(flat)) == describe_all(self._moved)
         )
@@ -146,7 +149,11 @@ class Replay:
         self._recorder.replay()
 
     def results(self, lend: int) -> list[Tensor]:
-        """What was replayed last, as a call returns it."""
+        """What was replayed last, as a call returns it.
+
+        Args:
+            lend: As for a call.
+        """
         if not self._separate:
             return copies(self._results)
         return [*self._results[:lend], *copies(self._results[lend:])]
@@ -167,6 +174,7 @@ class Replay:
                 for stays, tensor, known in zip(self._resident, flat, self._inputs, strict=True)
             ]
         self._recorder, self._results = None, ()  # its memory serves the next one
+        self._separate = False
         with torch.inference_mode(False):
             self._inputs = [
                 tensor.detach() if stays else _same_layout(tensor)
@@ -176,6 +184,8 @@ class Replay:
         generators = Generators(flat[0].device)
         try:
             self._results = recorder.record(lambda: self._run(*self._inputs))
+            separate = _are_separate(self._results, self._inputs)
+            self._separate = separate and _are_rewritten(self._results, recorder)
         except Exception as error:  # whatever a kernel may do that cannot be recorded
             self._failed, self._inputs = True, []
             _log.warning(
@@ -188,7 +198,6 @@ class Replay:
             generators.restore()  # a trial run draws random numbers, and none may be missing from the real one
         self._recorder, self._places = recorder, self._at(flat)
         self._moved = self._moving(self._inputs)
-        self._separate = _are_separate(self._results, self._inputs)
 
 
 def _are_separate(results: Sequence[Tensor], inputs: Sequence[Tensor]) -> bool:
@@ -196,6 +205,20 @@ def _are_separate(results: Sequence[Tensor], inputs: Sequence[Tensor]) -> bool:
     results = [result for result in results if result.numel()]
     places = [tensor.untyped_storage().data_ptr() for tensor in (*results, *inputs)]
     return len(set(places[: len(results)]) - set(places[len(results) :])) == len(results)
+
+
+def _are_rewritten(results: Sequence[Tensor], recorder: Recorder) -> bool:
+    """Whether a replay writes all results, also those that are constant: what somebody wrote to would stay."""
+    floating = [result for result in results if result.is_floating_point() and result.numel()]
+    before = copies(floating)
+    for result in floating:
+        result.fill_(math.nan)
+    recorder.replay()
+    same = [bool(result.isnan().all()) for result in floating]
+    for result, then, stayed in zip(floating, before, same, strict=True):
+        if stayed:
+            result.copy_(then)
+    return not any(same)
 
 
 def recordable(module: GraphModule, device: torch.device) -> bool:

@@ -66,7 +66,9 @@ class Entry:
             Whether it was, so that ``call`` has only to fetch the results.
         """
         replay = self.replay
-        if replay is None or not self.checked or self.graph.draws or not replay.fits(flat):
+        if replay is None or not self.checked or not self.graph.forgettable:
+            return False
+        if not replay.fits(flat):
             return False
         with torch.no_grad():
             replay.start(flat)

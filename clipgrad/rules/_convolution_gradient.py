@@ -31,9 +31,9 @@ _FEWEST_AT_ONCE = 4
 # are this large; in between groups are up to 1.7x faster. They are slow without AVX-512. See docs/performance.md.
 _SMALL_PATCH = 64
 _LARGE_WEIGHT = {"AVX512": 1 << 17, "AVX2": 1 << 14}
-# Patches are read once for each row of the weight. With fewer rows than columns by this factor, writing them is not
-# paid back.
-_MOST_COLUMNS_PER_ROW = 1.5
+# Patches are written once for each input channel and read once for each output channel. With more of the former by this
+# factor, writing is not paid back.
+_MOST_IN_PER_OUT = 1.5
 # On CUDA, slices are a third of 3x3 patches to write and read. Their products have a third of the columns; with fewer
 # than this, or for more taps, that costs more than is gained.
 _FEWEST_COLUMNS, _MOST_TAPS = 128, 8
@@ -89,7 +89,7 @@ def fastest(device: torch.device, shape: Sequence[int], geometry: Geometry) -> W
         return by_patches
     capability = torch.backends.cpu.get_cpu_capability()
     large = _LARGE_WEIGHT.get(capability, _LARGE_WEIGHT["AVX512"])
-    paid_back = shape[1] <= _MOST_COLUMNS_PER_ROW * shape[0] / geometry.groups
+    paid_back = shape[1] <= _MOST_IN_PER_OUT * shape[0] / geometry.groups
     return by_patches if paid_back and prod(shape) // geometry.groups >= large else by_groups
 
 

@@ -21,6 +21,14 @@ CASES: list[Case] = [
     (F.conv2d, (9, 8), (4, 4, 1, 1), {"stride": 2}),
     (F.conv3d, (5, 4, 6), (4, 4, 2, 3, 2), {"stride": (1, 2, 3), "padding": 1}),
     (F.conv_transpose1d, (5,), (4, 4, 3), {"stride": 2, "output_padding": 1}),
+    (F.conv_transpose1d, (5,), (4, 4, 2), {"dilation": 2, "output_padding": 1}),
+    (F.conv_transpose1d, (1,), (4, 4, 2), {"dilation": 3, "output_padding": 2}),
+    (
+        F.conv_transpose2d,
+        (5, 4),
+        (4, 4, 3, 2),
+        {"stride": (1, 2), "dilation": 3, "output_padding": 2},
+    ),
     (F.conv_transpose2d, (5, 4), (4, 2, 3, 3), {"stride": (2, 3), "padding": 1, "groups": 2}),
 ]
 

@@ -19,6 +19,7 @@ from torch.fx import symbolic_trace
 from clipgrad import CompileMismatchError, DPOptimizer, clipped_grad
 from clipgrad._copies import copies
 from clipgrad.compiled import _backend, _step
+from clipgrad.compiled._graph import Graph, trace
 from clipgrad.compiled._replay import Replay, recordable
 from tests.architectures import ARCHITECTURES
 from tests.compiled.conftest import Graphs
@@ -68,7 +69,7 @@ def recorders(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Recorder]]:
 )
 def test_architecture(name: str, graphs: Graphs, recorders: list[Recorder]) -> None:
     check(ARCHITECTURES[name], graphs)
-    assert [recorder.replays for recorder in recorders] == [2]
+    assert [recorder.replays for recorder in recorders] == [3]  # one as a proof
 
 
 def net() -> nn.Sequential:
@@ -191,6 +192,28 @@ def test_results_that_share_memory_are_not_lent() -> None:
         assert torch.equal(second[0], (given + 1) * 2)
 
 
+def test_a_result_that_a_replay_does_not_write_is_not_lent() -> None:
+    """Noise would stay in it, and be added to. It keeps its value."""
+
+    class Constant(Recorder):
+        def record(self, function: Callable[[], Sequence[Tensor]]) -> Sequence[Tensor]:
+            super().record(function)
+            self._results[1].fill_(5.0)
+            return self._results
+
+        def replay(self) -> None:
+            self._results[0].copy_(self._function()[0])
+
+    Constant.made = []
+    given = torch.randn(3)
+    replay = Replay(lambda x: [x * 2, x], [False], lambda: Constant(given.device))
+    for factor in (1, 2):
+        found = replay([given * factor], lend=2)
+        assert not replay.lends
+        assert torch.equal(found[0], given * 2 * factor)
+        assert torch.equal(found[1], torch.full((3,), 5.0))
+
+
 def test_a_result_that_is_an_argument_is_not_lent() -> None:
     """Noise would be added to a weight."""
     weight = torch.ones(3)
@@ -257,7 +280,7 @@ def test_a_replay_that_ran_ahead_is_forgotten_if_it_does_not_serve(
     assert len(graphs) == len(recorders) == 3
     # The runs that served, and one in vain for each change between graphs that fit.
     served = 9
-    assert sum(recorder.replays for recorder in recorders) == served + 2
+    assert sum(recorder.replays for recorder in recorders) == served + 2 + len(recorders)
 
 
 def test_nothing_that_draws_runs_ahead(graphs: Graphs, recorders: list[Recorder]) -> None:
@@ -272,7 +295,50 @@ def test_nothing_that_draws_runs_ahead(graphs: Graphs, recorders: list[Recorder]
         optimizer.zero_grad()
         optimizer.backward(*batch)
     assert len(recorders) == 2
-    assert sum(recorder.replays for recorder in recorders) == 6
+    assert sum(recorder.replays for recorder in recorders) == 6 + len(recorders)
+
+
+def graph_of(function: Callable[..., Tensor]) -> Graph:
+    rows = torch.ones(2, 3)
+    settings = clipped_grad(function, max_grad_norm=1.0)._resolved(("w",), (3,), (torch.float32,))
+    mask, bounds = torch.zeros(2, dtype=torch.bool), torch.ones(1, dtype=torch.float64)
+    return trace(
+        lambda leaves, sample: function(leaves[0], sample[0]),
+        ["w"], [torch.ones(3)], [rows], [], mask, bounds, settings,
+    )  # fmt: skip
+
+
+BUFFER = torch.ones(3)
+
+
+@torch.library.custom_op("clipgrad_tests::draws_in_secret", mutates_args=())
+def draws_in_secret(x: Tensor) -> Tensor:
+    return torch.rand_like(x)
+
+
+@draws_in_secret.register_fake
+def _(x: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+def writes(w: Tensor, x: Tensor) -> Tensor:
+    BUFFER.view(-1)[1:].data.add_(1)  # no version counter sees it
+    return (w * x * BUFFER).sum()
+
+
+@pytest.mark.parametrize(
+    ("function", "forgettable"),
+    [
+        (lambda w, x: (w * x).sin().sum(), True),
+        (lambda w, x: (w * x * BUFFER).sum(), True),
+        (lambda w, x: (w * x).mul(2).add_(1).sum(), True),
+        (lambda w, x: F.dropout(w * x).sum(), False),
+        (lambda w, x: (w * x + draws_in_secret(x.detach())).sum(), False),
+        (writes, False),
+    ],
+)
+def test_what_may_run_in_vain(function: Callable[..., Tensor], forgettable: bool) -> None:
+    assert graph_of(function).forgettable is forgettable
 
 
 def test_weights_that_were_stepped_in_place_are_seen(
