@@ -61,7 +61,7 @@ class Pending:
     def before_backward(self, names: Sequence[str], parameters: Sequence[Tensor]) -> None:
         """Make sure that ``.grad`` is as we left it, and that the sums outlive what follows."""
         grads = [parameter.grad for parameter in parameters]
-        if self._sums is not None and not any(grad is not None for grad in grads):
+        if self._sums is not None and all(grad is None for grad in grads):
             self._sums = (
                 None  # model.zero_grad() between two backward calls starts the logical batch anew
             )

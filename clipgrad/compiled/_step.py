@@ -57,7 +57,7 @@ class Entry:
         """Whether what would run now was compared with the eager step."""
         return self.checked and (self.replay is None or self.replay.settled(flat))
 
-    def start(self, flat: Sequence[Tensor]) -> bool:
+    def start(self, given: Sequence[Tensor]) -> bool:
         """Replay the step ahead of all questions if nothing can come of it that could not be forgotten.
 
         Then only the recording's own memory is written to: if the graph turns out not to serve, nobody looks there.
@@ -68,6 +68,7 @@ class Entry:
         replay = self.replay
         if replay is None or not self.checked or not self.graph.forgettable:
             return False
+        flat = self.arguments(given)
         if not replay.fits(flat):
             return False
         with torch.no_grad():
@@ -121,9 +122,7 @@ class Compiler:
     def ahead(self, given: Sequence[Tensor]) -> Entry | None:
         """The graph that served last, if it could be started on these arguments before anybody knows that it serves."""
         last = self._entries[0] if self._entries else None
-        if last is None or last.replay is None:
-            return None
-        return last if last.start(last.arguments(given)) else None
+        return last if last is not None and last.start(given) else None
 
     def find(self, now: tuple[Any, ...]) -> Entry | None:
         """The graph that serves a signature and the state as it is; None if there is none."""

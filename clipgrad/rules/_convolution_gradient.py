@@ -155,6 +155,11 @@ def _joined(outers: Iterable[Outer]) -> Tensor:
     return torch.cat([outer.per_sample(convolution_product) for outer in outers])
 
 
+def _together(products: list[Tensor]) -> Tensor:
+    """Of all samples; a single part is not copied."""
+    return products[0] if len(products) == 1 else torch.cat(products)
+
+
 def _side_by_side(outers: Iterable[Outer], samples: int) -> Tensor:
     """Products written where they belong, which saves a pass over them and their memory once more."""
     found, stop = torch.empty(0), 0
@@ -187,7 +192,7 @@ def by_rows(gradient: Tensor, input: Tensor, shape: torch.Size, geometry: Geomet
         size = torch.Size((met.shape[1], shape[1]))
         outer = Outer(met.transpose(1, 2), image.flatten(2).transpose(1, 2), size)
         products.append(_in_parts(outer, _parts(outer, input.device)))
-    found = products[0] if len(products) == 1 else torch.cat(products)
+    found = _together(products)
     found = found.view(len(input), shape[0], *taps, shape[1])
     return found.flip(list(range(2, 2 + len(taps)))).movedim(-1, 2)
 
@@ -219,7 +224,7 @@ def by_slices(gradient: Tensor, input: Tensor, shape: torch.Size, geometry: Geom
         slices = _patches(some, (1, *others), (height, *across), geometry)
         columns = slices.flatten(1, 2 + len(others)).flatten(2)
         products.append(window_products(some_rows.flatten(2), columns, apart, first))
-    found = products[0] if len(products) == 1 else torch.cat(products)
+    found = _together(products)
     return found.view(len(rows), first, shape[0], shape[1], *others).movedim(1, 3)
 
 
