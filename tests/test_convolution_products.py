@@ -13,9 +13,14 @@ from torch.fx import GraphModule
 
 import clipgrad
 from clipgrad.compiled import _backend
-from clipgrad.rules import _convolution_gradient, _tensor_cores
+from clipgrad.rules import (
+    _convolution_gradient,
+    _convolution_ways,
+    _tensor_cores,
+    _unfolding,
+)
 from clipgrad.rules._canonical import Outer, PerSample, row_norms_squared
-from clipgrad.rules._convolution_gradient import Way
+from clipgrad.rules._convolution_ways import Way
 from clipgrad.rules._geometry import Geometry
 from clipgrad.testing import RuleCase, assert_rule_matches_reference
 from tests.rule_cases.convolution import CASES
@@ -27,7 +32,7 @@ def always(way: Way, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def joined(outers: Iterable[Outer], samples: int) -> Tensor:
     """As on a GPU."""
-    found = _convolution_gradient._joined(outers)
+    found = _convolution_ways._joined(outers)
     assert len(found) == samples
     return found
 
@@ -45,22 +50,22 @@ def products(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         result: Tensor = _tensor_cores.bmm(a, b, True)
         return result
 
-    monkeypatch.setattr(_convolution_gradient, "convolution_product", product)
-    always(_convolution_gradient.by_patches, monkeypatch)
+    monkeypatch.setattr(_convolution_ways, "convolution_product", product)
+    always(_convolution_ways.by_patches, monkeypatch)
     return taken
 
 
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
 @pytest.mark.parametrize("case", [c for c in CASES if not c.declines], ids=lambda case: case.name)
-@pytest.mark.parametrize("gather", [joined, _convolution_gradient._side_by_side])
+@pytest.mark.parametrize("gather", [joined, _convolution_ways._side_by_side])
 def test_case(
     case: RuleCase, gather: Gather, products: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A sample at a time."""
-    monkeypatch.setattr(_convolution_gradient, "_side_by_side", gather)
-    monkeypatch.setattr(_convolution_gradient, "_PATCHES_AT_ONCE", {"cpu": 1})
-    monkeypatch.setattr(_convolution_gradient, "_FEWEST_AT_ONCE", 1)
+    monkeypatch.setattr(_convolution_ways, "_side_by_side", gather)
+    monkeypatch.setattr(_unfolding, "_AT_ONCE", {"cpu": 1})
+    monkeypatch.setattr(_unfolding, "_FEWEST_AT_ONCE", 1)
     assert_rule_matches_reference(
         case, batch_sizes=(3,), strategies=("kept",), microbatch_sizes=(None,)
     )
@@ -70,7 +75,7 @@ def test_case(
 def sliced(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
     """Shapes of the weights whose gradients were found by slices, which are taken wherever they can be."""
     shapes: list[torch.Size] = []
-    fastest, by_slices = _convolution_gradient.fastest, _convolution_gradient.by_slices
+    fastest, by_slices = _convolution_gradient.fastest, _convolution_ways.by_slices
 
     def counted(gradient: Tensor, input: Tensor, shape: torch.Size, geometry: Geometry) -> Tensor:
         shapes.append(shape)
@@ -93,8 +98,8 @@ def test_slices(
     case: RuleCase, in_parts: bool, sliced: list[torch.Size], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if in_parts:
-        monkeypatch.setattr(_convolution_gradient, "_PATCHES_AT_ONCE", {"cpu": 1})
-        monkeypatch.setattr(_convolution_gradient, "_FEWEST_AT_ONCE", 1)
+        monkeypatch.setattr(_unfolding, "_AT_ONCE", {"cpu": 1})
+        monkeypatch.setattr(_unfolding, "_FEWEST_AT_ONCE", 1)
     assert_rule_matches_reference(
         case, batch_sizes=(3,), strategies=("kept",), microbatch_sizes=(None,)
     )
@@ -121,7 +126,7 @@ def test_slices_of_every_geometry(
     x = torch.randn(2, 3, 11, 10, dtype=torch.float64).contiguous(memory_format=layout)
     w = torch.randn(*((3, 4) if transposed else (4, 3)), 3, 2, dtype=torch.float64)
     gradient = torch.randn_like(geometry.convolve(x, w, None)).contiguous(memory_format=layout)
-    expected = _convolution_gradient.by_patches(gradient, x, w.shape, geometry)
+    expected = _convolution_ways.by_patches(gradient, x, w.shape, geometry)
     found = _convolution_gradient.per_sample_gradient(gradient, x, w.shape, geometry)
     assert sliced == [w.shape]
     torch.testing.assert_close(found, expected)
@@ -137,7 +142,7 @@ def test_slices_of_every_geometry(
 def test_groups_in_a_graph(case: RuleCase, monkeypatch: pytest.MonkeyPatch) -> None:
     """The library's grouped convolution as one operation of a graph, for every kind of convolution."""
     monkeypatch.setattr(_backend, "compile_graph", lambda module, mode: module)
-    always(_convolution_gradient.by_groups, monkeypatch)
+    always(_convolution_ways.by_groups, monkeypatch)
     torch.manual_seed(0)
     params, batch = case.params(), case.batch(3)
     expected = clipgrad.clipped_grad(case.loss, max_grad_norm=1.0, strategy="ghost")(params, *batch)
@@ -164,8 +169,8 @@ def test_positions_in_parts(
         cut.append(outer.right.shape[1])
         return cut[-1]
 
-    monkeypatch.setattr(_convolution_gradient, "_parts", parts)
-    monkeypatch.setitem(_convolution_gradient._PATCHES_AT_ONCE, "cpu", 1 << 40)
+    monkeypatch.setattr(_convolution_ways, "_parts", parts)
+    monkeypatch.setitem(_unfolding._AT_ONCE, "cpu", 1 << 40)
     assert_rule_matches_reference(case)
     assert cut or case.name in {"1x1", "one pixel, strided", "frozen weight"}
 
@@ -187,8 +192,8 @@ def test_a_gpu_is_kept_busy(products_of: tuple[int, int, int, int], parts: int) 
     left = torch.empty(count, positions, rows, device="meta")
     right = torch.empty(count, positions, columns, device="meta")
     outer = Outer(left, right, torch.Size((rows, columns)))
-    assert _convolution_gradient._parts(outer, torch.device("cuda", 0)) == parts
-    assert _convolution_gradient._parts(outer, torch.device("cpu")) == 1
+    assert _convolution_ways._parts(outer, torch.device("cuda", 0)) == parts
+    assert _convolution_ways._parts(outer, torch.device("cpu")) == 1
 
 
 @pytest.mark.parametrize(("most", "taken"), [(5, [4, 3]), (1, [4, 3]), (7, [7])])
@@ -203,8 +208,8 @@ def test_parts_are_as_large_as_they_may_be(
     whole = gradient({"w": w}, x)
     assert products == [7]
     products.clear()
-    monkeypatch.setattr(_convolution_gradient, "_side_by_side", joined)
-    monkeypatch.setattr(_convolution_gradient, "_PATCHES_AT_ONCE", {"cpu": most * 2 * 9 * 25})
+    monkeypatch.setattr(_convolution_ways, "_side_by_side", joined)
+    monkeypatch.setattr(_unfolding, "_AT_ONCE", {"cpu": most * 2 * 9 * 25})
     parts = gradient({"w": w}, x)
     assert products == taken
     torch.testing.assert_close(parts.grads, whole.grads)
@@ -216,7 +221,7 @@ def test_a_graph_holds_the_product_whole(
 ) -> None:
     """Else the setting would be looked at when the graph is made, and a compiler would take plain products."""
     product = partial(_tensor_cores.bmm, allowed=True)
-    monkeypatch.setattr(_convolution_gradient, "convolution_product", product)
+    monkeypatch.setattr(_convolution_ways, "convolution_product", product)
     modules: list[GraphModule] = []
 
     def compile_graph(module: GraphModule, mode: str) -> GraphModule:
@@ -277,7 +282,7 @@ def test_the_output_gradient_unfolded(
     at_once: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setitem(_convolution_gradient._PATCHES_AT_ONCE, "cpu", at_once)
+    monkeypatch.setitem(_unfolding._AT_ONCE, "cpu", at_once)
     axes, shape = len(taps), torch.Size((2, 5, *taps))
     geometry = Geometry((1,) * axes, padding, dilation, 1)
     assert _convolution_gradient.fastest(torch.device("cpu"), shape, geometry).__name__ == "by_rows"
@@ -285,7 +290,7 @@ def test_the_output_gradient_unfolded(
     weight = torch.randn(shape, dtype=torch.float64, requires_grad=True)
     y = geometry.convolve(x, weight, None)
     gradient = torch.randn_like(y)
-    found = _convolution_gradient.by_rows(gradient, x, shape, geometry)
+    found = _convolution_ways.by_rows(gradient, x, shape, geometry)
     for sample in range(7):
         (expected,) = torch.autograd.grad(y[sample], weight, gradient[sample], retain_graph=True)
         torch.testing.assert_close(found[sample], expected)

@@ -7,9 +7,10 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from clipgrad.rules._canonical import Outer, scale_rows, widen
-from clipgrad.rules._convolution_gradient import per_sample_gradient, rows_and_patches
+from clipgrad.rules._convolution_gradient import per_sample_gradient
 from clipgrad.rules._geometry import Geometry
 from clipgrad.rules._selection import select_last, select_rows
+from clipgrad.rules._unfolding import rows_and_patches
 
 
 @dataclass(frozen=True)
