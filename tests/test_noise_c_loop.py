@@ -7,6 +7,7 @@ import mmap
 import os
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +145,44 @@ def test_threads_share_a_large_tensor(threads: int, monkeypatch: pytest.MonkeyPa
     check_gaussian(totals, 2.0)
     check_independent(totals.double())
     check_independent(totals[:, : 12 * CAPACITY].reshape(48, CAPACITY).double())
+
+
+@pytest.mark.parametrize("threads", [2, 3, 16])
+def test_threads_share_many_tensors(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """None of them large; shares are cut wherever they end."""
+    monkeypatch.setattr(_cpu, "_MANY", 4 * CAPACITY)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    submitted: list[int] = []
+    real = ThreadPoolExecutor.submit
+
+    def submit(self: ThreadPoolExecutor, add: Any, *args: Any) -> Any:
+        submitted.append(sum(flat.numel() for flat in args[2]))
+        return real(self, add, *args)
+
+    monkeypatch.setattr(ThreadPoolExecutor, "submit", submit)
+    source, sizes = SystemNoise(), [CAPACITY + 5, 2500, 1, CAPACITY, 60_001, 3000, 100, 77_777]
+    totals = [torch.zeros(2, 1 + size) for size in sizes]
+    for call in range(2):
+        source.add_gaussian_([total[call, 1:] for total in totals], 2.0)
+    assert all((total[:, 0] == 0).all() for total in totals)  # nothing before a tensor is touched
+    values = torch.cat([total[:, 1:] for total in totals], 1)
+    assert (values != 0).all()
+    assert len(values.unique()) > 0.98 * values.numel()
+    check_gaussian(values, 2.0)
+    check_independent(values.double())
+    large = sum(size for size in sizes if size > 2048)
+    each = -(-large // threads)
+    assert submitted == 2 * ([each] * (threads - 2) + [large - each * (threads - 1)])
+
+
+def test_few_values_stay_in_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    loop()
+    monkeypatch.setattr(_cpu, "_MANY", 4 * CAPACITY)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(ThreadPoolExecutor, "submit", None)
+    total = torch.zeros(2, 2 * CAPACITY - 1)
+    SystemNoise().add_gaussian_([*total.unbind(), torch.zeros(1500)], 1.0)
+    assert (total != 0).all()
 
 
 def test_a_thread_that_fails_is_told_of(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,8 +24,8 @@ PIECE = 2**15
 SHARED_PIECE = 2**17
 # Smaller tensors get theirs together: each costs some operations more than the values themselves.
 _ALONE = 2**11
-# One tensor of as many is shared by threads of Python's, which let go of its lock in the cipher and in the loop. For
-# fewer it does not pay: after a backward pass PyTorch's threads go on spinning for milliseconds.
+# So many values of one call are shared by threads of Python's, which let go of its lock in the cipher and in the loop.
+# For fewer it does not pay: after a backward pass PyTorch's threads go on spinning for milliseconds.
 _MANY, _MOST_THREADS = 2**22, 16
 _CPU = torch.device("cpu")
 _PID_AT_IMPORT = os.getpid()
@@ -68,16 +68,16 @@ class CpuNoise:
         gaussians = self._for(dtype, sum(map(Tensor.numel, flats)))
         together = flats
         if isinstance(gaussians, LoopedBoxMuller) and self._draws == 1:
-            together, small = [], []
+            together, small, large = [], [], []
             for flat in flats:
                 if flat.dtype is not torch.float32:
                     together.append(flat)
-                elif flat.numel() < _ALONE:
-                    small.append(flat)
-                elif flat.numel() < _MANY:
-                    gaussians.add(keystream, flat, scale, divisor)
                 else:
-                    self._add_in_threads(flat, scale, divisor)
+                    (small if flat.numel() < _ALONE else large).append(flat)
+            if sum(map(Tensor.numel, large)) < _MANY:
+                _add_to_each(gaussians, keystream, large, scale, divisor)
+            else:
+                self._add_in_threads(large, scale, divisor)
             for piece in pieces(small, gaussians.capacity):
                 joined = piece[0] if len(piece) == 1 else torch.cat(piece)
                 gaussians.add(keystream, joined, scale, divisor)
@@ -94,11 +94,11 @@ class CpuNoise:
         """Of a key of its own."""
         return Keystream(partial(self._lineage.key, _CPU, KEY_BYTES))
 
-    def _add_in_threads(self, flat: Tensor, scale: float, divisor: float) -> None:
-        """Add to one large tensor, each thread with a key of its own."""
+    def _add_in_threads(self, flats: list[Tensor], scale: float, divisor: float) -> None:
+        """Add to large tensors, each thread to its share of all values, with a key of its own."""
         count = min(torch.get_num_threads(), _MOST_THREADS)
-        parts = flat.tensor_split(count)
-        while len(self._loops) < count:
+        shares = list(pieces(flats, math.ceil(sum(map(Tensor.numel, flats)) / count)))
+        while len(self._loops) < len(shares):
             another = looped(may_compile=False)
             assert another is not None, "there was one"
             self._loops.append(another)
@@ -106,10 +106,10 @@ class CpuNoise:
             self._pool = ThreadPoolExecutor(_MOST_THREADS, "clipgrad-noise")
         waiting: list[Future[None]] = []
         try:
-            for loop, part in zip(self._loops[1:count], parts[1:], strict=True):
+            for loop, share in zip(self._loops[1:], shares[1:], strict=False):
                 stream = self._keystream()
-                waiting.append(self._pool.submit(loop.add, stream, part, scale, divisor))
-            self._loops[0].add(self._keystream(), parts[0], scale, divisor)
+                waiting.append(self._pool.submit(_add_to_each, loop, stream, share, scale, divisor))
+            _add_to_each(self._loops[0], self._keystream(), shares[0], scale, divisor)
         finally:  # nobody may see a tensor that is still being written to
             wait(waiting)
         for future in waiting:
@@ -142,3 +142,10 @@ class CpuNoise:
         for _ in range(self._draws - 1):
             total.add_(gaussians.draw(keystream, size))
         return total
+
+
+def _add_to_each(
+    loop: LoopedBoxMuller, keystream: Keystream, flats: list[Tensor], scale: float, divisor: float
+) -> None:
+    for flat in flats:
+        loop.add(keystream, flat, scale, divisor)
