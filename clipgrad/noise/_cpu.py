@@ -68,7 +68,9 @@ class CpuNoise:
         gaussians = self._for(dtype, sum(map(Tensor.numel, flats)))
         together = flats
         if isinstance(gaussians, LoopedBoxMuller) and self._draws == 1:
-            together, small, large = [], [], []
+            together = []
+            small: list[Tensor] = []
+            large: list[Tensor] = []
             for flat in flats:
                 if flat.dtype is not torch.float32:
                     together.append(flat)
