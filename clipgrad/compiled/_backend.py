@@ -33,5 +33,7 @@ def compile_graph(module: GraphModule, mode: str) -> Run:
     options: dict[str, Any] = dict(torch._inductor.list_mode_options(mode))
     options["fallback_random"] = True
     options["triton.cudagraphs"] = False
+    # It moves weight gradients next to their norms, to the end: then all activations and gradients live until there.
+    options["reorder_for_locality"] = False
     run: Run = torch.compile(module, fullgraph=True, dynamic=False, options=options)
     return run
