@@ -34,7 +34,7 @@ class Disagreement(Exception):
     """Samples answer a question of the loss differently.
 
     Attributes:
-        agree: Boolean ``[B]``: the samples that answer as the first one does.
+        agree: Boolean ``[B]``, on the CPU: the samples that answer as the first one does.
     """
 
     def __init__(self, agree: Tensor) -> None:
@@ -72,4 +72,4 @@ def read(function: Callable[..., Any], tensor: Tensor, level: int) -> Any:
         same = [answer == answers[0] or answer is answers[0] for answer in answers]
         if all(same):
             return answers[0]
-        raise Disagreement(torch.tensor(same, device=value.device))
+        raise Disagreement(torch.tensor(same, device="cpu"))

@@ -16,8 +16,8 @@ from clipgrad._advice import explained
 from clipgrad._branches import Disagreement
 from clipgrad._capture import Capture, escape_message, written_message
 from clipgrad._gradients import Gradients
-from clipgrad._inputs import take
 from clipgrad._lanes import all_samples, lanes, per_sample
+from clipgrad._parts import Parts
 from clipgrad._phases import phase
 from clipgrad._piece import Piece, Settings, clip, joined
 from clipgrad._plan import Choice, choose
@@ -87,25 +87,36 @@ def run(
     settings: Settings,
 ) -> Piece:
     """Clipped sums of one microbatch; where samples branch apart, of its parts."""
-    try:
-        with phase("forward"), torch.enable_grad():
-            tape, values, aux = forward(loss, names, params, batch, settings)
-    except Disagreement as disagreement:
-        parts = disagreement.parts()
-    else:
-        return _finish(tape, values, aux, params, is_padding, settings)
-    pieces = [
-        run(
-            loss,
-            names,
-            params,
-            take(batch, part),
-            None if is_padding is None else is_padding[part.to(is_padding.device)],
-            settings,
-        )
-        for part in parts
-    ]
-    return joined(pieces, torch.cat(parts).argsort())
+    if settings.branches != "split":
+        return _together(loss, names, params, batch, is_padding, settings)
+    parts = Parts(batch)
+    pieces: list[Piece] = []
+    for rows, index in parts:
+        padding = None if is_padding is None else is_padding[index.to(is_padding.device)]
+        try:
+            pieces.append(_together(loss, names, params, rows, padding, settings))
+        except Disagreement as disagreement:
+            parts.split(disagreement)
+    parts.write_back()
+    return pieces[0] if len(pieces) == 1 else joined(pieces, parts.order)
+
+
+def _together(
+    loss: Loss,
+    names: Sequence[str],
+    params: Sequence[Tensor],
+    batch: Sequence[Any],
+    is_padding: Tensor | None,
+    settings: Settings,
+) -> Piece:
+    """Clipped sums of samples that take the same branches.
+
+    Raises:
+        Disagreement: If they do not.
+    """
+    with phase("forward"), torch.enable_grad():
+        tape, values, aux = forward(loss, names, params, batch, settings)
+    return _finish(tape, values, aux, params, is_padding, settings)
 
 
 def _finish(

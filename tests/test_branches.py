@@ -134,6 +134,54 @@ def test_agreeing_samples_take_one_pass(params: Params, x: Tensor) -> None:
     assert len(calls) == 1
 
 
+def written_whole(params: Params, x: Tensor) -> Tensor:
+    x.mul_(2.0)
+    return branch(params, x)
+
+
+def written_view(params: Params, x: Tensor) -> Tensor:
+    x.view(-1, 4).sub_(1.0)
+    y = linear(params, x).sin().sum()
+    return 3 * y if (x > 0).any() else y
+
+
+def written_later(params: Params, x: Tensor) -> Tensor:
+    if x.sum() > 0:
+        x += 1
+    y = linear(params, x.div_(3)).sum()
+    return y.cos() if y > 0 else y.square()
+
+
+@pytest.mark.parametrize("microbatch_size", [None, 3, 1])
+@pytest.mark.parametrize("loss", [written_whole, written_view, written_later])
+def test_a_batch_that_the_loss_writes_to(
+    params: Params, x: Tensor, loss: Loss, microbatch_size: int | None
+) -> None:
+    left = x.clone()
+    sums, norms, values = by_loop(params, loss, left, 0.5)
+    gradient = clipped_grad(
+        loss, max_grad_norm=0.5, branches="split", microbatch_size=microbatch_size
+    )
+    given = x.clone()
+    result = gradient(params, given)
+    torch.testing.assert_close(result.values, values, **TOLERANCE)
+    torch.testing.assert_close(result.grad_norms, norms, **TOLERANCE)
+    for name in params:
+        torch.testing.assert_close(result.grads[name], sums[name], **TOLERANCE)
+    torch.testing.assert_close(given, left, **TOLERANCE)  # as ordinary PyTorch leaves it
+
+
+def test_a_write_to_memory_that_two_arguments_share_is_refused(params: Params, x: Tensor) -> None:
+    def loss(params: Params, x: Tensor, y: Tensor) -> Tensor:
+        return branch(params, x.mul_(2.0)) + y.sum()
+
+    gradient, given = clipped_grad(loss, max_grad_norm=0.5, branches="split"), x.clone()
+    with pytest.raises(NotPerSampleError, match=r"share.*x\.mul\(2\.0\).*clone"):
+        gradient(params, given, given)
+    assert torch.equal(given, x)
+    gradient(params, given, given.clone())
+
+
 def test_explain_tells_of_the_first_branch(params: Params, x: Tensor) -> None:
     table = clipped_grad(branch, max_grad_norm=1.0, branches="split").explain(params, x)
     assert [row.by for row in table.rows] == ["linear", "linear"]
