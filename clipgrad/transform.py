@@ -16,6 +16,7 @@ from torch.utils._pytree import (
 
 from clipgrad import _validate
 from clipgrad._branches import BRANCHES, Disagreement
+from clipgrad._generators import Generators
 from clipgrad._grid import (
     Grid,
     alone,
@@ -24,8 +25,9 @@ from clipgrad._grid import (
     check_samples,
     exact_sensitivity,
 )
-from clipgrad._inputs import Inputs, take
+from clipgrad._inputs import Inputs
 from clipgrad._microbatch import forward, plan, run
+from clipgrad._parts import Parts
 from clipgrad._piece import Piece, Settings, accumulate
 from clipgrad._tape import Strategy, Tape
 from clipgrad.clipping import (
@@ -211,6 +213,8 @@ class ClippedGrad:
     def explain(self, *args: Any) -> Explanation:
         """Run the forward pass of one microbatch and tell how each parameter's norm would be found.
 
+        It runs on a copy of the batch, and PyTorch's random number generators are given back as they were.
+
         Args:
             *args: As for a call.
 
@@ -227,7 +231,7 @@ class ClippedGrad:
             )
         settings = self._settings(inputs)
         rows = slice(0, min(self._rows_at_once(inputs.batch_size), inputs.batch_size))
-        with torch.enable_grad():
+        with torch.enable_grad(), Generators(inputs.params[0].device).kept():
             tape = _first_part(inputs, inputs.rows(rows), settings)
         try:
             return make_explanation(tape.tracked, plan(tape, settings), tape.batch_size)
@@ -357,12 +361,14 @@ def _joined(parts: Sequence[Tensor]) -> Tensor:
 
 
 def _first_part(inputs: Inputs, batch: list[Any], settings: Settings) -> Tape:
-    """The tape of a microbatch; of the samples that branch as the first one does, if it splits."""
-    while True:
+    """The tape of a copy of a microbatch; of the samples that branch as the first one does, if it splits."""
+    parts = Parts(batch)
+    for rows, _ in parts:
         try:
-            return forward(inputs.loss, inputs.names, inputs.params, batch, settings)[0]
+            return forward(inputs.loss, inputs.names, inputs.params, rows, settings)[0]
         except Disagreement as disagreement:
-            batch = take(batch, disagreement.parts()[0])
+            parts.split(disagreement)
+    raise AssertionError("a single sample agrees with itself")
 
 
 def clipped_grad(

@@ -6,8 +6,7 @@ signature, at the same state of the random number generators. What is not: later
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -22,34 +21,6 @@ from clipgrad.errors import CompileMismatchError
 # side of a kink and change one sample by a thousandth; a sample left out or not clipped shows in norms or sums.
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 _TF32 = 1e-2
-
-
-class Generators:
-    """The state of the random number generators that a step may draw from."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._cpu = torch.get_rng_state()
-        self._own = None if device.type == "cpu" else self._module.get_rng_state(device)
-
-    @property
-    def _module(self):  # type: ignore[no-untyped-def]
-        return torch.get_device_module(self._device)
-
-    def restore(self) -> None:
-        torch.set_rng_state(self._cpu)
-        if self._own is not None:
-            self._module.set_rng_state(self._own, self._device)
-
-    @contextmanager
-    def replayed(self) -> Iterator[None]:
-        """Run the body from this state, and leave the generators as they are now."""
-        now = Generators(self._device)
-        self.restore()
-        try:
-            yield
-        finally:
-            now.restore()
 
 
 def tolerance(module: GraphModule, device: torch.device) -> float:

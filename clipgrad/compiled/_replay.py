@@ -19,8 +19,8 @@ from torch.fx import GraphModule, Node
 from torch.utils._pytree import tree_leaves
 
 from clipgrad._copies import copies
+from clipgrad._generators import Generators
 from clipgrad.compiled._backend import Run
-from clipgrad.compiled._check import Generators
 from clipgrad.compiled._signature import describe_all
 
 _log = logging.getLogger("clipgrad")

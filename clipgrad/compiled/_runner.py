@@ -8,10 +8,11 @@ from typing import Any
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from clipgrad._generators import Generators
 from clipgrad._inputs import Inputs
 from clipgrad._microbatch import run
 from clipgrad._piece import Piece, Settings
-from clipgrad.compiled._check import Generators, compare, tolerance
+from clipgrad.compiled._check import compare, tolerance
 from clipgrad.compiled._shape import fitted_batch, fitted_mask
 from clipgrad.compiled._signature import signature
 from clipgrad.compiled._step import Compiler, Entry

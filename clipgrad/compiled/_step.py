@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from clipgrad._generators import Generators
 from clipgrad._inputs import Inputs
 from clipgrad._microbatch import run
 from clipgrad._piece import Piece, Settings
 from clipgrad.compiled import _backend
-from clipgrad.compiled._check import Generators
 from clipgrad.compiled._graph import Graph, trace
 from clipgrad.compiled._observe import Observer
 from clipgrad.compiled._replay import CudaRecorder, Replay, recordable
