@@ -35,5 +35,6 @@ def compile_graph(module: GraphModule, mode: str) -> Run:
     options["triton.cudagraphs"] = False
     # It moves weight gradients next to their norms, to the end: then all activations and gradients live until there.
     options["reorder_for_locality"] = False
-    run: Run = torch.compile(module, fullgraph=True, dynamic=False, options=options)
+    # Not the module: hooks on all modules were traced where they ran, and would run on this one as well.
+    run: Run = torch.compile(module.forward, fullgraph=True, dynamic=False, options=options)
     return run

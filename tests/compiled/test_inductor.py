@@ -88,3 +88,23 @@ def test_dropout_draws_fresh_masks_like_the_eager_step() -> None:
             optimizer.zero_grad()
     torch.testing.assert_close(found[3:], found[:3], rtol=1e-4, atol=1e-6)
     assert not torch.equal(found[3][0], found[4][0])
+
+
+def test_a_hook_on_all_modules_runs_where_the_loss_calls_them() -> None:
+    """And not on the compiled graph, which is a module too."""
+    model, x = nn.Linear(3, 2).double(), torch.randn(4, 3, dtype=torch.float64)
+    handle = nn.modules.module.register_module_forward_hook(lambda module, args, out: out * 2)
+    try:
+        found = []
+        for compile in (False, True):
+            optimizer = DPOptimizer(
+                torch.optim.SGD(model.parameters(), lr=0.0), model, lambda m, x: m(x).square().mean(),
+                max_grad_norm=1.0, noise_multiplier=0.0, expected_batch_size=4, compile=compile,
+                microbatch_size=4,
+            )  # fmt: skip
+            optimizer.backward(x)
+            found.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+            optimizer.zero_grad()
+    finally:
+        handle.remove()
+    torch.testing.assert_close(found[0], found[1])
