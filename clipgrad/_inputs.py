@@ -84,6 +84,8 @@ class Inputs:
     """Everything among the batch and the further arguments that is no tensor."""
     structure: tuple[Any, ...]
     """How parameters, batch and further arguments are nested."""
+    batch_paths: Callable[[], list[str]]
+    """Where each leaf of the batch stands in it, for a message."""
 
     def rows(self, index: slice) -> list[Any]:
         whole = index.start == 0 and index.stop == self.batch_size
@@ -117,7 +119,11 @@ class Inputs:
         names, params = _parameter_names(parameters), parameters.leaves
         samples = _flat(tuple(args[i] for i in batch_argnums))
         batch = [leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in samples.leaves]
-        size = _validate.batch_size(batch, lambda: list(map(keystr, samples.paths())))
+
+        def batch_paths() -> list[str]:
+            return list(map(keystr, samples.paths()))
+
+        size = _validate.batch_size(batch, batch_paths)
         _validate.differentiable(params, batch)
         _validate.no_python_samples([args[i] for i in batch_argnums], size)
         used = {*argnums, *batch_argnums}
@@ -150,6 +156,7 @@ class Inputs:
             [leaf for leaf in others if isinstance(leaf, Tensor)],
             [leaf for leaf in (*batch, *others) if not isinstance(leaf, Tensor)],
             (parameters.structure, samples.structure, rest.structure, argnums, batch_argnums),
+            batch_paths,
         )
 
 

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from clipgrad._generators import Generators
 from clipgrad._inputs import Inputs
-from clipgrad._microbatch import run
 from clipgrad._piece import Piece, Settings
 from clipgrad.compiled import _backend
 from clipgrad.compiled._graph import Graph, trace
 from clipgrad.compiled._observe import Observer
+from clipgrad.compiled._rehearsal import rehearse
 from clipgrad.compiled._replay import CudaRecorder, Replay, recordable
 from clipgrad.compiled._signature import describe, describe_all, difference, refuse_modes
 from clipgrad.compiled._state import State
@@ -217,10 +217,10 @@ def _trace_twice(
 ) -> tuple[Graph, State]:
     """The graph, and the state it was made from.
 
-    The eager step runs first: it refuses what it would refuse anyway, and what the loss makes at its first call
-    (caches, tables) is there before anything is written down. The second trace must give the same graph.
+    The eager step runs first, so that what the loss makes at its first call is there before anything is written down.
+    The second trace must give the same graph.
     """
-    run(inputs.loss, inputs.names, inputs.params, batch, padding, settings)
+    rehearse(inputs, batch, padding, settings)
 
     def once(observer: Observer | None) -> Graph:
         generators.restore()
