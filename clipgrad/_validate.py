@@ -170,8 +170,28 @@ def differentiable(params: Sequence[Tensor], batch: Sequence[Any]) -> None:
 def padding_mask(mask: Tensor | None, size: int) -> Tensor | None:
     if mask is None:
         return None
+    if not isinstance(mask, Tensor):
+        raise ValueError(
+            f"is_padding must be a boolean tensor of shape ({size},), got {type(mask).__name__}. Convert it with "
+            "torch.as_tensor(is_padding, dtype=torch.bool)."
+        )
     if mask.dtype is not torch.bool or mask.shape != (size,):
         raise ValueError(
             f"is_padding must be a boolean tensor of shape ({size},), got {mask.dtype} of shape {tuple(mask.shape)}."
         )
     return mask
+
+
+def accumulate_dtype(dtype: torch.dtype | None) -> torch.dtype | None:
+    if dtype is None:
+        return None
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(
+            f"accumulate_dtype must be a torch.dtype, such as torch.float32, got {dtype!r}."
+        )
+    if not dtype.is_floating_point or dtype.itemsize < 4:
+        raise ValueError(
+            f"accumulate_dtype must be a floating-point dtype of at least 32 bits, got {dtype}: rounded to "
+            "less, a sum moves by more than one sample may."
+        )
+    return dtype

@@ -111,9 +111,14 @@ class PrivacyPlan:
         """The plan with the least noise that stays within ``target_epsilon``; the other arguments are the plan's.
 
         Raises:
-            ValueError: If no noise meets the target.
+            ValueError: If no noise meets the target, or all noise does.
             ImportError: If ``dp-accounting`` is not installed.
         """
+        if target_epsilon == math.inf:
+            raise ValueError(
+                "target_epsilon must be finite, got inf, which promises nothing. For a run without noise make "
+                "PrivacyPlan(noise_multiplier=0.0, ...)."
+            )
         plan = cls(
             num_samples=num_samples,
             expected_batch_size=expected_batch_size,

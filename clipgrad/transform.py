@@ -464,13 +464,6 @@ def clipped_grad(
             nan_safe=nan_safe,
             compile=compile,
         )
-    if accumulate_dtype is not None and (
-        not accumulate_dtype.is_floating_point or accumulate_dtype.itemsize < 4
-    ):
-        raise ValueError(
-            f"accumulate_dtype must be a floating-point dtype of at least 32 bits, got {accumulate_dtype}: rounded to "
-            "less, a sum moves by more than one sample may."
-        )
     if memory_budget is not None and not _validate.number("memory_budget", memory_budget) >= 0:
         raise ValueError(
             f"memory_budget must be a non-negative number of bytes, got {memory_budget!r}."
@@ -487,7 +480,7 @@ def clipped_grad(
         normalize_by=_validate.positive("normalize_by", normalize_by),
         rescale_to_unit_norm=rescale_to_unit_norm,
         pre_clipping_transform=pre_clipping_transform,
-        accumulate_dtype=accumulate_dtype,
+        accumulate_dtype=_validate.accumulate_dtype(accumulate_dtype),
         microbatch_size=_validate.positive_int_or_none("microbatch_size", microbatch_size),
         nan_safe=_validate.flag("nan_safe", nan_safe),
         randomness=_validate.one_of("randomness", randomness, RANDOMNESS),

@@ -66,6 +66,14 @@ def test_the_least_noise_for_an_epsilon(accountant: str) -> None:
     assert found.with_noise(0.999 * found.noise_at(0)).epsilon() > 1.5
 
 
+def test_an_epsilon_that_promises_nothing_is_no_plan() -> None:
+    wanted = {name: RUN[name] for name in ("num_samples", "expected_batch_size", "steps", "delta")}
+    with pytest.raises(ValueError, match=r"must be finite, got inf.*noise_multiplier=0\.0"):
+        PrivacyPlan.for_epsilon(float("inf"), **wanted)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"target_epsilon must be at least 0, got -1\.0\."):
+        PrivacyPlan.for_epsilon(-1.0, **wanted)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
     ("changes", "sampling"),
     [

@@ -188,9 +188,11 @@ def test_lists_of_constants_are_allowed() -> None:
         ),
         (torch.zeros(4, dtype=torch.bool), r"of shape \(4,\)"),
         (torch.zeros(5, 1, dtype=torch.bool), r"of shape \(5, 1\)"),
+        ([False] * 5, r"of shape \(5,\), got list\. Convert it with torch\.as_tensor"),
+        (np.zeros(5, dtype=bool), r"got ndarray\. Convert it"),
     ],
 )
-def test_padding_masks(mask: Tensor, message: str) -> None:
+def test_padding_masks(mask: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         private(mlp()).backward(data(), is_padding=mask)
 

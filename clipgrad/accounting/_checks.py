@@ -16,7 +16,8 @@ def at_least_0(name: str, value: object, *, infinity: bool = False) -> float:
         raise TypeError(f"{name} must be a real number, got {value!r}.")
     number = float(value)
     if not (number >= 0.0 and (infinity or math.isfinite(number))):
-        raise ValueError(f"{name} must be at least 0 and finite, got {number}.")
+        allowed = "at least 0" if infinity else "at least 0 and finite"
+        raise ValueError(f"{name} must be {allowed}, got {number}.")
     return number
 
 

@@ -266,6 +266,7 @@ def test_masks_that_are_none(params: Params, batch: Any, mask: Tensor) -> None:
         ({"normalize_by": 0}, "normalize_by must be a positive finite number, got 0"),
         ({"normalize_by": math.inf}, "normalize_by must be a positive finite number"),
         ({"accumulate_dtype": torch.int32}, "accumulate_dtype must be a floating-point dtype"),
+        ({"accumulate_dtype": "float32"}, r"a torch\.dtype, such as torch\.float32, got 'float32'"),
         ({"accumulate_dtype": torch.bfloat16}, "of at least 32 bits, got torch.bfloat16"),
         ({"randomness": "no"}, "randomness must be one of 'different', 'same', 'error', got 'no'"),
         (
