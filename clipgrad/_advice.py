@@ -60,9 +60,10 @@ _ADVICE = (
             "doesn't match the broadcast shape",
             "on out= or view ops",
         ),
-        "the loss writes a per-sample value in place into a tensor that all samples share (a buffer, such as "
-        "running statistics, or a tensor made outside). Use the out-of-place form, compute the "
-        "value outside the loss, or put the layer in eval mode.",
+        "the loss writes a per-sample value in place into a tensor that all samples share: one that it makes with "
+        "torch.zeros(...) or the like (x.new_zeros(...) and torch.zeros_like(x) make one for each sample), a buffer "
+        "such as running statistics, or a tensor made outside. Use the out-of-place form, compute the value outside "
+        "the loss, or put the layer in eval mode.",
     ),
     _Advice(
         ("randomness error mode", "randomness mode", "randomness='error'"),

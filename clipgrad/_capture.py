@@ -130,7 +130,9 @@ class Capture(TorchFunctionMode):
                 return result
         if tracked and writes_to_first(func) and id(args[0]) in self.table:
             # Some would go through and be noticed only afterwards, with the parameter changed.
-            raise NotPerSampleError(written_message(self.table[id(args[0])].name))
+            entry = self.table[id(args[0])]
+            message = written_expression_message if entry.derived else written_message
+            raise NotPerSampleError(message(entry.name))
         result = CORRECTIONS.get(func, func)(*args, **kwargs)
         if tracked and torch.is_grad_enabled() and tensors_in(result):
             for entry in tracked:
@@ -245,6 +247,13 @@ def written_message(name: str) -> str:
     return (
         f"the loss wrote to parameter {name!r} in place. Change parameters outside the loss, after "
         "optimizer.step(), or compute the changed value out of place: torch.clamp(weight, ...)."
+    )
+
+
+def written_expression_message(name: str) -> str:
+    return (
+        f"the loss wrote in place to {name}, which is computed from parameters alone, so that all samples share it. "
+        "Use the out-of-place form: w = w * mask, torch.where(mask, w, 0.0), or torch.cat for a part of w."
     )
 
 

@@ -16,7 +16,7 @@ from torch.nn.utils.parametrize import cached
 from torch.utils.checkpoint import checkpoint
 
 from clipgrad import EscapedParameterError, NotPerSampleError, clipped_grad
-from tests.dp_tools import data, mlp, picture, private, squared, values
+from tests.dp_tools import clipped, data, mlp, picture, private, squared, trained, values
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:There is a performance drop"),
@@ -36,6 +36,18 @@ class _OldStyle(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         return grad
+
+
+def _fixed_zeros(m: nn.Module, x: Tensor) -> Tensor:
+    out = torch.zeros(x.shape[0], 3, dtype=x.dtype)
+    out[:, :2] = m(x)
+    return out.square().sum()
+
+
+def _written_clone(m: nn.Sequential, x: Tensor) -> Tensor:
+    weight = m[0].weight.clone()
+    weight[0] = 0
+    return F.linear(x, weight).square().sum()
 
 
 def _while(m: nn.Module, x: Tensor) -> Tensor:
@@ -155,6 +167,8 @@ LOSSES: dict[str, tuple[Loss, str]] = {
     "= .data": (_written(lambda w: setattr(w, "data", 2 * w.detach())), r"\.data"),
     "outside tensor": (lambda m, x: (STATE.add_(x[0]), squared(m, x))[1], SHARED),
     "outside element": (lambda m, x: (STATE.index_fill_(0, x[0].long(), 1.0), 0)[1], SHARED),
+    "zeros of the loss": (_fixed_zeros, r"torch\.zeros\(\.\.\.\).*x\.new_zeros.*torch\.zeros_like\(x\)"),
+    "clone of a parameter": (_written_clone, r"in place to Tensor\.clone\(0\.weight\), which is computed.*w \* mask"),
     "out=": (lambda m, x: m(torch.mul(x, 2, out=STATE[None])).sum(), SHARED),
     "input changed": (_changed_input, r"input of linear was changed.*out-of-place form"),
     "value changed": (_changed_intermediate, r"changes in place.*PyTorch refuses.*x = x \* 2"),
@@ -210,6 +224,22 @@ def test_parameters_by_another_road(road: str) -> None:
     with pytest.raises(EscapedParameterError, match=r"escape clipping.*register it") as caught:
         private(model, roads[road]).backward(data())
     assert road == "view made early" or "'0." in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "zeros", [lambda x: x.new_zeros(x.shape[0], 2), lambda x: torch.zeros_like(x[:, :2])]
+)
+def test_zeros_of_each_sample_may_be_written_to(zeros: Callable[[Tensor], Tensor]) -> None:
+    def loss(m: nn.Module, x: Tensor) -> Tensor:
+        out = zeros(x)
+        out[:, :1] = m(x)[:, :1]
+        return out.square().sum()
+
+    model = mlp()
+    private(model, loss).backward(data())
+    expected = clipped(model, data(), loss=lambda m, x: m(x)[:, :1].square().sum())[0]
+    for name, parameter in trained(model).items():
+        torch.testing.assert_close(parameter.grad, expected[name])
 
 
 def test_randomness_error() -> None:
