@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import inspect
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from clipgrad.errors import NotPerSampleError
 
@@ -129,18 +130,55 @@ _ADVICE = (
 )
 
 
+_ABOUT_SIZES = ("size", "shape", "dimension")
+_ONE_SAMPLE = (
+    "clipgrad: the loss sees one sample at a time, as a batch of one (with keep_batch_dim=False, without a batch "
+    "axis), so it must work for a batch of any size: x.view(x.shape[0], -1), not x.view(8, -1). Shapes in the message "
+    "may have all samples as one more axis."
+)
+
+
 @contextmanager
 def explained() -> Iterator[None]:
-    """Turn PyTorch's refusals into ``NotPerSampleError`` with a remedy; other errors pass."""
+    """Turn PyTorch's refusals into ``NotPerSampleError`` with a remedy; other errors pass.
+
+    One about sizes gets a note: what works for the whole batch may not for one sample.
+    """
     try:
         yield
     except NotPerSampleError:
         raise
-    except (RuntimeError, ValueError) as error:
-        advice = _advice(str(error))
-        if advice is None:
-            raise
-        raise NotPerSampleError(advice) from error
+    except (RuntimeError, ValueError, IndexError) as error:
+        message = str(error)
+        advice = _advice(message)
+        if advice is not None and not isinstance(error, IndexError):
+            raise NotPerSampleError(advice) from error
+        if any(word in message.lower() for word in _ABOUT_SIZES):
+            error.add_note(_ONE_SAMPLE)
+        raise
+
+
+def note_arguments(
+    error: TypeError, loss: Callable[..., Any], arguments: Sequence[Any], call: str
+) -> None:
+    """Add to an error of a loss that does not take its arguments how it is called.
+
+    Args:
+        error: What calling it raised.
+        loss: The loss.
+        arguments: What it was called with.
+        call: How a batch in several parts is passed: ``"backward(*batch)"``.
+    """
+    try:
+        inspect.signature(loss).bind(*arguments)
+    except TypeError:
+        given = [type(argument).__name__ for argument in arguments]
+        note = f"clipgrad: the loss was called with {len(given)} arguments ({', '.join(given)})"
+        if isinstance(arguments[-1], tuple | list):
+            note += f", the last of which is a whole batch; pass its parts one by one: {call}"
+        error.add_note(f"{note}.")
+    except ValueError:  # it tells no signature
+        pass
 
 
 def _advice(message: str) -> str | None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import keystr, tree_flatten, tree_flatten_with_path, tree_unflatten
 
 from clipgrad import _validate
+from clipgrad._advice import note_arguments
 
 
 def take(batch: Sequence[Any], index: slice | Tensor) -> list[Any]:
@@ -143,7 +144,11 @@ class Inputs:
                 full[position] = value
             for position, value in zip(batch_argnums, samples.restore(sample), strict=True):
                 full[position] = value
-            return fn(*full)
+            try:
+                return fn(*full)
+            except TypeError as error:
+                note_arguments(error, fn, full, "gradient(params, *batch)")
+                raise
 
         return cls(
             names,

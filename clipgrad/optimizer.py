@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from clipgrad import _validate
 from clipgrad._account import account_of
+from clipgrad._advice import note_arguments
 from clipgrad._facade import OptimizerFacade
 from clipgrad._grid import exact_sigma
 from clipgrad._mechanism import check_fits, check_possible, mechanism, noise_source
@@ -208,9 +209,13 @@ class DPOptimizer(OptimizerFacade):
         survey = self._look_again()
         names, parameters = survey.names, survey.parameters
         self._pending.before_backward(names, parameters)
-        result, lent = self._present().lending(
-            dict(survey.selection), *batch, is_padding=is_padding
-        )
+        try:
+            result, lent = self._present().lending(
+                dict(survey.selection), *batch, is_padding=is_padding
+            )
+        except TypeError as error:
+            note_arguments(error, self.loss_fn, (self.model, *batch), "backward(*batch)")
+            raise
         sums = [result.grads[name] for name in names]
         self._pending.add(parameters, sums, self._progress.observed(result), lent=lent)
         self._last = replace(result, grads=None)  # else the sums would live until the next call
@@ -371,7 +376,11 @@ class DPOptimizer(OptimizerFacade):
         """Tell how each parameter's per-sample gradient is found for such a batch; changes nothing."""
         check_batch(batch)
         survey = self._look_again()
-        return self._present().explain(dict(survey.selection), *batch)
+        try:
+            return self._present().explain(dict(survey.selection), *batch)
+        except TypeError as error:
+            note_arguments(error, self.loss_fn, (self.model, *batch), "explain(*batch)")
+            raise
 
     # ------------------------------------------------------------------ torch.optim.Optimizer
 
