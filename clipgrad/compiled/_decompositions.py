@@ -7,8 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._decomp import get_decompositions
 
 from clipgrad.compiled._shape import is_channels_last
+from clipgrad.rules._waiting import after
 
 
 def _format(gradient: Tensor) -> torch.memory_format:
@@ -126,7 +128,30 @@ def _input_gradient(
     return found, None, None
 
 
+def _slope_later(operation: Any) -> Callable[..., Any]:
+    """The compiler's own decomposition of an activation's backward pass, begun when the gradient is there.
+
+    On the CPU the compiler holds a sigmoid or an exponential that is read twice, from the forward pass on.
+    """
+    (decomposed,) = get_decompositions([operation]).values()
+
+    def backward(gradient: Tensor, input: Tensor, *arguments: Any, **options: Any) -> Any:
+        if input.device.type != "cpu":
+            return NotImplemented
+        return decomposed(gradient, after(gradient, input), *arguments, **options)
+
+    return backward
+
+
+_ACTIVATIONS = (
+    torch.ops.aten.gelu_backward.default,
+    torch.ops.aten.mish_backward.default,
+    torch.ops.aten.silu_backward.default,
+    torch.ops.aten.softplus_backward.default,
+)
+
 TABLE: dict[Any, Callable[..., Any]] = {
+    **{operation: _slope_later(operation) for operation in _ACTIVATIONS},
     torch.ops.aten.addmm.default: _product_with_bias,
     torch.ops.aten.convolution_backward.default: _input_gradient,
     torch.ops.aten.max_pool2d_with_indices_backward.default: _pool_backward,

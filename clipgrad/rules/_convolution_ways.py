@@ -21,6 +21,7 @@ from clipgrad.rules._canonical import OneHot, Outer
 from clipgrad.rules._geometry import Geometry
 from clipgrad.rules._tensor_cores import convolution_product, window_products
 from clipgrad.rules._unfolding import roles, rows_and_patches, samples_at_once, unfold
+from clipgrad.rules._waiting import after
 
 # On CUDA a product is shared out in blocks of its result. Positions are cut until there are this many, as long as parts
 # of so many positions are left.
@@ -154,7 +155,7 @@ def by_groups(gradient: Tensor, input: Tensor, shape: torch.Size, geometry: Geom
     """
     whole = gradient.device.type == "cpu" and get_proxy_mode() is not None
     found: Tensor = (_operation if whole else _grouped)(
-        gradient, input, shape, geometry.stride, geometry.padding, geometry.dilation, geometry.groups,
+        gradient, after(gradient, input), shape, geometry.stride, geometry.padding, geometry.dilation, geometry.groups,
         geometry.transposed, geometry.output_padding,
     )  # fmt: skip
     return found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import ceil
+from math import ceil, prod
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from clipgrad.rules._canonical import Outer
 from clipgrad.rules._geometry import Geometry
+from clipgrad.rules._waiting import after
 
 # Patches of more elements than this are not built at once: 512 MiB of float32, or 8 where that is as fast.
 _AT_ONCE = {"cuda": 1 << 27, "cpu": 1 << 21}
@@ -24,6 +25,8 @@ def rows_and_patches(
     """Rows meet patches: ``left`` is one row vector per position, ``right`` the patch it saw."""
     groups, axes = geometry.groups, len(geometry.stride)
     rows, image = roles(gradient, input, geometry)
+    if prod(shape[2:]) > 1:  # else patches are a view of the image
+        image = after(gradient, image)
     samples, channels = rows.shape[:2]
     left = rows.reshape(samples * groups, channels // groups, -1).transpose(1, 2)
     patches = unfold(image, shape[-axes:], rows.shape[2:], geometry)
