@@ -14,6 +14,8 @@ import sys
 _LIMIT = 2**30
 _NAMES = {"MALLOC_MMAP_THRESHOLD_": -3, "MALLOC_TRIM_THRESHOLD_": -1}
 """The environment variables of glibc, and the numbers that ``mallopt`` has for them."""
+_MAPPED = 2**16
+"""Blocks of this many bytes are mappings of their own where peak memory is measured."""
 _ours: set[str] = set()
 
 
@@ -33,9 +35,13 @@ def keep_freed_memory() -> None:
         mallopt(number, _LIMIT)
 
 
-def environment_without() -> dict[str, str]:
-    """The environment of a process that hands freed memory back, as it would have without ``keep_freed_memory``.
+def environment_of_mappings() -> dict[str, str]:
+    """The environment of a process in which every larger block is a mapping of its own, gone when it is freed.
 
-    Peak memory is measured so: kept memory has gaps, which are no need of the mode's.
+    Peak memory is measured so: it is then what the mode holds, the same from run to run. Kept memory has gaps, and so
+    has what glibc does by default: it raises the threshold with every mapping that is freed, up to 32 MiB.
     """
-    return {name: value for name, value in os.environ.items() if name not in _ours}
+    environment = {name: value for name, value in os.environ.items() if name not in _ours}
+    if not any(name.startswith("MALLOC_") for name in environment):
+        environment["MALLOC_MMAP_THRESHOLD_"] = str(_MAPPED)
+    return environment

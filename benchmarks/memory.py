@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.allocator import environment_without
+from benchmarks.allocator import environment_of_mappings
 from benchmarks.modes import modes
 from benchmarks.step import Setting, Step, close
 from benchmarks.workloads import WORKLOADS
@@ -57,7 +57,7 @@ class MemoryServer:
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             text=True,
-            env=environment_without(),
+            env=environment_of_mappings(),
         )
 
     def __enter__(self) -> MemoryServer:
