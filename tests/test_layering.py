@@ -50,6 +50,10 @@ FORBIDDEN = {
     "compiled._observe": MACHINERY | {"optimizer"},
     "compiled._state": MACHINERY | {"optimizer"},
     "compiled._walk": MACHINERY | {"optimizer"},
+    "compiled._elsewhere": MACHINERY | {"optimizer", "compiled._walk"},
+    "compiled._objects": MACHINERY | {"optimizer", "compiled._walk", "compiled._elsewhere"},
+    "compiled._places": MACHINERY
+    | {"optimizer", "compiled._walk", "compiled._elsewhere", "compiled._objects"},
     "compiled._backend": MACHINERY | {"optimizer"},
     "_microbatch": {"optimizer", "transform", "compiled"},
     "_plan": ABOVE,

@@ -3,7 +3,10 @@
 =================  ===============================================================================
 ``_graph``         traces the eager step to a graph of plain operations; nothing is left out of it
 ``_observe``       which Python functions ran while it was traced
-``_walk``          writes down what those functions can read
+``_walk``          writes down what those functions can read: values of every kind
+``_objects``       attributes of objects, classes and modules, those that they lack included
+``_elsewhere``     caches, references, registries, levels of loggers, the environment
+``_places``        one place at a time
 ``_state``         what was written down, and whether it is still the same
 ``_signature``     everything else that decides what a graph looks like
 ``_shape``         one fixed number of rows for batches of every size

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import dis
 import gc
 import os
 import sys
 import sysconfig
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
-from types import CodeType, FrameType, FunctionType
+from types import CodeType, FrameType, FunctionType, ModuleType
 from typing import Any, TypeVar
 
 import numpy as np
@@ -62,12 +63,34 @@ def kind_of_path(path: str) -> Kind:
     return Kind.LIBRARY if standard or path.startswith((_HERE, _NUMPY)) else Kind.USER
 
 
-def _kind(code: CodeType) -> Kind:
-    return Kind.USER if code in _observed else kind_of_path(code.co_filename)
+def kind_of_module(name: str) -> Kind:
+    """Whose a module is. One that came from no file was typed in (a notebook) or made by hand."""
+    module = sys.modules.get(name)
+    path = getattr(module, "__file__", None)
+    if path is not None:
+        return kind_of_path(path)
+    origin = getattr(getattr(module, "__spec__", None), "origin", None)
+    inside = name in sys.builtin_module_names or origin in ("built-in", "frozen")
+    return Kind.LIBRARY if inside else Kind.USER
+
+
+def kind_of_code(code: CodeType, variables: Mapping[str, Any]) -> Kind:
+    """Whose code is that sees these global variables."""
+    if code in _observed:
+        return Kind.USER
+    if code.co_filename.startswith("<") and not code.co_filename.startswith("<frozen"):
+        return kind_of_module(
+            str(variables.get("__name__"))
+        )  # generated, such as a dataclass's __init__
+    return kind_of_path(code.co_filename)
 
 
 # Ways to read an attribute whose name does not stand in the code.
-_BY_ANY_NAME = {"getattr", "vars", "__dict__", "eval", "exec", "globals", "attrgetter", "hasattr"}
+_BY_ANY_NAME = {
+    "getattr", "vars", "__dict__", "eval", "exec", "globals", "attrgetter", "hasattr", "__globals__",
+}  # fmt: skip
+_OF_MODULES = {"modules", "import_module", "__import__"}
+_IMPORT = dis.opmap["IMPORT_NAME"]
 
 
 @dataclass
@@ -77,11 +100,15 @@ class Seen:
     Attributes:
         codes: Code of users, with the global variables of its module.
         names: Every name of a global or an attribute that any of the code mentions.
+        own: Those that code of users mentions.
+        opened: The function of a user that opened a file.
         objects: What functions received that has attributes, by id; ``True`` if any of them may have been read.
     """
 
     codes: dict[CodeType, dict[str, Any]] = field(default_factory=dict)
     names: set[str] = field(default_factory=set)
+    own: set[str] = field(default_factory=set)
+    opened: str | None = None
     objects: dict[int, tuple[Any, bool]] = field(default_factory=dict)
 
     def forget_temporaries(self) -> None:
@@ -137,14 +164,17 @@ class Observer:
                 self._inside = None
             return
         if event != "call":
+            if argument is open and self._kinds.get(frame.f_code) is Kind.USER:
+                self.seen.opened = frame.f_code.co_qualname
             return
         code = frame.f_code
         kind = self._kinds.get(code)
         if kind is None:
-            kind = self._kinds[code] = _kind(code)
+            kind = self._kinds[code] = kind_of_code(code, frame.f_globals)
             if kind is not Kind.LIBRARY:
-                self.seen.names.update(_names(code))
+                self.seen.names.update(names_in(code))
             if kind is Kind.USER:
+                self.seen.own.update(names_in(code))
                 self.seen.codes[code] = frame.f_globals
         if kind is Kind.LIBRARY:
             return
@@ -153,14 +183,14 @@ class Observer:
                 self._inside = frame
             if code.co_varnames[:1] != ("self",):
                 return
-        anything = not _BY_ANY_NAME.isdisjoint(code.co_names) and kind is Kind.USER
+        anything = kind is Kind.USER and by_any_name(code)
         for name, value in frame.f_locals.items():
             if kind is Kind.TORCH and not (name == "self" and isinstance(value, nn.Module)):
                 continue
             self._receive(value, anything)
 
     def _receive(self, value: Any, anything: bool) -> None:
-        if isinstance(value, torch.Tensor | str | int | float | type | FunctionType):
+        if isinstance(value, torch.Tensor) or type(value) in (str, int, float, bool, type(None)):
             return
         _, before = self.seen.objects.get(id(value), (None, False))
         self.seen.objects[id(value)] = (value, anything or before)  # alive until the trace is over
@@ -174,12 +204,38 @@ def _can_be_weak(value: Any) -> bool:
     return True
 
 
-def _names(code: CodeType) -> set[str]:
+def by_any_name(code: CodeType) -> bool:
+    """Whether the code may read attributes by names that do not stand in it."""
+    return not _BY_ANY_NAME.isdisjoint(code.co_names)
+
+
+def names_in(code: CodeType) -> set[str]:
     """Names that the code, or code nested in it, may look up."""
     names = set(code.co_names)
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
-            names |= _names(constant)
+            names |= names_in(constant)
         elif isinstance(constant, str) and constant.isidentifier():
             names.add(constant)  # getattr(self, "name"), self.__dict__["name"]
     return names
+
+
+def globals_in(code: CodeType) -> set[str]:
+    """Names that the code may look up among its global variables."""
+    return names_in(code) if by_any_name(code) else set(code.co_names)
+
+
+def imported_by(code: CodeType, variables: Mapping[str, Any]) -> Iterator[ModuleType]:
+    """Modules that the code imports while it runs: they need not be among the global variables."""
+    names: set[str] = set()
+    if not _OF_MODULES.isdisjoint(code.co_names):
+        names |= {text for text in code.co_consts if isinstance(text, str)}
+    if _IMPORT in code.co_code[::2]:
+        names |= {i.argval for i in dis.get_instructions(code) if i.opname == "IMPORT_NAME"}
+    parents = str(variables.get("__package__") or "").split(".")
+    prefixes = ["", *(".".join(parents[: n + 1]) + "." for n in range(len(parents)) if parents[0])]
+    for name in sorted(names):
+        for prefix in prefixes:  # a relative import does not say how far up it starts
+            module = sys.modules.get((prefix + name).rstrip("."))
+            if isinstance(module, ModuleType):
+                yield module

@@ -2,8 +2,9 @@
 
 A graph bakes in every number, flag and branch that the loss took from Python. After a trace, everything that the
 functions seen could read is written down place by place: attributes they name, global variables, closure cells,
-defaults, the contents of lists and dictionaries. Comparing the places is one dictionary look-up each. What changes
-without leaving a trace in such a place (an iterator, a large array, an object of an unknown extension) is refused.
+defaults, the contents of lists and dictionaries, and the names that were looked for and not there. Comparing the places
+is one dictionary look-up each. What changes without leaving a trace in such a place (an iterator, a large array, an
+object of an unknown extension) is refused.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import contextvars
 import enum
 import types
+import weakref
 from collections.abc import Collection, Mapping, Sequence
 from itertools import chain, repeat
 from operator import attrgetter, is_
@@ -32,14 +34,16 @@ def same(now: Any, was: Any) -> bool:
     """Whether a value is what it was: plain values by value, containers by contents, everything else by identity."""
     if now is was:
         return True
-    if type(now) is not type(was):
+    if type(now) is not type(was) or hasattr(
+        was, "__dict__"
+    ):  # equal, but with attributes of its own
         return False
     if isinstance(was, PLAIN):
         return bool(now == was) or bool(now != now and was != was)
     if isinstance(was, tuple | list):
         return len(now) == len(was) and all(map(same, now, was))
     if type(was) is dict:
-        return now.keys() == was.keys() and all(same(now[key], was[key]) for key in was)
+        return list(now) == list(was) and all(same(now[key], was[key]) for key in was)
     return False
 
 
@@ -60,6 +64,7 @@ class _Columns:
         self._list_lengths = [len(was) for _, _, was, _ in entries]
         self._entries = [value for _, _, was, _ in entries for value in was]
         self._cells, self._contents = _columns(state.cells, 2)
+        self._lacking, self._absent = _columns(state.absent, 2)
 
     def identical(self) -> bool:
         """Whether every place holds the very object that was found in it."""
@@ -77,6 +82,7 @@ class _Columns:
             and len(entries) == len(self._entries)
             and all(map(is_, entries, self._entries))
             and all(map(is_, contents_now, self._contents))
+            and all(map(frozenset.isdisjoint, self._absent, self._lacking))
         )
 
 
@@ -95,6 +101,7 @@ class State:
         lengths: Containers and how many entries they had.
         attributes: What else is read by name: slots, class attributes, contents of lists.
         cells: Variables of closures.
+        absent: Dictionaries that some code may have asked for names that they do not have.
         arrays: Small NumPy arrays with a copy.
     """
 
@@ -103,12 +110,14 @@ class State:
         self.lengths: list[tuple[Any, int, str]] = []
         self.attributes: list[tuple[Any, str, Any, str]] = []
         self.cells: list[tuple[types.CellType, Any, str]] = []
+        self.absent: list[tuple[dict[str, Any], frozenset[str], str]] = []
         self.arrays: list[tuple[Any, Any, str]] = []
         self._columns: _Columns | None = None
         """Made by the first ``change``; from then on places may only be left out, by ``forget_results``."""
 
     def __len__(self) -> int:
-        return len(self.items) + len(self.lengths) + len(self.attributes) + len(self.cells)
+        named = len(self.items) + len(self.attributes) + len(self.cells)
+        return named + len(self.lengths) + len(self.absent)
 
     def forget_results(self, read: Sequence[Tensor]) -> None:
         """Leave out attributes in which each run puts a tensor of its own, unless another run reads it.
@@ -153,6 +162,9 @@ class State:
             now = contents(cell)
             if not same(now, was):
                 return f"{path} ({_told(was)} -> {_told(now)})"
+        for variables, names, path in self.absent:
+            for name in sorted(names & variables.keys()):
+                return f"{path}{name} (absent -> {_told(variables[name])})"
         return self._array_change()
 
     def _array_change(self) -> str | None:
@@ -163,7 +175,7 @@ class State:
 
 
 class AsTuple:
-    """The entries of a list or set, readable as an attribute."""
+    """The entries of a list or set, or the keys of a dictionary in their order, readable as an attribute."""
 
     def __init__(self, value: Collection[Any]) -> None:
         self.value = value
@@ -182,6 +194,29 @@ class Entry:
     @property
     def value(self) -> Any:
         return self._mapping.get(self._key, MISSING)
+
+
+class Referent:
+    """What a weak reference refers to, readable as an attribute."""
+
+    def __init__(self, reference: weakref.ref[Any]) -> None:
+        self._reference = reference
+
+    @property
+    def value(self) -> Any:
+        return self._reference()
+
+
+class Evicted:
+    """How many entries a bounded cache has given up to others, readable as an attribute."""
+
+    def __init__(self, function: Any) -> None:
+        self._function = function
+
+    @property
+    def value(self) -> int:
+        info = self._function.cache_info()
+        return int(info.misses - info.currsize)
 
 
 class Current:

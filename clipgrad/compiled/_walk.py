@@ -2,46 +2,49 @@
 
 from __future__ import annotations
 
+import builtins
 import contextvars
 import functools
 import logging
+import pathlib
 import re
 import sys
 import threading
 import types
 import weakref
-from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections import defaultdict, deque, namedtuple
+from collections.abc import Mapping
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from clipgrad.compiled._observe import Kind, Seen, kind_of_path
-from clipgrad.compiled._state import MISSING, PLAIN, AsTuple, Current, Entry, State, contents, get
+from clipgrad.compiled._elsewhere import Elsewhere
+from clipgrad.compiled._observe import (
+    Kind,
+    Seen,
+    by_any_name,
+    globals_in,
+    imported_by,
+    kind_of_module,
+)  # fmt: skip
+from clipgrad.compiled._places import unseen
+from clipgrad.compiled._state import MISSING, PLAIN, Current, State, contents
 from clipgrad.errors import CompileError
 
-# Functions without state of their own, and things that say nothing about a result.
+# Functions without state of their own, values that never change, and things that say nothing about a result.
 _HARMLESS = (
     types.BuiltinFunctionType, types.MethodDescriptorType, types.WrapperDescriptorType, types.GetSetDescriptorType,
     types.MemberDescriptorType, types.MethodWrapperType, types.ClassMethodDescriptorType, types.CodeType,
     types.GenericAlias, types.UnionType, type(torch.ops.aten), type(torch.ops), type(torch.ops.aten.add),
     type(torch.ops.aten.add.Tensor), property, classmethod, staticmethod, functools.cached_property, re.Pattern,
-    logging.Logger, logging.Handler, type(functools.lru_cache(len)), weakref.ReferenceType, type(threading.Lock()),
-    type(threading.RLock()),
+    logging.Handler, type(threading.Lock()), type(threading.RLock()), pathlib.PurePath, Fraction,
+    type(vars(namedtuple("_Named", "field"))["field"]),
 )  # fmt: skip
-_MANY = 50_000
+_BUILTIN = (dict, list, tuple, set, frozenset, deque, types.MappingProxyType)
 _SMALL_ARRAY = 64
-_HOOKS = (
-    "_forward_hooks",
-    "_forward_pre_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_pre_hooks_with_kwargs",
-)
-# Lists that recurrent layers keep of their own parameters, which are written down already.
-_FLAT = ("_flat_weights", "_flat_weight_refs")
-_MODULE = ("_parameters", "_buffers", "_modules", *_HOOKS)
 
 
 def write_down(seen: Seen, roots: Mapping[str, Any]) -> State:
@@ -54,171 +57,133 @@ def write_down(seen: Seen, roots: Mapping[str, Any]) -> State:
     Raises:
         CompileError: If something could change without being noticed.
     """
+    if seen.opened is not None:
+        raise CompileError(
+            f"the loss opens a file while it runs (in {seen.opened}). A compiled step would go on with what stood "
+            "there at the first batch. Read it before, and pass what the loss needs of it, or leave compile out."
+        )
     state = State()
     _Walk(state, seen).all(roots)
     return state
 
 
-class _Walk:
+class _Walk(Elsewhere):
     """One walk through everything that the functions seen could reach."""
-
-    def __init__(self, state: State, seen: Seen) -> None:
-        self._state = state
-        self._seen = seen
-        self._visited: dict[int, Any] = {}
 
     def all(self, roots: Mapping[str, Any]) -> None:
         for name, root in roots.items():
             self.visit(root, name)
-        for code, variables in self._seen.codes.items():
-            for name in code.co_names:
-                if name in variables:
-                    self.item(variables, name, f"the global variable {name}")
+        self.globals()
         for function in self._seen.functions():
             self.function(function)
         for value, anything in list(self._seen.objects.values()):
             self.visit(value, type(value).__name__, anything)
         for name in ("_global_forward_hooks", "_global_forward_pre_hooks"):
             self.mapping(getattr(nn.modules.module, name), f"torch.nn.modules.module.{name}")
+        self.settings()
 
-    def item(self, mapping: Mapping[Any, Any], key: Any, path: str) -> None:
-        if not isinstance(mapping, dict):  # a read-only view of one, such as a class has
-            value = mapping.get(key, MISSING)
-            self._state.attributes.append((Entry(mapping, key), "value", value, path))
-        else:
-            value = get(mapping, key, MISSING)
-            self._state.items.append((mapping, key, value, path))
-        if len(self._state.items) > _MANY:
-            raise CompileError(
-                f"the loss reaches more than {_MANY} Python values, the last of them {path}: too many to compare at "
-                "each step. Keep large tables in tensors, and the data set out of the loss's reach."
+    def globals(self) -> None:
+        """Global variables that code mentions, those that would hide a builtin, and modules that it imports."""
+        spaces: dict[int, tuple[dict[str, Any], set[str], set[str], list[bool]]] = {}
+        for code, variables in self._seen.codes.items():
+            _, names, made_up, whole = spaces.setdefault(
+                id(variables), (variables, set(), set(), [])
             )
-        if value is not MISSING:
-            self.visit(value, path)
+            names |= globals_in(code)
+            made_up |= globals_in(code) if by_any_name(code) else set()
+            whole.append("globals" in code.co_names)
+            for module in imported_by(code, variables):
+                self.visit(module, module.__name__)
+        everywhere: set[str] = set()
+        for variables, names, made_up, whole in spaces.values():
+            if any(whole):
+                made_up = names = names | {n for n in variables if not n.startswith("__")}
+            for name in sorted(names & variables.keys()):
+                self.item(variables, name, f"the global variable {name}", name in made_up)
+            self.absent(variables, names, "the global variable ")
+            everywhere |= names - variables.keys()
+        for name in sorted(everywhere & vars(builtins).keys()):
+            self.place(vars(builtins), name, f"the builtin {name}")
+        self.absent(vars(builtins), everywhere, "the builtin ")
 
     def visit(self, value: Any, path: str, anything: bool = False) -> None:
-        """Write down what can change inside of a value."""
         if isinstance(value, (*PLAIN, Tensor, *_HARMLESS)):
+            plain = isinstance(value, PLAIN) and getattr(value, "__dict__", None) is not None
+            if not plain or id(value) in self._visited:  # a subclass may hold attributes as well
+                return
+            self._visited[id(value)] = value, anything
+            self.object(value, path, anything)
             return
-        if id(value) in self._visited and not anything:
+        if type(value) in weakref.ProxyTypes:
+            raise unseen(path, value, "Hold the object itself")
+        if id(value) not in self._visited or anything:
+            self.once(value, path, anything)
+
+    def once(self, value: Any, path: str, anything: bool) -> None:
+        """A value that was not visited yet."""
+        if self._visited.get(id(value), (None, False))[1]:
             return
-        self._visited[id(value)] = value  # an id is an identity only while its object lives
+        self._visited[id(value)] = (
+            value,
+            anything,
+        )  # an id is an identity only while its object lives
         if isinstance(value, nn.Module):
-            self.module(value, path)
-        elif isinstance(value, types.FunctionType):
-            pass  # those that ran are visited by their code
+            self.module(value, path, anything)
         elif isinstance(value, types.MethodType):
             self.visit(value.__self__, path)
+            self.visit(value.__func__, path)
         elif isinstance(value, functools.partial):
             self.visit(value.func, path)
             self.visit(value.args, path)
             self.mapping(value.keywords, path)
+            self.named(vars(value), path)
+            self.absent(vars(value), self._seen.names, f"{path}.")
         elif isinstance(value, type):
-            self.inherited(value, {}, path)
+            self.inherited(value, path, anything)
         elif isinstance(value, types.ModuleType):
-            if kind_of_path(getattr(value, "__file__", None) or "<frozen>") is Kind.USER:
-                self.named(vars(value), path)
-        elif not self.container(value, path):
+            self.namespace(value, path)
+        elif not self.elsewhere(value, path) and not self.container(value, path):
             self.object(value, path, anything)
+
+    def namespace(self, module: types.ModuleType, path: str) -> None:
+        """A module's variables; of libraries, whether what users name there is still the same."""
+        inside = vars(module)
+        if kind_of_module(module.__name__) is Kind.USER:
+            self.named(inside, path)
+            self.absent(inside, self._seen.own, f"{path}.")
+            return
+        for name in sorted(self._seen.own & inside.keys()):
+            value = self.place(inside, name, f"{path}.{name}")
+            mutable = type(value) in (list, dict, set) and value is not sys.modules
+            if mutable or isinstance(value, types.ModuleType):
+                self.visit(value, f"{path}.{name}")
 
     def container(self, value: Any, path: str) -> bool:
         if isinstance(value, dict | types.MappingProxyType):
             self.mapping(value, path)
+            if isinstance(value, defaultdict):
+                self.attribute(value, "default_factory", path)
         elif isinstance(value, list | tuple | deque):
             self.sequence(value, path)
         elif isinstance(value, set | frozenset):
-            self._state.attributes.append((AsTuple(value), "entries", tuple(value), path))
-            self.sequence(tuple(value), path)
+            self.members(value, path)
         elif isinstance(value, contextvars.ContextVar):
-            self._attribute(Current(value), "value", path)
+            self.attribute(Current(value), "value", path)
         elif isinstance(value, np.ndarray):
             if value.size > _SMALL_ARRAY or value.dtype.kind not in "biufc":
-                raise _unseen(path, value, "Make it a tensor")
+                raise unseen(path, value, "Make it a tensor")
             self._state.arrays.append((value, value.copy(), path))
         else:
             return False
-        if getattr(value, "__dict__", None):  # a subclass may hold attributes as well
-            self.object(value, path, anything=False)
+        if type(value) not in _BUILTIN and getattr(value, "__dict__", None) is not None:
+            self.object(value, path, anything=False)  # a subclass may hold attributes as well
+        elif type(value) not in _BUILTIN:
+            self.inherited(type(value), path)
         return True
-
-    def mapping(self, value: Mapping[Any, Any], path: str) -> None:
-        self._state.lengths.append((value, len(value), path))
-        for key in list(value):
-            self.item(value, key, f"{path}[{key!r}]")
-
-    def sequence(self, value: Sequence[Any], path: str) -> None:
-        if not isinstance(value, tuple):
-            self._state.lengths.append((value, len(value), path))
-            self._state.attributes.append((AsTuple(value), "entries", tuple(value), path))
-        if len(value) > _MANY:
-            raise CompileError(
-                f"the loss reaches {path}, a list of {len(value)} values: too many to compare at each step. Keep them "
-                "in a tensor, or out of the loss's reach."
-            )
-        for index, element in enumerate(value):
-            self.visit(element, f"{path}[{index}]")
-
-    def module(self, module: nn.Module, path: str) -> None:
-        variables = vars(module)
-        self.item(variables, "training", f"{path}.training")
-        for name in _MODULE:
-            table = variables.get(name)
-            if table is None:
-                continue
-            self._state.lengths.append((table, len(table), f"{path}.{name}"))
-            for key in list(table):
-                inside = f"{path}.{key}" if name not in _HOOKS else f"{path}.{name}"
-                self.item(table, key, inside)
-        self.object(module, path, anything=False, skip=(*_MODULE, *_FLAT))
-
-    def object(self, value: Any, path: str, anything: bool, skip: Iterable[str] = ()) -> None:
-        """Attributes of an instance that some code names, or all of them."""
-        kind = type(value)
-        ours = kind.__module__.partition(".")[0] == "clipgrad"
-        variables = getattr(value, "__dict__", None)
-        slots = [
-            name
-            for base in kind.__mro__
-            for name in _slots(base)
-            if name in self._seen.names and not (ours and name.startswith("_"))
-        ]
-        if variables is None and not slots:
-            if _stateless(kind):
-                return
-            raise _unseen(
-                path, value, "Take what the loss needs of it into a tensor, a number or a list"
-            )
-        self._state.attributes.append((value, "__class__", kind, f"the class of {path}"))
-        for name in slots:
-            self._attribute(value, name, f"{path}.{name}")
-        if variables is None:
-            return
-        wanted = variables.keys() if anything else self._seen.names & variables.keys()
-        for name in sorted(set(wanted) - set(skip)):
-            if not (ours and name.startswith("_")):
-                self.item(variables, name, f"{path}.{name}")
-        self.inherited(kind, variables, path)
-
-    def inherited(self, kind: type, variables: Mapping[str, Any], path: str) -> None:
-        """Class attributes that some code names: replaced methods, constants, and instances hiding them."""
-        for base in kind.__mro__:
-            if not _is_user_class(base):
-                continue
-            for name in self._seen.names & vars(base).keys():
-                if name in variables or name.startswith("__"):
-                    continue
-                self.item(vars(base), name, f"{path}.{name}")
-                if variables:
-                    self.item(
-                        variables, name, f"{path}.{name}"
-                    )  # missing now; a later one would win
-
-    def named(self, variables: Mapping[str, Any], path: str) -> None:
-        for name in sorted(self._seen.names & variables.keys()):
-            self.item(variables, name, f"{path}.{name}")
 
     def function(self, function: types.FunctionType) -> None:
         path = f"{function.__qualname__}"
+        self.visit(function, path)
         for name, cell in zip(
             function.__code__.co_freevars, function.__closure__ or (), strict=True
         ):
@@ -227,36 +192,5 @@ class _Walk:
             if value is not MISSING:
                 self.visit(value, name)
         for name in ("__defaults__", "__kwdefaults__"):
-            value = getattr(function, name)
-            if value is not None:
-                self._attribute(function, name, f"a default of {path}")
-
-    def _attribute(self, owner: Any, name: str, path: str) -> None:
-        value = getattr(owner, name, MISSING)
-        self._state.attributes.append((owner, name, value, path))
-        if value is not MISSING:
-            self.visit(value, path)
-
-
-def _slots(kind: type) -> Iterable[str]:
-    slots = vars(kind).get("__slots__", ())
-    return (slots,) if isinstance(slots, str) else slots
-
-
-def _is_user_class(kind: type) -> bool:
-    module = sys.modules.get(kind.__module__)
-    path = getattr(module, "__file__", None)
-    return path is not None and kind_of_path(path) is Kind.USER
-
-
-def _stateless(kind: type) -> bool:
-    """Whether an instance without attributes has no other state: its class is written in Python, or PyTorch's."""
-    python = any("__slots__" in vars(base) for base in kind.__mro__)
-    return python or kind.__module__.partition(".")[0] == "torch"
-
-
-def _unseen(path: str, value: Any, remedy: str) -> CompileError:
-    return CompileError(
-        f"the loss can read {path}, a {type(value).__name__}, which may change without being noticed, and a compiled "
-        f"step would go on with the old value. {remedy}, keep it out of the loss's reach, or leave compile out."
-    )
+            if getattr(function, name) is not None:
+                self.attribute(function, name, f"a default of {path}")
