@@ -444,3 +444,40 @@ def test_masks_are_shared_but_never_written_to() -> None:
         assert fitted_mask(None, 4, 4, device).tolist() == [False] * 4
     with torch.inference_mode():
         assert not fitted_mask(None, 3, 4, device).is_inference()
+
+
+class Unset:
+    later = 1.0
+
+
+def _later(place: str) -> tuple[Callable[..., Tensor], Callable[[], Any]]:
+    """A loss that finds no factor at first, and what gives it one."""
+    thing: Any = Unset() if place == "instance" else types.SimpleNamespace()
+
+    def loss(p: Params, x: Tensor, y: Tensor) -> Tensor:
+        if place == "function":
+            return mlp(p, x, y) * getattr(loss, "later", 1.0)
+        if place == "code":
+            return mlp(p, x, y) * one()
+        return mlp(p, x, y) * (thing.later if place == "instance" else getattr(thing, "later", 1.0))
+
+    def one() -> float:
+        return 1.0
+
+    return loss, {
+        "instance": lambda: setattr(thing, "later", 3.0),
+        "namespace": lambda: setattr(thing, "later", 3.0),
+        "function": lambda: setattr(loss, "later", 3.0),
+        "code": lambda: setattr(one, "__code__", (lambda: 3.0).__code__),
+    }[place]
+
+
+@pytest.mark.parametrize("place", ["instance", "namespace", "function", "code"])
+def test_value_that_was_not_there_is_followed(place: str, graphs: Graphs) -> None:
+    loss, change = _later(place)
+    params, batch = make_params(), make_batch()
+    compiled, eager = (clipped_grad(loss, max_grad_norm=0.5, compile=c) for c in (True, False))
+    for count in (1, 2):
+        assert_same(compiled(params, *batch), eager(params, *batch))
+        assert len(graphs) == count
+        change()
