@@ -114,6 +114,8 @@ class _Walk(Elsewhere):
             self._visited[id(value)] = value, anything
             self.object(value, path, anything)
             return
+        if type(value) is object:  # a mark, which holds nothing
+            return
         if type(value) in weakref.ProxyTypes:
             raise unseen(path, value, "Hold the object itself")
         if id(value) not in self._visited or anything:
@@ -148,13 +150,16 @@ class _Walk(Elsewhere):
     def namespace(self, module: types.ModuleType, path: str) -> None:
         """A module's variables; of libraries, whether what users name there is still the same."""
         inside = vars(module)
-        if kind_of_module(module.__name__) is Kind.USER:
+        kind = kind_of_module(module.__name__)
+        if kind is Kind.USER:
             self.named(inside, path)
             self.absent(inside, self._seen.own, f"{path}.")
             return
         for name in sorted(self._seen.own & inside.keys()):
             value = self.place(inside, name, f"{path}.{name}")
-            mutable = type(value) in (list, dict, set) and value is not sys.modules
+            # PyTorch's tables are its own affair; sys.argv and the like are not.
+            mutable = kind is Kind.LIBRARY and type(value) in (list, dict, set)
+            mutable = mutable and value is not sys.modules
             if mutable or isinstance(value, types.ModuleType):
                 self.visit(value, f"{path}.{name}")
 
