@@ -42,6 +42,9 @@ class Shadowed:
     factor = 1.0
 
 
+MADE_UP = "factor"  # not as a constant of the code that reads it
+
+
 class Owner:
     def __init__(self) -> None:
         self.factor = 1.0
@@ -51,7 +54,7 @@ class Owner:
         return mlp(p, x, y) * self.factor
 
     def __call__(self, p: Params, x: Tensor, y: Tensor) -> Tensor:
-        return mlp(p, x, y) * getattr(self, "fac" + "tor")
+        return mlp(p, x, y) * getattr(self, MADE_UP)
 
 
 def by_global(p: Params, x: Tensor, y: Tensor) -> Tensor:
