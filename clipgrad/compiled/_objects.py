@@ -37,6 +37,8 @@ _SPECIAL = frozenset(
     for name in vars(kind)
     if name.startswith("__") and callable(getattr(kind, name))
 ) | {"__call__", "__getattr__", "__get__", "__set__", "__enter__", "__exit__", "__missing__"}
+# Of ``nn.Module``, by TorchDynamo when it compiles for the first time.
+_REPLACED = {"__init__", "__setstate__"}
 _SILENT = {"__doc__", "__dict__", "__weakref__", "__module__", "__annotations__", "__class__"}
 # Written in C, but what they hold is written down, or says nothing about a result.
 _OPEN = (
@@ -107,9 +109,8 @@ class Objects(Places):
             if not base.__flags__ & _HEAP or not (user or issubclass(base, nn.Module)):
                 continue
             self._classes[id(base)] = base
-            inside, names = vars(base), self._seen.names
-            if user:
-                names = names | _SPECIAL
+            inside = vars(base)
+            names = self._seen.names | _SPECIAL if user else self._seen.names - _REPLACED
             wanted = inside.keys() & names
             if anything and user:
                 wanted |= {name for name in inside if not name.startswith("__")}

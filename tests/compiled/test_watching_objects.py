@@ -269,6 +269,20 @@ def test_names_that_nobody_mentions_may_come_and_go() -> None:
         del globals()["UNRELATED"]
 
 
+def test_what_torch_dynamo_replaces_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the first graph of a process would be made twice."""
+    net, x = Optional(1, 1), torch.ones(1)
+
+    def read() -> Any:
+        return net(x), net.__init__, net.__setstate__  # type: ignore[misc]
+
+    state = watched(read)
+    for name in ("__init__", "__setstate__"):
+        before = getattr(nn.Module, name)
+        monkeypatch.setattr(nn.Module, name, lambda *given, before=before: before(*given))
+    assert state.change() is None
+
+
 def test_message_names_what_appeared() -> None:
     thing = Config()
     state = watched(lambda: thing.beta)
