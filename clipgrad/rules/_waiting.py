@@ -26,9 +26,10 @@ def _zero(gradient: Tensor) -> Tensor:
 
 
 # A plain registration: a call takes 4 microseconds, and one of ``custom_op`` 20. Any layout will do, else the compiler
-# would copy the gradient for it.
-torch.library.define(
-    "clipgrad::zero_after", "(Tensor gradient) -> Tensor", tags=(torch.Tag.flexible_layout,)
-)
-torch.library.impl("clipgrad::zero_after", "CPU")(_zero)
-torch.library.register_fake("clipgrad::zero_after")(_zero)
+# would copy the gradient for it. A module that is loaded once more finds the operation there.
+if not hasattr(torch.ops.clipgrad, "zero_after"):
+    torch.library.define(
+        "clipgrad::zero_after", "(Tensor gradient) -> Tensor", tags=(torch.Tag.flexible_layout,)
+    )
+    torch.library.impl("clipgrad::zero_after", "CPU")(_zero)
+    torch.library.register_fake("clipgrad::zero_after")(_zero)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from functools import partial
 
@@ -13,6 +14,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from clipgrad import clipped_grad
 from clipgrad.compiled._decompositions import TABLE
+from clipgrad.rules import _waiting
 from tests.compiled.conftest import Graphs
 
 ACTIVATIONS = {
@@ -75,3 +77,8 @@ def test_a_convolutions_image_waits(channels: int, transposed: bool, graphs: Gra
     assert len(waiting) == 1
     (read,) = waiting[0].users
     assert read.target is torch.ops.aten.add.Tensor
+
+
+def test_a_module_may_be_loaded_once_more() -> None:
+    """As notebooks do that follow an edit; the library of operations outlives the module."""
+    importlib.reload(_waiting)
