@@ -22,6 +22,11 @@ def take(batch: Sequence[Any], index: slice | Tensor) -> list[Any]:
     return [pick(leaf) if isinstance(leaf, Tensor) else leaf for leaf in batch]
 
 
+def copied(batch: Sequence[Any]) -> list[Any]:
+    """All samples of a flat batch, in memory of their own; constants stay."""
+    return [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in batch]
+
+
 class _Flat(NamedTuple):
     """A pytree taken apart.
 

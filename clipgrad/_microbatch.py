@@ -87,36 +87,25 @@ def run(
     settings: Settings,
 ) -> Piece:
     """Clipped sums of one microbatch; where samples branch apart, of its parts."""
+
+    def together(rows: Sequence[Any], padding: Tensor | None) -> Piece:
+        """Of samples that take the same branches; raises ``Disagreement`` if they do not."""
+        with phase("forward"), torch.enable_grad():
+            tape, values, aux = forward(loss, names, params, rows, settings)
+        return _finish(tape, values, aux, params, padding, settings)
+
     if settings.branches != "split":
-        return _together(loss, names, params, batch, is_padding, settings)
+        return together(batch, is_padding)
     parts = Parts(batch)
     pieces: list[Piece] = []
     for rows, index in parts:
         padding = None if is_padding is None else is_padding[index.to(is_padding.device)]
         try:
-            pieces.append(_together(loss, names, params, rows, padding, settings))
+            pieces.append(together(rows, padding))
         except Disagreement as disagreement:
             parts.split(disagreement)
     parts.write_back()
     return pieces[0] if len(pieces) == 1 else joined(pieces, parts.order)
-
-
-def _together(
-    loss: Loss,
-    names: Sequence[str],
-    params: Sequence[Tensor],
-    batch: Sequence[Any],
-    is_padding: Tensor | None,
-    settings: Settings,
-) -> Piece:
-    """Clipped sums of samples that take the same branches.
-
-    Raises:
-        Disagreement: If they do not.
-    """
-    with phase("forward"), torch.enable_grad():
-        tape, values, aux = forward(loss, names, params, batch, settings)
-    return _finish(tape, values, aux, params, is_padding, settings)
 
 
 def _finish(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from clipgrad._branches import Disagreement
-from clipgrad._inputs import take
+from clipgrad._inputs import copied, take
 from clipgrad.errors import NotPerSampleError
 
 
@@ -67,7 +67,7 @@ class Parts:
     def _copies(self, index: Tensor) -> list[Any]:
         if len(index) < self._size:
             return take(self._batch, index)
-        return [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in self._batch]
+        return copied(self._batch)
 
     def _refuse_shared(self, written: Tensor) -> None:
         memory = written.untyped_storage()._cdata

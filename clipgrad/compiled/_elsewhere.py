@@ -15,7 +15,7 @@ from clipgrad.compiled._observe import Kind, kind_of_code
 from clipgrad.compiled._places import unseen
 from clipgrad.compiled._state import Evicted, Referent
 
-LRU_CACHE = type(functools.lru_cache(len))
+_LRU_CACHE = type(functools.lru_cache(len))
 _ENVIRONMENT = {"environ", "environb", "getenv", "getenvb"}
 _LEVELS = {"level", "disabled", "isEnabledFor", "getEffectiveLevel"}
 # Set by compilers and thread pools for themselves, also while a graph is compiled.
@@ -29,7 +29,7 @@ class Elsewhere(Objects):
         """Write down a value if it is one of these; returns whether it is."""
         if isinstance(value, types.FunctionType):
             self.reached(value, path)
-        elif isinstance(value, LRU_CACHE):
+        elif isinstance(value, _LRU_CACHE):
             self.cached(value, path)
         elif isinstance(value, weakref.ReferenceType):
             self.attribute(Referent(value), "value", path)
@@ -48,8 +48,7 @@ class Elsewhere(Objects):
             self._state.attributes.append(
                 (function, "__code__", function.__code__, f"the code of {path}")
             )
-            self.named(inside, path)
-            self.absent(inside, self._seen.names, f"{path}.")
+            self.mentioned(inside, path)
         elif "_clear_cache" in inside and "registry" in inside:  # functools.singledispatch
             self.mapping(inside["registry"], f"the functions registered with {path}")
             self.named(inside, path)
@@ -67,14 +66,12 @@ class Elsewhere(Objects):
                 self.item(entries[0], key, inside)
             else:
                 self.place(entries[0], key, inside)
-        if (
-            size
-        ):  # a place in a full cache is used again for another key, and later again for this one
+        if size:
+            # A place in a full cache is used again for another key, and later again for this one.
             owner = Evicted(function)
             evicted = f"the entries that the cache of {path} gave up"
             self._state.attributes.append((owner, "value", owner.value, evicted))
-        self.named(vars(function), path)
-        self.absent(vars(function), self._seen.names, f"{path}.")
+        self.mentioned(vars(function), path)
         self.visit(function.__wrapped__, path)
 
     def logger(self, logger: logging.Logger, path: str) -> None:

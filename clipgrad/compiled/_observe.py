@@ -79,9 +79,8 @@ def kind_of_code(code: CodeType, variables: Mapping[str, Any]) -> Kind:
     if code in _observed:
         return Kind.USER
     if code.co_filename.startswith("<") and not code.co_filename.startswith("<frozen"):
-        return kind_of_module(
-            str(variables.get("__name__"))
-        )  # generated, such as a dataclass's __init__
+        # Generated, such as a dataclass's __init__.
+        return kind_of_module(str(variables.get("__name__")))
     return kind_of_path(code.co_filename)
 
 

@@ -79,6 +79,11 @@ class Places:
         for name in sorted(self._seen.names & variables.keys()):
             self.item(variables, name, f"{path}.{name}")
 
+    def mentioned(self, variables: Mapping[str, Any], path: str) -> None:
+        """Variables that some code mentions, and those that it mentions and are not there."""
+        self.named(variables, path)
+        self.absent(variables, self._seen.names, f"{path}.")
+
     def mapping(self, value: Mapping[Any, Any], path: str) -> None:
         """All entries of a mapping, their number and order."""
         self.keys(value, path)

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from clipgrad._inputs import Inputs
+from clipgrad._inputs import Inputs, copied
 from clipgrad._microbatch import run
 from clipgrad._piece import Settings
 from clipgrad.errors import CompileError
@@ -28,7 +28,7 @@ def rehearse(inputs: Inputs, batch: Sequence[Any], padding: Tensor, settings: Se
     Raises:
         CompileError: If the loss writes to its batch, which is left as it was.
     """
-    rows = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in batch]
+    rows = copied(batch)
     versions = [leaf._version if isinstance(leaf, Tensor) else None for leaf in rows]
     run(inputs.loss, inputs.names, inputs.params, rows, padding, settings)
     for index, (leaf, version) in enumerate(zip(rows, versions, strict=True)):

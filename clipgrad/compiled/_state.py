@@ -34,10 +34,8 @@ def same(now: Any, was: Any) -> bool:
     """Whether a value is what it was: plain values by value, containers by contents, everything else by identity."""
     if now is was:
         return True
-    if type(now) is not type(was) or hasattr(
-        was, "__dict__"
-    ):  # equal, but with attributes of its own
-        return False
+    if type(now) is not type(was) or hasattr(was, "__dict__"):
+        return False  # even if equal: it may have attributes of its own
     if isinstance(was, PLAIN):
         return bool(now == was) or bool(now != now and was != was)
     if isinstance(was, tuple | list):

@@ -125,10 +125,8 @@ class _Walk(Elsewhere):
         """A value that was not visited yet."""
         if self._visited.get(id(value), (None, False))[1]:
             return
-        self._visited[id(value)] = (
-            value,
-            anything,
-        )  # an id is an identity only while its object lives
+        # With the value: an id is an identity only while its object lives.
+        self._visited[id(value)] = value, anything
         if isinstance(value, nn.Module):
             self.module(value, path, anything)
         elif isinstance(value, types.MethodType):
@@ -138,8 +136,7 @@ class _Walk(Elsewhere):
             self.visit(value.func, path)
             self.visit(value.args, path)
             self.mapping(value.keywords, path)
-            self.named(vars(value), path)
-            self.absent(vars(value), self._seen.names, f"{path}.")
+            self.mentioned(vars(value), path)
         elif isinstance(value, type):
             self.inherited(value, path, anything)
         elif isinstance(value, types.ModuleType):

@@ -15,13 +15,12 @@ from math import ceil, prod
 
 import torch
 from torch import Tensor
-from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from clipgrad.rules._canonical import OneHot, Outer
 from clipgrad.rules._geometry import Geometry
 from clipgrad.rules._tensor_cores import convolution_product, window_products
 from clipgrad.rules._unfolding import roles, rows_and_patches, samples_at_once, unfold
-from clipgrad.rules._waiting import after
+from clipgrad.rules._waiting import after, in_graph_for_cpu
 
 # On CUDA a product is shared out in blocks of its result. Positions are cut until there are this many, as long as parts
 # of so many positions are left.
@@ -153,8 +152,7 @@ def by_groups(gradient: Tensor, input: Tensor, shape: torch.Size, geometry: Geom
     last, as is right for ordinary convolutions; for groups by the hundred that is two to three times as slow, copies
     included.
     """
-    whole = gradient.device.type == "cpu" and get_proxy_mode() is not None
-    found: Tensor = (_operation if whole else _grouped)(
+    found: Tensor = (_operation if in_graph_for_cpu(gradient) else _grouped)(
         gradient, after(gradient, input), shape, geometry.stride, geometry.padding, geometry.dilation, geometry.groups,
         geometry.transposed, geometry.output_padding,
     )  # fmt: skip

@@ -15,10 +15,15 @@ def after(gradient: Tensor, value: Tensor) -> Tensor:
     lie in memory until the backward pass comes by: patches are nine times their image. A zero that seems to come from
     the gradient makes them wait; the sum is part of whatever reads it.
     """
-    if value is gradient or value.device.type != "cpu" or get_proxy_mode() is None:
+    if value is gradient or not in_graph_for_cpu(value):
         return value
     waiting: Tensor = value + torch.ops.clipgrad.zero_after(gradient)
     return waiting
+
+
+def in_graph_for_cpu(tensor: Tensor) -> bool:
+    """Whether a tensor of the CPU stands for itself in a graph that is being traced."""
+    return tensor.device.type == "cpu" and get_proxy_mode() is not None
 
 
 def _zero(gradient: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from clipgrad import CompileError
-from tests.compiled.watching import Cases, Config, Empty, watched
+from tests.compiled.watching import Cases, Config, Empty, assert_noticed, watched
 
 cases = Cases()
 noticed, refused = cases.noticed, cases.refused
@@ -192,10 +192,7 @@ def file() -> Any:
 
 @pytest.mark.parametrize("case", cases.all_noticed)
 def test_change_is_noticed(case: str) -> None:
-    read, change = cases.all_noticed[case]()
-    state = watched(read)
-    change()
-    assert state.change() is not None
+    assert_noticed(cases.all_noticed[case])
 
 
 @pytest.mark.parametrize("case", cases.all_refused)

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.compiled.watching import Cases, Empty, watched
+from tests.compiled.watching import Cases, Empty, assert_noticed
 
 cases = Cases()
 noticed, refused = cases.noticed, cases.refused
@@ -192,7 +192,4 @@ def put_back() -> Iterator[None]:
 @pytest.mark.parametrize("case", cases.all_noticed)
 def test_change_is_noticed(case: str) -> None:
     builtins.LATER_BUILTIN = abs  # type: ignore[attr-defined]
-    read, change = cases.all_noticed[case]()
-    state = watched(read)
-    change()
-    assert state.change() is not None
+    assert_noticed(cases.all_noticed[case])

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from clipgrad.compiled._state import same
-from tests.compiled.watching import Cases, Config, Empty, watched
+from tests.compiled.watching import Cases, Config, Empty, assert_noticed, watched
 
 cases = Cases()
 noticed, refused = cases.noticed, cases.refused
@@ -246,10 +246,7 @@ def attribute_of_a_member() -> Any:
 
 @pytest.mark.parametrize("case", cases.all_noticed)
 def test_change_is_noticed(case: str) -> None:
-    read, change = cases.all_noticed[case]()
-    state = watched(read)
-    change()
-    assert state.change() is not None
+    assert_noticed(cases.all_noticed[case])
 
 
 def test_names_that_nobody_mentions_may_come_and_go() -> None:

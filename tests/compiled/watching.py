@@ -41,6 +41,13 @@ def watched(read: Read) -> State:
     return state
 
 
+def assert_noticed(case: Case) -> None:
+    read, change = case()
+    state = watched(read)
+    change()
+    assert state.change() is not None
+
+
 class Config:
     """Without attributes of its own: everything is a default of the class."""
 
