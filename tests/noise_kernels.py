@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -97,6 +98,34 @@ def tensors(cipher: TritonChaCha) -> None:
     assert (torch.corrcoef(rows) - torch.eye(3)).abs().max() < 6 / math.sqrt(900)
 
 
+def means(cipher: TritonChaCha, device: torch.device = CPU) -> None:
+    """Divided sums, in place and elsewhere: those of two passes, whatever the divisor, tensor by tensor."""
+    key = bytes(range(2, 34))
+    for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+        sums = [torch.randn(size).to(device, dtype) for size in (1, 0, 7, 2049, 3)]
+        added = [total.clone() for total in sums]
+        cipher.add_gaussian_(added, 2.0, 1, key)
+        drawn_in = torch.float64 if dtype is torch.float64 else torch.float32
+        # The interpreter truncates to bfloat16, a device rounds.
+        rounding = 2.0**-6 if dtype is torch.bfloat16 and device == CPU else 0.0
+        same = partial(torch.testing.assert_close, rtol=rounding, atol=0.0)
+        for divisor in (1.0, 48.0, 64.0):
+            factor = torch.tensor(1 / divisor, dtype=drawn_in, device=device)
+            expected = [(total.to(drawn_in) * factor).to(dtype) for total in added]
+            given = [total.clone() for total in sums]
+            memory = torch.full((2, 3000), 5.0, dtype=dtype, device=device)
+            into = [memory[0, at : at + size] for at, size in [(1, 1), (5, 0), (9, 7), (20, 2049)]]
+            into.append(memory[1, 10:13])
+            cipher.add_gaussian_(given, 2.0, 1, key, divisor, into)
+            same(into, expected)
+            assert all(map(torch.equal, given, sums))
+            for part in into:
+                part.fill_(5.0)
+            assert bool((memory == 5.0).all())
+            cipher.add_gaussian_(given, 2.0, 1, key, divisor)
+            same(given, expected)
+
+
 class Asked:
     """Stands where the kernel is, and notes which blocks each launch may use."""
 
@@ -108,8 +137,8 @@ class Asked:
         return self
 
     def __call__(self, table, chunk, first, *numbers):  # type: ignore[no-untyped-def]
-        draws, _, per_block, lanes = numbers[6:]
-        counts = table[1::2].tolist()
+        draws, _, per_block, lanes = numbers[7:]
+        counts = table[2::3].tolist()
         assert (self.grid, chunk % (per_block * lanes)) == ((len(counts),), 0)
         assert max(counts) <= chunk
         for program, count in enumerate(counts):
@@ -133,9 +162,10 @@ def counters(cipher: TritonChaCha) -> None:
             assert all(end <= start for (_, end), (start, _) in itertools.pairwise(ranges))
             assert ranges[-1][1] <= 2**32
             assert sum(end - start for start, end in ranges) >= 2 * (3_000_000 + 2048 * 2**13) / 16
-        where = (0, torch.float32, (flats[0].data_ptr(),), (10_000,))
+        address = (flats[0].data_ptr(),)
+        where = (0, torch.float32, address, address, (10_000,))
         with pytest.raises(RuntimeError, match="blocks"):  # else the counter would start again
-            cipher._launch(where, 1.0, 1, bytes(32), 2**32 - 600)
+            cipher._launch(where, bytes(16), 1, bytes(32), 2**32 - 600)
     finally:
         kernels.add_gaussian = real
 
@@ -176,15 +206,24 @@ def sabotage(cipher: TritonChaCha) -> None:
             return super().blocks(key, nonce, first + 1)
 
     class Loud(TritonChaCha):
-        def add_gaussian_(self, flats, sigma, draws, key):  # type: ignore[no-untyped-def]
-            super().add_gaussian_(flats, 1.001 * sigma, draws, key)
+        def add_gaussian_(self, flats, sigma, *others):  # type: ignore[no-untyped-def]
+            super().add_gaussian_(flats, 1.001 * sigma, *others)
 
     class Faint(TritonChaCha):  # float32 only
-        def add_gaussian_(self, tensors, sigma, draws, key):  # type: ignore[no-untyped-def]
+        def add_gaussian_(self, tensors, sigma, *others):  # type: ignore[no-untyped-def]
             factor = 1 - 2e-6 * (tensors[0].dtype is torch.float32)
-            super().add_gaussian_(tensors, factor * sigma, draws, key)
+            super().add_gaussian_(tensors, factor * sigma, *others)
 
-    for wrong in (Wrong(CPU), Loud(CPU), Faint(CPU)):
+    class Undivided(TritonChaCha):
+        def add_gaussian_(self, tensors, sigma, draws, key, divisor, into):  # type: ignore[no-untyped-def]
+            super().add_gaussian_(tensors, sigma, draws, key, 1.0, into)
+
+    class InPlace(TritonChaCha):
+        def add_gaussian_(self, tensors, sigma, draws, key, divisor, into):  # type: ignore[no-untyped-def]
+            super().add_gaussian_(tensors, sigma, draws, key, divisor)
+            torch._foreach_zero_(into)
+
+    for wrong in (Wrong(CPU), Loud(CPU), Faint(CPU), Undivided(CPU), InPlace(CPU)):
         with pytest.raises(RuntimeError, match="the device's"):
             wrong.prove()
     for name, broken in BROKEN.items():
@@ -219,6 +258,8 @@ def main() -> None:
     print("pairs")
     tensors(cipher)
     print("tensors")
+    means(cipher)
+    print("means")
     counters(cipher)
     print("counters")
     capture()

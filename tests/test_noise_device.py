@@ -24,8 +24,8 @@ from tests.noise_checks import check_gaussian
 @needs_triton
 def test_kernels_in_the_interpreter() -> None:
     """RFC 8439, ``cryptography``'s ChaCha20, the Gaussians, many tensors of all dtypes, draws."""
-    parts = ["vectors", "proof", "pairs", "tensors", "counters", "capture", "tables", "sabotage"]
-    assert interpreted("tests.noise_kernels") == parts
+    parts = "vectors proof pairs tensors means counters capture tables sabotage"
+    assert interpreted("tests.noise_kernels") == parts.split()
 
 
 def fallback(draws: int = 1) -> AcceleratorNoise:
@@ -38,6 +38,9 @@ def test_noise_made_on_the_cpu_and_copied(monkeypatch: pytest.MonkeyPatch) -> No
     totals = [torch.zeros(120_000), torch.zeros(7), torch.zeros(90_001, dtype=torch.bfloat16)]
     fallback().add(totals, 2.0)
     check_gaussian(torch.cat(totals), 2.0)
+    totals, means = [torch.zeros(120_000), torch.zeros(7)], [torch.zeros(120_000), torch.zeros(7)]
+    fallback().add(totals, 2.0, 5.0, means)
+    check_gaussian(5 * torch.cat(means), 2.0)
     total = torch.zeros(100_000, dtype=torch.float64)
     fallback(draws=4).add([total], 0.5)
     check_gaussian(total, 0.5)
@@ -121,6 +124,18 @@ def test_every_pair_on_cuda_is_that_of_its_bits() -> None:
         cipher.add_gaussian_([found], 1.0, 1, key)
         expected = proof.gaussians(key, size, 1, dtype)
         assert proof.relative_error(found.cpu().numpy(), expected) < tolerance
+
+
+@pytest.mark.cuda
+@needs_cuda
+@needs_triton
+def test_means_on_cuda() -> None:
+    """Bit for bit what two passes give."""
+    from clipgrad.noise._chacha_triton import TritonChaCha
+    from tests.noise_kernels import means
+
+    device = torch.device("cuda", 0)
+    means(TritonChaCha(device), device)
 
 
 @pytest.mark.cuda

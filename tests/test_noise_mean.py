@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from clipgrad.noise import NoiseSource, SeededNoise, SystemNoise, _cpu, _keys
+from clipgrad.noise import NoiseSource, SeededNoise, SystemNoise, _cpu, _keys, _system
 from clipgrad.noise._mean import noised_mean
 from tests.kernels import needs_cuda
 from tests.noise_checks import check_gaussian
@@ -151,11 +151,15 @@ def test_what_is_refused_is_not_written_to() -> None:
 
 @pytest.mark.cuda
 @needs_cuda
+@pytest.mark.parametrize("large", [2**18, 0], ids=["division", "kernel"])
 @pytest.mark.parametrize("elsewhere", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.usefixtures("one_key")
-def test_on_cuda(dtype: torch.dtype, elsewhere: bool) -> None:
+def test_on_cuda(
+    dtype: torch.dtype, elsewhere: bool, large: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """But for the last place: CUDA divides by a number as it likes."""
+    monkeypatch.setattr(_system, "_LARGE", large)
     sums = sums_of("cuda", dtype)
     contiguous = [total.contiguous() for total in sums]
     for those in (sums, contiguous):

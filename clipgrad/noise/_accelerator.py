@@ -24,8 +24,16 @@ _telling = threading.Lock()
 class DeviceCipher(Protocol):
     """What draws on the device itself."""
 
-    def add_gaussian_(self, tensors: list[Tensor], sigma: float, draws: int, key: bytes) -> None:
-        """Add noise from a key that is used for nothing else. The tensors' memory has no gaps."""
+    def add_gaussian_(
+        self,
+        tensors: list[Tensor],
+        sigma: float,
+        draws: int,
+        key: bytes,
+        divisor: float = 1.0,
+        into: list[Tensor] | None = None,
+    ) -> None:
+        """Add noise from a key that is used for nothing else, and divide. The tensors' memory has no gaps."""
         ...
 
     def limit(self, draws: int) -> int:
@@ -47,14 +55,33 @@ class AcceleratorNoise:
         self._device, self._lineage, self._cpu, self._draws = device, lineage, cpu, draws
         self._cipher = proved_cipher(device)
 
-    def add(self, tensors: list[Tensor], sigma: float) -> None:
-        """Add to tensors of the device, all drawn in one dtype and each contiguous."""
+    def add(
+        self,
+        tensors: list[Tensor],
+        sigma: float,
+        divisor: float = 1.0,
+        into: list[Tensor] | None = None,
+    ) -> None:
+        """Add to tensors of the device, all drawn in one dtype and each contiguous, and divide the sums.
+
+        Args:
+            tensors: Used up.
+            sigma: Standard deviation, positive.
+            divisor: A public constant.
+            into: Tensors alike that get the results; in place if None.
+        """
+        into = tensors if into is None else into
         if self._cipher is None:
             self._add_copied(flat(tensors), sigma)
+            if divisor != 1.0:
+                torch._foreach_div_(tensors, divisor)
+            if into is not tensors:
+                torch._foreach_copy_(into, tensors)
             return
-        for piece in pieces(tensors, self._cipher.limit(self._draws)):
+        limit = self._cipher.limit(self._draws)
+        for piece, results in zip(pieces(tensors, limit), pieces(into, limit), strict=True):
             key = self._lineage.key(self._device, _KEY_BYTES)
-            self._cipher.add_gaussian_(piece, sigma, self._draws, key)
+            self._cipher.add_gaussian_(piece, sigma, self._draws, key, divisor, results)
 
     def _add_copied(self, flats: list[Tensor], sigma: float) -> None:
         for piece in pieces(flats, _COPIED_AT_A_TIME):

@@ -125,34 +125,42 @@ def _sums(values, others, PER_BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _load(target, left, PER_BLOCK: tl.constexpr, BLOCK: tl.constexpr):
+def _load(source, left, PER_BLOCK: tl.constexpr, BLOCK: tl.constexpr):
     """The next values, of which ``left`` are there: neighbouring lanes read neighbouring values."""
     lane = tl.arange(0, BLOCK)
     if left >= PER_BLOCK * BLOCK:  # no masks: they cost a tenth of the cipher
-        found = (tl.load(target + lane),)
+        found = (tl.load(source + lane),)
         for i in tl.static_range(1, PER_BLOCK):
-            found = found + (tl.load(target + i * BLOCK + lane),)  # noqa: RUF005
+            found = found + (tl.load(source + i * BLOCK + lane),)  # noqa: RUF005
     else:
-        found = (tl.load(target + lane, mask=lane < left, other=0.0),)
+        found = (tl.load(source + lane, mask=lane < left, other=0.0),)
         for i in tl.static_range(1, PER_BLOCK):
             inside = lane < left - i * BLOCK
-            found = found + (tl.load(target + i * BLOCK + lane, mask=inside, other=0.0),)  # noqa: RUF005
+            found = found + (tl.load(source + i * BLOCK + lane, mask=inside, other=0.0),)  # noqa: RUF005
     return found
 
 
 @triton.jit
+def _scaled(before, noise, factor, TYPE: tl.constexpr):
+    """The sum, rounded to the target's dtype, times a factor."""
+    total = (before.to(noise.dtype) + noise).to(TYPE)
+    return (total.to(noise.dtype) * factor.to(noise.dtype)).to(TYPE)
+
+
+@triton.jit
 def _store(
-    target, left, before, noise, TYPE: tl.constexpr, PER_BLOCK: tl.constexpr, BLOCK: tl.constexpr
-):
+    target, left, before, noise, factor,
+    TYPE: tl.constexpr, PER_BLOCK: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     lane = tl.arange(0, BLOCK)
     if left >= PER_BLOCK * BLOCK:
         for i in tl.static_range(PER_BLOCK):
-            total = before[i].to(noise[i].dtype) + noise[i]
-            tl.store(target + i * BLOCK + lane, total.to(TYPE))
+            scaled = _scaled(before[i], noise[i], factor, TYPE)
+            tl.store(target + i * BLOCK + lane, scaled)
     else:
         for i in tl.static_range(PER_BLOCK):
-            total = before[i].to(noise[i].dtype) + noise[i]
-            tl.store(target + i * BLOCK + lane, total.to(TYPE), mask=lane < left - i * BLOCK)
+            scaled = _scaled(before[i], noise[i], factor, TYPE)
+            tl.store(target + i * BLOCK + lane, scaled, mask=lane < left - i * BLOCK)
 
 
 @triton.jit
@@ -162,25 +170,27 @@ def _halves(word):
     return word.to(tl.int32), (word >> 32).to(tl.int32)
 
 
-ARGUMENTS = ("chunk", "first", "scale", "k01", "k23", "k45", "k67", "one")
+ARGUMENTS = ("chunk", "first", "scale", "factor", "k01", "k23", "k45", "k67", "one")
 
 
 @triton.jit(do_not_specialize=ARGUMENTS)
 def add_gaussian(
-    table, chunk: tl.int32, first: tl.int64, scale: tl.int64,
+    table, chunk: tl.int32, first: tl.int64, scale: tl.int64, factor: tl.int64,
     k01: tl.int64, k23: tl.int64, k45: tl.int64, k67: tl.int64, one: tl.int32,
     DRAWS: tl.constexpr, TYPE: tl.constexpr, PER_BLOCK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Program ``p`` adds noise to its part of a tensor.
+    """Program ``p`` adds noise to its part of a tensor and multiplies the sum.
 
-    The table is int64: for each program the address of its part and the number of values there, at most
-    ``chunk``. Program p has the blocks from ``first + p * chunk / PER_BLOCK * DRAWS`` on for itself. The scale is
-    the bits of a float64, each ``k`` two words of the key.
+    The table is int64: for each program the address of its part, that of where the result belongs, and the number of
+    values there, at most ``chunk``. Program p has the blocks from ``first + p * chunk / PER_BLOCK * DRAWS`` on for
+    itself. Scale and factor are the bits of a float64, each ``k`` two words of the key.
     """
     program = tl.program_id(0)
-    target = tl.load(table + 2 * program).to(tl.pointer_type(TYPE))
-    count = tl.load(table + 2 * program + 1).to(tl.int32)
+    source = tl.load(table + 3 * program).to(tl.pointer_type(TYPE))
+    target = tl.load(table + 3 * program + 1).to(tl.pointer_type(TYPE))
+    count = tl.load(table + 3 * program + 2).to(tl.int32)
     scale = scale.to(tl.int64).to(tl.float64, bitcast=True)
+    factor = factor.to(tl.int64).to(tl.float64, bitcast=True)
     one = _word(one)
     k0, k1 = _halves(k01)
     k2, k3 = _halves(k23)
@@ -190,7 +200,7 @@ def add_gaussian(
     own = (program * (chunk // PER_BLOCK)).to(tl.uint32)
     for start in range(0, count, PER_BLOCK * BLOCK):
         before = _load(
-            target + start, count - start, PER_BLOCK, BLOCK
+            source + start, count - start, PER_BLOCK, BLOCK
         )  # on its way while the cipher runs
         index = (start // PER_BLOCK + lane).to(tl.uint32) + own
         counter = index * DRAWS + first.to(tl.uint32)
@@ -199,7 +209,7 @@ def add_gaussian(
             counter += 1
             more = _values(counter, k0, k1, k2, k3, k4, k5, k6, k7, scale, one, TYPE)
             noise = _sums(noise, more, PER_BLOCK)
-        _store(target + start, count - start, before, noise, TYPE, PER_BLOCK, BLOCK)
+        _store(target + start, count - start, before, noise, factor, TYPE, PER_BLOCK, BLOCK)
 
 
 KEY = ("k0", "k1", "k2", "k3", "k4", "k5", "k6", "k7")

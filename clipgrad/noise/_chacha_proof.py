@@ -22,7 +22,7 @@ RFC_BLOCK = bytes.fromhex(
     "10f1e7e4d13b5915500fdd1fa32071c4c7d1f4c733c068030422aa9ac3d46c4e"
     "d2826446079faa0914c2d705d98b02a2b5129cd1de164eb9cbd083e8a2503c4e"
 )
-_SCALE = 3.0
+_SCALE, _DIVISOR = 3.0, 7.0
 _RELATIVE = {torch.float64: 1e-11, torch.float32: 1e-6}
 _Floats = NDArray[np.float64]
 
@@ -33,7 +33,13 @@ class Device(Protocol):
     def blocks(self, key: bytes, nonce: bytes, first: int) -> bytes: ...
     def pairs(self, words: NDArray[np.uint32]) -> NDArray[np.float32]: ...
     def add_gaussian_(
-        self, tensors: list[Tensor], sigma: float, draws: int, key: bytes
+        self,
+        tensors: list[Tensor],
+        sigma: float,
+        draws: int,
+        key: bytes,
+        divisor: float = 1.0,
+        into: list[Tensor] | None = None,
     ) -> None: ...
 
 
@@ -54,9 +60,11 @@ def prove(cipher: Device, device: torch.device) -> None:
             raise RuntimeError(f"the device's Gaussians are off by a factor of 1 + {error}")
     for dtype, draws in [(torch.float64, 1), (torch.float64, 2), (torch.float32, 1)]:
         size = PER_BLOCK[dtype] * LANES + 1  # of two programs, one of them full
-        found = torch.zeros(size, dtype=dtype, device=device)
-        cipher.add_gaussian_([found], _SCALE, draws, RFC_KEY)  # a public key, on values thrown away
-        expected = _SCALE * gaussians(RFC_KEY, size, draws, dtype)
+        zeros = torch.zeros(size, dtype=dtype, device=device)
+        found = torch.empty_like(zeros)
+        # A public key, on values thrown away.
+        cipher.add_gaussian_([zeros], _SCALE, draws, RFC_KEY, _DIVISOR, [found])
+        expected = _SCALE / _DIVISOR * gaussians(RFC_KEY, size, draws, dtype)
         error = relative_error(found.cpu().numpy(), expected, floor=0.0 if draws == 1 else 1.0)
         if not error <= _RELATIVE[dtype]:
             raise RuntimeError(f"the device's noise is off by a factor of 1 + {error} in {dtype}")

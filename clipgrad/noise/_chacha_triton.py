@@ -22,6 +22,7 @@ _ENOUGH_PROGRAMS = 2**13
 _COUNTERS = 2**32  # RFC 8439 counts blocks in 32 bits
 _ONE = 1  # the kernel must not know
 _MOST_TABLES = 8
+_COLUMNS = 3  # of a table
 _TYPES = {
     torch.float64: tl.float64,
     torch.float32: tl.float32,
@@ -48,57 +49,75 @@ class TritonChaCha:
         """The most values that one key is good for; a quarter of its blocks, room for what is unused."""
         return _COUNTERS // 4 * min(proof.PER_BLOCK.values()) // draws
 
-    def add_gaussian_(self, tensors: list[Tensor], sigma: float, draws: int, key: bytes) -> None:
-        """Add ``N(0, sigma^2)`` to tensors of the device.
+    def add_gaussian_(
+        self,
+        tensors: list[Tensor],
+        sigma: float,
+        draws: int,
+        key: bytes,
+        divisor: float = 1.0,
+        into: list[Tensor] | None = None,
+    ) -> None:
+        """Add ``N(0, sigma^2)`` to tensors of the device and divide the sums.
 
         Args:
             tensors: Of any shape, without gaps in their memory: contiguous, but for the order of their axes.
             sigma: Standard deviation, positive.
             draws: Independent values of which each value is the scaled sum.
             key: 32 bytes that are used for nothing else.
+            divisor: The sums are multiplied by its rounded inverse, as CUDA's division by a number is done.
+            into: Tensors alike, which get the results; none lies across another of these or of ``tensors``. None: in
+                place.
 
         Raises:
             RuntimeError: If the key has too few blocks, or if a CUDA graph is being captured; nothing is written to
                 the tensors that are left.
         """
-        tensors = [tensor for tensor in tensors if tensor.numel()]
-        dtypes = dict.fromkeys([tensor.dtype for tensor in tensors])
-        first, scale = 0, sigma / math.sqrt(draws)
+        both = zip(tensors, tensors if into is None else into, strict=True)
+        filled = [pair for pair in both if pair[0].numel()]
+        dtypes = dict.fromkeys([source.dtype for source, _ in filled])
+        first, scaling = 0, struct.pack("<dd", sigma / math.sqrt(draws), 1.0 / divisor)
         with self._on_device():
             stream = self._stream()
             for dtype in dtypes:
-                alike = [t for t in tensors if t.dtype is dtype] if len(dtypes) > 1 else tensors
-                sizes = tuple(map(Tensor.numel, alike))
-                where = stream, dtype, tuple(map(Tensor.data_ptr, alike)), sizes
-                first = self._launch(where, scale, draws, key, first)
+                alike = [p for p in filled if p[0].dtype is dtype] if len(dtypes) > 1 else filled
+                sources, targets = zip(*alike, strict=True)
+                where = (
+                    stream,
+                    dtype,
+                    tuple(map(Tensor.data_ptr, sources)),
+                    tuple(map(Tensor.data_ptr, targets)),
+                    tuple(map(Tensor.numel, sources)),
+                )
+                first = self._launch(where, scaling, draws, key, first)
 
     def _launch(
         self,
-        where: tuple[int, torch.dtype, tuple[int, ...], tuple[int, ...]],
-        scale: float,
+        where: tuple[int, torch.dtype, tuple[int, ...], tuple[int, ...], tuple[int, ...]],
+        scaling: bytes,
         draws: int,
         key: bytes,
         first: int,
     ) -> int:
         """Add to tensors of one dtype from block ``first`` on; the first block that is left."""
-        _, dtype, addresses, sizes = where
+        _, dtype, sources, targets, sizes = where
         per_block = proof.PER_BLOCK[torch.float64 if dtype is torch.float64 else torch.float32]
         chunk, total = per_block * _BLOCK, sum(sizes)
         while chunk < _LARGEST_CHUNK and total > chunk * _ENOUGH_PROGRAMS:
             chunk *= 2
         table = self._tables.get(where)
         if table is None:
-            table = self._copied(_table(addresses, sizes, chunk, dtype.itemsize))
+            table = self._copied(_table((sources, targets), sizes, chunk, dtype.itemsize))
             if len(self._tables) >= _MOST_TABLES:
                 self._tables.clear()
             self._tables[where] = table
-        programs = len(table) // 2
+        programs = len(table) // _COLUMNS
         end = first + programs * (chunk // per_block) * draws
         if end > _COUNTERS:
             raise RuntimeError(
                 f"one key has {_COUNTERS} blocks, and {end} were asked for; pass fewer tensors at a time."
             )
-        bits = struct.unpack("<5q", struct.pack("<d", scale) + key)
+        bits = struct.unpack("<6q", scaling + key)
         arguments = (table, chunk, first, *bits, _ONE, draws, _TYPES[dtype], per_block, _BLOCK)
         compiled = self._compiled.get((dtype, draws))
         if compiled is None:
@@ -161,17 +180,21 @@ class TritonChaCha:
 
 
 def _table(
-    addresses: tuple[int, ...], sizes: tuple[int, ...], chunk: int, itemsize: int
+    addresses: tuple[tuple[int, ...], tuple[int, ...]],
+    sizes: tuple[int, ...],
+    chunk: int,
+    itemsize: int,
 ) -> NDArray[np.int64]:
-    """What the kernel reads: an address and a number of values for each program."""
+    """What the kernel reads: for each program where its values lie, where they go, and how many they are."""
     size = np.array(sizes, dtype=np.int64)
     programs = -(-size // chunk)
     within = np.arange(programs.sum()) - np.repeat(programs.cumsum() - programs, programs)
-    starts = np.array(addresses, dtype=np.uint64).view(np.int64)
-    table = np.empty(2 * len(within), dtype=np.int64)
-    table[::2] = np.repeat(starts, programs) + within * chunk * itemsize
-    table[1::2] = np.minimum(np.repeat(size, programs) - within * chunk, chunk)
-    return table
+    table = np.empty((len(within), _COLUMNS), dtype=np.int64)
+    for column, starts in enumerate(addresses):
+        known = np.array(starts, dtype=np.uint64).view(np.int64)
+        table[:, column] = np.repeat(known, programs) + within * chunk * itemsize
+    table[:, -1] = np.minimum(np.repeat(size, programs) - within * chunk, chunk)
+    return table.reshape(-1)
 
 
 def _words(octets: bytes) -> tuple[int, ...]:

@@ -24,6 +24,8 @@ def noised_mean(
 ) -> list[Tensor]:
     """``(sums + N(0, sigma^2)) / divisor``, rounded after the addition and after the division. It uses ``sums`` up.
 
+    On CUDA the division is a product with the divisor's rounded inverse, as PyTorch's own by a number.
+
     Args:
         source: Draws the noise. One that is no ``SystemNoise``, or adds in a way of its own, is asked to add, and the
             division is a pass of its own.
@@ -36,15 +38,12 @@ def noised_mean(
         ValueError: If the noise is refused; see :meth:`NoiseSource.add_gaussian_`. Nothing was written.
         TypeError: Likewise.
     """
-    if elsewhere:
-        source.add_gaussian_(sums, sigma)
-        return list(torch._foreach_div(list(sums), divisor))
     scale = checks.scale("sigma", sigma)
     asked = getattr(source.add_gaussian_, "__func__", None)  # a subclass, or a wrapper, has its own
     if scale != 0.0 and isinstance(source, SystemNoise) and asked is _PLAIN:
-        checked = checks.targets(sums, scale)
-        source._add(checked, scale, divisor)
-        return checked
+        return source._add(checks.targets(sums, scale), scale, divisor, elsewhere=elsewhere)
     source.add_gaussian_(sums, sigma)
+    if elsewhere:
+        return list(torch._foreach_div(list(sums), divisor))
     torch._foreach_div_(list(sums), divisor)
     return list(sums)

@@ -16,6 +16,10 @@ from clipgrad.noise._cpu import CpuNoise
 from clipgrad.noise._keys import Lineage, process
 from clipgrad.noise._pieces import contiguous_targets, flat
 
+# To make a tensor takes the host a microsecond; one more pass over so many values takes a large GPU as long. Smaller
+# results are made by the division, all at once.
+_LARGE = 2**18
+
 
 class SystemNoise:
     """The private default: from a cipher, keyed by the operating system, never the same twice.
@@ -69,12 +73,19 @@ class SystemNoise:
         if scale != 0.0:
             self._add(checks.targets(tensors, scale), scale)
 
-    def _add(self, checked: list[Tensor], sigma: float, divisor: float = 1.0) -> None:
-        """Add and divide, on the CPU in one pass; for :func:`clipgrad.noise._mean.noised_mean` too."""
+    def _add(
+        self,
+        checked: list[Tensor],
+        sigma: float,
+        divisor: float = 1.0,
+        *,
+        elsewhere: bool = False,
+    ) -> list[Tensor]:
+        """Add and divide, in one pass where that is possible; for :func:`clipgrad.noise._mean.noised_mean` too."""
         makers = self._makers
         if makers is None or makers.process != process():  # a forked child has its parent's
             makers = self._makers = _Makers(self._draws, self._compile)
-        makers.add(checked, sigma, divisor)
+        return makers.add(checked, sigma, divisor, elsewhere)
 
     def state_dict(self) -> dict[str, Any]:
         """A marker only: with the key its reader could subtract the noise."""
@@ -108,36 +119,73 @@ class _Makers:
         self._accelerators: dict[torch.device, AcceleratorNoise] = {}
         self.process = self._lineage.process
 
-    def add(self, tensors: list[Tensor], sigma: float, divisor: float) -> None:
+    def add(
+        self, tensors: list[Tensor], sigma: float, divisor: float, elsewhere: bool
+    ) -> list[Tensor]:
+        """``(tensors + N(0, sigma^2)) / divisor``: the tensors themselves, or others, which uses up the tensors."""
         with self._lock, torch.no_grad():
-            for device, members in _drawn_together(tensors):
-                targets, detours = contiguous_targets(members)
-                at_once = device.type == "cpu" and not detours
-                self._add_on(device, targets, sigma, divisor if at_once else 1.0)
-                for tensor, detour in detours:
-                    tensor.add_(detour)
-                if not at_once and divisor != 1.0:
-                    torch._foreach_div_(members, divisor)
+            results = list(tensors)
+            for device, indices in _drawn_together(tensors):
+                members = [tensors[index] for index in indices]
+                found = self._add_to(device, members, sigma, divisor, elsewhere)
+                for index, result in zip(indices, found, strict=True):
+                    results[index] = result
+            return results
+
+    def _add_to(
+        self,
+        device: torch.device,
+        tensors: list[Tensor],
+        sigma: float,
+        divisor: float,
+        elsewhere: bool,
+    ) -> list[Tensor]:
+        targets, detours = contiguous_targets(tensors)
+        if not detours and not elsewhere:
+            self._add_on(device, targets, sigma, divisor)
+            return tensors
+        if not detours and device.type != "cpu" and _are_large(tensors):
+            results = list(map(torch.empty_like, tensors))
+            self._add_on(device, targets, sigma, divisor, contiguous_targets(results)[0])
+            return results
+        self._add_on(device, targets, sigma)
+        for tensor, detour in detours:
+            tensor.add_(detour)
+        if elsewhere:
+            return list(torch._foreach_div(tensors, divisor))
+        if divisor != 1.0:
+            torch._foreach_div_(tensors, divisor)
+        return tensors
 
     def _add_on(
-        self, device: torch.device, targets: list[Tensor], sigma: float, divisor: float
+        self,
+        device: torch.device,
+        targets: list[Tensor],
+        sigma: float,
+        divisor: float = 1.0,
+        into: list[Tensor] | None = None,
     ) -> None:
         if device.type == "cpu":
+            assert into is None, "the CPU's loop writes in place"
             self._cpu.add(flat(targets), sigma, divisor)
             return
         if device not in self._accelerators:
             self._accelerators[device] = AcceleratorNoise(
                 device, self._lineage, self._cpu, self._draws
             )
-        self._accelerators[device].add(targets, sigma)
+        self._accelerators[device].add(targets, sigma, divisor, into)
 
 
-def _drawn_together(tensors: list[Tensor]) -> list[tuple[torch.device, list[Tensor]]]:
-    """The tensors by device and by the dtype that their noise is drawn in."""
+def _are_large(tensors: list[Tensor]) -> bool:
+    return sum(map(Tensor.numel, tensors)) > _LARGE * len(tensors)
+
+
+def _drawn_together(tensors: list[Tensor]) -> list[tuple[torch.device, Sequence[int]]]:
+    """Which of the tensors have the same device and the same dtype that their noise is drawn in."""
     kinds = {(tensor.device, tensor.dtype) for tensor in tensors}
     if len(kinds) == 1:
-        return [(tensors[0].device, tensors)]
-    groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
-    for tensor in tensors:
-        groups.setdefault((tensor.device, checks.DRAWN_IN[tensor.dtype]), []).append(tensor)
-    return [(device, members) for (device, _), members in groups.items()]
+        return [(tensors[0].device, range(len(tensors)))]
+    groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    for index, tensor in enumerate(tensors):
+        groups.setdefault((tensor.device, checks.DRAWN_IN[tensor.dtype]), []).append(index)
+    return [(device, indices) for (device, _), indices in groups.items()]
