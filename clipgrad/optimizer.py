@@ -255,6 +255,7 @@ class DPOptimizer(OptimizerFacade):
                 if observed:
                     self.noise.add_gaussian_(observed, sigma_observed)
             self._pending.publish(parameters, means)
+        del sums  # those that were lent may have no noise: a traceback out of the wrapped optimizer must not hold them
         # Before the wrapped optimizer, which may raise: what was noised is public now, and this step is over.
         self._progress = self._progress.advanced(observed, self.expected_batch_size)
         with phase("optimizer"):

@@ -101,7 +101,9 @@ def tensors(cipher: TritonChaCha) -> None:
 def means(cipher: TritonChaCha, device: torch.device = CPU) -> None:
     """Divided sums, in place and elsewhere: those of two passes, whatever the divisor, tensor by tensor."""
     key = bytes(range(2, 34))
-    for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+    divisors = dict.fromkeys([torch.float64, torch.float32], (1.0, 48.0, 64.0))
+    divisors |= dict.fromkeys([torch.float16, torch.bfloat16], (48.0,))
+    for dtype in divisors:
         sums = [torch.randn(size).to(device, dtype) for size in (1, 0, 7, 2049, 3)]
         added = [total.clone() for total in sums]
         cipher.add_gaussian_(added, 2.0, 1, key)
@@ -109,7 +111,7 @@ def means(cipher: TritonChaCha, device: torch.device = CPU) -> None:
         # The interpreter truncates to bfloat16, a device rounds.
         rounding = 2.0**-6 if dtype is torch.bfloat16 and device == CPU else 0.0
         same = partial(torch.testing.assert_close, rtol=rounding, atol=0.0)
-        for divisor in (1.0, 48.0, 64.0):
+        for divisor in divisors[dtype]:
             factor = torch.tensor(1 / divisor, dtype=drawn_in, device=device)
             expected = [(total.to(drawn_in) * factor).to(dtype) for total in added]
             given = [total.clone() for total in sums]
@@ -124,6 +126,12 @@ def means(cipher: TritonChaCha, device: torch.device = CPU) -> None:
             assert bool((memory == 5.0).all())
             cipher.add_gaussian_(given, 2.0, 1, key, divisor)
             same(given, expected)
+    mixed = [torch.randn(90, device=device).to(dtype) for dtype in divisors for _ in range(2)]
+    elsewhere = [torch.full_like(total, math.nan) for total in mixed]
+    given = [total.clone() for total in mixed]
+    cipher.add_gaussian_(mixed, 2.0, 1, key, 48.0, elsewhere)
+    cipher.add_gaussian_(given, 2.0, 1, key, 48.0)
+    assert all(map(torch.equal, elsewhere, given))
 
 
 class Asked:
@@ -196,6 +204,18 @@ def tables(cipher: TritonChaCha) -> None:
                 changed[start:end] = True
             assert torch.equal(memory != before, changed)
         assert len(cipher._tables) <= 8
+    one, other, key = torch.full((100,), 1000.0), torch.full((100,), 2000.0), bytes(range(32))
+    first, second = torch.zeros(100), torch.zeros(100)
+    for source, target in [(one, first), (other, first), (other, second), (one, second)]:
+        cipher.add_gaussian_([source], 1.0, 1, key, 2.0, [target])
+        assert bool((target - source / 2).abs().max() < 10)
+    double = torch.zeros(100, dtype=torch.float64)
+    single = double.view(torch.float32)[:100]  # at the same address, as many
+    for target in (double, single):
+        double.zero_()
+        cipher.add_gaussian_([target], 1.0, 1, key)
+        assert bool((target != 0).all())
+        assert float(target.abs().max()) < 10
 
 
 def sabotage(cipher: TritonChaCha) -> None:

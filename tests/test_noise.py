@@ -10,6 +10,10 @@ import torch
 from torch import Tensor
 
 from clipgrad.noise import NoiseSource, SystemNoise, _keys
+from clipgrad.noise._accelerator import AcceleratorNoise
+from clipgrad.noise._cpu import CpuNoise
+from clipgrad.noise._keys import Lineage
+from clipgrad.sampling._words import seeded_words
 from tests.noise_checks import PIECE, check_gaussian, check_independent, draw, seeded
 
 
@@ -140,3 +144,24 @@ def test_calls_from_several_threads() -> None:
         list(pool.map(call, totals))
     check_gaussian(totals, 1.0)
     check_independent(totals)
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_the_default_device_does_not_matter(compiled: bool) -> None:
+    """Noise for the CPU is made there, and so is what is copied to others."""
+    total, copied = torch.zeros(90_000), torch.zeros(90_000)
+    torch.set_default_device("meta")
+    try:
+        source = SystemNoise(compile=compiled)
+        source.add_gaussian_([total], 2.0)
+        lineage = Lineage()
+        cpu = CpuNoise(lineage, 1, compiled=compiled)
+        AcceleratorNoise(torch.device("cpu"), lineage, cpu, 1).add([copied], 2.0)
+        SystemNoise(draws=3).add_gaussian_([small := torch.zeros(5, device="cpu")], 1.0)
+        words = seeded_words(torch.Generator("cpu"), 3)
+    finally:
+        torch.set_default_device(None)
+    check_gaussian(total, 2.0)
+    check_gaussian(copied, 2.0)
+    assert bool((small != 0).all())
+    assert len(words) == 3

@@ -38,9 +38,12 @@ def test_noise_made_on_the_cpu_and_copied(monkeypatch: pytest.MonkeyPatch) -> No
     totals = [torch.zeros(120_000), torch.zeros(7), torch.zeros(90_001, dtype=torch.bfloat16)]
     fallback().add(totals, 2.0)
     check_gaussian(torch.cat(totals), 2.0)
-    totals, means = [torch.zeros(120_000), torch.zeros(7)], [torch.zeros(120_000), torch.zeros(7)]
+    totals = [torch.full((120_000,), 1000.0), torch.full((300, 200), 2000.0, dtype=torch.float16)]
+    means = [torch.empty_like(total) for total in totals]
     fallback().add(totals, 2.0, 5.0, means)
-    check_gaussian(5 * torch.cat(means), 2.0)
+    check_gaussian(5 * means[0] - 1000, 2.0)
+    assert means[1].shape == (300, 200)
+    assert abs(float(means[1].double().mean()) - 400) < 0.1
     total = torch.zeros(100_000, dtype=torch.float64)
     fallback(draws=4).add([total], 0.5)
     check_gaussian(total, 0.5)

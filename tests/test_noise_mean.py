@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from clipgrad.noise import NoiseSource, SeededNoise, SystemNoise, _cpu, _keys, _system
+from clipgrad.noise import NoiseSource, SeededNoise, SystemNoise, _accelerator, _cpu, _keys, _system
 from clipgrad.noise._mean import noised_mean
 from tests.kernels import needs_cuda
 from tests.noise_checks import check_gaussian
@@ -69,12 +69,82 @@ def test_threads_divide_too(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(map(torch.equal, means, in_two_passes(SystemNoise(), sums)))
 
 
-def test_tensors_of_several_kinds_and_gaps() -> None:
-    for elsewhere in (True, False):
-        gaps = torch.zeros(300, 600)[:, ::2]
-        sums = [torch.zeros(90_000), torch.zeros(90_000).double(), gaps]
-        for mean in noised_mean(SystemNoise(), sums, SIGMA, DIVISOR, elsewhere=elsewhere):
-            check_gaussian(mean * DIVISOR, SIGMA)
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_tensors_of_several_kinds_and_gaps(elsewhere: bool) -> None:
+    totals = [1000.0, 2000.0, 3000.0, 4000.0]
+    sums = [
+        torch.full((90_000,), totals[0]),
+        torch.full((90_000,), totals[1]).double(),
+        torch.full((300, 600), totals[2])[:, ::2],
+        torch.full((90_000,), totals[3]).double(),
+    ]
+    shapes = [(total.shape, total.dtype) for total in sums]
+    means = noised_mean(SystemNoise(), sums, SIGMA, DIVISOR, elsewhere=elsewhere)
+    assert [(mean.shape, mean.dtype) for mean in means] == shapes
+    for mean, total in zip(means, totals, strict=True):
+        check_gaussian(mean.double() * DIVISOR - total, SIGMA)
+
+
+class FewBlocks:
+    """In the place of a device's cipher: the noise is sigma itself, and a key is good for 1000 values."""
+
+    def __init__(self) -> None:
+        self.keys: list[bytes] = []
+
+    def limit(self, draws: int) -> int:
+        return 1000
+
+    def add_gaussian_(
+        self,
+        tensors: list[Tensor],
+        sigma: float,
+        draws: int,
+        key: bytes,
+        divisor: float,
+        into: list[Tensor],
+    ) -> None:
+        assert sum(map(Tensor.numel, tensors)) <= 1000
+        self.keys.append(key)
+        for source, target in zip(tensors, into, strict=True):
+            assert source.is_contiguous()
+            assert target.is_contiguous()
+            target.view(-1).copy_((source.view(-1) + sigma) / divisor)
+
+
+@pytest.fixture
+def few_blocks(monkeypatch: pytest.MonkeyPatch) -> FewBlocks:
+    """What lies on the CPU is taken for an accelerator's."""
+    cipher, found = FewBlocks(), _system._drawn_together
+    monkeypatch.setattr(_accelerator, "proved_cipher", lambda device: cipher)
+    elsewhere = torch.device("mps")
+    monkeypatch.setattr(
+        _system, "_drawn_together", lambda tensors: [(elsewhere, at) for _, at in found(tensors)]
+    )
+    return cipher
+
+
+@pytest.mark.parametrize("odd", ["nothing", "gaps", "sign"])
+@pytest.mark.parametrize("large", [2**18, 0], ids=["division", "kernel"])
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_on_an_accelerator_in_pieces(
+    few_blocks: FewBlocks, elsewhere: bool, large: int, odd: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_system, "_LARGE", large)
+    sums = [total[:3000] if total.dim() == 1 else total for total in sums_of()]
+    sums += [torch.randn(2, 3, 40, 5).to(memory_format=torch.channels_last), torch.randn(30, 1).T]
+    sums += [sums[0].double(), sums[1].bfloat16()]
+    if odd != "nothing":
+        sums.append(torch.randn(8, 9)[:, 1:] if odd == "gaps" else torch._neg_view(torch.ones(9)))
+    wanted = [(total + SIGMA) / DIVISOR for total in sums]
+    before = clones(sums)
+    means = noised_mean(SystemNoise(), sums, SIGMA, DIVISOR, elsewhere=elsewhere)
+    for mean, expected, total in zip(means, wanted, sums, strict=True):
+        torch.testing.assert_close(mean, expected)
+        assert odd == "gaps" or mean.stride() == total.stride()
+        assert (mean is not total) == elsewhere
+    at_once = elsewhere and not large and odd == "nothing"  # then nothing wrote to the sums
+    assert all(map(torch.equal, before, sums)) == at_once
+    assert len(few_blocks.keys) == len(set(few_blocks.keys)) > 10
 
 
 class Doubled(SystemNoise):
@@ -111,10 +181,13 @@ def test_a_source_that_adds_in_a_way_of_its_own_is_asked_to(elsewhere: bool) -> 
     assert counting.asked == 1
 
 
-def test_a_method_put_in_the_place_of_a_source_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_a_method_put_in_the_place_of_a_source_is_asked(
+    elsewhere: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     source, seen = SystemNoise(), []
     monkeypatch.setattr(source, "add_gaussian_", lambda tensors, sigma: seen.append(sigma))
-    (mean,) = noised_mean(source, [torch.ones(3)], SIGMA, DIVISOR)
+    (mean,) = noised_mean(source, [torch.ones(3)], SIGMA, DIVISOR, elsewhere=elsewhere)
     assert seen == [SIGMA]
     assert torch.equal(mean, torch.ones(3) / DIVISOR)
 

@@ -65,7 +65,7 @@ class AcceleratorNoise:
         """Add to tensors of the device, all drawn in one dtype and each contiguous, and divide the sums.
 
         Args:
-            tensors: Used up.
+            tensors: Used up, or left as they are.
             sigma: Standard deviation, positive.
             divisor: A public constant.
             into: Tensors alike that get the results; in place if None.
@@ -86,7 +86,7 @@ class AcceleratorNoise:
     def _add_copied(self, flats: list[Tensor], sigma: float) -> None:
         for piece in pieces(flats, _COPIED_AT_A_TIME):
             sizes = [part.numel() for part in piece]
-            noise = torch.zeros(sum(sizes), dtype=checks.DRAWN_IN[piece[0].dtype])
+            noise = torch.zeros(sum(sizes), dtype=checks.DRAWN_IN[piece[0].dtype], device="cpu")
             self._cpu.add([noise], sigma)
             torch._foreach_add_(piece, noise.to(self._device).split(sizes))
 

@@ -76,9 +76,11 @@ class BoxMuller:
             memory = bytearray(pairs * (_RADIUS_BYTES + 2 * dtype.itemsize) + SLACK)
             self._bytes = memoryview(memory)
             self._memory = torch.frombuffer(memory, dtype=torch.uint8)
-            self._small_radius = torch.empty(pairs, dtype=torch.float32)
-            self._middle = torch.tensor(0.5 + 2.0**-53, dtype=torch.float64)
-            self._half_step = torch.tensor(math.pi / 2 ** (bits + 1), dtype=dtype)
+            # Whatever PyTorch's default device is.
+            self._small_radius = torch.empty(pairs, dtype=torch.float32, device="cpu")
+            self._middle = torch.tensor(0.5 + 2.0**-53, dtype=torch.float64, device="cpu")
+            half_step = math.pi / 2 ** (bits + 1)
+            self._half_step = torch.tensor(half_step, dtype=dtype, device="cpu")
         self._zeros = memoryview(bytes(pairs * (_RADIUS_BYTES + dtype.itemsize)))
         self._step = math.pi / 2**bits
         word = np.dtype(f"i{dtype.itemsize}").type

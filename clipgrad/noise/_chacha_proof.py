@@ -61,7 +61,7 @@ def prove(cipher: Device, device: torch.device) -> None:
     for dtype, draws in [(torch.float64, 1), (torch.float64, 2), (torch.float32, 1)]:
         size = PER_BLOCK[dtype] * LANES + 1  # of two programs, one of them full
         zeros = torch.zeros(size, dtype=dtype, device=device)
-        found = torch.empty_like(zeros)
+        found = torch.full_like(zeros, math.nan)  # no values of an earlier proof
         # A public key, on values thrown away.
         cipher.add_gaussian_([zeros], _SCALE, draws, RFC_KEY, _DIVISOR, [found])
         expected = _SCALE / _DIVISOR * gaussians(RFC_KEY, size, draws, dtype)

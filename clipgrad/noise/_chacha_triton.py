@@ -75,6 +75,8 @@ class TritonChaCha:
         """
         both = zip(tensors, tensors if into is None else into, strict=True)
         filled = [pair for pair in both if pair[0].numel()]
+        # The kernel is told addresses and the sizes of the sources.
+        assert all(s.numel() == t.numel() and s.dtype is t.dtype for s, t in filled), "not alike"
         dtypes = dict.fromkeys([source.dtype for source, _ in filled])
         first, scaling = 0, struct.pack("<dd", sigma / math.sqrt(draws), 1.0 / divisor)
         with self._on_device():

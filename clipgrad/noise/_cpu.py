@@ -139,7 +139,7 @@ class CpuNoise:
         at = (values.dtype, gaussians.capacity)
         if at not in self._sums:
             with torch.inference_mode(False):
-                self._sums[at] = torch.empty(gaussians.capacity, dtype=values.dtype)
+                self._sums[at] = torch.empty(gaussians.capacity, dtype=values.dtype, device="cpu")
         total = self._sums[at][:size].copy_(values)
         for _ in range(self._draws - 1):
             total.add_(gaussians.draw(keystream, size))

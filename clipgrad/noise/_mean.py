@@ -29,7 +29,7 @@ def noised_mean(
     Args:
         source: Draws the noise. One that is no ``SystemNoise``, or adds in a way of its own, is asked to add, and the
             division is a pass of its own.
-        sums: Dense tensors, each once. Noise is added in place.
+        sums: Dense tensors, each once. Noise is added in place, but for what a kernel writes elsewhere at once.
         sigma: Standard deviation of the noise on the sums.
         divisor: A public constant.
         elsewhere: Return other tensors; else those of ``sums``.

@@ -144,9 +144,11 @@ class _Makers:
         if not detours and not elsewhere:
             self._add_on(device, targets, sigma, divisor)
             return tensors
-        if not detours and device.type != "cpu" and _are_large(tensors):
+        if not detours and device.type != "cpu" and _may_be_written_elsewhere(tensors):
             results = list(map(torch.empty_like, tensors))
-            self._add_on(device, targets, sigma, divisor, contiguous_targets(results)[0])
+            into, gaps = contiguous_targets(results)
+            assert not gaps, "without gaps strides are kept"
+            self._add_on(device, targets, sigma, divisor, into)
             return results
         self._add_on(device, targets, sigma)
         for tensor, detour in detours:
@@ -176,8 +178,10 @@ class _Makers:
         self._accelerators[device].add(targets, sigma, divisor, into)
 
 
-def _are_large(tensors: list[Tensor]) -> bool:
-    return sum(map(Tensor.numel, tensors)) > _LARGE * len(tensors)
+def _may_be_written_elsewhere(tensors: list[Tensor]) -> bool:
+    """Whether that is worth it, and memory holds the values themselves: a result has no bit for their sign."""
+    large = sum(map(Tensor.numel, tensors)) > _LARGE * len(tensors)
+    return large and not any(map(Tensor.is_neg, tensors))
 
 
 def _drawn_together(tensors: list[Tensor]) -> list[tuple[torch.device, Sequence[int]]]:

@@ -40,5 +40,6 @@ def system_words(count: int) -> NDArray[np.uint64]:
 
 def seeded_words(generator: torch.Generator, count: int) -> NDArray[np.uint64]:
     """The next words of a generator, which advances."""
-    words = torch.empty(count, dtype=torch.int64).random_(-(2**63), None, generator=generator)
+    words = torch.empty(count, dtype=torch.int64, device="cpu")
+    words.random_(-(2**63), None, generator=generator)
     return words.numpy().view(np.uint64)
