@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode, resolve_name
 
-from clipgrad import _leftovers
+from clipgrad import _leftovers, _own_vmap
 from clipgrad._branches import is_read, read
 from clipgrad._call import BoundCall
 from clipgrad._lanes import (
@@ -133,7 +133,13 @@ class Capture(TorchFunctionMode):
             entry = self.table[id(args[0])]
             message = written_expression_message if entry.derived else written_message
             raise NotPerSampleError(message(entry.name))
+        if self.splits and kwargs.get("generator") is not None:
+            raise NotPerSampleError(generator_message(operation_name(func)))
         result = CORRECTIONS.get(func, func)(*args, **kwargs)
+        if _own_vmap.may_bring_vmap(func) and _own_vmap.brings_vmap(func, args):
+            backward_pass = any(map(self._requires_grad, tensors_in(result)))
+            if backward_pass or not native:  # an inner transform's own may be another
+                raise _own_vmap.refuse(func, args)
         if tracked and torch.is_grad_enabled() and tensors_in(result):
             for entry in tracked:
                 entry.fallback.append(operation_name(func))
@@ -241,6 +247,13 @@ def _lower(value: Any, table: dict[int, Tracked], read: Callable[[Tracked], Tens
     if isinstance(value, list | tuple) and any(isinstance(item, Tensor) for item in value):
         return type(value)(_lower(item, table, read) for item in value)
     return value
+
+
+def generator_message(operation: str) -> str:
+    return (
+        f"{operation} draws from a generator of the loss's own, and under branches='split' nobody would see whether it "
+        "drew again where samples branch apart. Use PyTorch's default generator: leave generator= out."
+    )
 
 
 def written_message(name: str) -> str:

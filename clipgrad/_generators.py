@@ -1,11 +1,15 @@
-"""The state of PyTorch's random number generators, to be given back as it was."""
+"""The state of random number generators, to be given back as it was, or to see whether somebody drew."""
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 
 
 class Generators:
@@ -40,3 +44,27 @@ class Generators:
             yield
         finally:
             self.restore()
+
+
+class Draws:
+    """Whether random numbers were drawn since: by PyTorch's generators, Python's or NumPy's, all of them global.
+
+    Args:
+        device: Whose generator is watched beside the CPU's.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._before = self._states()
+
+    def happened(self) -> bool:
+        """Whether any generator is in another state than at first."""
+        tensors, others = self._states()
+        return others != self._before[1] or not all(map(torch.equal, tensors, self._before[0]))
+
+    def _states(self) -> tuple[list[Tensor], Any]:
+        tensors = [torch.get_rng_state()]
+        if self._device.type != "cpu":
+            tensors.append(torch.get_device_module(self._device).get_rng_state(self._device))
+        kind, words, *rest = np.random.get_state()  # noqa: NPY002 - the user's
+        return tensors, (random.getstate(), kind, np.asarray(words).tobytes(), rest)

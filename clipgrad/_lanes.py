@@ -81,6 +81,12 @@ def is_wrapped(tensor: Tensor) -> bool:
     return level >= 0
 
 
+def unwrapped(tensor: Tensor) -> Tensor:
+    """What the outermost functorch transform wrapped."""
+    inner: Tensor = _functorch.get_unwrapped(tensor)
+    return inner
+
+
 def address(tensor: Tensor) -> int:
     """Where the values of a tensor lie, underneath every functorch wrapper."""
     while is_wrapped(tensor):
@@ -146,4 +152,5 @@ __all__ = [
     "per_sample",
     "physical",
     "untraced",
+    "unwrapped",
 ]

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 
 from torch import Tensor
 
-from clipgrad._lanes import is_wrapped
+from clipgrad._lanes import is_wrapped, unwrapped
 from clipgrad.errors import NotPerSampleError
 
 _kept: dict[int, weakref.ref[Tensor]] = {}
@@ -30,12 +30,18 @@ def remember(made: Iterable[weakref.ref[Tensor]]) -> None:
 
 
 def among(tensors: Iterable[Tensor]) -> bool:
-    """Whether any of the tensors was kept from an earlier forward pass."""
-    if not _kept:
-        return False
-    return any(
-        (kept := _kept.get(id(tensor))) is not None and kept() is tensor for tensor in tensors
-    )
+    """Whether any of the tensors was kept from an earlier forward pass, or is one inside of an inner transform."""
+    return bool(_kept) and any(map(_is_kept, tensors))
+
+
+def _is_kept(tensor: Tensor) -> bool:
+    while True:
+        kept = _kept.get(id(tensor))
+        if kept is not None and kept() is tensor:
+            return True
+        if not is_wrapped(tensor):
+            return False
+        tensor = unwrapped(tensor)
 
 
 def refuse(operation: str) -> NotPerSampleError:

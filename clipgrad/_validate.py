@@ -143,13 +143,22 @@ def no_python_samples(arguments: Sequence[Any], size: int) -> None:
         if isinstance(value, Mapping):
             stack.extend(value.values())
         elif isinstance(value, list | tuple):
-            if len(value) == size > 1 and all(isinstance(item, _PLAIN) for item in value):
+            if len(value) == size > 1 and all(map(_is_plain, value)):
                 raise ValueError(
                     f"the batch holds a {type(value).__name__} of {size} Python values ({value[0]!r}, ...), one per "
                     "sample as it seems, but every sample would see all of them. Pass a tensor: torch.as_tensor(...); "
                     "close over constants in the loss."
                 )
             stack.extend(value)
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a value is a Python one, or made of such alone: nothing that has a batch axis."""
+    if isinstance(value, Mapping):
+        return bool(value) and all(map(_is_plain, value.values()))
+    if isinstance(value, list | tuple):
+        return bool(value) and all(map(_is_plain, value))
+    return isinstance(value, _PLAIN)
 
 
 def differentiable(params: Sequence[Tensor], batch: Sequence[Any]) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -191,3 +193,59 @@ def test_explain_tells_of_the_first_branch(params: Params, x: Tensor) -> None:
 def test_unknown_choice_is_refused() -> None:
     with pytest.raises(ValueError, match=r"branches must be one of 'refuse', 'split', got 'guess'"):
         clipped_grad(branch, max_grad_norm=1.0, branches="guess")
+
+
+# ------------------------------------------------------------------------------------- random numbers
+
+
+def draws_before_it_asks(params: Params, x: Tensor) -> Tensor:
+    kept = torch.rand_like(x[..., 0]) < x[..., 0]
+    return linear(params, x).sum() * (1.0 if kept.all() else 3.0)
+
+
+def drops_before_it_asks(params: Params, x: Tensor) -> Tensor:
+    h = torch.nn.functional.dropout(x, 0.5)
+    return linear(params, h).sum() * (1.0 if h.abs().sum() > 0 else 3.0)
+
+
+def pythons(params: Params, x: Tensor) -> Tensor:
+    level = random.random()
+    return linear(params, x).sum() * (1.0 if x[0, 0] > level else 3.0)
+
+
+def numpys(params: Params, x: Tensor) -> Tensor:
+    level = float(np.random.rand())  # noqa: NPY002
+    return linear(params, x).sum() * (1.0 if x[0, 0] > level else 3.0)
+
+
+@pytest.mark.parametrize("loss", [draws_before_it_asks, drops_before_it_asks, pythons, numpys])
+def test_draws_before_the_branch(params: Params, loss: Loss) -> None:
+    """Drawn again for each part, a sample's mask would be one on which it agrees with its neighbours."""
+    x = torch.zeros(2, 4, dtype=torch.float64)
+    x[0] = 1.0 + 1e-9
+    x[1] = -1.0 if loss is not drops_before_it_asks else 0.0
+    gradient = clipped_grad(loss, max_grad_norm=1.0, branches="split")
+    torch.manual_seed(0)  # a mask that does not drop all of the first row
+    with pytest.raises(NotPerSampleError, match=r"branch apart after the loss drew random numbers"):
+        gradient(params, x)
+    gradient(params, x[:1])
+
+
+def test_a_generator_of_its_own(params: Params, x: Tensor) -> None:
+    generator = torch.Generator()
+
+    def loss(params: Params, x: Tensor) -> Tensor:
+        noise = torch.rand(3, generator=generator, dtype=torch.float64)
+        return linear(params, x).sum() * noise.sum() if x.sum() > 0 else params["w"].sum()
+
+    with pytest.raises(NotPerSampleError, match="generator of the loss's own"):
+        clipped_grad(loss, max_grad_norm=1.0, branches="split")(params, x)
+
+
+def test_draws_after_the_branch(params: Params, x: Tensor) -> None:
+    def loss(params: Params, x: Tensor) -> Tensor:
+        h = x * 2 if x.sum() > 0 else x.cos()
+        return linear(params, torch.nn.functional.dropout(h, 0.5)).square().sum()
+
+    norms = clipped_grad(loss, max_grad_norm=1.0, branches="split")(params, x).grad_norms
+    assert len(norms.unique()) == len(x)

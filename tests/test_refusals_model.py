@@ -98,6 +98,38 @@ def test_values_of_an_earlier_batch(name: str) -> None:
         private(Stateful(STATES[name]), microbatch_size=2).backward(data())
 
 
+def test_values_of_a_batch_that_failed() -> None:
+    kept: list[Tensor] = []
+
+    def loss(model: nn.Module, x: Tensor) -> Tensor:
+        h = model(x)
+        if not kept:
+            kept.append(h.detach())
+            raise MemoryError
+        return (h - kept[0]).square().sum()
+
+    optimizer = private(mlp(), loss)
+    with pytest.raises(MemoryError):
+        optimizer.backward(data())
+    with pytest.raises(NotPerSampleError, match="kept from an earlier batch"):
+        optimizer.backward(data())
+
+
+def test_values_of_an_earlier_batch_inside_of_a_transform() -> None:
+    kept: list[Tensor] = []
+
+    def loss(model: nn.Module, x: Tensor) -> Tensor:
+        h = model(x)
+        difference = torch.func.vmap(torch.sub)(h, kept[-1]) if kept else h
+        kept.append(h * 1)
+        return difference.square().sum()
+
+    optimizer = private(mlp(), loss)
+    optimizer.backward(data())
+    with pytest.raises(NotPerSampleError, match="kept from an earlier batch"):
+        optimizer.backward(data())
+
+
 def test_keeping_activations_for_inspection_is_allowed() -> None:
     model = Stateful(lambda m, x: m.kept.append(x) or m.kept[0].shape)
     optimizer = private(model, microbatch_size=2)
@@ -158,6 +190,10 @@ BATCHES: dict[str, tuple[tuple[Any, ...], str]] = {
     "list of names": (
         (data(), {"name": list("abcde")}),
         r"list of 5 Python values \('a', \.\.\.\)",
+    ),
+    "list of targets": (
+        (data(), [(1.0, 2.0), [3.0, 4.0], {"x": 5.0}, (6.0,), ["seven"]]),
+        r"list of 5 Python values \(\(1\.0, 2\.0\), \.\.\.\)",
     ),
     "requires grad": ((data().requires_grad_(),), r"requires grad.*inside loss_fn, or detach"),
     "computed outside": ((mlp()[0](data()),), r"shape \(5, 6\) that requires grad"),

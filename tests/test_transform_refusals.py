@@ -75,6 +75,22 @@ def strides_over_shared_memory_in_a_transform(p: Params, x: Tensor) -> Tensor:
     return torch.func.vmap(lambda row: row @ p["w"].as_strided((3, 3), (1, 3)))(x).square().sum()
 
 
+def copies_strides_over_shared_memory(p: Params, x: Tensor) -> Tensor:
+    return (x @ torch.as_strided_copy(p["w"], (3, 3), (1, 3))).square().sum()
+
+
+def strides_by_another_name(p: Params, x: Tensor) -> Tensor:
+    return (x @ torch.ops.aten.as_strided(p["w"], (3, 3), (1, 3))).square().sum()
+
+
+def strides_by_an_overload(p: Params, x: Tensor) -> Tensor:
+    return (x @ torch.ops.aten.as_strided.default(p["w"], (3, 3), (1, 3))).square().sum()
+
+
+def strides_in_place(p: Params, x: Tensor) -> Tensor:
+    return (x @ (p["w"] * x.sum()).as_strided_((3, 3), (1, 3))).square().sum()
+
+
 def writes_to_ids(p: Params, x: Tensor) -> Tensor:
     ids = x.argmax(-1)
     rows = F.embedding(ids, p["w"])
@@ -109,6 +125,10 @@ def asks_for_grad(p: Params, x: Tensor) -> Tensor:
         (writes_to_an_input_of_a_rule, "an input of linear was changed by an in-place operation"),
         (strides_over_shared_memory, "as_strided is applied to a value that all samples share"),
         (strides_over_shared_memory_in_a_transform, "as_strided is applied to a value"),
+        (copies_strides_over_shared_memory, "as_strided is applied to a value"),
+        (strides_by_another_name, "as_strided is applied to a value"),
+        (strides_by_an_overload, "as_strided is applied to a value"),
+        (strides_in_place, "as_strided_ gives a tensor other strides in place"),
         (writes_to_ids, "an input of embedding was changed by an in-place operation"),
         (renormalises, r"max_norm=1\.0 rewrites rows"),
         (asks_for_grad, r"differentiates with requires_grad_\(\).*Use torch\.func\.grad"),

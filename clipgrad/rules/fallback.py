@@ -104,6 +104,44 @@ def _as_strided(input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     return torch.as_strided(input, *args, **kwargs)
 
 
+def _as_strided_copy(input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    return _as_strided(input, *args, **kwargs).clone()
+
+
+def _as_strided_in_place(input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """Under ``vmap`` its gradient is wrong even where no sample shares memory with another."""
+    raise NotPerSampleError(
+        "as_strided_ gives a tensor other strides in place, where PyTorch's gradient is wrong under vmap. Use "
+        "transpose, unfold, reshape or indexing."
+    )
+
+
+def _select_scatter(input: Tensor, src: Tensor, dim: int, index: int) -> Tensor:
+    """Under ``vmap`` the gradient of ``src`` comes once for each entry of the axis; that of a slice is right."""
+    size = input.shape[dim]
+    if not -size <= index < size:
+        return torch.select_scatter(input, src, dim, index)  # which says so
+    return torch.slice_scatter(input, src.unsqueeze(dim), dim, index % size, index % size + 1)
+
+
+def _linear_cross_entropy(*args: Any, options: Any = None, **kwargs: Any) -> Tensor:
+    """By its definition: in chunks it asks whether gradients are needed, and ``vmap`` answers that they are not."""
+    return F.linear_cross_entropy(*args, **kwargs)
+
+
+def _with_overloads(function: Callable[..., Any], *names: str) -> dict[Any, Callable[..., Any]]:
+    """A correction for an operation by all of its names, those of ``torch.ops.aten`` included."""
+    found: dict[Any, Callable[..., Any]] = {}
+    for name in names:
+        found |= {
+            getattr(owner, name): function for owner in (torch, Tensor) if hasattr(owner, name)
+        }
+        packet = getattr(torch.ops.aten, name)
+        found |= {getattr(packet, overload): function for overload in packet.overloads()}
+        found[packet] = function
+    return found
+
+
 def _layer_norm(layer_norm: Callable[..., Any]) -> Callable[..., Any]:
     """``vmap`` accepts a shape that reaches past a sample into the others; PyTorch itself would refuse it."""
 
@@ -136,8 +174,15 @@ CORRECTIONS: Mapping[Callable[..., Any], Callable[..., Any]] = MappingProxyType(
         F.layer_norm: _layer_norm(F.layer_norm),
         torch.layer_norm: _layer_norm(torch.layer_norm),
         torch._nested_tensor_from_mask_left_aligned: _not_left_aligned,
-        torch.as_strided: _as_strided,
-        torch.Tensor.as_strided: _as_strided,
+        **_with_overloads(_as_strided, "as_strided"),
+        **_with_overloads(_as_strided_copy, "as_strided_copy"),
+        **_with_overloads(_as_strided_in_place, "as_strided_"),
+        **_with_overloads(_select_scatter, "select_scatter"),
+        **(
+            {F.linear_cross_entropy: _linear_cross_entropy}
+            if hasattr(F, "linear_cross_entropy")
+            else {}
+        ),
         torch.Tensor.register_hook: _register_hook,
     }
 )

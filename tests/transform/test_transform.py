@@ -196,6 +196,41 @@ def test_as_strided(strategy: str) -> None:
     close(result.grads, definition(p, x, norm=1.0, fn=loss)[0])
 
 
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_select_scatter(strategy: str) -> None:
+    """Of what depends on parameters, by all of its names; under vmap PyTorch counts its gradient several times."""
+    p, x = {"w": draw(4, 3)}, draw(B, 5, 4)
+
+    def loss(p: Params, x: Tensor) -> Tensor:
+        row = p["w"][:, 0]
+        y = torch.select_scatter(x[0], row * x[0, 1], 0, 2).sin()
+        y = y.select_scatter(p["w"][0, :].sum() * x[0, :, 1], dim=-1, index=-1).cos()
+        return torch.ops.aten.select_scatter(y, row, -2, 0).sum()
+
+    result = clipped_grad(loss, max_grad_norm=1.0, strategy=strategy)(p, x)
+    close(result.grads, definition(p, x, norm=1.0, fn=loss)[0])
+    with pytest.raises(IndexError):
+        clipped_grad(
+            lambda p, x: torch.select_scatter(x[0], p["w"][:, 0], 0, 5).sum(), max_grad_norm=1.0
+        )(p, x)
+
+
+@pytest.mark.skipif(not hasattr(F, "linear_cross_entropy"), reason="this PyTorch has none")
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_linear_cross_entropy(strategy: str) -> None:
+    p, x, y = {"w": draw(5, 3), "b": draw(5)}, draw(B, 3), torch.arange(B) % 5
+
+    def loss(p: Params, x: Tensor, y: Tensor) -> Tensor:
+        options = torch.nn.LinearCrossEntropyOptions()
+        return F.linear_cross_entropy(x, p["w"], y, linear_bias=p["b"], options=options)
+
+    result = clipped_grad(loss, max_grad_norm=1.0, strategy=strategy)(p, x, y)
+    expected = definition(
+        p, x, y, norm=1.0, fn=lambda p, x, y: F.cross_entropy(F.linear(x, p["w"], p["b"]), y)
+    )
+    close(result.grads, expected[0])
+
+
 def test_batch_that_requires_grad(params: Params, batch: Any) -> None:
     x = batch[0].clone().requires_grad_()
     close(
