@@ -93,7 +93,7 @@ class Capture(TorchFunctionMode):
         kwargs = kwargs or {}
         if func == _REQUIRES_GRAD:
             return self._requires_grad(args[0])
-        kept = _leftovers.among(operands(args, kwargs))
+        kept = _leftovers.among(operands(args, kwargs), self.level)
         try:
             result = self._run(func, args, kwargs)
         except Exception as error:

@@ -9,8 +9,9 @@ with a ``vmap`` static method; it costs about 130 microseconds a call, this one 
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor
@@ -42,25 +43,67 @@ def current_randomness() -> str:
     return randomness
 
 
+class _Spare(threading.local):
+    """Levels of this thread that nothing is meant to belong to."""
+
+    def __init__(self) -> None:
+        self.levels: list[int] = []
+
+
+_spare = _Spare()
+
+
 @contextmanager
-def lanes(size: int, randomness: str) -> Iterator[int]:
+def lanes(size: int, randomness: str, *, deeper: bool = False) -> Iterator[int]:
     """Run the body under a ``vmap`` over ``size`` samples; yields its level.
 
     Tensors enter it by ``per_sample`` and leave it by ``all_samples``.
+
+    Args:
+        size: Samples.
+        randomness: As ``torch.func.vmap`` takes it.
+        deeper: At a level deeper than usual, with an empty one above it: see ``is_stale``.
     """
     lazy_load_decompositions()
-    level: int = _functorch._vmap_increment_nesting(size, randomness)
+    with _spare_level() if deeper else nullcontext():
+        level: int = _functorch._vmap_increment_nesting(size, randomness)
+        try:
+            yield level
+        finally:
+            _functorch._vmap_decrement_nesting()
+
+
+@contextmanager
+def _spare_level() -> Iterator[None]:
+    _spare.levels.append(_functorch._vmap_increment_nesting(1, "same"))
     try:
-        yield level
+        yield
     finally:
         _functorch._vmap_decrement_nesting()
+        _spare.levels.pop()
+
+
+def is_stale(tensor: Tensor) -> bool:
+    """Whether a result, out of its ``lanes``, was computed from a per-sample value of lanes that are closed.
+
+    Levels are numbered by depth, so that such a value looks like one of the present samples'. It does not if the
+    present ones lie deeper: then it belongs to the spare level, and so does all that is computed from it.
+    """
+    return level_of(tensor) in _spare.levels
 
 
 @contextmanager
 def below_vmap() -> Iterator[None]:
     """Run the body as if no functorch transform were active."""
-    with temporarily_pop_interpreter_stack():
+    with (
+        temporarily_pop_interpreter_stack(),
+        temporarily_pop_interpreter_stack() if _spare_is_open() else nullcontext(),
+    ):
         yield
+
+
+def _spare_is_open() -> bool:
+    return bool(_spare.levels) and current_level() == _spare.levels[-1]
 
 
 @contextmanager
@@ -75,10 +118,15 @@ def untraced() -> Iterator[None]:
         yield
 
 
+def level_of(tensor: Tensor) -> int:
+    """The level of the functorch transform that made the tensor; negative if none did."""
+    level: int = _functorch.maybe_get_level(tensor)
+    return level
+
+
 def is_wrapped(tensor: Tensor) -> bool:
     """Whether a functorch transform made the tensor, so that it means something only inside of it."""
-    level: int = _functorch.maybe_get_level(tensor)
-    return level >= 0
+    return level_of(tensor) >= 0
 
 
 def unwrapped(tensor: Tensor) -> Tensor:
@@ -147,8 +195,10 @@ __all__ = [
     "current_level",
     "current_randomness",
     "is_broadcast",
+    "is_stale",
     "is_wrapped",
     "lanes",
+    "level_of",
     "per_sample",
     "physical",
     "untraced",

@@ -12,8 +12,26 @@ from collections.abc import Iterable
 
 from torch import Tensor
 
-from clipgrad._lanes import is_wrapped, unwrapped
+from clipgrad._lanes import is_wrapped, level_of, unwrapped
 from clipgrad.errors import NotPerSampleError
+
+
+class Turns:
+    """Which forward passes of a transform run deeper than the others, where values of an earlier one show.
+
+    ``remember`` sees what operations of the loss returned. What comes out of a ``torch.func`` transform inside of it, a
+    scripted function or a constructor, it does not. A loss that uses such a value in the pass after the one that it
+    comes from is found in the second pass; one that begins with it later in the fourth, the eighth, the sixteenth...
+    """
+
+    def __init__(self) -> None:
+        self._count = 0
+
+    def next_is_deeper(self) -> bool:
+        """Whether the pass that begins now is the second, fourth, eighth..."""
+        self._count += 1
+        return self._count > 1 and self._count & (self._count - 1) == 0
+
 
 _kept: dict[int, weakref.ref[Tensor]] = {}
 
@@ -29,17 +47,22 @@ def remember(made: Iterable[weakref.ref[Tensor]]) -> None:
             _kept[id(tensor)] = reference
 
 
-def among(tensors: Iterable[Tensor]) -> bool:
-    """Whether any of the tensors was kept from an earlier forward pass, or is one inside of an inner transform."""
-    return bool(_kept) and any(map(_is_kept, tensors))
+def among(tensors: Iterable[Tensor], level: int) -> bool:
+    """Whether any of the tensors was kept from an earlier forward pass.
+
+    Args:
+        tensors: What an operation is given.
+        level: Of the present pass. Tensors of transforms inside of it are looked into.
+    """
+    return bool(_kept) and any(_is_kept(tensor, level) for tensor in tensors)
 
 
-def _is_kept(tensor: Tensor) -> bool:
+def _is_kept(tensor: Tensor, level: int) -> bool:
     while True:
         kept = _kept.get(id(tensor))
         if kept is not None and kept() is tensor:
             return True
-        if not is_wrapped(tensor):
+        if level_of(tensor) <= level:
             return False
         tensor = unwrapped(tensor)
 
@@ -53,4 +76,4 @@ def refuse(operation: str) -> NotPerSampleError:
     )
 
 
-__all__ = ["among", "refuse", "remember"]
+__all__ = ["Turns", "among", "refuse", "remember"]
