@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode, resolve_name
 
 from clipgrad import _leftovers, _own_vmap
-from clipgrad._branches import is_read, read
+from clipgrad._branches import Disagreement, is_read, read
 from clipgrad._call import BoundCall
+from clipgrad._drawn import Drawn
 from clipgrad._lanes import (
     Decline,
     below_vmap,
@@ -27,6 +28,11 @@ from clipgrad.rules._registry import Decomposition, Rule, rules
 from clipgrad.rules.fallback import CORRECTIONS
 
 _RULES = rules()
+_DRAWN = (
+    "samples branch apart by a value that depends on random numbers (dropout, torch.rand), and branches='split' would "
+    "draw again for each part: what a sample gets would depend on the other samples of its batch. Draw outside the "
+    "loss and pass it with the batch, or use torch.where in the place of the branch."
+)
 _REQUIRES_GRAD = torch.Tensor.requires_grad.__get__  # type: ignore[attr-defined]
 
 
@@ -57,7 +63,8 @@ class Capture(TorchFunctionMode):
         tape: The microbatch's tape.
         wrappers: What the loss holds for each parameter, in the tape's order.
         originals: The tensors that the caller passed; met inside the loss, they are a gradient that escapes.
-        splits: Answer Python's questions about values, if need be by splitting the microbatch.
+        drawn: Answer Python's questions about values, if need be by splitting the microbatch, but none that depend on
+            random numbers. None: answer none.
     """
 
     def __init__(
@@ -66,11 +73,11 @@ class Capture(TorchFunctionMode):
         wrappers: Sequence[Tensor],
         originals: Sequence[Tensor],
         *,
-        splits: bool = False,
+        drawn: Drawn | None = None,
     ) -> None:
         super().__init__()
         self.tape = tape
-        self.splits = splits
+        self.drawn = drawn
         self.level = current_level()
         self.randomness = current_randomness()
         self.table: dict[int, Tracked] = {}
@@ -94,6 +101,8 @@ class Capture(TorchFunctionMode):
         if func == _REQUIRES_GRAD:
             return self._requires_grad(args[0])
         kept = _leftovers.among(operands(args, kwargs), self.level)
+        if self.drawn is not None:
+            self.drawn.before()
         try:
             result = self._run(func, args, kwargs)
         except Exception as error:
@@ -103,12 +112,14 @@ class Capture(TorchFunctionMode):
         made = tensors_in(result)
         if kept and made:  # asking for a shape is harmless
             raise _leftovers.refuse(operation_name(func))
+        if self.drawn is not None:
+            self.drawn.after(operands(args, kwargs), made)
         self.made.extend(map(weakref.ref, made))
         return result
 
     def _run(self, func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         native = current_level() == self.level
-        if self.splits and native:
+        if self.drawn is not None and native:
             if func is torch.Tensor.__contains__:
                 with self:
                     return bool((args[0] == args[1]).any())
@@ -117,6 +128,10 @@ class Capture(TorchFunctionMode):
                     return read(func, args[0], self.level)
                 except Decline:
                     pass  # the same for all samples: read as it is
+                except Disagreement:
+                    if self.drawn.decides(args[0]):
+                        raise NotPerSampleError(_DRAWN) from None
+                    raise
         if native:
             rule = _RULES.get(func)
             if rule is not None:
@@ -133,7 +148,7 @@ class Capture(TorchFunctionMode):
             entry = self.table[id(args[0])]
             message = written_expression_message if entry.derived else written_message
             raise NotPerSampleError(message(entry.name))
-        if self.splits and kwargs.get("generator") is not None:
+        if self.drawn is not None and kwargs.get("generator") is not None:
             raise NotPerSampleError(generator_message(operation_name(func)))
         result = CORRECTIONS.get(func, func)(*args, **kwargs)
         if _own_vmap.may_bring_vmap(func) and _own_vmap.brings_vmap(func, args):
@@ -278,4 +293,4 @@ def escape_message(name: str, operation: str) -> str:
     )
 
 
-__all__ = ["Capture", "escape_message", "operation_name", "written_message"]
+__all__ = ["Capture", "escape_message", "operation_name", "tensors_in", "written_message"]

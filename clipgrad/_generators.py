@@ -47,7 +47,7 @@ class Generators:
 
 
 class Draws:
-    """Whether random numbers were drawn since: by PyTorch's generators, Python's or NumPy's, all of them global.
+    """Whether PyTorch's generators, which are global, were drawn from.
 
     Args:
         device: Whose generator is watched beside the CPU's.
@@ -55,16 +55,21 @@ class Draws:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._before = self._states()
+        self._last = self._states()
 
-    def happened(self) -> bool:
-        """Whether any generator is in another state than at first."""
-        tensors, others = self._states()
-        return others != self._before[1] or not all(map(torch.equal, tensors, self._before[0]))
+    def since_last_asked(self) -> bool:
+        """Whether any is in another state than when this was asked last, or at first."""
+        before, self._last = self._last, self._states()
+        return not all(map(torch.equal, before, self._last))
 
-    def _states(self) -> tuple[list[Tensor], Any]:
-        tensors = [torch.get_rng_state()]
+    def _states(self) -> list[Tensor]:
+        states = [torch.get_rng_state()]
         if self._device.type != "cpu":
-            tensors.append(torch.get_device_module(self._device).get_rng_state(self._device))
-        kind, words, *rest = np.random.get_state()  # noqa: NPY002 - the user's
-        return tensors, (random.getstate(), kind, np.asarray(words).tobytes(), rest)
+            states.append(torch.get_device_module(self._device).get_rng_state(self._device))
+        return states
+
+
+def states_of_others() -> Any:
+    """The states of Python's and NumPy's global generators, to be compared."""
+    kind, words, *rest = np.random.get_state()  # noqa: NPY002 - the user's
+    return random.getstate(), kind, np.asarray(words).tobytes(), rest

@@ -12,16 +12,21 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch._C import _functorch
+from torch._functorch.autograd_function import custom_function_call, has_overridden_vmap_rule
 from torch._functorch.pyfunctorch import (
     VmapInterpreter,
     retrieve_current_functorch_interpreter,
     temporarily_pop_interpreter_stack,
 )
 from torch._functorch.vmap import lazy_load_decompositions  # type: ignore[attr-defined]
+
+FUNCTION_CALL: Any = custom_function_call
+"""What a ``TorchFunctionMode`` sees of ``autograd.Function.apply`` under a transform; the class is its first argument."""
 
 
 class Decline(Exception):
@@ -118,6 +123,11 @@ def untraced() -> Iterator[None]:
         yield
 
 
+def has_vmap_method(function: type[torch.autograd.Function]) -> bool:
+    """Whether the author of a custom function wrote a ``vmap`` rule for it."""
+    return bool(has_overridden_vmap_rule(function))
+
+
 def level_of(tensor: Tensor) -> int:
     """The level of the functorch transform that made the tensor; negative if none did."""
     level: int = _functorch.maybe_get_level(tensor)
@@ -135,11 +145,16 @@ def unwrapped(tensor: Tensor) -> Tensor:
     return inner
 
 
+def innermost(tensor: Tensor) -> Tensor:
+    """What is underneath every functorch wrapper of a tensor."""
+    while is_wrapped(tensor):
+        tensor = unwrapped(tensor)
+    return tensor
+
+
 def address(tensor: Tensor) -> int:
     """Where the values of a tensor lie, underneath every functorch wrapper."""
-    while is_wrapped(tensor):
-        tensor = _functorch.get_unwrapped(tensor)
-    return tensor.data_ptr()
+    return innermost(tensor).data_ptr()
 
 
 def is_broadcast(tensor: Tensor) -> bool:
@@ -188,12 +203,15 @@ def all_samples(tensor: Tensor, level: int, size: int) -> Tensor:
 
 
 __all__ = [
+    "FUNCTION_CALL",
     "Decline",
     "address",
     "all_samples",
     "below_vmap",
     "current_level",
     "current_randomness",
+    "has_vmap_method",
+    "innermost",
     "is_broadcast",
     "is_stale",
     "is_wrapped",

@@ -14,8 +14,8 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 from clipgrad import _leftovers
 from clipgrad._advice import explained
 from clipgrad._branches import Disagreement
-from clipgrad._capture import Capture, escape_message, written_message
-from clipgrad._generators import Draws
+from clipgrad._capture import Capture, escape_message, tensors_in, written_message
+from clipgrad._drawn import Drawn
 from clipgrad._gradients import Gradients
 from clipgrad._lanes import all_samples, is_stale, lanes, per_sample
 from clipgrad._parts import Parts
@@ -26,12 +26,6 @@ from clipgrad._tape import Strategy, Tape
 from clipgrad.errors import EscapedParameterError, NotPerSampleError
 
 Loss = Callable[[Sequence[Tensor], Sequence[Any]], Any]
-# Drawn again until samples agree, a sample's mask would depend on who is in its batch.
-_DRAWN = (
-    "samples branch apart after the loss drew random numbers (dropout, torch.rand), and branches='split' would draw "
-    "again for each part: what a sample gets would depend on the other samples of its batch. Ask before you draw, draw "
-    "outside the loss and pass it with the batch, or use torch.where in the place of the branch."
-)
 
 
 def forward(
@@ -52,7 +46,10 @@ def forward(
         with explained(), lanes(size, settings.randomness, deeper=deeper) as level:
             leaves = [per_sample(entry.leaf, level) for entry in tape.tracked]
             rows = [per_sample(leaf, level) if isinstance(leaf, Tensor) else leaf for leaf in batch]
-            capture = Capture(tape, leaves, params, splits=settings.branches == "split")
+            drawn = None
+            if settings.branches == "split":
+                drawn = Drawn(params[0].device, tensors_in([*leaves, *rows]))
+            capture = Capture(tape, leaves, params, drawn=drawn)
             made = capture.made
             value, aux, structure = _one_sample(loss, capture, leaves, rows, settings)
             values = all_samples(value, level, size)
@@ -112,12 +109,9 @@ def run(
     pieces: list[Piece] = []
     for rows, index in parts:
         padding = None if is_padding is None else is_padding[index.to(is_padding.device)]
-        draws = Draws(params[0].device)
         try:
             pieces.append(together(rows, padding))
         except Disagreement as disagreement:
-            if draws.happened():
-                raise NotPerSampleError(_DRAWN) from None
             parts.split(disagreement)
     parts.write_back()
     return pieces[0] if len(pieces) == 1 else joined(pieces, parts.order)

@@ -12,9 +12,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch._functorch.autograd_function import custom_function_call, has_overridden_vmap_rule
 from torch._ops import OpOverload, OpOverloadPacket
 
+from clipgrad._lanes import FUNCTION_CALL, has_vmap_method
 from clipgrad.errors import NotPerSampleError
 
 _PYTORCHS_OWN = {"aten", "prims", "prim"}
@@ -22,7 +22,7 @@ _MIXES = (
     "Its backward pass would run on the gradients of all samples at once, and mix them if it does anything but treat "
     "each row alone."
 )
-_KINDS = (type(custom_function_call), OpOverload, OpOverloadPacket)
+_KINDS = (type(FUNCTION_CALL), OpOverload, OpOverloadPacket)
 
 
 def may_bring_vmap(function: Callable[..., Any]) -> bool:
@@ -37,8 +37,8 @@ def brings_vmap(function: Callable[..., Any], args: Sequence[Any]) -> bool:
         function: As a ``TorchFunctionMode`` sees it.
         args: Its positional arguments.
     """
-    if function is custom_function_call:
-        return bool(has_overridden_vmap_rule(args[0]))
+    if function is FUNCTION_CALL:
+        return has_vmap_method(args[0])
     if isinstance(function, OpOverload):
         names = [function.name()]
     elif isinstance(function, OpOverloadPacket):
@@ -54,7 +54,7 @@ def brings_vmap(function: Callable[..., Any], args: Sequence[Any]) -> bool:
 
 def refuse(function: Callable[..., Any], args: Sequence[Any]) -> NotPerSampleError:
     """What to raise where its backward pass would run."""
-    if function is custom_function_call:
+    if function is FUNCTION_CALL:
         return NotPerSampleError(
             f"the loss calls {args[0].__name__}, an autograd.Function with a vmap method of its own. {_MIXES} Set "
             "generate_vmap_rule = True in its place, or register a rule with clipgrad.register_rule for a function "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -218,7 +219,34 @@ def numpys(params: Params, x: Tensor) -> Tensor:
     return linear(params, x).sum() * (1.0 if x[0, 0] > level else 3.0)
 
 
-@pytest.mark.parametrize("loss", [draws_before_it_asks, drops_before_it_asks, pythons, numpys])
+def draws_into_a_part(params: Params, x: Tensor) -> Tensor:
+    level = torch.zeros_like(x)
+    level[..., :2].uniform_(-0.5, 0.5)
+    return linear(params, x).sum() * (1.0 if level.sum() < x.sum() else 3.0)
+
+
+def draws_unseen(params: Params, x: Tensor) -> Tensor:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        level = torch.jit.script(_like)(x)
+    return linear(params, x).sum() * (1.0 if (level < x).all() else 3.0)
+
+
+def _like(x: Tensor) -> Tensor:
+    return torch.rand_like(x)
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        draws_before_it_asks,
+        drops_before_it_asks,
+        draws_into_a_part,
+        draws_unseen,
+        pythons,
+        numpys,
+    ],
+)
 def test_draws_before_the_branch(params: Params, loss: Loss) -> None:
     """Drawn again for each part, a sample's mask would be one on which it agrees with its neighbours."""
     x = torch.zeros(2, 4, dtype=torch.float64)
@@ -226,7 +254,9 @@ def test_draws_before_the_branch(params: Params, loss: Loss) -> None:
     x[1] = -1.0 if loss is not drops_before_it_asks else 0.0
     gradient = clipped_grad(loss, max_grad_norm=1.0, branches="split")
     torch.manual_seed(0)  # a mask that does not drop all of the first row
-    with pytest.raises(NotPerSampleError, match=r"branch apart after the loss drew random numbers"):
+    with pytest.raises(
+        NotPerSampleError, match=r"branch apart by a value that depends on random numbers"
+    ):
         gradient(params, x)
     gradient(params, x[:1])
 
@@ -240,6 +270,19 @@ def test_a_generator_of_its_own(params: Params, x: Tensor) -> None:
 
     with pytest.raises(NotPerSampleError, match="generator of the loss's own"):
         clipped_grad(loss, max_grad_norm=1.0, branches="split")(params, x)
+
+
+def test_draws_before_another_question(params: Params, x: Tensor) -> None:
+    """As BERT does: dropout of what it looked up, then a question about the mask."""
+
+    def loss(params: Params, x: Tensor) -> Tensor:
+        h = torch.nn.functional.dropout(linear(params, x), 0.5)
+        return h.sum() * (1.0 if x.sum() > 0 else 3.0) + 0 * params["w"].sum()
+
+    assert (x.sum(1) > 0).unique().numel() == 2
+    gradient = clipped_grad(loss, max_grad_norm=1.0, branches="split")
+    drawn = torch.stack([gradient(params, x).grad_norms for _ in range(30)])
+    assert all(len(norms.unique()) > 2 for norms in drawn.T)
 
 
 def test_draws_after_the_branch(params: Params, x: Tensor) -> None:
