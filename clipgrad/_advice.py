@@ -52,6 +52,12 @@ _ADVICE = (
         "share. Use the out-of-place form: w = w * mask instead of w *= mask.",
     ),
     _Advice(
+        ("inplace randomness",),
+        "the loss draws random numbers in place into a tensor that all samples share (torch.empty(shape).normal_(), as "
+        "torch.distributions.Normal.rsample does). Draw a tensor for each sample: mean + deviation * "
+        "torch.randn_like(mean), torch.randn(shape), or torch.empty_like(x).normal_().",
+    ),
+    _Advice(
         (
             "vmap: inplace arithmetic",
             "is not possible because there exists a Tensor",
@@ -74,7 +80,7 @@ _ADVICE = (
     _Advice(
         ("setup_context", "generate_vmap_rule", "vmap staticmethod"),
         "the loss calls a custom autograd.Function that vmap cannot batch. Give it setup_context and "
-        "generate_vmap_rule = True (or a vmap static method). If it is torch.utils.checkpoint, drop it: "
+        "generate_vmap_rule = True. If it is torch.utils.checkpoint, drop it: "
         "microbatch_size bounds the memory instead. If it is a module's backward hook, remove it.",
     ),
     _Advice(

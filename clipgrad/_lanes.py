@@ -26,7 +26,7 @@ from torch._functorch.pyfunctorch import (
 from torch._functorch.vmap import lazy_load_decompositions  # type: ignore[attr-defined]
 
 FUNCTION_CALL: Any = custom_function_call
-"""What a ``TorchFunctionMode`` sees of ``autograd.Function.apply`` under a transform; the class is its first argument."""
+"""What a ``TorchFunctionMode`` sees of ``autograd.Function.apply`` under a transform, the class as first argument."""
 
 
 class Decline(Exception):

@@ -131,6 +131,10 @@ def asks_for_grad(p: Params, x: Tensor) -> Tensor:
         (strides_in_place, "as_strided_ gives a tensor other strides in place"),
         (writes_to_ids, "an input of embedding was changed by an in-place operation"),
         (renormalises, r"max_norm=1\.0 rewrites rows"),
+        (
+            lambda p, x: torch.distributions.Normal(linear(p, x), 1.0).rsample().sum(),
+            r"draws random numbers in place.*torch\.randn_like\(mean\)",
+        ),
         (asks_for_grad, r"differentiates with requires_grad_\(\).*Use torch\.func\.grad"),
     ],
 )
