@@ -28,18 +28,14 @@ class Drawn:
     """
 
     def __init__(self, device: torch.device, given: Iterable[Tensor]) -> None:
-        self._draws = self._below(device)
+        with below_vmap():
+            self._draws = Draws(device)
         self._others = states_of_others()
         self._unseen = False
         # As long as a weak reference is held, no other storage lies where that one did.
         self._memory: dict[int, tuple[StorageWeakRef, bool]] = {}
         for tensor in given:
             self._note(tensor, False)
-
-    @staticmethod
-    def _below(device: torch.device) -> Draws:
-        with below_vmap():
-            return Draws(device)
 
     def before(self) -> None:
         """An operation begins."""

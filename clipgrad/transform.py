@@ -428,8 +428,8 @@ def clipped_grad(
         branches: What to do where ``fn`` asks for the value of a tensor (``if mask.all():``, ``.item()``), which
             differs from sample to sample. ``"refuse"`` raises. ``"split"`` runs the samples that answer alike
             together, in as many passes as there are answers: exact, but ``fn`` runs several times a batch, each time
-            on a copy, and each question waits for the device. For models whose own code branches (masks in Hugging
-            Face models).
+            on a copy, and each question waits for the device. A question whose answer was drawn raises where samples
+            differ. For models whose own code branches (masks in Hugging Face models).
         compile: True, or a mode of ``torch.compile`` (``"reduce-overhead"`` uses CUDA graphs, ``"max-autotune"``):
             the whole step of a microbatch runs as one compiled graph. Compiling takes seconds to minutes, at the
             first batch and again when something changes that the loss reads (``model.eval()``, say); the logger
