@@ -151,7 +151,7 @@ class Capture(TorchFunctionMode):
         if self.drawn is not None and kwargs.get("generator") is not None:
             raise NotPerSampleError(generator_message(operation_name(func)))
         result = CORRECTIONS.get(func, func)(*args, **kwargs)
-        if _own_vmap.may_bring_vmap(func) and _own_vmap.brings_vmap(func, args):
+        if _own_vmap.brings_vmap(func, args):
             backward_pass = any(map(self._requires_grad, tensors_in(result)))
             if backward_pass or not native:  # an inner transform's own may be another
                 raise _own_vmap.refuse(func, args)

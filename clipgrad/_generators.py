@@ -17,17 +17,13 @@ class Generators:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._cpu = torch.get_rng_state()
-        self._own = None if device.type == "cpu" else self._module.get_rng_state(device)
-
-    @property
-    def _module(self):  # type: ignore[no-untyped-def]
-        return torch.get_device_module(self._device)
+        self._states = _states(device)
 
     def restore(self) -> None:
-        torch.set_rng_state(self._cpu)
-        if self._own is not None:
-            self._module.set_rng_state(self._own, self._device)
+        cpu, *own = self._states
+        torch.set_rng_state(cpu)
+        for state in own:
+            torch.get_device_module(self._device).set_rng_state(state, self._device)
 
     @contextmanager
     def replayed(self) -> Iterator[None]:
@@ -55,18 +51,20 @@ class Draws:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._last = self._states()
+        self._last = _states(device)
 
     def since_last_asked(self) -> bool:
         """Whether any is in another state than when this was asked last, or at first."""
-        before, self._last = self._last, self._states()
+        before, self._last = self._last, _states(self._device)
         return not all(map(torch.equal, before, self._last))
 
-    def _states(self) -> list[Tensor]:
-        states = [torch.get_rng_state()]
-        if self._device.type != "cpu":
-            states.append(torch.get_device_module(self._device).get_rng_state(self._device))
-        return states
+
+def _states(device: torch.device) -> list[Tensor]:
+    """The state of the CPU's generator and, if that is another device, of the device's."""
+    states = [torch.get_rng_state()]
+    if device.type != "cpu":
+        states.append(torch.get_device_module(device).get_rng_state(device))
+    return states
 
 
 def states_of_others() -> Any:

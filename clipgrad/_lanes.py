@@ -161,9 +161,9 @@ def is_broadcast(tensor: Tensor) -> bool:
     """Whether all samples share the tensor's memory, although each has a value of its own."""
     while is_wrapped(tensor):
         if not _functorch.is_batchedtensor(tensor):
-            tensor = _functorch.get_unwrapped(tensor)
+            tensor = unwrapped(tensor)
             continue
-        level = _functorch.maybe_get_level(tensor)
+        level = level_of(tensor)
         tensor, lane_axis = _functorch._unwrap_batched(tensor, level)
         shared = lane_axis is not None and tensor.stride(lane_axis) == 0
         if shared and tensor.shape[lane_axis or 0] > 1:
@@ -178,14 +178,14 @@ def physical(tensor: Tensor, level: int) -> Tensor | None:
         Decline: If the tensor belongs to another transform (a gradient inside the loss, say), where
             folding its lane axis away would be wrong.
     """
-    owner = _functorch.maybe_get_level(tensor)
+    owner = level_of(tensor)
     if owner < 0:
         return None
     if owner != level or not _functorch.is_batchedtensor(tensor):
         raise Decline
     value: Tensor
     value, lane_axis = _functorch._unwrap_batched(tensor, level)
-    if _functorch.maybe_get_level(value) >= 0:
+    if is_wrapped(value):
         raise Decline  # our vmap runs inside somebody else's transform
     return value.movedim(lane_axis, 0) if lane_axis else value
 

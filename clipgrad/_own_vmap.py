@@ -22,12 +22,6 @@ _MIXES = (
     "Its backward pass would run on the gradients of all samples at once, and mix them if it does anything but treat "
     "each row alone."
 )
-_KINDS = (type(FUNCTION_CALL), OpOverload, OpOverloadPacket)
-
-
-def may_bring_vmap(function: Callable[..., Any]) -> bool:
-    """Whether ``brings_vmap`` is worth asking."""
-    return isinstance(function, _KINDS)
 
 
 def brings_vmap(function: Callable[..., Any], args: Sequence[Any]) -> bool:
@@ -66,4 +60,4 @@ def refuse(function: Callable[..., Any], args: Sequence[Any]) -> NotPerSampleErr
     )
 
 
-__all__ = ["brings_vmap", "may_bring_vmap", "refuse"]
+__all__ = ["brings_vmap", "refuse"]

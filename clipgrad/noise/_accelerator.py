@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from clipgrad.noise import _checks as checks
+from clipgrad.noise._chacha_proof import AddsGaussians
 from clipgrad.noise._cpu import CpuNoise
 from clipgrad.noise._keys import Lineage
 from clipgrad.noise._pieces import flat, pieces
@@ -21,20 +22,8 @@ _told: set[str] = set()
 _telling = threading.Lock()
 
 
-class DeviceCipher(Protocol):
+class DeviceCipher(AddsGaussians, Protocol):
     """What draws on the device itself."""
-
-    def add_gaussian_(
-        self,
-        tensors: list[Tensor],
-        sigma: float,
-        draws: int,
-        key: bytes,
-        divisor: float = 1.0,
-        into: list[Tensor] | None = None,
-    ) -> None:
-        """Add noise from a key that is used for nothing else, and divide. The tensors' memory has no gaps."""
-        ...
 
     def limit(self, draws: int) -> int:
         """The most values that one key is good for."""

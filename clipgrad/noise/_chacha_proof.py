@@ -27,11 +27,9 @@ _RELATIVE = {torch.float64: 1e-11, torch.float32: 1e-6}
 _Floats = NDArray[np.float64]
 
 
-class Device(Protocol):
-    """What has to prove itself; ``clipgrad.noise._chacha_triton`` says what its methods do."""
+class AddsGaussians(Protocol):
+    """What adds noise on a device; ``clipgrad.noise._chacha_triton`` says what its arguments mean."""
 
-    def blocks(self, key: bytes, nonce: bytes, first: int) -> bytes: ...
-    def pairs(self, words: NDArray[np.uint32]) -> NDArray[np.float32]: ...
     def add_gaussian_(
         self,
         tensors: list[Tensor],
@@ -40,7 +38,16 @@ class Device(Protocol):
         key: bytes,
         divisor: float = 1.0,
         into: list[Tensor] | None = None,
-    ) -> None: ...
+    ) -> None:
+        """Add noise from a key that is used for nothing else, and divide. The tensors' memory has no gaps."""
+        ...
+
+
+class Device(AddsGaussians, Protocol):
+    """What has to prove itself; ``clipgrad.noise._chacha_triton`` says what its methods do."""
+
+    def blocks(self, key: bytes, nonce: bytes, first: int) -> bytes: ...
+    def pairs(self, words: NDArray[np.uint32]) -> NDArray[np.float32]: ...
 
 
 def prove(cipher: Device, device: torch.device) -> None:

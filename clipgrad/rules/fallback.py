@@ -129,17 +129,12 @@ def _linear_cross_entropy(*args: Any, options: Any = None, **kwargs: Any) -> Ten
     return F.linear_cross_entropy(*args, **kwargs)
 
 
-def _with_overloads(function: Callable[..., Any], *names: str) -> dict[Any, Callable[..., Any]]:
-    """A correction for an operation by all of its names, those of ``torch.ops.aten`` included."""
-    found: dict[Any, Callable[..., Any]] = {}
-    for name in names:
-        found |= {
-            getattr(owner, name): function for owner in (torch, Tensor) if hasattr(owner, name)
-        }
-        packet = getattr(torch.ops.aten, name)
-        found |= {getattr(packet, overload): function for overload in packet.overloads()}
-        found[packet] = function
-    return found
+def _by_all_names(name: str, correction: Callable[..., Any]) -> dict[Any, Callable[..., Any]]:
+    """A correction for an operation and each of its aliases, those of ``torch.ops.aten`` included."""
+    packet = getattr(torch.ops.aten, name)
+    overloads = [getattr(packet, overload) for overload in packet.overloads()]
+    public = [getattr(owner, name) for owner in (torch, Tensor) if hasattr(owner, name)]
+    return dict.fromkeys([*public, packet, *overloads], correction)
 
 
 def _layer_norm(layer_norm: Callable[..., Any]) -> Callable[..., Any]:
@@ -174,10 +169,10 @@ CORRECTIONS: Mapping[Callable[..., Any], Callable[..., Any]] = MappingProxyType(
         F.layer_norm: _layer_norm(F.layer_norm),
         torch.layer_norm: _layer_norm(torch.layer_norm),
         torch._nested_tensor_from_mask_left_aligned: _not_left_aligned,
-        **_with_overloads(_as_strided, "as_strided"),
-        **_with_overloads(_as_strided_copy, "as_strided_copy"),
-        **_with_overloads(_as_strided_in_place, "as_strided_"),
-        **_with_overloads(_select_scatter, "select_scatter"),
+        **_by_all_names("as_strided", _as_strided),
+        **_by_all_names("as_strided_copy", _as_strided_copy),
+        **_by_all_names("as_strided_", _as_strided_in_place),
+        **_by_all_names("select_scatter", _select_scatter),
         **(
             {F.linear_cross_entropy: _linear_cross_entropy}
             if hasattr(F, "linear_cross_entropy")
