@@ -142,7 +142,7 @@ class ClippedStep:
     def clipped_gradient(self) -> Mapping[str, Tensor]:
         self._optimizer.zero_grad()
         self._optimizer.backward(*self._batch)
-        return {name: p.grad for name, p in self._model.named_parameters() if p.grad is not None}
+        return self._optimizer.clipped_sums
 
 
 def _standard_modes(device: str, backend: str) -> list[Mode]:

@@ -18,6 +18,7 @@ from clipgrad.errors import (
     EscapedParameterError,
     NotPerSampleError,
     PrivacyBudgetError,
+    UnaccountedBatchError,
     UnclippedGradientError,
 )
 from clipgrad.explain import Explanation
@@ -30,10 +31,12 @@ from clipgrad.rules import register_decomposition, register_rule, unregister_rul
 from clipgrad.sampling import (
     EmptyBatchCollate,
     PaddedBatch,
-    PoissonLoader,
     PoissonSampler,
+    PrivateLoader,
+    ShuffledSampler,
     UserSampler,
     poisson_loader,
+    shuffled_loader,
     user_loader,
 )
 from clipgrad.transform import ClippedGrad, clipped_grad
@@ -57,14 +60,16 @@ __all__ = [
     "NotPerSampleError",
     "PaddedBatch",
     "PerLayer",
-    "PoissonLoader",
     "PoissonSampler",
     "PrivacyBudgetError",
     "PrivacyPlan",
+    "PrivateLoader",
     "Relation",
     "SeededNoise",
+    "ShuffledSampler",
     "StepProfile",
     "SystemNoise",
+    "UnaccountedBatchError",
     "UnclippedGradientError",
     "UserSampler",
     "accounting",
@@ -78,6 +83,7 @@ __all__ = [
     "replace_batch_norm",
     "rules",
     "save_checkpoint",
+    "shuffled_loader",
     "unregister_rule",
     "user_loader",
 ]

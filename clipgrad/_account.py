@@ -1,35 +1,41 @@
-"""What an optimizer that was built from a plan has released so far, and whether it may go on."""
+"""What the optimizers that were built from a plan have released so far, and whether they may go on."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
+from clipgrad._receipts import Claim
 from clipgrad.accounting import Ledger
 from clipgrad.errors import PrivacyBudgetError
 from clipgrad.plan import PrivacyPlan
 
 
 class Account:
-    """A plan, the steps that were taken of it, and the ledger that they are written to.
+    """A plan, and the ledger that its steps are written to. All optimizers of one plan share ledger and budget.
 
     Args:
         plan: What is being carried out.
         ledger: Of an earlier training on the same data, to be continued; by default an empty one.
 
     Raises:
-        ValueError: If ledger and plan do not count alike.
+        ValueError: If ledger and plan do not count alike, or the plan is being carried out with another ledger.
     """
 
     def __init__(self, plan: PrivacyPlan, ledger: Ledger | None = None) -> None:
         self.plan = plan
-        self.done = 0
+        run = plan.run
         if ledger is None:
-            ledger = Ledger(relation=plan.relation, accountant=plan.accountant)
+            ledger = run.ledger or Ledger(relation=plan.relation, accountant=plan.accountant)
         elif not isinstance(ledger, Ledger):
             raise ValueError(
                 f"ledger must be a clipgrad.accounting.Ledger, got {type(ledger).__name__}; optimizer.ledger of the "
                 "earlier training, for example."
+            )
+        if run.ledger is not None and run.ledger is not ledger:
+            raise ValueError(
+                "ledger: another optimizer was built from this plan with another ledger, and both spend one budget. "
+                "Leave ledger out, or make a new plan for a new training: dataclasses.replace(plan)."
             )
         found, wanted = (ledger.relation, ledger.accountant), (plan.relation.value, plan.accountant)
         if found != wanted:
@@ -37,14 +43,38 @@ class Account:
                 f"ledger counts with relation and accountant {found}, the plan with {wanted}: their epsilons do not "
                 "add up. Make the plan with those of the ledger."
             )
-        self.ledger = ledger
-        self.ledger.begin()
+        if run.ledger is None:
+            run.ledger = ledger
+            ledger.begin()
 
-    def before_step(self) -> None:
-        """Refuse a step that was not planned.
+    @property
+    def ledger(self) -> Ledger:
+        """What was released, by all optimizers of the plan, and before."""
+        ledger = self.plan.run.ledger
+        assert ledger is not None
+        return ledger
+
+    @property
+    def done(self) -> int:
+        """Steps of the plan that were taken, by all of its optimizers."""
+        return self.ledger.steps_of(self.plan.run.name)
+
+    def claim(self, claim: Claim, batch: Any, rows: int) -> Claim:
+        """Add the rows of one ``backward`` to what the logical batch has claimed.
+
+        Raises:
+            UnaccountedBatchError: If they are not of one batch that a loader of the plan drew.
+        """
+        if self.plan.declared_sampling is not None:
+            return Claim(None, claim.rows + rows)
+        return self.plan.run.receipts.claim(claim, batch, rows)
+
+    def check_step(self, claim: Claim) -> None:
+        """Refuse a step that was not planned; changes nothing.
 
         Raises:
             PrivacyBudgetError: If all planned steps were taken.
+            UnaccountedBatchError: If the logical batch is not one whole batch that a loader of the plan drew.
         """
         if self.done >= self.plan.steps:
             raise PrivacyBudgetError(
@@ -53,20 +83,30 @@ class Account:
                 "run. End the training, or plan for more steps: a new DPOptimizer with another plan and "
                 "ledger=optimizer.ledger continues the count."
             )
+        if self.plan.declared_sampling is None:
+            self.plan.run.receipts.to_spend(claim)
 
-    def record(self, noise_multiplier: float) -> None:
-        """Write down a step, before anything of it can be seen."""
-        self.ledger.record(noise_multiplier, self.plan.sampling)
-        self.done += 1
+    def record(self, claim: Claim, noise_multiplier: float) -> None:
+        """Write down a step that was checked, before anything of it can be seen."""
+        run = self.plan.run
+        if self.plan.declared_sampling is None:
+            run.receipts.spend(run.receipts.to_spend(claim))
+        self.ledger.record(
+            noise_multiplier,
+            self.plan.sampling,
+            run=run.name,
+            declared=self.plan.declared_sampling or "",
+        )
 
     def state_dict(self) -> dict[str, Any]:
-        return {"done": self.done, "ledger": self.ledger.state_dict()}
+        return {"run": self.plan.run.name, "ledger": self.ledger.state_dict()}
 
-    def check(self, state: Mapping[str, Any] | None) -> None:
+    def check(self, state: Mapping[str, Any] | None, step: int) -> None:
         """Refuse a state that ``load_state_dict`` could not take up; changes nothing.
 
         Args:
             state: What the optimizer saved beside the wrapped optimizer's state, ``account`` among it.
+            step: Steps that the optimizer itself has taken, by the same state.
 
         Raises:
             ValueError: If there is no account in it, it does not fit, or it would forget steps.
@@ -77,23 +117,23 @@ class Account:
                 "be forgotten. Load the state of an optimizer with a plan, or the wrapped one's into optimizer.inner."
             )
         found = state["account"]
-        done = found["done"]
-        if type(done) is not int or done < 0:
-            raise ValueError(f"state_dict: done must be a number of steps, got {done!r}.")
-        saved = Ledger(relation=self.plan.relation, accountant=self.plan.accountant)
-        saved.load_state_dict(found["ledger"])
-        if saved.steps < self.ledger.steps:
+        if found.keys() != {"run", "ledger"} or not isinstance(found["run"], str):
             raise ValueError(
-                f"state_dict holds {saved.steps} released steps, the ledger {self.ledger.steps}: what was released in "
-                "this process stays released. To return to earlier weights load the model's state alone; to resume "
-                "after a restart build a new DPOptimizer."
+                f"state_dict: the account must hold 'run' and 'ledger', got {sorted(found)}; load what "
+                "DPOptimizer.state_dict() returned."
+            )
+        done = self.ledger.read(found["ledger"]).steps_of(found["run"])
+        if done < step:
+            raise ValueError(
+                f"state_dict: the optimizer has taken {step} steps, but the ledger holds {done} of this run. The state "
+                "was edited, or put together from two; load it as it was saved."
             )
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue the count of a checkpoint that was checked, in the ledger that others may hold too."""
         self.ledger.load_state_dict(state["account"]["ledger"])
         self.ledger.begin()
-        self.done = state["account"]["done"]
+        self.plan.run.name = state["account"]["run"]
 
 
 def account_of(plan: PrivacyPlan | None, ledger: Ledger | None) -> Account | None:

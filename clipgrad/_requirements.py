@@ -124,6 +124,15 @@ def check_batch(batch: tuple[Any, ...]) -> None:
             )
 
 
+def rows_in(batch: tuple[Any, ...], is_padding: Tensor | None) -> int:
+    """Rows of a batch that are no padding, by its first tensor; 0 if it holds none."""
+    first = next((leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)), None)
+    if first is None or first.dim() == 0:
+        return 0
+    padding = 0 if is_padding is None else int(is_padding.sum())
+    return first.shape[0] - padding
+
+
 def parameters_to_train(
     model: nn.Module, owned: Sequence[Tensor]
 ) -> tuple[tuple[str, nn.Parameter], ...]:

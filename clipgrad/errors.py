@@ -22,6 +22,10 @@ class PrivacyBudgetError(RuntimeError):
     """A step was asked for that the privacy plan does not hold; nothing was released."""
 
 
+class UnaccountedBatchError(RuntimeError):
+    """A batch is not what the privacy plan accounts for; nothing was released."""
+
+
 class CompileError(RuntimeError):
     """The step cannot be compiled, or not any more; the message says why and what to do instead."""
 

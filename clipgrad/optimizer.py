@@ -20,10 +20,12 @@ from clipgrad._grid import exact_sigma
 from clipgrad._mechanism import check_fits, check_possible, mechanism, noise_source
 from clipgrad._pending import Pending, refuse_unnoised
 from clipgrad._phases import phase
+from clipgrad._receipts import Claim
 from clipgrad._requirements import (
     check_batch,
     check_parts,
     refuse_strangers,
+    rows_in,
 )
 from clipgrad._survey import Survey
 from clipgrad.accounting import Ledger
@@ -50,9 +52,10 @@ _STATE_KEY = "clipgrad"
 class DPOptimizer(OptimizerFacade):
     """Wraps any ``torch.optim.Optimizer`` for differentially private training (DP-SGD, Abadi et al. 2016).
 
-    Each ``backward`` adds the clipped sum of per-sample gradients to ``.grad``; ``step`` adds Gaussian noise of
-    standard deviation ``noise_multiplier * sensitivity`` once, divides by ``expected_batch_size`` and lets the
-    wrapped optimizer step. To schedulers and checkpoints it is the wrapped optimizer.
+    Each ``backward`` adds to the clipped sums of per-sample gradients. ``step`` adds Gaussian noise of standard
+    deviation ``noise_multiplier * sensitivity`` once, divides by ``expected_batch_size``, writes the result to
+    ``.grad`` and lets the wrapped optimizer step. From ``backward`` to ``step`` every ``.grad`` is None, so that nobody
+    can step on sums without noise. To schedulers and checkpoints it is the wrapped optimizer.
 
     Args:
         optimizer: The optimizer to wrap. It owns the parameters to train.
@@ -60,7 +63,8 @@ class DPOptimizer(OptimizerFacade):
         loss_fn: ``loss_fn(model, *batch) -> scalar``, the function a non-private loop calls on a whole batch. Here
             it sees a batch of one, so ``mean`` and ``sum`` reductions both work.
         plan: A ``PrivacyPlan``, in place of the next four and of ``grid``. Every step is then written to ``ledger``,
-            ``epsilon()`` tells what it cost so far, and a step beyond the plan is refused.
+            ``epsilon()`` tells what it cost so far, and a step beyond the plan is refused. So is a batch that no loader
+            of this plan drew, unless the plan declares how batches are drawn.
         max_grad_norm: Clipping norm; a number, or a mapping from parameter-name prefix to norm, or ``PerLayer``,
             ``Automatic`` or ``AdaptiveQuantile``. In place of a number, a function of the step (0, 1, ...) that
             depends on no data. It is the same for all of a logical batch. See ``docs/clipping.md``.
@@ -114,6 +118,7 @@ class DPOptimizer(OptimizerFacade):
 
     _survey: Survey
     _pending: Pending
+    _claim: Claim
     _last: ClippedGradResult | None
 
     def __init__(
@@ -181,12 +186,12 @@ class DPOptimizer(OptimizerFacade):
     # ------------------------------------------------------------------ the training loop
 
     def backward(self, *batch: Any, is_padding: Tensor | None = None) -> Tensor:
-        """Add the clipped sum of the batch's per-sample gradients to ``.grad``.
+        """Add the batch's clipped per-sample gradients to the sums that ``step`` will noise; see ``clipped_sums``.
 
         Several calls before one ``step`` are one logical batch. One batch of the loader is one step: split it over
         several calls if it is large, but never add up several batches of the loader, never step twice on one, and never
         give one to two optimizers. Sampling rates, and with them epsilon, would be others than those that are accounted
-        for. To accumulate, plan for a larger ``expected_batch_size``.
+        for; with a plan, such a batch is refused. To accumulate, plan for a larger ``expected_batch_size``.
 
         Args:
             *batch: What ``loss_fn`` takes after the model: pytrees of tensors, batch axis first. A batch of no
@@ -198,6 +203,7 @@ class DPOptimizer(OptimizerFacade):
 
         Raises:
             ValueError: If the batch is malformed or requires grad, which would end at its edge.
+            UnaccountedBatchError: With a plan, if the rows are not those of one batch that a loader of it drew.
             UnclippedGradientError: If a ``.grad`` holds something that was not clipped here, or the parameters to
                 train are others than in the logical batch's first call.
             NotPerSampleError: If the loss cannot be attributed to single samples.
@@ -208,6 +214,9 @@ class DPOptimizer(OptimizerFacade):
         check_batch(batch)
         survey = self._look_again()
         names, parameters = survey.names, survey.parameters
+        claim = self._claim
+        if self._account is not None:
+            claim = self._account.claim(claim, batch, rows_in(batch, is_padding))
         self._pending.before_backward(names, parameters)
         try:
             result, lent = self._present().lending(
@@ -218,6 +227,7 @@ class DPOptimizer(OptimizerFacade):
             raise
         sums = [result.grads[name] for name in names]
         self._pending.add(parameters, sums, self._progress.observed(result), lent=lent)
+        self._claim = claim
         self._last = replace(result, grads=None)  # else the sums would live until the next call
         return mean_loss(result, is_padding)
 
@@ -230,6 +240,7 @@ class DPOptimizer(OptimizerFacade):
         Raises:
             ValueError: If a closure is given.
             PrivacyBudgetError: If all steps of the plan were taken. Nothing was released.
+            UnaccountedBatchError: With a plan, if the logical batch is not one whole batch that a loader of it drew.
             UnclippedGradientError: Without a ``backward`` since the last step, or if somebody else wrote to a
                 ``.grad`` in between. The parameters are untouched.
         """
@@ -238,15 +249,17 @@ class DPOptimizer(OptimizerFacade):
                 "step: a closure would compute gradients again after the noise was added, unclipped. Call "
                 "backward(*batch) and then step(); optimizers that need a closure (LBFGS) cannot be private here."
             )
-        if self._account is not None:
-            self._account.before_step()
+        account = self._account
+        if account is not None and self._pending.unfinished:
+            account.check_step(self._claim)
         sigma, sigma_observed = self.sigma, self._noises()[1]
         names, parameters = self._survey.names, self._survey.parameters
         selected = set(map(id, parameters))
         others = [p for p in self._owned() if id(p) not in selected]
         sums, observed, lent = self._pending.take(names, parameters, others)
-        if self._account is not None:
-            self._account.record(self.accounted_noise_multiplier)
+        claim, self._claim = self._claim, Claim()
+        if account is not None:
+            account.record(claim, self.accounted_noise_multiplier)
         with torch.no_grad():
             with phase("noise"):
                 means = noised_mean(
@@ -268,6 +281,7 @@ class DPOptimizer(OptimizerFacade):
         usual = getattr(self.inner.zero_grad, "__func__", None) is Optimizer.zero_grad
         nothing_left = set_to_none and usual
         self._pending.clear(() if nothing_left else self._owned())
+        self._claim = Claim()
 
     # ------------------------------------------------------------------ what it promises
 
@@ -362,6 +376,15 @@ class DPOptimizer(OptimizerFacade):
         return dict(norm) if isinstance(norm, Mapping) else norm
 
     @property
+    def clipped_sums(self) -> dict[str, Tensor]:
+        """Copies of the clipped sums so far, by parameter name; **not private**, since they have no noise yet.
+
+        Raises:
+            UnclippedGradientError: If no ``backward`` waits for its ``step``.
+        """
+        return dict(zip(self._survey.names, self._pending.sums(), strict=True))
+
+    @property
     def diagnostics(self) -> Diagnostics:
         """Norms, clipped share and dropped samples of the last ``backward``; **not private**.
 
@@ -387,7 +410,7 @@ class DPOptimizer(OptimizerFacade):
 
     def __getstate__(self) -> dict[str, Any]:
         # ``step`` may be a scheduler's wrapper, bound to this very object. The logical batch in progress stays here.
-        left_out = ("step", "_pending", "_last", "_survey")
+        left_out = ("step", "_pending", "_claim", "_last", "_survey")
         return {key: value for key, value in self.__dict__.items() if key not in left_out}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -427,7 +450,7 @@ class DPOptimizer(OptimizerFacade):
         if own is not None and "progress" in own:
             progress = progress.restored(own["progress"])
         if self._account is not None:
-            self._account.check(own)
+            self._account.check(own, progress.step)
         self.inner.load_state_dict(
             {key: value for key, value in state_dict.items() if key != _STATE_KEY}
         )
@@ -470,6 +493,7 @@ class DPOptimizer(OptimizerFacade):
     def _start(self) -> None:
         self._survey = Survey(self.model, list(self._owned()))
         self._pending = Pending()
+        self._claim = Claim()
         self._last = None
         self.inner.register_step_pre_hook(refuse_unnoised(weakref.ref(self._pending)))
 

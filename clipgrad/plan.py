@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+import warnings
+from dataclasses import dataclass, field, replace
 
 from clipgrad import _validate, accounting
+from clipgrad._run import Run
+from clipgrad._sentence import sentence
 from clipgrad.accounting import FixedSize, FullBatch, Ledger, Poisson, Sampling, TruncatedPoisson
 from clipgrad.clipping import ClippingStrategy, Relation, Schedule, relation_of
 
@@ -16,26 +18,37 @@ class PrivacyPlan:
     """What is sampled, clipped and noised, and how often: said once, so that no two parts can disagree.
 
     ``poisson_loader(dataset, plan=plan)`` draws its batches; ``DPOptimizer(..., plan=plan)`` clips, adds the noise,
-    keeps the ledger and refuses to take more steps than planned.
+    keeps the ledger and refuses to take more steps than planned. It also refuses batches that the plan does not
+    account for: those that no loader of this plan object drew, two in one step, one in two steps.
+
+    One plan object is one run. All loaders and optimizers that share it share its budget and its ledger. For a second
+    training make a second plan, ``dataclasses.replace(plan)``.
 
     Args:
         num_samples: Size of the dataset; the number of users if batches are made of users.
         expected_batch_size: Mean size of a batch, and the public constant that sums are divided by. At
             ``num_samples`` every sample is in every batch.
         steps: Noisy steps of the run, empty batches included.
-        delta: Probability with which epsilon may fail to hold; choose it well below ``1 / num_samples``.
+        delta: Probability with which epsilon may fail to hold; choose it well below ``1 / num_samples``. Above it
+            there is a warning.
         noise_multiplier: Noise standard deviation per unit of sensitivity, or a function of the step, from 0 on.
         max_grad_norm: Clipping norm; see ``DPOptimizer``.
         max_batch_size: Cut Poisson batches to this size, and account for it.
         shuffled: Batches of a fixed size, each sample once an epoch, instead of Poisson batches. No amplification by
             sampling is claimed (Chua et al. 2024, arXiv:2403.17673), so epsilon is much larger; only for the
-            relations ``REPLACE_ONE`` and ``REPLACE_SPECIAL``.
+            relations ``REPLACE_ONE`` and ``REPLACE_SPECIAL``. ``shuffled_loader`` draws them.
+        unit: What is drawn, clipped and protected: ``"sample"``, or ``"user"`` with ``user_loader``.
+        declared_sampling: How batches are drawn, in your own words, if no loader of clipgrad draws them. Nothing checks
+            then that they are drawn as the plan says. The words become part of the ledger and of the printed sentence.
         relation: Which datasets are neighbours.
         accountant: ``"pld"`` (tight), ``"rdp"`` (quick, for a progress bar) or, with a grid, ``"rdp_integer"``.
         grid: Exact mode: the spacing of an integer grid; see ``DPOptimizer``.
 
     Raises:
         ValueError: If a number is out of range, or the settings exclude each other.
+
+    Warns:
+        UserWarning: If ``delta >= 1 / num_samples``: publishing one whole sample would have as small a delta.
 
     Examples:
         >>> plan = PrivacyPlan.for_epsilon(
@@ -62,9 +75,13 @@ class PrivacyPlan:
     max_grad_norm: ClippingStrategy = 1.0
     max_batch_size: int | None = None
     shuffled: bool = False
+    unit: str = "sample"
+    declared_sampling: str | None = None
     relation: Relation = Relation.ADD_OR_REMOVE_ONE
     accountant: accounting.Accountant = "pld"
     grid: float | None = None
+    run: Run = field(init=False, default_factory=Run, repr=False, compare=False)
+    """What was handed out and released so far; loaders and optimizers keep it."""
 
     def __post_init__(self) -> None:
         for name in ("num_samples", "steps"):
@@ -85,12 +102,24 @@ class PrivacyPlan:
         if self.grid is not None:
             _validate.positive("grid", self.grid)
         _validate.flag("shuffled", self.shuffled)
+        _validate.one_of("unit", self.unit, ("sample", "user"))
+        if self.declared_sampling is not None and not str(self.declared_sampling).strip():
+            raise ValueError(
+                "declared_sampling must say how batches are drawn, got an empty text; 'each row with probability q, by "
+                "our data service', for example."
+            )
         _validate.one_of("accountant", self.accountant, ("pld", "rdp", "rdp_integer"))
         object.__setattr__(self, "relation", relation_of(self.relation))
         self._refuse_contradictions()
         accounting.require_supported(
             self.sampling, relation=self.relation.value, accountant=self.accountant
         )
+        if self.delta >= 1 / self.num_samples:
+            warnings.warn(
+                f"delta = {self.delta:g} is not below 1 / num_samples = {1 / self.num_samples:g}. A mechanism that "
+                f"publishes a {self.unit} at random has such a delta; choose it well below, a tenth of it for example.",
+                stacklevel=3,
+            )
 
     @classmethod
     def for_epsilon(
@@ -99,19 +128,40 @@ class PrivacyPlan:
         *,
         num_samples: int,
         expected_batch_size: float,
-        steps: int,
         delta: float,
+        steps: int | None = None,
+        epochs: float | None = None,
         max_grad_norm: ClippingStrategy = 1.0,
         max_batch_size: int | None = None,
         shuffled: bool = False,
+        unit: str = "sample",
+        declared_sampling: str | None = None,
         relation: Relation = Relation.ADD_OR_REMOVE_ONE,
         accountant: accounting.Accountant = "pld",
         grid: float | None = None,
     ) -> PrivacyPlan:
-        """The plan with the least noise that stays within ``target_epsilon``; the other arguments are the plan's.
+        """The plan with the least noise that stays within ``target_epsilon``.
+
+        Args:
+            target_epsilon: The epsilon not to exceed, positive and finite.
+            num_samples: As for the plan, also for the rest.
+            expected_batch_size: Mean size of a batch.
+            delta: Probability with which epsilon may fail to hold.
+            steps: Noisy steps of the run; give them or ``epochs``.
+            epochs: How often each sample is drawn on average; the steps are
+                ``epochs * num_samples / expected_batch_size``, rounded, at least 1.
+            max_grad_norm: Clipping norm.
+            max_batch_size: Cut Poisson batches to this size.
+            shuffled: Shuffled batches of a fixed size.
+            unit: ``"sample"`` or ``"user"``.
+            declared_sampling: How batches are drawn, if no loader of clipgrad draws them.
+            relation: Which datasets are neighbours.
+            accountant: ``"pld"``, ``"rdp"`` or ``"rdp_integer"``.
+            grid: Exact mode.
 
         Raises:
-            ValueError: If no noise meets the target, or all noise does.
+            ValueError: If no noise meets the target, or all noise does, or not exactly one of ``steps`` and ``epochs``
+                is given.
             ImportError: If ``dp-accounting`` is not installed.
         """
         if target_epsilon == math.inf:
@@ -122,12 +172,14 @@ class PrivacyPlan:
         plan = cls(
             num_samples=num_samples,
             expected_batch_size=expected_batch_size,
-            steps=steps,
+            steps=_steps(steps, epochs, num_samples, expected_batch_size),
             delta=delta,
             noise_multiplier=1.0,
             max_grad_norm=max_grad_norm,
             max_batch_size=max_batch_size,
             shuffled=shuffled,
+            unit=unit,
+            declared_sampling=declared_sampling,
             relation=relation,
             accountant=accountant,
             grid=grid,
@@ -143,8 +195,10 @@ class PrivacyPlan:
         return plan.with_noise(noise)
 
     def with_noise(self, noise_multiplier: float | Schedule) -> PrivacyPlan:
-        """The same plan with other noise."""
-        return replace(self, noise_multiplier=noise_multiplier)
+        """A new plan that differs in its noise only."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # about delta, which was said of this plan
+            return replace(self, noise_multiplier=noise_multiplier)
 
     @property
     def sample_rate(self) -> float:
@@ -169,15 +223,16 @@ class PrivacyPlan:
     def ledger(self, steps: int | None = None) -> Ledger:
         """What the first steps release, by default all of the plan's."""
         ledger = Ledger(relation=self.relation, accountant=self.accountant)
+        declared = self.declared_sampling or ""
         count = self.steps if steps is None else steps
         if count < 0:
             raise ValueError(f"steps must be at least 0, got {count}.")
         if not callable(self.noise_multiplier):
             if count:
-                ledger.record(self.noise_at(0), self.sampling, count)
+                ledger.record(self.noise_at(0), self.sampling, count, declared=declared)
             return ledger
         for step in range(count):
-            ledger.record(self.noise_at(step), self.sampling)
+            ledger.record(self.noise_at(step), self.sampling, declared=declared)
         return ledger
 
     def epsilon(self, steps: int | None = None) -> float:
@@ -185,25 +240,7 @@ class PrivacyPlan:
         return self.ledger(steps).epsilon(self.delta)
 
     def __str__(self) -> str:
-        size = f"{self.expected_batch_size:g}"
-        if self.shuffled:
-            batches = f"shuffled batches of {size} of {self.num_samples} samples"
-        elif isinstance(self.sampling, FullBatch):
-            batches = f"batches of all {self.num_samples} samples"
-        else:
-            most = "" if self.max_batch_size is None else f", at most {self.max_batch_size},"
-            batches = f"Poisson batches of {size}{most} of {self.num_samples} samples (q = {self.sample_rate:g})"
-        kind = "Gaussian" if self.grid is None else "discrete Gaussian"
-        noise = (
-            f"scheduled {kind} noise"
-            if callable(self.noise_multiplier)
-            else f"{kind} noise of {self.noise_multiplier:.2f} sensitivities"
-        )
-        return (
-            f"(epsilon = {_rounded_up(self.epsilon())}, delta = {self.delta:g})-differentially private towards "
-            f"{_RELATIONS[self.relation]}: {self.steps} steps on {batches}, {noise}, clipping norm "
-            f"{self.max_grad_norm}, accountant {self.accountant}."
-        )
+        return sentence(self)
 
     def _refuse_contradictions(self) -> None:
         if self.grid is not None and self.accountant != "rdp_integer":
@@ -240,22 +277,22 @@ class PrivacyPlan:
             )
 
 
-_RELATIONS: Mapping[Relation, str] = {
-    Relation.ADD_OR_REMOVE_ONE: "adding or removing one sample",
-    Relation.REPLACE_ONE: "replacing one sample by any other",
-    Relation.REPLACE_SPECIAL: "replacing one sample by a null sample",
-}
-
-
 def _count(name: str, value: object) -> None:
     if type(value) is not int or value < 1:
         raise ValueError(f"{name} must be an integer, at least 1, got {value!r}.")
 
 
-def _rounded_up(epsilon: float) -> str:
-    """Three digits, never less than it is."""
-    if epsilon == 0 or math.isinf(epsilon):
-        return f"{epsilon:g}"
-    unit = 10.0 ** (math.floor(math.log10(epsilon)) - 2)
-    digits = max(0, 2 - math.floor(math.log10(epsilon)))
-    return f"{math.ceil(epsilon / unit * (1 - 1e-12)) * unit:.{digits}f}"
+def _steps(
+    steps: int | None, epochs: float | None, num_samples: int, expected_batch_size: float
+) -> int:
+    """Steps of a run, of which either they or the epochs are given."""
+    if (steps is None) == (epochs is None):
+        raise ValueError(
+            f"steps and epochs are {steps} and {epochs}; give exactly one of them, the other follows."
+        )
+    if steps is not None:
+        return steps
+    drawn = _validate.positive("epochs", epochs) * num_samples  # type: ignore[arg-type]
+    if math.isinf(drawn):
+        raise ValueError(f"epochs must be finite, got {epochs}.")
+    return max(1, round(drawn / _validate.positive("expected_batch_size", expected_batch_size)))

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from collections.abc import Callable
 from typing import Any
 
 import dp_accounting as dp
@@ -166,8 +167,8 @@ def test_state_survives_saving(relation: Any) -> None:
     ledger.record(3.0, FixedSize(100, 8), 5)
     ledger.record(3.0, TruncatedPoisson(0.1, 100, 30), 2)
     ledger.record(0.0, FullBatch())
+    ledger.record(1.0, Poisson(0.1), run="abc", declared="each row by a coin")
     loaded = Ledger(relation="replace_special")
-    loaded.record(1.0, FullBatch(), 7)
     loaded.epsilon(1e-5)
     loaded.load_state_dict(through_a_file(ledger.state_dict()))
     assert loaded.history == ledger.history
@@ -176,11 +177,46 @@ def test_state_survives_saving(relation: Any) -> None:
     assert loaded.epsilon(1e-5) == ledger.epsilon(1e-5) == math.inf
 
 
-def test_loading_forgets_what_was_answered() -> None:
-    ledger, empty = mixed(Ledger(accountant="rdp")), Ledger(accountant="rdp")
-    assert ledger.epsilon(1e-5) > 0
-    ledger.load_state_dict(empty.state_dict())
-    assert (ledger.epsilon(1e-5), ledger.steps) == (0.0, 0)
+def test_loading_answers_anew() -> None:
+    ledger, later = mixed(Ledger(accountant="rdp")), mixed(Ledger(accountant="rdp"))
+    before = ledger.epsilon(1e-5)
+    later.record(1.0, Poisson(0.1), 3)
+    ledger.load_state_dict(later.state_dict())
+    assert ledger.epsilon(1e-5) == later.epsilon(1e-5) > before
+    assert ledger.steps == later.steps
+
+
+def shorter(ledger: Ledger) -> None:
+    """Nothing is recorded."""
+
+
+def fewer_at_the_end(ledger: Ledger) -> None:
+    for entry in mixed(Ledger()).history[:-1]:
+        ledger.record(entry.noise_multiplier, entry.sampling, entry.steps)
+
+
+def others_in_front(ledger: Ledger) -> None:
+    ledger.record(50.0, Poisson(1e-6), 1000)
+    mixed(ledger)
+
+
+def less_in_the_last(ledger: Ledger) -> None:
+    *rest, last = mixed(Ledger()).history
+    for entry in rest:
+        ledger.record(entry.noise_multiplier, entry.sampling, entry.steps)
+    ledger.record(9 * last.noise_multiplier, last.sampling, 1000 * last.steps)
+
+
+@pytest.mark.parametrize(
+    "make", [shorter, fewer_at_the_end, others_in_front, less_in_the_last], ids=lambda m: m.__name__
+)
+def test_what_was_recorded_stays_recorded(make: Callable[[Ledger], None]) -> None:
+    ledger, other = mixed(Ledger()), Ledger()
+    make(other)
+    before = ledger.history
+    with pytest.raises(ValueError, match=r"forgets some of the \d+ of this ledger"):
+        ledger.load_state_dict(through_a_file(other.state_dict()))
+    assert ledger.history == before
 
 
 def good() -> dict[str, Any]:
@@ -191,7 +227,7 @@ def good() -> dict[str, Any]:
     "change",
     [
         {"kind": "PoissonSampler"},
-        {"format": 2},
+        {"format": 1},
         {"relation": "replace_special"},
         {"accountant": "pld"},
         {"history": None},

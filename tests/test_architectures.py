@@ -92,10 +92,9 @@ def test_equals_the_loop(architecture: Architecture) -> None:
             "mean": error_of(mean, losses.mean(), float(losses.abs().max())),
             "norm": error_of(seen.grad_norms, norms, float(norms.max())),
         }
-        for name, parameter in trained(model).items():
-            assert parameter.grad is not None, name
-            errors[name] = error_of(parameter.grad, sums[name], max_grad_norm)
-            parameter.grad = None
+        for name, total in optimizer.clipped_sums.items():
+            errors[name] = error_of(total, sums[name], max_grad_norm)
+        assert errors.keys() >= trained(model).keys()
         wrong = {
             name: error for name, error in errors.items() if not error <= architecture.tolerance
         }
@@ -150,7 +149,7 @@ def test_random_models_agree_between_strategies(architecture: Architecture) -> N
         optimizer = optimizer_for(model, architecture, strategy=strategy)
         torch.manual_seed(5)
         optimizer.backward(*batch)
-        found.append({name: p.grad for name, p in trained(model).items()})
+        found.append(optimizer.clipped_sums)
         assert all(torch.isfinite(gradient).all() for gradient in found[-1].values())
         optimizer.zero_grad()
     for other in found[1:]:
@@ -186,10 +185,10 @@ def test_no_tensor_outlives_the_step(architecture: Architecture) -> None:
 def test_a_copied_model_trains_on_its_own() -> None:
     architecture = ARCHITECTURES["lstm"]
     model, batch = architecture.build(BATCH_SIZE)
-    optimizer_for(model, architecture).backward(*batch)
-    twin = copy.deepcopy(model)
-    optimizer_for(twin, architecture).backward(*batch)
-    for (name, left), right in zip(trained(model).items(), trained(twin).values(), strict=True):
-        assert left.grad is not None
-        assert right.grad is not None
-        assert torch.equal(left.grad, right.grad), name
+    found = []
+    for one in (model, None):
+        optimizer = optimizer_for(one or copy.deepcopy(model), architecture)
+        optimizer.backward(*batch)
+        found.append(optimizer.clipped_sums)
+    assert found[0].keys() == trained(model).keys()
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])

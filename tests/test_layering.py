@@ -183,7 +183,7 @@ def test_package_keeps_its_layers() -> None:
         ("noise.py", "if TYPE_CHECKING:\n    from clipgrad._capture import Tape"),
         ("sampling/_loader.py", "from clipgrad.transform import clipped_grad"),
         ("sampling/_trials.py", "from clipgrad.sampling._poisson import PoissonSampler"),
-        ("sampling/_users.py", "from clipgrad.sampling._loader import PoissonLoader"),
+        ("sampling/_users.py", "from clipgrad.sampling._loader import PrivateLoader"),
         ("sampling_more.py", "x = torch.randn(3)"),
         ("accounting/__init__.py", "from torch import Tensor"),
         ("accounting/_ledger.py", "import torch.distributed"),

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import pickle
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -26,6 +29,11 @@ RUN: dict[str, Any] = {
 
 def plan(**changes: Any) -> PrivacyPlan:
     return PrivacyPlan(**{**RUN, **changes})
+
+
+def declared(**changes: Any) -> PrivacyPlan:
+    """A plan whose batches the tests make up."""
+    return plan(**{"declared_sampling": "by a coin for each row", **changes})
 
 
 def dataset(size: int = 64) -> torch.utils.data.TensorDataset:
@@ -174,7 +182,7 @@ def test_what_is_missing_without_a_plan() -> None:
 
 
 def test_epsilon_so_far() -> None:
-    optimizer = optimizer_of(plan())
+    optimizer = optimizer_of(declared())
     seen = [optimizer.epsilon()]
     for _ in range(5):
         take(optimizer, 1)
@@ -184,11 +192,13 @@ def test_epsilon_so_far() -> None:
     assert seen[2] == plan().epsilon(2)
     assert seen[-1] == plan().epsilon()
     assert optimizer.epsilon(1e-5) > optimizer.epsilon()
-    assert optimizer.ledger.history == plan().ledger().history
+    (entry,) = optimizer.ledger.history
+    assert entry.declared == "by a coin for each row"
+    assert dataclasses.replace(entry, run="", declared="") == plan().ledger().history[0]
 
 
 def test_no_step_beyond_the_plan() -> None:
-    optimizer = optimizer_of(plan(steps=2))
+    optimizer = optimizer_of(declared(steps=2))
     take(optimizer, 2)
     optimizer.backward(torch.randn(3, 4, dtype=torch.float64))
     before = values(optimizer.model)
@@ -206,7 +216,7 @@ def test_a_step_without_a_batch_costs_nothing() -> None:
 
 
 def test_noise_that_was_drawn_counts_even_if_the_step_fails() -> None:
-    optimizer = optimizer_of(plan())
+    optimizer = optimizer_of(declared())
     optimizer.backward(torch.randn(3, 4, dtype=torch.float64))
 
     def fail(*_: Any) -> None:
@@ -226,7 +236,7 @@ def test_the_plans_noise_cannot_be_changed() -> None:
 
 
 def test_a_scheduled_and_an_adaptive_run_tell_the_ledger_the_truth() -> None:
-    scheduled = plan(
+    scheduled = declared(
         noise_multiplier=lambda step: 2.0 if step < 2 else 1.0,
         max_grad_norm=clipgrad.AdaptiveQuantile(1.0, count_stddev=10.0),
     )
@@ -237,16 +247,16 @@ def test_a_scheduled_and_an_adaptive_run_tell_the_ledger_the_truth() -> None:
 
 
 def test_a_further_plan_continues_the_count() -> None:
-    first = optimizer_of(plan(steps=2))
+    first = optimizer_of(declared(steps=2))
     take(first, 2)
-    second = optimizer_of(plan(steps=3, expected_batch_size=16), ledger=first.ledger)
+    second = optimizer_of(declared(steps=3, expected_batch_size=16), ledger=first.ledger)
     take(second, 3)
     assert [(e.sampling, e.steps) for e in second.ledger.history] == [
         (Poisson(0.125), 2),
         (Poisson(0.25), 3),
     ]
     with pytest.raises(ValueError, match="their epsilons do not add up"):
-        optimizer_of(plan(relation="replace_special"), ledger=first.ledger)
+        optimizer_of(declared(relation="replace_special"), ledger=first.ledger)
 
 
 def test_without_a_plan_there_is_no_ledger() -> None:
@@ -260,7 +270,7 @@ def test_without_a_plan_there_is_no_ledger() -> None:
 
 
 def test_a_plan_of_the_exact_mode() -> None:
-    exact = plan(grid=2.0**-10, accountant="rdp_integer")
+    exact = declared(grid=2.0**-10, accountant="rdp_integer")
     optimizer = optimizer_of(exact)
     assert isinstance(optimizer.noise, clipgrad.DiscreteGaussianNoise)
     take(optimizer, 2)
@@ -284,7 +294,7 @@ def test_what_the_noise_stands_on_cannot_be_changed() -> None:
 
 
 def test_the_wrapped_optimizer_does_not_step_without_noise() -> None:
-    optimizer = optimizer_of(plan())
+    optimizer = optimizer_of(declared())
     for one in (optimizer, copy.deepcopy(optimizer)):
         one.backward(torch.randn(3, 4, dtype=torch.float64))
         before = values(one.model)
@@ -331,9 +341,9 @@ def test_the_promise_is_rounded_up() -> None:
 
 
 def test_the_count_survives_a_checkpoint() -> None:
-    optimizer = optimizer_of(plan(steps=3))
+    optimizer = optimizer_of(declared(steps=3))
     take(optimizer, 2)
-    other = optimizer_of(plan(steps=3))
+    other = optimizer_of(declared(steps=3))
     other.load_state_dict(through_a_file(optimizer.state_dict()))
     assert other.epsilon() == optimizer.epsilon() > 0
     take(other, 1)
@@ -343,7 +353,7 @@ def test_the_count_survives_a_checkpoint() -> None:
 
 
 def test_a_state_without_an_account_is_refused() -> None:
-    optimizer = optimizer_of(plan())
+    optimizer = optimizer_of(declared())
     take(optimizer, 1)
     before = optimizer.ledger.steps
     for state in (optimizer.inner.state_dict(), {**optimizer.state_dict(), "clipgrad": {}}):
@@ -352,17 +362,48 @@ def test_a_state_without_an_account_is_refused() -> None:
     assert optimizer.ledger.steps == before
 
 
-def test_a_malformed_account_is_refused() -> None:
-    optimizer = optimizer_of(plan())
-    state = optimizer.state_dict()
-    state["clipgrad"]["account"]["done"] = -1
-    with pytest.raises(ValueError, match="done must be a number of steps, got -1"):
-        optimizer.load_state_dict(state)
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda own: own["account"].pop("run"), "must hold 'run' and 'ledger'"),
+        (lambda own: own["account"].update(run=3), "must hold 'run' and 'ledger'"),
+        (lambda own: own["account"].update(run="other"), "taken 4 steps, but the ledger holds 0"),
+        (lambda own: own["account"]["ledger"]["history"].clear(), "forgets some|holds 0 of this"),
+        (lambda own: own["account"]["ledger"]["history"][0].__setitem__(3, 1), "forgets|holds 1"),
+    ],
+)
+@pytest.mark.parametrize("fresh", [True, False])
+def test_an_edited_account_is_refused(
+    edit: Callable[[dict[str, Any]], object], message: str, fresh: bool
+) -> None:
+    optimizer = optimizer_of(declared())
+    take(optimizer, 4)
+    state = through_a_file(optimizer.state_dict())
+    edit(state["clipgrad"])
+    other = optimizer_of(declared()) if fresh else optimizer
+    before = other.ledger.history
+    with pytest.raises(ValueError, match=message):
+        other.load_state_dict(state)
+    assert other.ledger.history == before
+
+
+def test_the_steps_of_a_run_are_those_in_its_ledger() -> None:
+    """No number of its own says how many steps were taken, so none can be set back."""
+    optimizer = optimizer_of(declared())
+    take(optimizer, 4)
+    other = optimizer_of(declared())
+    other.load_state_dict(through_a_file(optimizer.state_dict()))
+    take(other, 1)
+    with pytest.raises(PrivacyBudgetError, match="all 5 steps"):
+        take(other, 1)
+    with pytest.raises(ValueError, match="forgets some of the 4"):
+        optimizer.ledger.load_state_dict(Ledger(accountant="rdp").state_dict())
+    assert optimizer.ledger.steps == 4
 
 
 def test_a_ledger_that_is_shared_stays_shared() -> None:
     ledger = Ledger(accountant="rdp")
-    a, b = (optimizer_of(plan(), ledger=ledger) for _ in range(2))
+    a, b = (optimizer_of(declared(), ledger=ledger) for _ in range(2))
     for optimizer in (a, b):
         take(optimizer, 1)
     for optimizer in (a, b):
@@ -373,23 +414,23 @@ def test_a_ledger_that_is_shared_stays_shared() -> None:
 
 
 def test_what_was_released_stays_released() -> None:
-    optimizer = optimizer_of(plan())
+    optimizer = optimizer_of(declared())
     take(optimizer, 1)
     early = through_a_file(optimizer.state_dict())
     take(optimizer, 2)
-    with pytest.raises(ValueError, match="holds 1 released steps, the ledger 3"):
+    with pytest.raises(ValueError, match="holds 1 released steps and forgets some of the 3"):
         optimizer.load_state_dict(early)
     assert optimizer.ledger.steps == 3
 
 
 def test_shuffled_passes_do_not_continue_after_a_restart() -> None:
     """Eight batches a pass; the second half is shuffled anew, so that a sample may be in both."""
-    shuffled = plan(shuffled=True, relation="replace_special", steps=8)
-    whole, first = optimizer_of(shuffled), optimizer_of(shuffled)
+    shuffled = declared(shuffled=True, relation="replace_special", steps=8)
+    whole, first = (optimizer_of(dataclasses.replace(shuffled)) for _ in range(2))
     take(whole, 8)
     assert whole.epsilon() == shuffled.epsilon()
     take(first, 4)
-    resumed = optimizer_of(shuffled)
+    resumed = optimizer_of(dataclasses.replace(shuffled))
     resumed.load_state_dict(through_a_file(first.state_dict()))
     take(resumed, 4)
     two_passes = Ledger(relation="replace_special", accountant="rdp")
@@ -410,12 +451,24 @@ def test_a_ledger_of_another_accountant_is_refused() -> None:
         optimizer_of(plan(), ledger={})
 
 
-def test_a_copy_counts_for_itself() -> None:
-    optimizer = optimizer_of(plan())
+@pytest.mark.parametrize("how", [copy.copy, copy.deepcopy])
+def test_a_copy_spends_the_same_budget(how: Callable[[DPOptimizer], DPOptimizer]) -> None:
+    optimizer = optimizer_of(declared(steps=3))
     take(optimizer, 1)
-    other = copy.deepcopy(optimizer)
+    other = how(optimizer)
     take(other, 2)
-    assert (optimizer.ledger.steps, other.ledger.steps) == (1, 3)
+    assert optimizer.ledger is other.ledger
+    assert (optimizer.ledger.steps, optimizer.epsilon()) == (3, other.epsilon())
+    with pytest.raises(PrivacyBudgetError):
+        take(optimizer, 1)
+
+
+def test_a_pickled_optimizer_goes_on_with_what_was_released() -> None:
+    optimizer = optimizer_of(declared(steps=3))
+    take(optimizer, 2)
+    account = pickle.loads(pickle.dumps(optimizer._account))
+    assert account.done == 2
+    assert account.ledger.history == optimizer.ledger.history
 
 
 # ------------------------------------------------------------------------------- the loader
@@ -458,22 +511,62 @@ def test_a_finished_run_that_is_started_again_has_nothing_to_do(workers: int) ->
 
 
 def test_users_of_a_plan() -> None:
-    a_plan = plan(num_samples=4, expected_batch_size=2)
+    a_plan = plan(num_samples=4, expected_batch_size=2, unit="user")
     loader = clipgrad.user_loader(dataset(6), [0, 0, 1, 2, 3, 3], plan=a_plan)
     assert len(list(loader)) == 5
     assert loader.batch_sampler.sample_rate == 0.5
+    assert "adding or removing one user: 5 steps on Poisson batches of 2 of 4 users" in str(a_plan)
+    assert "sample" not in str(a_plan)
 
 
 def test_loaders_that_do_not_fit_the_plan() -> None:
-    with pytest.raises(ValueError, match=r"plan is for 64 samples .* there are 63 samples"):
+    with pytest.raises(ValueError, match=r"plan is for 64 samples, but there are 63"):
         clipgrad.poisson_loader(dataset(63), plan=plan())
     with pytest.raises(ValueError, match="leave out the other arguments"):
         clipgrad.poisson_loader(dataset(), plan=plan(), steps=3)
-    with pytest.raises(ValueError, match="there are 2 users"):
-        clipgrad.user_loader(dataset(3), [0, 0, 1], plan=plan())
+    with pytest.raises(ValueError, match="for 64 users, but there are 2"):
+        clipgrad.user_loader(dataset(3), [0, 0, 1], plan=plan(unit="user"))
+    with pytest.raises(ValueError, match=r"protects one sample.*draws users.*unit='user'"):
+        clipgrad.user_loader(dataset(64), range(64), plan=plan())
+    with pytest.raises(ValueError, match=r"protects one user.*draws samples.*user_loader"):
+        clipgrad.poisson_loader(dataset(64), plan=plan(unit="user"))
     shuffled = plan(shuffled=True, relation="replace_one")
-    with pytest.raises(ValueError, match="ordinary DataLoader"):
+    with pytest.raises(ValueError, match="shuffled_loader"):
         clipgrad.poisson_loader(dataset(), plan=shuffled)
+    with pytest.raises(ValueError, match="poisson_loader"):
+        clipgrad.shuffled_loader(dataset(), plan=plan())
+    with pytest.raises(ValueError, match="plan has declared_sampling"):
+        clipgrad.poisson_loader(dataset(), plan=declared())
+
+
+def test_a_delta_that_one_sample_could_use_up_warns() -> None:
+    with pytest.warns(
+        UserWarning, match=r"delta = 0\.0156\d* is not below 1 / num_samples = 0\.0156"
+    ):
+        plan(delta=1 / 64)
+    with pytest.warns(UserWarning, match="publishes a user"):
+        plan(delta=0.5, unit="user").with_noise(2.0)
+
+
+def test_epochs_in_place_of_steps() -> None:
+    wanted = {"num_samples": 64, "expected_batch_size": 8, "delta": 1e-3, "accountant": "rdp"}
+    found = PrivacyPlan.for_epsilon(2.0, epochs=2.5, **wanted)  # type: ignore[arg-type]
+    assert found == PrivacyPlan.for_epsilon(2.0, steps=20, **wanted)  # type: ignore[arg-type]
+    assert PrivacyPlan.for_epsilon(2.0, epochs=0.01, **wanted).steps == 1  # type: ignore[arg-type]
+    for given in ({}, {"steps": 3, "epochs": 1}):
+        with pytest.raises(ValueError, match="give exactly one of them"):
+            PrivacyPlan.for_epsilon(2.0, **wanted, **given)  # type: ignore[arg-type]
+    for epochs in (0, -1.0, float("inf"), "2"):
+        with pytest.raises((ValueError, TypeError), match="epochs must be"):
+            PrivacyPlan.for_epsilon(2.0, epochs=epochs, **wanted)  # type: ignore[arg-type]
+
+
+def test_a_declaration_is_part_of_the_sentence_and_the_ledger() -> None:
+    a_plan = declared()
+    assert str(a_plan).endswith("Declared, not checked: by a coin for each row.")
+    assert a_plan.ledger().history[0].declared == "by a coin for each row"
+    with pytest.raises(ValueError, match="declared_sampling must say how"):
+        plan(declared_sampling=" ")
 
 
 def test_the_loop_of_the_readme_is_short() -> None:

@@ -121,7 +121,7 @@ def outcome(make: Callable[[], DPOptimizer]) -> Any:
         optimizer.backward(data(3))
     except Exception as error:
         return f"{type(error).__name__}: {error}"
-    return {n: p.grad for n, p in optimizer.model.named_parameters()}
+    return optimizer.clipped_sums
 
 
 @pytest.mark.parametrize("case", CHANGES)
@@ -197,4 +197,5 @@ def test_another_dtype() -> None:
         sums = optimizer._pending._sums
         assert sums is not None
         assert {total.dtype for total in sums} == {torch.promote_types(dtype, torch.float32)}
+        optimizer.step()
         assert {p.grad.dtype for p in model.parameters() if p.grad is not None} == {dtype}

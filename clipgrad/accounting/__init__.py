@@ -23,7 +23,8 @@ for the discrete Gaussian noise of the exact mode too (``grid=``).
 from __future__ import annotations
 
 from ._checks import Accountant
-from ._ledger import Entry, Ledger
+from ._entries import Entry
+from ._ledger import Ledger
 from ._run import epsilon, noise_multiplier, steps
 from ._sampling import (
     FixedSize,

@@ -3,42 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import astuple, dataclass, replace
+from dataclasses import replace
 from enum import Enum
 from typing import Any
 
 from . import _checks
 from ._backends import Backend, backend, delta_of, epsilon_of
 from ._checks import Accountant
-from ._sampling import (
-    FixedSize,
-    FullBatch,
-    Poisson,
-    Sampling,
-    TruncatedPoisson,
-    require_sampling,
-    require_supported,
-)
+from ._entries import Entry, entry_from, entry_state, goes_on_from
+from ._sampling import FixedSize, Sampling, require_sampling, require_supported
 from ._terms import terms_of
-
-_DESCRIPTIONS = {kind.__name__: kind for kind in (Poisson, TruncatedPoisson, FixedSize, FullBatch)}
-
-
-@dataclass(frozen=True)
-class Entry:
-    """Consecutive steps with the same numbers.
-
-    Attributes:
-        noise_multiplier: Standard deviation of the noise per unit of the relation's sensitivity.
-        sampling: How their batches were drawn.
-        steps: How many they are.
-        stretch: Numbers the stretches of ``FixedSize`` steps whose passes do not continue one another.
-    """
-
-    noise_multiplier: float
-    sampling: Sampling
-    steps: int
-    stretch: int = 0
 
 
 class Ledger:
@@ -102,7 +76,15 @@ class Ledger:
         """The steps in their order, equal neighbours counted together."""
         return tuple(self._history)
 
-    def record(self, noise_multiplier: float, sampling: Sampling, steps: int = 1) -> None:
+    def record(
+        self,
+        noise_multiplier: float,
+        sampling: Sampling,
+        steps: int = 1,
+        *,
+        run: str = "",
+        declared: str = "",
+    ) -> None:
         """Note that steps were released.
 
         Args:
@@ -110,6 +92,8 @@ class Ledger:
                 sensitivity is that of the ledger's relation; 0 makes epsilon infinite.
             sampling: How the batches were drawn.
             steps: How many, at least 1.
+            run: Names the run of a plan that they belong to.
+            declared: How the batches were drawn, in the user's own words, if nothing checked it.
 
         Raises:
             TypeError: If an argument has the wrong type.
@@ -123,15 +107,16 @@ class Ledger:
         noise = _checks.at_least_0("noise_multiplier", noise_multiplier)
         count = _checks.integer("steps", steps, least=1)
         stretch = self._stretch if isinstance(sampling, FixedSize) else 0
-        if last and (noise, sampling, stretch) == (
-            last.noise_multiplier,
-            last.sampling,
-            last.stretch,
-        ):
+        entry = Entry(noise, sampling, count, stretch, run, declared)
+        if last and replace(entry, steps=last.steps) == last:
             self._history[-1] = replace(last, steps=last.steps + count)
         else:
-            self._history.append(Entry(noise, sampling, count, stretch))
+            self._history.append(entry)
         self._steps += count
+
+    def steps_of(self, run: str) -> int:
+        """Steps that belong to one run of a plan."""
+        return sum(entry.steps for entry in self._history if entry.run == run)
 
     def begin(self) -> None:
         """Say that the next step begins a training, or goes on with one after a restart.
@@ -208,33 +193,40 @@ class Ledger:
 
     def state_dict(self) -> dict[str, Any]:
         """The history in strings, lists and numbers; loads with ``weights_only=True``."""
-        history = [
-            [
-                entry.noise_multiplier,
-                type(entry.sampling).__name__,
-                list(astuple(entry.sampling)),
-                entry.steps,
-                entry.stretch,
-            ]
-            for entry in self._history
-        ]
         return {
             "kind": "Ledger",
-            "format": 1,
+            "format": 2,
             "relation": self._relation,
             "accountant": self._accountant,
-            "history": history,
+            "history": list(map(entry_state, self._history)),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over a saved history in place of this one.
+        """Take over a saved history that goes on from this one.
+
+        What was released stays released: the saved history must begin with all that is recorded here.
 
         Args:
             state: What :meth:`state_dict` returned, of a ledger with the same relation and accountant.
 
         Raises:
-            ValueError: If it did not; this ledger is as before then.
+            ValueError: If it did not, or forgets steps; this ledger is as before then.
             TypeError: If a number in it is none.
+        """
+        loaded = self.read(state)
+        self._history, self._steps = loaded._history, loaded._steps
+        self._stretch = loaded._stretch
+        self._forget()
+
+    def read(self, state: Mapping[str, Any]) -> Ledger:
+        """The ledger that :meth:`load_state_dict` would make of this one; changes nothing.
+
+        Args:
+            state: As for :meth:`load_state_dict`.
+
+        Raises:
+            ValueError: Likewise.
+            TypeError: Likewise.
         """
         expected = {**self.state_dict(), "history": None}
         given = {**state, "history": None}
@@ -244,12 +236,22 @@ class Ledger:
                 f"relation={self._relation!r} and accountant={self._accountant!r}, got {given!r}."
             )
         loaded = Ledger(relation=self._relation, accountant=self._accountant)  # type: ignore[arg-type]
-        for entry in state["history"]:
-            *released, loaded._stretch = _read(entry)
-            loaded.record(*released)
-        self._history, self._steps = loaded._history, loaded._steps
-        self._stretch = loaded._stretch
-        self._forget()
+        for entry in map(entry_from, state["history"]):
+            loaded._stretch = entry.stretch
+            loaded.record(
+                entry.noise_multiplier,
+                entry.sampling,
+                entry.steps,
+                run=entry.run,
+                declared=entry.declared,
+            )
+        if not goes_on_from(self._history, loaded._history):
+            raise ValueError(
+                f"state holds {loaded._steps} released steps and forgets some of the {self._steps} of this ledger: "
+                "what was released in this process stays released. To return to earlier weights load the model's "
+                "state alone; to resume after a restart load into a new ledger, or a new DPOptimizer of a new plan."
+            )
+        return loaded
 
     def __getstate__(self) -> dict[str, Any]:
         """For copy and pickle: without what can be computed again."""
@@ -260,22 +262,3 @@ class Ledger:
             f"Ledger(relation={self._relation!r}, accountant={self._accountant!r}): "
             f"{self._steps} steps"
         )
-
-
-def _read(entry: Any) -> tuple[Any, Sampling, Any, int]:
-    """Arguments of `record`, which checks the numbers, and the stretch."""
-    match entry:
-        case [noise, str(kind), list(numbers), steps, stretch] if kind in _DESCRIPTIONS:
-            try:
-                return (
-                    noise,
-                    _DESCRIPTIONS[kind](*numbers),
-                    steps,
-                    _checks.integer("stretch", stretch, least=0),
-                )
-            except TypeError as error:
-                raise ValueError(f"state has a history entry {entry!r}: {error}") from error
-    raise ValueError(
-        f"state has a history entry {entry!r}; it must be noise multiplier, kind of sampling, its "
-        "numbers, steps and stretch."
-    )

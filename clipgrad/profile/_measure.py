@@ -197,13 +197,15 @@ def _random_streams_kept(device: torch.device) -> AbstractContextManager[None]:
 
 def _copied(optimizer: DPOptimizer) -> DPOptimizer:
     try:
-        return copy.deepcopy(optimizer)
+        twin = copy.deepcopy(optimizer)
     except Exception as error:
         raise RuntimeError(
             "profile_step: optimizer cannot be copied with its model, loss_fn and noise source, and the profile would "
             f"change the original: {error} Profile a fresh optimizer, before its first backward, or one without the "
             "part that refuses copy.deepcopy."
         ) from error
+    twin._account = None  # its steps release nothing, and the batch needs no receipt
+    return twin
 
 
 def _check(optimizer: object, batch: tuple[Any, ...], rounds: int, warm_up: int) -> None:

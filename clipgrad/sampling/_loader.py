@@ -1,4 +1,4 @@
-"""``PoissonLoader``: a sampler and PyTorch's workers, and how far the training loop is."""
+"""``PrivateLoader``: a sampler and PyTorch's workers, how far the training loop is, and receipts for a plan."""
 
 from __future__ import annotations
 
@@ -8,15 +8,19 @@ from typing import Any
 
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from clipgrad._receipts import Receipts
 from clipgrad.sampling._poisson import PoissonSampler
+from clipgrad.sampling._shuffled import ShuffledSampler
 from clipgrad.sampling._users import UserSampler
 
+BatchSampler = PoissonSampler | UserSampler | ShuffledSampler
 
-class PoissonLoader:
+
+class PrivateLoader:
     """Iterates over batches, and knows how many the training loop has received.
 
-    Made by :func:`poisson_loader` and :func:`user_loader`. It wraps a ``DataLoader`` and is none:
-    tools that rebuild a ``DataLoader`` with a sampler of their own would end the privacy.
+    Made by :func:`poisson_loader`, :func:`user_loader` and :func:`shuffled_loader`. It wraps a ``DataLoader`` and is
+    none: tools that rebuild a ``DataLoader`` with a sampler of their own would end the privacy.
 
     Args:
         dataset: What the sampler's indices refer to.
@@ -25,19 +29,22 @@ class PoissonLoader:
         num_workers: As in ``DataLoader``, also for the next two.
         pin_memory: Whether batches are copied to page-locked memory.
         persistent_workers: Whether workers outlive an iteration.
+        receipts: Of a plan, whose optimizers then know which batch is which.
     """
 
     def __init__(
         self,
         dataset: Dataset[Any],
-        sampler: PoissonSampler | UserSampler,
+        sampler: BatchSampler,
         *,
         collate_fn: Callable[[list[Any]], Any],
+        receipts: Receipts | None = None,
         num_workers: int = 0,
         pin_memory: bool = False,
         persistent_workers: bool = False,
     ) -> None:
         self._recorder = _Recorder(sampler)
+        self._receipts = receipts
         self._state: dict[str, Any] | None = None
         self._loader: DataLoader[Any] = DataLoader(
             dataset,
@@ -49,7 +56,7 @@ class PoissonLoader:
         )
 
     @property
-    def batch_sampler(self) -> PoissonSampler | UserSampler:
+    def batch_sampler(self) -> BatchSampler:
         """Draws the batches."""
         return self._recorder.sampler
 
@@ -65,9 +72,13 @@ class PoissonLoader:
     def __iter__(self) -> Iterator[Any]:
         """One iteration, or, just after :meth:`load_state_dict`, what was left of the saved one."""
         batches = iter(self._loader)
-        states = self._recorder.states
+        drawn = self._recorder.drawn
+        receipts = self._receipts
+        iteration = 0 if receipts is None else receipts.begin_iteration()
         for batch in batches:
-            self._state = states.popleft()
+            rows, self._state = drawn.popleft()
+            if receipts is not None:
+                receipts.hand_out(iteration, self._state["done"] - 1, rows, batch)
             yield batch
 
     def state_dict(self) -> dict[str, Any]:
@@ -93,20 +104,20 @@ class PoissonLoader:
 
 
 class _Recorder(Sampler[Any]):
-    """Draws what ``sampler`` draws, and keeps its state after each batch until that is handed out."""
+    """Draws what ``sampler`` draws, and keeps size and state of each batch until it is handed out."""
 
-    def __init__(self, sampler: PoissonSampler | UserSampler) -> None:
+    def __init__(self, sampler: BatchSampler) -> None:
         self.sampler = sampler
-        self.states: deque[dict[str, Any]] = deque()
+        self.drawn: deque[tuple[int, dict[str, Any]]] = deque()
 
     def __len__(self) -> int:
         return len(self.sampler)
 
     def __iter__(self) -> Iterator[Any]:
-        states = self.states = deque()  # an iteration that was left behind keeps its own
-        return self._recorded(states)
+        drawn = self.drawn = deque()  # an iteration that was left behind keeps its own
+        return self._recorded(drawn)
 
-    def _recorded(self, states: deque[dict[str, Any]]) -> Iterator[Any]:
+    def _recorded(self, drawn: deque[tuple[int, dict[str, Any]]]) -> Iterator[Any]:
         for batch in self.sampler:
-            states.append(self.sampler.state_dict())
+            drawn.append((len(batch), self.sampler.state_dict()))
             yield batch

@@ -1,4 +1,4 @@
-"""``poisson_loader`` and ``user_loader``: dataset, sampler and collate function, put together."""
+"""``poisson_loader``, ``user_loader`` and ``shuffled_loader``: dataset, sampler and collate function together."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ from torch.utils.data import Dataset, default_collate
 from clipgrad.plan import PrivacyPlan
 from clipgrad.sampling import _arguments as arguments
 from clipgrad.sampling._collate import EmptyBatchCollate, PaddingCollate, UserCollate
-from clipgrad.sampling._loader import PoissonLoader
+from clipgrad.sampling._loader import PrivateLoader
+from clipgrad.sampling._planned import planned, require_fit
 from clipgrad.sampling._poisson import PoissonSampler
+from clipgrad.sampling._shuffled import ShuffledSampler
 from clipgrad.sampling._users import UserSampler
 
 
@@ -33,7 +35,7 @@ def poisson_loader(
     num_workers: int = 0,
     pin_memory: bool = False,
     persistent_workers: bool = False,
-) -> PoissonLoader:
+) -> PrivateLoader:
     """A loader of Poisson batches, the empty ones included.
 
     Args:
@@ -74,8 +76,8 @@ def poisson_loader(
     """
     if plan is not None:
         given = (expected_batch_size, sample_rate, max_batch_size, steps)
-        expected_batch_size, max_batch_size, steps = _planned(
-            plan, "samples", arguments.length(dataset), given
+        expected_batch_size, max_batch_size, steps = planned(
+            plan, "sample", arguments.length(dataset), given
         )
     sampler = PoissonSampler(
         arguments.length(dataset),
@@ -89,7 +91,7 @@ def poisson_loader(
         generator=generator,
     )
     example = dataset[0]
-    return PoissonLoader(
+    return PrivateLoader(
         dataset,
         sampler,
         collate_fn=_padded(
@@ -98,6 +100,7 @@ def poisson_loader(
         num_workers=num_workers,
         pin_memory=pin_memory,
         persistent_workers=persistent_workers,
+        receipts=None if plan is None else plan.run.receipts,
     )
 
 
@@ -119,7 +122,7 @@ def user_loader(
     num_workers: int = 0,
     pin_memory: bool = False,
     persistent_workers: bool = False,
-) -> PoissonLoader:
+) -> PrivateLoader:
     """A loader of Poisson batches of users, for privacy of whole users.
 
     A batch is a tuple: what ``collate_fn`` makes, each tensor ``[B, K, ...]`` for B users and K
@@ -181,7 +184,7 @@ def user_loader(
         given = (expected_users, sample_rate, max_users, steps)
         # A sampler looks at the ids, and tells well what is wrong with them.
         users = UserSampler(user_ids, sample_rate=1.0).num_users
-        expected_users, max_users, steps = _planned(plan, "users", users, given)
+        expected_users, max_users, steps = planned(plan, "user", users, given)
     sampler = UserSampler(
         user_ids,
         expected_users=expected_users,
@@ -202,35 +205,72 @@ def user_loader(
     by_user = _ByUser(dataset)
     example = by_user[sampler.first_user()]
     collate = UserCollate(example[0], collate_fn, sampler.width)
-    return PoissonLoader(
+    return PrivateLoader(
         by_user,
         sampler,
         collate_fn=_padded(pad, "max_users", max_users, example, collate),
         num_workers=num_workers,
         pin_memory=pin_memory,
         persistent_workers=persistent_workers,
+        receipts=None if plan is None else plan.run.receipts,
     )
 
 
-def _planned(
-    plan: PrivacyPlan, what: str, count: int, given: tuple[Any, ...]
-) -> tuple[float, int | None, int]:
-    """Expected size, largest size and steps of a plan that fits the data."""
-    if any(value is not None for value in given):
-        raise ValueError(
-            "plan says how large batches are and how many; leave out the other arguments about that."
-        )
-    if plan.num_samples != count:
-        raise ValueError(
-            f"plan is for {plan.num_samples} samples (or users), but there are {count} {what}: the "
-            "sampling rate, and with it epsilon, would be another. Make the plan for this dataset."
-        )
-    if plan.shuffled:
-        raise ValueError(
-            "plan has shuffled=True, but this loader draws Poisson batches. Use an ordinary "
-            f"DataLoader(dataset, batch_size={plan.expected_batch_size:g}, shuffle=True, drop_last=True)."
-        )
-    return plan.expected_batch_size, plan.max_batch_size, plan.steps
+def shuffled_loader(
+    dataset: Dataset[Any],
+    *,
+    plan: PrivacyPlan,
+    generator: torch.Generator | None = None,
+    collate_fn: Callable[[list[Any]], Any] = default_collate,
+    num_workers: int = 0,
+    pin_memory: bool = False,
+    persistent_workers: bool = False,
+) -> PrivateLoader:
+    """A loader of the shuffled batches of a plan with ``shuffled=True``, each sample at most once a pass.
+
+    One iteration is the whole run, over as many passes as the plan's steps take.
+
+    Args:
+        dataset: A map-style dataset.
+        plan: A :class:`clipgrad.PrivacyPlan` for this dataset with ``shuffled=True``.
+        generator: For a repeatable order.
+        collate_fn: Makes a batch of samples.
+        num_workers: As in ``DataLoader``, also for the next two.
+        pin_memory: Whether batches are copied to page-locked memory.
+        persistent_workers: Whether workers outlive an iteration.
+
+    Raises:
+        ValueError: If the plan is for other batches or another dataset.
+
+    Examples:
+        >>> import clipgrad
+        >>> plan = clipgrad.PrivacyPlan(
+        ...     num_samples=10,
+        ...     expected_batch_size=4,
+        ...     steps=3,
+        ...     delta=1e-2,
+        ...     noise_multiplier=1.0,
+        ...     shuffled=True,
+        ...     relation="replace_one",
+        ... )
+        >>> data = torch.utils.data.TensorDataset(torch.zeros(10, 3))
+        >>> [len(x) for (x,) in shuffled_loader(data, plan=plan)]
+        [4, 4, 4]
+    """
+    count = arguments.length(dataset)
+    require_fit(plan, "sample", count, shuffled=True)
+    sampler = ShuffledSampler(
+        count, batch_size=int(plan.expected_batch_size), steps=plan.steps, generator=generator
+    )
+    return PrivateLoader(
+        dataset,
+        sampler,
+        collate_fn=collate_fn,
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        persistent_workers=persistent_workers,
+        receipts=plan.run.receipts,
+    )
 
 
 class _ByUser(Dataset[list[Any]]):

@@ -155,7 +155,7 @@ class PoissonSampler(Sampler[list[int]]):
         """How many batches of the iteration were drawn and, if a generator was given, its state.
 
         A loader with workers draws ahead of the training loop. Of what the loop has received,
-        :meth:`PoissonLoader.state_dict` tells, in the same format.
+        :meth:`PrivateLoader.state_dict` tells, in the same format.
         """
         state = {"kind": "PoissonSampler", "format": 1, "done": self._done}
         if not self._whole_run:

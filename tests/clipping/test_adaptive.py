@@ -156,7 +156,7 @@ def test_several_backward_calls_are_counted_once_and_forgotten_with_their_batch(
     optimizer.backward(data(7))
     optimizer.zero_grad()
     optimizer.backward(data(3))
-    optimizer.model.zero_grad()
+    optimizer.zero_grad()
     for part in data(7).split([2, 0, 5]):
         optimizer.backward(part)
     optimizer.step()

@@ -39,9 +39,7 @@ def test_every_size_equals_the_loop_and_nothing_is_overwritten(
         sums, norms = (
             clipped_sum(of_rows, bound) if rows.stop else (zeros, torch.zeros(0, device="cuda"))
         )
-        for name, parameter in model.named_parameters():
-            assert parameter.grad is not None
-            torch.testing.assert_close(parameter.grad, sums[name], rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(optimizer.clipped_sums, sums, rtol=1e-3, atol=1e-4)
         seen = optimizer.diagnostics.grad_norms
         assert isinstance(seen, Tensor)
         kept.append((seen, norms))
@@ -92,9 +90,7 @@ def test_a_sample_that_is_not_finite(mode: bool | str) -> None:
     for _ in range(3):
         optimizer.backward(x, y)
         assert optimizer.diagnostics.num_nonfinite == 1
-        for name, parameter in model.named_parameters():
-            assert parameter.grad is not None
-            torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(optimizer.clipped_sums, expected, rtol=1e-3, atol=1e-4)
         optimizer.zero_grad()
 
 
@@ -119,5 +115,4 @@ def test_weights_that_move_and_streams_that_change() -> None:
             optimizer.zero_grad()
             optimizer.backward(x, y)
         torch.cuda.current_stream().wait_stream(stream)
-        for name, parameter in model.named_parameters():
-            torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(optimizer.clipped_sums, expected, rtol=1e-3, atol=1e-4)

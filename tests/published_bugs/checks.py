@@ -43,8 +43,7 @@ def equals_the_oracle(
     wanted, _ = clipped(model, batch, loss=loss, max_grad_norm=norm)
     optimizer = private(model, loss, max_grad_norm=norm)
     optimizer.backward(batch)
-    for name, parameter in model.named_parameters():
-        torch.testing.assert_close(parameter.grad, wanted[name], rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(optimizer.clipped_sums, wanted, rtol=1e-9, atol=1e-12)
 
 
 def rows() -> None:
@@ -67,10 +66,12 @@ def a_nan_row_contributes_nothing() -> None:
     batch = data(4)
     poisoned = batch.clone()
     poisoned[2] = math.nan
+    sums = []
     for one, rows in ((model, poisoned), (other, batch[[0, 1, 3]])):
-        private(one).backward(rows)
-    for a, b in zip(model.parameters(), other.parameters(), strict=True):
-        torch.testing.assert_close(a.grad, b.grad)
+        optimizer = private(one)
+        optimizer.backward(rows)
+        sums.append(optimizer.clipped_sums)
+    torch.testing.assert_close(*sums)
 
 
 def the_sum_is_divided_once_by_the_public_constant() -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils.data import TensorDataset
 
-from clipgrad.sampling import PoissonLoader, poisson_loader, user_loader
+from clipgrad.sampling import PrivateLoader, poisson_loader, user_loader
 from tests.dp_tools import through_a_file
 from tests.sampling.checks import seeded
 
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:Deprecati
 STEPS = 9
 
 
-def loader(num_workers: int, seed: int | None = None, **options: Any) -> PoissonLoader:
+def loader(num_workers: int, seed: int | None = None, **options: Any) -> PrivateLoader:
     return poisson_loader(
         TensorDataset(torch.arange(60)),
         sample_rate=0.3,
@@ -26,7 +26,7 @@ def loader(num_workers: int, seed: int | None = None, **options: Any) -> Poisson
     )
 
 
-def users(num_workers: int, seed: int | None = None) -> PoissonLoader:
+def users(num_workers: int, seed: int | None = None) -> PrivateLoader:
     return user_loader(
         TensorDataset(torch.arange(60)),
         [i % 20 for i in range(60)],
@@ -38,7 +38,7 @@ def users(num_workers: int, seed: int | None = None) -> PoissonLoader:
     )
 
 
-def interrupted(made: PoissonLoader, after: int) -> tuple[list[Any], Any]:
+def interrupted(made: PrivateLoader, after: int) -> tuple[list[Any], Any]:
     """The first batches, and a checkpoint that was saved while the last of them was at hand."""
     batches = []
     for batch in made:

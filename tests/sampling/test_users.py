@@ -175,7 +175,7 @@ def clipped_sum(model: nn.Module, batch: Any, is_padding: Tensor | None = None) 
     )
     assert optimizer.sensitivity == 0.7
     optimizer.backward(*batch, is_padding=is_padding)
-    total = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+    total = torch.cat([total.flatten() for total in optimizer.clipped_sums.values()])
     optimizer.zero_grad()
     return total
 

@@ -1,0 +1,101 @@
+"""``ShuffledSampler``: batches of a fixed size, each sample at most once a pass."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch.utils.data import Sampler
+
+from clipgrad.accounting import FixedSize
+from clipgrad.sampling import _arguments as arguments
+
+
+class ShuffledSampler(Sampler[list[int]]):
+    """Shuffles all indices for each pass and cuts them into batches; :func:`shuffled_loader` makes it.
+
+    A last batch that would be smaller is left out. The order amplifies nothing, and need not be secret, so that
+    PyTorch's generator is good enough.
+
+    Args:
+        num_samples: Size of the dataset.
+        batch_size: Samples in every batch.
+        steps: Batches per iteration, over as many passes as that takes.
+        generator: A CPU generator for a repeatable order.
+
+    Raises:
+        ValueError: If a number is out of range.
+        TypeError: If an argument has the wrong type.
+
+    Examples:
+        >>> sampler = ShuffledSampler(5, batch_size=2, steps=3)
+        >>> [len(batch) for batch in sampler], sampler.sampling
+        ([2, 2, 2], FixedSize(num_samples=5, batch_size=2))
+    """
+
+    def __init__(
+        self,
+        num_samples: int,
+        *,
+        batch_size: int,
+        steps: int,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        self._num_samples = arguments.count("num_samples", num_samples)
+        self._batch_size = arguments.count("batch_size", batch_size)
+        if batch_size > num_samples:
+            raise ValueError(
+                f"batch_size must be at most num_samples = {num_samples}, got {batch_size}."
+            )
+        self._steps = arguments.count("steps", steps)
+        self._generator = generator
+        self._done = 0
+        self._resume = False
+
+    @property
+    def sampling(self) -> FixedSize:
+        """What the accountant has to know."""
+        return FixedSize(self._num_samples, self._batch_size)
+
+    def __len__(self) -> int:
+        """Number of batches in one iteration."""
+        return self._steps
+
+    def __iter__(self) -> Iterator[list[int]]:
+        """One iteration, or, just after :meth:`load_state_dict`, what was left, beginning with a new pass."""
+        first = self._done if self._resume else 0
+        self._resume = False
+        per_pass = self._num_samples // self._batch_size
+        order: list[int] = []
+        for step in range(first, self._steps):
+            at = (step - first) % per_pass
+            if at == 0:
+                order = torch.randperm(self._num_samples, generator=self._generator).tolist()
+            self._done = step + 1
+            yield order[at * self._batch_size : (at + 1) * self._batch_size]
+
+    def state_dict(self) -> dict[str, Any]:
+        """How many batches of the iteration were drawn."""
+        return {"kind": "ShuffledSampler", "format": 1, "done": self._done}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue a saved iteration with a new pass, which the ledger counts as one.
+
+        Args:
+            state: What ``state_dict`` of a sampler with the same ``steps``, or of its loader, returned.
+
+        Raises:
+            ValueError: If ``state`` is not a sampler's.
+        """
+        if (state.get("kind"), state.get("format")) != ("ShuffledSampler", 1):
+            raise ValueError(
+                "state must come from ShuffledSampler.state_dict(), got kind and format "
+                f"{(state.get('kind'), state.get('format'))}."
+            )
+        if not 0 <= state["done"] <= self._steps:
+            raise ValueError(
+                f"state is {state['done']} batches into an iteration, but steps is {self._steps}; "
+                "construct the sampler with the steps it was saved with."
+            )
+        self._done, self._resume = int(state["done"]), True
