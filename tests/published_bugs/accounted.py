@@ -34,7 +34,7 @@ def _(patch: pytest.MonkeyPatch) -> None:
 )
 def _(patch: pytest.MonkeyPatch) -> None:
     right = Account.record
-    patch.setattr(Account, "record", lambda self, noise: right(self, noise * 64))
+    patch.setattr(Account, "record", lambda self, claim, noise: right(self, claim, noise * 64))
 
 
 @bug(
