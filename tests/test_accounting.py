@@ -286,3 +286,41 @@ def test_importing_needs_neither_torch_nor_dp_accounting() -> None:
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (result.stdout, result.stderr) == ("0.0\n", "")
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        {"target_epsilon": 3.0, "sample_rate": 256 / 60_000, "steps": 3500, "delta": 1e-5},
+        {"target_epsilon": 8.0, "sample_rate": 0.1, "steps": 300, "delta": 1e-5},
+        # Here the coarse grid is far off: the secants have to find it.
+        {"target_epsilon": 1.0, "sample_rate": 0.0005, "steps": 200_000, "delta": 1e-7},
+        {"target_epsilon": 2.0, "sampling": accounting.FullBatch(), "steps": 10, "delta": 1e-5},
+    ],
+    ids=["mnist", "large rate", "many steps", "full batches"],
+)
+def test_the_search_for_noise_asks_few_slow_questions(
+    run: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And finds the same noise as one that knows of no coarse grid."""
+    asked: list[float] = []
+    right = _run._Run.epsilon
+
+    def counting(self: _run._Run, noise: float) -> float:
+        if self.accountant == "pld" and self.coarseness == 1:
+            asked.append(noise)
+        return right(self, noise)
+
+    monkeypatch.setattr(_run._Run, "epsilon", counting)
+    quick = accounting.noise_multiplier(**run)
+    assert len(set(asked)) <= (9 if run["steps"] > 10_000 else 5)
+    monkeypatch.setattr(
+        _run,
+        "_smallest_noise_by_slope",
+        lambda a_run, target, start: _run._smallest_noise(a_run, target, start=start, factor=1.25),
+    )
+    assert quick == pytest.approx(accounting.noise_multiplier(**run), rel=1e-4)
+    at = {name: value for name, value in run.items() if name != "target_epsilon"}
+    assert accounting.epsilon(noise_multiplier=quick, **at) <= run["target_epsilon"]
+    less = accounting.epsilon(noise_multiplier=quick * (1 - 1e-4), **at)
+    assert less > run["target_epsilon"]

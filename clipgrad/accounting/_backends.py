@@ -20,10 +20,10 @@ class Backend(Protocol):
         """The delta at `epsilon`."""
 
 
-def backend(accountant: str) -> Backend:
-    """A fresh one."""
+def backend(accountant: str, *, coarseness: int = 1) -> Backend:
+    """A fresh one; ``coarseness`` is a power of two, for ``"pld"`` only."""
     if accountant == "pld":
-        return PrivacyLoss()
+        return PrivacyLoss(coarseness)
     return Renyi(integer_orders=accountant == "rdp_integer")
 
 

@@ -37,6 +37,7 @@ class Ledger:
         ValueError: If a name is unknown.
 
     Examples:
+        >>> from clipgrad.accounting import Poisson
         >>> ledger = Ledger(accountant="rdp")
         >>> for sigma in (1.0, 1.0, 2.0):
         ...     ledger.record(sigma, Poisson(0.01))

@@ -17,9 +17,14 @@ _COARSEST_GRID = 100.0  # from 700 on the exponential overflows
 
 
 class PrivacyLoss:
-    """Answers for growing histories; remembers the PLD of all mechanisms but the last."""
+    """Answers for growing histories; remembers the PLD of all mechanisms but the last.
 
-    def __init__(self) -> None:
+    Args:
+        coarseness: How many times as coarse as usual the grid is, a power of two: quicker, and a larger bound.
+    """
+
+    def __init__(self, coarseness: int = 1) -> None:
+        self._coarseness = coarseness
         self._interval = 0.0
         self._finished: tuple[tuple[Mechanism, int], ...] = ()
         self._pld: Any = None
@@ -44,7 +49,7 @@ class PrivacyLoss:
 
     def _composed(self, terms: Terms) -> Any:
         """None if the losses are too large to be resolved."""
-        interval = grid_interval(terms)
+        interval = self._coarseness * grid_interval(terms)
         if interval > _COARSEST_GRID:
             return None
         *finished, (last, count) = terms.sampled

@@ -16,6 +16,7 @@ from ._sampling import Poisson, Sampling, TruncatedPoisson, require_sampling, re
 from ._terms import LEAST_NOISE, Terms, terms_of
 
 _TOLERANCE = 1e-4  # relative, of a calibrated noise multiplier
+_COARSENESS, _MOST_SECANTS = 16, 8  # of the search for a noise multiplier
 _MOST_NOISE = 2.0**30
 _MOST_STEPS = 2**40
 
@@ -115,7 +116,7 @@ def noise_multiplier(
         return _smallest_noise(run, target, start=1.0, factor=2.0)
     # Renyi accounting comes close at a fraction of the time.
     start = _smallest_noise(run.near(), target, start=1.0, factor=2.0)
-    return _smallest_noise(run, target, start=start, factor=1.25)
+    return _smallest_noise_by_slope(run, target, start)
 
 
 def steps(
@@ -223,6 +224,34 @@ def _smallest_noise(run: _Run, target: float, *, start: float, factor: float) ->
     return min(root, upper)
 
 
+def _smallest_noise_by_slope(run: _Run, target: float, start: float) -> float:
+    """The same as ``_smallest_noise``, with three or four of its slow questions in the place of eight or nine.
+
+    On a coarser grid epsilon comes in a twentieth of the time. Its curve says where to begin, and how fast epsilon
+    falls with the noise; then the secant method. What is returned was checked on both sides.
+    """
+    coarse = replace(run, coarseness=_COARSENESS)
+    try:
+        noise = _smallest_noise(coarse, target, start=start, factor=1.25)
+    except ValueError:  # the coarse bound never gets as small
+        return _smallest_noise(run, target, start=start, factor=1.25)
+    slope = math.log(coarse.epsilon(1.01 * noise) / coarse.epsilon(noise)) / math.log(1.01)
+    for _ in range(_MOST_SECANTS):
+        found = run.epsilon(noise)
+        if not (0.0 < found < math.inf and -math.inf < slope < 0.0):
+            break
+        beyond = math.log(target / found) / -slope  # of the noise, relative to the smallest
+        if 0.0 <= beyond < _TOLERANCE / 2 and run.epsilon(noise * (1 - 0.75 * _TOLERANCE)) > target:
+            return noise
+        # A little beyond, so that it meets the target.
+        following = noise * math.exp(-beyond + _TOLERANCE / 8)
+        ahead = run.epsilon(following)
+        if ahead > 0.0 and following != noise:
+            slope = math.log(ahead / found) / math.log(following / noise)
+        noise = following
+    return _smallest_noise(run, target, start=noise, factor=1.25)
+
+
 def _target(value: object) -> float:
     target = _checks.at_least_0("target_epsilon", value, infinity=True)
     if target == 0.0:
@@ -240,6 +269,8 @@ class _Run:
     accountant: str
     relation: str
     group_size: int
+    coarseness: int = 1
+    """How many times as coarse as usual the grid of privacy losses is; a bound all the same."""
 
     @classmethod
     def checked(
@@ -271,7 +302,7 @@ class _Run:
             return 0.0
         runs = [(noise, self.sampling, self.steps, 0)]
         terms = terms_of(runs, relation=self.relation, group_size=self.group_size)
-        return _epsilon(terms, self.delta, self.accountant)
+        return _epsilon(terms, self.delta, self.accountant, self.coarseness)
 
     def with_steps(self, steps: int) -> _Run:
         return replace(self, steps=steps)
@@ -287,5 +318,5 @@ class _Run:
 
 
 @lru_cache(maxsize=64)
-def _epsilon(terms: Terms, delta: float, accountant: str) -> float:
-    return epsilon_of(terms, delta, backend(accountant))
+def _epsilon(terms: Terms, delta: float, accountant: str, coarseness: int) -> float:
+    return epsilon_of(terms, delta, backend(accountant, coarseness=coarseness))
