@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+from clipgrad._foreign_code import SAVED_TENSORS_HOOKS
 from clipgrad.errors import NotPerSampleError
 
 
@@ -16,6 +17,12 @@ class _Advice(NamedTuple):
 
 
 _ADVICE = (
+    _Advice(
+        ("'NoneType' object has no attribute 'next_functions'",),
+        "the loss registers a hook with torch.autograd.graph, which would see the gradients of all samples at once. "
+        "Remove it; change values in the forward pass, or gradients with pre_clipping_transform.",
+    ),
+    _Advice(("saved tensors hooks", "saved tensor hooks"), SAVED_TENSORS_HOOKS),
     _Advice(
         (
             "data-dependent control flow",
@@ -154,11 +161,13 @@ def explained() -> Iterator[None]:
         yield
     except NotPerSampleError:
         raise
-    except (RuntimeError, ValueError, IndexError) as error:
+    except (RuntimeError, ValueError, IndexError, AttributeError) as error:
         message = str(error)
         advice = _advice(message)
         if advice is not None and not isinstance(error, IndexError):
             raise NotPerSampleError(advice) from error
+        if isinstance(error, AttributeError):
+            raise
         if any(word in message.lower() for word in _ABOUT_SIZES):
             error.add_note(_ONE_SAMPLE)
         raise

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from clipgrad._foreign_code import node_of
 from clipgrad._lanes import is_broadcast
 from clipgrad.errors import NotPerSampleError
 from clipgrad.rules._recurrent_definition import DEFINITIONS
@@ -179,5 +180,6 @@ CORRECTIONS: Mapping[Callable[..., Any], Callable[..., Any]] = MappingProxyType(
             else {}
         ),
         torch.Tensor.register_hook: _register_hook,
+        torch.Tensor.grad_fn.__get__: node_of,  # type: ignore[union-attr]
     }
 )
