@@ -125,7 +125,9 @@ class Inputs:
         parameters = _flat(trainable[0] if single else trainable)
         names, params = _parameter_names(parameters), parameters.leaves
         samples = _flat(tuple(args[i] for i in batch_argnums))
+        _validate.dense("params", parameters.leaves, parameters.paths)
         refuse_subclasses(parameters.leaves, "a parameter")
+        _validate.dense("batch", samples.leaves, samples.paths)
         refuse_subclasses(samples.leaves, "the batch")
         batch = [leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in samples.leaves]
 

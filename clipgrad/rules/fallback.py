@@ -19,6 +19,7 @@ from clipgrad._foreign_code import node_of
 from clipgrad._lanes import is_broadcast
 from clipgrad.errors import NotPerSampleError
 from clipgrad.rules._recurrent_definition import DEFINITIONS
+from clipgrad.rules.loss import cross_entropy_by_definition
 
 
 def _embedding(
@@ -164,6 +165,7 @@ CORRECTIONS: Mapping[Callable[..., Any], Callable[..., Any]] = MappingProxyType(
     {
         **DEFINITIONS,
         F.embedding: _embedding,
+        F.cross_entropy: cross_entropy_by_definition,
         F.embedding_bag: _embedding_bag,
         F.scaled_dot_product_attention: _by_formula(F.scaled_dot_product_attention),
         F.multi_head_attention_forward: _by_formula(F.multi_head_attention_forward),
