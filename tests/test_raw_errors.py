@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
 from clipgrad import NotPerSampleError, _reference, clipped_grad
 from clipgrad.testing import Params
@@ -140,9 +140,8 @@ def test_an_empty_batch_before_an_embedding_bag() -> None:
 @pytest.mark.parametrize("shape", [(), (3,), (2, 3)])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 1.0])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-@pytest.mark.parametrize("trained", [False, True])
 def test_cross_entropy_with_weights_and_smoothing(
-    reduction: str, smoothing: float, shape: tuple[int, ...], ignored: bool, trained: bool
+    reduction: str, smoothing: float, shape: tuple[int, ...], ignored: bool
 ) -> None:
     weights = normal(4).abs() + 0.1
 
@@ -150,36 +149,27 @@ def test_cross_entropy_with_weights_and_smoothing(
         return F.cross_entropy(
             F.linear(x, p["w"]).movedim(-1, 1),
             y,
-            weight=p["weights"].exp() if trained else weights,
+            weight=weights,
             label_smoothing=smoothing,
             reduction=reduction,
             ignore_index=2,
         ).sum()
 
-    params = {"w": normal(4, 3)} | ({"weights": weights.log()} if trained else {})
-    y = torch.arange(5 * max(1, torch.Size(shape).numel())).view(5, *shape) % (
-        2 if not ignored else 4
-    )
-    if not shape and ignored and reduction == "mean":
-        y = y.masked_fill(y == 2, 3)  # of no target at all the mean is NaN
-    if trained and smoothing and reduction == "mean":
-        pytest.importorskip("torch")
-    assert_exact(loss, params, normal(5, *shape, 3), y)
-    if not trained:
-        with pytest.MonkeyPatch.context():
-            assert_exact(lambda p, x: loss(p, x, y[:1]), params, normal(5, *shape, 3))
+    params, x = {"w": normal(4, 3)}, normal(5, *shape, 3)
+    y = torch.arange(5 * torch.Size(shape).numel()).view(5, *shape) % (4 if ignored else 2)
+    assert_exact(loss, params, x, y)  # without further axes the third sample has no target: NaN
+    assert_exact(lambda p, x: loss(p, x, y[:1]), params, x)  # a target that all samples share
 
 
-def test_cross_entropy_of_no_target_is_not_a_number() -> None:
-    weights = torch.ones(4, dtype=torch.float64)
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 1.0])
+def test_cross_entropy_with_weights_of_a_sample_and_with_probabilities(smoothing: float) -> None:
+    params, x, y = {"w": normal(4, 3)}, normal(5, 3), torch.arange(5) % 4
 
-    def loss(p: Params, x: Tensor, y: Tensor) -> Tensor:
-        return F.cross_entropy(F.linear(x, p["w"]), y, weights, ignore_index=2, label_smoothing=0.1)
+    def loss(p: Params, x: Tensor, y: Tensor, weights: Tensor) -> Tensor:
+        return F.cross_entropy(F.linear(x, p["w"]), y, weights[0], label_smoothing=smoothing)
 
-    y = torch.tensor([2, 1, 0])
-    result = clipped_grad(loss, max_grad_norm=1.0)({"w": normal(4, 3)}, normal(3, 3), y)
-    assert int(result.num_nonfinite) == 1
-    assert result.values.isnan().tolist() == [True, False, False]
+    assert_exact(loss, params, x, y, normal(5, 4).exp())
+    assert_exact(loss, params, x, normal(5, 4).softmax(1), normal(5, 4).exp())
 
 
 # ----------------------------------------------------------------------------------------- hooks
@@ -228,17 +218,18 @@ def test_gradient_checkpointing_of_hugging_face(reentrant: bool) -> None:
         found: Tensor = m(ids, labels=ids, use_cache=False).loss
         return found
 
-    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # newer versions have another name for it
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     optimizer = private(model, loss)
-    with pytest.raises(
-        NotPerSampleError, match=r"gradient_checkpointing_disable\(\).*microbatch_size"
-    ):
-        optimizer.backward(ids)
-    model.enable_input_require_grads()
     with pytest.raises(NotPerSampleError, match=r"gradient_checkpointing_disable\(\)"):
         optimizer.backward(ids)
     model.disable_input_require_grads()
-    model.gradient_checkpointing_disable()
+    with pytest.raises(NotPerSampleError, match=r"gradient_checkpointing_disable\(\).*microbatch"):
+        optimizer.backward(ids)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        model.gradient_checkpointing_disable()
     optimizer.backward(ids)
 
 
@@ -348,20 +339,3 @@ def test_what_the_messages_advise() -> None:
     optimizer = private(mlp())
     optimizer.backward(data())
     assert optimizer.diagnostics is not None
-
-
-def test_values_of_a_transform_around_are_left_alone() -> None:
-    """Only what belongs to the pass that has ended changes its class."""
-    kept: list[Tensor] = []
-
-    def outer(x: Tensor) -> Tensor:
-        def loss(p: Params, row: Tensor) -> Tensor:
-            kept.append(x * 2)
-            return F.linear(row, p["w"]).square().sum()
-
-        clipped_grad(loss, max_grad_norm=1.0)({"w": normal(2, 4)}, normal(3, 4))
-        return kept[-1] + 1
-
-    found = torch.func.vmap(outer)(normal(3))
-    torch.testing.assert_close(found, 2 * normal(3) + 1)
-    assert tree_map(type, [found]) == [Tensor]
