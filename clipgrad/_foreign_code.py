@@ -25,19 +25,16 @@ SAVED_TENSORS_HOOKS = (
     f"torch.utils.checkpoint and gradient_checkpointing_enable()), which {_ALL_AT_ONCE}. Leave them out, or switch "
     "them off (gradient_checkpointing_disable()): microbatch_size bounds the memory instead."
 )
-_PLAIN: set[type] = {Tensor, nn.Parameter}
+PLAIN: set[type] = {Tensor, nn.Parameter}
 """Classes known to bring no code of their own."""
+dispatch_modes = torch._C._len_torch_dispatch_stack
+"""How many modes are active that see operations below ``vmap``. Asked at each operation, so not wrapped."""
 _DISABLED = torch._C._disabled_torch_function_impl
 
 
 def without_saved_tensors_hooks() -> AbstractContextManager[None]:
     """Refuse saved tensors hooks while the body runs, those that are active already included."""
     return torch.autograd.graph.disable_saved_tensors_hooks(SAVED_TENSORS_HOOKS)
-
-
-def dispatch_modes() -> int:
-    """How many modes are active that see operations below ``vmap``."""
-    return torch._C._len_torch_dispatch_stack()
 
 
 def refuse_modes() -> None:
@@ -82,16 +79,16 @@ def refuse_subclasses(tensors: Iterable[Any], what: str) -> None:
         NotPerSampleError: If there is one.
     """
     kinds = set(map(type, tensors))
-    if _PLAIN.issuperset(kinds):
+    if PLAIN.issuperset(kinds):
         return
     for kind in kinds:
-        if kind not in _PLAIN and issubclass(kind, Tensor):
+        if kind not in PLAIN and issubclass(kind, Tensor):
             refuse_kind(kind, what)
 
 
 def refuse_kind(kind: type, what: str) -> None:
     """Refuse a subclass of ``Tensor`` with code of its own; see ``refuse_subclasses``."""
-    if kind in _PLAIN:
+    if kind in PLAIN:
         return
     for method in ("__torch_dispatch__", "__torch_function__"):
         if not _is_pytorchs(kind, method):
@@ -99,7 +96,7 @@ def refuse_kind(kind: type, what: str) -> None:
                 f"{what} is of class {kind.__name__}, a tensor subclass whose {method} {_ALL_AT_ONCE}. Pass an "
                 "ordinary tensor: tensor.as_subclass(torch.Tensor), or what the subclass wraps."
             )
-    _PLAIN.add(kind)
+    PLAIN.add(kind)
 
 
 def _is_pytorchs(kind: type, method: str) -> bool:
@@ -132,6 +129,7 @@ def node_of(tensor: Tensor) -> Any:
 
 
 __all__ = [
+    "PLAIN",
     "SAVED_TENSORS_HOOKS",
     "dispatch_modes",
     "node_of",
