@@ -37,6 +37,19 @@ def without_saved_tensors_hooks() -> AbstractContextManager[None]:
     return torch.autograd.graph.disable_saved_tensors_hooks(SAVED_TENSORS_HOOKS)
 
 
+def refuse_saved_tensors_hooks() -> None:
+    """Refuse those that are active around the step.
+
+    Raises:
+        NotPerSampleError: If there are any.
+    """
+    try:
+        with without_saved_tensors_hooks():
+            pass
+    except RuntimeError as error:
+        raise NotPerSampleError(SAVED_TENSORS_HOOKS) from error
+
+
 def refuse_modes() -> None:
     """Refuse modes of the user's that are active around the transform.
 
@@ -136,6 +149,7 @@ __all__ = [
     "refuse_dispatch_modes",
     "refuse_kind",
     "refuse_modes",
+    "refuse_saved_tensors_hooks",
     "refuse_subclasses",
     "without_saved_tensors_hooks",
 ]

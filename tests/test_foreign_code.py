@@ -16,10 +16,10 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.attention.bias import causal_lower_right
 from torch.utils.flop_counter import FlopCounterMode
 
-from clipgrad import NotPerSampleError, clipped_grad
+from clipgrad import CompileError, NotPerSampleError, clipped_grad
 from clipgrad._foreign_code import without_saved_tensors_hooks
 from tests.dp_tools import data, mlp, private, squared
-from tests.foreign_code import HOSTILE, Hostile, Params, plain, quantised
+from tests.foreign_code import HOSTILE, SAVED, Hostile, Params, plain, quantised
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:There is a performance drop"),
@@ -86,6 +86,21 @@ def test_hostile_in_a_compiled_step(name: str) -> None:
     hostile = HOSTILE[name]
     with pytest.raises(NotPerSampleError, match=hostile.message):
         clipped_sum(hostile, batch(), compile=True)
+
+
+@pytest.mark.parametrize(
+    "name", ["saved tensors hooks", "save_on_cpu", "dispatch mode", "function mode"]
+)
+def test_what_is_put_around_a_step_that_is_compiled_already(name: str) -> None:
+    gradient = clipped_grad(plain, max_grad_norm=1.0, compile=True)
+    gradient(parameters(), batch())
+    message = rf"{SAVED}|Mode is active, which sees single operations"
+    with (
+        HOSTILE[f"{name} around"].around(),
+        pytest.raises((NotPerSampleError, CompileError), match=message),
+    ):
+        gradient(parameters(), batch())
+    gradient(parameters(), batch())
 
 
 def test_the_attack_works_where_nobody_refuses_it() -> None:
