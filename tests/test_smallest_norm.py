@@ -198,3 +198,26 @@ def test_norms_that_overflow_contribute_nothing(strategy: str) -> None:
         kept = 2 * SAMPLES - int(result.num_nonfinite)
         assert float(flat(result.grads).norm()) <= kept * 1e6 * EXCESS
         assert power == 19 or kept == 0
+
+
+@pytest.mark.parametrize("positions", [1, 3])
+@pytest.mark.parametrize("shape", [(3000, 1), (1, 3000), (50, 60)])
+@pytest.mark.parametrize("tiny", ["input", "output gradient"])
+@pytest.mark.parametrize("strategy", ["kept", "ghost", "recompute"])
+def test_long_vectors_of_numbers_whose_squares_vanish(
+    strategy: str, tiny: str, shape: tuple[int, int], positions: int
+) -> None:
+    """One factor has many elements that vanish when they are squared, the other is huge."""
+    rows, columns = shape
+    params = {"w": torch.zeros(shape)}
+    x = torch.full((2, positions, columns), 1e15 if tiny == "output gradient" else 1e-19)
+    y = torch.full((2, positions, rows), 1e-19 if tiny == "output gradient" else 1e15)
+
+    def loss(p: Params, x: Tensor, y: Tensor) -> Tensor:
+        return (F.linear(x, p["w"]) * y).sum()
+
+    norm = 1e-4
+    with flushing(True):
+        gradient = clipped_grad(loss, max_grad_norm=norm, strategy=strategy)
+        each = contributions(gradient, params, x, y)
+    assert float(each.norm(dim=1).max()) <= norm * EXCESS

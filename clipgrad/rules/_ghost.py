@@ -128,9 +128,16 @@ def _lengths(vectors: Tensor) -> Tensor:
 
 
 def _underflow(left: Tensor, rows: int, right: Tensor, columns: int) -> Tensor:
-    """What vanishes when tiny numbers are squared, although the other factor may be huge."""
+    """What vanishes when the elements of one factor are squared, although the other factor may be huge.
+
+    Args:
+        left: Squared lengths of one factor.
+        rows: Its elements, each of which may hide a square of ``tiny``.
+        right: Squared lengths of the other.
+        columns: Its elements.
+    """
     tiny = torch.finfo(left.dtype).tiny
-    hidden = tiny * columns * right + tiny * rows * left
+    hidden = tiny * rows * right + tiny * columns * left
     return F.threshold(hidden, _NEGLIGIBLE * tiny, 0.0)
 
 
