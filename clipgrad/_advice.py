@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+from clipgrad._foreign_code import SAVED_TENSORS_HOOKS
 from clipgrad.errors import NotPerSampleError
 
 
@@ -16,6 +17,12 @@ class _Advice(NamedTuple):
 
 
 _ADVICE = (
+    _Advice(
+        ("'NoneType' object has no attribute 'next_functions'",),
+        "the loss registers a hook with torch.autograd.graph, which would see the gradients of all samples at once. "
+        "Remove it; change values in the forward pass, or gradients with pre_clipping_transform.",
+    ),
+    _Advice(("saved tensors hooks", "saved tensor hooks"), SAVED_TENSORS_HOOKS),
     _Advice(
         (
             "data-dependent control flow",
@@ -30,12 +37,14 @@ _ADVICE = (
     _Advice(
         (".item() on a Tensor", "item() on a Tensor"),
         "the loss reads the value of a tensor with .item() (or int(), float()), which is data-dependent control "
-        "flow: under per-sample gradients it has one value per sample. Keep it a tensor, or pass branches='split'.",
+        "flow: under per-sample gradients it has one value per sample. Keep it a tensor, or pass branches='split'. To "
+        "log it, return it with has_aux=True, or read optimizer.diagnostics after backward().",
     ),
     _Advice(
         ("Cannot access data pointer of Tensor", "Cannot access storage of BatchedTensor"),
         "the loss takes the values out of a tensor (tolist, numpy, deepcopy, pickle), where they cannot be followed. "
-        "Use tensor operations; make copies of modules outside the loss.",
+        "Use tensor operations; make copies of modules outside the loss. To log a value, return it with has_aux=True, "
+        "or read optimizer.diagnostics.",
     ),
     _Advice(
         ("needed for gradient computation has been modified",),
@@ -80,7 +89,7 @@ _ADVICE = (
     _Advice(
         ("setup_context", "generate_vmap_rule", "vmap staticmethod"),
         "the loss calls a custom autograd.Function that vmap cannot batch. Give it setup_context and "
-        "generate_vmap_rule = True. If it is torch.utils.checkpoint, drop it: "
+        "generate_vmap_rule = True. If it is torch.utils.checkpoint, drop it (gradient_checkpointing_disable()): "
         "microbatch_size bounds the memory instead. If it is a module's backward hook, remove it.",
     ),
     _Advice(
@@ -110,7 +119,9 @@ _ADVICE = (
             "element 0 of tensors does not require grad",
         ),
         "the loss differentiates with requires_grad_(), backward() or torch.autograd, which cannot see single samples. "
-        "Use torch.func.grad (or vjp, jacrev) for gradients inside the loss.",
+        "Use torch.func.grad (or vjp, jacrev) for gradients inside the loss. If it is gradient checkpointing of "
+        "Hugging Face or PEFT (a forward hook of enable_input_require_grads), switch it off: "
+        "model.gradient_checkpointing_disable(), model.disable_input_require_grads().",
     ),
     _Advice(
         ("inside of vmap for memory_format",),
@@ -154,11 +165,13 @@ def explained() -> Iterator[None]:
         yield
     except NotPerSampleError:
         raise
-    except (RuntimeError, ValueError, IndexError) as error:
+    except (RuntimeError, ValueError, IndexError, AttributeError) as error:
         message = str(error)
         advice = _advice(message)
         if advice is not None and not isinstance(error, IndexError):
             raise NotPerSampleError(advice) from error
+        if isinstance(error, AttributeError):
+            raise
         if any(word in message.lower() for word in _ABOUT_SIZES):
             error.add_note(_ONE_SAMPLE)
         raise

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from clipgrad._foreign_code import refuse_kind
 from clipgrad._lanes import Decline, per_sample, physical
 from clipgrad._tape import Expected, Tracked, watch
 from clipgrad.rules._registry import Recipe
@@ -46,6 +47,7 @@ class BoundCall:
         value = physical(tensor, self._capture.level)
         if value is not None:
             return value
+        refuse_kind(type(tensor), f"an operand of {self._rule}")
         return tensor.expand(self.batch_size, *tensor.shape)
 
     def shared(self, tensor: Tensor) -> Tensor:
@@ -57,6 +59,7 @@ class BoundCall:
             return tracked.value
         if physical(tensor, self._capture.level) is not None:
             raise Decline
+        refuse_kind(type(tensor), f"an operand of {self._rule}")
         return tensor
 
     def adopt(self, tensor: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from clipgrad import _leftovers, _own_vmap
 from clipgrad._branches import Disagreement, is_read, read
 from clipgrad._call import BoundCall
 from clipgrad._drawn import Drawn
+from clipgrad._foreign_code import PLAIN, dispatch_modes, refuse_dispatch_modes, refuse_kind
 from clipgrad._lanes import (
     Decline,
     below_vmap,
@@ -80,6 +81,7 @@ class Capture(TorchFunctionMode):
         self.drawn = drawn
         self.level = current_level()
         self.randomness = current_randomness()
+        self.modes = dispatch_modes()
         self.table: dict[int, Tracked] = {}
         for tracked, wrapper in zip(tape.tracked, wrappers, strict=True):
             tracked.wrapper = wrapper
@@ -100,6 +102,10 @@ class Capture(TorchFunctionMode):
         kwargs = kwargs or {}
         if func == _REQUIRES_GRAD:
             return self._requires_grad(args[0])
+        if types or dispatch_modes() != self.modes:
+            refuse_dispatch_modes()
+            for kind in types:
+                refuse_kind(kind, f"an operand of {operation_name(func)}")
         kept = _leftovers.among(operands(args, kwargs), self.level)
         if self.drawn is not None:
             self.drawn.before()
@@ -195,6 +201,8 @@ class Capture(TorchFunctionMode):
             entry = self.table.get(id(operand))
             if entry is None:
                 foreign = True
+                if type(operand) not in PLAIN:
+                    refuse_kind(type(operand), "a tensor that the loss computes with")
             else:
                 found.append(entry)
         return found, foreign

@@ -11,6 +11,7 @@ from torch.utils._pytree import keystr, tree_flatten, tree_flatten_with_path, tr
 
 from clipgrad import _validate
 from clipgrad._advice import note_arguments
+from clipgrad._foreign_code import refuse_subclasses
 
 
 def take(batch: Sequence[Any], index: slice | Tensor) -> list[Any]:
@@ -124,6 +125,10 @@ class Inputs:
         parameters = _flat(trainable[0] if single else trainable)
         names, params = _parameter_names(parameters), parameters.leaves
         samples = _flat(tuple(args[i] for i in batch_argnums))
+        _validate.dense("params", parameters.leaves, parameters.paths)
+        refuse_subclasses(parameters.leaves, "a parameter")
+        _validate.dense("batch", samples.leaves, samples.paths)
+        refuse_subclasses(samples.leaves, "the batch")
         batch = [leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in samples.leaves]
 
         def batch_paths() -> list[str]:
@@ -135,6 +140,7 @@ class Inputs:
         used = {*argnums, *batch_argnums}
         rest = _flat({i: args[i] for i in range(len(args)) if i not in used})
         others = rest.leaves
+        refuse_subclasses(others, "an argument of the loss")
         if aliased:
             others = [
                 leaf.detach() if isinstance(leaf, Tensor) and not leaf.requires_grad else leaf

@@ -99,9 +99,9 @@ def is_stale(tensor: Tensor) -> bool:
 
 @contextmanager
 def below_vmap() -> Iterator[None]:
-    """Run the body as if no functorch transform were active."""
+    """Run the body as if no functorch transform were active; it may be so already."""
     with (
-        temporarily_pop_interpreter_stack(),
+        temporarily_pop_interpreter_stack() if current_level() else nullcontext(),
         temporarily_pop_interpreter_stack() if _spare_is_open() else nullcontext(),
     ):
         yield

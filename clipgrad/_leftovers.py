@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable
+from typing import Any
 
+import torch
 from torch import Tensor
 
-from clipgrad._lanes import is_wrapped, level_of, unwrapped
+from clipgrad._lanes import current_level, is_wrapped, level_of, unwrapped
 from clipgrad.errors import NotPerSampleError
 
 
@@ -33,7 +35,29 @@ class Turns:
         return self._count > 1 and self._count & (self._count - 1) == 0
 
 
+_OUTSIDE = (
+    "after the pass. Return what you want to log: clipped_grad(..., has_aux=True) hands it back per sample, and "
+    "optimizer.diagnostics holds losses and norms. Neither is private."
+)
 _kept: dict[int, weakref.ref[Tensor]] = {}
+
+
+class _Outlived(Tensor):
+    """What a per-sample value becomes when its forward pass is over: PyTorch's words for its use help nobody.
+
+    As ``nn.UninitializedParameter`` does, the object changes its class, so that whoever kept it meets the message.
+    """
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        try:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **(kwargs or {}))
+        except (RuntimeError, TypeError) as error:
+            raise NotPerSampleError(
+                f"{getattr(func, '__name__', func)} received a value that the loss kept (in a list, an attribute or a "
+                f"logger, such as self.log) and that stands for all samples at once, so it is of no use {_OUTSIDE}"
+            ) from error
 
 
 def remember(made: Iterable[weakref.ref[Tensor]]) -> None:
@@ -45,6 +69,8 @@ def remember(made: Iterable[weakref.ref[Tensor]]) -> None:
         tensor = reference()
         if tensor is not None and is_wrapped(tensor):
             _kept[id(tensor)] = reference
+            if type(tensor) is Tensor and level_of(tensor) > current_level():
+                tensor.__class__ = _Outlived
 
 
 def among(tensors: Iterable[Tensor], level: int) -> bool:
@@ -72,7 +98,7 @@ def refuse(operation: str) -> NotPerSampleError:
     return NotPerSampleError(
         f"{operation} received a per-sample value that the loss kept from an earlier batch or microbatch (in an "
         "attribute, a list or a cache), so old samples would influence the gradients of new ones. Compute it anew in "
-        "every call, and keep nothing of one call for the next."
+        "every call, and keep nothing of one call for the next; for metrics use has_aux=True or optimizer.diagnostics."
     )
 
 

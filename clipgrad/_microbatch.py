@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-from clipgrad import _leftovers
+from clipgrad import _foreign_code, _leftovers
 from clipgrad._advice import explained
 from clipgrad._branches import Disagreement
 from clipgrad._capture import Capture, escape_message, tensors_in, written_message
@@ -36,6 +36,7 @@ def forward(
     settings: Settings,
 ) -> tuple[Tape, Tensor, Any]:
     """Run the loss on every sample at once and record the uses of the parameters."""
+    _foreign_code.refuse_modes()
     size = next(leaf.shape[0] for leaf in batch if isinstance(leaf, Tensor))
     tape = Tape(names, params, size)
 
@@ -43,7 +44,11 @@ def forward(
     made: list[weakref.ref[Tensor]] = []
     try:
         deeper = not settings.deferred and settings.turns.next_is_deeper()
-        with explained(), lanes(size, settings.randomness, deeper=deeper) as level:
+        with (
+            explained(),
+            _foreign_code.without_saved_tensors_hooks(),
+            lanes(size, settings.randomness, deeper=deeper) as level,
+        ):
             leaves = [per_sample(entry.leaf, level) for entry in tape.tracked]
             rows = [per_sample(leaf, level) if isinstance(leaf, Tensor) else leaf for leaf in batch]
             drawn = None

@@ -90,13 +90,28 @@ class Tracked:
             self.wide = wide if wide is self.shared else wide.detach().requires_grad_()
         return self.wide
 
-    def receive(self, use: Use, extent: Extent | None) -> None:
-        """Take the gradient of one use as the backward pass delivers it."""
+    def receive(self, use: Use, extent: Extent | None, rule: str) -> None:
+        """Take the gradient of one use as the backward pass delivers it.
+
+        Raises:
+            RuntimeError: If it has not the parameter's shape: adding it would broadcast, and norms would be wrong.
+        """
         if self.strategy is not Strategy.KEPT and extent is not None:
+            if isinstance(use, Outer):
+                self._check_shape((use.samples, *use.shape), rule)
             self.uses.append(use)
         else:
             gradient = use.per_sample()
+            self._check_shape(gradient.shape, rule)
             self.kept = gradient if self.kept is None else self.kept + gradient
+
+    def _check_shape(self, shape: Sequence[int], rule: str) -> None:
+        if tuple(shape) != self.leaf.shape:
+            raise RuntimeError(
+                f"rule {rule!r} gave parameter {self.name!r} per-sample gradients of shape {tuple(shape)} where "
+                f"{tuple(self.leaf.shape)} is needed, samples first. The rule must raise Decline for operands that the "
+                "operation broadcasts; unregister_rule takes it out."
+            )
 
     def settle(self) -> None:
         """After the backward pass: gradients of one parameter are either all factored or all materialised."""
@@ -229,7 +244,7 @@ class Tape:
                 )
             with phase("per-sample gradients"):
                 for tracked, recipe in waiting:
-                    tracked.receive(recipe.make(gradient), recipe.extent)
+                    tracked.receive(recipe.make(gradient), recipe.extent, rule)
             waiting.clear()
             held.clear()
 

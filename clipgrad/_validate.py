@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import keystr
 
 _PLAIN = (str, bytes, bool, int, float, complex)
 
@@ -79,6 +80,24 @@ def positions(
             "parameters or batch."
         )
     return parameters, batch
+
+
+def dense(what: str, leaves: Sequence[Any], find_paths: Callable[[], Sequence[Any]]) -> None:
+    """Refuse tensors in a layout that has no axis of samples, or none that ``vmap`` could hide.
+
+    Args:
+        what: ``"batch"`` or ``"params"``.
+        leaves: All of it.
+        find_paths: Tells where each of them stands, for a message.
+    """
+    for index, leaf in enumerate(leaves):
+        if isinstance(leaf, Tensor) and (leaf.layout is not torch.strided or leaf.is_nested):
+            layout = "nested" if leaf.is_nested else str(leaf.layout).removeprefix("torch.")
+            remedy = "torch.nested.to_padded_tensor(x, 0.0)" if leaf.is_nested else "x.to_dense()"
+            raise ValueError(
+                f"{what}{keystr(find_paths()[index])} is a {layout} tensor, of which no sample can be taken as others "
+                f"are. Pass an ordinary one: {remedy}."
+            )
 
 
 def batch_size(leaves: Sequence[Any], find_paths: Callable[[], Sequence[str]]) -> int:

@@ -36,6 +36,7 @@ from clipgrad.clipping import (
     Relation,
     is_grouped,
     make_clipping,
+    refuse_tiny_norms,
     relation_of,
     sensitivity,
 )
@@ -261,6 +262,7 @@ class ClippedGrad:
         clipping = make_clipping(
             self.max_grad_norm, names, sizes, rescale=self.rescale_to_unit_norm
         )
+        refuse_tiny_norms(clipping, dtypes)
         return Settings(
             clipping=clipping,
             dtypes=tuple(map(self._accumulation, dtypes)),
@@ -404,7 +406,8 @@ def clipped_grad(
     Args:
         fn: ``fn(params, *batch) -> scalar``, or ``(scalar, aux)`` with ``has_aux``.
         max_grad_norm: Clipping norm C: one number for the whole gradient, or a mapping from parameter-name
-            prefix to norm, each group clipped on its own. ``inf`` does not clip, ``0`` gives zeros. ``PerLayer`` makes
+            prefix to norm, each group clipped on its own. ``inf`` does not clip, ``0`` gives zeros; other norms are at
+            least 1.2e-10 (for float64 parameters 1.6e-145). ``PerLayer`` makes
             a group of each module; ``Automatic``, anywhere in place of a number, normalises instead of clipping.
         argnums: Positions of the parameters (any pytree of floating-point tensors) among ``fn``'s arguments.
         batch_argnums: Positions of the batch arguments (any pytrees of tensors, batch axis first). Default: every

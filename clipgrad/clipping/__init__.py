@@ -21,6 +21,7 @@ from clipgrad.clipping._adaptive import AdaptiveQuantile
 from clipgrad.clipping._clipping import Clipping, make_clipping, sensitivity
 from clipgrad.clipping._progress import Progress
 from clipgrad.clipping._relation import Relation, relation_of
+from clipgrad.clipping._smallest import refuse_tiny_norms
 from clipgrad.clipping._strategies import (
     Automatic,
     ClippingStrategy,
@@ -40,6 +41,7 @@ __all__ = [
     "Schedule",
     "is_grouped",
     "make_clipping",
+    "refuse_tiny_norms",
     "relation_of",
     "sensitivity",
 ]

@@ -8,13 +8,14 @@ from typing import Any
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from clipgrad._foreign_code import refuse_saved_tensors_hooks
 from clipgrad._generators import Generators
 from clipgrad._inputs import Inputs
 from clipgrad._microbatch import run
 from clipgrad._piece import Piece, Settings
 from clipgrad.compiled._check import compare, tolerance
 from clipgrad.compiled._shape import fitted_batch, fitted_mask
-from clipgrad.compiled._signature import signature
+from clipgrad.compiled._signature import refuse_modes, signature
 from clipgrad.compiled._step import Compiler, Entry
 
 
@@ -25,6 +26,8 @@ class MicrobatchRunner:
     """
 
     def __init__(self, compiler: Compiler, inputs: Inputs, settings: Settings, size: int) -> None:
+        refuse_modes()
+        refuse_saved_tensors_hooks()
         self._compiler, self._inputs, self._settings, self._size = compiler, inputs, settings, size
         self._device = inputs.params[0].device
         self._bounds = compiler.bounds_on(self._device, settings.clipping.norms)

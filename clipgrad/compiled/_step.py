@@ -20,7 +20,7 @@ from clipgrad.compiled._graph import Graph, trace
 from clipgrad.compiled._observe import Observer
 from clipgrad.compiled._rehearsal import rehearse
 from clipgrad.compiled._replay import CudaRecorder, Replay, recordable
-from clipgrad.compiled._signature import describe, describe_all, difference, refuse_modes
+from clipgrad.compiled._signature import describe, describe_all, difference
 from clipgrad.compiled._state import State
 from clipgrad.compiled._walk import write_down
 from clipgrad.errors import CompileError
@@ -154,7 +154,6 @@ class Compiler:
             now: The signature.
             given: Parameters, tensors of the batch and other tensors, padding and bounds, detached.
         """
-        refuse_modes()
         reason = self._entries[0].obstacle(now) if self._entries else None
         if len(self._entries) >= LIMIT:
             raise CompileError(

@@ -20,8 +20,9 @@ from clipgrad.rules._tensor_cores import convolutions_may, full_product
 # Rounding errors of a ghost norm, in units of the last place of what its terms sum to without cancellation, stay
 # below ``8 + sqrt(rows) + sqrt(columns)`` for the worst inputs found (constant ones); this is the safety on top.
 _ROUNDING_MARGIN = 8.0
-# Squared norms that underflow hides are let go below this: no clipping norm is anywhere near 1e-12.
-_NEGLIGIBLE = 1e-24
+# Squared norms that underflow hides are let go below so many of the smallest normal numbers, so that zero stays zero.
+# The smallest clipping norm (``clipping/_smallest.py``) allows for that.
+_NEGLIGIBLE = 2.0**26
 # One-hot factors of so few positions meet in a Gram matrix, if those of all samples have no more elements.
 _FEW_POSITIONS, _FEW_ELEMENTS = 256, 1 << 24
 # Relative error of a product of two float32 numbers that are rounded to TF32 first.
@@ -127,9 +128,17 @@ def _lengths(vectors: Tensor) -> Tensor:
 
 
 def _underflow(left: Tensor, rows: int, right: Tensor, columns: int) -> Tensor:
-    """What vanishes when tiny numbers are squared, although the other factor may be huge."""
+    """What vanishes when the elements of one factor are squared, although the other factor may be huge.
+
+    Args:
+        left: Squared lengths of one factor.
+        rows: Its elements, each of which may hide a square of ``tiny``.
+        right: Squared lengths of the other.
+        columns: Its elements.
+    """
     tiny = torch.finfo(left.dtype).tiny
-    return F.threshold(tiny * columns * right + tiny * rows * left, _NEGLIGIBLE, 0.0)
+    hidden = tiny * rows * right + tiny * columns * left
+    return F.threshold(hidden, _NEGLIGIBLE * tiny, 0.0)
 
 
 def _join(uses: Sequence[Outer]) -> Outer | None:

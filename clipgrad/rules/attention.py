@@ -130,6 +130,8 @@ def multi_head_attention(
     _decline_what_is_refused(query, key, embed_dim_to_check, num_heads)
     if (bias_k is None) != (bias_v is None) or (is_causal and attn_mask is None):
         raise Decline
+    if bias_k is not None and bias_v is not None and (bias_k.dim(), bias_v.dim()) != (3, 3):
+        raise Decline  # PyTorch repeats one of fewer axes
     inputs = (query, key, value)
     if use_separate_proj_weight:
         weights = (q_proj_weight, k_proj_weight, v_proj_weight)

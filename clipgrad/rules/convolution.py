@@ -39,6 +39,8 @@ def _convolve(
         raise Decline
     x, w = call.batched(input), call.shared(weight)
     b = None if bias is None else call.shared(bias)
+    if x.numel() == 0:
+        raise Decline  # of no images, say: nothing to be fast with
     inner = x.shape[1 : x.dim() - axes - 1]  # the batch of one, or nothing
     x = x.reshape(-1, *x.shape[-axes - 1 :])
     dilation = _per_axis(static["dilation"], axes)

@@ -37,6 +37,8 @@ def embedding_bag(
         raise Decline
     if input.dim() not in (1, 2) or (input.dim() == 2) != (offsets is None):
         raise Decline
+    if offsets is not None and offsets.numel() == 0:
+        raise Decline
     rows = F.embedding(input, weight, padding_idx)
     if per_sample_weights is not None:
         if mode != "sum" or per_sample_weights.shape != input.shape:

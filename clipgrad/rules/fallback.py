@@ -15,9 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from clipgrad._foreign_code import node_of
 from clipgrad._lanes import is_broadcast
 from clipgrad.errors import NotPerSampleError
 from clipgrad.rules._recurrent_definition import DEFINITIONS
+from clipgrad.rules.loss import cross_entropy_by_definition
 
 
 def _embedding(
@@ -163,6 +165,7 @@ CORRECTIONS: Mapping[Callable[..., Any], Callable[..., Any]] = MappingProxyType(
     {
         **DEFINITIONS,
         F.embedding: _embedding,
+        F.cross_entropy: cross_entropy_by_definition,
         F.embedding_bag: _embedding_bag,
         F.scaled_dot_product_attention: _by_formula(F.scaled_dot_product_attention),
         F.multi_head_attention_forward: _by_formula(F.multi_head_attention_forward),
@@ -179,5 +182,6 @@ CORRECTIONS: Mapping[Callable[..., Any], Callable[..., Any]] = MappingProxyType(
             else {}
         ),
         torch.Tensor.register_hook: _register_hook,
+        torch.Tensor.grad_fn.__get__: node_of,  # type: ignore[union-attr]
     }
 )

@@ -30,8 +30,8 @@ def linear(call: Call, input: Tensor, weight: Tensor, bias: Tensor | None = None
     if not call.has_lanes(input):
         raise Decline
     x, w = call.batched(input), call.shared(weight)
-    if w.dim() != 2:
-        raise Decline
+    if w.dim() != 2 or (bias is not None and bias.shape != w.shape[:1]):
+        raise Decline  # a bias that is broadcast has another gradient
     factor = positions_first(x)
     # Flat on purpose: on more axes PyTorch returns a view, which cannot be watched.
     y = F.linear(factor.flatten(0, 1), w, None if bias is None else call.shared(bias))
@@ -126,8 +126,8 @@ def addmm(
     call: Call, input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1
 ) -> Tensor:
     """``beta * bias + alpha * x @ W`` with the weight on the right, as in Hugging Face's ``Conv1D``."""
-    if not call.has_lanes(mat1) or call.has_lanes(input) or input.dim() != 1:
-        raise Decline
+    if not call.has_lanes(mat1) or call.has_lanes(input) or input.shape != mat2.shape[1:]:
+        raise Decline  # a bias of any other shape is broadcast, and has another gradient
     x, w, b = call.batched(mat1), call.shared(mat2), call.shared(input)
     y = torch.addmm(b, x.flatten(0, 1), w, beta=beta, alpha=alpha)
 

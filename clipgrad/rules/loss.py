@@ -49,6 +49,32 @@ def cross_entropy(
     return call.finish(total)
 
 
+def cross_entropy_by_definition(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """For the fallback: PyTorch's own mean of weighted, smoothed losses picks the targets that count, by a mask."""
+    options = (weight, size_average, ignore_index, reduce)
+    plain = not label_smoothing or target.is_floating_point()
+    if (
+        weight is None
+        or plain
+        or reduction != "mean"
+        or size_average is not None
+        or reduce is not None
+    ):
+        return F.cross_entropy(input, target, *options, reduction, label_smoothing)
+    total = F.cross_entropy(input, target, *options, "sum", label_smoothing)
+    counted = target != ignore_index
+    return total / torch.where(counted, weight[target.where(counted, 0)], 0.0).sum()
+
+
 def _register_difference(function: Callable[..., Tensor]) -> None:
     """A loss of the differences between input and target."""
 

@@ -45,6 +45,8 @@ def _sequence(
         raise Decline
     params = [_adopt(call, weight) for weight in params]
     count = len(params) // (options.num_layers * options.directions)
+    for first in range(0, len(params), count):
+        _decline_broadcasts(named(params[first : first + count], options.has_biases))
     x, state = call.batched(input), _state(call, hx)
     inner = x.shape[1] if options.batch_first else x.shape[2]
     with _lowered(x) as dtype:
@@ -99,6 +101,7 @@ def _step(
 ) -> tuple[Tensor, ...]:
     """A sequence of one step. It computes in the state's dtype, with or without autocast."""
     weights = {name: _adopt(call, weight) for name, weight in weights.items()}
+    _decline_broadcasts(weights)
     x, state = call.batched(input), _state(call, hx)
     rows = State(*(part.flatten(0, -2) for part in state.parts))
     with _lowered(x):
@@ -114,6 +117,14 @@ def _adopt(call: Call, weight: Tensor) -> Tensor:
     if call.has_lanes(weight):
         raise Decline
     return weight
+
+
+def _decline_broadcasts(weights: dict[str, Tensor]) -> None:
+    """A bias that is broadcast over the gates, which PyTorch's cells allow, has another gradient."""
+    gates = weights["w_ih"].shape[:1]
+    biases = (weights[name] for name in ("b_ih", "b_hh") if name in weights)
+    if weights["w_hh"].shape[:1] != gates or any(bias.shape != gates for bias in biases):
+        raise Decline
 
 
 def _check(x: Tensor, states: Sequence[Tensor]) -> None:
