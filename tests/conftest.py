@@ -1,8 +1,12 @@
-"""The option that every test knows."""
+"""What is collected: nightly tests when asked for, and tests of a GPU where there is one."""
 
 from __future__ import annotations
 
 import pytest
+import torch
+
+WITHOUT_GPU = ["test_cuda.py", "test_recurrent_cuda.py", "compiled/test_cuda.py"]
+collect_ignore = [] if torch.cuda.is_available() else WITHOUT_GPU
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -10,7 +14,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if not config.getoption("--nightly"):
-        left_out = [item for item in items if item.get_closest_marker("nightly")]
+    left_out = [item for item in items if not _wanted(config, item)]
+    if left_out:
         config.hook.pytest_deselected(items=left_out)
-        items[:] = [item for item in items if not item.get_closest_marker("nightly")]
+        items[:] = [item for item in items if _wanted(config, item)]
+
+
+def _wanted(config: pytest.Config, item: pytest.Item) -> bool:
+    if item.get_closest_marker("nightly") and not config.getoption("--nightly"):
+        return False
+    return not item.get_closest_marker("cuda") or torch.cuda.is_available()
