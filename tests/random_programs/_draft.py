@@ -127,7 +127,7 @@ class Draft:
 
     def new(self, shape: Sequence[int]) -> str:
         name = f"{self.rng.choice('abc')}.w{len(self.params)}"
-        value = torch.randn(*shape, dtype=torch.float64) * 0.7
+        value = torch.randn(shape, dtype=torch.float64) * 0.7
         self.params[name] = value.requires_grad_()
         return f'p["{name}"]'
 
@@ -160,7 +160,7 @@ class Draft:
 
     def constant(self, *shape: int) -> str:
         name = f"k{len(self.constants)}"
-        self.constants[name] = torch.randn(*shape, dtype=torch.float64) * 0.7
+        self.constants[name] = torch.randn(shape, dtype=torch.float64) * 0.7
         return f'c["{name}"]'
 
     def maybe(self, *shape: int) -> str:

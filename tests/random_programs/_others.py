@@ -114,7 +114,8 @@ def indexed(d: Draft, h: str) -> str:
 
 def scattered(d: Draft, h: str) -> str:
     """Functions that write some entries of a copy."""
-    h, (_, n) = d.as_rank(h, 2), d.shape(d.as_rank(h, 2))
+    h = d.as_rank(h, 2)
+    n = d.shape(h)[1]
     if not 0 < n < 9 or not d.shape("ids")[1]:
         raise Unfit
     source = d.bind(d.pick(f"{h} * {d.param(1, n)}", f"{d.param(1, n)} + 0 * {h}", f"{h}.tanh()"))
@@ -179,7 +180,8 @@ def is_empty(shape: tuple[int, ...]) -> bool:
 
 def buffer(d: Draft, h: str) -> str:
     """Filled row by row."""
-    h, shape = d.as_rank(h, 3), d.shape(d.as_rank(h, 3))
+    h = d.as_rank(h, 3)
+    shape = d.shape(h)
     if is_empty(shape):
         raise Unfit
     made = d.bind(
@@ -210,7 +212,8 @@ def pooled(d: Draft, h: str) -> str:
 
 
 def linear_algebra(d: Draft, h: str) -> str:
-    h, (_, t, n) = d.as_rank(h, 3), d.shape(d.as_rank(h, 3))
+    h = d.as_rank(h, 3)
+    _, t, n = d.shape(h)
     if not 0 < n < 5 or not t:
         raise Unfit
     matrix = d.bind(
@@ -218,7 +221,7 @@ def linear_algebra(d: Draft, h: str) -> str:
     )
     return d.pick(
         f"torch.linalg.inv({matrix})", f"torch.linalg.det({matrix}).view(1, 1).log1p()",
-        f"torch.linalg.solve({matrix}, {d.param(n, 2)})", f"torch.linalg.slogdet({matrix})[1].view(1, 1)",
+        f"torch.linalg.solve({matrix}, {d.param(1, n, 2)})", f"torch.linalg.slogdet({matrix})[1].view(1, 1)",
         f"torch.linalg.cholesky({matrix} @ {matrix}.mT)", f"torch.linalg.matrix_exp({matrix} / 9)",
         f"torch.linalg.solve_triangular({matrix}, {h}.mT, upper=True)",
         f"torch.linalg.eigvalsh({matrix} @ {matrix}.mT)",

@@ -185,6 +185,8 @@ def _extend(draft: Draft) -> None:
                 raise ValueError
             if draft.scope[made].numel() and draft.scope[made].abs().max() > LARGEST:
                 made = draft.bind(f"({made} / 4).tanh() * 2", "h")
+        except AssertionError:  # an expression of another shape than was asked for
+            raise
         except Exception:  # not a program
             _undo(draft, state)
             continue
