@@ -45,6 +45,14 @@ def every(step: int, values: Iterable[Any], name: Callable[[Any], str] = str) ->
     ]
 
 
+def rows(step: int, values: Iterable[tuple[Any, ...]]) -> list[Parameter]:
+    """The same for values of several arguments."""
+    return [
+        _parameter(row, index % step == 0, "-".join(map(_named, row)))
+        for index, row in enumerate(values)
+    ]
+
+
 def pairs(*axes: Sequence[Any]) -> list[Parameter]:
     """The full product; what always runs holds each two values of two axes together at least once.
 
