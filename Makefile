@@ -16,7 +16,7 @@ say   = @echo "==> $(1)"
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test bench lint format docs lock clean distclean
+.PHONY: help demo test test-all bench lint format docs lock clean distclean
 
 help: ## show this list
 	@sed -n 's/^\([a-z][a-z]*\):[^#]*## \(.*\)/  make \1|\2/p' Makefile | awk -F'|' '{ printf "%-18s %s\n", $$1, $$2 }'
@@ -71,11 +71,17 @@ format: $(VENV)/.stamp-test ## let ruff fix and format
 	@$(BIN)/ruff format .
 
 # One thread a worker: at the tests' sizes threads only get in each other's way.
-test: lint ## lint, then every test and doctest
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+
+test: lint ## lint, then the tests of every change, in minutes
 	$(call say,pytest with $(WORKERS) workers)
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
+	@$(PYTEST) $(ARGS)
+
+test-all: lint ## lint, then every test and doctest, and every mode of the benchmarks once
+	$(call say,pytest --nightly with $(WORKERS) workers)
+	@$(PYTEST) --nightly $(ARGS)
 	$(call say,pytest benchmarks/ --benchmark-disable: every mode once)
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -q benchmarks/ --benchmark-disable $(ARGS)
+	@$(PYTEST) -q benchmarks/ --benchmark-disable $(ARGS)
 
 bench: $(VENV)/.stamp-bench $(if $(filter-out 0,$(JAX)),$(VENV)-jax/.stamp) ## the throughput tables: plain PyTorch, clipgrad, other libraries
 	$(call say,pytest benchmarks/)

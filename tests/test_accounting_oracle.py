@@ -15,6 +15,7 @@ from tests.hockey_stick import (
     nothing,
     one_step,
 )
+from tests.nightly import some
 
 # The grid rounds upwards, by less than this; the oracle is exact to about 1e-9.
 ROUNDING = 3e-4
@@ -77,7 +78,10 @@ def test_the_oracles_agree() -> None:
         assert float(once) == pytest.approx(delta(gone, there, e), abs=1e-12)
 
 
-@pytest.mark.parametrize(("size", "q", "sigma"), [(2, 0.05, 1.5), (5, 0.2, 4.0)])
+@pytest.mark.parametrize(
+    ("size", "q", "sigma"),
+    [(2, 0.05, 1.5), pytest.param(5, 0.2, 4.0, marks=pytest.mark.nightly)],
+)
 def test_a_group(size: int, q: float, sigma: float) -> None:
     there, gone = group(size, q, sigma), nothing(sigma)
     removed = epsilon_at(1e-4, lambda e: delta(there, gone, e))
@@ -86,12 +90,14 @@ def test_a_group(size: int, q: float, sigma: float) -> None:
     assert_equal(ours, max(removed, added))
 
 
-@pytest.mark.parametrize("others", [-1.0, 0.0, 1.0])
-@pytest.mark.parametrize(("n", "q", "most"), [(20, 0.3, 6), (8, 0.5, 2), (50, 0.1, 12)])
+@pytest.mark.parametrize(
+    ("others", "sampling"), some(3, [-1.0, 0.0, 1.0], [(20, 0.3, 6), (8, 0.5, 2), (50, 0.1, 12)])
+)
 def test_a_truncated_batch_reveals_at_most_the_bound(
-    n: int, q: float, most: int, others: float
+    others: float, sampling: tuple[int, float, int]
 ) -> None:
     """All the other samples are alike, as bad as they can be: a sample that is pushed out is one of them."""
+    n, q, most = sampling
     sigma = 2.0
     chances = [1.0]  # of how many others are drawn
     for _ in range(n - 1):

@@ -9,6 +9,7 @@ PAGE = Path(__file__).resolve().parents[1] / "docs" / "accounting.md"
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_examples_of_the_page_run() -> None:
     blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
     assert len(blocks) == 3

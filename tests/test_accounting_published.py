@@ -8,6 +8,7 @@ import pytest
 from dp_accounting import pld, rdp
 
 from clipgrad.accounting import FixedSize, FullBatch, Poisson, epsilon
+from tests.nightly import rows
 
 # tensorflow/privacy, compute_dp_sgd_privacy_test.py. Its orders are among dp-accounting's default
 # ones, and the best order there (19, 13) is the best one here.
@@ -94,7 +95,7 @@ TUTORIAL = [
 ]
 
 
-@pytest.mark.parametrize(("noise", "epochs", "published"), TUTORIAL)
+@pytest.mark.parametrize(("noise", "epochs", "published"), rows(3, TUTORIAL))
 def test_is_dp_accounting_called_directly_and_at_most_the_tutorial(
     noise: float, epochs: int, published: float
 ) -> None:

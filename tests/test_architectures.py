@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from clipgrad import DPOptimizer, NotPerSampleError
-from tests.architectures import ARCHITECTURES, Architecture
+from tests.architectures import ARCHITECTURES, REPRESENTATIVES, Architecture
 from tests.dp_tools import picture, trained, values
+from tests.nightly import thinned
 from tests.oracle import clipped_sum, per_sample_gradients, sample
 
 BATCH_SIZE = 5
@@ -57,8 +58,27 @@ def error_of(found: Tensor, expected: Tensor, scale: float) -> float:
     return float((found - expected).abs().max()) / scale if expected.numel() else 0.0
 
 
+# Each strategy and each size once.
+FEW = [("auto", None), ("ghost", 2), ("recompute", 1)]
+REST = [setting for setting in SETTINGS if setting not in FEW]
+
+
 @pytest.mark.parametrize("architecture", named(EXACT))
 def test_equals_the_loop(architecture: Architecture) -> None:
+    assert_equals_the_loop(architecture, FEW)
+
+
+@pytest.mark.parametrize(
+    "architecture",
+    thinned(EXACT, lambda a: a.name in REPRESENTATIVES, lambda a: a.name),
+)
+def test_equals_the_loop_with_other_sizes(architecture: Architecture) -> None:
+    assert_equals_the_loop(architecture, REST)
+
+
+def assert_equals_the_loop(
+    architecture: Architecture, settings: list[tuple[str, int | None]]
+) -> None:
     model, batch = architecture.build(BATCH_SIZE)
     per_sample = per_sample_gradients(model, architecture.loss, batch)
     norms = clipped_sum(per_sample, 1.0)[1]
@@ -67,7 +87,7 @@ def test_equals_the_loop(architecture: Architecture) -> None:
     each = [architecture.loss(model, *sample(batch, index)) for index in range(BATCH_SIZE)]
     losses = torch.stack(each).detach()
     before, weights = picture(model), values(model)
-    for strategy, microbatch_size in SETTINGS:
+    for strategy, microbatch_size in settings:
         try:
             optimizer = optimizer_for(
                 model,
@@ -157,7 +177,10 @@ def test_random_models_agree_between_strategies(architecture: Architecture) -> N
             torch.testing.assert_close(other[name], gradient, rtol=1e-9, atol=1e-10)
 
 
-@pytest.mark.parametrize("architecture", named(EXACT))
+@pytest.mark.parametrize(
+    "architecture",
+    thinned(EXACT, lambda a: a.name in REPRESENTATIVES, lambda a: a.name),
+)
 def test_no_tensor_outlives_the_step(architecture: Architecture) -> None:
     # A graph that only the garbage collector finds, or not even that, is the memory of a whole batch.
     model, batch = architecture.build(BATCH_SIZE)

@@ -59,7 +59,24 @@ def test_enough_architectures_of_every_sort() -> None:
 
 
 @pytest.mark.parametrize("architecture", named(list(ARCHITECTURES.values())))
-def test_small_and_repeatable(architecture: Architecture) -> None:
+def test_architecture(architecture: Architecture) -> None:
+    """One test for each, since making the model takes longer than any of the questions."""
+    check_small_and_repeatable(architecture)
+    if architecture.refused is not None:
+        return
+    model, batch = architecture.build(BATCH_SIZE)
+    check_losses(architecture, model, batch)
+    if architecture.random:
+        return
+    found = per_sample_gradients(model, architecture.loss, batch)
+    assert list(found) == [name for name, p in model.named_parameters() if p.requires_grad]
+    assert all(torch.isfinite(gradient).all() for gradient in found.values())
+    assert any(gradient.abs().max() > 1e-6 for gradient in found.values())
+    assert all(p.grad is None for p in model.parameters())
+    check_vmap_of_grad(architecture, found)
+
+
+def check_small_and_repeatable(architecture: Architecture) -> None:
     (first, batch), (second, again) = architecture.build(2), architecture.build(2)
     assert 0 < sum(p.numel() for p in first.parameters()) < 2000
     for left, right in zip(first.parameters(), second.parameters(), strict=True):
@@ -70,35 +87,23 @@ def test_small_and_repeatable(architecture: Architecture) -> None:
         assert len(one) == 2
 
 
-@pytest.mark.parametrize("architecture", named(EXACT))
-def test_whole_batch_and_batch_of_one_have_a_loss(architecture: Architecture) -> None:
-    model, batch = architecture.build(BATCH_SIZE)
+def check_losses(architecture: Architecture, model: nn.Module, batch: tuple[Any, ...]) -> None:
+    """A whole batch and a batch of one have a loss."""
     for part in (batch, sample(batch, 1)):
         value = architecture.loss(model, *part)
         assert value.ndim == 0
         assert torch.isfinite(value)
 
 
-@pytest.mark.parametrize("architecture", named(DETERMINISTIC))
-def test_oracle_gives_finite_gradients(architecture: Architecture) -> None:
+def check_vmap_of_grad(architecture: Architecture, expected: Gradients) -> None:
+    """The oracle equals ``vmap(grad)`` where that works."""
     model, batch = architecture.build(BATCH_SIZE)
-    found = per_sample_gradients(model, architecture.loss, batch)
-    assert list(found) == [name for name, p in model.named_parameters() if p.requires_grad]
-    assert all(torch.isfinite(gradient).all() for gradient in found.values())
-    assert any(gradient.abs().max() > 1e-6 for gradient in found.values())
-    assert all(p.grad is None for p in model.parameters())
-
-
-@pytest.mark.parametrize("architecture", named(DETERMINISTIC))
-def test_oracle_equals_vmap_of_grad_where_that_works(architecture: Architecture) -> None:
-    model, batch = architecture.build(BATCH_SIZE)
-    expected = per_sample_gradients(model, architecture.loss, batch)
     try:
         found = vmap_of_grad(model, architecture, batch)
-    except RuntimeError as error:
+    except RuntimeError:
         if architecture.may_refuse is None and not architecture.name.startswith(RECURRENT):
             raise
-        pytest.skip(f"plain vmap(grad) fails: {str(error).splitlines()[0]}")
+        return
     assert found.keys() == expected.keys()
     for name, gradient in expected.items():
         tolerance = architecture.tolerance

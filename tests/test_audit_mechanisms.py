@@ -12,6 +12,7 @@ from scipy import optimize, stats
 from clipgrad.audit import lower_bound
 from clipgrad.audit._gaussian import rejects
 from tests.audit_tools import gaussian_scores, violations_allowed
+from tests.nightly import pairs
 
 
 def randomized_response(
@@ -37,9 +38,10 @@ def test_randomized_response_is_not_overestimated_and_nearly_met(epsilon: float)
     assert epsilon < 1 or np.median(found) > 0.5 * epsilon
 
 
-@pytest.mark.parametrize("curve", ["approximate", "gaussian"])
-@pytest.mark.parametrize("guesses", [None, (30, 30), (40, 0)])
-@pytest.mark.parametrize("mu", [0.3, 1.5])
+@pytest.mark.parametrize(
+    ("curve", "guesses", "mu"),
+    pairs(["approximate", "gaussian"], [None, (30, 30), (40, 0)], [0.3, 1.5]),
+)
 def test_the_gaussian_mechanism_is_not_overestimated(
     curve: Any, guesses: tuple[int, int] | None, mu: float
 ) -> None:

@@ -24,6 +24,7 @@ def run(folder: Path, *kill: Any) -> int:
     return subprocess.run([*command, *map(str, kill)], check=False).returncode
 
 
+@pytest.mark.nightly
 def test_killed_in_the_middle_of_a_step(tmp_path: Path) -> None:
     """Five lives end at five points, a sixth finishes: the log is what is promised."""
     for life, point in enumerate(POINTS):

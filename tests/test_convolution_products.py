@@ -23,7 +23,10 @@ from clipgrad.rules._canonical import Outer, PerSample, row_norms_squared
 from clipgrad.rules._convolution_ways import Way
 from clipgrad.rules._geometry import Geometry
 from clipgrad.testing import RuleCase, assert_rule_matches_reference
+from tests.nightly import every, pairs, some
 from tests.rule_cases.convolution import CASES
+
+USES = [case for case in CASES if not case.declines]
 
 
 def always(way: Way, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -57,8 +60,9 @@ def products(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
-@pytest.mark.parametrize("case", [c for c in CASES if not c.declines], ids=lambda case: case.name)
-@pytest.mark.parametrize("gather", [joined, _convolution_ways._side_by_side])
+@pytest.mark.parametrize(
+    ("gather", "case"), some(2, [joined, _convolution_ways._side_by_side], USES)
+)
 def test_case(
     case: RuleCase, gather: Gather, products: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -92,8 +96,7 @@ def sliced(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
 
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
-@pytest.mark.parametrize("case", [c for c in CASES if not c.declines], ids=lambda case: case.name)
-@pytest.mark.parametrize("in_parts", [False, True])
+@pytest.mark.parametrize(("in_parts", "case"), some(2, [False, True], USES))
 def test_slices(
     case: RuleCase, in_parts: bool, sliced: list[torch.Size], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -105,11 +108,16 @@ def test_slices(
     )
 
 
-@pytest.mark.parametrize("stride", [(1, 1), (1, 2)])
-@pytest.mark.parametrize("dilation", [(1, 1), (2, 1), (3, 2)])
-@pytest.mark.parametrize("padding", [(0, 0), (2, 1)])
-@pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize(
+    ("stride", "dilation", "padding", "transposed", "channels_last"),
+    pairs(
+        [(1, 1), (1, 2)],
+        [(1, 1), (2, 1), (3, 2)],
+        [(0, 0), (2, 1)],
+        [False, True],
+        [False, True],
+    ),
+)
 def test_slices_of_every_geometry(
     stride: tuple[int, int],
     dilation: tuple[int, int],
@@ -138,7 +146,7 @@ def test_slices_of_every_geometry(
 
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
-@pytest.mark.parametrize("case", [c for c in CASES if not c.declines], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", every(8, USES, lambda case: case.name))
 def test_groups_in_a_graph(case: RuleCase, monkeypatch: pytest.MonkeyPatch) -> None:
     """The library's grouped convolution as one operation of a graph, for every kind of convolution."""
     monkeypatch.setattr(_backend, "compile_graph", lambda module, mode: module)
@@ -158,7 +166,7 @@ def loss(params: dict[str, Tensor], x: Tensor) -> Tensor:
 
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
-@pytest.mark.parametrize("case", [c for c in CASES if not c.declines], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", every(2, USES, lambda case: case.name))
 def test_positions_in_parts(
     case: RuleCase, products: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -62,7 +62,10 @@ def stream(source: NoiseSource) -> Found:
     return found
 
 
-@pytest.fixture(scope="module", params=["system", "uncompiled", "seeded"])
+@pytest.fixture(
+    scope="module",
+    params=["system", pytest.param("uncompiled", marks=pytest.mark.nightly), "seeded"],
+)
 def found(request: pytest.FixtureRequest) -> Found:
     if request.param == "seeded":
         return stream(SeededNoise(torch.Generator().manual_seed(20)))

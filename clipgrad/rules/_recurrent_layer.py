@@ -51,8 +51,9 @@ class Factors:
 
     def positions(self, tensor: Tensor) -> Tensor:
         """From ``[T, N, features]`` to ``[B, positions, features]``."""
-        by_sample = tensor.view(self.steps, self.samples, -1, tensor.shape[-1])
-        return by_sample.permute(1, 2, 0, 3).reshape(self.samples, -1, tensor.shape[-1])
+        by_sample = tensor.unflatten(-2, (self.samples, tensor.shape[-2] // self.samples))
+        positions: Tensor = by_sample.permute(1, 2, 0, 3).flatten(1, 2)
+        return positions
 
     def input_side(self, gradient: Tensor) -> Tensor:
         """The gradient of the input's share of the gates; several weights share it."""

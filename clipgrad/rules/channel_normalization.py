@@ -35,7 +35,10 @@ class _ChannelAffine:
     def weight(self, gradient: Tensor) -> PerSample:
         x = widen(self.x)
         rows, channels = x.shape[:2]
-        mean, rstd = (value.reshape(1, -1).to(x.dtype) for value in self._statistics(x))
+        # One channel's statistics expand without a copy, and the native operation reads as if they were contiguous.
+        mean, rstd = (
+            value.reshape(1, -1).to(x.dtype).contiguous() for value in self._statistics(x)
+        )
         image = (1, rows * channels, x[0, 0].numel())
         # The native operation reads its operands as if they were contiguous, and reshape may return a view.
         _, weight, bias = torch.ops.aten.native_group_norm_backward(

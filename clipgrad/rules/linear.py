@@ -39,10 +39,10 @@ def linear(call: Call, input: Tensor, weight: Tensor, bias: Tensor | None = None
         y,
         Recipe(
             weight,
-            lambda g: Outer(g.reshape(*factor.shape[:2], -1), factor, w.shape),
+            lambda g: Outer(g.reshape(*factor.shape[:2], g.shape[-1]), factor, w.shape),
             Extent(factor.shape[1], *w.shape),
         ),
-        Recipe(bias, lambda g: summed_over_positions(g.reshape(*factor.shape[:2], -1))),
+        Recipe(bias, lambda g: summed_over_positions(g.reshape(*factor.shape[:2], g.shape[-1]))),
         saved=(x,),
         view=lambda y: y.view(*x.shape[:-1], w.shape[0]),
     )
@@ -89,7 +89,7 @@ def _data_times_weight(call: Call, data: Tensor, weight: Tensor) -> Tensor:
         factor.flatten(0, 1) @ matrix,
         Recipe(
             weight,
-            lambda g: Outer(factor, g.reshape(*factor.shape[:2], -1), w.shape),
+            lambda g: Outer(factor, g.reshape(*factor.shape[:2], g.shape[-1]), w.shape),
             Extent(factor.shape[1], *matrix.shape),
         ),
         saved=(x,),
@@ -113,7 +113,7 @@ def _weight_times_data(call: Call, weight: Tensor, data: Tensor) -> Tensor:
         factor.flatten(0, 1) @ w.t(),
         Recipe(
             weight,
-            lambda g: Outer(g.reshape(*factor.shape[:2], -1), factor, w.shape),
+            lambda g: Outer(g.reshape(*factor.shape[:2], g.shape[-1]), factor, w.shape),
             Extent(factor.shape[1], *w.shape),
         ),
         saved=(x,),

@@ -298,6 +298,7 @@ def test_norms_of_groups_share_a_graph_and_other_structure_does_not(graphs: Grap
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.filterwarnings("ignore:.*is deprecated")
 def test_really_compiled_once_for_twenty_norms() -> None:
     model = mlp()

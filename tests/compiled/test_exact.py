@@ -11,10 +11,11 @@ from torch import Tensor
 
 from clipgrad import CompileError, clipped_grad
 from clipgrad._reference import Params
-from tests.architectures import ARCHITECTURES, Architecture
+from tests.architectures import ARCHITECTURES, REPRESENTATIVES, Architecture
 from tests.compiled.conftest import Graphs
 from tests.dp_tools import trained
 from tests.hf_models import HF_MODELS
+from tests.nightly import chosen, every, some, thinned
 from tests.oracle import clipped_sum, per_sample_gradients
 from tests.small_mlp import (
     B,
@@ -59,7 +60,10 @@ def check(architecture: Architecture, graphs: Graphs) -> None:
         assert error_of(total, sums[name], bound) <= slack, name
 
 
-@pytest.mark.parametrize("name", [a.name for a in EXACT])
+SHORT = {*REPRESENTATIVES, *REFUSED}
+
+
+@pytest.mark.parametrize("name", thinned([a.name for a in EXACT], SHORT.__contains__))
 def test_architecture_equals_the_loop(name: str, graphs: Graphs) -> None:
     if name in REFUSED:
         with pytest.raises(CompileError, match=REFUSED[name]):
@@ -68,13 +72,19 @@ def test_architecture_equals_the_loop(name: str, graphs: Graphs) -> None:
         check(ARCHITECTURES[name], graphs)
 
 
-@pytest.mark.parametrize("name", [name for name in HF_MODELS if not HF_MODELS[name].may_refuse])
+@pytest.mark.parametrize(
+    "name",
+    chosen(
+        [name for name in HF_MODELS if not HF_MODELS[name].may_refuse],
+        {"gpt2", "bert_classifier"},
+    ),
+)
 def test_hugging_face_model_equals_the_loop(name: str, graphs: Graphs) -> None:
     pytest.importorskip("transformers")
     check(HF_MODELS[name], graphs)
 
 
-@pytest.mark.parametrize("architecture", RANDOM, ids=lambda a: a.name)
+@pytest.mark.parametrize("architecture", every(3, RANDOM, lambda a: a.name))
 def test_random_model_draws_what_the_eager_step_draws(
     architecture: Architecture, graphs: Graphs
 ) -> None:
@@ -106,17 +116,14 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-@pytest.mark.parametrize("microbatch_size", [None, 4])
-def test_option_changes_nothing(
-    options: dict[str, Any], microbatch_size: int | None, graphs: Graphs
-) -> None:
+@pytest.mark.parametrize(("name", "microbatch_size"), some(2, [*OPTIONS], [None, 4]))
+def test_option_changes_nothing(name: str, microbatch_size: int | None, graphs: Graphs) -> None:
     params, batch = make_params(), make_batch()
 
     def loss(p: Params, x: Tensor, y: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         return mlp(p, x, y), {"twice": 2 * x}
 
-    options = {"max_grad_norm": median_norm(params, *batch), "has_aux": True, **options}
+    options = {"max_grad_norm": median_norm(params, *batch), "has_aux": True, **OPTIONS[name]}
     mask = torch.arange(B) == 2
     for marked in (None, mask):
         eager = clipped_grad(loss, microbatch_size=microbatch_size, **options)

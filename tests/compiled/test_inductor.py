@@ -68,6 +68,7 @@ def test_exact_then_nothing_is_compiled_again(caplog: pytest.LogCaptureFixture) 
     assert dict(counters["stats"]) == compiled
 
 
+@pytest.mark.nightly
 def test_dropout_draws_fresh_masks_like_the_eager_step() -> None:
     found = []
     x, y = torch.randn(6, 2, 5, 5), torch.randint(3, (6,))

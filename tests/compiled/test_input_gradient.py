@@ -11,6 +11,7 @@ from torch import Tensor
 
 from clipgrad import clipped_grad
 from tests.compiled.conftest import Graphs
+from tests.nightly import rows
 
 Case = tuple[Any, tuple[int, ...], tuple[int, ...], dict[str, Any]]
 CASES: list[Case] = [
@@ -33,7 +34,7 @@ CASES: list[Case] = [
 ]
 
 
-@pytest.mark.parametrize(("convolve", "size", "shape", "options"), CASES)
+@pytest.mark.parametrize(("convolve", "size", "shape", "options"), rows(2, CASES))
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
 def test_equals_the_eager_step(

@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from clipgrad import clipped_grad
 from clipgrad.compiled._decompositions import max_pool2d_backward
 from tests.compiled.conftest import Graphs
+from tests.nightly import some
 
 OPTIONS: list[dict[str, Any]] = [
     {"kernel_size": 2},
@@ -23,8 +24,9 @@ OPTIONS: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize(
+    ("options", "layout"), some(2, OPTIONS, [torch.contiguous_format, torch.channels_last])
+)
 def test_equals_the_eager_step(
     options: dict[str, Any], layout: torch.memory_format, graphs: Graphs
 ) -> None:

@@ -24,6 +24,7 @@ from clipgrad.compiled._replay import Replay, recordable
 from tests.architectures import ARCHITECTURES
 from tests.compiled.conftest import Graphs
 from tests.compiled.test_exact import check
+from tests.nightly import every
 from tests.oracle import clipped_sum, per_sample_gradients
 
 pytestmark = [
@@ -65,7 +66,8 @@ def recorders(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Recorder]]:
 
 
 @pytest.mark.parametrize(
-    "name", ["autocast", "cnn_channels_last", "lora", "sinusoidal_buffer", "tied_embedding"]
+    "name",
+    every(3, ["autocast", "cnn_channels_last", "lora", "sinusoidal_buffer", "tied_embedding"]),
 )
 def test_architecture(name: str, graphs: Graphs, recorders: list[Recorder]) -> None:
     check(ARCHITECTURES[name], graphs)

@@ -205,3 +205,12 @@ case(
     "batch_norm", "channels last",
     lambda x, w, b: F.batch_norm(x.movedim(-1, 1), MEAN, VARIANCE, w, b).movedim(1, -1), 3, 5, 4,
 )  # fmt: skip
+case(
+    "batch_norm", "one channel", lambda x, w, b: F.batch_norm(x, MEAN[:1], VARIANCE[:1], w, b),
+    1, 5, w=(1,), b=(1,),
+)  # fmt: skip
+case(
+    "instance_norm", "one channel, fixed statistics",
+    lambda x, w: F.instance_norm(x, MEAN[:1], VARIANCE[:1], w, use_input_stats=False),
+    1, 5, w=(1,),
+)  # fmt: skip
