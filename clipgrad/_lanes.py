@@ -9,9 +9,8 @@ with a ``vmap`` static method; it costs about 130 microseconds a call, this one 
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -48,18 +47,8 @@ def current_randomness() -> str:
     return randomness
 
 
-class _Spare(threading.local):
-    """Levels of this thread that nothing is meant to belong to."""
-
-    def __init__(self) -> None:
-        self.levels: list[int] = []
-
-
-_spare = _Spare()
-
-
 @contextmanager
-def lanes(size: int, randomness: str, *, deeper: bool = False) -> Iterator[int]:
+def lanes(size: int, randomness: str) -> Iterator[int]:
     """Run the body under a ``vmap`` over ``size`` samples; yields its level.
 
     Tensors enter it by ``per_sample`` and leave it by ``all_samples``.
@@ -67,48 +56,18 @@ def lanes(size: int, randomness: str, *, deeper: bool = False) -> Iterator[int]:
     Args:
         size: Samples.
         randomness: As ``torch.func.vmap`` takes it.
-        deeper: At a level deeper than usual, with an empty one above it: see ``is_stale``.
     """
     lazy_load_decompositions()
-    with _spare_level() if deeper else nullcontext():
-        level: int = _functorch._vmap_increment_nesting(size, randomness)
-        try:
-            yield level
-        finally:
-            _functorch._vmap_decrement_nesting()
-
-
-@contextmanager
-def _spare_level() -> Iterator[None]:
-    _spare.levels.append(_functorch._vmap_increment_nesting(1, "same"))
+    level: int = _functorch._vmap_increment_nesting(size, randomness)
     try:
-        yield
+        yield level
     finally:
         _functorch._vmap_decrement_nesting()
-        _spare.levels.pop()
 
 
-def is_stale(tensor: Tensor) -> bool:
-    """Whether a result, out of its ``lanes``, was computed from a per-sample value of lanes that are closed.
-
-    Levels are numbered by depth, so that such a value looks like one of the present samples'. It does not if the
-    present ones lie deeper: then it belongs to the spare level, and so does all that is computed from it.
-    """
-    return level_of(tensor) in _spare.levels
-
-
-@contextmanager
-def below_vmap() -> Iterator[None]:
+def below_vmap() -> AbstractContextManager[Any]:
     """Run the body as if no functorch transform were active; it may be so already."""
-    with (
-        temporarily_pop_interpreter_stack() if current_level() else nullcontext(),
-        temporarily_pop_interpreter_stack() if _spare_is_open() else nullcontext(),
-    ):
-        yield
-
-
-def _spare_is_open() -> bool:
-    return bool(_spare.levels) and current_level() == _spare.levels[-1]
+    return temporarily_pop_interpreter_stack() if current_level() else nullcontext()
 
 
 @contextmanager
@@ -213,7 +172,6 @@ __all__ = [
     "has_vmap_method",
     "innermost",
     "is_broadcast",
-    "is_stale",
     "is_wrapped",
     "lanes",
     "level_of",

@@ -2,7 +2,9 @@
 
 A model may keep an activation for inspection. Used in the next forward pass, lane ``i`` of the old batch would
 silently meet sample ``i`` of the new one: an old sample would influence gradients that its clipping norm was not
-charged for. ``vmap`` itself does not notice, since its levels are numbered by depth.
+charged for. ``vmap`` itself does not notice, since its levels are numbered by depth. What operations of the loss
+returned is remembered, by identity. What came out of a ``torch.func`` transform inside of it, a scripted function or a
+constructor is not seen.
 """
 
 from __future__ import annotations
@@ -16,24 +18,6 @@ from torch import Tensor
 
 from clipgrad._lanes import current_level, is_wrapped, level_of, unwrapped
 from clipgrad.errors import NotPerSampleError
-
-
-class Turns:
-    """Which forward passes of a transform run deeper than the others, where values of an earlier one show.
-
-    ``remember`` sees what operations of the loss returned. What comes out of a ``torch.func`` transform inside of it, a
-    scripted function or a constructor, it does not. A loss that uses such a value in the pass after the one that it
-    comes from is found in the second pass; one that begins with it later in the fourth, the eighth, the sixteenth...
-    """
-
-    def __init__(self) -> None:
-        self._count = 0
-
-    def next_is_deeper(self) -> bool:
-        """Whether the pass that begins now is the second, fourth, eighth..."""
-        self._count += 1
-        return self._count > 1 and self._count & (self._count - 1) == 0
-
 
 _OUTSIDE = (
     "after the pass. Return what you want to log: clipped_grad(..., has_aux=True) hands it back per sample, and "
@@ -102,4 +86,4 @@ def refuse(operation: str) -> NotPerSampleError:
     )
 
 
-__all__ = ["Turns", "among", "refuse", "remember"]
+__all__ = ["among", "refuse", "remember"]

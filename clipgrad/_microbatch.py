@@ -17,7 +17,7 @@ from clipgrad._branches import Disagreement
 from clipgrad._capture import Capture, escape_message, tensors_in, written_message
 from clipgrad._drawn import Drawn
 from clipgrad._gradients import Gradients
-from clipgrad._lanes import all_samples, is_stale, lanes, per_sample
+from clipgrad._lanes import all_samples, lanes, per_sample
 from clipgrad._parts import Parts
 from clipgrad._phases import phase
 from clipgrad._piece import Piece, Settings, clip, joined
@@ -43,11 +43,10 @@ def forward(
     versions = [param._version for param in params]
     made: list[weakref.ref[Tensor]] = []
     try:
-        deeper = not settings.deferred and settings.turns.next_is_deeper()
         with (
             explained(),
             _foreign_code.without_saved_tensors_hooks(),
-            lanes(size, settings.randomness, deeper=deeper) as level,
+            lanes(size, settings.randomness) as level,
         ):
             leaves = [per_sample(entry.leaf, level) for entry in tape.tracked]
             rows = [per_sample(leaf, level) if isinstance(leaf, Tensor) else leaf for leaf in batch]
@@ -59,8 +58,6 @@ def forward(
             value, aux, structure = _one_sample(loss, capture, leaves, rows, settings)
             values = all_samples(value, level, size)
             aux = [all_samples(leaf, level, size).detach() for leaf in aux]
-            if any(map(is_stale, (values, *aux))):
-                raise _leftovers.refuse("the loss")
         for name, param, version in zip(names, params, versions, strict=True):
             if param._version != version:
                 raise NotPerSampleError(written_message(name))

@@ -13,7 +13,6 @@ from torch.utils._pytree import tree_map
 from clipgrad._copies import copies
 from clipgrad._gradients import Gradients, Transformed
 from clipgrad._grid import Grid
-from clipgrad._leftovers import Turns
 from clipgrad._phases import phase
 from clipgrad._tape import Strategy
 from clipgrad.clipping import Clipping
@@ -34,7 +33,6 @@ class Settings:
     strategy: Strategy | None
     memory_budget: float | None
     pre_clipping: PreClipping | None
-    turns: Turns
     branches: str = "refuse"
     grid: Grid | None = None
     deferred: bool = False

@@ -26,7 +26,6 @@ from clipgrad._grid import (
     exact_sensitivity,
 )
 from clipgrad._inputs import Inputs
-from clipgrad._leftovers import Turns
 from clipgrad._microbatch import forward, plan, run
 from clipgrad._parts import Parts
 from clipgrad._piece import Piece, Settings, accumulate
@@ -74,7 +73,6 @@ class ClippedGrad:
     compile: bool | str = False
     grid: float | None = None
     _compiler: Compiler | None = field(init=False, repr=False, compare=False)
-    _turns: Turns = field(init=False, default_factory=Turns, repr=False, compare=False)
     # Not arguments either: a copy with another norm must not find what was resolved for this one.
     _settings_cache: dict[tuple[Any, ...], Settings] = field(
         init=False, default_factory=dict, repr=False, compare=False
@@ -211,7 +209,6 @@ class ClippedGrad:
             check_grid(self.grid, clipping, max_grad_norm)
         other = replace(self, max_grad_norm=_owned(max_grad_norm))
         object.__setattr__(other, "_compiler", self._compiler)
-        object.__setattr__(other, "_turns", self._turns)
         return other
 
     def explain(self, *args: Any) -> Explanation:
@@ -273,7 +270,6 @@ class ClippedGrad:
             strategy=None if self.strategy == "auto" else Strategy(self.strategy),
             memory_budget=self.memory_budget,
             pre_clipping=None,
-            turns=self._turns,
             branches=self.branches,
             grid=None if self.grid is None else Grid(self.grid, clipping, sizes),
         )

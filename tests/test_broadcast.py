@@ -25,7 +25,7 @@ STRATEGIES = ("kept", "ghost")
 UNSAFE = {"lstm", "gru", "rnn_tanh", "rnn_relu"}
 RULES = sorted({case.rule for case in CASES} - UNSAFE)
 # No parameter of theirs can be broadcast: PyTorch refuses every other shape.
-STRICT = {"batch_norm", "group_norm"}
+STRICT = {"group_norm"}
 
 
 def narrowed(shape: tuple[int, ...]) -> Iterator[tuple[int, ...]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections import UserDict
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -11,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clipgrad import DPOptimizer, NotPerSampleError, clipped_grad
@@ -98,83 +96,6 @@ def test_values_of_an_earlier_batch(name: str) -> None:
         optimizer.backward(data())
     with pytest.raises(NotPerSampleError, match="kept from an earlier batch or microbatch"):
         private(Stateful(STATES[name]), microbatch_size=2).backward(data())
-
-
-def scripted(h: Tensor) -> Tensor:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        return torch.jit.script(_doubled)(h)
-
-
-def _doubled(h: Tensor) -> Tensor:
-    return h * 2.0
-
-
-UNSEEN: dict[str, Callable[[Tensor], Tensor]] = {
-    "func.grad": lambda h: torch.func.grad(lambda z: z.square().sum())(h),
-    "func.vmap": lambda h: torch.func.vmap(torch.tanh)(h),
-    "parameter": nn.Parameter,
-    "scripted": scripted,
-}
-
-
-@pytest.mark.parametrize("use", ["sub", "linear", "where"])
-@pytest.mark.parametrize("way", list(UNSEEN))
-def test_values_of_an_earlier_batch_by_ways_that_are_not_seen(way: str, use: str) -> None:
-    """The second pass runs at another depth, where whatever was computed from an old value shows."""
-    kept: list[Tensor] = []
-
-    def loss(model: nn.Module, x: Tensor) -> Tensor:
-        h = model(x)
-        old = kept[-1] if kept else torch.ones_like(h).detach()
-        kept.append(UNSEEN[way](h.detach()))
-        if use == "sub":
-            return (h - old).square().sum()
-        if use == "linear":
-            return F.linear(h, old.detach()).square().sum()
-        return torch.where(old > 0, h, 2 * h).square().sum()
-
-    optimizer = private(mlp(), loss)
-    optimizer.backward(data())
-    with pytest.raises(NotPerSampleError, match="kept from an earlier batch"):
-        optimizer.backward(data())
-    kept.clear()
-    with pytest.raises(NotPerSampleError, match="kept from an earlier batch"):
-        private(mlp(), loss, microbatch_size=3).backward(data())
-
-
-def test_a_loss_that_keeps_values_later_is_found_later() -> None:
-    kept: list[Tensor] = []
-    passes = 0
-
-    def loss(model: nn.Module, x: Tensor) -> Tensor:
-        nonlocal passes
-        passes += 1
-        h = model(x)
-        old = kept[-1] if passes > 5 else h.detach()
-        kept.append(scripted(h.detach()))
-        return (h - old).square().sum()
-
-    optimizer = private(mlp(), loss)
-    for _ in range(7):
-        optimizer.backward(data())
-    with pytest.raises(NotPerSampleError, match="kept from an earlier batch"):
-        optimizer.backward(data())
-
-
-def test_another_norm_goes_on_counting() -> None:
-    kept: list[Tensor] = []
-
-    def loss(p: Tensor, x: Tensor) -> Tensor:
-        h = (p * x).sum(1)
-        old = kept[-1] if kept else 0.0
-        kept.append(scripted(h.detach()))
-        return (h - old).square().sum()
-
-    gradient = clipped_grad(loss, max_grad_norm=1.0)
-    gradient(torch.ones(4, dtype=torch.float64), data())
-    with pytest.raises(NotPerSampleError, match="kept from an earlier batch"):
-        gradient.with_max_grad_norm(2.0)(torch.ones(4, dtype=torch.float64), data())
 
 
 def test_values_of_a_batch_that_failed() -> None:

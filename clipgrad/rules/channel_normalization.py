@@ -74,6 +74,15 @@ def _images(call: Call, input: Tensor) -> tuple[Tensor, torch.Size]:
     return images, x.shape
 
 
+def _shared(
+    call: Call, affine: tuple[Tensor | None, Tensor | None], channels: int
+) -> list[Tensor | None]:
+    """Weight and bias, with a number for each channel; of a single channel PyTorch takes other shapes too."""
+    if any(operand is not None and operand.shape != (channels,) for operand in affine):
+        raise Decline
+    return [shared_or_none(call, operand) for operand in affine]
+
+
 def _group_norm(
     call: Call,
     images: Tensor,
@@ -82,7 +91,7 @@ def _group_norm(
     affine: tuple[Tensor | None, Tensor | None],
     eps: float,
 ) -> Tensor:
-    w, b = (shared_or_none(call, operand) for operand in affine)
+    w, b = _shared(call, affine, images.shape[1])
     rows, channels, positions = *images.shape[:2], images[0, 0].numel()
     statistics: Statistics | None = None
     if autocasts(images) or not images.is_contiguous():
@@ -194,7 +203,7 @@ def _fixed_statistics(
         raise Decline  # statistics that are trained have a gradient that this rule does not know
     images, shape = _images(call, input)
     mean, variance = call.shared(running_mean), call.shared(running_var)
-    w, b = (shared_or_none(call, operand) for operand in affine)
+    w, b = _shared(call, affine, images.shape[1])
     y = F.batch_norm(images, mean, variance, w, b, eps=eps)
 
     def find(wide: Tensor) -> Statistics:
