@@ -10,6 +10,7 @@ from torch import Tensor
 
 from clipgrad.errors import NotPerSampleError
 from clipgrad.rules._canonical import PerSample, widen
+from clipgrad.rules._names import functional_aten_names_of
 from clipgrad.rules._registry import Call, Decline, Recipe, register_rule
 from clipgrad.rules.normalization import Statistics, autocasts, precise, shared_or_none
 
@@ -101,7 +102,9 @@ def _group_norm(
     return _finish(call, y, shape, affine, _ChannelAffine(images, shape[0], find))
 
 
-@register_rule(F.group_norm, torch.group_norm, name="group_norm")
+@register_rule(
+    F.group_norm, torch.group_norm, *functional_aten_names_of("group_norm"), name="group_norm"
+)
 def group_norm(
     call: Call,
     input: Tensor,
