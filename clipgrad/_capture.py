@@ -175,7 +175,7 @@ class Capture(TorchFunctionMode):
             result = correction(*args, **kwargs)
             self.tape.corrected.append((before, _get_sequence_nr()))
             return result
-        except RuntimeError as error:
+        except (RuntimeError, IndexError, ValueError) as error:
             return instead(func, args, kwargs, error)
 
     def _requires_grad(self, tensor: Tensor) -> bool:

@@ -28,7 +28,7 @@ def _always(node: Any) -> bool:
     return True
 
 
-_WRONG: dict[str, tuple[str, Callable[[Any], bool]]] = {
+WRONG: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "EmbeddingBackward0": ("embedding with padding_idx or scale_grad_by_freq", _has_padding),
     "LinalgSolveExBackward0": ("linalg.solve", _always),
     "AsStridedBackward0": ("as_strided", _shares_memory),
@@ -40,22 +40,22 @@ def refuse(node: Any, corrected: Sequence[tuple[int, int]]) -> None:
     """Refuse a node of a wrong operation that no correction and no rule has made.
 
     Args:
-        node: Of the graph that is about to run.
+        node: Of the graph that is about to run, by a name in ``WRONG``.
         corrected: Which of autograd's nodes they made, by number: first, and behind the last.
 
     Raises:
         NotPerSampleError: If it is one.
     """
-    entry = _WRONG.get(node.name())
-    if entry is None or not entry[1](node):
+    operation, is_wrong = WRONG[node.name()]
+    if not is_wrong(node):
         return
     number = node._sequence_nr()
     if not any(first <= number < end for first, end in corrected):
         raise NotPerSampleError(
-            f"the loss calls {entry[0]} where clipgrad cannot see it (under DisableTorchFunction, in TorchScript, in a "
-            "C++ extension, or inside another operation). PyTorch's vmap computes its gradient wrongly. Call the "
+            f"the loss calls {operation} where clipgrad cannot see it (under DisableTorchFunction, in TorchScript, in "
+            "a C++ extension, or inside another operation). PyTorch's vmap computes its gradient wrongly. Call the "
             "operation itself, in Python."
         )
 
 
-__all__ = ["refuse"]
+__all__ = ["WRONG", "refuse"]

@@ -204,7 +204,8 @@ def _refuse_escapes(tape: Tape, values: Tensor, params: Sequence[Tensor]) -> Non
         if node is None or node in seen:
             continue
         seen.add(node)
-        _known_wrong.refuse(node, tape.corrected)
+        if node.name() in _known_wrong.WRONG:
+            _known_wrong.refuse(node, tape.corrected)
         variable = getattr(node, "variable", None)
         if variable is not None and id(variable) not in ours:
             for entry, original in zip(tape.tracked, params, strict=False):

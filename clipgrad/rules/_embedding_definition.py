@@ -91,8 +91,26 @@ def aten_embedding_bag(
         False,
         per_sample_weights,
         include_last_offset,
-        -1 if padding_idx is None else padding_idx,
+        padding_idx,
     )
+
+
+def private_embedding_bag(
+    weight: Tensor,
+    indices: Tensor,
+    offsets: Tensor,
+    scale_grad_by_freq: bool = False,
+    mode: int = 0,
+    sparse: bool = False,
+    per_sample_weights: Tensor | None = None,
+    include_last_offset: bool = False,
+    padding_idx: int = -1,
+) -> tuple[Tensor, ...]:
+    """What ``torch._embedding_bag`` calls no padding is a negative index; elsewhere that counts from the end."""
+    return aten_embedding_bag(
+        weight, indices, offsets, scale_grad_by_freq, mode, False, per_sample_weights, include_last_offset,
+        None if padding_idx < 0 else padding_idx,
+    )  # fmt: skip
 
 
 def refuse_max_norm(max_norm: float | None) -> None:
@@ -105,4 +123,11 @@ def refuse_max_norm(max_norm: float | None) -> None:
         )
 
 
-__all__ = ["aten_embedding", "aten_embedding_bag", "embedding", "embedding_bag", "refuse_max_norm"]
+__all__ = [
+    "aten_embedding",
+    "aten_embedding_bag",
+    "embedding",
+    "embedding_bag",
+    "private_embedding_bag",
+    "refuse_max_norm",
+]

@@ -13,18 +13,11 @@ from torch import Tensor
 from torch.overrides import resolve_name
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from clipgrad._advice import is_refusal
 from clipgrad._generators import Draws
-from clipgrad._lanes import Decline, below_vmap, current_level, per_sample, physical
+from clipgrad._lanes import Decline, below_vmap, current_level, is_wrapped, per_sample, physical
 from clipgrad._shared import writes_in_place, writes_to_first
 from clipgrad.errors import NotPerSampleError
-
-# What vmap says of an operation that it has no rule for. Errors of the operation itself say something else.
-_MISSING = (
-    "Batching rule not implemented",
-    "does not yet have a batching rule",
-    "vmap: we do not yet support",
-    "not supported by functorch",
-)
 
 
 def one_by_one(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
@@ -104,7 +97,10 @@ def _differ(name: str) -> NotPerSampleError:
 def instead(
     function: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], error: Exception
 ) -> Any:
-    """What an operation returns that ``vmap`` has no rule for, or else its error.
+    """What an operation returns that fails under ``vmap`` and not on single samples, or else its error.
+
+    Missing batching rules are one reason; others are kernels that take no broadcast memory, and Python functions that
+    compute with shapes.
 
     Args:
         function: As a ``TorchFunctionMode`` sees it.
@@ -112,7 +108,7 @@ def instead(
         kwargs: Its keyword arguments.
         error: What it raised under ``vmap``.
     """
-    if not any(words in str(error) for words in _MISSING):
+    if isinstance(error, NotPerSampleError) or is_refusal(error):
         raise error
     if writes_to_first(function) or writes_in_place(function, args, kwargs):
         raise error
@@ -120,13 +116,19 @@ def instead(
     if schema is not None and schema.is_mutable:
         raise error
     tensors = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor)]
-    if not tensors:
+    if not any(map(is_wrapped, tensors)):
         raise error
     before = [tensor._version for tensor in tensors]
     draws = Draws(tensors[0].device)
-    result = one_by_one(function, args, kwargs)
-    # Random numbers would not follow the randomness= that was asked for, and a write happens once per sample.
-    if draws.since_last_asked() or before != [tensor._version for tensor in tensors]:
+    try:
+        result = one_by_one(function, args, kwargs)
+    except Exception:
+        raise error from None
+    # A Python value of the data would be branched on; random numbers would not follow the randomness= that was asked
+    # for; a write would happen once per sample.
+    only_tensors = all(isinstance(leaf, Tensor) for leaf in tree_flatten(result)[0])
+    written = before != [tensor._version for tensor in tensors]
+    if not only_tensors or written or draws.since_last_asked():
         raise error
     return result
 

@@ -63,7 +63,7 @@ def _images(call: Call, input: Tensor) -> tuple[Tensor, torch.Size]:
     if not call.has_lanes(input):
         raise Decline
     x = call.batched(input)
-    if x.dim() < 3:
+    if x.dim() < 3 or not x.numel():
         raise Decline
     images = x.flatten(0, 1)
     channels_last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(images.dim())

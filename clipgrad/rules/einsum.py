@@ -142,7 +142,7 @@ def _as_products(call: Call, x: Tensor, weight: Tensor, w: Tensor, axes: Axes) -
         product = torch.bmm(left, w.reshape(groups, contracted, kept))
 
     def by_sample(factor: Tensor) -> Tensor:
-        by_group = factor.reshape(groups, samples, positions, -1)
+        by_group = factor.reshape(groups, samples, positions, factor.shape[-1])
         return by_group.transpose(0, 1).reshape(samples * groups, positions, -1)
 
     def make(gradient: Tensor) -> Outer:

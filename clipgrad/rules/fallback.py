@@ -22,6 +22,7 @@ from clipgrad.rules._embedding_definition import (
     aten_embedding_bag,
     embedding,
     embedding_bag,
+    private_embedding_bag,
 )
 from clipgrad.rules._names import by_all_names, each_name, names_of
 from clipgrad.rules._one_by_one import one_by_one
@@ -160,8 +161,8 @@ def _register_hook(*args: Any, **kwargs: Any) -> None:
     )
 
 
-# In torch 2.11 to 2.13 the batching rule of linalg.solve mistakes matrices of right sides for vectors, or adds an
-# axis, if only one operand differs per sample. tensorsolve calls it in C++, where nobody sees the call.
+# In torch 2.11 to 2.13 the batching rule of linalg.solve takes a matrix of right sides for a vector, or adds an axis,
+# if only one operand differs per sample. tensorsolve calls it in C++, where the capture does not see the call.
 _SOLVERS = ("linalg_solve", "linalg_solve_ex", "_linalg_solve_ex", "linalg_tensorsolve")
 
 CORRECTIONS: Mapping[Callable[..., Any], Callable[..., Any]] = MappingProxyType(
@@ -170,7 +171,7 @@ CORRECTIONS: Mapping[Callable[..., Any], Callable[..., Any]] = MappingProxyType(
         **by_all_names("embedding", aten_embedding),
         F.embedding: embedding,
         **by_all_names("embedding_bag", aten_embedding_bag),
-        **by_all_names("_embedding_bag", aten_embedding_bag),
+        **by_all_names("_embedding_bag", private_embedding_bag),
         F.embedding_bag: embedding_bag,
         **each_name("scaled_dot_product_attention", _by_formula),
         **each_name("multi_head_attention_forward", _by_formula),
