@@ -143,7 +143,7 @@ def _as_products(call: Call, x: Tensor, weight: Tensor, w: Tensor, axes: Axes) -
 
     def by_sample(factor: Tensor) -> Tensor:
         by_group = factor.reshape(groups, samples, positions, factor.shape[-1])
-        return by_group.transpose(0, 1).reshape(samples * groups, positions, -1)
+        return by_group.transpose(0, 1).flatten(0, 1)
 
     def make(gradient: Tensor) -> Outer:
         inputs, outputs = by_sample(left), by_sample(gradient)

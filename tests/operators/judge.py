@@ -22,7 +22,7 @@ from clipgrad.errors import NotPerSampleError
 BATCH = 3
 VERDICTS = ("exact", "refused", "wrong", "foreign", "skipped")
 ROADS = ("data", "all data", "parameter", "transposed", "flipped")
-TOLERANCE = 1e-7  # of what the loop finds; wrong batching rules are off by percents
+TOLERANCE = 1e-9  # of what the loop finds; wrong batching rules are off by percents
 
 
 @dataclass(frozen=True)
@@ -151,6 +151,7 @@ def judge(case: Case) -> Verdict:
 def _by_loop(
     loss: Callable[..., Tensor], params: dict[str, Tensor], factors: Tensor
 ) -> tuple[dict[str, Tensor], Tensor] | Verdict:
+    before = torch.get_rng_state()
     try:
         first, each = _reference.per_sample_gradients_by_loop(loss, params, factors)
         again, same = _reference.per_sample_gradients_by_loop(loss, params, factors)
@@ -158,8 +159,10 @@ def _by_loop(
         return Verdict("skipped", f"the loop fails: {type(error).__name__}")
     if not all(gradient.isfinite().all() for gradient in each.values()):
         return Verdict("skipped", "the gradient is not finite")
-    if not torch.equal(first, again) or not all(torch.equal(each[k], same[k]) for k in each):
+    if not torch.equal(before, torch.get_rng_state()):
         return Verdict("skipped", "random")
+    if not torch.equal(first, again) or not all(torch.equal(each[k], same[k]) for k in each):
+        return Verdict("skipped", "not deterministic")
     return _reference.clipped_sum(each, 1.5)
 
 
