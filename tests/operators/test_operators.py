@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import importlib.util
 from typing import Any
 
 import pytest
 import torch
 
+from tests.operators.database import differentiable
 from tests.operators.judge import Case, cases_of, judge
 
-pytest.importorskip("expecttest", reason="PyTorch's database of operators needs it")
-from tests.operators.database import differentiable
+needs_database = pytest.mark.skipif(
+    importlib.util.find_spec("expecttest") is None,
+    reason="PyTorch's database of operators needs the package expecttest",
+)
+SHARDS = 8
 
 # Those whose batching rule in PyTorch is or was wrong or missing, and some of each family.
 FEW = [
@@ -55,6 +60,15 @@ def faults(operator: Any, samples: int | None) -> list[str]:
     return found
 
 
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A test for each operator, if they are wanted: the database takes ten seconds to import."""
+    if "operator" in metafunc.fixturenames:
+        wanted = metafunc.config.getoption("--nightly") and importlib.util.find_spec("expecttest")
+        operators = differentiable() if wanted else [None]
+        metafunc.parametrize("operator", operators, ids=name_of if wanted else ["all"])
+
+
+@needs_database
 @pytest.mark.parametrize("name", FEW)
 def test_a_few_calls_of_a_few_operators(name: str) -> None:
     operators = [operator for operator in differentiable() if operator.name == name]
@@ -62,8 +76,15 @@ def test_a_few_calls_of_a_few_operators(name: str) -> None:
     assert not [fault for operator in operators for fault in faults(operator, 2)]
 
 
+@needs_database
+@pytest.mark.parametrize("shard", range(SHARDS))
+def test_one_call_of_every_eighth_operator(shard: int) -> None:
+    operators = differentiable()[::8][shard::SHARDS]
+    assert not [fault for operator in operators for fault in faults(operator, 1)]
+
+
+@needs_database
 @pytest.mark.nightly
-@pytest.mark.parametrize("operator", differentiable(), ids=name_of)
 def test_all_calls(operator: Any) -> None:
     assert not faults(operator, None)
 
