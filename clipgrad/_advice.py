@@ -16,6 +16,11 @@ class _Advice(NamedTuple):
     remedy: str
 
 
+_NO_RULE = (
+    "vmap: we do not yet support",
+    "Batching rule not implemented",
+    "does not yet have a batching rule",
+)
 _ADVICE = (
     _Advice(
         ("'NoneType' object has no attribute 'next_functions'",),
@@ -108,7 +113,7 @@ _ADVICE = (
         "Remove it; change values in the forward pass instead.",
     ),
     _Advice(
-        ("vmap: we do not yet support", "Batching rule not implemented"),
+        _NO_RULE,
         "the loss calls an operation that PyTorch's vmap cannot batch; the error below names it. Write it with "
         "elementary operations, or teach it to clipgrad with clipgrad.register_decomposition.",
     ),
@@ -198,6 +203,12 @@ def note_arguments(
         error.add_note(f"{note}.")
     except ValueError:  # it tells no signature
         pass
+
+
+def is_refusal(error: Exception) -> bool:
+    """Whether an error says what a loss must not do, rather than what ``vmap`` cannot do."""
+    message = str(error)
+    return _advice(message) is not None and not any(words in message for words in _NO_RULE)
 
 
 def _advice(message: str) -> str | None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._autograd import _get_sequence_nr
 from torch.overrides import TorchFunctionMode, resolve_name
 
 from clipgrad import _leftovers, _own_vmap
@@ -25,6 +26,7 @@ from clipgrad._lanes import (
 from clipgrad._shared import SHAREABLE, VIEWS, is_injective, writes_in_place, writes_to_first
 from clipgrad._tape import Tape, Tracked
 from clipgrad.errors import EscapedParameterError, NotPerSampleError
+from clipgrad.rules._one_by_one import instead
 from clipgrad.rules._registry import Decomposition, Rule, rules
 from clipgrad.rules.fallback import CORRECTIONS
 
@@ -140,7 +142,7 @@ class Capture(TorchFunctionMode):
                     raise
         if native:
             rule = _RULES.get(func)
-            if rule is not None:
+            if rule is not None and "out" not in kwargs and "self" not in kwargs:
                 result = self._apply(rule, args, kwargs)
                 if result is not NotImplemented:
                     return result
@@ -156,7 +158,7 @@ class Capture(TorchFunctionMode):
             raise NotPerSampleError(message(entry.name))
         if self.drawn is not None and kwargs.get("generator") is not None:
             raise NotPerSampleError(generator_message(operation_name(func)))
-        result = CORRECTIONS.get(func, func)(*args, **kwargs)
+        result = self._under_vmap(func, args, kwargs)
         if _own_vmap.brings_vmap(func, args):
             backward_pass = any(map(self._requires_grad, tensors_in(result)))
             if backward_pass or not native:  # an inner transform's own may be another
@@ -167,6 +169,20 @@ class Capture(TorchFunctionMode):
         if foreign and self.originals:
             self._check_originals(func, args, kwargs, result)
         return result
+
+    def _under_vmap(
+        self, func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]
+    ) -> Any:
+        correction = CORRECTIONS.get(func)
+        try:
+            if correction is None:
+                return func(*args, **kwargs)
+            before = _get_sequence_nr()
+            result = correction(*args, **kwargs)
+            self.tape.corrected.append((before, _get_sequence_nr()))
+            return result
+        except (RuntimeError, IndexError, ValueError) as error:
+            return instead(func, args, kwargs, error)
 
     def _requires_grad(self, tensor: Tensor) -> bool:
         """``vmap`` hides that autograd records below it; a loss that asks must get the true answer."""
@@ -186,8 +202,10 @@ class Capture(TorchFunctionMode):
                 with self:
                     return rule.apply(*args, **kwargs)
             call = BoundCall(self, rule.name)
+            before = _get_sequence_nr()
             with below_vmap():
                 result = rule.apply(call, *args, **kwargs)
+            self.tape.corrected.append((before, _get_sequence_nr()))
             call.check()
             return result
         except Decline:

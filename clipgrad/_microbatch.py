@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-from clipgrad import _foreign_code, _leftovers
+from clipgrad import _foreign_code, _known_wrong, _leftovers
 from clipgrad._advice import explained
 from clipgrad._branches import Disagreement
 from clipgrad._capture import Capture, escape_message, tensors_in, written_message
@@ -206,6 +206,8 @@ def _refuse_escapes(tape: Tape, values: Tensor, params: Sequence[Tensor]) -> Non
         if node is None or node in seen:
             continue
         seen.add(node)
+        if node.name() in _known_wrong.WRONG:
+            _known_wrong.refuse(node, tape.corrected)
         variable = getattr(node, "variable", None)
         if variable is not None and id(variable) not in ours:
             for entry, original in zip(tape.tracked, params, strict=False):

@@ -173,6 +173,9 @@ class Tape:
 
     def __init__(self, names: Sequence[str], parameters: Sequence[Tensor], batch_size: int) -> None:
         self.batch_size = batch_size
+        self.corrected: list[
+            tuple[int, int]
+        ] = []  # of autograd's nodes, by number: first, and behind the last
         self.tracked: list[Tracked] = []
         for index, (name, parameter) in enumerate(zip(names, parameters, strict=True)):
             shared = parameter.detach().requires_grad_()

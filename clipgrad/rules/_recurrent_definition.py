@@ -16,6 +16,7 @@ from torch import Tensor
 
 from clipgrad._lanes import address
 from clipgrad.errors import NotPerSampleError
+from clipgrad.rules._names import names_of
 
 States = tuple[Tensor, ...]
 # From the input's and the state's share of the gates and the old states to the new ones.
@@ -140,10 +141,10 @@ def _flatten(*args: Any, **kwargs: Any) -> None:
 # On CUDA, nn.LSTM and its like ask for the addresses of new weights, and then flatten them.
 DEFINITIONS: Mapping[Callable[..., Any], Callable[..., Any]] = MappingProxyType(
     {
-        torch._VF._pack_padded_sequence: _pack,
-        torch._cudnn_rnn_flatten_weight: _flatten,
+        **dict.fromkeys(names_of("_pack_padded_sequence"), _pack),
+        **dict.fromkeys(names_of("_cudnn_rnn_flatten_weight"), _flatten),
         torch.Tensor.data_ptr: address,
-        **{getattr(torch, name): _sequence(name) for name in _STEPS},
-        **{getattr(torch, f"{name}_cell"): _cell(name) for name in _STEPS},
+        **{alias: _sequence(name) for name in _STEPS for alias in names_of(name)},
+        **{alias: _cell(name) for name in _STEPS for alias in names_of(f"{name}_cell")},
     }
 )

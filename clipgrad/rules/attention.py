@@ -212,7 +212,7 @@ def _keys(
         found = static.view(size, heads, *static.shape[1:])
     else:
         if bias is not None:
-            projected = torch.cat([projected, bias.expand(-1, size, -1)])
+            projected = torch.cat([projected, bias.repeat(1, size, 1)])
         found = _split_heads(projected, heads)
     return F.pad(found, (0, 0, 0, 1)) if add_zero else found
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from clipgrad.errors import NotPerSampleError
 from clipgrad.rules._canonical import PerSample, widen
+from clipgrad.rules._names import functional_aten_names_of
 from clipgrad.rules._registry import Call, Decline, Recipe, register_rule
 from clipgrad.rules.normalization import Statistics, autocasts, precise, shared_or_none
 
@@ -65,7 +66,7 @@ def _images(call: Call, input: Tensor) -> tuple[Tensor, torch.Size]:
     if not call.has_lanes(input):
         raise Decline
     x = call.batched(input)
-    if x.dim() < 3:
+    if x.dim() < 3 or not x.numel():
         raise Decline
     images = x.flatten(0, 1)
     channels_last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(images.dim())
@@ -113,7 +114,9 @@ def _group_norm(
     return _finish(call, y, shape, affine, _ChannelAffine(images, shape[0], find))
 
 
-@register_rule(F.group_norm, torch.group_norm, name="group_norm")
+@register_rule(
+    F.group_norm, torch.group_norm, *functional_aten_names_of("group_norm"), name="group_norm"
+)
 def group_norm(
     call: Call,
     input: Tensor,

@@ -13,6 +13,7 @@ from torch import Tensor
 from clipgrad.rules._canonical import PerSample, Use, widen
 from clipgrad.rules._convolution_use import ConvolutionUse
 from clipgrad.rules._geometry import Geometry
+from clipgrad.rules._names import functional_aten_names_of
 from clipgrad.rules._registry import Call, Decline, Extent, Recipe, register_rule
 
 
@@ -100,7 +101,7 @@ def _register(axes: int) -> None:
     plain = getattr(torch, f"conv{axes}d")
     transposed = getattr(torch, f"conv_transpose{axes}d")
 
-    @register_rule(plain, name=f"conv{axes}d")
+    @register_rule(plain, *functional_aten_names_of(f"conv{axes}d"), name=f"conv{axes}d")
     def convolution(
         call: Call, input: Tensor, weight: Tensor, bias: Tensor | None = None, stride: Any = 1,
         padding: Any = 0, dilation: Any = 1, groups: int = 1,
@@ -117,7 +118,11 @@ def _register(axes: int) -> None:
             groups=groups,
         )
 
-    @register_rule(transposed, name=f"conv_transpose{axes}d")
+    @register_rule(
+        transposed,
+        *functional_aten_names_of(f"conv_transpose{axes}d"),
+        name=f"conv_transpose{axes}d",
+    )
     def transposed_convolution(
         call: Call, input: Tensor, weight: Tensor, bias: Tensor | None = None, stride: Any = 1,
         padding: Any = 0, output_padding: Any = 0, groups: int = 1, dilation: Any = 1,

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from clipgrad.rules._canonical import Outer, PerSample, widen
+from clipgrad.rules._names import functional_aten_names_of
 from clipgrad.rules._registry import Call, Decline, Extent, Recipe, register_rule
 
 
-@register_rule(torch.einsum, name="einsum")
+@register_rule(torch.einsum, *functional_aten_names_of("einsum"), name="einsum")
 def einsum(call: Call, equation: str, *operands: Tensor | Sequence[Tensor]) -> Tensor:
     """Two operands, one of which all samples share."""
     if len(operands) == 1 and isinstance(operands[0], list | tuple):

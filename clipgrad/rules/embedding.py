@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from clipgrad.rules._canonical import OneHot, Outer
+from clipgrad.rules._embedding_definition import refuse_max_norm
+from clipgrad.rules._names import functional_aten_names_of
 from clipgrad.rules._registry import Call, Extent, Recipe, register_rule
-from clipgrad.rules.fallback import refuse_max_norm
 
 
 @register_rule(F.embedding, name="embedding")
@@ -47,3 +49,17 @@ def embedding(
 
     extent = Extent(flat.shape[1], w.shape[0], w.shape[1], one_hot=True)
     return call.finish(y, Recipe(weight, make, extent), saved=(ids,))
+
+
+@register_rule(torch.embedding, *functional_aten_names_of("embedding"), name="embedding")
+def aten_embedding(
+    call: Call,
+    weight: Tensor,
+    indices: Tensor,
+    padding_idx: int = -1,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Tensor:
+    """The same with the arguments in ATen's order; a negative ``padding_idx`` is none."""
+    padding = None if padding_idx < 0 else padding_idx
+    return embedding(call, indices, weight, padding, None, 2.0, scale_grad_by_freq)

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from clipgrad._lanes import Decline, below_vmap, current_level, physical
 from clipgrad.errors import NotPerSampleError
+from clipgrad.rules._embedding_definition import refuse_max_norm
 from clipgrad.rules._registry import register_decomposition
-from clipgrad.rules.fallback import refuse_max_norm
 
 
 @register_decomposition(F.embedding_bag, name="embedding_bag")

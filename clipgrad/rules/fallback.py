@@ -16,69 +16,19 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from clipgrad._foreign_code import node_of
-from clipgrad._lanes import is_broadcast
+from clipgrad._lanes import is_broadcast, is_wrapped
 from clipgrad.errors import NotPerSampleError
+from clipgrad.rules._embedding_definition import (
+    aten_embedding,
+    aten_embedding_bag,
+    embedding,
+    embedding_bag,
+    private_embedding_bag,
+)
+from clipgrad.rules._names import by_all_names, each_name, names_of
+from clipgrad.rules._one_by_one import one_by_one
 from clipgrad.rules._recurrent_definition import DEFINITIONS
 from clipgrad.rules.loss import cross_entropy_by_definition
-
-
-def _embedding(
-    input: Tensor,
-    weight: Tensor,
-    padding_idx: int | None = None,
-    max_norm: float | None = None,
-    norm_type: float = 2.0,
-    scale_grad_by_freq: bool = False,
-    sparse: bool = False,
-) -> Tensor:
-    """``vmap`` forgets ``padding_idx`` and ``scale_grad_by_freq`` when the weight differs per sample."""
-    refuse_max_norm(max_norm)
-    rows = F.embedding(input, weight)
-    if scale_grad_by_freq:
-        count = (input.reshape(-1, 1) == input.reshape(1, -1)).sum(1).view(input.shape)
-        fixed = rows.detach()
-        rows = fixed + (rows - fixed) / count.unsqueeze(-1)  # the value stays, the gradient shrinks
-    if padding_idx is None:
-        return rows
-    ignored = (input == padding_idx % weight.shape[0]).unsqueeze(-1)
-    return torch.where(ignored, rows.detach(), rows)
-
-
-def _embedding_bag(
-    input: Tensor,
-    weight: Tensor,
-    offsets: Tensor | None = None,
-    max_norm: float | None = None,
-    norm_type: float = 2,
-    scale_grad_by_freq: bool = False,
-    mode: str = "mean",
-    sparse: bool = False,
-    per_sample_weights: Tensor | None = None,
-    include_last_offset: bool = False,
-    padding_idx: int | None = None,
-) -> Tensor:
-    """Never sparse: the gradient meets dense ones."""
-    refuse_max_norm(max_norm)
-    return F.embedding_bag(
-        input,
-        weight,
-        offsets,
-        scale_grad_by_freq=scale_grad_by_freq,
-        mode=mode,
-        per_sample_weights=per_sample_weights,
-        include_last_offset=include_last_offset,
-        padding_idx=padding_idx,
-    )
-
-
-def refuse_max_norm(max_norm: float | None) -> None:
-    """Refuse the renormalisation of embedding rows in the forward pass."""
-    if max_norm is not None:
-        raise NotPerSampleError(
-            f"embedding with max_norm={max_norm} rewrites rows of its weight in the forward pass, without noise and "
-            "for all samples at once, which is not private. Set max_norm=None, or bound the norm inside the "
-            "loss: F.embedding(ids, F.normalize(weight))."
-        )
 
 
 def _by_formula(attention: Callable[..., Any]) -> Callable[..., Any]:
@@ -118,6 +68,14 @@ def _as_strided_in_place(input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     )
 
 
+def _as_strided_scatter(*args: Any, **kwargs: Any) -> Tensor:
+    """No batching rule; and on one sample's part of a batch it would count from the start of all."""
+    raise NotPerSampleError(
+        "as_strided_scatter writes to memory by its address, which has no meaning for one sample. Use slice_scatter, "
+        "select_scatter, scatter or index_put."
+    )
+
+
 def _select_scatter(input: Tensor, src: Tensor, dim: int, index: int) -> Tensor:
     """Under ``vmap`` the gradient of ``src`` comes once for each entry of the axis; that of a slice is right."""
     size = input.shape[dim]
@@ -131,12 +89,56 @@ def _linear_cross_entropy(*args: Any, options: Any = None, **kwargs: Any) -> Ten
     return F.linear_cross_entropy(*args, **kwargs)
 
 
-def _by_all_names(name: str, correction: Callable[..., Any]) -> dict[Any, Callable[..., Any]]:
-    """A correction for an operation and each of its aliases, those of ``torch.ops.aten`` included."""
-    packet = getattr(torch.ops.aten, name)
-    overloads = [getattr(packet, overload) for overload in packet.overloads()]
-    public = [getattr(owner, name) for owner in (torch, Tensor) if hasattr(owner, name)]
-    return dict.fromkeys([*public, packet, *overloads], correction)
+def _index_fill(input: Tensor, dim: int, index: Tensor, value: Any) -> Tensor:
+    """Torch 2.11 to 2.13: ``vmap`` writes a value that is a tensor through views, and loses its gradient."""
+    if not isinstance(value, Tensor):
+        return torch.index_fill(input, dim, index, value)
+    where = torch.zeros(
+        input.shape[dim] if input.dim() else 1, dtype=torch.bool, device=input.device
+    )
+    where = torch.index_fill(where, 0, index, True)
+    if input.dim():
+        where = where.view(-1, *[1] * (input.dim() - 1 - dim % input.dim()))
+    else:
+        where = where.squeeze()
+    return torch.where(where, value.to(input.dtype), input)
+
+
+def _index_fill_in_place(input: Tensor, dim: int, index: Tensor, value: Any) -> Tensor:
+    if not isinstance(value, Tensor):
+        return input.index_fill_(dim, index, value)
+    return input.copy_(_index_fill(input, dim, index, value))
+
+
+def _one_by_one(function: Callable[..., Any]) -> Callable[..., Any]:
+    """An operation whose batching rule is wrong."""
+
+    def corrected(*args: Any, **kwargs: Any) -> Any:
+        return one_by_one(function, args, kwargs)
+
+    return corrected
+
+
+def _with_numbers(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A tensor that says where to cut: the same for all samples, or else shapes depend on the data."""
+
+    def number(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        if is_wrapped(value):
+            raise NotPerSampleError(
+                f"{function.__name__} is told by a per-sample tensor where to cut, so shapes or positions depend on "
+                "the data. Use Python numbers, or torch.gather with computed indices."
+            )
+        return value.tolist()
+
+    def corrected(input: Tensor, *args: Any, **kwargs: Any) -> Any:
+        numbers = {key: number(value) for key, value in kwargs.items()}
+        if "tensor_indices_or_sections" in numbers:
+            numbers["indices_or_sections"] = numbers.pop("tensor_indices_or_sections")
+        return function(input, *map(number, args), **numbers)
+
+    return corrected
 
 
 def _layer_norm(layer_norm: Callable[..., Any]) -> Callable[..., Any]:
@@ -161,26 +163,35 @@ def _register_hook(*args: Any, **kwargs: Any) -> None:
     )
 
 
+# In torch 2.11 to 2.13 the batching rule of linalg.solve takes a matrix of right sides for a vector, or adds an axis,
+# if only one operand differs per sample. tensorsolve calls it in C++, where the capture does not see the call.
+_SOLVERS = ("linalg_solve", "linalg_solve_ex", "_linalg_solve_ex", "linalg_tensorsolve")
+
 CORRECTIONS: Mapping[Callable[..., Any], Callable[..., Any]] = MappingProxyType(
     {
         **DEFINITIONS,
-        F.embedding: _embedding,
         F.cross_entropy: cross_entropy_by_definition,
-        F.embedding_bag: _embedding_bag,
-        F.scaled_dot_product_attention: _by_formula(F.scaled_dot_product_attention),
-        F.multi_head_attention_forward: _by_formula(F.multi_head_attention_forward),
-        F.layer_norm: _layer_norm(F.layer_norm),
-        torch.layer_norm: _layer_norm(torch.layer_norm),
-        torch._nested_tensor_from_mask_left_aligned: _not_left_aligned,
-        **_by_all_names("as_strided", _as_strided),
-        **_by_all_names("as_strided_copy", _as_strided_copy),
-        **_by_all_names("as_strided_", _as_strided_in_place),
-        **_by_all_names("select_scatter", _select_scatter),
-        **(
-            {F.linear_cross_entropy: _linear_cross_entropy}
-            if hasattr(F, "linear_cross_entropy")
-            else {}
-        ),
+        **by_all_names("embedding", aten_embedding),
+        F.embedding: embedding,
+        **by_all_names("embedding_bag", aten_embedding_bag),
+        **by_all_names("_embedding_bag", private_embedding_bag),
+        F.embedding_bag: embedding_bag,
+        **each_name("scaled_dot_product_attention", _by_formula),
+        **each_name("multi_head_attention_forward", _by_formula),
+        **each_name("layer_norm", _layer_norm),
+        **each_name("native_layer_norm", _layer_norm),
+        **dict.fromkeys(names_of("_nested_tensor_from_mask_left_aligned"), _not_left_aligned),
+        **by_all_names("as_strided", _as_strided),
+        **by_all_names("as_strided_copy", _as_strided_copy),
+        **by_all_names("as_strided_", _as_strided_in_place),
+        **by_all_names("as_strided_scatter", _as_strided_scatter),
+        **by_all_names("select_scatter", _select_scatter),
+        **by_all_names("index_fill", _index_fill),
+        **by_all_names("index_fill_", _index_fill_in_place),
+        **{name: made for op in _SOLVERS for name, made in each_name(op, _one_by_one).items()},
+        **each_name("narrow", _with_numbers),
+        **each_name("tensor_split", _with_numbers),
+        **each_name("linear_cross_entropy", lambda function: _linear_cross_entropy),
         torch.Tensor.register_hook: _register_hook,
         torch.Tensor.grad_fn.__get__: node_of,  # type: ignore[union-attr]
     }

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clipgrad.rules._canonical import Outer, PerSample, widen
+from clipgrad.rules._names import functional_aten_names_of
 from clipgrad.rules._registry import Call, Decline, Extent, Recipe, register_rule
 
 
@@ -24,7 +25,7 @@ def summed_over_positions(gradient: Tensor) -> PerSample:
     return PerSample(gradient.flatten(1, -2).sum(1, dtype=widen(gradient[:0]).dtype))
 
 
-@register_rule(F.linear, name="linear")
+@register_rule(F.linear, *functional_aten_names_of("linear"), name="linear")
 def linear(call: Call, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``y = x W^T + b``: rows of W from the output gradient, columns from the input."""
     if not call.has_lanes(input):
@@ -39,16 +40,18 @@ def linear(call: Call, input: Tensor, weight: Tensor, bias: Tensor | None = None
         y,
         Recipe(
             weight,
-            lambda g: Outer(g.reshape(*factor.shape[:2], g.shape[-1]), factor, w.shape),
+            lambda g: Outer(g.reshape(*factor.shape[:2], w.shape[0]), factor, w.shape),
             Extent(factor.shape[1], *w.shape),
         ),
-        Recipe(bias, lambda g: summed_over_positions(g.reshape(*factor.shape[:2], g.shape[-1]))),
+        Recipe(bias, lambda g: summed_over_positions(g.reshape(*factor.shape[:2], w.shape[0]))),
         saved=(x,),
         view=lambda y: y.view(*x.shape[:-1], w.shape[0]),
     )
 
 
-@register_rule(torch.matmul, torch.Tensor.matmul, name="matmul")
+@register_rule(
+    torch.matmul, torch.Tensor.matmul, *functional_aten_names_of("matmul"), name="matmul"
+)
 def matmul(call: Call, input: Tensor, other: Tensor) -> Tensor:
     """``x @ W`` or ``W @ x`` with a weight of one or two axes."""
     left_lanes, right_lanes = call.has_lanes(input), call.has_lanes(other)
@@ -67,13 +70,13 @@ def rmatmul(call: Call, input: Tensor, other: Tensor) -> Tensor:
     return matmul(call, other, input)
 
 
-@register_rule(torch.mm, torch.Tensor.mm, name="mm")
+@register_rule(torch.mm, torch.Tensor.mm, *functional_aten_names_of("mm"), name="mm")
 def mm(call: Call, input: Tensor, mat2: Tensor) -> Tensor:
     """``matmul`` of two matrices; its second operand has another name."""
     return matmul(call, input, mat2)
 
 
-@register_rule(torch.mv, torch.Tensor.mv, name="mv")
+@register_rule(torch.mv, torch.Tensor.mv, *functional_aten_names_of("mv"), name="mv")
 def mv(call: Call, input: Tensor, vec: Tensor) -> Tensor:
     """``matmul`` of a matrix and a vector; its second operand has another name."""
     return matmul(call, input, vec)
@@ -89,7 +92,7 @@ def _data_times_weight(call: Call, data: Tensor, weight: Tensor) -> Tensor:
         factor.flatten(0, 1) @ matrix,
         Recipe(
             weight,
-            lambda g: Outer(factor, g.reshape(*factor.shape[:2], g.shape[-1]), w.shape),
+            lambda g: Outer(factor, g.reshape(*factor.shape[:2], matrix.shape[1]), w.shape),
             Extent(factor.shape[1], *matrix.shape),
         ),
         saved=(x,),
@@ -113,7 +116,7 @@ def _weight_times_data(call: Call, weight: Tensor, data: Tensor) -> Tensor:
         factor.flatten(0, 1) @ w.t(),
         Recipe(
             weight,
-            lambda g: Outer(g.reshape(*factor.shape[:2], g.shape[-1]), factor, w.shape),
+            lambda g: Outer(g.reshape(*factor.shape[:2], w.shape[0]), factor, w.shape),
             Extent(factor.shape[1], *w.shape),
         ),
         saved=(x,),
@@ -121,7 +124,7 @@ def _weight_times_data(call: Call, weight: Tensor, data: Tensor) -> Tensor:
     )
 
 
-@register_rule(torch.addmm, torch.Tensor.addmm, name="addmm")
+@register_rule(torch.addmm, torch.Tensor.addmm, *functional_aten_names_of("addmm"), name="addmm")
 def addmm(
     call: Call, input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1
 ) -> Tensor:
@@ -132,12 +135,12 @@ def addmm(
     y = torch.addmm(b, x.flatten(0, 1), w, beta=beta, alpha=alpha)
 
     def gradient(g: Tensor, scale: float) -> Tensor:
-        return (g if scale == 1 else g * scale).reshape(*x.shape[:2], -1)
+        return (g if scale == 1 else g * scale).reshape(*x.shape[:2], w.shape[1])
 
     return call.finish(
         y,
         Recipe(mat2, lambda g: Outer(x, gradient(g, alpha), w.shape), Extent(x.shape[1], *w.shape)),
         Recipe(input, lambda g: summed_over_positions(gradient(g, beta))),
         saved=(x,),
-        view=lambda y: y.view(*x.shape[:2], -1),
+        view=lambda y: y.view(*x.shape[:2], w.shape[1]),
     )

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clipgrad.rules._canonical import PerSample, widen
+from clipgrad.rules._names import functional_aten_names_of
 from clipgrad.rules._registry import Call, Decline, Recipe, register_rule
 
 Statistics = tuple[Tensor, Tensor]
@@ -57,7 +58,9 @@ def _positions(x: Tensor, shape: Sequence[int]) -> tuple[int, int, int] | None:
     return (x.shape[0], prod(x.shape[1:axes]), prod(x.shape[axes:])) if axes > 0 else None
 
 
-@register_rule(F.layer_norm, torch.layer_norm, name="layer_norm")
+@register_rule(
+    F.layer_norm, torch.layer_norm, *functional_aten_names_of("layer_norm"), name="layer_norm"
+)
 def layer_norm(
     call: Call,
     input: Tensor,
@@ -99,7 +102,7 @@ def layer_norm(
     return call.finish(y, Recipe(weight, make_weight), Recipe(bias, make_bias), saved=(x,))
 
 
-@register_rule(F.rms_norm, torch.rms_norm, name="rms_norm")
+@register_rule(F.rms_norm, torch.rms_norm, *functional_aten_names_of("rms_norm"), name="rms_norm")
 def rms_norm(
     call: Call,
     input: Tensor,

@@ -1,0 +1,61 @@
+"""Nodes of the autograd graph whose operation PyTorch's ``vmap`` batches wrongly.
+
+The capture corrects these operations under every name. Where it does not see a call (``DisableTorchFunction``,
+TorchScript, a C++ extension, an operation inside of another), the graph shows it, and it is refused before it runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from clipgrad.errors import NotPerSampleError
+
+
+def _has_padding(node: Any) -> bool:
+    """Whether an embedding leaves rows out, or divides by counts: of all samples, under ``vmap``."""
+    unset = (-1, 2**64 - 1)
+    return node._saved_padding_idx not in unset or node._saved_scale_grad_by_freq
+
+
+def _shares_memory(node: Any) -> bool:
+    """Whether the samples of an ``as_strided`` are one piece of memory; its gradient is right elsewhere."""
+    size, stride = node._saved_size, node._saved_stride
+    return bool(size) and size[0] > 1 and stride[0] == 0
+
+
+def _always(node: Any) -> bool:
+    return True
+
+
+WRONG: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "EmbeddingBackward0": ("embedding with padding_idx or scale_grad_by_freq", _has_padding),
+    "LinalgSolveExBackward0": ("linalg.solve", _always),
+    "AsStridedBackward0": ("as_strided", _shares_memory),
+    "IndexFillBackward1": ("index_fill with a tensor as value", _always),
+}
+
+
+def refuse(node: Any, corrected: Sequence[tuple[int, int]]) -> None:
+    """Refuse a node of a wrong operation that no correction and no rule has made.
+
+    Args:
+        node: Of the graph that is about to run, by a name in ``WRONG``.
+        corrected: Which of autograd's nodes they made, by number: first, and behind the last.
+
+    Raises:
+        NotPerSampleError: If it is one.
+    """
+    operation, is_wrong = WRONG[node.name()]
+    if not is_wrong(node):
+        return
+    number = node._sequence_nr()
+    if not any(first <= number < end for first, end in corrected):
+        raise NotPerSampleError(
+            f"the loss calls {operation} where clipgrad cannot see it (under DisableTorchFunction, in TorchScript, in "
+            "a C++ extension, or inside another operation). PyTorch's vmap computes its gradient wrongly. Call the "
+            "operation itself, in Python."
+        )
+
+
+__all__ = ["WRONG", "refuse"]

@@ -1,0 +1,14 @@
+"""PyTorch's database of operators; its import needs the package ``expecttest``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+
+def differentiable() -> list[Any]:
+    """The operators that have a gradient in float64."""
+    from torch.testing._internal.common_methods_invocations import op_db  # slow: 10 s
+
+    return [op for op in op_db if op.supports_autograd and torch.float64 in op.dtypes]
