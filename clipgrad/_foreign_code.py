@@ -125,6 +125,8 @@ class _Node:
     """What the loss is given for the node of autograd's graph that made a tensor; it can be compared with None only."""
 
     def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
         raise NotPerSampleError(
             f"the loss uses grad_fn.{name}, a node of autograd's graph. A hook there (register_hook, register_prehook, "
             f"register_multi_grad_hook, a module's backward hook) {_ALL_AT_ONCE}. Change the value in the forward "
