@@ -19,7 +19,6 @@ from clipgrad._lanes import Decline, below_vmap, current_level, is_wrapped, per_
 from clipgrad._shared import writes_in_place, writes_to_first
 from clipgrad.errors import NotPerSampleError
 
-
 _is_alias_of: Callable[[Tensor, Tensor], bool] = torch._C._is_alias_of  # type: ignore[attr-defined]
 
 
