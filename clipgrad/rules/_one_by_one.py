@@ -19,6 +19,8 @@ from clipgrad._lanes import Decline, below_vmap, current_level, is_wrapped, per_
 from clipgrad._shared import writes_in_place, writes_to_first
 from clipgrad.errors import NotPerSampleError
 
+_is_alias_of: Callable[[Tensor, Tensor], bool] = torch._C._is_alias_of  # type: ignore[attr-defined]
+
 
 def one_by_one(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """Run an operation on each sample alone, with autograd, and stack what it returns.
@@ -56,7 +58,7 @@ def _joined(name: str, results: Sequence[Any], operands: Sequence[Tensor], level
     flats, structures = zip(*map(tree_flatten, results), strict=True)
     if any(structure != structures[0] for structure in structures):
         raise _differ(name)
-    operand_memory = {_memory(_unbatched(operand, level)) for operand in operands}
+    memory = [_unbatched(operand, level) for operand in operands]
     outputs: list[Any] = []
     for column in zip(*flats, strict=True):
         first = column[0]
@@ -67,7 +69,7 @@ def _joined(name: str, results: Sequence[Any], operands: Sequence[Tensor], level
             continue
         if any(value.shape != first.shape or value.dtype != first.dtype for value in column):
             raise _differ(name)
-        if first.numel() and _memory(first) in operand_memory:
+        if first.numel() and any(_is_alias_of(first, operand) for operand in memory):
             raise NotPerSampleError(
                 f"{name} returns a view of its operand, which PyTorch's vmap cannot batch. Use indexing, reshape or "
                 "transpose with Python numbers."
@@ -79,12 +81,6 @@ def _joined(name: str, results: Sequence[Any], operands: Sequence[Tensor], level
 def _unbatched(tensor: Tensor, level: int) -> Tensor:
     value = physical(tensor, level)
     return tensor if value is None else value
-
-
-def _memory(tensor: Tensor) -> int:
-    if tensor.layout is not torch.strided:
-        return id(tensor)
-    return int(tensor.untyped_storage()._cdata)
 
 
 def _differ(name: str) -> NotPerSampleError:

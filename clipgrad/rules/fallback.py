@@ -84,9 +84,16 @@ def _select_scatter(input: Tensor, src: Tensor, dim: int, index: int) -> Tensor:
     return torch.slice_scatter(input, src.unsqueeze(dim), dim, index % size, index % size + 1)
 
 
-def _linear_cross_entropy(*args: Any, options: Any = None, **kwargs: Any) -> Tensor:
+def _linear_cross_entropy(
+    *args: Any, options: Any = None, weight: Tensor | None = None, **kwargs: Any
+) -> Tensor:
     """By its definition: in chunks it asks whether gradients are needed, and ``vmap`` answers that they are not."""
-    return F.linear_cross_entropy(*args, **kwargs)
+    if options is not None and weight is not None and is_wrapped(weight):
+        raise NotPerSampleError(
+            "linear_cross_entropy with options= gives no gradient to class weights, which differ per sample here. "
+            "Leave options= out, or pass weight.detach()."
+        )
+    return F.linear_cross_entropy(*args, weight=weight, **kwargs)
 
 
 def _index_fill(input: Tensor, dim: int, index: Tensor, value: Any) -> Tensor:
