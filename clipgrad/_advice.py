@@ -98,7 +98,7 @@ _ADVICE = (
         "microbatch_size bounds the memory instead. If it is a module's backward hook, remove it.",
     ),
     _Advice(
-        ("escaped from inside a function being vmapped",),
+        ("escaped from inside a function being vmapped", "maybe_level.has_value()"),
         "the loss recomputes part of its forward pass during the backward pass (torch.utils.checkpoint), outside the "
         "transform. Switch checkpointing off: microbatch_size bounds the memory instead.",
     ),

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from clipgrad import EscapedParameterError, NotPerSampleError, clipped_grad
 from clipgrad._reference import Params
@@ -260,3 +261,15 @@ def test_a_failure_leaves_nothing_behind(params: Params, x: Tensor) -> None:
         clipped_grad(loss, max_grad_norm=1.0)(params, x).grads,
         definition(params, x, norm=1.0, fn=loss)[0],
     )
+
+
+@pytest.mark.parametrize("part", [lambda w: w.chunk(3)[0], lambda w: w.split(1)[1]])
+def test_a_checkpoint_that_takes_a_parameter_apart(part: Callable[[Tensor], Any]) -> None:
+    """It fails in another place than a checkpoint that only reads it."""
+
+    def loss(w: Tensor, x: Tensor) -> Tensor:
+        return checkpoint(lambda h: F.linear(h, part(w)).tanh(), x, use_reentrant=False).sum()
+
+    gradient = clipped_grad(loss, max_grad_norm=1.0)
+    with pytest.raises(NotPerSampleError, match="checkpoint"):
+        gradient(torch.ones(3, 1), torch.ones(2, 1))
