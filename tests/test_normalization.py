@@ -207,3 +207,22 @@ def test_fallback_never_normalises_over_samples() -> None:
     gradient = clipgrad.clipped_grad(loss, max_grad_norm=1.0)
     with pytest.raises(clipgrad.NotPerSampleError, match=r"reaches past one sample.*\(1, 3\)"):
         gradient({"w": torch.randn(3)}, torch.randn(4, 3))
+
+
+def test_batch_norm_whose_gradient_lies_channels_last() -> None:
+    """PyTorch's own input gradient is wrong there, a loop's too, so the measure is the formula."""
+    mean, variance = torch.randn(3).double(), torch.rand(3).double() + 0.5
+
+    def loss(p: dict[str, Tensor], x: Tensor, by_hand: bool = False) -> Tensor:
+        h = (p["w"] @ x).unsqueeze(-1)
+        if by_hand:
+            h = (h - mean.view(3, 1, 1)) / (variance + 1e-5).sqrt().view(3, 1, 1)
+        else:
+            h = F.batch_norm(h, mean, variance)
+        return F.linear(h.squeeze(-1).mT, p["u"]).square().sum()
+
+    params = {"w": torch.randn(3, 4).double(), "u": torch.randn(2, 3).double()}
+    x = torch.randn(5, 4, 6).double()
+    result = clipgrad.clipped_grad(loss, max_grad_norm=1e9)(params, x)
+    expected = torch.func.grad(lambda p: loss(p, x, by_hand=True))(params)
+    torch.testing.assert_close(result.grads, expected, rtol=1e-9, atol=1e-9)

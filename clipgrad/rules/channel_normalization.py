@@ -207,7 +207,10 @@ def _fixed_statistics(
     images, shape = _images(call, input)
     mean, variance = call.shared(running_mean), call.shared(running_var)
     w, b = _shared(call, affine, images.shape[1])
-    y = F.batch_norm(images, mean, variance, w, b, eps=eps)
+    # On one axis of positions: on two, PyTorch's input gradient is wrong on CPUs where the output gradient lies
+    # channels last and the input does not (2.13).
+    rows = images.flatten(2) if images.dim() > 3 else images
+    y = F.batch_norm(rows, mean, variance, w, b, eps=eps)
 
     def find(wide: Tensor) -> Statistics:
         rstd = (variance.to(wide.dtype) + eps).rsqrt()
@@ -224,10 +227,15 @@ def _finish(
     gradients: _ChannelAffine,
 ) -> Tensor:
     weight, bias = affine
+
+    def view(y: Tensor) -> Tensor:
+        y = y if y.dim() == gradients.x.dim() else y.unflatten(2, gradients.x.shape[2:])
+        return y.unflatten(0, shape[:2])
+
     return call.finish(
         y,
         Recipe(weight, gradients.weight),
         Recipe(bias, gradients.bias),
         saved=(gradients.x,),
-        view=lambda images: images.unflatten(0, shape[:2]),
+        view=view,
     )

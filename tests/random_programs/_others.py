@@ -221,7 +221,8 @@ def linear_algebra(d: Draft, h: str) -> str:
     )
     return d.pick(
         f"torch.linalg.inv({matrix})", f"torch.linalg.det({matrix}).view(1, 1).log1p()",
-        f"torch.linalg.solve({matrix}, {d.param(1, n, 2)})", f"torch.linalg.slogdet({matrix})[1].view(1, 1)",
+        f"torch.linalg.solve({matrix}, {d.param(1, n, 2)})", f"torch.linalg.solve({matrix}, {d.param(n, 2)})",
+        f"torch.linalg.slogdet({matrix})[1].view(1, 1)",
         f"torch.linalg.cholesky({matrix} @ {matrix}.mT)", f"torch.linalg.matrix_exp({matrix} / 9)",
         f"torch.linalg.solve_triangular({matrix}, {h}.mT, upper=True)",
         f"torch.linalg.eigvalsh({matrix} @ {matrix}.mT)",
