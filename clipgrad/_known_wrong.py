@@ -46,7 +46,7 @@ def refuse(node: Any, corrected: Sequence[tuple[int, int]]) -> None:
     Raises:
         NotPerSampleError: If it is one.
     """
-    operation, is_wrong = WRONG[node.name()]
+    operation, is_wrong = WRONG[type(node).__name__]
     if not is_wrong(node):
         return
     number = node._sequence_nr()

@@ -206,9 +206,10 @@ def _refuse_escapes(tape: Tape, values: Tensor, params: Sequence[Tensor]) -> Non
         if node is None or node in seen:
             continue
         seen.add(node)
-        if node.name() in _known_wrong.WRONG:
+        kind = type(node).__name__
+        if kind in _known_wrong.WRONG:
             _known_wrong.refuse(node, tape.corrected)
-        variable = getattr(node, "variable", None)
+        variable = node.variable if kind == "AccumulateGrad" else None  # type: ignore[attr-defined]
         if variable is not None and id(variable) not in ours:
             for entry, original in zip(tape.tracked, params, strict=False):
                 if variable is original:

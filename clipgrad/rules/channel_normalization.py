@@ -229,8 +229,12 @@ def _finish(
     weight, bias = affine
 
     def view(y: Tensor) -> Tensor:
-        y = y if y.dim() == gradients.x.dim() else y.unflatten(2, gradients.x.shape[2:])
-        return y.unflatten(0, shape[:2])
+        # A batch norm of images was computed on one axis of positions.
+        return (
+            y.view_as(gradients.x).view(shape)
+            if y.dim() < gradients.x.dim()
+            else y.unflatten(0, shape[:2])
+        )
 
     return call.finish(
         y,
