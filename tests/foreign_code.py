@@ -216,7 +216,10 @@ HOSTILE: dict[str, Hostile] = {
     "save_on_cpu around": Hostile(plain, SAVED, graph.save_on_cpu),
     "mutation allowed inside": Hostile(_under(graph.allow_mutation_on_saved_tensors), SAVED),
     "mutation allowed around": Hostile(plain, SAVED, graph.allow_mutation_on_saved_tensors),
-    "checkpoint": Hostile(_checkpointed(reentrant=False), SAVED),
+    # PyTorch 2.11 refuses it by another of its words, which the second message is for.
+    "checkpoint": Hostile(
+        _checkpointed(reentrant=False), f"{SAVED}|torch.utils.checkpoint, drop it"
+    ),
     "reentrant checkpoint": Hostile(_checkpointed(reentrant=True), "torch.utils.checkpoint"),
     "hooks in torch.func.grad": Hostile(
         lambda p, x: plain(p, torch.func.grad(lambda z: _under(_hooks)(p, z))(x)), SAVED
