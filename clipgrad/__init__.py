@@ -11,7 +11,6 @@ from clipgrad import accounting, audit, rules
 from clipgrad.batch_norm import replace_batch_norm
 from clipgrad.checkpoint import load_checkpoint, save_checkpoint
 from clipgrad.clipping import AdaptiveQuantile, Automatic, PerLayer, Relation
-from clipgrad.discrete import DiscreteGaussianNoise
 from clipgrad.errors import (
     CompileError,
     CompileMismatchError,
@@ -21,7 +20,9 @@ from clipgrad.errors import (
     UnaccountedBatchError,
     UnclippedGradientError,
 )
+from clipgrad.exact.noise import DiscreteGaussianNoise
 from clipgrad.explain import Explanation
+from clipgrad.function import ClippedGrad, clipped_grad
 from clipgrad.noise import NoiseSource, SeededNoise, SystemNoise
 from clipgrad.optimizer import DPOptimizer
 from clipgrad.plan import PrivacyPlan
@@ -39,7 +40,6 @@ from clipgrad.sampling import (
     shuffled_loader,
     user_loader,
 )
-from clipgrad.transform import ClippedGrad, clipped_grad
 
 __version__ = "0.1.0"
 

@@ -6,8 +6,8 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from clipgrad._plan import Choice
-from clipgrad._tape import Tracked
+from clipgrad.engine.norm_method import Choice
+from clipgrad.engine.tape import Tracked
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from clipgrad import _reference
+from clipgrad.engine import reference
+from clipgrad.function import clipped_grad
 from clipgrad.result import ClippedGradResult
-from clipgrad.rules import _registry
-from clipgrad.transform import clipped_grad
+from clipgrad.rules import registry
 
 Params = dict[str, Tensor]
 STRATEGIES = ("kept", "ghost", "recompute")
@@ -116,8 +116,8 @@ class _Trial:
                 lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf,
                 (case.params(), case.batch(size)),
             )
-        losses, gradients = _reference.per_sample_gradients_by_loop(case.loss, params, *batch)
-        _, norms = _reference.clipped_sum(gradients, 1.0)
+        losses, gradients = reference.per_sample_gradients_by_loop(case.loss, params, *batch)
+        _, norms = reference.clipped_sum(gradients, 1.0)
         return cls(case, params, batch, size, tolerance, losses, gradients, float(norms.median()))
 
     def unusable(self) -> list[str]:
@@ -127,7 +127,7 @@ class _Trial:
             for name, gradient in self.gradients.items()
             if not gradient.any()
         ]
-        _, norms = _reference.clipped_sum(self.gradients, 1.0)
+        _, norms = reference.clipped_sum(self.gradients, 1.0)
         if self.size > 2 and not (norms > self.max_grad_norm).any():
             found.append(f"all samples have the same norm, {self.max_grad_norm}: vary the batch")
         if any(p.dtype is not torch.float64 for p in self.params.values()):
@@ -160,7 +160,7 @@ class _Trial:
     def compare(self, strategy: str, microbatch: int | None) -> list[str]:
         result = self.run(strategy, microbatch)
         where = f"strategy {strategy}, batch of {self.size}, microbatch {microbatch}"
-        sums, norms = _reference.clipped_sum(self.gradients, self.max_grad_norm)
+        sums, norms = reference.clipped_sum(self.gradients, self.max_grad_norm)
         found = self._differences(where, result, sums)
         found += self._difference(f"{where}: losses", result.values, self.losses)
         assert isinstance(result.grad_norms, Tensor)
@@ -173,7 +173,7 @@ class _Trial:
         result = self.run(strategy, None, is_padding=mask)
         others = {name: gradient[1:] for name, gradient in self.gradients.items()}
         found = self._differences(
-            where, result, _reference.clipped_sum(others, self.max_grad_norm)[0]
+            where, result, reference.clipped_sum(others, self.max_grad_norm)[0]
         )
         changed = tree_map(lambda leaf: torch.cat([leaf[-1:], leaf[1:]]), self.batch)
         again = self.run(strategy, None, batch=changed, is_padding=mask)
@@ -194,12 +194,12 @@ class _Trial:
 
         batch = tree_map(poison, self.batch)
         first = tree_map(lambda leaf: leaf[:1], batch)
-        _, poisoned = _reference.per_sample_gradients_by_loop(self.case.loss, self.params, *first)
+        _, poisoned = reference.per_sample_gradients_by_loop(self.case.loss, self.params, *first)
         gradients = {
             name: torch.cat([poisoned[name], gradient[1:]])
             for name, gradient in self.gradients.items()
         }
-        sums, norms = _reference.clipped_sum(gradients, self.max_grad_norm)
+        sums, norms = reference.clipped_sum(gradients, self.max_grad_norm)
         result = self.run(strategy, None, batch=batch)
         found = self._differences(where, result, sums)
         dropped, expected = int(result.num_nonfinite), int((~norms.isfinite()).sum())
@@ -209,13 +209,11 @@ class _Trial:
 
     def compare_without_rule(self) -> list[str]:
         """Take the rule away; also try the definition in its other form, ``vmap(grad)``."""
-        sums, _ = _reference.clipped_sum(self.gradients, self.max_grad_norm)
+        sums, _ = reference.clipped_sum(self.gradients, self.max_grad_norm)
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # slow is no reason to skip
-                gradients = _reference.per_sample_gradients(
-                    self.case.loss, self.params, *self.batch
-                )
+                gradients = reference.per_sample_gradients(self.case.loss, self.params, *self.batch)
         except (RuntimeError, NotImplementedError):
             return []  # vmap does not support the operation, so there is nothing to fall back to
         found = [
@@ -251,8 +249,8 @@ class _Trial:
         return [] if error <= self.tolerance else [f"{what} off by {error:.1e}"]
 
 
-def _entries(name: str) -> dict[Callable[..., Any], _registry.Rule | _registry.Decomposition]:
-    found = {op: entry for op, entry in _registry.rules().items() if entry.name == name}
+def _entries(name: str) -> dict[Callable[..., Any], registry.Rule | registry.Decomposition]:
+    found = {op: entry for op, entry in registry.rules().items() if entry.name == name}
     if not found:
         raise AssertionError(f"no rule named {name!r} is registered")
     return found
@@ -263,11 +261,11 @@ def _removed(name: str) -> Iterator[None]:
     """Run the body without one rule."""
     entries = _entries(name)
     for operation in entries:
-        _registry.unregister_rule(operation)
+        registry.unregister_rule(operation)
     try:
         yield
     finally:
-        _registry._RULES.update(entries)
+        registry._RULES.update(entries)
 
 
 @contextmanager
@@ -284,11 +282,11 @@ def _spied(name: str) -> Iterator[list[str]]:
         return spied
 
     for operation, entry in entries.items():
-        _registry._RULES[operation] = replace(entry, apply=spy(entry.apply))
+        registry._RULES[operation] = replace(entry, apply=spy(entry.apply))
     try:
         yield taken
     finally:
-        _registry._RULES.update(entries)
+        registry._RULES.update(entries)
 
 
 __all__ = ["RuleCase", "assert_rule_matches_reference"]

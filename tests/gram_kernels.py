@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from clipgrad.rules import _gram_triton as launcher
-from clipgrad.rules._gram import _by_products
+from clipgrad.kernels import gram_triton as launcher
+from clipgrad.rules.gram import _by_products
 
 CPU = torch.device("cpu")
 

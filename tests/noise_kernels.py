@@ -12,10 +12,10 @@ import torch
 import triton
 import triton.language as tl
 
-from clipgrad.noise import _box_muller_kernels as box_muller
-from clipgrad.noise import _chacha_kernels as kernels
-from clipgrad.noise import _chacha_proof as proof
-from clipgrad.noise._chacha_triton import TritonChaCha
+from clipgrad.kernels import box_muller_kernels as box_muller
+from clipgrad.kernels import chacha_kernels as kernels
+from clipgrad.kernels import chacha_proof as proof
+from clipgrad.kernels.chacha_triton import TritonChaCha
 from tests.noise_checks import check_gaussian, check_independent
 
 CPU = torch.device("cpu")

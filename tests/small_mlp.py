@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clipgrad import ClippedGradResult
-from clipgrad._reference import Params, clipped_sum, per_sample_gradients_by_loop
+from clipgrad.engine.reference import Params, clipped_sum, per_sample_gradients_by_loop
 
 B, INPUTS, HIDDEN = 6, 4, 3
 STRATEGIES = ("auto", "kept", "ghost", "recompute")

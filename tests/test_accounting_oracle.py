@@ -6,15 +6,7 @@ import numpy as np
 import pytest
 
 from clipgrad.accounting import Ledger, Poisson, TruncatedPoisson, epsilon
-from tests.hockey_stick import (
-    Mixture,
-    delta,
-    delta_of_steps,
-    epsilon_at,
-    group,
-    nothing,
-    one_step,
-)
+from tests.hockey_stick import Mixture, delta, delta_of_steps, epsilon_at, group, nothing, one_step
 from tests.nightly import some
 
 # The grid rounds upwards, by less than this; the oracle is exact to about 1e-9.

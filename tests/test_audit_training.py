@@ -15,16 +15,10 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.utils.data import Subset, TensorDataset
 
-from clipgrad import DPOptimizer, SeededNoise, _piece, accounting, poisson_loader
+from clipgrad import DPOptimizer, SeededNoise, accounting, poisson_loader
 from clipgrad.audit import AuditResult, Canaries, StepRecorder, canary_losses, lower_bound
-from tests.audit_tools import (
-    ORDINARY,
-    HalfNoise,
-    ReusedNoise,
-    Setting,
-    repeated,
-    train,
-)
+from clipgrad.engine import clipped
+from tests.audit_tools import ORDINARY, HalfNoise, ReusedNoise, Setting, repeated, train
 
 # Every coin at once, and fewer canaries for what is read step by step.
 FULL = Setting(m=50_000, noise_multiplier=4.0, steps=4, delta=1e-7)
@@ -91,7 +85,7 @@ def test_half_the_noise_is_caught_with_few_canaries_by_the_gaussian_curve() -> N
 def test_a_parameter_that_is_not_clipped_is_caught(
     setting: Setting, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    weighted_sums = _piece._weighted_sums
+    weighted_sums = clipped._weighted_sums
 
     def leaky(
         gradients: Any, params: Sequence[Tensor], factors: Sequence[Tensor], settings: Any
@@ -100,7 +94,7 @@ def test_a_parameter_that_is_not_clipped_is_caught(
         whole = weighted_sums(gradients, params, [torch.ones_like(f) for f in factors], settings)
         return [whole[0], *sums[1:]]
 
-    monkeypatch.setattr(_piece, "_weighted_sums", leaky)
+    monkeypatch.setattr(clipped, "_weighted_sums", leaky)
     assert audited("one parameter not clipped", setting) > setting.claim
 
 

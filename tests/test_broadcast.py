@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from clipgrad import _reference, clipped_grad
+from clipgrad import clipped_grad
+from clipgrad.engine import reference
 from clipgrad.rules import Call, Outer, PerSample, Recipe, register_rule, unregister_rule
-from clipgrad.rules._registry import Extent
+from clipgrad.rules.registry import Extent
 from clipgrad.testing import Params, RuleCase
 from tests.dp_tools import clipped, private
 from tests.test_rules import CASES, double
@@ -56,7 +57,7 @@ def drawn(case: RuleCase, name: str, shape: tuple[int, ...]) -> tuple[Params, tu
 def assert_exact(
     case: RuleCase, params: Params, batch: tuple[Tensor, ...], gradients: Params
 ) -> None:
-    sums, norms = _reference.clipped_sum(gradients, 1.0)
+    sums, norms = reference.clipped_sum(gradients, 1.0)
     for strategy in STRATEGIES:
         result = clipped_grad(case.loss, max_grad_norm=1.0, strategy=strategy)(params, *batch)
         torch.testing.assert_close(result.grad_norms, norms, rtol=1e-9, atol=1e-9)
@@ -75,9 +76,7 @@ def test_every_rule(rule: str) -> None:
             for name, shape in variants(case):
                 params, batch = drawn(case, name, shape)
                 try:
-                    _, gradients = _reference.per_sample_gradients_by_loop(
-                        case.loss, params, *batch
-                    )
+                    _, gradients = reference.per_sample_gradients_by_loop(case.loss, params, *batch)
                 except (RuntimeError, ValueError, IndexError, AssertionError, TypeError):
                     continue  # not a shape that PyTorch takes
                 legal += 1
@@ -109,7 +108,7 @@ def test_biases(operation: str, bias: tuple[int, ...], positions: tuple[int, ...
     batch = torch.randn(SAMPLES, *positions, INPUTS, dtype=torch.float64)
     case = RuleCase(operation, "bias", loss, lambda: params, lambda size: (batch,))
     try:
-        _, gradients = _reference.per_sample_gradients_by_loop(loss, params, batch)
+        _, gradients = reference.per_sample_gradients_by_loop(loss, params, batch)
     except RuntimeError:
         assert len(bias) == 3 or (positions == () and bias[:1] == (T,))  # PyTorch refuses these
         return

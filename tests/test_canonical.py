@@ -1,4 +1,4 @@
-"""The algebra of rules/_canonical.py against einsum, on factors of every kind."""
+"""The algebra of rules/canonical.py against einsum, on factors of every kind."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from clipgrad import _tape
-from clipgrad._tape import Strategy, Tracked
-from clipgrad.rules import OneHot, Outer, PerSample, Use, _ghost, _gram
-from clipgrad.rules._canonical import row_norms_squared
-from clipgrad.rules._ghost import ghost_norms_squared, lengths_of, never_underestimated
+from clipgrad.engine import tape
+from clipgrad.engine.tape import Strategy, Tracked
+from clipgrad.rules import OneHot, Outer, PerSample, Use, ghost, gram
+from clipgrad.rules.canonical import row_norms_squared
+from clipgrad.rules.ghost import ghost_norms_squared, lengths_of, never_underestimated
 
 B, S, ROWS, COLUMNS = 4, 5, 6, 3
 SHAPE = torch.Size([ROWS, COLUMNS])
@@ -105,7 +105,7 @@ def test_weighted_sum(make: Callable[[], Outer]) -> None:
 @pytest.fixture(params=[0, 256], ids=["segments", "gram"])
 def few(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both ways to the norm of an embedding."""
-    monkeypatch.setattr(_ghost, "_FEW_POSITIONS", request.param)
+    monkeypatch.setattr(ghost, "_FEW_POSITIONS", request.param)
 
 
 @pytest.mark.usefixtures("few")
@@ -153,7 +153,7 @@ def test_weighted_sum_of_gradients(shape: tuple[int, ...]) -> None:
 def test_symmetric_recursion(
     monkeypatch: pytest.MonkeyPatch, positions: int, threshold: int
 ) -> None:
-    monkeypatch.setattr(_gram, "_SYMMETRY_POSITIONS", threshold)
+    monkeypatch.setattr(gram, "_SYMMETRY_POSITIONS", threshold)
     use = dense(positions)
     torch.testing.assert_close(ghost_norms_squared([use]), squared_norms(definition(use)))
 
@@ -163,7 +163,7 @@ def test_symmetric_recursion(
 def test_gram_matrices_in_pieces(
     monkeypatch: pytest.MonkeyPatch, elements: int, make: Callable[[], list[Outer]]
 ) -> None:
-    monkeypatch.setattr(_gram, "_ELEMENTS", elements)
+    monkeypatch.setattr(gram, "_ELEMENTS", elements)
     uses = make()
     torch.testing.assert_close(ghost_norms_squared(uses), squared_norms(total(uses)))
 
@@ -179,7 +179,7 @@ def tracked(uses: list[Use], strategy: Strategy) -> Tracked:
 def test_recomputed_norms_in_pieces(
     monkeypatch: pytest.MonkeyPatch, samples: int, make: Callable[[], list[Outer]]
 ) -> None:
-    monkeypatch.setattr(_tape, "_RECOMPUTE_ELEMENTS", samples * SHAPE.numel())
+    monkeypatch.setattr(tape, "_RECOMPUTE_ELEMENTS", samples * SHAPE.numel())
     uses = make()
     entry = tracked(list(uses), Strategy.RECOMPUTE)
     torch.testing.assert_close(entry.squared_norms(), squared_norms(total(uses)))
@@ -263,7 +263,7 @@ def test_norms_allow_for_a_sum_in_tf32(materialised: bool, monkeypatch: pytest.M
     lengths = lengths_of([use])
     exact = torch.zeros(B)
     before = never_underestimated(exact, lengths, [use], materialised=materialised).sqrt()
-    monkeypatch.setattr(_ghost, "_may_round_to_tf32", lambda norms: True)
+    monkeypatch.setattr(ghost, "_may_round_to_tf32", lambda norms: True)
     after = never_underestimated(exact, lengths, [use], materialised=materialised).sqrt()
     assert (before < after).all()
     assert (after >= lengths.products * 2.0**-7).all()

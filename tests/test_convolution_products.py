@@ -12,16 +12,13 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 import clipgrad
-from clipgrad.compiled import _backend
-from clipgrad.rules import (
-    _convolution_gradient,
-    _convolution_ways,
-    _tensor_cores,
-    _unfolding,
-)
-from clipgrad.rules._canonical import Outer, PerSample, row_norms_squared
-from clipgrad.rules._convolution_ways import Way
-from clipgrad.rules._geometry import Geometry
+from clipgrad.compiled import backend
+from clipgrad.kernels import tensor_cores
+from clipgrad.rules.canonical import Outer, PerSample, row_norms_squared
+from clipgrad.rules.convolution import gradient as gradient_module
+from clipgrad.rules.convolution import methods, unfolding
+from clipgrad.rules.convolution.geometry import Geometry
+from clipgrad.rules.convolution.methods import Way
 from clipgrad.testing import RuleCase, assert_rule_matches_reference
 from tests.nightly import every, pairs, some
 from tests.rule_cases.convolution import CASES
@@ -30,12 +27,12 @@ USES = [case for case in CASES if not case.declines]
 
 
 def always(way: Way, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_convolution_gradient, "fastest", lambda *_: way)
+    monkeypatch.setattr(gradient_module, "fastest", lambda *_: way)
 
 
 def joined(outers: Iterable[Outer], samples: int) -> Tensor:
     """As on a GPU."""
-    found = _convolution_ways._joined(outers)
+    found = methods._joined(outers)
     assert len(found) == samples
     return found
 
@@ -50,26 +47,24 @@ def products(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     def product(a: Tensor, b: Tensor) -> Tensor:
         taken.append(a.shape[0])
-        result: Tensor = _tensor_cores.bmm(a, b, True)
+        result: Tensor = tensor_cores.bmm(a, b, True)
         return result
 
-    monkeypatch.setattr(_convolution_ways, "convolution_product", product)
-    always(_convolution_ways.by_patches, monkeypatch)
+    monkeypatch.setattr(methods, "convolution_product", product)
+    always(methods.by_patches, monkeypatch)
     return taken
 
 
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
-@pytest.mark.parametrize(
-    ("gather", "case"), some(2, [joined, _convolution_ways._side_by_side], USES)
-)
+@pytest.mark.parametrize(("gather", "case"), some(2, [joined, methods._side_by_side], USES))
 def test_case(
     case: RuleCase, gather: Gather, products: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A sample at a time."""
-    monkeypatch.setattr(_convolution_ways, "_side_by_side", gather)
-    monkeypatch.setattr(_unfolding, "_AT_ONCE", {"cpu": 1})
-    monkeypatch.setattr(_unfolding, "_FEWEST_AT_ONCE", 1)
+    monkeypatch.setattr(methods, "_side_by_side", gather)
+    monkeypatch.setattr(unfolding, "_AT_ONCE", {"cpu": 1})
+    monkeypatch.setattr(unfolding, "_FEWEST_AT_ONCE", 1)
     assert_rule_matches_reference(
         case, batch_sizes=(3,), strategies=("kept",), microbatch_sizes=(None,)
     )
@@ -79,18 +74,18 @@ def test_case(
 def sliced(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
     """Shapes of the weights whose gradients were found by slices, which are taken wherever they can be."""
     shapes: list[torch.Size] = []
-    fastest, by_slices = _convolution_gradient.fastest, _convolution_ways.by_slices
+    fastest, by_slices = gradient_module.fastest, methods.by_slices
 
     def counted(gradient: Tensor, input: Tensor, shape: torch.Size, geometry: Geometry) -> Tensor:
         shapes.append(shape)
         return by_slices(gradient, input, shape, geometry)
 
     def choose(device: torch.device, shape: torch.Size, geometry: Geometry) -> Way:
-        sliceable = _convolution_gradient._sliceable(shape, geometry)
+        sliceable = gradient_module._sliceable(shape, geometry)
         return counted if sliceable else fastest(device, shape, geometry)
 
-    monkeypatch.setattr(_convolution_gradient, "_FEWEST_COLUMNS", 1)
-    monkeypatch.setattr(_convolution_gradient, "fastest", choose)
+    monkeypatch.setattr(gradient_module, "_FEWEST_COLUMNS", 1)
+    monkeypatch.setattr(gradient_module, "fastest", choose)
     return shapes
 
 
@@ -101,8 +96,8 @@ def test_slices(
     case: RuleCase, in_parts: bool, sliced: list[torch.Size], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if in_parts:
-        monkeypatch.setattr(_unfolding, "_AT_ONCE", {"cpu": 1})
-        monkeypatch.setattr(_unfolding, "_FEWEST_AT_ONCE", 1)
+        monkeypatch.setattr(unfolding, "_AT_ONCE", {"cpu": 1})
+        monkeypatch.setattr(unfolding, "_FEWEST_AT_ONCE", 1)
     assert_rule_matches_reference(
         case, batch_sizes=(3,), strategies=("kept",), microbatch_sizes=(None,)
     )
@@ -134,8 +129,8 @@ def test_slices_of_every_geometry(
     x = torch.randn(2, 3, 11, 10, dtype=torch.float64).contiguous(memory_format=layout)
     w = torch.randn(*((3, 4) if transposed else (4, 3)), 3, 2, dtype=torch.float64)
     gradient = torch.randn_like(geometry.convolve(x, w, None)).contiguous(memory_format=layout)
-    expected = _convolution_ways.by_patches(gradient, x, w.shape, geometry)
-    found = _convolution_gradient.per_sample_gradient(gradient, x, w.shape, geometry)
+    expected = methods.by_patches(gradient, x, w.shape, geometry)
+    found = gradient_module.per_sample_gradient(gradient, x, w.shape, geometry)
     assert sliced == [w.shape]
     torch.testing.assert_close(found, expected)
     torch.testing.assert_close(row_norms_squared(found), row_norms_squared(expected))
@@ -149,8 +144,8 @@ def test_slices_of_every_geometry(
 @pytest.mark.parametrize("case", every(8, USES, lambda case: case.name))
 def test_groups_in_a_graph(case: RuleCase, monkeypatch: pytest.MonkeyPatch) -> None:
     """The library's grouped convolution as one operation of a graph, for every kind of convolution."""
-    monkeypatch.setattr(_backend, "compile_graph", lambda module, mode: module)
-    always(_convolution_ways.by_groups, monkeypatch)
+    monkeypatch.setattr(backend, "compile_graph", lambda module, mode: module)
+    always(methods.by_groups, monkeypatch)
     torch.manual_seed(0)
     params, batch = case.params(), case.batch(3)
     expected = clipgrad.clipped_grad(case.loss, max_grad_norm=1.0, strategy="ghost")(params, *batch)
@@ -177,8 +172,8 @@ def test_positions_in_parts(
         cut.append(outer.right.shape[1])
         return cut[-1]
 
-    monkeypatch.setattr(_convolution_ways, "_parts", parts)
-    monkeypatch.setitem(_unfolding._AT_ONCE, "cpu", 1 << 40)
+    monkeypatch.setattr(methods, "_parts", parts)
+    monkeypatch.setitem(unfolding._AT_ONCE, "cpu", 1 << 40)
     assert_rule_matches_reference(case)
     assert cut or case.name in {"1x1", "one pixel, strided", "frozen weight"}
 
@@ -200,8 +195,8 @@ def test_a_gpu_is_kept_busy(products_of: tuple[int, int, int, int], parts: int) 
     left = torch.empty(count, positions, rows, device="meta")
     right = torch.empty(count, positions, columns, device="meta")
     outer = Outer(left, right, torch.Size((rows, columns)))
-    assert _convolution_ways._parts(outer, torch.device("cuda", 0)) == parts
-    assert _convolution_ways._parts(outer, torch.device("cpu")) == 1
+    assert methods._parts(outer, torch.device("cuda", 0)) == parts
+    assert methods._parts(outer, torch.device("cpu")) == 1
 
 
 @pytest.mark.parametrize(("most", "taken"), [(5, [4, 3]), (1, [4, 3]), (7, [7])])
@@ -216,8 +211,8 @@ def test_parts_are_as_large_as_they_may_be(
     whole = gradient({"w": w}, x)
     assert products == [7]
     products.clear()
-    monkeypatch.setattr(_convolution_ways, "_side_by_side", joined)
-    monkeypatch.setattr(_unfolding, "_AT_ONCE", {"cpu": most * 2 * 9 * 25})
+    monkeypatch.setattr(methods, "_side_by_side", joined)
+    monkeypatch.setattr(unfolding, "_AT_ONCE", {"cpu": most * 2 * 9 * 25})
     parts = gradient({"w": w}, x)
     assert products == taken
     torch.testing.assert_close(parts.grads, whole.grads)
@@ -228,15 +223,15 @@ def test_a_graph_holds_the_product_whole(
     products: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Else the setting would be looked at when the graph is made, and a compiler would take plain products."""
-    product = partial(_tensor_cores.bmm, allowed=True)
-    monkeypatch.setattr(_convolution_ways, "convolution_product", product)
+    product = partial(tensor_cores.bmm, allowed=True)
+    monkeypatch.setattr(methods, "convolution_product", product)
     modules: list[GraphModule] = []
 
     def compile_graph(module: GraphModule, mode: str) -> GraphModule:
         modules.append(module)
         return module
 
-    monkeypatch.setattr(_backend, "compile_graph", compile_graph)
+    monkeypatch.setattr(backend, "compile_graph", compile_graph)
     x, w = (
         torch.randn(4, 2, 5, 5, dtype=torch.float64),
         torch.randn(3, 2, 3, 3, dtype=torch.float64),
@@ -252,12 +247,12 @@ def test_the_setting_is_put_back(allowed: bool) -> None:
     matmul = torch.backends.cuda.matmul
     a = torch.randn(2, 3, 4)
     before = matmul.allow_tf32
-    torch.testing.assert_close(_tensor_cores.bmm(a, a.mT, allowed), a @ a.mT)
+    torch.testing.assert_close(tensor_cores.bmm(a, a.mT, allowed), a @ a.mT)
     with pytest.raises(RuntimeError):
-        _tensor_cores.bmm(a, a, allowed)
+        tensor_cores.bmm(a, a, allowed)
     assert matmul.allow_tf32 == before
-    with _tensor_cores.tf32(allowed):
-        assert _tensor_cores.matrices_may() is allowed
+    with tensor_cores.tf32(allowed):
+        assert tensor_cores.matrices_may() is allowed
     assert matmul.allow_tf32 == before
 
 
@@ -267,8 +262,8 @@ def test_only_where_one_of_them_may(
     convolutions: bool, matrices: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", convolutions)
-    with _tensor_cores.tf32(matrices):
-        assert _tensor_cores.convolutions_may() is (convolutions or matrices)
+    with tensor_cores.tf32(matrices):
+        assert tensor_cores.convolutions_may() is (convolutions or matrices)
 
 
 @pytest.mark.parametrize("at_once", [1 << 20, 1])
@@ -290,15 +285,15 @@ def test_the_output_gradient_unfolded(
     at_once: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setitem(_unfolding._AT_ONCE, "cpu", at_once)
+    monkeypatch.setitem(unfolding._AT_ONCE, "cpu", at_once)
     axes, shape = len(taps), torch.Size((2, 5, *taps))
     geometry = Geometry((1,) * axes, padding, dilation, 1)
-    assert _convolution_gradient.fastest(torch.device("cpu"), shape, geometry).__name__ == "by_rows"
+    assert gradient_module.fastest(torch.device("cpu"), shape, geometry).__name__ == "by_rows"
     x = torch.randn(7, 5, *(9, 10, 8)[:axes], dtype=torch.float64)
     weight = torch.randn(shape, dtype=torch.float64, requires_grad=True)
     y = geometry.convolve(x, weight, None)
     gradient = torch.randn_like(y)
-    found = _convolution_ways.by_rows(gradient, x, shape, geometry)
+    found = methods.by_rows(gradient, x, shape, geometry)
     for sample in range(7):
         (expected,) = torch.autograd.grad(y[sample], weight, gradient[sample], retain_graph=True)
         torch.testing.assert_close(found[sample], expected)
@@ -318,7 +313,7 @@ def test_the_output_gradient_unfolded(
 def test_where_the_output_gradient_is_not_unfolded(
     shape: tuple[int, ...], geometry: Geometry
 ) -> None:
-    chosen = _convolution_gradient.fastest(torch.device("cpu"), shape, geometry)
+    chosen = gradient_module.fastest(torch.device("cpu"), shape, geometry)
     assert chosen.__name__ != "by_rows"
 
 
@@ -332,5 +327,5 @@ def test_a_processor_without_avx512_unfolds_more(
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     geometry = Geometry((1, 1), (1, 1), (1, 1), 1)
     cpu = torch.device("cpu")
-    assert _convolution_gradient.fastest(cpu, (128, 64, 3, 3), geometry).__name__ == way
-    assert _convolution_gradient.fastest(cpu, (64, 128, 3, 3), geometry).__name__ == "by_groups"
+    assert gradient_module.fastest(cpu, (128, 64, 3, 3), geometry).__name__ == way
+    assert gradient_module.fastest(cpu, (64, 128, 3, 3), geometry).__name__ == "by_groups"

@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clipgrad import DPOptimizer, NotPerSampleError, SystemNoise, _reference, profile_step
+from clipgrad import DPOptimizer, NotPerSampleError, SystemNoise, profile_step
+from clipgrad.engine import reference
 from clipgrad.testing import RuleCase, assert_rule_matches_reference
 from tests.architectures import ARCHITECTURES, Architecture
 from tests.oracle import clipped_sum, per_sample_gradients
@@ -142,7 +143,7 @@ def test_rule(case: RuleCase) -> None:
     with torch.device("cuda"):  # for the constants that a case's loss makes
         params, batch = case.params(), case.batch(2)
         try:
-            _reference.per_sample_gradients_by_loop(case.loss, params, *batch)
+            reference.per_sample_gradients_by_loop(case.loss, params, *batch)
         except RuntimeError as error:  # a kernel that does not exist, a constant made on the CPU
             pytest.skip(f"plain PyTorch cannot run it on CUDA: {error}")
         assert_rule_matches_reference(case, device="cuda")

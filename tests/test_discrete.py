@@ -15,9 +15,11 @@ import torch
 from scipy.stats import chi2
 from torch import Tensor, nn
 
-from clipgrad import SystemNoise, _discrete_gaussian, discrete
-from clipgrad._discrete_gaussian import discrete_gaussian
-from clipgrad.discrete import DiscreteGaussianNoise
+from clipgrad import SystemNoise
+from clipgrad.exact import noise as noise_module
+from clipgrad.exact import sampler
+from clipgrad.exact.noise import DiscreteGaussianNoise
+from clipgrad.exact.sampler import discrete_gaussian
 from tests.dp_tools import data, mlp, private, values
 
 GRID = 2.0**-16
@@ -39,7 +41,7 @@ class Recorder:
 @pytest.fixture
 def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
     recorder = Recorder()
-    monkeypatch.setattr(discrete, "discrete_gaussian", recorder)
+    monkeypatch.setattr(noise_module, "discrete_gaussian", recorder)
     return recorder
 
 
@@ -85,7 +87,7 @@ def test_the_distribution(sigma: int) -> None:
 
 def test_all_of_it_by_the_slow_road(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where 64 bits are too few, Python's integers decide, and the distribution is the same."""
-    monkeypatch.setattr(_discrete_gaussian, "_MOST_DISTANCE", 2)
+    monkeypatch.setattr(sampler, "_MOST_DISTANCE", 2)
     assert p_value(discrete_gaussian(20_000, 3), probabilities(3)) > 1e-9
 
 
@@ -106,8 +108,8 @@ def test_the_widest() -> None:
 @pytest.mark.parametrize(("numerator", "denominator"), [(0, 1), (1, 1), (1, 3), (5, 7), (3, 2**56)])
 def test_bernoulli_exp(numerator: int, denominator: int) -> None:
     count, p = 100_000, math.exp(-numerator / denominator)
-    many = _discrete_gaussian._bernoulli_exp(np.full(count, numerator), denominator)
-    exact = _discrete_gaussian._bernoulli_exp_exact
+    many = sampler._bernoulli_exp(np.full(count, numerator), denominator)
+    exact = sampler._bernoulli_exp_exact
     few = np.array([exact(Fraction(numerator, denominator)) for _ in range(5000)])
     for found in (many, few):
         assert abs(found.mean() - p) <= 7 * math.sqrt(p * (1 - p) / len(found)) + 1e-12
@@ -117,15 +119,15 @@ def test_bernoulli_exp(numerator: int, denominator: int) -> None:
 
 @pytest.mark.parametrize("bound", [2, 3, 7, 2**56 + 1])
 def test_uniform_integers(bound: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = _discrete_gaussian._below(bound, 20_000)
+    found = sampler._below(bound, 20_000)
     assert 0 <= found.min() <= found.max() < bound
     parts = np.bincount(found * 2 // bound if bound > 8 else found)
     assert abs(parts / 20_000 - 1 / len(parts)).max() < 7 * math.sqrt(0.25 / 20_000)
     # A word beyond the last whole multiple of the bound is drawn again.
     words = iter([2**62 - 1, 2**62 - 2**62 % bound, 5])
-    monkeypatch.setattr(_discrete_gaussian, "_words", lambda n: np.array([next(words)]))
+    monkeypatch.setattr(sampler, "_words", lambda n: np.array([next(words)]))
     if 2**62 % bound:
-        assert _discrete_gaussian._below(bound, 1).tolist() == [5 % bound]
+        assert sampler._below(bound, 1).tolist() == [5 % bound]
 
 
 def test_bits_come_from_the_operating_system(monkeypatch: pytest.MonkeyPatch) -> None:

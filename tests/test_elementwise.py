@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import clipgrad
-from clipgrad import _reference
+from clipgrad.engine import reference
 
 CASES: dict[str, tuple[Callable[..., Tensor], tuple[int, ...]]] = {
     "x * w": (lambda x, w: x * w, (4,)),
@@ -58,8 +58,8 @@ def test_equals_the_definition(
     def loss(params: dict[str, Tensor], x: Tensor, target: Tensor) -> Tensor:
         return ((forward(x, params["w"]) - target).sin() * target.exp()).sum()
 
-    losses, each = _reference.per_sample_gradients_by_loop(loss, params, x, target)
-    expected, norms = _reference.clipped_sum(each, 3.0)
+    losses, each = reference.per_sample_gradients_by_loop(loss, params, x, target)
+    expected, norms = reference.clipped_sum(each, 3.0)
     for microbatch_size in (1, 3, None):
         result = clipgrad.clipped_grad(
             loss, max_grad_norm=3.0, strategy=strategy, microbatch_size=microbatch_size

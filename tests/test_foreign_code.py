@@ -17,7 +17,7 @@ from torch.nn.attention.bias import causal_lower_right
 from torch.utils.flop_counter import FlopCounterMode
 
 from clipgrad import CompileError, NotPerSampleError, clipped_grad
-from clipgrad._foreign_code import without_saved_tensors_hooks
+from clipgrad.engine.foreign_code import without_saved_tensors_hooks
 from tests.dp_tools import data, mlp, private, squared
 from tests.foreign_code import HOSTILE, SAVED, Hostile, Params, plain, quantised
 

@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from clipgrad.rules import Outer, _gram, _tensor_cores
-from clipgrad.rules._ghost import ghost_norms_squared
-from clipgrad.rules._gram import gram_sums
+from clipgrad.kernels import tensor_cores
+from clipgrad.rules import Outer, gram
+from clipgrad.rules.ghost import ghost_norms_squared
+from clipgrad.rules.gram import gram_sums
 from tests.kernels import interpreted, needs_cuda, needs_triton
 
 
@@ -31,8 +32,8 @@ def found(left: Tensor, right: Tensor) -> Tensor:
 def test_by_products(
     positions: int, threshold: int, elements: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_gram, "_SYMMETRY_POSITIONS", threshold)
-    monkeypatch.setattr(_gram, "_ELEMENTS", elements)
+    monkeypatch.setattr(gram, "_SYMMETRY_POSITIONS", threshold)
+    monkeypatch.setattr(gram, "_ELEMENTS", elements)
     left = torch.randn(3, positions, 4, dtype=torch.float64)
     right = torch.randn(3, 6, positions, dtype=torch.float64).mT
     torch.testing.assert_close(found(left, right), expected(left, right))
@@ -60,7 +61,7 @@ def test_on_cuda_in_full_precision(shape: tuple[int, int, int, int], tf32: bool)
     samples, positions, rows, columns = shape
     left = torch.randn(samples, positions, rows, device="cuda")
     right = torch.randn(samples, columns, positions, device="cuda").mT
-    with _tensor_cores.tf32(tf32):
+    with tensor_cores.tf32(tf32):
         result = found(left, right)
     torch.testing.assert_close(result.double(), expected(left, right), rtol=1e-5, atol=0)
 
@@ -69,10 +70,10 @@ def test_on_cuda_in_full_precision(shape: tuple[int, int, int, int], tf32: bool)
 @needs_cuda
 @needs_triton
 def test_kernel_is_used_on_cuda() -> None:
-    from clipgrad.rules import _gram_triton
+    from clipgrad.kernels import gram_triton
 
     left, right = torch.randn(2, 40, 64, 20, device="cuda")
-    result = _gram_triton.gram_sums(left, right)
+    result = gram_triton.gram_sums(left, right)
     assert result is not None
     assert torch.equal(result, found(left, right))
 
@@ -90,7 +91,7 @@ def test_what_cancels_is_clipped_enough_in_tf32(positions: int, distance: float)
     right = torch.randn(64, half, 80, device="cuda").repeat(1, 2, 1)
     right[:, half:] += distance * torch.randn(64, half, 80, device="cuda")
     use = Outer(left, right, torch.Size([96, 80]))
-    with _tensor_cores.tf32(True):
+    with tensor_cores.tf32(True):
         norms = ghost_norms_squared([use]).sqrt()
         for sample in range(64):
             factors = torch.zeros(64, device="cuda")

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from clipgrad import Relation, clipped_grad
-from clipgrad._grid import Grid, alone, exact_sigma, within
-from clipgrad._reference import clipped_sum, per_sample_gradients_by_loop
+from clipgrad.engine.reference import clipped_sum, per_sample_gradients_by_loop
+from clipgrad.exact.grid import Grid, alone, exact_sigma, within
 from tests.small_mlp import make_batch, make_params, mlp
 from tests.test_sensitivity import MODELS, Model, collate, rows, tied
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from clipgrad.noise import NoiseSource, SystemNoise, _keys
-from clipgrad.noise._accelerator import AcceleratorNoise
-from clipgrad.noise._cpu import CpuNoise
-from clipgrad.noise._keys import Lineage
+from clipgrad.noise import NoiseSource, SystemNoise, keys
+from clipgrad.noise.accelerator import AcceleratorNoise
+from clipgrad.noise.cpu import CpuNoise
+from clipgrad.noise.keys import Lineage
 from clipgrad.sampling._words import seeded_words
 from tests.noise_checks import PIECE, check_gaussian, check_independent, draw, seeded
 
@@ -127,7 +127,7 @@ def test_pieces_parameters_steps_and_sources_are_independent() -> None:
 
 
 def test_a_repeated_stream_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_keys, "new_master", lambda: bytes(32))
+    monkeypatch.setattr(keys, "new_master", lambda: bytes(32))
     with pytest.raises(AssertionError):
         check_independent(torch.stack([draw(SystemNoise(), 1000), draw(SystemNoise(), 1000)]))
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from clipgrad.noise import NoiseSource, SeededNoise, SystemNoise, gaussian_sigma
-from clipgrad.noise._pieces import contiguous_targets, pieces
+from clipgrad.noise.pieces import contiguous_targets, pieces
 from tests.noise_checks import draw, seeded
 
 

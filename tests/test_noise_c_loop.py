@@ -16,13 +16,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from clipgrad.noise import SystemNoise, _c_loop, _cpu, _keys
-from clipgrad.noise._c_loop import CAPACITY, LoopedBoxMuller, compiled, looped, prove
+from clipgrad.noise import SystemNoise, c_loop, cpu, keys
+from clipgrad.noise.c_loop import CAPACITY, LoopedBoxMuller, compiled, looped, prove
 from tests.noise_checks import check_gaussian, check_independent
 from tests.test_noise_gaussian import Given, edge_words, oracle
 
 EPS = 2.0**-23
-SOURCE = _c_loop.SOURCE.read_text(encoding="utf-8")
+SOURCE = c_loop.SOURCE.read_text(encoding="utf-8")
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def two_threads() -> Iterator[None]:
 @pytest.fixture
 def unproved(monkeypatch: pytest.MonkeyPatch) -> None:
     """As in a new process."""
-    monkeypatch.setattr(_c_loop, "_found", [])
+    monkeypatch.setattr(c_loop, "_found", [])
 
 
 # -------------------------------------------------------------------------------------- values
@@ -135,7 +135,7 @@ def test_any_number_of_values(size: int) -> None:
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_threads_share_a_large_tensor(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_cpu, "_MANY", 4 * CAPACITY)
+    monkeypatch.setattr(cpu, "_MANY", 4 * CAPACITY)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     source, size = SystemNoise(), 12 * CAPACITY + 77
     totals = torch.zeros(4, size)
@@ -150,7 +150,7 @@ def test_threads_share_a_large_tensor(threads: int, monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize("threads", [2, 3, 16])
 def test_threads_share_many_tensors(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """None of them large; shares are cut wherever they end."""
-    monkeypatch.setattr(_cpu, "_MANY", 4 * CAPACITY)
+    monkeypatch.setattr(cpu, "_MANY", 4 * CAPACITY)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     submitted: list[int] = []
     real = ThreadPoolExecutor.submit
@@ -177,7 +177,7 @@ def test_threads_share_many_tensors(threads: int, monkeypatch: pytest.MonkeyPatc
 
 def test_few_values_stay_in_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     loop()
-    monkeypatch.setattr(_cpu, "_MANY", 4 * CAPACITY)
+    monkeypatch.setattr(cpu, "_MANY", 4 * CAPACITY)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     monkeypatch.setattr(ThreadPoolExecutor, "submit", None)
     total = torch.zeros(2, 2 * CAPACITY - 1)
@@ -187,7 +187,7 @@ def test_few_values_stay_in_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_thread_that_fails_is_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
     loop()
-    monkeypatch.setattr(_cpu, "_MANY", 4 * CAPACITY)
+    monkeypatch.setattr(cpu, "_MANY", 4 * CAPACITY)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     real, main = LoopedBoxMuller.add, threading.get_ident()
 
@@ -236,7 +236,7 @@ def test_compiled_under_inference_mode() -> None:
         SystemNoise().add_gaussian_([total], 1.0)
     SystemNoise().add_gaussian_([total], 1.0)
     check_gaussian(total, 2**0.5)
-    assert _c_loop._found != [None]
+    assert c_loop._found != [None]
 
 
 # --------------------------------------------------------------------------------------- proof
@@ -297,23 +297,23 @@ def test_a_compiler_that_does_not_know_this_processor(
     prove(LoopedBoxMuller(compiled(SOURCE)))
 
 
-def fails(_: str) -> _c_loop.Loop:
+def fails(_: str) -> c_loop.Loop:
     raise OSError("no compiler\nhere")
 
 
-def adds_nothing(_: str) -> _c_loop.Loop:
+def adds_nothing(_: str) -> c_loop.Loop:
     return lambda *_: None
 
 
 @pytest.mark.parametrize("made", [fails, adds_nothing])
 @pytest.mark.usefixtures("unproved")
 def test_without_a_right_loop_noise_is_made_uncompiled_and_told_of_once(
-    made: Callable[[str], _c_loop.Loop],
+    made: Callable[[str], c_loop.Loop],
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(_c_loop, "compiled", made)
-    monkeypatch.setattr(_keys, "new_master", lambda: bytes(32))
+    monkeypatch.setattr(c_loop, "compiled", made)
+    monkeypatch.setattr(keys, "new_master", lambda: bytes(32))
     caplog.set_level(logging.INFO, "clipgrad")
     totals = torch.zeros(3, 200_000)
     for total, compile_it in zip(totals, (True, True, False), strict=True):
@@ -331,8 +331,8 @@ def test_compiled_and_uncompiled_make_the_same_of_the_same_key(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     loop()
-    monkeypatch.setattr(_keys, "new_master", lambda: bytes(32))
-    size = min(CAPACITY, _cpu.PIECE)
+    monkeypatch.setattr(keys, "new_master", lambda: bytes(32))
+    size = min(CAPACITY, cpu.PIECE)
     totals = torch.zeros(2, size)
     for total, compile_it in zip(totals, (True, False), strict=True):
         SystemNoise(compile=compile_it).add_gaussian_([total], 1.0)
@@ -344,11 +344,11 @@ def test_compiled_and_uncompiled_make_the_same_of_the_same_key(
 def test_a_loop_is_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
     made = []
 
-    def count(source: str) -> _c_loop.Loop:
+    def count(source: str) -> c_loop.Loop:
         made.append(source)
         return compiled(source)
 
-    monkeypatch.setattr(_c_loop, "compiled", count)
+    monkeypatch.setattr(c_loop, "compiled", count)
     for _ in range(2):
         source = SystemNoise()
         for size in (2048, 10_000, CAPACITY + 5, 100_000, 400_000, 17):
@@ -364,7 +364,7 @@ def refused(*, may_compile: bool) -> LoopedBoxMuller:
 
 
 def test_only_float32_and_only_where_it_may(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_cpu, "looped", refused)
+    monkeypatch.setattr(cpu, "looped", refused)
     large = [torch.zeros(200_000)]
     SystemNoise(compile=False).add_gaussian_(large, 1.0)
     SystemNoise().add_gaussian_([large[0].double()], 1.0)
@@ -393,7 +393,7 @@ def test_a_forked_child_draws_alone(warm: bool) -> None:
         code = 1
         try:
             if not warm:
-                _c_loop._found.clear()
+                c_loop._found.clear()
                 source = SystemNoise()
             source.add_gaussian_([torch.from_numpy(memory)], 1.0)
             code = 0 if 0.9 < memory.std() < 1.1 else 2
@@ -407,7 +407,7 @@ def test_a_forked_child_draws_alone(warm: bool) -> None:
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 def test_a_fork_while_another_thread_compiles() -> None:
     memory = np.frombuffer(mmap.mmap(-1, 4 * 20_000), dtype=np.float32)
-    with _c_loop._compiling:
+    with c_loop._compiling:
         pid = os.fork()
         if pid == 0:
             try:

@@ -12,10 +12,10 @@ import pytest
 import scipy.stats
 import torch
 
-from clipgrad.noise import SystemNoise, _accelerator, _keys
-from clipgrad.noise._accelerator import AcceleratorNoise, proved_cipher
-from clipgrad.noise._cpu import CpuNoise
-from clipgrad.noise._keys import Lineage
+from clipgrad.noise import SystemNoise, accelerator, keys
+from clipgrad.noise.accelerator import AcceleratorNoise, proved_cipher
+from clipgrad.noise.cpu import CpuNoise
+from clipgrad.noise.keys import Lineage
 from tests.kernels import interpreted, needs_cuda, needs_triton
 from tests.noise_checks import check_gaussian
 
@@ -34,7 +34,7 @@ def fallback(draws: int = 1) -> AcceleratorNoise:
 
 
 def test_noise_made_on_the_cpu_and_copied(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_accelerator, "_COPIED_AT_A_TIME", 50_000)
+    monkeypatch.setattr(accelerator, "_COPIED_AT_A_TIME", 50_000)
     totals = [torch.zeros(120_000), torch.zeros(7), torch.zeros(90_001, dtype=torch.bfloat16)]
     fallback().add(totals, 2.0)
     check_gaussian(torch.cat(totals), 2.0)
@@ -52,7 +52,7 @@ def test_noise_made_on_the_cpu_and_copied(monkeypatch: pytest.MonkeyPatch) -> No
 def test_other_devices_and_broken_ones_are_told_of_once(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_accelerator, "_told", set())
+    monkeypatch.setattr(accelerator, "_told", set())
     for device in ("mps", "mps", "xpu:1"):
         assert proved_cipher(torch.device(device)) is None
     assert [record.levelno for record in caplog.records] == [logging.WARNING] * 2
@@ -63,8 +63,8 @@ def test_other_devices_and_broken_ones_are_told_of_once(
 def test_a_missing_triton_means_the_cpu(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_accelerator, "_told", set())
-    monkeypatch.setitem(sys.modules, "clipgrad.noise._chacha_triton", None)
+    monkeypatch.setattr(accelerator, "_told", set())
+    monkeypatch.setitem(sys.modules, "clipgrad.kernels.chacha_triton", None)
     assert proved_cipher(torch.device("cuda", 0)) is None
     assert "ModuleNotFoundError" in caplog.text
 
@@ -78,9 +78,9 @@ def test_a_cipher_that_proves_wrong_is_not_used(
         def prove(self) -> None:
             raise RuntimeError("fails the test vector")
 
-    monkeypatch.setattr(_accelerator, "_told", set())
+    monkeypatch.setattr(accelerator, "_told", set())
     module = SimpleNamespace(TritonChaCha=Broken)
-    monkeypatch.setitem(sys.modules, "clipgrad.noise._chacha_triton", module)
+    monkeypatch.setitem(sys.modules, "clipgrad.kernels.chacha_triton", module)
     assert proved_cipher(torch.device("cuda", 0)) is None
     assert "fails the test vector" in caplog.text
 
@@ -117,8 +117,8 @@ def test_noise_on_cuda(dtype: torch.dtype, draws: int) -> None:
 @needs_triton
 def test_every_pair_on_cuda_is_that_of_its_bits() -> None:
     """A million pairs beside float64's: the compiled arithmetic, which the interpreter does not run."""
-    from clipgrad.noise import _chacha_proof as proof
-    from clipgrad.noise._chacha_triton import TritonChaCha
+    from clipgrad.kernels import chacha_proof as proof
+    from clipgrad.kernels.chacha_triton import TritonChaCha
 
     cipher = TritonChaCha(torch.device("cuda", 0))
     key, size = bytes(range(32)), 2_000_003
@@ -134,7 +134,7 @@ def test_every_pair_on_cuda_is_that_of_its_bits() -> None:
 @needs_triton
 def test_means_on_cuda() -> None:
     """Bit for bit what two passes give."""
-    from clipgrad.noise._chacha_triton import TritonChaCha
+    from clipgrad.kernels.chacha_triton import TritonChaCha
     from tests.noise_kernels import means
 
     device = torch.device("cuda", 0)
@@ -146,7 +146,7 @@ def test_means_on_cuda() -> None:
 @needs_triton
 def test_a_hundred_million_values_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     """Moments, Kolmogorov and Smirnov, Pearson, tails, neighbours: tests/test_noise_statistics.py on the device."""
-    monkeypatch.setattr(_keys, "new_master", lambda: bytes(range(32)))
+    monkeypatch.setattr(keys, "new_master", lambda: bytes(range(32)))
     source, n, edge = SystemNoise(), 0, 8.0
     bins = torch.zeros(8192, dtype=torch.int64, device="cuda")
     powers = torch.zeros(4, dtype=torch.float64, device="cuda")

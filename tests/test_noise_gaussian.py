@@ -10,9 +10,9 @@ from cryptography.hazmat.primitives.ciphers import Cipher
 from cryptography.hazmat.primitives.ciphers.algorithms import AES
 from cryptography.hazmat.primitives.ciphers.modes import CTR, ECB, GCM
 
-from clipgrad.noise import _keystream
-from clipgrad.noise._box_muller import BoxMuller
-from clipgrad.noise._keystream import FIRST_BLOCK, KEY_GOOD_FOR, Keystream
+from clipgrad.noise import keystream
+from clipgrad.noise.box_muller import BoxMuller
+from clipgrad.noise.keystream import FIRST_BLOCK, KEY_GOOD_FOR, Keystream
 
 DTYPES = [torch.float32, torch.float64]
 EPS = {torch.float32: 2.0**-23, torch.float64: 2.0**-52}
@@ -125,7 +125,7 @@ def test_the_keystream_is_aes_in_counter_mode(
     mode: type[CTR | GCM], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """GCM is made of it, so both modes give the same bytes."""
-    monkeypatch.setattr(_keystream, "fastest", lambda: mode)
+    monkeypatch.setattr(keystream, "fastest", lambda: mode)
     key = bytes(range(16))
     stream, found = Keystream(lambda: key), b""
     for size in (1, 100, 16, 4096, 7):  # continues within a block
@@ -141,7 +141,7 @@ def test_the_keystream_is_aes_in_counter_mode(
 
 def test_a_key_that_is_used_up_is_followed_by_another(monkeypatch: pytest.MonkeyPatch) -> None:
     assert KEY_GOOD_FOR <= 2**36 - 32  # SP 800-38D, 5.2.1.1: the counter's end
-    monkeypatch.setattr(_keystream, "KEY_GOOD_FOR", 250)
+    monkeypatch.setattr(keystream, "KEY_GOOD_FOR", 250)
     keys, found = [bytes([n]) * 16 for n in range(3)], []
     stream = Keystream(iter(keys).__next__)
     for size in (100, 100, 100, 200, 50):  # the third and the fourth do not fit

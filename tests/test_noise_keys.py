@@ -19,8 +19,9 @@ import torch
 from cryptography.hazmat.primitives.ciphers.modes import CTR, GCM
 from torch import Tensor
 
-from clipgrad.noise import SystemNoise, _accelerator, _cpu, _keys, _keystream
-from clipgrad.noise._keys import Lineage
+from clipgrad.noise import SystemNoise, accelerator, keys, keystream
+from clipgrad.noise import cpu as cpu_module
+from clipgrad.noise.keys import Lineage
 from tests.noise_checks import PIECE
 
 Use = tuple[bytes, int, int]  # key, first byte, end
@@ -61,9 +62,9 @@ class Recorder:
 
 @pytest.fixture
 def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
-    _keystream.fastest()  # tries both ciphers, once a process, with a key that makes no noise
-    made = Recorder(_keystream.Cipher)
-    monkeypatch.setattr(_keystream, "Cipher", made)
+    keystream.fastest()  # tries both ciphers, once a process, with a key that makes no noise
+    made = Recorder(keystream.Cipher)
+    monkeypatch.setattr(keystream, "Cipher", made)
     return made
 
 
@@ -120,9 +121,9 @@ def in_forked_child(source: SystemNoise, recorder: Recorder) -> list[Use]:
 
 
 def in_spawned_child(source: SystemNoise, queue: Any) -> None:
-    _keystream.fastest()
-    recorder = Recorder(_keystream.Cipher)
-    _keystream.Cipher = recorder  # type: ignore[assignment, misc]
+    keystream.fastest()
+    recorder = Recorder(keystream.Cipher)
+    keystream.Cipher = recorder  # type: ignore[assignment, misc]
     from_numpy(source)
     queue.put(recorder.uses)
 
@@ -160,8 +161,8 @@ def everything(recorder: Recorder, *, compile: bool = True) -> list[Use]:
 def test_no_key_and_counter_twice(
     recorder: Recorder, compile: bool, mode: type[CTR | GCM], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_keystream, "fastest", lambda: mode)
-    monkeypatch.setattr(_cpu, "_MANY", 16 * PIECE)  # threads of Python's take part
+    monkeypatch.setattr(keystream, "fastest", lambda: mode)
+    monkeypatch.setattr(cpu_module, "_MANY", 16 * PIECE)  # threads of Python's take part
     uses = everything(recorder, compile=compile)
     assert len({key for key, _, _ in uses}) > 50
     assert len(uses) > 300
@@ -206,7 +207,7 @@ class Limping(Lineage):
 def test_a_broken_derivation_is_found(
     recorder: Recorder, monkeypatch: pytest.MonkeyPatch, broken: type[Lineage]
 ) -> None:
-    monkeypatch.setattr("clipgrad.noise._system.Lineage", broken)
+    monkeypatch.setattr("clipgrad.noise.system.Lineage", broken)
     with pytest.raises(AssertionError, match="used twice"):
         check_no_overlap(everything(recorder))
 
@@ -217,29 +218,29 @@ def test_an_inherited_key_is_found(
     recorder: Recorder, monkeypatch: pytest.MonkeyPatch, place: str
 ) -> None:
     if place == "process":  # forked children go on with their parent's key
-        monkeypatch.setattr("clipgrad.noise._system.process", lambda: (1, 0))
-        monkeypatch.setattr(_keys, "process", lambda: (1, 0))
+        monkeypatch.setattr("clipgrad.noise.system.process", lambda: (1, 0))
+        monkeypatch.setattr(keys, "process", lambda: (1, 0))
     else:  # all sources have the same
-        monkeypatch.setattr(_keys, "new_master", lambda: bytes(32))
+        monkeypatch.setattr(keys, "new_master", lambda: bytes(32))
     with pytest.raises(AssertionError, match="used twice"):
         check_no_overlap(everything(recorder))
 
 
 def test_what_a_key_is_made_of() -> None:
     infos = {
-        _keys._info(number, device)
+        keys._info(number, device)
         for number in (0, 1, 256, 2**40)
         for device in ("cpu", "cuda:0", "cuda:1", "cuda:10")
     }
     assert len(infos) == 4 * 4
-    masters = {_keys.new_master() for _ in range(100)}
+    masters = {keys.new_master() for _ in range(100)}
     assert len(masters) == 100
     assert {len(master) for master in masters} == {32}
 
 
 def test_the_derivation_is_that_of_rfc_5869(monkeypatch: pytest.MonkeyPatch) -> None:
     master = bytes(range(32))
-    monkeypatch.setattr(_keys, "new_master", lambda: master)
+    monkeypatch.setattr(keys, "new_master", lambda: master)
     lineage = Lineage()
     for number, device in enumerate(["cpu", "cuda:1", "cpu"]):
         info = b"clipgrad.noise/1" + number.to_bytes(8, "big")
@@ -254,7 +255,7 @@ def test_noise_copied_to_a_device_has_keys_of_its_own(recorder: Recorder) -> Non
     assert makers._makers is not None
     lineage, cpu = makers._makers._lineage, makers._makers._cpu
     device = torch.device("cpu")
-    copied = _accelerator.AcceleratorNoise(device, lineage, cpu, 1)
+    copied = accelerator.AcceleratorNoise(device, lineage, cpu, 1)
     total: Tensor = torch.zeros(100_000)
     for _ in range(2):
         copied.add([total], 1.0)

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from clipgrad.noise import NoiseSource, SeededNoise, SystemNoise, _accelerator, _cpu, _keys, _system
-from clipgrad.noise._mean import noised_mean
+from clipgrad.noise import NoiseSource, SeededNoise, SystemNoise, accelerator, cpu, keys, system
+from clipgrad.noise.mean import noised_mean
 from tests.kernels import needs_cuda
 from tests.noise_checks import check_gaussian
 
@@ -39,7 +39,7 @@ def in_two_passes(source: NoiseSource, sums: list[Tensor]) -> list[Tensor]:
 
 @pytest.fixture
 def one_key(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_keys, "new_master", lambda: bytes(range(32)))
+    monkeypatch.setattr(keys, "new_master", lambda: bytes(range(32)))
 
 
 @pytest.mark.parametrize("elsewhere", [False, True])
@@ -62,7 +62,7 @@ def test_one_pass_gives_what_two_give(
 
 @pytest.mark.usefixtures("one_key")
 def test_threads_divide_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_cpu, "_MANY", 100_000)
+    monkeypatch.setattr(cpu, "_MANY", 100_000)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     sums = sums_of()
     means = noised_mean(SystemNoise(), clones(sums), SIGMA, DIVISOR)
@@ -114,11 +114,11 @@ class FewBlocks:
 @pytest.fixture
 def few_blocks(monkeypatch: pytest.MonkeyPatch) -> FewBlocks:
     """What lies on the CPU is taken for an accelerator's."""
-    cipher, found = FewBlocks(), _system._drawn_together
-    monkeypatch.setattr(_accelerator, "proved_cipher", lambda device: cipher)
+    cipher, found = FewBlocks(), system._drawn_together
+    monkeypatch.setattr(accelerator, "proved_cipher", lambda device: cipher)
     elsewhere = torch.device("mps")
     monkeypatch.setattr(
-        _system, "_drawn_together", lambda tensors: [(elsewhere, at) for _, at in found(tensors)]
+        system, "_drawn_together", lambda tensors: [(elsewhere, at) for _, at in found(tensors)]
     )
     return cipher
 
@@ -129,7 +129,7 @@ def few_blocks(monkeypatch: pytest.MonkeyPatch) -> FewBlocks:
 def test_on_an_accelerator_in_pieces(
     few_blocks: FewBlocks, elsewhere: bool, large: int, odd: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_system, "_LARGE", large)
+    monkeypatch.setattr(system, "_LARGE", large)
     sums = [total[:3000] if total.dim() == 1 else total for total in sums_of()]
     sums += [torch.randn(2, 3, 40, 5).to(memory_format=torch.channels_last), torch.randn(30, 1).T]
     sums += [sums[0].double(), sums[1].bfloat16()]
@@ -232,7 +232,7 @@ def test_on_cuda(
     dtype: torch.dtype, elsewhere: bool, large: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """But for the last place: CUDA divides by a number as it likes."""
-    monkeypatch.setattr(_system, "_LARGE", large)
+    monkeypatch.setattr(system, "_LARGE", large)
     sums = sums_of("cuda", dtype)
     contiguous = [total.contiguous() for total in sums]
     for those in (sums, contiguous):

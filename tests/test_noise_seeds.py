@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from clipgrad.noise import NoiseSource, SystemNoise, _keys
+from clipgrad.noise import NoiseSource, SystemNoise, keys
 from tests.dp_tools import through_a_file
 from tests.noise_checks import PIECE, check_independent, draw, seeded
 
@@ -99,14 +99,14 @@ def test_system_noise_is_never_restored() -> None:
 
 def test_a_load_makes_a_new_master_key(monkeypatch: pytest.MonkeyPatch) -> None:
     numbers = iter(range(1, 100))
-    monkeypatch.setattr(_keys, "new_master", lambda: bytes([next(numbers)]) * 32)
+    monkeypatch.setattr(keys, "new_master", lambda: bytes([next(numbers)]) * 32)
     system = SystemNoise()
     draw(system, 10)
     draw(system, 10)
     assert next(numbers) == 2
     system.load_state_dict(system.state_dict())
     found = draw(system, 10)
-    monkeypatch.setattr(_keys, "new_master", lambda: bytes([3]) * 32)
+    monkeypatch.setattr(keys, "new_master", lambda: bytes([3]) * 32)
     assert torch.equal(found, draw(SystemNoise(), 10))
 
 

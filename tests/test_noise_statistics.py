@@ -14,7 +14,7 @@ import scipy.stats
 import torch
 from torch import Tensor
 
-from clipgrad.noise import NoiseSource, SeededNoise, SystemNoise, _keys
+from clipgrad.noise import NoiseSource, SeededNoise, SystemNoise, keys
 
 VALUES, CHUNK = 100_000_000, 1_000_000
 STEP, REACH = 512, 8  # a bin is 1/512 wide, from -8 to 8
@@ -70,7 +70,7 @@ def found(request: pytest.FixtureRequest) -> Found:
     if request.param == "seeded":
         return stream(SeededNoise(torch.Generator().manual_seed(20)))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_keys, "new_master", lambda: bytes(range(32)))
+        patch.setattr(keys, "new_master", lambda: bytes(range(32)))
         patch.setattr(torch, "get_num_threads", lambda: 1)
         return stream(SystemNoise(compile=request.param == "system"))
 
@@ -155,7 +155,7 @@ def test_the_checks_find_what_they_look_for() -> None:
 def test_sigma_does_not_depend_on_draws(
     draws: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_keys, "new_master", lambda: bytes([draws]) * 32)
+    monkeypatch.setattr(keys, "new_master", lambda: bytes([draws]) * 32)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     total = torch.zeros(1_000_000, dtype=dtype)
     SystemNoise(draws=draws).add_gaussian_([total], 3.0)
@@ -166,7 +166,7 @@ def test_sigma_does_not_depend_on_draws(
 
 def test_two_keys_and_two_calls_do_not_correlate(monkeypatch: pytest.MonkeyPatch) -> None:
     masters = iter([bytes([1]) * 32, bytes([1]) * 31 + b"\0"])
-    monkeypatch.setattr(_keys, "new_master", lambda: next(masters))
+    monkeypatch.setattr(keys, "new_master", lambda: next(masters))
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     rows = torch.zeros(3, 1_000_000)
     first, other = SystemNoise(), SystemNoise()

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import clipgrad
-from clipgrad import _reference
+from clipgrad.engine import reference
 
 from . import oracle
 
@@ -119,8 +119,8 @@ def test_half_precision_is_summed_in_float32(
 
     result = clipgrad.clipped_grad(loss, max_grad_norm=torch.inf)(params, x, counts)
     wide = {name: p.double() for name, p in params.items()}
-    _, each = _reference.per_sample_gradients_by_loop(loss, wide, x.double(), counts)
-    expected, _ = _reference.clipped_sum(each, torch.inf)
+    _, each = reference.per_sample_gradients_by_loop(loss, wide, x.double(), counts)
+    expected, _ = reference.clipped_sum(each, torch.inf)
     for name, gradient in result.grads.items():
         assert gradient.dtype == torch.float32
         # The forward's own rounding shifts no output gradient, so only float32's remains.
@@ -141,7 +141,7 @@ def test_autocast(norm: Callable[..., Tensor]) -> None:
             return y.float().sin().sum()
 
     result = clipgrad.clipped_grad(loss, max_grad_norm=torch.inf)(params, x)
-    _, each = _reference.per_sample_gradients_by_loop(loss, params, x)
+    _, each = reference.per_sample_gradients_by_loop(loss, params, x)
     for name, gradient in each.items():
         scale = gradient.sum(0).abs().max().clamp(min=1)
         torch.testing.assert_close(
@@ -172,8 +172,8 @@ def test_group_norm_with_a_bias_alone() -> None:
         return lambda p, x: F.group_norm(x, 2, weight, p["b"]).sin().sum()
 
     found = clipgrad.clipped_grad(loss(None), max_grad_norm=1.0)({"b": b}, x)
-    _, each = _reference.per_sample_gradients_by_loop(loss(torch.ones_like(b)), {"b": b}, x)
-    expected, norms = _reference.clipped_sum(each, 1.0)
+    _, each = reference.per_sample_gradients_by_loop(loss(torch.ones_like(b)), {"b": b}, x)
+    expected, norms = reference.clipped_sum(each, 1.0)
     torch.testing.assert_close(found.grads["b"], expected["b"], atol=1e-9, rtol=1e-9)
     torch.testing.assert_close(found.grad_norms, norms, atol=1e-9, rtol=1e-9)
 

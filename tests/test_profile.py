@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from clipgrad import DPOptimizer, NotPerSampleError, StepProfile, _phases, profile_step
-from clipgrad._gradients import Gradients
-from clipgrad._pending import Pending
 from clipgrad._phases import PHASES
-from clipgrad._tape import Tracked
 from clipgrad.clipping import Clipping
+from clipgrad.engine.gradients import Gradients
+from clipgrad.engine.tape import Tracked
+from clipgrad.optimizer.clipped_sums import Pending
 from clipgrad.profile._measure import profile_with
 from tests.clocked import CLOCK, slow
 from tests.dp_tools import assert_same, data, mlp, picture, private, squared, values

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clipgrad import NotPerSampleError, _reference, clipped_grad
+from clipgrad import NotPerSampleError, clipped_grad
+from clipgrad.engine import reference
 from clipgrad.testing import Params
 from tests.dp_tools import data, mlp, private, squared
 
@@ -31,8 +32,8 @@ def normal(*shape: int) -> Tensor:
 def assert_exact(
     loss: Callable[..., Tensor], params: Params, *batch: Tensor, norm: float = 1.0, **options: Any
 ) -> None:
-    _, gradients = _reference.per_sample_gradients_by_loop(loss, params, *batch)
-    sums, norms = _reference.clipped_sum(gradients, norm)
+    _, gradients = reference.per_sample_gradients_by_loop(loss, params, *batch)
+    sums, norms = reference.clipped_sum(gradients, norm)
     result = clipped_grad(loss, max_grad_norm=norm, **options)(params, *batch)
     torch.testing.assert_close(result.grad_norms, norms, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(dict(result.grads), sums, rtol=1e-9, atol=1e-9)

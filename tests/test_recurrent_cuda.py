@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 import clipgrad
-from clipgrad.rules import _recurrence_cudnn
+from clipgrad.rules.recurrent import cudnn as cudnn_module
 from tests.rule_cases.recurrent import DOUBLE, draw, flatten, score
 
 pytestmark = [
@@ -51,8 +51,8 @@ def test_cuda_equals_cpu(
     model = kind(3, 4, 2, bidirectional=True, batch_first=True, bias=bias, dtype=DOUBLE, **more)
     x = draw(5, 12, 3)
     taken = []
-    plain = _recurrence_cudnn.run
-    monkeypatch.setattr(_recurrence_cudnn, "run", lambda *args: (taken.append(1), plain(*args))[1])
+    plain = cudnn_module.run
+    monkeypatch.setattr(cudnn_module, "run", lambda *args: (taken.append(1), plain(*args))[1])
     expected = clipped(model, x, "cpu")
     assert not taken
     with torch.backends.cudnn.flags(enabled=cudnn, allow_tf32=False):

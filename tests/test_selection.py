@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from clipgrad.rules._selection import may_overlap, select_rows, zero_rows_
+from clipgrad.kernels.selection import may_overlap, select_rows, zero_rows_
 from tests.kernels import needs_cuda, needs_triton
 
 DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.cuda, needs_cuda])]
@@ -81,7 +81,7 @@ def test_every_other_layout_may_be_written_to(layout: str) -> None:
 @needs_triton
 @pytest.mark.parametrize("layout", ["matrix", "large", "many", "transposed", "channels last"])
 def test_the_kernel_runs_where_samples_are_blocks(layout: str) -> None:
-    from clipgrad.rules import _selection_triton as launcher
+    from clipgrad.kernels import selection_triton as launcher
 
     tensor = LAYOUTS[layout]().cuda()
     assert launcher.zero_rows_(tensor, torch.zeros(len(tensor), dtype=torch.bool, device="cuda"))
@@ -93,7 +93,7 @@ def test_the_kernel_runs_where_samples_are_blocks(layout: str) -> None:
 @needs_triton
 @pytest.mark.parametrize("layout", ["part of a row", "samples inside"])
 def test_the_kernel_declines_gaps(layout: str) -> None:
-    from clipgrad.rules import _selection_triton as launcher
+    from clipgrad.kernels import selection_triton as launcher
 
     made = LAYOUTS[layout]()
     assert made._base is not None

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from clipgrad import DPOptimizer
-from clipgrad._survey import Survey
+from clipgrad.optimizer.trained import Survey
 from tests.dp_tools import data, private, sgd
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from clipgrad import EscapedParameterError, NotPerSampleError, clipped_grad
-from clipgrad._reference import Params
+from clipgrad.engine.reference import Params
 from tests.small_mlp import STRATEGIES, B, close, definition, draw
 
 Loss = Callable[[Params, Tensor], Any]

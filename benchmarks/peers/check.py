@@ -11,7 +11,7 @@ from torch import Tensor
 
 from benchmarks.peers._common import functional_loss
 from benchmarks.step import PrivateStep, Setting
-from clipgrad._reference import clipped_sum, per_sample_gradients_by_loop
+from clipgrad.engine.reference import clipped_sum, per_sample_gradients_by_loop
 
 TOLERANCE = 3e-4
 """Relative L2 error over the whole gradient, in float32.

@@ -26,14 +26,7 @@ from ._checks import Accountant
 from ._entries import Entry
 from ._ledger import Ledger
 from ._run import epsilon, noise_multiplier, steps
-from ._sampling import (
-    FixedSize,
-    FullBatch,
-    Poisson,
-    Sampling,
-    TruncatedPoisson,
-    require_supported,
-)
+from ._sampling import FixedSize, FullBatch, Poisson, Sampling, TruncatedPoisson, require_supported
 
 __all__ = [
     "Accountant",

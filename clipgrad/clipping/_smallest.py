@@ -3,7 +3,7 @@
 Squares of numbers below ``sqrt(tiny)`` vanish or lose digits. ``tiny`` is the smallest normal number of the dtype
 that norms are computed in; with ``torch.set_flush_denormal`` nothing is below it. So a squared norm may come out too
 small by ``tiny`` for each element, and by ``2^26 tiny`` for each use of a parameter in a ghost norm
-(``rules/_ghost.py``). With at most ``2^40`` elements and ``2^13`` uses a true norm ``n`` that comes out as ``m`` has
+(``rules/ghost.py``). With at most ``2^40`` elements and ``2^13`` uses a true norm ``n`` that comes out as ``m`` has
 ``n^2 - m^2 <= 2^41 tiny``. Such a sample contributes ``C n / m`` if ``m > C``, or ``n`` if ``m <= C``. Both are at
 most
 

@@ -20,10 +20,10 @@
 
 from __future__ import annotations
 
-from clipgrad.compiled._backend import MODES
-from clipgrad.compiled._observe import observed
-from clipgrad.compiled._runner import MicrobatchRunner
-from clipgrad.compiled._shape import fixed_size
-from clipgrad.compiled._step import Compiler
+from clipgrad.compiled.backend import MODES
+from clipgrad.compiled.observe import observed
+from clipgrad.compiled.runner import MicrobatchRunner
+from clipgrad.compiled.shape import fixed_size
+from clipgrad.compiled.step import Compiler
 
 __all__ = ["MODES", "Compiler", "MicrobatchRunner", "fixed_size", "observed"]

@@ -7,8 +7,8 @@ A :class:`NoiseSource` is the seam: the optimizer holds one and calls nothing el
 
 from __future__ import annotations
 
-from clipgrad.noise._seeded import SeededNoise
-from clipgrad.noise._source import NoiseSource, gaussian_sigma
-from clipgrad.noise._system import SystemNoise
+from clipgrad.noise.seeded import SeededNoise
+from clipgrad.noise.source import NoiseSource, gaussian_sigma
+from clipgrad.noise.system import SystemNoise
 
 __all__ = ["NoiseSource", "SeededNoise", "SystemNoise", "gaussian_sigma"]

@@ -14,8 +14,8 @@ from clipgrad.rules import (
     normalization,
     recurrent,
 )
-from clipgrad.rules._canonical import OneHot, Outer, PerSample, Use
-from clipgrad.rules._registry import (
+from clipgrad.rules.canonical import OneHot, Outer, PerSample, Use
+from clipgrad.rules.registry import (
     Call,
     Decline,
     Decomposition,

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clipgrad.rules._registry import Call, Decline, register_decomposition, register_rule
+from clipgrad.rules.registry import Call, Decline, register_decomposition, register_rule
 
 
 @register_rule(F.scaled_dot_product_attention, name="scaled_dot_product_attention")

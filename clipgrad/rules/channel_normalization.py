@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clipgrad.errors import NotPerSampleError
-from clipgrad.rules._canonical import PerSample, widen
-from clipgrad.rules._names import functional_aten_names_of
-from clipgrad.rules._registry import Call, Decline, Recipe, register_rule
+from clipgrad.rules.canonical import PerSample, widen
+from clipgrad.rules.names import functional_aten_names_of
 from clipgrad.rules.normalization import Statistics, autocasts, precise, shared_or_none
+from clipgrad.rules.registry import Call, Decline, Recipe, register_rule
 
 
 class _ChannelAffine:

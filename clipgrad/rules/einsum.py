@@ -10,9 +10,9 @@ from math import prod
 import torch
 from torch import Tensor
 
-from clipgrad.rules._canonical import Outer, PerSample, widen
-from clipgrad.rules._names import functional_aten_names_of
-from clipgrad.rules._registry import Call, Decline, Extent, Recipe, register_rule
+from clipgrad.rules.canonical import Outer, PerSample, widen
+from clipgrad.rules.names import functional_aten_names_of
+from clipgrad.rules.registry import Call, Decline, Extent, Recipe, register_rule
 
 
 @register_rule(torch.einsum, *functional_aten_names_of("einsum"), name="einsum")

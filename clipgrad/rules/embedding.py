@@ -6,10 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clipgrad.rules._canonical import OneHot, Outer
-from clipgrad.rules._embedding_definition import refuse_max_norm
-from clipgrad.rules._names import functional_aten_names_of
-from clipgrad.rules._registry import Call, Extent, Recipe, register_rule
+from clipgrad.rules.canonical import OneHot, Outer
+from clipgrad.rules.embedding_definition import refuse_max_norm
+from clipgrad.rules.names import functional_aten_names_of
+from clipgrad.rules.registry import Call, Extent, Recipe, register_rule
 
 
 @register_rule(F.embedding, name="embedding")

@@ -6,10 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clipgrad._lanes import Decline, below_vmap, current_level, physical
+from clipgrad._functorch import Decline, below_vmap, current_level, physical
 from clipgrad.errors import NotPerSampleError
-from clipgrad.rules._embedding_definition import refuse_max_norm
-from clipgrad.rules._registry import register_decomposition
+from clipgrad.rules.embedding_definition import refuse_max_norm
+from clipgrad.rules.registry import register_decomposition
 
 
 @register_decomposition(F.embedding_bag, name="embedding_bag")

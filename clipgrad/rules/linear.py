@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clipgrad.rules._canonical import Outer, PerSample, widen
-from clipgrad.rules._names import functional_aten_names_of
-from clipgrad.rules._registry import Call, Decline, Extent, Recipe, register_rule
+from clipgrad.rules.canonical import Outer, PerSample, widen
+from clipgrad.rules.names import functional_aten_names_of
+from clipgrad.rules.registry import Call, Decline, Extent, Recipe, register_rule
 
 
 def positions_first(tensor: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clipgrad.rules._registry import Call, Decline, register_rule
+from clipgrad.rules.registry import Call, Decline, register_rule
 
 
 @register_rule(F.cross_entropy, name="cross_entropy")

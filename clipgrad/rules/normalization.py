@@ -17,9 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clipgrad.rules._canonical import PerSample, widen
-from clipgrad.rules._names import functional_aten_names_of
-from clipgrad.rules._registry import Call, Decline, Recipe, register_rule
+from clipgrad.rules.canonical import PerSample, widen
+from clipgrad.rules.names import functional_aten_names_of
+from clipgrad.rules.registry import Call, Decline, Recipe, register_rule
 
 Statistics = tuple[Tensor, Tensor]
 """Mean and reciprocal standard deviation."""

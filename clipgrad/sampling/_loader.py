@@ -8,7 +8,7 @@ from typing import Any
 
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from clipgrad._receipts import Receipts
+from clipgrad.plan.receipts import Receipts
 from clipgrad.sampling._poisson import PoissonSampler
 from clipgrad.sampling._shuffled import ShuffledSampler
 from clipgrad.sampling._users import UserSampler

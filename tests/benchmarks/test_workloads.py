@@ -21,7 +21,7 @@ from benchmarks.workloads.cnn import cnn, images
 from benchmarks.workloads.diffusion import UNet, noised
 from benchmarks.workloads.state_space import StateSpaceModel
 from benchmarks.workloads.transformer import CausalTransformer, tokens
-from clipgrad._reference import clipped_sum, per_sample_gradients_by_loop
+from clipgrad.engine.reference import clipped_sum, per_sample_gradients_by_loop
 
 SIZE = 3
 SHRUNK: dict[str, tuple[Callable[[], nn.Module], Callable[[int], tuple[Tensor, ...]]]] = {

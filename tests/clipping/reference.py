@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from clipgrad import Automatic, PerLayer
-from clipgrad._reference import Params
+from clipgrad.engine.reference import Params
 
 Groups = dict[str, tuple[list[str], float, float | None]]
 """Names, norm, and gamma or None for clipping."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from clipgrad import AdaptiveQuantile, Automatic, DPOptimizer, PerLayer, Relation, SystemNoise
-from clipgrad._reference import Params
+from clipgrad.engine.reference import Params
 from tests.clipping.reference import AdaptiveByHand
 from tests.clipping.test_schedules import Recording, step
 from tests.dp_tools import assert_same, data, mlp, private, squared, through_a_file, values

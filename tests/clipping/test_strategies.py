@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clipgrad import AdaptiveQuantile, Automatic, PerLayer, Relation, clipped_grad
-from clipgrad._reference import Params, per_sample_gradients_by_loop
 from clipgrad.clipping import Clipping, make_clipping
+from clipgrad.engine.reference import Params, per_sample_gradients_by_loop
 from tests.clipping.reference import groups_of, scaled_sum
 from tests.compiled.conftest import Graphs
 from tests.small_mlp import STRATEGIES as PLANS

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.fx import GraphModule
 
-from clipgrad.compiled import _backend
+from clipgrad.compiled import backend
 
 
 @dataclass
@@ -38,7 +38,7 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> Graphs:
         found.modules.append(module)
         return found.alter(module)
 
-    monkeypatch.setattr(_backend, "compile_graph", compile_graph)
+    monkeypatch.setattr(backend, "compile_graph", compile_graph)
     return found
 
 

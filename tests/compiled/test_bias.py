@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from clipgrad import clipped_grad
-from clipgrad.compiled._decompositions import TABLE
+from clipgrad.compiled.decompositions import TABLE
 from tests.compiled.conftest import Graphs
 
 

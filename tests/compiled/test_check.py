@@ -12,7 +12,7 @@ from torch.fx import GraphModule
 
 from clipgrad import CompileMismatchError, DPOptimizer, clipped_grad
 from clipgrad.clipping import Clipping
-from clipgrad.compiled import _graph
+from clipgrad.compiled import graph
 from tests.compiled.conftest import Graphs
 from tests.small_mlp import make_batch, make_params, mlp
 
@@ -58,14 +58,14 @@ def test_clipping_dropped_by_the_compiler_is_seen(
     graphs: Graphs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The bug that matters most, planted where it would arise: while the graph is made."""
-    trace = _graph.trace
+    trace = graph.trace
 
     def without_clipping(*args: Any) -> Any:
         with monkeypatch.context() as patch:
             patch.setattr(Clipping, "factors", lambda self, norms, group: torch.ones_like(norms))
             return trace(*args)
 
-    monkeypatch.setattr("clipgrad.compiled._step.trace", without_clipping)
+    monkeypatch.setattr("clipgrad.compiled.step.trace", without_clipping)
     with pytest.raises(CompileMismatchError, match="clipped sum"):
         clipped_grad(mlp, max_grad_norm=0.5, compile=True)(make_params(), *make_batch())
 

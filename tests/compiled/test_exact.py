@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clipgrad import CompileError, clipped_grad
-from clipgrad._reference import Params
+from clipgrad.engine.reference import Params
 from tests.architectures import ARCHITECTURES, REPRESENTATIVES, Architecture
 from tests.compiled.conftest import Graphs
 from tests.dp_tools import trained

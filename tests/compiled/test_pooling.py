@@ -11,7 +11,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from clipgrad import clipped_grad
-from clipgrad.compiled._decompositions import max_pool2d_backward
+from clipgrad.compiled.decompositions import max_pool2d_backward
 from tests.compiled.conftest import Graphs
 from tests.nightly import some
 

@@ -17,10 +17,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import symbolic_trace
 
 from clipgrad import CompileMismatchError, DPOptimizer, clipped_grad
-from clipgrad._copies import copies
-from clipgrad.compiled import _backend, _step
-from clipgrad.compiled._graph import Graph, trace
-from clipgrad.compiled._replay import Replay, recordable
+from clipgrad.compiled import backend
+from clipgrad.compiled import step as step_module
+from clipgrad.compiled.graph import Graph, trace
+from clipgrad.compiled.replay import Replay, recordable
+from clipgrad.engine.copies import copies
 from tests.architectures import ARCHITECTURES
 from tests.compiled.conftest import Graphs
 from tests.compiled.test_exact import check
@@ -59,9 +60,9 @@ class Recorder:
 @pytest.fixture
 def recorders(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Recorder]]:
     Recorder.made = []
-    monkeypatch.setattr(_backend, "uses_cuda_graphs", lambda mode: True)
-    monkeypatch.setattr(_step, "recordable", lambda module, device: True)
-    monkeypatch.setattr(_step, "CudaRecorder", Recorder)
+    monkeypatch.setattr(backend, "uses_cuda_graphs", lambda mode: True)
+    monkeypatch.setattr(step_module, "recordable", lambda module, device: True)
+    monkeypatch.setattr(step_module, "CudaRecorder", Recorder)
     return Recorder.made
 
 
@@ -384,7 +385,7 @@ def test_a_new_recording_is_checked_again(
             self._results[0].mul_(1.5)
 
     Broken.made = []
-    monkeypatch.setattr(_step, "CudaRecorder", Broken)
+    monkeypatch.setattr(step_module, "CudaRecorder", Broken)
     optimizer.backward(*data(4))  # the first recording still serves
     model[0].weight.data = model[0].weight.data.clone()
     optimizer.zero_grad()
@@ -438,7 +439,7 @@ def test_what_cannot_be_recorded_runs_as_it_is_and_is_told_once(
             raise RuntimeError("operation not permitted when stream is capturing")
 
     Unable.made = []
-    monkeypatch.setattr(_step, "CudaRecorder", Unable)
+    monkeypatch.setattr(step_module, "CudaRecorder", Unable)
     model = net().eval()
     optimizer = private(model, microbatch_size=4)
     x, y = data(4)

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clipgrad import DPOptimizer, clipped_grad
-from clipgrad.compiled import MicrobatchRunner, _graph
-from clipgrad.rules import _selection
+from clipgrad.compiled import MicrobatchRunner, graph
+from clipgrad.kernels import selection
 from tests.architectures import ARCHITECTURES
 from tests.compiled.conftest import Graphs
 from tests.compiled.test_exact import check
@@ -27,9 +27,9 @@ pytestmark = [
 @pytest.fixture(autouse=True, params=["selected", "zeroed"])
 def nobody_asks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """By passes over the factors, and by zeros where they lie."""
-    monkeypatch.setattr(_graph, "worth_asking", lambda device: False)
+    monkeypatch.setattr(graph, "worth_asking", lambda device: False)
     if request.param == "zeroed":
-        monkeypatch.setattr(_selection, "_ZEROED_IN_GRAPHS_ON", {"cpu"})
+        monkeypatch.setattr(selection, "_ZEROED_IN_GRAPHS_ON", {"cpu"})
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from clipgrad import DPOptimizer, clipped_grad
 from clipgrad.compiled import fixed_size
-from clipgrad.compiled._shape import fitted
+from clipgrad.compiled.shape import fitted
 from tests.compiled.conftest import Graphs
 from tests.small_mlp import (
     INPUTS,

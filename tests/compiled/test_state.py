@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 import clipgrad
 from clipgrad import CompileError, DPOptimizer, clipped_grad
-from clipgrad.compiled._shape import fitted_mask
-from clipgrad.compiled._signature import _flags
-from clipgrad.compiled._state import MISSING, AsTuple, State, same
+from clipgrad.compiled.shape import fitted_mask
+from clipgrad.compiled.signature import _flags
+from clipgrad.compiled.state import MISSING, AsTuple, State, same
 from tests.compiled.conftest import Graphs
 from tests.nightly import chosen, every
 from tests.small_mlp import assert_same, make_batch, make_params, mlp

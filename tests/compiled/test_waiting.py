@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from clipgrad import clipped_grad
-from clipgrad.compiled._decompositions import TABLE
-from clipgrad.rules import _waiting
+from clipgrad.compiled.decompositions import TABLE
+from clipgrad.kernels import delayed
 from tests.compiled.conftest import Graphs
 
 ACTIVATIONS = {
@@ -81,4 +81,4 @@ def test_a_convolutions_image_waits(channels: int, transposed: bool, graphs: Gra
 
 def test_a_module_may_be_loaded_once_more() -> None:
     """As notebooks do that follow an edit; the library of operations outlives the module."""
-    importlib.reload(_waiting)
+    importlib.reload(delayed)

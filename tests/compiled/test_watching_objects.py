@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from clipgrad.compiled._state import same
+from clipgrad.compiled.state import same
 from tests.compiled.watching import Cases, Config, Empty, assert_noticed, watched
 
 cases = Cases()

@@ -13,16 +13,16 @@ from torch import Tensor
 from torch.fx import Graph
 
 from clipgrad import clipped_grad
-from clipgrad.compiled import _graph
-from clipgrad.rules import _selection
+from clipgrad.compiled import graph as graph_module
+from clipgrad.kernels import selection
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:.*is deprecated")]
 
 
 @pytest.fixture(autouse=True)
 def zeroed_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_graph, "worth_asking", lambda device: False)
-    monkeypatch.setattr(_selection, "_ZEROED_IN_GRAPHS_ON", {"cpu"})
+    monkeypatch.setattr(graph_module, "worth_asking", lambda device: False)
+    monkeypatch.setattr(selection, "_ZEROED_IN_GRAPHS_ON", {"cpu"})
 
 
 def test_what_others_read_is_not_written_to() -> None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from clipgrad.compiled._observe import Observer
-from clipgrad.compiled._state import State
-from clipgrad.compiled._walk import write_down
+from clipgrad.compiled.observe import Observer
+from clipgrad.compiled.state import State
+from clipgrad.compiled.walk import write_down
 
 Read = Callable[[], Any]
 Case = Callable[[], tuple[Read, Callable[[], Any]]]

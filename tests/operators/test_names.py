@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import clipgrad
-from clipgrad import _reference
+from clipgrad.engine import reference
+from clipgrad.engine.fallback import CORRECTIONS
 from clipgrad.errors import NotPerSampleError
-from clipgrad.rules._names import names_of
-from clipgrad.rules._registry import rules
-from clipgrad.rules.fallback import CORRECTIONS
+from clipgrad.rules.names import names_of
+from clipgrad.rules.registry import rules
 
 Params = dict[str, Tensor]
 X = torch.linspace(-1, 1, 60, dtype=torch.float64).sin().view(3, 5, 4)
@@ -44,8 +44,8 @@ def make_params() -> Params:
 def check(loss: Callable[..., Tensor], *, may_be_refused: bool = False) -> None:
     """The loss is exact; or it is refused by a message of clipgrad's, if that is right too."""
     params = make_params()
-    losses, each = _reference.per_sample_gradients_by_loop(loss, params, X, IDS)
-    expected, norms = _reference.clipped_sum(each, 2.0)
+    losses, each = reference.per_sample_gradients_by_loop(loss, params, X, IDS)
+    expected, norms = reference.clipped_sum(each, 2.0)
     try:
         result = clipgrad.clipped_grad(loss, max_grad_norm=2.0)(params, X, IDS)
     except NotPerSampleError:
@@ -183,8 +183,8 @@ def test_an_exported_model(padding_idx: int | None) -> None:
     def of(module: nn.Module) -> Callable[[Params, Tensor], Tensor]:
         return lambda p, ids: torch.func.functional_call(module, p, (ids,)).sum()
 
-    _, each = _reference.per_sample_gradients_by_loop(of(copy.deepcopy(model)), params, IDS)
-    expected, norms = _reference.clipped_sum(each, 1.0)
+    _, each = reference.per_sample_gradients_by_loop(of(copy.deepcopy(model)), params, IDS)
+    expected, norms = reference.clipped_sum(each, 1.0)
     result = clipgrad.clipped_grad(of(exported), max_grad_norm=1.0)(params, IDS)
     torch.testing.assert_close(result.grad_norms, norms, atol=1e-9, rtol=1e-9)
     for name, grad in expected.items():

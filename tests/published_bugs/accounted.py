@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from clipgrad import PrivacyPlan, SeededNoise, SystemNoise
-from clipgrad._account import Account
 from clipgrad.accounting import Ledger, Poisson, _ledger
+from clipgrad.plan.account import Account
 from clipgrad.sampling._trials import Trials
 from tests.published_bugs import checks
 from tests.published_bugs.bugs import bug

@@ -13,11 +13,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from clipgrad import DPOptimizer, SeededNoise, SystemNoise, transform
-from clipgrad import optimizer as optimizer_module
-from clipgrad._gradients import Gradients
-from clipgrad._pending import Pending
+from clipgrad import DPOptimizer, SeededNoise, SystemNoise, function
 from clipgrad.clipping import Clipping
+from clipgrad.engine.gradients import Gradients
+from clipgrad.optimizer import dp_optimizer as optimizer_module
+from clipgrad.optimizer.clipped_sums import Pending
 from tests.published_bugs import checks
 
 Plant = Callable[[pytest.MonkeyPatch], None]
@@ -64,20 +64,20 @@ def _(patch: pytest.MonkeyPatch) -> None:
 
 @bug("max_grad_norm is ignored", "Opacus #664 (2024)", checks.rows)
 def _(patch: pytest.MonkeyPatch) -> None:
-    right = transform.make_clipping
+    right = function.make_clipping
     patch.setattr(
-        transform, "make_clipping", lambda norm, *rest, **named: right(1.0, *rest, **named)
+        function, "make_clipping", lambda norm, *rest, **named: right(1.0, *rest, **named)
     )
 
 
 @bug("each parameter is clipped on its own", "fedbiomed #1443 (2025)", checks.rows)
 def _(patch: pytest.MonkeyPatch) -> None:
-    right = transform.make_clipping
+    right = function.make_clipping
 
     def wrong(norm: Any, names: Any = None, *rest: Any, **named: Any) -> Clipping:
         return right(dict.fromkeys(names, norm) if names else norm, names, *rest, **named)
 
-    patch.setattr(transform, "make_clipping", wrong)
+    patch.setattr(function, "make_clipping", wrong)
 
 
 @bug("the squared norm is taken for the norm", "entrenar #311 (2026)", checks.rows)
@@ -100,7 +100,7 @@ def _(patch: pytest.MonkeyPatch) -> None:
 
 @bug("uses of a tied weight are clipped apart", "Opacus #413 (2022)", checks.tied)
 def _(patch: pytest.MonkeyPatch) -> None:
-    from clipgrad._tape import Tracked
+    from clipgrad.engine.tape import Tracked
 
     right = Tracked.squared_norms
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import clipgrad
 from clipgrad import PerLayer, clipped_grad, errors
-from clipgrad._reference import Params, per_sample_gradients_by_loop
+from clipgrad.engine.reference import Params, per_sample_gradients_by_loop
 from clipgrad.result import ClippedGradResult
 from tests.clipping.reference import groups_of, scaled_sum
 from tests.random_programs._program import Program

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clipgrad._reference import Params
+from clipgrad.engine.reference import Params
 from tests.random_programs._draft import ELEMENTS, LARGEST, NAMES, RANK, WORDS, Draft
 from tests.random_programs._layers import LAYERS
 from tests.random_programs._others import OTHERS

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from clipgrad._reference import Params
+from clipgrad.engine.reference import Params
 from tests import small_mlp
 
 

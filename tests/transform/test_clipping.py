@@ -11,16 +11,8 @@ import torch
 from torch import Tensor
 
 from clipgrad import Relation, clipped_grad
-from clipgrad._reference import Params, clipped_sum, per_sample_gradients_by_loop
-from tests.small_mlp import (
-    STRATEGIES,
-    B,
-    close,
-    definition,
-    draw,
-    median_norm,
-    mlp,
-)
+from clipgrad.engine.reference import Params, clipped_sum, per_sample_gradients_by_loop
+from tests.small_mlp import STRATEGIES, B, close, definition, draw, median_norm, mlp
 
 
 @pytest.mark.parametrize("norm", [0.0, 1e-9, 0.5, 1e9, math.inf])

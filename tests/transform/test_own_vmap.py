@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from clipgrad import NotPerSampleError, clipped_grad
-from clipgrad._reference import Params
+from clipgrad.engine.reference import Params
 from tests.small_mlp import B, close, definition, draw
 
 

@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clipgrad import Relation, clipped_grad, transform
-from clipgrad._microbatch import run
-from clipgrad._reference import Params, per_sample_gradients_by_loop
+from clipgrad import Relation, clipped_grad, function
+from clipgrad.engine.microbatch import run
+from clipgrad.engine.reference import Params, per_sample_gradients_by_loop
 from tests.small_mlp import (
     INPUTS,
     STRATEGIES,
@@ -104,7 +104,7 @@ def test_sums_do_not_pile_up_over_microbatches(
         sums.extend(weakref.ref(total) for total in piece.sums)
         return piece
 
-    monkeypatch.setattr(transform, "run", watched)
+    monkeypatch.setattr(function, "run", watched)
     clipped_grad(mlp, max_grad_norm=1.0, microbatch_size=1)(params, *batch)
     assert len(alive) == B
     assert set(alive[1:]) == {len(params)}

@@ -11,19 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clipgrad import (
-    clipped_grad,
-)
-from clipgrad._reference import Params, clipped_sum, per_sample_gradients_by_loop
-from tests.small_mlp import (
-    INPUTS,
-    STRATEGIES,
-    B,
-    close,
-    definition,
-    draw,
-    mlp,
-)
+from clipgrad import clipped_grad
+from clipgrad.engine.reference import Params, clipped_sum, per_sample_gradients_by_loop
+from tests.small_mlp import INPUTS, STRATEGIES, B, close, definition, draw, mlp
 
 
 def test_argnums(params: Params, batch: Any) -> None:

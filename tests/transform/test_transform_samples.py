@@ -10,20 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clipgrad import (
-    clipped_grad,
-)
-from clipgrad._reference import Params
-from tests.small_mlp import (
-    INPUTS,
-    STRATEGIES,
-    B,
-    close,
-    definition,
-    draw,
-    median_norm,
-    mlp,
-)
+from clipgrad import clipped_grad
+from clipgrad.engine.reference import Params
+from tests.small_mlp import INPUTS, STRATEGIES, B, close, definition, draw, median_norm, mlp
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)

@@ -1,0 +1,128 @@
+"""What decides how a graph looks, apart from the Python state that the loss reads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from operator import attrgetter
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+
+from clipgrad.clipping import Clipping
+from clipgrad.compiled.shape import is_channels_last
+from clipgrad.compiled.state import same
+from clipgrad.engine.inputs import Inputs
+from clipgrad.errors import CompileError
+from clipgrad.rules.registry import rules
+
+_ATTRIBUTES = attrgetter("shape", "dtype", "device", "requires_grad", "layout")
+
+
+def describe(tensor: Tensor) -> tuple[Any, ...]:
+    """What a compiled graph assumes of a tensor."""
+    return _ATTRIBUTES(tensor), tensor.stride(), type(tensor)
+
+
+def describe_all(tensors: Sequence[Tensor]) -> tuple[Any, ...]:
+    """What ``describe`` says of each, in columns."""
+    return (
+        tuple(map(_ATTRIBUTES, tensors)),
+        tuple(map(Tensor.stride, tensors)),
+        tuple(map(type, tensors)),
+    )
+
+
+def _describe_rows(leaf: Any) -> tuple[Any, ...]:
+    """The same of a batch leaf, whose rows are made to fit."""
+    if isinstance(leaf, Tensor):
+        return leaf.shape[1:], leaf.dtype, leaf.device, is_channels_last(leaf), type(leaf)
+    return ("constant",)
+
+
+@dataclass(frozen=True, eq=False)
+class _Constant:
+    """An argument that is no tensor: plain values are equal by type and value, objects if they are the same."""
+
+    value: Any
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Constant) and same(other.value, self.value)
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def _flags(kinds: Sequence[str]) -> tuple[Any, ...]:
+    """Global settings that change which operations run, or what they compute."""
+    cuda, cudnn = torch.backends.cuda, torch.backends.cudnn
+    return (
+        torch.get_default_dtype(),
+        # Without a mode it is the CPU; asking takes a third as long as all the rest.
+        torch.get_default_device() if _get_current_function_mode_stack() else torch.device("cpu"),
+        *((torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in kinds),
+        torch.is_autocast_cache_enabled(),
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+        torch.get_float32_matmul_precision(),
+        torch.is_anomaly_enabled(),
+        (cudnn.enabled, cudnn.deterministic, cudnn.benchmark, cudnn.allow_tf32),
+        (cuda.matmul.allow_tf32, cuda.matmul.allow_fp16_reduced_precision_reduction),
+        cuda.matmul.allow_bf16_reduced_precision_reduction,
+        (cuda.flash_sdp_enabled(), cuda.mem_efficient_sdp_enabled(), cuda.math_sdp_enabled()),
+        cuda.cudnn_sdp_enabled(),
+        torch.backends.mkldnn.enabled,
+        torch._C._get_nnpack_enabled(),
+    )
+
+
+def signature(inputs: Inputs, size: int, clipping: Clipping) -> tuple[Any, ...]:
+    """Equal for two batches exactly if one graph serves both, as far as arguments and settings go.
+
+    Args:
+        inputs: The arguments.
+        size: Rows of the graph.
+        clipping: Of the transform; the norms themselves are inputs of the graph.
+    """
+    kinds = (
+        ("cpu",) if inputs.params[0].device.type == "cpu" else ("cpu", inputs.params[0].device.type)
+    )
+    return (
+        ("number of rows", size),
+        ("names of the parameters", tuple(inputs.names)),
+        ("shape, dtype, device or requires_grad of a parameter", describe_all(inputs.params)),
+        ("shape, dtype, device or layout of the batch", tuple(map(_describe_rows, inputs.batch))),
+        ("an argument that is no tensor", tuple(map(_Constant, inputs.constants))),
+        ("further tensor arguments", describe_all(inputs.others)),
+        ("structure of the arguments", inputs.structure),
+        ("autocast, default dtype or device, determinism or precision settings", _flags(kinds)),
+        ("clipping groups or rules, or a norm that became or was 0 or inf", clipping.structure),
+        ("registered rules", tuple(rules().values())),
+    )  # fmt: skip
+
+
+def difference(now: tuple[Any, ...], was: tuple[Any, ...]) -> str | None:
+    """Which part of a signature is another; None if none is."""
+    if now == was:
+        return None
+    for (name, new), (_, old) in zip(now, was, strict=True):
+        if new != old:
+            return str(name)
+    return None
+
+
+def refuse_modes() -> None:
+    """Refuse to compile inside of somebody else's mode, which would see nothing of a compiled graph.
+
+    Raises:
+        CompileError: If one is active.
+    """
+    active = [*_get_current_function_mode_stack(), *_get_current_dispatch_mode_stack()]
+    active = [mode for mode in active if type(mode).__name__ != "DeviceContext"]
+    if active:
+        raise CompileError(
+            f"a {type(active[0]).__name__} is active, which sees single operations; a compiled step has none. Leave "
+            "the mode around backward, or leave compile out."
+        )

@@ -1,0 +1,1 @@
+"""One microbatch: from a loss and its samples to clipped sums. Private; ``clipgrad.function`` is the way in."""

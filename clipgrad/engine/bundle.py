@@ -1,0 +1,69 @@
+"""Small per-sample gradients side by side in one matrix: one norm and one product where there were many."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from math import prod
+
+import torch
+from torch import Tensor
+
+from clipgrad.kernels.selection import select_rows
+from clipgrad.rules.canonical import PerSample, row_norms_squared
+
+# Elements of all samples up to which copying a gradient costs less than the five operations that it saves.
+SMALL = 1 << 16
+
+
+class Bundle:
+    """The per-sample gradients of several parameters of one clipping group.
+
+    Args:
+        gradients: ``[B, *shape]`` by index of the parameter; of one dtype, on one device.
+    """
+
+    def __init__(self, gradients: Mapping[int, Tensor]) -> None:
+        self._shapes = {index: gradient.shape[1:] for index, gradient in gradients.items()}
+        self._rows = torch.cat([gradient.flatten(1) for gradient in gradients.values()], 1)
+        self._sums: dict[int, Tensor] = {}
+
+    def squared_norms(self) -> Tensor:
+        """Of everything in it together, ``[B]``."""
+        return row_norms_squared(self._rows)
+
+    @property
+    def indices(self) -> list[int]:
+        """Of the parameters."""
+        return list(self._shapes)
+
+    def weighted_sum(self, index: int, factors: Tensor) -> Tensor:
+        """``sum_b factors[b] g_b`` of one parameter. The first call computes all, with its factors."""
+        if not self._sums:
+            total = PerSample(self._rows).weighted_sum(factors)
+            parts = total.split([prod(shape) for shape in self._shapes.values()])
+            for (at, shape), part in zip(self._shapes.items(), parts, strict=True):
+                # Memory of its own: who saves one sum, or writes to it, shall not reach the others.
+                self._sums[at] = part.clone().view(shape)
+        return self._sums[index]
+
+    def select(self, keep: Tensor) -> None:
+        """Make the gradient of every sample outside the mask exactly zero."""
+        self._rows = select_rows(self._rows, keep)
+        self._sums = {}
+
+
+def bundled(gradients: Mapping[int, Tensor]) -> Bundle | None:
+    """The small ones among the gradients of a clipping group; None if there are not two of a kind.
+
+    Args:
+        gradients: Kept per-sample gradients ``[B, *shape]`` by index of the parameter.
+    """
+    small: dict[int, Tensor] = {}
+    for index, gradient in gradients.items():
+        if gradient.dim() < 2 or not 0 < gradient.numel() <= SMALL:
+            continue
+        kind = gradient.dtype, gradient.device
+        first = next(iter(small.values()), gradient)
+        if kind == (first.dtype, first.device) and gradient.dtype in (torch.float32, torch.float64):
+            small[index] = gradient
+    return Bundle(small) if len(small) > 1 else None

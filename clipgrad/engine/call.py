@@ -1,0 +1,125 @@
+"""What a rule receives: the operands of one operation, resolved against the tape."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from clipgrad._functorch import Decline, per_sample, physical
+from clipgrad.engine.foreign_code import refuse_kind
+from clipgrad.engine.tape import Expected, Tape, Tracked, watch
+from clipgrad.rules.registry import Recipe
+
+
+class Pass(Protocol):
+    """The forward pass that a call is part of; ``Capture`` is one.
+
+    Attributes:
+        tape: The microbatch's tape.
+        level: Of the ``vmap`` over samples.
+        randomness: Whether samples draw ``"different"`` random numbers, the ``"same"``, or must not: ``"error"``.
+        table: What the loss holds for parameters and expressions of them, by id.
+        positions: Where the caller's own parameter tensors stand among the parameters, by id.
+    """
+
+    tape: Tape
+    level: int
+    randomness: str
+    table: dict[int, Tracked]
+    positions: dict[int, int]
+
+    def refuse_original(self, tensor: Tensor, operation: str) -> None:
+        """Raise if an operand is a tensor of the caller's, whose gradient would escape."""
+        ...
+
+
+class BoundCall:
+    """The ``Call`` that a rule receives: operands of one operation, resolved against the tape."""
+
+    def __init__(self, capture: Pass, rule: str) -> None:
+        self._capture = capture
+        self._rule = rule
+        self._without_recipe: dict[int, Tracked] = {}
+
+    @property
+    def batch_size(self) -> int:
+        return self._capture.tape.batch_size
+
+    @property
+    def randomness(self) -> str:
+        return self._capture.randomness
+
+    def has_lanes(self, tensor: Tensor | None) -> bool:
+        if tensor is None or id(tensor) in self._capture.table:
+            return False
+        return physical(tensor, self._capture.level) is not None
+
+    def batched(self, tensor: Tensor) -> Tensor:
+        tracked = self._capture.table.get(id(tensor))
+        if tracked is not None:
+            # A parameter used as data: its per-sample copies carry the gradient.
+            tracked.fallback.append(self._rule)
+            return tracked.leaf
+        value = physical(tensor, self._capture.level)
+        if value is not None:
+            return value
+        refuse_kind(type(tensor), f"an operand of {self._rule}")
+        return tensor.expand(self.batch_size, *tensor.shape)
+
+    def shared(self, tensor: Tensor) -> Tensor:
+        self._capture.refuse_original(tensor, self._rule)
+        tracked = self._capture.table.get(id(tensor))
+        if tracked is not None:
+            if torch.is_grad_enabled():
+                self._without_recipe[id(tensor)] = tracked
+            return tracked.value
+        if physical(tensor, self._capture.level) is not None:
+            raise Decline
+        refuse_kind(type(tensor), f"an operand of {self._rule}")
+        return tensor
+
+    def adopt(self, tensor: Tensor) -> Tensor:
+        index = self._capture.positions.get(id(tensor))
+        return tensor if index is None else self._capture.tape.tracked[index].wrapper
+
+    def finish(
+        self,
+        output: Tensor,
+        *recipes: Recipe,
+        saved: tuple[Tensor, ...] = (),
+        view: Callable[[Tensor], Tensor] | None = None,
+    ) -> Tensor:
+        output = self.record(output, *recipes, saved=saved)
+        return per_sample(output if view is None else view(output), self._capture.level)
+
+    def record(self, output: Tensor, *recipes: Recipe, saved: tuple[Tensor, ...] = ()) -> Tensor:
+        entries: list[tuple[Tracked, Recipe]] = []
+        if torch.is_grad_enabled():
+            for recipe in recipes:
+                if recipe.parameter is None:
+                    continue
+                tracked = self._capture.table.get(id(recipe.parameter))
+                if tracked is not None:
+                    self._without_recipe.pop(id(recipe.parameter), None)
+                    entries.append((tracked, recipe))
+        if entries:
+            for tracked, recipe in entries:
+                tracked.expected.append(Expected(self._rule, recipe.extent))
+            tape = self._capture.tape
+            output = watch(output, tape.anchor, tape.on_gradient(entries, saved, self._rule))
+        return output
+
+    def check(self) -> None:
+        """After the rule: a parameter that it read detached and gave no recipe for has lost its gradient.
+
+        Raises:
+            RuntimeError: If there is one.
+        """
+        for tracked in self._without_recipe.values():
+            raise RuntimeError(
+                f"rule {self._rule!r} used parameter {tracked.name!r} through call.shared() but passed no Recipe "
+                "for it to call.finish(), so its gradient would be lost. Add the recipe, or raise Decline."
+            )

@@ -1,0 +1,322 @@
+"""See every operation of the loss, recognise the parameters in it, and run a rule where one exists."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._C._autograd import _get_sequence_nr
+from torch.overrides import TorchFunctionMode, resolve_name
+
+from clipgrad._functorch import Decline, below_vmap, current_level, current_randomness, physical
+from clipgrad.engine import custom_vmap, stale_values
+from clipgrad.engine.branches import Disagreement, is_read, read
+from clipgrad.engine.call import BoundCall
+from clipgrad.engine.expressions import (
+    SHAREABLE,
+    VIEWS,
+    is_injective,
+    writes_in_place,
+    writes_to_first,
+)
+from clipgrad.engine.fallback import CORRECTIONS
+from clipgrad.engine.foreign_code import PLAIN, dispatch_modes, refuse_dispatch_modes, refuse_kind
+from clipgrad.engine.one_by_one import instead
+from clipgrad.engine.random_values import Drawn
+from clipgrad.engine.tape import Tape, Tracked
+from clipgrad.errors import EscapedParameterError, NotPerSampleError
+from clipgrad.rules.registry import Decomposition, Rule, rules
+
+_RULES = rules()
+_DRAWN = (
+    "samples branch apart by a value that depends on random numbers (dropout, torch.rand), and branches='split' would "
+    "draw again for each part: what a sample gets would depend on the other samples of its batch. Draw outside the "
+    "loss and pass it with the batch, or use torch.where in the place of the branch."
+)
+_REQUIRES_GRAD = torch.Tensor.requires_grad.__get__  # type: ignore[attr-defined]
+
+
+def operation_name(function: Callable[..., Any]) -> str:
+    name: str = resolve_name(function) or getattr(function, "__name__", repr(function))
+    return name.removeprefix("torch.").replace("nn.functional.", "F.")
+
+
+def operands(args: Iterable[Any], kwargs: dict[str, Any]) -> Iterator[Tensor]:
+    """Every tensor among the arguments, lists and tuples of tensors included."""
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from operands(value, {})
+
+
+def tensors_in(result: Any) -> list[Tensor]:
+    if isinstance(result, Tensor):
+        return [result]
+    return [t for t in result if isinstance(t, Tensor)] if isinstance(result, list | tuple) else []
+
+
+class Capture(TorchFunctionMode):
+    """Intercepts the operations of one forward pass under ``vmap``.
+
+    Args:
+        tape: The microbatch's tape.
+        wrappers: What the loss holds for each parameter, in the tape's order.
+        originals: The tensors that the caller passed; met inside the loss, they are a gradient that escapes.
+        drawn: Answer Python's questions about values, if need be by splitting the microbatch, but none that depend on
+            random numbers. None: answer none.
+    """
+
+    def __init__(
+        self,
+        tape: Tape,
+        wrappers: Sequence[Tensor],
+        originals: Sequence[Tensor],
+        *,
+        drawn: Drawn | None = None,
+    ) -> None:
+        super().__init__()
+        self.tape = tape
+        self.drawn = drawn
+        self.level = current_level()
+        self.randomness = current_randomness()
+        self.modes = dispatch_modes()
+        self.table: dict[int, Tracked] = {}
+        for tracked, wrapper in zip(tape.tracked, wrappers, strict=True):
+            tracked.wrapper = wrapper
+            self.table[id(wrapper)] = tracked
+        self.originals = {id(t): name.name for t, name in zip(originals, tape.tracked, strict=True)}
+        self.positions = {id(t): index for index, t in enumerate(originals)}
+        # An id is only an identity while its object lives.
+        self._kept_alive = (list(wrappers), list(originals))
+        self.made: list[weakref.ref[Tensor]] = []
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: Sequence[Any] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func == _REQUIRES_GRAD:
+            return self._requires_grad(args[0])
+        if types or dispatch_modes() != self.modes:
+            refuse_dispatch_modes()
+            for kind in types:
+                refuse_kind(kind, f"an operand of {operation_name(func)}")
+        kept = stale_values.among(operands(args, kwargs), self.level)
+        if self.drawn is not None:
+            self.drawn.before()
+        try:
+            result = self._run(func, args, kwargs)
+        except Exception as error:
+            if kept:
+                raise stale_values.refuse(operation_name(func)) from error
+            raise
+        made = tensors_in(result)
+        if kept and made:  # asking for a shape is harmless
+            raise stale_values.refuse(operation_name(func))
+        if self.drawn is not None:
+            self.drawn.after(operands(args, kwargs), made)
+        self.made.extend(map(weakref.ref, made))
+        return result
+
+    def _run(self, func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        native = current_level() == self.level
+        if self.drawn is not None and native:
+            if func is torch.Tensor.__contains__:
+                with self:
+                    return bool((args[0] == args[1]).any())
+            if is_read(func) and id(args[0]) not in self.table:
+                try:
+                    return read(func, args[0], self.level)
+                except Decline:
+                    pass  # the same for all samples: read as it is
+                except Disagreement:
+                    if self.drawn.decides(args[0]):
+                        raise NotPerSampleError(_DRAWN) from None
+                    raise
+        if native:
+            rule = _RULES.get(func)
+            if rule is not None and "out" not in kwargs and "self" not in kwargs:
+                result = self._apply(rule, args, kwargs)
+                if result is not NotImplemented:
+                    return result
+        tracked, foreign = self._classify(args, kwargs)
+        if tracked and not foreign and native and func in SHAREABLE and torch.is_grad_enabled():
+            result = self._derive(func, args, kwargs, tracked)
+            if result is not NotImplemented:
+                return result
+        if tracked and writes_to_first(func) and id(args[0]) in self.table:
+            # Some would go through and be noticed only afterwards, with the parameter changed.
+            entry = self.table[id(args[0])]
+            message = written_expression_message if entry.derived else written_message
+            raise NotPerSampleError(message(entry.name))
+        if self.drawn is not None and kwargs.get("generator") is not None:
+            raise NotPerSampleError(generator_message(operation_name(func)))
+        result = self._under_vmap(func, args, kwargs)
+        if custom_vmap.brings_vmap(func, args):
+            backward_pass = any(map(self._requires_grad, tensors_in(result)))
+            if backward_pass or not native:  # an inner transform's own may be another
+                raise custom_vmap.refuse(func, args)
+        if tracked and torch.is_grad_enabled() and tensors_in(result):
+            for entry in tracked:
+                entry.fallback.append(operation_name(func))
+        if foreign and self.originals:
+            self._check_originals(func, args, kwargs, result)
+        return result
+
+    def _under_vmap(
+        self, func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]
+    ) -> Any:
+        correction = CORRECTIONS.get(func)
+        try:
+            if correction is None:
+                return func(*args, **kwargs)
+            before = _get_sequence_nr()
+            result = correction(*args, **kwargs)
+            self.tape.corrected.append((before, _get_sequence_nr()))
+            return result
+        except (RuntimeError, IndexError, ValueError) as error:
+            return instead(func, args, kwargs, error)
+
+    def _requires_grad(self, tensor: Tensor) -> bool:
+        """``vmap`` hides that autograd records below it; a loss that asks must get the true answer."""
+        if tensor.requires_grad:
+            return True
+        try:
+            value = physical(tensor, self.level)
+        except Decline:
+            return False
+        return value is not None and value.requires_grad
+
+    def _apply(
+        self, rule: Rule | Decomposition, args: Sequence[Any], kwargs: dict[str, Any]
+    ) -> Any:
+        try:
+            if isinstance(rule, Decomposition):
+                with self:
+                    return rule.apply(*args, **kwargs)
+            call = BoundCall(self, rule.name)
+            before = _get_sequence_nr()
+            with below_vmap():
+                result = rule.apply(call, *args, **kwargs)
+            self.tape.corrected.append((before, _get_sequence_nr()))
+            call.check()
+            return result
+        except Decline:
+            return NotImplemented
+
+    def _classify(self, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[list[Tracked], bool]:
+        """The tracked operands, and whether there is any other tensor among the operands."""
+        found: list[Tracked] = []
+        foreign = False
+        for operand in operands(args, kwargs):
+            entry = self.table.get(id(operand))
+            if entry is None:
+                foreign = True
+                if type(operand) not in PLAIN:
+                    refuse_kind(type(operand), "a tensor that the loss computes with")
+            else:
+                found.append(entry)
+        return found, foreign
+
+    def _derive(
+        self,
+        func: Callable[..., Any],
+        args: Sequence[Any],
+        kwargs: dict[str, Any],
+        sources: list[Tracked],
+    ) -> Any:
+        """Run an operation on parameters alone once, and track its result."""
+
+        def run(read: Callable[[Tracked], Tensor]) -> Any:
+            lowered = [_lower(value, self.table, read) for value in args]
+            return func(
+                *lowered, **{key: _lower(value, self.table, read) for key, value in kwargs.items()}
+            )
+
+        if writes_in_place(func, args, kwargs):
+            return NotImplemented
+        source = sources[0]
+        with below_vmap():
+            result = run(lambda entry: entry.shared)
+            outputs = tensors_in(result)
+            if not outputs or not all(output.requires_grad for output in outputs):
+                return NotImplemented
+            wide: list[Tensor | None] = [None] * len(outputs)
+            if len(sources) == 1 and source.injective and func in VIEWS:
+                same = source.exact is source.shared
+                twins = outputs if same else tensors_in(run(lambda entry: entry.exact))
+                wide = [
+                    twin if is_injective(func, source.shared, output) else None
+                    for output, twin in zip(outputs, twins, strict=True)
+                ]
+            name = f"{operation_name(func)}({', '.join(source.name for source in sources)})"
+            wrapped = []
+            for output, twin in zip(outputs, wide, strict=True):
+                entry = self.tape.derive(name, output, sources, self.level, twin)
+                self.table[id(entry.wrapper)] = entry
+                wrapped.append(entry.wrapper)
+        if isinstance(result, Tensor):
+            return wrapped[0]
+        return type(result)(wrapped) if type(result) in (list, tuple) else tuple(wrapped)
+
+    def refuse_original(self, tensor: Tensor, operation: str) -> None:
+        name = self.originals.get(id(tensor))
+        if name is not None:
+            raise EscapedParameterError(escape_message(name, operation))
+
+    def _check_originals(
+        self, func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], result: Any
+    ) -> None:
+        """Reading a shape is harmless; computing with an original is a gradient that escapes."""
+        if any(tensor.requires_grad for tensor in tensors_in(result)):
+            for operand in operands(args, kwargs):
+                self.refuse_original(operand, operation_name(func))
+
+
+def _lower(value: Any, table: dict[int, Tracked], read: Callable[[Tracked], Tensor]) -> Any:
+    """An argument with what ``read`` finds in the place of every tracked tensor."""
+    # Not nested in the method: a recursive closure is a reference cycle, and would keep the whole tape alive.
+    if isinstance(value, Tensor):
+        return read(table[id(value)])
+    if isinstance(value, list | tuple) and any(isinstance(item, Tensor) for item in value):
+        return type(value)(_lower(item, table, read) for item in value)
+    return value
+
+
+def generator_message(operation: str) -> str:
+    return (
+        f"{operation} draws from a generator of the loss's own, and under branches='split' nobody would see whether it "
+        "drew again where samples branch apart. Use PyTorch's default generator: leave generator= out."
+    )
+
+
+def written_message(name: str) -> str:
+    return (
+        f"the loss wrote to parameter {name!r} in place. Change parameters outside the loss, after "
+        "optimizer.step(), or compute the changed value out of place: torch.clamp(weight, ...)."
+    )
+
+
+def written_expression_message(name: str) -> str:
+    return (
+        f"the loss wrote in place to {name}, which is computed from parameters alone, so that all samples share it. "
+        "Use the out-of-place form: w = w * mask, torch.where(mask, w, 0.0), or torch.cat for a part of w."
+    )
+
+
+def escape_message(name: str, operation: str) -> str:
+    return (
+        f"parameter {name!r} reached {operation} from outside the transform (held in a list, a closure or an "
+        "attribute that is not a registered parameter), so its gradient would escape clipping. Read it through "
+        "the model or the params argument inside the loss: register it as nn.Parameter or in nn.ParameterList."
+    )
+
+
+__all__ = ["Capture", "escape_message", "operation_name", "tensors_in", "written_message"]

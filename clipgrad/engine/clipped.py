@@ -1,0 +1,163 @@
+"""The result of one microbatch, and how norms and clipped sums become one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from clipgrad._phases import phase
+from clipgrad.clipping import Clipping
+from clipgrad.engine.copies import copies
+from clipgrad.engine.gradients import Gradients, Transformed
+from clipgrad.engine.tape import Strategy
+from clipgrad.exact.grid import Grid
+
+PreClipping = Callable[[list[Tensor]], list[Tensor]]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a microbatch needs to know of the transform's configuration."""
+
+    clipping: Clipping
+    dtypes: tuple[torch.dtype, ...]
+    randomness: str
+    keep_batch_dim: bool
+    has_aux: bool
+    nan_safe: bool
+    strategy: Strategy | None
+    memory_budget: float | None
+    pre_clipping: PreClipping | None
+    branches: str = "refuse"
+    grid: Grid | None = None
+    deferred: bool = False
+    """Leave the question whether every norm is finite to the caller: a traced graph cannot ask it."""
+    selects: bool = False
+    """Take the samples that are dropped out of the factors whether there is one or not: then nobody has to ask."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """The result of one microbatch.
+
+    Attributes:
+        sums: Clipped sum per parameter, in the accumulation dtype.
+        values: Per-sample losses ``[B]``.
+        norms: Per-sample norms, ``[B]`` per clipping group.
+        aux: Per-sample auxiliary output, or None.
+        nonfinite: Boolean ``[B]``: samples dropped because their gradient was not finite.
+        all_finite: Boolean scalar, if the question was left to the caller. Where it is False and samples were not
+            taken out in any case, ``sums`` are worthless, and the microbatch has to be run again by somebody who asks.
+        lent: Whether ``sums`` lie in memory that the next microbatch overwrites.
+    """
+
+    sums: list[Tensor]
+    values: Tensor
+    norms: list[Tensor]
+    aux: Any
+    nonfinite: Tensor
+    all_finite: Tensor | None = None
+    lent: bool = False
+
+
+def clip(
+    gradients: Gradients | Transformed,
+    params: Sequence[Tensor],
+    values: Tensor,
+    aux: Any,
+    is_padding: Tensor | None,
+    settings: Settings,
+) -> Piece:
+    """Norms, factors and clipped sums of one microbatch whose backward pass has run."""
+    clipping = settings.clipping
+    indices = range(len(params))
+    if settings.grid is not None:
+        assert isinstance(gradients, Gradients)
+        rows = [gradients.per_sample(index) for index in indices]
+        if settings.pre_clipping is not None:
+            rows = settings.pre_clipping(rows)
+        exact, before, dropped = settings.grid.clip(rows, is_padding)
+        return Piece(exact, values, before, aux, dropped)
+    if settings.pre_clipping is not None:
+        assert isinstance(gradients, Gradients)
+        gradients = Transformed(
+            settings.pre_clipping([gradients.per_sample(index) for index in indices])
+        )
+    norms = [
+        _or_zero(gradients.squared_norms(clipping.members(group)), values).sqrt()
+        for group in range(len(clipping.groups))
+    ]
+    finite = torch.stack(norms).isfinite().all(0)
+    keep = finite if is_padding is None else finite & ~is_padding
+    factors = [clipping.factors(norm, group) for group, norm in enumerate(norms)]
+    if settings.nan_safe or is_padding is not None:
+        keep = keep if settings.nan_safe else ~is_padding  # type: ignore[operator]
+        factors = [torch.where(keep, factor, 0.0) for factor in factors]
+        if settings.selects:
+            gradients.select(keep)
+    with phase("contraction"):
+        sums = _weighted_sums(gradients, params, factors, settings)
+    # Asked only now: on a GPU the answer takes as long as all that is queued, and the sums are queued already.
+    dropping = settings.nan_safe or is_padding is not None
+    if dropping and not settings.deferred and not bool(finite.all()):
+        # A zero factor does not silence an inf; such samples are taken out of the factors themselves.
+        gradients.select(keep)
+        with phase("contraction"):
+            sums = _weighted_sums(gradients, params, factors, settings)
+    nonfinite = ~finite if is_padding is None else ~finite & ~is_padding
+    all_finite = finite.all() if settings.deferred else None
+    return Piece(sums, values, norms, aux, nonfinite, all_finite)
+
+
+def _weighted_sums(
+    gradients: Gradients | Transformed,
+    params: Sequence[Tensor],
+    factors: Sequence[Tensor],
+    settings: Settings,
+) -> list[Tensor]:
+    sums = []
+    for index, (param, dtype) in enumerate(zip(params, settings.dtypes, strict=True)):
+        total = gradients.weighted_sum(index, factors[settings.clipping.assignment[index]])
+        sums.append(torch.zeros_like(param, dtype=dtype) if total is None else total.to(dtype))
+    return sums
+
+
+def _or_zero(squared: Tensor | None, values: Tensor) -> Tensor:
+    if squared is not None:
+        return squared
+    return torch.zeros_like(values, dtype=torch.promote_types(values.dtype, torch.float32))
+
+
+def accumulate(sums: list[Tensor] | None, piece: Piece) -> list[Tensor]:
+    """Add the sums of a further piece in place; None starts with them."""
+    if sums is None:
+        # A sum may alias a tensor that the microbatch owns; nothing else holds one, so it is ours to write to.
+        more = copies(piece.sums) if piece.lent else piece.sums
+        return [total.contiguous() for total in more]
+    torch._foreach_add_(sums, piece.sums)
+    return sums
+
+
+def joined(pieces: Sequence[Piece], order: Tensor) -> Piece:
+    """The pieces of one microbatch as one, samples in their old order."""
+
+    def join(parts: Sequence[Tensor]) -> Tensor:
+        together = torch.cat(list(parts))
+        return together[order.to(together.device)]
+
+    sums: list[Tensor] | None = None
+    for piece in pieces:
+        sums = accumulate(sums, piece)
+    assert sums is not None
+    return Piece(
+        sums,
+        join([piece.values for piece in pieces]),
+        [join(norms) for norms in zip(*(piece.norms for piece in pieces), strict=True)],
+        tree_map(lambda *leaves: join(leaves), *(piece.aux for piece in pieces)),
+        join([piece.nonfinite for piece in pieces]),
+    )

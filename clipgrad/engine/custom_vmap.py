@@ -1,0 +1,63 @@
+"""Operations of the user's that bring a ``vmap`` rule of their own, whose backward pass would mix samples.
+
+Autograd records below our ``vmap``. So a rule that runs the operation once for all samples has its backward pass run
+once for all samples as well, on all output gradients: one that is not row by row (``grad / grad.norm()``) mixes them,
+where ``vmap(grad)``, which defines the result, runs it for each. Nothing tells the one kind from the other. With
+``generate_vmap_rule = True``, or without a rule, PyTorch runs both passes for each sample, and that is right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch._ops import OpOverload, OpOverloadPacket
+
+from clipgrad._functorch import FUNCTION_CALL, has_vmap_method
+from clipgrad.errors import NotPerSampleError
+
+_PYTORCHS_OWN = {"aten", "prims", "prim"}
+_MIXES = (
+    "Its backward pass would run on the gradients of all samples at once, and mix them if it does anything but treat "
+    "each row alone."
+)
+
+
+def brings_vmap(function: Callable[..., Any], args: Sequence[Any]) -> bool:
+    """Whether a call under ``vmap`` runs a rule that PyTorch neither wrote nor derives.
+
+    Args:
+        function: As a ``TorchFunctionMode`` sees it.
+        args: Its positional arguments.
+    """
+    if function is FUNCTION_CALL:
+        return has_vmap_method(args[0])
+    if isinstance(function, OpOverload):
+        names = [function.name()]
+    elif isinstance(function, OpOverloadPacket):
+        names = [getattr(function, overload).name() for overload in function.overloads()]
+    else:
+        return False
+    return any(
+        name.partition("::")[0] not in _PYTORCHS_OWN
+        and torch._C._dispatch_has_kernel_for_dispatch_key(name, "FuncTorchBatched")
+        for name in names
+    )
+
+
+def refuse(function: Callable[..., Any], args: Sequence[Any]) -> NotPerSampleError:
+    """What to raise where its backward pass would run."""
+    if function is FUNCTION_CALL:
+        return NotPerSampleError(
+            f"the loss calls {args[0].__name__}, an autograd.Function with a vmap method of its own. {_MIXES} Set "
+            "generate_vmap_rule = True in its place, or register a rule with clipgrad.register_rule for a function "
+            "that calls it."
+        )
+    return NotPerSampleError(
+        f"the loss calls {function}, an operation with a vmap rule of its own (torch.library.register_vmap). {_MIXES} "
+        "Leave the vmap rule out, or register a rule for the operation with clipgrad.register_rule."
+    )
+
+
+__all__ = ["brings_vmap", "refuse"]

@@ -1,0 +1,205 @@
+"""What happens to an operation that no rule covers: it runs under ``vmap`` on per-sample copies, exactly.
+
+A parameter's copy is an expanded leaf, so autograd itself materialises the per-sample gradient. Nothing has to be
+written per operation, except where ``vmap`` deviates from the operation's own definition. Those places are here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from clipgrad._functorch import is_broadcast, is_wrapped
+from clipgrad.engine.foreign_code import node_of
+from clipgrad.engine.one_by_one import one_by_one
+from clipgrad.errors import NotPerSampleError
+from clipgrad.rules.embedding_definition import (
+    aten_embedding,
+    aten_embedding_bag,
+    embedding,
+    embedding_bag,
+    private_embedding_bag,
+)
+from clipgrad.rules.loss import cross_entropy_by_definition
+from clipgrad.rules.names import by_all_names, each_name, names_of
+from clipgrad.rules.recurrent.definition import DEFINITIONS
+
+
+def _by_formula(attention: Callable[..., Any]) -> Callable[..., Any]:
+    """Fused kernels fail under ``vmap`` (a learned mask on CPU, alignment on CUDA); the formula does not."""
+
+    def corrected(*args: Any, **kwargs: Any) -> Any:
+        with sdpa_kernel(SDPBackend.MATH):
+            return attention(*args, **kwargs)
+
+    return corrected
+
+
+def _not_left_aligned(*args: Any, **kwargs: Any) -> bool:
+    """Asked by ``nn.TransformerEncoder`` in eval mode, on its way to a fused path that has no gradients."""
+    return False
+
+
+def _as_strided(input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """Its backward pass averages over what shares memory, so over samples where one copy stands for all."""
+    if is_broadcast(input):
+        raise NotPerSampleError(
+            "as_strided is applied to a value that all samples share (a parameter, or rows looked up with ids that are "
+            "the same for all), where PyTorch's gradient mixes samples. Use transpose, unfold, reshape or indexing."
+        )
+    return torch.as_strided(input, *args, **kwargs)
+
+
+def _as_strided_copy(input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    return _as_strided(input, *args, **kwargs).clone()
+
+
+def _as_strided_in_place(input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """Under ``vmap`` its gradient is wrong even where no sample shares memory with another."""
+    raise NotPerSampleError(
+        "as_strided_ gives a tensor other strides in place, where PyTorch's gradient is wrong under vmap. Use "
+        "transpose, unfold, reshape or indexing."
+    )
+
+
+def _as_strided_scatter(*args: Any, **kwargs: Any) -> Tensor:
+    """No batching rule; and on one sample's part of a batch it would count from the start of all."""
+    raise NotPerSampleError(
+        "as_strided_scatter writes to memory by its address, which has no meaning for one sample. Use slice_scatter, "
+        "select_scatter, scatter or index_put."
+    )
+
+
+def _select_scatter(input: Tensor, src: Tensor, dim: int, index: int) -> Tensor:
+    """Under ``vmap`` the gradient of ``src`` comes once for each entry of the axis; that of a slice is right."""
+    size = input.shape[dim]
+    if not -size <= index < size:
+        return torch.select_scatter(input, src, dim, index)  # which says so
+    return torch.slice_scatter(input, src.unsqueeze(dim), dim, index % size, index % size + 1)
+
+
+def _linear_cross_entropy(
+    *args: Any, options: Any = None, weight: Tensor | None = None, **kwargs: Any
+) -> Tensor:
+    """By its definition: in chunks it asks whether gradients are needed, and ``vmap`` answers that they are not."""
+    if options is not None and weight is not None and is_wrapped(weight):
+        raise NotPerSampleError(
+            "linear_cross_entropy with options= gives no gradient to class weights, which differ per sample here. "
+            "Leave options= out, or pass weight.detach()."
+        )
+    return F.linear_cross_entropy(*args, weight=weight, **kwargs)
+
+
+def _index_fill(input: Tensor, dim: int, index: Tensor, value: Any) -> Tensor:
+    """Torch 2.11 to 2.13: ``vmap`` writes a value that is a tensor through views, and loses its gradient."""
+    if not isinstance(value, Tensor):
+        return torch.index_fill(input, dim, index, value)
+    where = torch.zeros(
+        input.shape[dim] if input.dim() else 1, dtype=torch.bool, device=input.device
+    )
+    where = torch.index_fill(where, 0, index, True)
+    if input.dim():
+        where = where.view(-1, *[1] * (input.dim() - 1 - dim % input.dim()))
+    else:
+        where = where.squeeze()
+    return torch.where(where, value.to(input.dtype), input)
+
+
+def _index_fill_in_place(input: Tensor, dim: int, index: Tensor, value: Any) -> Tensor:
+    if not isinstance(value, Tensor):
+        return input.index_fill_(dim, index, value)
+    return input.copy_(_index_fill(input, dim, index, value))
+
+
+def _one_by_one(function: Callable[..., Any]) -> Callable[..., Any]:
+    """An operation whose batching rule is wrong."""
+
+    def corrected(*args: Any, **kwargs: Any) -> Any:
+        return one_by_one(function, args, kwargs)
+
+    return corrected
+
+
+def _with_numbers(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A tensor that says where to cut: the same for all samples, or else shapes depend on the data."""
+
+    def number(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        if is_wrapped(value):
+            raise NotPerSampleError(
+                f"{function.__name__} is told by a per-sample tensor where to cut, so shapes or positions depend on "
+                "the data. Use Python numbers, or torch.gather with computed indices."
+            )
+        return value.tolist()
+
+    def corrected(input: Tensor, *args: Any, **kwargs: Any) -> Any:
+        numbers = {key: number(value) for key, value in kwargs.items()}
+        if "tensor_indices_or_sections" in numbers:
+            numbers["indices_or_sections"] = numbers.pop("tensor_indices_or_sections")
+        return function(input, *map(number, args), **numbers)
+
+    return corrected
+
+
+def _layer_norm(layer_norm: Callable[..., Any]) -> Callable[..., Any]:
+    """``vmap`` accepts a shape that reaches past a sample into the others; PyTorch itself would refuse it."""
+
+    def corrected(input: Tensor, normalized_shape: Sequence[int], *args: Any, **kwargs: Any) -> Any:
+        shape = tuple(normalized_shape)
+        if len(shape) > input.dim():
+            raise NotPerSampleError(
+                f"layer_norm over normalized_shape={shape} reaches past one sample, whose input has shape "
+                f"{tuple(input.shape)}. Normalise over axes of one sample."
+            )
+        return layer_norm(input, normalized_shape, *args, **kwargs)
+
+    return corrected
+
+
+def _register_hook(*args: Any, **kwargs: Any) -> None:
+    raise NotPerSampleError(
+        "the loss registers a hook on a tensor. A hook would see the gradients of all samples at once instead of one "
+        "sample's. Change the value in the forward pass, or the gradients with pre_clipping_transform."
+    )
+
+
+# In torch 2.11 to 2.13 the batching rule of linalg.solve takes a matrix of right sides for a vector, or adds an axis,
+# if only one operand differs per sample. tensorsolve calls it in C++, where the capture does not see the call.
+_SOLVERS = ("linalg_solve", "linalg_solve_ex", "_linalg_solve_ex", "linalg_tensorsolve")
+
+CORRECTIONS: Mapping[Callable[..., Any], Callable[..., Any]] = MappingProxyType(
+    {
+        **DEFINITIONS,
+        F.cross_entropy: cross_entropy_by_definition,
+        **by_all_names("embedding", aten_embedding),
+        F.embedding: embedding,
+        **by_all_names("embedding_bag", aten_embedding_bag),
+        **by_all_names("_embedding_bag", private_embedding_bag),
+        F.embedding_bag: embedding_bag,
+        **each_name("scaled_dot_product_attention", _by_formula),
+        **each_name("multi_head_attention_forward", _by_formula),
+        **each_name("layer_norm", _layer_norm),
+        **each_name("native_layer_norm", _layer_norm),
+        **dict.fromkeys(names_of("_nested_tensor_from_mask_left_aligned"), _not_left_aligned),
+        **by_all_names("as_strided", _as_strided),
+        **by_all_names("as_strided_copy", _as_strided_copy),
+        **by_all_names("as_strided_", _as_strided_in_place),
+        **by_all_names("as_strided_scatter", _as_strided_scatter),
+        **by_all_names("select_scatter", _select_scatter),
+        **by_all_names("index_fill", _index_fill),
+        **by_all_names("index_fill_", _index_fill_in_place),
+        **{name: made for op in _SOLVERS for name, made in each_name(op, _one_by_one).items()},
+        **each_name("narrow", _with_numbers),
+        **each_name("tensor_split", _with_numbers),
+        **each_name("linear_cross_entropy", lambda function: _linear_cross_entropy),
+        torch.Tensor.register_hook: _register_hook,
+        torch.Tensor.grad_fn.__get__: node_of,  # type: ignore[union-attr]
+    }
+)

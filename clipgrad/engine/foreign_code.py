@@ -1,0 +1,157 @@
+"""Code of the user's that PyTorch would run below our ``vmap``, on the tensors of all samples at once.
+
+Autograd and the dispatcher call hooks, modes and tensor subclasses with physical tensors, ``[B, ...]``. What they
+compute of them (a quantisation by ``t.abs().max()``) would let one sample change the gradients of the others, which
+no clipping norm is charged for. PyTorch's own are let through: they watch or trace, and change no value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+
+from clipgrad._functorch import innermost
+from clipgrad.errors import NotPerSampleError
+
+_ALL_AT_ONCE = "would see the tensors of all samples at once, so that one sample could change the gradients of others"
+SAVED_TENSORS_HOOKS = (
+    "the loss or backward() runs under saved tensors hooks (torch.autograd.graph.saved_tensors_hooks, save_on_cpu, or "
+    f"torch.utils.checkpoint and gradient_checkpointing_enable()), which {_ALL_AT_ONCE}. Leave them out, or switch "
+    "them off (gradient_checkpointing_disable()): microbatch_size bounds the memory instead."
+)
+PLAIN: set[type] = {Tensor, nn.Parameter}
+"""Classes known to bring no code of their own."""
+dispatch_modes = torch._C._len_torch_dispatch_stack
+"""How many modes are active that see operations below ``vmap``. Asked at each operation, so not wrapped."""
+_DISABLED = torch._C._disabled_torch_function_impl
+
+
+def without_saved_tensors_hooks() -> AbstractContextManager[None]:
+    """Refuse saved tensors hooks while the body runs, those that are active already included."""
+    return torch.autograd.graph.disable_saved_tensors_hooks(SAVED_TENSORS_HOOKS)
+
+
+def refuse_saved_tensors_hooks() -> None:
+    """Refuse those that are active around the step.
+
+    Raises:
+        NotPerSampleError: If there are any.
+    """
+    try:
+        with without_saved_tensors_hooks():
+            pass
+    except RuntimeError as error:
+        raise NotPerSampleError(SAVED_TENSORS_HOOKS) from error
+
+
+def refuse_modes() -> None:
+    """Refuse modes of the user's that are active around the transform.
+
+    Raises:
+        NotPerSampleError: If there is one.
+    """
+    if torch._C._len_torch_function_stack():
+        _refuse_modes(_get_current_function_mode_stack(), "__torch_function__")
+    refuse_dispatch_modes()
+
+
+def refuse_dispatch_modes() -> None:
+    """Refuse those that see operations below ``vmap``, also of the loss's own; a ``TorchFunctionMode`` there does not.
+
+    Raises:
+        NotPerSampleError: If there is one.
+    """
+    if dispatch_modes():
+        _refuse_modes(_get_current_dispatch_mode_stack(), "__torch_dispatch__")
+
+
+def _refuse_modes(modes: Iterable[Any], method: str) -> None:
+    for mode in modes:
+        if not _is_pytorchs(type(mode), method):
+            kind = "TorchDispatchMode" if method == "__torch_dispatch__" else "TorchFunctionMode"
+            raise NotPerSampleError(
+                f"{type(mode).__name__}, a {kind}, is active in the loss or around backward(), and {_ALL_AT_ONCE}. "
+                "Leave the mode before the step, or write what it does into the loss as ordinary operations."
+            )
+
+
+def refuse_subclasses(tensors: Iterable[Any], what: str) -> None:
+    """Refuse tensors of classes with code of their own.
+
+    Args:
+        tensors: Any objects; those that are no tensors are let be.
+        what: What they are, for the message.
+
+    Raises:
+        NotPerSampleError: If there is one.
+    """
+    kinds = set(map(type, tensors))
+    if PLAIN.issuperset(kinds):
+        return
+    for kind in kinds:
+        if kind not in PLAIN and issubclass(kind, Tensor):
+            refuse_kind(kind, what)
+
+
+def refuse_kind(kind: type, what: str) -> None:
+    """Refuse a subclass of ``Tensor`` with code of its own; see ``refuse_subclasses``."""
+    if kind in PLAIN:
+        return
+    for method in ("__torch_dispatch__", "__torch_function__"):
+        if not _is_pytorchs(kind, method):
+            raise NotPerSampleError(
+                f"{what} is of class {kind.__name__}, a tensor subclass whose {method} {_ALL_AT_ONCE}. Pass an "
+                "ordinary tensor: tensor.as_subclass(torch.Tensor), or what the subclass wraps."
+            )
+    PLAIN.add(kind)
+
+
+def _is_pytorchs(kind: type, method: str) -> bool:
+    """Whether PyTorch, or this package, wrote a method of a class, or nobody did."""
+    for base in kind.__mro__:
+        # PyTorch itself puts the second into every class that has a ``__torch_dispatch__``.
+        if vars(base).get(method, _DISABLED) is not _DISABLED:
+            return base.__module__.partition(".")[0] in ("torch", "clipgrad")
+    return True
+
+
+class _Node:
+    """What the loss is given for the node of autograd's graph that made a tensor; it can be compared with None only."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise NotPerSampleError(
+            f"the loss uses grad_fn.{name}, a node of autograd's graph. A hook there (register_hook, register_prehook, "
+            f"register_multi_grad_hook, a module's backward hook) {_ALL_AT_ONCE}. Change the value in the forward "
+            "pass, or the gradients with pre_clipping_transform."
+        )
+
+
+_NODE = _Node()
+
+
+def node_of(tensor: Tensor) -> Any:
+    """``tensor.grad_fn`` as the loss may see it: ``vmap`` hides the node, which holds all samples."""
+    node = tensor.grad_fn
+    return _NODE if node is None and innermost(tensor).grad_fn is not None else node
+
+
+__all__ = [
+    "PLAIN",
+    "SAVED_TENSORS_HOOKS",
+    "dispatch_modes",
+    "node_of",
+    "refuse_dispatch_modes",
+    "refuse_kind",
+    "refuse_modes",
+    "refuse_saved_tensors_hooks",
+    "refuse_subclasses",
+    "without_saved_tensors_hooks",
+]

@@ -1,0 +1,177 @@
+"""From a settled tape to norms and clipped sums of the parameters, shared expressions pulled back included."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
+
+from clipgrad._functorch import untraced
+from clipgrad.engine.bundle import Bundle, bundled
+from clipgrad.engine.tape import Tape, Tracked
+from clipgrad.kernels.selection import select_rows
+from clipgrad.rules.canonical import PerSample, added, row_norms_squared, widen
+
+
+class Gradients:
+    """Per-sample gradients of one microbatch, in whatever form is cheapest.
+
+    A parameter's gradient has several parts: its own uses, and the uses of every expression made of it. While
+    the parts touch different elements (the three slices of a packed projection), squared norms add up. Else
+    the parts are pulled back and summed per sample first.
+    """
+
+    def __init__(self, tape: Tape, parameters: int) -> None:
+        self._tape = tape
+        self._batch_size = tape.batch_size
+        for entry in tape.tracked:
+            entry.settle()
+        self._parts: list[list[Tracked]] = [[] for _ in range(parameters)]
+        for entry in tape.tracked:
+            if entry.reached:
+                for index in entry.parameters:
+                    self._parts[index].append(entry)
+        self._summed: dict[int, Tensor] = {}
+        self._pulled: dict[int, list[Tensor | None]] = {}
+        self._bundled: dict[int, Bundle] = {}
+
+    def squared_norms(self, members: Sequence[int]) -> Tensor | None:
+        """Squared norms of every sample's gradient of some parameters together, ``[B]``; None if nothing reached any.
+
+        Args:
+            members: Indices of the parameters; each belongs to one call.
+        """
+        found = []
+        # A compiler joins small operations itself.
+        if get_proxy_mode() is None and len(members) > 1:
+            bundle = bundled(self._kept_alone(members))
+            if bundle is not None:
+                self._bundled.update(dict.fromkeys(bundle.indices, bundle))
+                found.append(bundle.squared_norms())
+        alone = (self._squared_norms(index) for index in members if index not in self._bundled)
+        found += [norms for norms in alone if norms is not None]
+        return _total(found)
+
+    def _kept_alone(self, members: Sequence[int]) -> dict[int, Tensor]:
+        """Kept gradients of parameters that are reached in no other way."""
+        found = {}
+        for index in members:
+            parts = self._parts[index]
+            if len(parts) == 1 and not parts[0].derived and parts[0].kept is not None:
+                found[index] = parts[0].kept
+        return found
+
+    def _squared_norms(self, index: int) -> Tensor | None:
+        parts = self._parts[index]
+        if not parts:
+            return None
+        if all(part.injective for part in parts) and self._disjoint(index):
+            return added([part.squared_norms() for part in parts])
+        return row_norms_squared(self.per_sample(index))
+
+    def per_sample(self, index: int) -> Tensor:
+        """The per-sample gradients of one parameter, ``[B, *shape]``."""
+        if index not in self._summed:
+            total: Tensor | None = None
+            for part in self._parts[index]:
+                gradient = self._pull_back(part, index) if part.derived else part.per_sample()
+                if gradient is not None:
+                    total = gradient if total is None else total + gradient
+            if total is None:
+                shape = self._tape.tracked[index].shared.shape
+                total = self._tape.anchor.new_zeros(()).expand(self._batch_size, *shape)
+            self._summed[index] = total
+        return self._summed[index]
+
+    def weighted_sum(self, index: int, factors: Tensor) -> Tensor | None:
+        """``sum_b factors[b] g_b`` of one parameter; None if nothing reached it."""
+        if index in self._bundled:
+            return self._bundled[index].weighted_sum(index, factors)
+        if index in self._summed:
+            return PerSample(self._summed[index]).weighted_sum(factors)
+        total: Tensor | None = None
+        for part in self._parts[index]:
+            gradient: Tensor | None = part.weighted_sum(factors)
+            if part.derived and gradient is not None:
+                source = self._tape.tracked[index]
+                expression, parameter = (
+                    (part.exact, source.exact) if part.injective else (part.shared, source.shared)
+                )
+                (gradient,) = torch.autograd.grad(
+                    expression,
+                    [parameter],
+                    gradient.to(expression.dtype),
+                    retain_graph=True,
+                    allow_unused=True,
+                )
+            if gradient is not None:
+                total = gradient if total is None else total + gradient
+        return total
+
+    def select(self, keep: Tensor) -> None:
+        """Make the gradient of every sample outside the mask exactly zero."""
+        for bundle in set(self._bundled.values()):
+            bundle.select(keep)
+        for entry in self._tape.tracked:
+            entry.select(keep)
+        # What was summed per sample stays so: pulling back a sum instead would round it as the expression does.
+        self._summed = {index: select_rows(total, keep) for index, total in self._summed.items()}
+        self._pulled.clear()
+
+    def _pull_back(self, part: Tracked, index: int) -> Tensor | None:
+        key = id(part)
+        if key not in self._pulled:
+            sources = [self._tape.tracked[i].shared for i in part.parameters]
+            self._pulled[key] = list(
+                torch.autograd.grad(
+                    part.shared,
+                    sources,
+                    part.per_sample().to(part.shared.dtype),
+                    retain_graph=True,
+                    allow_unused=True,
+                    is_grads_batched=True,
+                )
+            )
+        gradient = self._pulled[key][part.parameters.index(index)]
+        return None if gradient is None else widen(gradient)
+
+    def _disjoint(self, index: int) -> bool:
+        """Whether no element of the parameter is reached through two parts."""
+        parts = self._parts[index]
+        if len(parts) == 1:
+            return True
+        if any(not part.derived for part in parts):
+            return False
+        source = self._tape.tracked[index].shared
+        with untraced():  # the answer depends on shapes alone, so it may be baked into a graph
+            touched = torch.zeros_like(source)
+            for part in parts:
+                (image,) = torch.autograd.grad(
+                    part.shared, [source], torch.ones_like(part.shared), retain_graph=True
+                )
+                touched += image
+            return bool((touched <= 1).all())
+
+
+class Transformed:
+    """Per-sample gradients after ``pre_clipping_transform``; the materialised twin of ``Gradients``."""
+
+    def __init__(self, gradients: list[Tensor]) -> None:
+        self._gradients = gradients
+
+    def squared_norms(self, members: Sequence[int]) -> Tensor | None:
+        return _total([row_norms_squared(self._gradients[index]) for index in members])
+
+    def weighted_sum(self, index: int, factors: Tensor) -> Tensor:
+        return PerSample(self._gradients[index]).weighted_sum(factors)
+
+    def select(self, keep: Tensor) -> None:
+        self._gradients = [select_rows(gradient, keep) for gradient in self._gradients]
+
+
+def _total(norms: Sequence[Tensor]) -> Tensor | None:
+    if len(norms) > 1:
+        return torch.stack(list(norms)).sum(0)
+    return norms[0] if norms else None

@@ -1,0 +1,229 @@
+"""One microbatch: forward under ``vmap``, one ordinary backward, norms, clipped sums."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+
+from clipgrad._functorch import all_samples, lanes, per_sample
+from clipgrad._phases import phase
+from clipgrad.engine import foreign_code, known_wrong, stale_values
+from clipgrad.engine.advice import explained
+from clipgrad.engine.branches import Disagreement
+from clipgrad.engine.capture import Capture, escape_message, tensors_in, written_message
+from clipgrad.engine.clipped import Piece, Settings, clip, joined
+from clipgrad.engine.gradients import Gradients
+from clipgrad.engine.norm_method import Choice, choose
+from clipgrad.engine.random_values import Drawn
+from clipgrad.engine.split import Parts
+from clipgrad.engine.tape import Strategy, Tape
+from clipgrad.errors import EscapedParameterError, NotPerSampleError
+
+Loss = Callable[[Sequence[Tensor], Sequence[Any]], Any]
+
+
+def forward(
+    loss: Loss,
+    names: Sequence[str],
+    params: Sequence[Tensor],
+    batch: Sequence[Any],
+    settings: Settings,
+) -> tuple[Tape, Tensor, Any]:
+    """Run the loss on every sample at once and record the uses of the parameters."""
+    foreign_code.refuse_modes()
+    size = next(leaf.shape[0] for leaf in batch if isinstance(leaf, Tensor))
+    tape = Tape(names, params, size)
+
+    versions = [param._version for param in params]
+    made: list[weakref.ref[Tensor]] = []
+    try:
+        with (
+            explained(),
+            foreign_code.without_saved_tensors_hooks(),
+            lanes(size, settings.randomness) as level,
+        ):
+            leaves = [per_sample(entry.leaf, level) for entry in tape.tracked]
+            rows = [per_sample(leaf, level) if isinstance(leaf, Tensor) else leaf for leaf in batch]
+            drawn = None
+            if settings.branches == "split":
+                drawn = Drawn(params[0].device, tensors_in([*leaves, *rows]))
+            capture = Capture(tape, leaves, params, drawn=drawn)
+            made = capture.made
+            value, aux, structure = _one_sample(loss, capture, leaves, rows, settings)
+            values = all_samples(value, level, size)
+            aux = [all_samples(leaf, level, size).detach() for leaf in aux]
+        for name, param, version in zip(names, params, versions, strict=True):
+            if param._version != version:
+                raise NotPerSampleError(written_message(name))
+    except BaseException:
+        stale_values.remember(made)  # the loss may have kept some before it failed
+        tape.release()
+        raise
+    del leaves, rows, value, capture  # what only this function held was kept by nobody
+    stale_values.remember(made)
+    return tape, values, tree_unflatten(aux, structure)
+
+
+def _one_sample(
+    loss: Loss, capture: Capture, leaves: list[Tensor], sample: list[Any], settings: Settings
+) -> tuple[Tensor, list[Tensor], TreeSpec]:
+    """Value, auxiliary tensors and their structure of the loss as every sample sees it."""
+    if settings.keep_batch_dim:
+        sample = [leaf[None] if isinstance(leaf, Tensor) else leaf for leaf in sample]
+    capture.made.extend(weakref.ref(leaf) for leaf in sample if isinstance(leaf, Tensor))
+    with capture:
+        result = loss(leaves, sample)
+    value, aux = _split(result, settings.has_aux)
+    flat, structure = tree_flatten(aux)
+    for leaf in flat:
+        if not isinstance(leaf, Tensor):
+            raise NotPerSampleError(
+                f"aux may hold tensors only, got {type(leaf).__name__}; return constants outside the loss."
+            )
+    return value, flat, structure
+
+
+def run(
+    loss: Loss,
+    names: Sequence[str],
+    params: Sequence[Tensor],
+    batch: Sequence[Any],
+    is_padding: Tensor | None,
+    settings: Settings,
+) -> Piece:
+    """Clipped sums of one microbatch; where samples branch apart, of its parts."""
+
+    def together(rows: Sequence[Any], padding: Tensor | None) -> Piece:
+        """Of samples that take the same branches; raises ``Disagreement`` if they do not."""
+        with phase("forward"), torch.enable_grad():
+            tape, values, aux = forward(loss, names, params, rows, settings)
+        return _finish(tape, values, aux, params, padding, settings)
+
+    if settings.branches != "split":
+        return together(batch, is_padding)
+    parts = Parts(batch)
+    pieces: list[Piece] = []
+    for rows, index in parts:
+        padding = None if is_padding is None else is_padding[index.to(is_padding.device)]
+        try:
+            pieces.append(together(rows, padding))
+        except Disagreement as disagreement:
+            parts.split(disagreement)
+    parts.write_back()
+    return pieces[0] if len(pieces) == 1 else joined(pieces, parts.order)
+
+
+def _finish(
+    tape: Tape,
+    values: Tensor,
+    aux: Any,
+    params: Sequence[Tensor],
+    is_padding: Tensor | None,
+    settings: Settings,
+) -> Piece:
+    """Backward pass, norms and clipped sums after the forward pass of one microbatch."""
+    try:
+        with phase("forward"):
+            plan(tape, settings)
+        with torch.enable_grad():
+            _backward(tape, values, params)
+        with torch.no_grad(), _without_autocast(values.device):
+            with phase("per-sample gradients"):
+                gradients = Gradients(tape, len(params))
+            with phase("norms"):
+                return clip(gradients, params, values.detach(), aux, is_padding, settings)
+    finally:
+        tape.release()
+
+
+def plan(tape: Tape, settings: Settings) -> list[Choice]:
+    """Decide a strategy for every tracked entry, and tell the entries."""
+    materialised = settings.pre_clipping is not None or settings.grid is not None
+    forced = Strategy.KEPT if materialised else settings.strategy
+    choices = choose(
+        tape.tracked, tape.batch_size, strategy=forced, memory_budget=settings.memory_budget
+    )
+    for entry, choice in zip(tape.tracked, choices, strict=True):
+        entry.strategy = choice.strategy
+    return choices
+
+
+def _split(result: Any, has_aux: bool) -> tuple[Tensor, Any]:
+    if has_aux:
+        if not (isinstance(result, tuple) and len(result) == 2):
+            raise NotPerSampleError(
+                f"has_aux=True needs the loss to return (loss, aux), got {type(result).__name__}."
+            )
+        value, aux = result
+    else:
+        value, aux = result, ()
+    if not isinstance(value, Tensor) or value.dim() != 0:
+        got = (
+            f"a tensor of shape {tuple(value.shape)}"
+            if isinstance(value, Tensor)
+            else type(value).__name__
+        )
+        raise NotPerSampleError(
+            f"the loss must return a scalar tensor for one sample, got {got}. Reduce it with .mean() or .sum(); "
+            "to return more, use clipgrad.clipped_grad with has_aux=True."
+        )
+    if not value.is_floating_point():
+        raise NotPerSampleError(
+            f"the loss must be a floating-point scalar, got {value.dtype}; compute it from floating-point values."
+        )
+    return value, aux
+
+
+def _backward(tape: Tape, values: Tensor, params: Sequence[Tensor]) -> None:
+    if not values.requires_grad:
+        raise NotPerSampleError(
+            "the loss does not depend on any parameter that is being trained (detached, computed under no_grad or "
+            "inference_mode, or made of other tensors), so there is no gradient to clip. "
+            "Compute the loss from the model's output, and let the gradient through."
+        )
+    _refuse_escapes(tape, values, params)
+    with phase("backward"), _without_autocast(values.device), explained():
+        values.sum().backward()
+
+
+def _refuse_escapes(tape: Tape, values: Tensor, params: Sequence[Tensor]) -> None:
+    """Walk the graph that is about to run: a leaf that is not ours would receive an unclipped gradient.
+
+    The capture sees operations; this sees what reached the graph by any other road (a custom
+    ``autograd.Function``, a C++ extension).
+    """
+    ours = {id(entry.leaf) for entry in tape.tracked} | {id(tape.anchor)}
+    seen = set()
+    stack = [values.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        kind = type(node).__name__
+        if kind in known_wrong.WRONG:
+            known_wrong.refuse(node, tape.corrected)
+        variable = node.variable if kind == "AccumulateGrad" else None  # type: ignore[attr-defined]
+        if variable is not None and id(variable) not in ours:
+            for entry, original in zip(tape.tracked, params, strict=False):
+                if variable is original:
+                    raise EscapedParameterError(escape_message(entry.name, "the loss"))
+            raise EscapedParameterError(
+                f"the loss depends on a tensor of shape {tuple(variable.shape)} that requires grad and is not "
+                "among the parameters, so its gradient would escape clipping. Pass it with the parameters, "
+                "register it in the model, or detach it."
+            )
+        stack.extend(following for following, _ in node.next_functions)
+
+
+def _without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Norms and sums keep their precision whatever the caller's autocast says."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()

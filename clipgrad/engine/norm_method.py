@@ -1,0 +1,148 @@
+"""Choose, per parameter, how its per-sample norms are found. Costs only; results never depend on it.
+
+With ``u = 2 B S I O`` FLOPs for one weight gradient (``S`` positions, ``I`` columns, ``O`` rows):
+
+==========  ===========================================  ===================================
+strategy    extra work                                   extra memory
+==========  ===========================================  ===================================
+kept        writing and reading ``B I O`` three times     ``B I O``, minus the freed factors
+ghost       ``B S^2 (I + O)`` FLOPs (symmetry halves it)  the factors ``B S (I + O)``
+recompute   ``u`` again                                  the factors ``B S (I + O)``
+==========  ===========================================  ===================================
+
+Kept factors and kept gradients weigh the same at ``S = I O / (I + O)``. Beyond it keeping the gradients is
+cheaper in memory *and* in time, so recomputing pays only when neither fits. Below it the ghost norm costs less
+than ``u``; whether it beats keeping depends on arithmetic being cheaper than memory traffic.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from clipgrad.engine.tape import Strategy, Tracked
+from clipgrad.rules.registry import Extent
+
+# FLOPs that a machine does in the time of moving one byte. CPUs and GPUs in float32 lie between 5 and 15; the
+# choice is flat around the crossing, so one number serves both.
+_FLOPS_PER_BYTE = 10.0
+_BYTES = 4
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The strategy for one parameter and the reason, for ``explain``.
+
+    Attributes:
+        strategy: What to do.
+        reason: Why, in a few words.
+        kept_bytes: Memory of the parameter's per-sample gradients.
+        factor_bytes: Memory of its factors.
+    """
+
+    strategy: Strategy
+    reason: str
+    kept_bytes: int
+    factor_bytes: int
+
+
+def choose(
+    entries: Sequence[Tracked],
+    batch_size: int,
+    *,
+    strategy: Strategy | None,
+    memory_budget: float | None,
+) -> list[Choice]:
+    """One choice per tracked entry, in order.
+
+    Args:
+        entries: Parameters and shared expressions with the uses that the forward pass met.
+        batch_size: Samples in the microbatch.
+        strategy: Force one strategy where it applies; None decides by cost.
+        memory_budget: Bytes that kept per-sample gradients may take beyond the factors they replace; None
+            allows a quarter of the memory that the parameters and factors take anyway.
+    """
+    choices = [_preference(entry, batch_size, strategy) for entry in entries]
+    if strategy is not None:
+        return choices
+    if memory_budget is None:
+        anyway = sum(choice.factor_bytes for choice in choices)
+        anyway += sum(4 * entry.shared.numel() * _BYTES for entry in entries if not entry.derived)
+        memory_budget = anyway / 4
+    for index, (entry, choice) in enumerate(zip(entries, choices, strict=True)):
+        extra = choice.kept_bytes - choice.factor_bytes
+        if choice.strategy is not Strategy.KEPT or not _has_choice(entry) or extra <= 0:
+            continue
+        if extra <= memory_budget:
+            memory_budget -= extra
+        else:
+            choices[index] = Choice(
+                Strategy.GHOST,
+                f"keeping {_mebibytes(choice.kept_bytes)} would exceed the memory budget",
+                choice.kept_bytes,
+                choice.factor_bytes,
+            )
+    return choices
+
+
+def _has_choice(entry: Tracked) -> bool:
+    """Norms from factors need every use to be factored, and the gradient to reach the parameter unchanged."""
+    layouts = {
+        None if extent is None else (extent.rows, extent.columns, extent.groups)
+        for extent in entry.extents
+    }
+    # Factors of several uses are joined, so they must agree on what is a row and what a column.
+    factored = len(layouts) == 1 and None not in layouts
+    return factored and not entry.fallback and entry.injective
+
+
+def _preference(entry: Tracked, batch_size: int, forced: Strategy | None) -> Choice:
+    kept_bytes = batch_size * entry.shared.numel() * _BYTES
+    extents = [extent for extent in entry.extents if extent is not None]
+    factor_bytes = sum(_factor_bytes(extent, batch_size) for extent in extents)
+    if not _has_choice(entry):
+        return Choice(Strategy.KEPT, _why_kept(entry), kept_bytes, factor_bytes)
+    if forced is not None:
+        return Choice(forced, "asked for", kept_bytes, factor_bytes)
+    if any(extent.one_hot for extent in extents):
+        return Choice(
+            Strategy.GHOST,
+            "ids pick few rows, and a tied head needs one Gram matrix",
+            kept_bytes,
+            factor_bytes,
+        )
+    positions = sum(extent.positions for extent in extents)
+    rows, columns, groups = extents[0].rows, extents[0].columns, extents[0].groups
+    if positions == 1:
+        return Choice(
+            Strategy.GHOST, "one position: |input|^2 |output gradient|^2", kept_bytes, factor_bytes
+        )
+    ghost = groups * positions**2 * (rows + columns) / _FLOPS_PER_BYTE
+    kept = 3 * groups * rows * columns * _BYTES
+    crossing = f"{positions} positions against {rows}x{columns}"
+    if kept_bytes <= factor_bytes:
+        return Choice(
+            Strategy.KEPT, f"{crossing}: smaller than its factors", kept_bytes, factor_bytes
+        )
+    if ghost < kept:
+        return Choice(
+            Strategy.GHOST, f"{crossing}: Gram matrices are cheap", kept_bytes, factor_bytes
+        )
+    return Choice(Strategy.KEPT, f"{crossing}: Gram matrices cost more", kept_bytes, factor_bytes)
+
+
+def _why_kept(entry: Tracked) -> str:
+    if entry.fallback:
+        return f"no rule for {entry.fallback[0]}"
+    if not entry.injective:
+        return "an expression of parameters: pulled back per sample"
+    return "one sum over positions" if entry.expected else "not used"
+
+
+def _factor_bytes(extent: Extent, batch_size: int) -> int:
+    width = extent.columns + (2 if extent.one_hot else extent.rows)
+    return batch_size * extent.groups * extent.positions * width * _BYTES
+
+
+def _mebibytes(size: float) -> str:
+    return f"{size / 2**20:.1f} MiB"

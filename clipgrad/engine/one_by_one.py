@@ -1,0 +1,132 @@
+"""An operation run on one sample after the other, below ``vmap``: exact whatever PyTorch's batching rule does.
+
+It is slow, and is for operations whose batching rule is wrong or missing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import resolve_name
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from clipgrad._functorch import Decline, below_vmap, current_level, is_wrapped, per_sample, physical
+from clipgrad.engine.advice import is_refusal
+from clipgrad.engine.expressions import writes_in_place, writes_to_first
+from clipgrad.engine.rng_state import Draws
+from clipgrad.errors import NotPerSampleError
+
+_is_alias_of: Callable[[Tensor, Tensor], bool] = torch._C._is_alias_of  # type: ignore[attr-defined]
+
+
+def one_by_one(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """Run an operation on each sample alone, with autograd, and stack what it returns.
+
+    Raises:
+        NotPerSampleError: Inside another ``torch.func`` transform, where single samples cannot be taken out; or if
+            results differ in shape, or share memory with an operand.
+    """
+    level = current_level()
+    name = resolve_name(function) or getattr(function, "__name__", str(function))
+    flat, structure = tree_flatten((tuple(args), dict(kwargs)))
+    try:
+        whole = [physical(leaf, level) if isinstance(leaf, Tensor) else None for leaf in flat]
+    except Decline:
+        raise NotPerSampleError(
+            f"{name} has no batching rule in PyTorch that is right, so it runs on one sample after the other. Inside "
+            "another torch.func transform (grad, vmap, jvp) it cannot. Write it with elementary operations there."
+        ) from None
+    size = next((value.shape[0] for value in whole if value is not None), None)
+    if size is None:
+        return function(*args, **kwargs)
+    with below_vmap():
+        rows = [None if value is None else value.unbind(0) for value in whole]
+        results = []
+        for index in range(size):
+            sample = [
+                leaf if row is None else row[index] for leaf, row in zip(flat, rows, strict=True)
+            ]
+            own_args, own_kwargs = tree_unflatten(sample, structure)
+            results.append(function(*own_args, **own_kwargs))
+        return _joined(name, results, [leaf for leaf in flat if isinstance(leaf, Tensor)], level)
+
+
+def _joined(name: str, results: Sequence[Any], operands: Sequence[Tensor], level: int) -> Any:
+    flats, structures = zip(*map(tree_flatten, results), strict=True)
+    if any(structure != structures[0] for structure in structures):
+        raise _differ(name)
+    memory = [_unbatched(operand, level) for operand in operands]
+    outputs: list[Any] = []
+    for column in zip(*flats, strict=True):
+        first = column[0]
+        if not isinstance(first, Tensor):
+            if any(value != first for value in column):
+                raise _differ(name)
+            outputs.append(first)
+            continue
+        if any(value.shape != first.shape or value.dtype != first.dtype for value in column):
+            raise _differ(name)
+        if first.numel() and any(_is_alias_of(first, operand) for operand in memory):
+            raise NotPerSampleError(
+                f"{name} returns a view of its operand, which PyTorch's vmap cannot batch. Use indexing, reshape or "
+                "transpose with Python numbers."
+            )
+        outputs.append(per_sample(torch.stack(column), level))
+    return tree_unflatten(outputs, structures[0])
+
+
+def _unbatched(tensor: Tensor, level: int) -> Tensor:
+    value = physical(tensor, level)
+    return tensor if value is None else value
+
+
+def _differ(name: str) -> NotPerSampleError:
+    return NotPerSampleError(
+        f"{name} returns results of different shapes for different samples (data-dependent shapes). Use a mask of "
+        "fixed shape and torch.where."
+    )
+
+
+def instead(
+    function: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], error: Exception
+) -> Any:
+    """What an operation returns that fails under ``vmap`` and not on single samples, or else its error.
+
+    Missing batching rules are one reason; others are kernels that take no broadcast memory, and Python functions that
+    compute with shapes.
+
+    Args:
+        function: As a ``TorchFunctionMode`` sees it.
+        args: Its positional arguments.
+        kwargs: Its keyword arguments.
+        error: What it raised under ``vmap``.
+    """
+    if isinstance(error, NotPerSampleError) or is_refusal(error):
+        raise error
+    if writes_to_first(function) or writes_in_place(function, args, kwargs):
+        raise error
+    schema = getattr(function, "_schema", None)
+    if schema is not None and schema.is_mutable:
+        raise error
+    tensors = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor)]
+    if not any(map(is_wrapped, tensors)):
+        raise error
+    before = [tensor._version for tensor in tensors]
+    draws = Draws(tensors[0].device)
+    try:
+        result = one_by_one(function, args, kwargs)
+    except Exception:
+        raise error from None
+    # A Python value of the data would be branched on; random numbers would not follow the randomness= that was asked
+    # for; a write would happen once per sample.
+    only_tensors = all(isinstance(leaf, Tensor) for leaf in tree_flatten(result)[0])
+    written = before != [tensor._version for tensor in tensors]
+    if not only_tensors or written or draws.since_last_asked():
+        raise error
+    return result
+
+
+__all__ = ["instead", "one_by_one"]

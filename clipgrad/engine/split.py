@@ -1,0 +1,83 @@
+"""The samples of a microbatch in parts that turn out while the loss runs, each as the caller passed them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from clipgrad.engine.branches import Disagreement
+from clipgrad.engine.inputs import copied, take
+from clipgrad.errors import NotPerSampleError
+
+
+class Parts:
+    """A microbatch to run the loss on, whole at first, then in parts where its samples branch apart.
+
+    A loss may write to its batch (``x.mul_(2)``). A part taken from what an earlier run left would be written
+    to again, so every run gets copies; ``write_back`` leaves in the batch what one run on all of it would
+    have left.
+
+    Args:
+        batch: Flat.
+    """
+
+    def __init__(self, batch: Sequence[Any]) -> None:
+        self._batch = batch
+        self._size = next(leaf.shape[0] for leaf in batch if isinstance(leaf, Tensor))
+        self._running = torch.arange(self._size, device="cpu")
+        self._waiting = [self._running]
+        self._finished: list[tuple[Tensor, list[Any], list[int]]] = []
+
+    def __iter__(self) -> Iterator[tuple[list[Any], Tensor]]:
+        """Rows to run on and their indices, until all ran; call ``split`` for those that did not come to an end."""
+        while self._waiting:
+            index = self._running = self._waiting.pop()
+            rows = self._copies(index)
+            versions = [leaf._version for leaf in _tensors(rows)]
+            self._finished.append((index, rows, versions))
+            yield rows, index
+
+    def split(self, disagreement: Disagreement) -> None:
+        """Run the samples of the present part again, those that agree together."""
+        self._finished.pop()
+        index = self._running
+        self._waiting.extend(index[part] for part in reversed(disagreement.parts()))
+
+    @property
+    def order(self) -> Tensor:
+        """What brings the samples, as they ran, into the order of the batch."""
+        return torch.cat([index for index, _, _ in self._finished]).argsort()
+
+    def write_back(self) -> None:
+        """Leave in the batch what the loss wrote to its copies.
+
+        Raises:
+            NotPerSampleError: If it wrote to memory that two tensors of the batch share: its copies did not.
+        """
+        for index, rows, before in self._finished:
+            both = zip(_tensors(self._batch), _tensors(rows), before, strict=True)
+            for leaf, values, version in both:
+                if values._version != version:
+                    self._refuse_shared(leaf)
+                    leaf.index_copy_(0, index.to(leaf.device), values)
+
+    def _copies(self, index: Tensor) -> list[Any]:
+        if len(index) < self._size:
+            return take(self._batch, index)
+        return copied(self._batch)
+
+    def _refuse_shared(self, written: Tensor) -> None:
+        memory = written.untyped_storage()._cdata
+        if sum(leaf.untyped_storage()._cdata == memory for leaf in _tensors(self._batch)) > 1:
+            raise NotPerSampleError(
+                "the loss writes in place to a tensor of the batch whose memory another tensor of the batch shares, "
+                "and branches='split' runs it on copies, which share none. Use the out-of-place form, "
+                "x = x.mul(2.0) instead of x.mul_(2.0), or pass x.clone()."
+            )
+
+
+def _tensors(batch: Sequence[Any]) -> list[Tensor]:
+    return [leaf for leaf in batch if isinstance(leaf, Tensor)]

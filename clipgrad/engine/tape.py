@@ -1,0 +1,298 @@
+"""What one forward pass leaves behind: each parameter, its uses, and the gradients that arrive for them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+
+import torch
+from torch import Tensor
+
+from clipgrad._functorch import per_sample
+from clipgrad._phases import phase
+from clipgrad.errors import NotPerSampleError
+from clipgrad.rules.canonical import Outer, PerSample, Use, added, row_norms_squared, widen
+from clipgrad.rules.ghost import ghost_norms_squared, lengths_of, never_underestimated
+from clipgrad.rules.registry import Extent, Recipe
+
+
+class Strategy(Enum):
+    """How the norm of a parameter's per-sample gradient is found. A cost decision, never a semantic one."""
+
+    KEPT = "kept"
+    """Build each per-sample gradient during the backward pass and keep it until it is summed."""
+    GHOST = "ghost"
+    """Keep input and output gradient; norms from Gram matrices."""
+    RECOMPUTE = "recompute"
+    """Keep input and output gradient; build per-sample gradients a few at a time for the norm alone."""
+
+
+@dataclass(frozen=True)
+class Expected:
+    """A use seen in the forward pass, whose output gradient is still to come.
+
+    It holds no recipe: recipes close over activations, and belong to the hook that uses them up.
+    """
+
+    rule: str
+    extent: Extent | None
+
+
+# Per-sample gradients that the recompute strategy holds at a time, in elements.
+_RECOMPUTE_ELEMENTS = 1 << 24
+
+
+@dataclass(eq=False)
+class Tracked:
+    """A parameter, or an expression of parameters alone, as the loss sees it.
+
+    Attributes:
+        name: The parameter's name, or the expression's operation and operands.
+        shared: The value that all samples share. An expression carries its autograd graph.
+        leaf: ``shared`` expanded to ``[B, ...]`` with stride 0; collects the gradient of uses without a rule.
+        wrapper: What user code holds: ``leaf`` with its lane axis hidden.
+        parameters: Indices of the parameters it is made of; one and itself if it is a parameter.
+        injective: The expression only moves elements (a view), so norms carry over.
+        wide: See ``exact``.
+    """
+
+    name: str
+    shared: Tensor
+    leaf: Tensor
+    wrapper: Tensor
+    parameters: tuple[int, ...]
+    derived: bool = False
+    injective: bool = True
+    wide: Tensor | None = None
+    expected: list[Expected] = field(default_factory=list)
+    fallback: list[str] = field(default_factory=list)
+    strategy: Strategy = Strategy.KEPT
+    kept: Tensor | None = None
+    uses: list[Use] = field(default_factory=list)
+
+    @property
+    def extents(self) -> list[Extent | None]:
+        return [expected.extent for expected in self.expected]
+
+    @property
+    def value(self) -> Tensor:
+        return self.shared.detach()
+
+    @property
+    def exact(self) -> Tensor:
+        """``shared`` in at least float32, a view with a graph of its own; clipped sums are pulled back through it.
+
+        Rounded to the half precision of a parameter, a sum over samples would move by more than one sample may.
+        """
+        if self.wide is None:
+            wide = widen(self.shared)
+            self.wide = wide if wide is self.shared else wide.detach().requires_grad_()
+        return self.wide
+
+    def receive(self, use: Use, extent: Extent | None, rule: str) -> None:
+        """Take the gradient of one use as the backward pass delivers it.
+
+        Raises:
+            RuntimeError: If it has not the parameter's shape: adding it would broadcast, and norms would be wrong.
+        """
+        if self.strategy is not Strategy.KEPT and extent is not None:
+            if isinstance(use, Outer):
+                self._check_shape((use.samples, *use.shape), rule)
+            self.uses.append(use)
+        else:
+            gradient = use.per_sample()
+            self._check_shape(gradient.shape, rule)
+            self.kept = gradient if self.kept is None else self.kept + gradient
+
+    def _check_shape(self, shape: Sequence[int], rule: str) -> None:
+        if tuple(shape) != self.leaf.shape:
+            raise RuntimeError(
+                f"rule {rule!r} gave parameter {self.name!r} per-sample gradients of shape {tuple(shape)} where "
+                f"{tuple(self.leaf.shape)} is needed, samples first. The rule must raise Decline for operands that the "
+                "operation broadcasts; unregister_rule takes it out."
+            )
+
+    def settle(self) -> None:
+        """After the backward pass: gradients of one parameter are either all factored or all materialised."""
+        if self.leaf.grad is not None:
+            self.kept = self.leaf.grad if self.kept is None else self.kept + self.leaf.grad
+            self.leaf.grad = None
+        if self.kept is not None:
+            for use in self.uses:
+                self.kept = self.kept + use.per_sample()
+            self.uses = []
+
+    @property
+    def reached(self) -> bool:
+        return self.kept is not None or bool(self.uses)
+
+    def select(self, keep: Tensor) -> None:
+        if self.kept is not None:
+            self.kept = PerSample(self.kept).select(keep).gradient
+        self.uses = [use.select(keep) for use in self.uses]
+
+    def per_sample(self) -> Tensor:
+        """``[B, *shape]``."""
+        if self.kept is not None:
+            return widen(self.kept)
+        return added([use.per_sample() for use in self.uses])
+
+    def squared_norms(self) -> Tensor:
+        """``[B]``."""
+        if self.kept is not None:
+            return row_norms_squared(self.kept)
+        factors = [outer for use in self.uses if (outer := use.outer()) is not None]
+        if len(factors) < len(self.uses) or len({outer.groups for outer in factors}) > 1:
+            # A use without factors, or one convolution weight with two groupings: factors cannot be joined.
+            return row_norms_squared(self.per_sample())
+        if self.strategy is Strategy.RECOMPUTE:
+            return _recomputed_norms(factors)
+        return ghost_norms_squared(factors)
+
+    def weighted_sum(self, factors: Tensor) -> Tensor:
+        """``sum_b factors[b] g_b``, in at least float32."""
+        if self.kept is not None:
+            return PerSample(self.kept).weighted_sum(factors)
+        return added([use.weighted_sum(factors) for use in self.uses])
+
+
+def _recomputed_norms(factors: Sequence[Outer]) -> Tensor:
+    samples = factors[0].samples
+    step = max(1, _RECOMPUTE_ELEMENTS // max(1, factors[0].shape.numel()))
+    pieces = []
+    for start in range(0, samples, step):
+        chunk = slice(start, min(start + step, samples))
+        total = added([outer.rows_of(chunk).per_sample() for outer in factors])
+        pieces.append(row_norms_squared(total))
+    return never_underestimated(torch.cat(pieces), lengths_of(factors), factors, materialised=True)
+
+
+class Tape:
+    """All parameters of one microbatch and the tracked expressions made of them."""
+
+    def __init__(self, names: Sequence[str], parameters: Sequence[Tensor], batch_size: int) -> None:
+        self.batch_size = batch_size
+        self.corrected: list[
+            tuple[int, int]
+        ] = []  # of autograd's nodes, by number: first, and behind the last
+        self.tracked: list[Tracked] = []
+        for index, (name, parameter) in enumerate(zip(names, parameters, strict=True)):
+            shared = parameter.detach().requires_grad_()
+            self.tracked.append(self._track(name, shared, (index,)))
+        first = parameters[0]
+        self.anchor = torch.zeros((), dtype=first.dtype, device=first.device, requires_grad=True)
+
+    def _track(self, name: str, shared: Tensor, parameters: tuple[int, ...]) -> Tracked:
+        leaf = shared.detach().expand(self.batch_size, *shared.shape).requires_grad_()
+        return Tracked(name, shared, leaf, leaf, parameters)
+
+    def derive(
+        self,
+        name: str,
+        shared: Tensor,
+        sources: Sequence[Tracked],
+        level: int,
+        wide: Tensor | None,
+    ) -> Tracked:
+        """Track an expression of parameters, computed once for all samples.
+
+        Args:
+            name: Shown by ``explain``.
+            shared: The expression's value, with its graph.
+            sources: The operands.
+            level: Where the wrapper belongs.
+            wide: If the expression only moves elements, the same of its operand's ``exact`` value.
+        """
+        parameters = tuple(sorted({index for source in sources for index in source.parameters}))
+        tracked = self._track(name, shared, parameters)
+        tracked.wrapper = per_sample(tracked.leaf, level)
+        tracked.derived = True
+        tracked.injective = wide is not None
+        tracked.wide = wide
+        self.tracked.append(tracked)
+        return tracked
+
+    def release(self) -> None:
+        """Let go of every factor, once the sums are there or the loss was refused.
+
+        Hooks reach the tracked entries, and the graph that holds the hooks may be kept by somebody (an exception's
+        traceback, a tensor that the loss returned). Recipes are never held here: a parameter used twice would
+        close a cycle through the graph, half of it in C++, where Python's garbage collector cannot see it.
+        """
+        for entry in self.tracked:
+            entry.expected.clear()
+            entry.uses = []
+            entry.kept = None
+            entry.leaf.grad = None
+
+    def on_gradient(
+        self, entries: Sequence[tuple[Tracked, Recipe]], saved: Sequence[Tensor], rule: str
+    ) -> Callable[[Tensor], None]:
+        """The hook that turns an operation's output gradient into uses.
+
+        It lets go of the recipes, and with them of the activations that they close over, as soon as it has run:
+        the graph that holds the hook lives until the whole backward pass has ended.
+        """
+        waiting = list(entries)
+        held = [(tensor, tensor._version) for tensor in saved]
+
+        def hook(gradient: Tensor) -> None:
+            assert waiting, "an output's gradient came twice"
+            if any(tensor._version != version for tensor, version in held):
+                raise NotPerSampleError(
+                    f"an input of {rule} was changed by an in-place operation after it was used, so the "
+                    "gradient of its parameter can no longer be computed. Replace the in-place operation "
+                    "(relu_, add_, x += ...) that follows it by its out-of-place form."
+                )
+            with phase("per-sample gradients"):
+                for tracked, recipe in waiting:
+                    tracked.receive(recipe.make(gradient), recipe.extent, rule)
+            waiting.clear()
+            held.clear()
+
+        return hook
+
+
+class _Source(torch.autograd.Function):
+    """Put an output that needs no gradient on the autograd graph, without asking for an input gradient.
+
+    The first layer of a model receives data. Its output gradient is wanted, its input gradient is not, and
+    forcing one would cost a whole backward operation.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: torch.autograd.function.FunctionCtx,
+        anchor: Tensor,
+        output: Tensor,
+        hook: Callable[[Tensor], None],
+    ) -> Tensor:
+        ctx.hook = hook  # type: ignore[attr-defined]
+        if output._is_view():
+            return output.view_as(output)
+        ctx.mark_dirty(output)
+        return output
+
+    @staticmethod
+    def backward(
+        ctx: torch.autograd.function.FunctionCtx, gradient: Tensor
+    ) -> tuple[None, None, None]:
+        ctx.hook(gradient)  # type: ignore[attr-defined]
+        return None, None, None
+
+
+def watch(output: Tensor, anchor: Tensor, hook: Callable[[Tensor], None]) -> Tensor:
+    """Have ``hook`` called with the gradient of ``output``, whatever happens to the output afterwards.
+
+    A hook on a view would be bypassed if the view were written to in place: autograd then rebuilds the view's
+    history from its base. So only fresh tensors are watched; a broadcast, which cannot be written to, is let be.
+    """
+    broadcast = not output.requires_grad and 0 in output.stride()
+    if output._is_view() and not broadcast:
+        output = output.clone()
+    if output.requires_grad:
+        output.register_hook(hook)
+        return output
+    watched: Tensor = _Source.apply(anchor, output, hook)
+    return watched

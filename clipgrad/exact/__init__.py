@@ -1,0 +1,7 @@
+"""Exact mode: clipped sums on a grid of integers, and discrete Gaussian noise; see ``docs/exact.md``."""
+
+from __future__ import annotations
+
+from clipgrad.exact.noise import DiscreteGaussianNoise
+
+__all__ = ["DiscreteGaussianNoise"]

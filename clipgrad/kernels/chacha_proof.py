@@ -1,0 +1,136 @@
+"""What a device's ChaCha20 noise has to be, computed on the CPU, and the comparison. Nothing here needs Triton."""
+
+from __future__ import annotations
+
+import math
+from typing import Protocol
+
+import numpy as np
+import torch
+from cryptography.hazmat.primitives.ciphers import Cipher
+from cryptography.hazmat.primitives.ciphers.algorithms import ChaCha20
+from numpy.typing import NDArray
+from torch import Tensor
+
+LANES = 128
+"""Blocks that a program computes at a time."""
+PER_BLOCK = {torch.float64: 8, torch.float32: 16}
+"""Values made of one block."""
+RFC_KEY = bytes(range(32))
+RFC_NONCE = bytes.fromhex("000000090000004a00000000")
+RFC_BLOCK = bytes.fromhex(
+    "10f1e7e4d13b5915500fdd1fa32071c4c7d1f4c733c068030422aa9ac3d46c4e"
+    "d2826446079faa0914c2d705d98b02a2b5129cd1de164eb9cbd083e8a2503c4e"
+)
+_SCALE, _DIVISOR = 3.0, 7.0
+_RELATIVE = {torch.float64: 1e-11, torch.float32: 1e-6}
+_Floats = NDArray[np.float64]
+
+
+class AddsGaussians(Protocol):
+    """What adds noise on a device; ``clipgrad.kernels.chacha_triton`` says what its arguments mean."""
+
+    def add_gaussian_(
+        self,
+        tensors: list[Tensor],
+        sigma: float,
+        draws: int,
+        key: bytes,
+        divisor: float = 1.0,
+        into: list[Tensor] | None = None,
+    ) -> None:
+        """Add noise from a key that is used for nothing else, and divide. The tensors' memory has no gaps."""
+        ...
+
+
+class Device(AddsGaussians, Protocol):
+    """What has to prove itself; ``clipgrad.kernels.chacha_triton`` says what its methods do."""
+
+    def blocks(self, key: bytes, nonce: bytes, first: int) -> bytes: ...
+    def pairs(self, words: NDArray[np.uint32]) -> NDArray[np.float32]: ...
+
+
+def prove(cipher: Device, device: torch.device) -> None:
+    """Compare the device with RFC 8439, with the CPU's keystream, and with the Gaussians of the same bits.
+
+    Raises:
+        RuntimeError: If it computes anything else.
+    """
+    if cipher.blocks(RFC_KEY, RFC_NONCE, 1)[:64] != RFC_BLOCK:
+        raise RuntimeError("the device's ChaCha20 fails the test vector of RFC 8439, 2.3.2")
+    nonce = bytes(range(100, 112))
+    if cipher.blocks(RFC_KEY, nonce, 2**31 - 5) != keystream(RFC_KEY, nonce, 2**31 - 5, LANES):
+        raise RuntimeError("the device's ChaCha20 is not the CPU's")
+    for words in edges():
+        error = relative_error(cipher.pairs(words), pairs_float32(words))
+        if not error <= _RELATIVE[torch.float32]:
+            raise RuntimeError(f"the device's Gaussians are off by a factor of 1 + {error}")
+    for dtype, draws in [(torch.float64, 1), (torch.float64, 2), (torch.float32, 1)]:
+        size = PER_BLOCK[dtype] * LANES + 1  # of two programs, one of them full
+        zeros = torch.zeros(size, dtype=dtype, device=device)
+        found = torch.full_like(zeros, math.nan)  # no values of an earlier proof
+        # A public key, on values thrown away.
+        cipher.add_gaussian_([zeros], _SCALE, draws, RFC_KEY, _DIVISOR, [found])
+        expected = _SCALE / _DIVISOR * gaussians(RFC_KEY, size, draws, dtype)
+        error = relative_error(found.cpu().numpy(), expected, floor=0.0 if draws == 1 else 1.0)
+        if not error <= _RELATIVE[dtype]:
+            raise RuntimeError(f"the device's noise is off by a factor of 1 + {error} in {dtype}")
+
+
+def relative_error(
+    found: NDArray[np.float32] | _Floats, expected: _Floats, floor: float = 0.0
+) -> float:
+    """The largest, NaN if anything is NaN; values below ``floor`` count as that: they are sums with cancellation."""
+    return float((np.abs(found - expected) / np.maximum(np.abs(expected), floor)).max())
+
+
+def keystream(key: bytes, nonce: bytes, first: int, blocks: int) -> bytes:
+    """The ``cryptography`` package's ChaCha20."""
+    cipher = Cipher(ChaCha20(key, first.to_bytes(4, "little") + nonce), mode=None)
+    return cipher.encryptor().update(bytes(64 * blocks))
+
+
+def edges() -> list[NDArray[np.uint32]]:
+    """Words that random ones do not find: every pair of them at an end, in the middle, at a power of 2."""
+    near = {0, 1, 2, 3, 2**20, 2**22 - 1, 2**24 + 1, 3037000499, 3037000500}  # 2^32 sqrt(1/2)
+    near |= {2**30, 2**30 - 1, 2**31 - 1, 2**31 - 2**7, 0x2AAAAAAA}
+    words = sorted(near | {2**32 - 1 - word for word in near})
+    grid = np.array([(w0, w1) for w0 in words for w1 in words], dtype=np.uint32)
+    return list(np.resize(grid, (-(-len(grid) // LANES), LANES, 2)))
+
+
+def pairs_float32(words: NDArray[np.uint32]) -> _Floats:
+    """The formula of ``_box_muller_kernels`` for pairs of words, ``[n, 2]``; all of it in float64."""
+    w0, w1 = words.astype(np.int64).T
+    u = (w0 * 2.0**20 + (w1 >> 2 & 2**20 - 1) + 0.5) / 2.0**52
+    radius = np.sqrt(-2 * np.log(u))
+    signed = np.where(w1 < 2**31, w1, w1 - 2**32) >> 2
+    angle = (signed + 0.5) * (np.pi / 2**31)
+    near = radius * np.sin(angle)
+    far = radius * np.cos(angle) * np.where(w1 & 1, -1.0, 1.0)
+    swapped = (w1 & 2) != 0
+    return np.stack([np.where(swapped, far, near), np.where(swapped, near, far)], axis=-1)
+
+
+def pairs_float64(words: NDArray[np.uint32]) -> _Floats:
+    """The same for four words a pair, ``[n, 4]``."""
+    j, k = np.ascontiguousarray(words).view("<i8").T
+    radius = np.sqrt(-2 * np.log(np.abs(j.astype(np.float64) + 0.5) * 2.0**-63))
+    angle = (k.astype(np.float64) + 0.5) * (np.pi / 2**64)
+    sign = np.where(k & 1, -1.0, 1.0) * np.sign(angle)
+    return np.stack([radius * np.sin(angle), radius * sign * np.cos(angle)], axis=-1)
+
+
+def gaussians(key: bytes, size: int, draws: int, dtype: torch.dtype) -> _Floats:
+    """What has to be added to one tensor of so many values, for a sigma of 1."""
+    per_block = PER_BLOCK[dtype]
+    rounds = -(-size // (per_block * LANES))
+    words = np.frombuffer(keystream(key, bytes(12), 0, rounds * LANES * draws), dtype="<u4")
+    if dtype is torch.float64:
+        values = pairs_float64(words.reshape(-1, 4))
+    else:
+        values = pairs_float32(words.reshape(-1, 2))
+    # [round, lane, draw, value] -> [round, value, lane]: neighbouring lanes hold neighbouring values.
+    summed = values.reshape(rounds, LANES, draws, per_block).sum(2) / math.sqrt(draws)
+    by_lane: _Floats = summed.transpose(0, 2, 1).reshape(-1)
+    return by_lane[:size]

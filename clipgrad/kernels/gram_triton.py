@@ -1,0 +1,122 @@
+"""Launches the Gram kernel, after it has proved itself on the device. Needs Triton."""
+
+from __future__ import annotations
+
+import logging
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from clipgrad.kernels import gram_kernels as kernels
+
+_TILE = 64
+# Elements that are multiplied at a time. The larger takes 96 KiB of a multiprocessor's shared memory, and a fifth less
+# time than the smaller on an H100.
+_DEPTH, _SMALLER_DEPTH, _ROOMY = 64, 32, 128 * 1024
+# With less to do the batched products, which take a sample apart, have more of the device.
+_FEWEST_POSITIONS, _FEWEST_BLOCKS = 16, 32
+_LARGEST_OFFSET = 2**31  # within a sample the kernel counts in 32 bits
+_PROVED = 1e-5  # three TF32 products for one: 7e-7 was the largest relative error seen on an H100
+_log = logging.getLogger("clipgrad")
+_usable: dict[torch.device, bool] = {}
+
+
+def gram_sums(left: Tensor, right: Tensor) -> Tensor | None:
+    """Norms and the three lengths, ``[4, B]`` (see ``_gram``); None if somebody else should find them.
+
+    Args:
+        left: ``[B, S, rows]``, float32, on a CUDA device.
+        right: ``[B, S, columns]``, likewise.
+    """
+    positions = left.shape[1]
+    if positions < _FEWEST_POSITIONS or len(left) * _blocks(positions) < _FEWEST_BLOCKS:
+        return None
+    if max(map(_extent, (left, right))) >= _LARGEST_OFFSET or not _usable_on(left.device):
+        return None
+    return launch(left, right)
+
+
+def launch(left: Tensor, right: Tensor) -> Tensor:
+    """Run the kernel."""
+    samples, positions, _ = left.shape
+    blocks = _blocks(positions)
+    found = left.new_empty(samples, blocks, 4)
+    with _on(left.device):
+        kernels.gram_sums[(samples * blocks,)](
+            left,
+            right,
+            found,
+            positions,
+            blocks,
+            left.shape[2],
+            right.shape[2],
+            *left.stride(),
+            *right.stride(),
+            TILE=_TILE,
+            DEPTH=_depth(left.device),
+            num_warps=4,
+            num_stages=3,
+        )
+    return found.sum(1).t().contiguous()
+
+
+def proved(device: torch.device) -> bool:
+    """Whether the kernel finds what float64 finds: full tiles and parts of them, dense rows and dense columns."""
+    for positions, rows, columns in ((64, 64, 32), (67, 5, 40), (200, 33, 7), (67, 200, 130)):
+        count = 3 * positions * (rows + columns)
+        # As good as random, and no generator is touched.
+        ordinals = torch.arange(count, dtype=torch.float64, device=device)
+        values = ordinals.sin().mul(43758.5453).frac().float().double()
+        left = values[: 3 * positions * rows].view(3, rows, positions).transpose(1, 2)
+        right = values[3 * positions * rows :].view(3, positions, columns)
+        expected = (left.transpose(1, 2) @ right).square().sum((1, 2))
+        lengths = left.norm(dim=2), right.norm(dim=2)
+        wanted = torch.stack(
+            [expected, *(length.sum(1) for length in lengths), (lengths[0] * lengths[1]).sum(1)]
+        )
+        error = (launch(left.float(), right.float()).double() - wanted).abs() / wanted
+        if not bool((error < _PROVED).all()):
+            return False
+    return True
+
+
+def _usable_on(device: torch.device) -> bool:
+    if device not in _usable:
+        reason = "it did not find what float64 finds"
+        try:
+            _usable[device] = torch.version.hip is None and proved(device)
+        except Exception as error:  # whatever a compiler or a driver may not like
+            _usable[device] = False
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        if not _usable[device] and torch.version.hip is None:
+            _log.warning(
+                "clipgrad: norms on %s are found without the Triton kernel (%s).", device, reason
+            )
+    return _usable[device]
+
+
+@cache
+def _depth(device: torch.device) -> int:
+    if device.type != "cuda":  # Triton's interpreter
+        return _SMALLER_DEPTH
+    properties = torch.cuda.get_device_properties(device)
+    room = getattr(properties, "shared_memory_per_block_optin", 0)
+    return _DEPTH if room >= _ROOMY else _SMALLER_DEPTH
+
+
+def _blocks(positions: int) -> int:
+    side = -(-positions // _TILE)
+    return side * (side + 1) // 2
+
+
+def _extent(factor: Tensor) -> int:
+    """One more than the largest distance of an element from the first one of its sample."""
+    _, *strides = factor.stride()
+    _, *sizes = factor.shape
+    return 1 + sum(stride * (size + _TILE) for stride, size in zip(strides, sizes, strict=True))
+
+
+def _on(device: torch.device) -> AbstractContextManager[object]:
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

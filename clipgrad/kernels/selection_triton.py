@@ -1,0 +1,79 @@
+"""Launches the kernel that writes zeros to dropped samples. Needs Triton."""
+
+from __future__ import annotations
+
+import logging
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from clipgrad.kernels import selection_kernels as kernels
+
+_log = logging.getLogger("clipgrad")
+_BLOCK = 2048
+_PROGRAMS = 1024  # enough to fill a device with zeros to write, few enough to cost nothing
+
+
+def zero_rows_(tensor: Tensor, keep: Tensor) -> bool:
+    """Run the kernel, if every sample is one block of memory.
+
+    Args:
+        tensor: ``[B, ...]``, floating-point, on a CUDA device.
+        keep: Boolean ``[B]``.
+
+    Returns:
+        Whether it ran.
+    """
+    size = tensor[0].numel() if len(tensor) else 0
+    if not size:
+        return True
+    if (
+        not _usable_on(tensor.device)
+        or not _in_blocks(tensor)
+        or size >= 2**31 - _BLOCK * _PROGRAMS
+        or len(tensor) >= 2**31
+    ):
+        return False
+    _launch(tensor, keep, size)
+    return True
+
+
+def _launch(tensor: Tensor, keep: Tensor, size: int) -> None:
+    shares = min(-(-size // _BLOCK), max(1, _PROGRAMS // len(tensor)))
+    with torch.cuda.device(tensor.device):
+        kernels.zero_rows[(len(tensor), shares)](
+            tensor, keep.view(torch.uint8), size, tensor.stride(0), BLOCK=_BLOCK
+        )
+
+
+@cache
+def _usable_on(device: torch.device) -> bool:
+    """Whether the kernel writes what it must, and nothing else, on a tensor that has room for a mistake."""
+    reason = "it did not write what it must"
+    try:
+        room = torch.full((4, 3 * _BLOCK), torch.nan, device=device)
+        keep = torch.tensor([True, False, False, True], device=device)
+        _launch(room[:, :-5], keep, 3 * _BLOCK - 5)
+        usable = bool((room == 0).sum() == 2 * (3 * _BLOCK - 5)) and not room[1:3, :-5].any()
+    except Exception as error:  # whatever a compiler or a driver may not like
+        usable, reason = False, f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    if not usable:
+        _log.warning(
+            "clipgrad: dropped samples on %s are zeroed without the Triton kernel (%s).",
+            device,
+            reason,
+        )
+    return usable
+
+
+def _in_blocks(tensor: Tensor) -> bool:
+    """Whether every sample is a block without gaps, and none overlaps another."""
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride()[1:], tensor.shape[1:], strict=True)):
+        if size == 1:
+            continue
+        if stride != expected:
+            return False
+        expected *= size
+    return len(tensor) == 1 or tensor.stride(0) >= expected

@@ -1,0 +1,153 @@
+"""Noise made on the CPU: keystream, Gaussians, addition, piece by piece in cache-sized memory."""
+
+from __future__ import annotations
+
+import math
+import os
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from functools import partial
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from clipgrad.noise import checks
+from clipgrad.noise.box_muller import BoxMuller
+from clipgrad.noise.c_loop import LoopedBoxMuller, looped
+from clipgrad.noise.keys import Lineage
+from clipgrad.noise.keystream import KEY_BYTES, Bits, Keystream
+from clipgrad.noise.pieces import pieces
+
+# Of more values than this torch shares an addition out over its threads; so few stay in this one.
+PIECE = 2**15
+# What torch's threads work on together: large enough to be worth sharing, small enough for their caches.
+SHARED_PIECE = 2**17
+# Smaller tensors get theirs together: each costs some operations more than the values themselves.
+_ALONE = 2**11
+# So many values of one call are shared by threads of Python's, which let go of its lock in the cipher and in the loop.
+# For fewer it does not pay: after a backward pass PyTorch's threads go on spinning for milliseconds.
+_MANY, _MOST_THREADS = 2**22, 16
+_CPU = torch.device("cpu")
+_PID_AT_IMPORT = os.getpid()
+
+
+class Gaussians(Protocol):
+    """What makes independent values of N(0, 1) of bits."""
+
+    capacity: int
+
+    def draw(self, keystream: Bits, size: int) -> Tensor:
+        """At most ``capacity`` values."""
+        ...
+
+
+class CpuNoise:
+    """What makes noise on the CPU of one process. For one call at a time.
+
+    Uncompiled, large calls run on torch's own threads, which are awake anyway after a backward pass. Python's threads
+    took longer than one alone: they hand the interpreter's lock to and fro, and torch's keep spinning beside them.
+
+    Args:
+        lineage: Hands out the keys.
+        draws: Independent values of which each value of the noise is the scaled sum.
+        compiled: Whether float32 is made by a loop in C, if there is a compiler.
+    """
+
+    def __init__(self, lineage: Lineage, draws: int, *, compiled: bool = True) -> None:
+        self._lineage, self._draws, self._compiled = lineage, draws, compiled
+        self._gaussians: dict[tuple[torch.dtype, bool], Gaussians] = {}
+        self._sums: dict[tuple[torch.dtype, int], Tensor] = {}
+        self._loops: list[LoopedBoxMuller] = []
+        self._pool: ThreadPoolExecutor | None = None
+
+    def add(self, flats: list[Tensor], sigma: float, divisor: float = 1.0) -> None:
+        """Add to flat tensors in the CPU's memory, all drawn in one dtype, and divide the sums."""
+        dtype = checks.DRAWN_IN[flats[0].dtype]
+        keystream = self._keystream()
+        scale = sigma / math.sqrt(self._draws)
+        gaussians = self._for(dtype, sum(map(Tensor.numel, flats)))
+        together = flats
+        if isinstance(gaussians, LoopedBoxMuller) and self._draws == 1:
+            together = []
+            small: list[Tensor] = []
+            large: list[Tensor] = []
+            for flat in flats:
+                if flat.dtype is not torch.float32:
+                    together.append(flat)
+                else:
+                    (small if flat.numel() < _ALONE else large).append(flat)
+            if sum(map(Tensor.numel, large)) < _MANY:
+                _add_to_each(gaussians, keystream, large, scale, divisor)
+            else:
+                self._add_in_threads(large, scale, divisor)
+            for piece in pieces(small, gaussians.capacity):
+                joined = piece[0] if len(piece) == 1 else torch.cat(piece)
+                gaussians.add(keystream, joined, scale, divisor)
+                if joined is not piece[0]:
+                    torch._foreach_copy_(piece, joined.split(list(map(Tensor.numel, piece))))
+        for piece in pieces(together, gaussians.capacity):
+            sizes = [part.numel() for part in piece]
+            noise = self._draw(gaussians, keystream, sum(sizes))
+            torch._foreach_add_(piece, noise.split(sizes), alpha=scale)
+            if divisor != 1.0:
+                torch._foreach_div_(piece, divisor)
+
+    def _keystream(self) -> Keystream:
+        """Of a key of its own."""
+        return Keystream(partial(self._lineage.key, _CPU, KEY_BYTES))
+
+    def _add_in_threads(self, flats: list[Tensor], scale: float, divisor: float) -> None:
+        """Add to large tensors, each thread to its share of all values, with a key of its own."""
+        count = min(torch.get_num_threads(), _MOST_THREADS)
+        shares = list(pieces(flats, math.ceil(sum(map(Tensor.numel, flats)) / count)))
+        while len(self._loops) < len(shares):
+            another = looped(may_compile=False)
+            assert another is not None, "there was one"
+            self._loops.append(another)
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(_MOST_THREADS, "clipgrad-noise")
+        waiting: list[Future[None]] = []
+        try:
+            for loop, share in zip(self._loops[1:], shares[1:], strict=False):
+                stream = self._keystream()
+                waiting.append(self._pool.submit(_add_to_each, loop, stream, share, scale, divisor))
+            _add_to_each(self._loops[0], self._keystream(), shares[0], scale, divisor)
+        finally:  # nobody may see a tensor that is still being written to
+            wait(waiting)
+        for future in waiting:
+            future.result()
+
+    def _for(self, dtype: torch.dtype, size: int) -> Gaussians:
+        """What makes so many values fastest."""
+        # In a forked child torch's threads do not exist and never answer.
+        forked = self._lineage.process[0] != _PID_AT_IMPORT
+        shared = not forked and torch.get_num_threads() > 1 and size > PIECE
+        found = self._gaussians.get((dtype, shared))
+        if found is None:
+            if self._compiled and dtype is torch.float32:
+                found = looped(may_compile=not forked)
+            if found is None:
+                found = BoxMuller(dtype, SHARED_PIECE if shared else PIECE, shared=shared)
+            self._gaussians[dtype, shared] = found
+        return found
+
+    def _draw(self, gaussians: Gaussians, keystream: Keystream, size: int) -> Tensor:
+        """A value of variance ``draws`` for each of the ``size``."""
+        values = gaussians.draw(keystream, size)
+        if self._draws == 1:
+            return values
+        at = (values.dtype, gaussians.capacity)
+        if at not in self._sums:
+            with torch.inference_mode(False):
+                self._sums[at] = torch.empty(gaussians.capacity, dtype=values.dtype, device="cpu")
+        total = self._sums[at][:size].copy_(values)
+        for _ in range(self._draws - 1):
+            total.add_(gaussians.draw(keystream, size))
+        return total
+
+
+def _add_to_each(
+    loop: LoopedBoxMuller, keystream: Keystream, flats: list[Tensor], scale: float, divisor: float
+) -> None:
+    for flat in flats:
+        loop.add(keystream, flat, scale, divisor)

@@ -1,0 +1,82 @@
+"""Noise from a ``torch.Generator``: repeatable, for experiments, and not private."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from clipgrad.noise import checks
+
+
+class SeededNoise:
+    """Repeatable noise from your generator. INSECURE, NOT PRIVATE: for experiments only.
+
+    Who knows the seed can subtract the noise, and who sees enough of it can find the seed:
+    PyTorch's generators (Mersenne Twister, Philox) are statistical, not cryptographic.
+
+    Values are drawn tensor by tensor by one thread on the generator's device, so that the result
+    depends on nothing else. A forked child repeats its parent's stream.
+
+    Args:
+        generator: Draws and advances; a tensor on another device gets its noise copied there.
+
+    Raises:
+        TypeError: If ``generator`` is not a ``torch.Generator``.
+
+    Examples:
+        >>> source, total = SeededNoise(torch.Generator().manual_seed(0)), torch.zeros(2)
+        >>> saved = source.state_dict()
+        >>> source.add_gaussian_([total], sigma=1.0)
+        >>> source.load_state_dict(saved)
+        >>> source.add_gaussian_([total], sigma=1.0)  # the same values again
+        >>> torch.equal(total, 2 * torch.randn(2, generator=torch.Generator().manual_seed(0)))
+        True
+    """
+
+    def __init__(self, generator: torch.Generator) -> None:
+        if not isinstance(generator, torch.Generator):
+            raise TypeError(
+                f"generator must be a torch.Generator, got {generator!r}; pass "
+                "torch.Generator().manual_seed(seed), or use SystemNoise() for privacy."
+            )
+        self._generator = generator
+
+    def add_gaussian_(self, tensors: Sequence[Tensor], sigma: float) -> None:
+        """Add the next ``N(0, sigma^2)``: see :meth:`NoiseSource.add_gaussian_`."""
+        scale = checks.scale("sigma", sigma)
+        if scale == 0.0:
+            return
+        device = self._generator.device
+        with torch.no_grad():
+            for tensor in checks.targets(tensors, scale):
+                noise = torch.empty(
+                    tensor.shape, dtype=checks.DRAWN_IN[tensor.dtype], device=device
+                )
+                noise.normal_(0.0, scale, generator=self._generator)
+                tensor.add_(noise.to(tensor.device))
+
+    def state_dict(self) -> dict[str, Any]:
+        """The generator's exact state: a restored run continues as if never interrupted."""
+        device, state = self._generator.device.type, self._generator.get_state()
+        return {"kind": "SeededNoise", "format": 1, "device": device, "generator": state}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue exactly where ``state`` was saved.
+
+        Args:
+            state: What :meth:`state_dict` returned, with a generator on the same type of device.
+
+        Raises:
+            ValueError: If ``state`` is another noise source's or another device type's.
+        """
+        checks.state(state, "SeededNoise")
+        device = self._generator.device.type
+        if state["device"] != device:
+            raise ValueError(
+                f"state['device'] is {state['device']!r}, but the generator is on {device!r} and "
+                f"draws otherwise; build SeededNoise with torch.Generator({state['device']!r})."
+            )
+        self._generator.set_state(state["generator"].cpu())

@@ -1,0 +1,78 @@
+"""What a source of noise is, and how much noise there has to be. Nothing here is random."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from clipgrad.noise import checks
+
+
+class NoiseSource(Protocol):
+    """What draws the noise: anything with these three methods."""
+
+    def add_gaussian_(self, tensors: Sequence[Tensor], sigma: float) -> None:
+        """Add fresh, independent ``N(0, sigma^2)`` in place to every value of every tensor.
+
+        Args:
+            tensors: Dense floating-point tensors of any shape, stride and device, each once.
+            sigma: Standard deviation in the tensors' own unit; 0 adds and draws nothing.
+
+        Raises:
+            ValueError: If ``sigma`` is negative, infinite or NaN, or vanishes in a tensor's dtype;
+                if a tensor is there twice.
+            TypeError: If a tensor is not dense or not float64, float32, float16 or bfloat16.
+        """
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps: strings, integers and tensors only."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up a state that :meth:`state_dict` of the same class returned."""
+        ...
+
+
+def gaussian_sigma(*, noise_multiplier: float, sensitivity: float) -> float:
+    """The standard deviation of the noise: ``noise_multiplier * sensitivity``, checked.
+
+    This is the Gaussian mechanism: Dwork and Roth, "The Algorithmic Foundations of Differential
+    Privacy" (2014), appendix A.
+
+    Args:
+        noise_multiplier: Noise per unit of sensitivity, finite and at least 0.
+        sensitivity: The most by which one sample changes the sum (L2), in the sum's own unit.
+
+    Returns:
+        Positive and finite; 0.0 if ``noise_multiplier`` is 0, whatever the sensitivity.
+
+    Raises:
+        ValueError: If no finite, positive noise of that size exists.
+
+    Examples:
+        >>> gaussian_sigma(noise_multiplier=1.5, sensitivity=2.0)
+        3.0
+        >>> gaussian_sigma(noise_multiplier=0.0, sensitivity=float("inf"))
+        0.0
+    """
+    multiplier = checks.scale("noise_multiplier", noise_multiplier)
+    if multiplier == 0.0:
+        return 0.0
+    bound = checks.real("sensitivity", sensitivity)
+    sigma = multiplier * bound
+    if not (math.isfinite(sigma) and sigma > 0.0):
+        raise ValueError(
+            f"sensitivity must be positive and finite when noise_multiplier is {multiplier}, got "
+            f"{bound}, so that sigma = {sigma}: "
+            + (
+                "there is nothing to hide. "
+                if bound == 0
+                else "no noise hides an unbounded change. "
+            )
+            + "Give a positive, finite max_grad_norm, or noise_multiplier=0 to train without privacy."
+        )
+    return sigma

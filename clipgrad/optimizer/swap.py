@@ -1,0 +1,157 @@
+"""Put other tensors in the place of a module's parameters while a loss runs, and look after its buffers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from clipgrad._functorch import is_wrapped
+from clipgrad.errors import NotPerSampleError
+
+
+class _Buffers(NamedTuple):
+    """The buffers of one module as they were before the loss ran."""
+
+    module: nn.Module
+    tensors: dict[str, Tensor | None]
+    versions: dict[str, int]
+
+
+class ParameterSlots:
+    """Every place in a module tree that holds one of the given parameters, tied places included.
+
+    Made once per batch and used for every microbatch; ``torch.func.functional_call`` would walk the tree each
+    time, and it leaves the flat weight list of a recurrent layer pointing at the originals.
+
+    Args:
+        model: The module tree.
+        parameters: Parameters to swap.
+
+    Raises:
+        ValueError: If a parameter belongs to a TorchScript module, where nothing can take its place.
+    """
+
+    def __init__(self, model: nn.Module, parameters: Sequence[Tensor]) -> None:
+        positions = {id(parameter): index for index, parameter in enumerate(parameters)}
+        self._parameters = list(parameters)
+        self._slots: list[tuple[nn.Module, str, int]] = []
+        self._flat: list[tuple[nn.RNNBase, list[int | None]]] = []
+        self._frozen: list[tuple[nn.Module, str, Tensor]] = []
+        self._modules: list[nn.Module] = []
+        for module in model.modules():
+            if isinstance(module, torch.jit.ScriptModule):
+                _refuse_script(module, positions)
+                continue
+            self._modules.append(module)
+            for name, parameter in module._parameters.items():
+                if parameter is None:
+                    continue
+                index = positions.get(id(parameter))
+                if index is not None:
+                    self._slots.append((module, name, index))
+                elif parameter.requires_grad:
+                    self._frozen.append((module, name, parameter))
+            if isinstance(module, nn.RNNBase):
+                weights = [getattr(module, name, None) for name in module._flat_weights_names]
+                self._flat.append((module, [positions.get(id(weight)) for weight in weights]))
+
+    @contextmanager
+    def holding(self, tensors: Sequence[Tensor]) -> Iterator[None]:
+        """Run the body with ``tensors[i]`` in every place of parameter ``i``.
+
+        Parameters of the model that are trainable but not among the given ones are constants meanwhile.
+
+        Raises:
+            NotPerSampleError: If the body wrote to a buffer.
+        """
+        before = [_buffers(module) for module in self._modules if module._buffers]
+        without = [module for module in self._modules if not module._buffers]
+        flat = [list(module._flat_weights) for module, _ in self._flat]
+        try:
+            self._place(tensors)
+            yield
+            for buffers in (*before, *_made_in(without)):
+                _check(buffers)
+        finally:
+            self._restore(flat)
+            for buffers in (*before, *_made_in(without)):
+                _put_back(buffers)
+
+    def _place(self, tensors: Sequence[Tensor]) -> None:
+        for module, name, index in self._slots:
+            module._parameters[name] = tensors[index]  # type: ignore[assignment]
+        for module, name, parameter in self._frozen:
+            module._parameters[name] = parameter.detach()  # type: ignore[assignment]
+        for recurrent, indices in self._flat:
+            recurrent._flat_weights = [
+                _constant(weight) if index is None else tensors[index]
+                for weight, index in zip(recurrent._flat_weights, indices, strict=True)
+            ]
+
+    def _restore(self, flat: list[list[Tensor | None]]) -> None:
+        for module, name, index in self._slots:
+            module._parameters[name] = self._parameters[index]  # type: ignore[assignment]
+        for module, name, parameter in self._frozen:
+            module._parameters[name] = parameter  # type: ignore[assignment]
+        for (recurrent, _), weights in zip(self._flat, flat, strict=True):
+            recurrent._flat_weights = weights
+
+
+def _constant(weight: Tensor | None) -> Tensor | None:
+    return None if weight is None else weight.detach()
+
+
+def _buffers(module: nn.Module) -> _Buffers:
+    tensors = dict(module._buffers)
+    versions = {
+        name: buffer._version
+        for name, buffer in tensors.items()
+        if buffer is not None and not buffer.is_inference()
+    }
+    return _Buffers(module, tensors, versions)
+
+
+def _made_in(modules: Iterable[nn.Module]) -> list[_Buffers]:
+    """What was before in those of the modules without buffers that have some now."""
+    return [_Buffers(module, {}, {}) for module in modules if module._buffers]
+
+
+def _check(before: _Buffers) -> None:
+    """Refuse a buffer that was written, replaced, or filled with values of single samples."""
+    now = before.module._buffers
+    for name in before.tensors.keys() | now.keys():
+        was, buffer = before.tensors.get(name), now.get(name)
+        if (
+            was is None
+        ):  # made in forward: a constant is made again next time, a sample's value is refused
+            changed = buffer is not None and is_wrapped(buffer)
+        else:
+            changed = buffer is not was or was._version != before.versions.get(name, was._version)
+        if changed:
+            raise NotPerSampleError(
+                f"{type(before.module).__name__} wrote to its buffer {name!r} in forward. A buffer is shared by all "
+                "samples and would carry their data past clipping and noise. Put the layer in eval mode, or "
+                "return the value from the loss instead of storing it."
+            )
+
+
+def _put_back(before: _Buffers) -> None:
+    now = before.module._buffers
+    if now.keys() != before.tensors.keys() or any(
+        now[name] is not buffer for name, buffer in before.tensors.items()
+    ):
+        now.clear()
+        now.update(before.tensors)
+
+
+def _refuse_script(module: torch.jit.ScriptModule, positions: dict[int, int]) -> None:
+    if any(id(parameter) in positions for parameter in module.parameters(recurse=False)):
+        raise ValueError(
+            f"{module.original_name} is a TorchScript module (torch.jit.script or trace), whose parameters cannot be "
+            "followed through its code. Pass the Python module instead, or freeze its parameters: "
+            "parameter.requires_grad_(False) for each."
+        )

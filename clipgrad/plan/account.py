@@ -1,0 +1,151 @@
+"""What the optimizers that were built from a plan have released so far, and whether they may go on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from clipgrad.accounting import Ledger
+from clipgrad.errors import PrivacyBudgetError
+from clipgrad.plan import PrivacyPlan
+from clipgrad.plan.receipts import Claim
+
+
+class Account:
+    """A plan, and the ledger that its steps are written to. All optimizers of one plan share ledger and budget.
+
+    Args:
+        plan: What is being carried out.
+        ledger: Of an earlier training on the same data, to be continued; by default an empty one.
+
+    Raises:
+        ValueError: If ledger and plan do not count alike, or the plan is being carried out with another ledger.
+    """
+
+    def __init__(self, plan: PrivacyPlan, ledger: Ledger | None = None) -> None:
+        self.plan = plan
+        run = plan.run
+        if ledger is None:
+            ledger = run.ledger or Ledger(relation=plan.relation, accountant=plan.accountant)
+        elif not isinstance(ledger, Ledger):
+            raise ValueError(
+                f"ledger must be a clipgrad.accounting.Ledger, got {type(ledger).__name__}; optimizer.ledger of the "
+                "earlier training, for example."
+            )
+        if run.ledger is not None and run.ledger is not ledger:
+            raise ValueError(
+                "ledger: another optimizer was built from this plan with another ledger, and both spend one budget. "
+                "Leave ledger out, or make a new plan for a new training: dataclasses.replace(plan)."
+            )
+        found, wanted = (ledger.relation, ledger.accountant), (plan.relation.value, plan.accountant)
+        if found != wanted:
+            raise ValueError(
+                f"ledger counts with relation and accountant {found}, the plan with {wanted}: their epsilons do not "
+                "add up. Make the plan with those of the ledger."
+            )
+        if run.ledger is None:
+            run.ledger = ledger
+            ledger.begin()
+
+    @property
+    def ledger(self) -> Ledger:
+        """What was released, by all optimizers of the plan, and before."""
+        ledger = self.plan.run.ledger
+        assert ledger is not None
+        return ledger
+
+    @property
+    def done(self) -> int:
+        """Steps of the plan that were taken, by all of its optimizers."""
+        return self.ledger.steps_of(self.plan.run.name)
+
+    def claim(self, claim: Claim, batch: Any, rows: int) -> Claim:
+        """Add the rows of one ``backward`` to what the logical batch has claimed.
+
+        Raises:
+            UnaccountedBatchError: If they are not of one batch that a loader of the plan drew.
+        """
+        if self.plan.declared_sampling is not None:
+            return Claim(None, claim.rows + rows)
+        return self.plan.run.receipts.claim(claim, batch, rows)
+
+    def check_step(self, claim: Claim) -> None:
+        """Refuse a step that was not planned; changes nothing.
+
+        Raises:
+            PrivacyBudgetError: If all planned steps were taken.
+            UnaccountedBatchError: If the logical batch is not one whole batch that a loader of the plan drew.
+        """
+        if self.done >= self.plan.steps:
+            raise PrivacyBudgetError(
+                f"step: all {self.plan.steps} steps of the plan were taken, and a further one would cost more than "
+                f"it promises at delta = {self.plan.delta}. One iteration of a loader made with plan= is the whole "
+                "run. End the training, or plan for more steps: a new DPOptimizer with another plan and "
+                "ledger=optimizer.ledger continues the count."
+            )
+        if self.plan.declared_sampling is None:
+            self.plan.run.receipts.to_spend(claim)
+
+    def record(self, claim: Claim, noise_multiplier: float) -> None:
+        """Write down a step that was checked, before anything of it can be seen."""
+        run = self.plan.run
+        if self.plan.declared_sampling is None:
+            run.receipts.spend(run.receipts.to_spend(claim))
+        self.ledger.record(
+            noise_multiplier,
+            self.plan.sampling,
+            run=run.name,
+            declared=self.plan.declared_sampling or "",
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"run": self.plan.run.name, "ledger": self.ledger.state_dict()}
+
+    def check(self, state: Mapping[str, Any] | None, step: int) -> None:
+        """Refuse a state that ``load_state_dict`` could not take up; changes nothing.
+
+        Args:
+            state: What the optimizer saved beside the wrapped optimizer's state, ``account`` among it.
+            step: Steps that the optimizer itself has taken, by the same state.
+
+        Raises:
+            ValueError: If there is no account in it, it does not fit, or it would forget steps.
+        """
+        if state is None or "account" not in state:
+            raise ValueError(
+                "state_dict has no account of what was released, but the optimizer was built with a plan: steps would "
+                "be forgotten. Load the state of an optimizer with a plan, or the wrapped one's into optimizer.inner."
+            )
+        found = state["account"]
+        if found.keys() != {"run", "ledger"} or not isinstance(found["run"], str):
+            raise ValueError(
+                f"state_dict: the account must hold 'run' and 'ledger', got {sorted(found)}; load what "
+                "DPOptimizer.state_dict() returned."
+            )
+        done = self.ledger.read(found["ledger"]).steps_of(found["run"])
+        if done < step:
+            raise ValueError(
+                f"state_dict: the optimizer has taken {step} steps, but the ledger holds {done} of this run. The state "
+                "was edited, or put together from two; load it as it was saved."
+            )
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue the count of a checkpoint that was checked, in the ledger that others may hold too."""
+        self.ledger.load_state_dict(state["account"]["ledger"])
+        self.ledger.begin()
+        self.plan.run.name = state["account"]["run"]
+
+
+def account_of(plan: PrivacyPlan | None, ledger: Ledger | None) -> Account | None:
+    """The account of a plan, if there is one.
+
+    Raises:
+        ValueError: If a ledger is given without a plan.
+    """
+    if plan is None:
+        if ledger is not None:
+            raise ValueError(
+                "ledger needs a plan, which says how batches are drawn; pass plan=clipgrad.PrivacyPlan(...)."
+            )
+        return None
+    return Account(plan, ledger)

@@ -1,0 +1,290 @@
+"""``PrivacyPlan``: one description of a private run, from which sampler, optimizer and accountant are built."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+from clipgrad import _validate, accounting
+from clipgrad.accounting import FixedSize, FullBatch, Ledger, Poisson, Sampling, TruncatedPoisson
+from clipgrad.clipping import ClippingStrategy, Relation, Schedule, relation_of
+from clipgrad.plan.checks import refuse_contradictions, require_count, steps_of
+from clipgrad.plan.run import Run
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrivacyPlan:
+    """What is sampled, clipped and noised, and how often: said once, so that no two parts can disagree.
+
+    ``poisson_loader(dataset, plan=plan)`` draws its batches; ``DPOptimizer(..., plan=plan)`` clips, adds the noise,
+    keeps the ledger and refuses to take more steps than planned. It also refuses batches that the plan does not
+    account for: those that no loader of this plan object drew, two in one step, one in two steps.
+
+    One plan object is one run. All loaders and optimizers that share it share its budget and its ledger. For a second
+    training make a second plan, ``dataclasses.replace(plan)``.
+
+    Args:
+        num_samples: Size of the dataset; the number of users if batches are made of users.
+        expected_batch_size: Mean size of a batch, and the public constant that sums are divided by. At
+            ``num_samples`` every sample is in every batch.
+        steps: Noisy steps of the run, empty batches included.
+        delta: Probability with which epsilon may fail to hold; choose it well below ``1 / num_samples``. Above it
+            there is a warning.
+        noise_multiplier: Noise standard deviation per unit of sensitivity, or a function of the step, from 0 on.
+        max_grad_norm: Clipping norm; see ``DPOptimizer``.
+        max_batch_size: Cut Poisson batches to this size, and account for it.
+        shuffled: Batches of a fixed size, each sample once an epoch, instead of Poisson batches. No amplification by
+            sampling is claimed (Chua et al. 2024, arXiv:2403.17673), so epsilon is much larger; only for the
+            relations ``REPLACE_ONE`` and ``REPLACE_SPECIAL``. ``shuffled_loader`` draws them.
+        unit: What is drawn, clipped and protected: ``"sample"``, or ``"user"`` with ``user_loader``.
+        declared_sampling: How batches are drawn, in your own words, if no loader of clipgrad draws them. Nothing checks
+            then that they are drawn as the plan says. The words become part of the ledger and of the printed sentence.
+        relation: Which datasets are neighbours.
+        accountant: ``"pld"`` (tight), ``"rdp"`` (quick, for a progress bar) or, with a grid, ``"rdp_integer"``.
+        grid: Exact mode: the spacing of an integer grid; see ``DPOptimizer``.
+
+    Raises:
+        ValueError: If a number is out of range, or the settings exclude each other.
+
+    Warns:
+        UserWarning: If ``delta >= 1 / num_samples``: publishing one whole sample would have as small a delta.
+
+    Examples:
+        >>> plan = PrivacyPlan.for_epsilon(
+        ...     3.0,
+        ...     num_samples=60_000,
+        ...     expected_batch_size=256,
+        ...     steps=3_500,
+        ...     delta=1e-5,
+        ...     accountant="rdp",
+        ... )
+        >>> round(plan.noise_multiplier, 2), plan.epsilon() <= 3.0
+        (0.77, True)
+        >>> print(plan)
+        (epsilon = 3.00, delta = 1e-05)-differentially private towards adding or removing one sample: 3500 steps on
+        Poisson batches of 256 of 60000 samples (q = 0.00426667), Gaussian noise of 0.77 sensitivities, clipping
+        norm 1.0, accountant rdp.
+    """
+
+    num_samples: int
+    expected_batch_size: float
+    steps: int
+    delta: float
+    noise_multiplier: float | Schedule
+    max_grad_norm: ClippingStrategy = 1.0
+    max_batch_size: int | None = None
+    shuffled: bool = False
+    unit: str = "sample"
+    declared_sampling: str | None = None
+    relation: Relation = Relation.ADD_OR_REMOVE_ONE
+    accountant: accounting.Accountant = "pld"
+    grid: float | None = None
+    run: Run = field(init=False, default_factory=Run, repr=False, compare=False)
+    """What was handed out and released so far; loaders and optimizers keep it."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_samples", "steps"):
+            require_count(name, getattr(self, name))
+        size = _validate.positive("expected_batch_size", self.expected_batch_size)
+        if size > self.num_samples:
+            raise ValueError(
+                f"expected_batch_size must be at most num_samples = {self.num_samples}, got {size}."
+            )
+        if not 0.0 < _validate.number("delta", self.delta) < 1.0:
+            raise ValueError(
+                f"delta must lie between 0 and 1, got {self.delta}; 1e-5, for example."
+            )
+        if not callable(self.noise_multiplier):
+            noise = _validate.number("noise_multiplier", self.noise_multiplier)
+            if not (math.isfinite(noise) and noise >= 0):
+                raise ValueError(f"noise_multiplier must be finite and at least 0, got {noise}.")
+        if self.grid is not None:
+            _validate.positive("grid", self.grid)
+        _validate.flag("shuffled", self.shuffled)
+        _validate.one_of("unit", self.unit, ("sample", "user"))
+        if self.declared_sampling is not None and not str(self.declared_sampling).strip():
+            raise ValueError(
+                "declared_sampling must say how batches are drawn, got an empty text; 'each row with probability q, by "
+                "our data service', for example."
+            )
+        _validate.one_of("accountant", self.accountant, ("pld", "rdp", "rdp_integer"))
+        object.__setattr__(self, "relation", relation_of(self.relation))
+        refuse_contradictions(
+            num_samples=self.num_samples,
+            expected_batch_size=self.expected_batch_size,
+            max_batch_size=self.max_batch_size,
+            shuffled=self.shuffled,
+            relation=self.relation,
+            accountant=self.accountant,
+            grid=self.grid,
+        )
+        accounting.require_supported(
+            self.sampling, relation=self.relation.value, accountant=self.accountant
+        )
+        if self.delta >= 1 / self.num_samples:
+            warnings.warn(
+                f"delta = {self.delta:g} is not below 1 / num_samples = {1 / self.num_samples:g}. A mechanism that "
+                f"publishes a {self.unit} at random has such a delta; choose it well below, a tenth of it for example.",
+                stacklevel=3,
+            )
+
+    @classmethod
+    def for_epsilon(
+        cls,
+        target_epsilon: float,
+        *,
+        num_samples: int,
+        expected_batch_size: float,
+        delta: float,
+        steps: int | None = None,
+        epochs: float | None = None,
+        max_grad_norm: ClippingStrategy = 1.0,
+        max_batch_size: int | None = None,
+        shuffled: bool = False,
+        unit: str = "sample",
+        declared_sampling: str | None = None,
+        relation: Relation = Relation.ADD_OR_REMOVE_ONE,
+        accountant: accounting.Accountant = "pld",
+        grid: float | None = None,
+    ) -> PrivacyPlan:
+        """The plan with the least noise that stays within ``target_epsilon``.
+
+        Args:
+            target_epsilon: The epsilon not to exceed, positive and finite.
+            num_samples: As for the plan, also for the rest.
+            expected_batch_size: Mean size of a batch.
+            delta: Probability with which epsilon may fail to hold.
+            steps: Noisy steps of the run; give them or ``epochs``.
+            epochs: How often each sample is drawn on average; the steps are
+                ``epochs * num_samples / expected_batch_size``, rounded, at least 1.
+            max_grad_norm: Clipping norm.
+            max_batch_size: Cut Poisson batches to this size.
+            shuffled: Shuffled batches of a fixed size.
+            unit: ``"sample"`` or ``"user"``.
+            declared_sampling: How batches are drawn, if no loader of clipgrad draws them.
+            relation: Which datasets are neighbours.
+            accountant: ``"pld"``, ``"rdp"`` or ``"rdp_integer"``.
+            grid: Exact mode.
+
+        Raises:
+            ValueError: If no noise meets the target, or all noise does, or not exactly one of ``steps`` and ``epochs``
+                is given.
+            ImportError: If ``dp-accounting`` is not installed.
+        """
+        if target_epsilon == math.inf:
+            raise ValueError(
+                "target_epsilon must be finite, got inf, which promises nothing. For a run without noise make "
+                "PrivacyPlan(noise_multiplier=0.0, ...)."
+            )
+        plan = cls(
+            num_samples=num_samples,
+            expected_batch_size=expected_batch_size,
+            steps=steps_of(steps, epochs, num_samples, expected_batch_size),
+            delta=delta,
+            noise_multiplier=1.0,
+            max_grad_norm=max_grad_norm,
+            max_batch_size=max_batch_size,
+            shuffled=shuffled,
+            unit=unit,
+            declared_sampling=declared_sampling,
+            relation=relation,
+            accountant=accountant,
+            grid=grid,
+        )
+        noise = accounting.noise_multiplier(
+            target_epsilon=target_epsilon,
+            sampling=plan.sampling,
+            steps=plan.steps,
+            delta=plan.delta,
+            accountant=plan.accountant,
+            relation=plan.relation,
+        )
+        return plan.with_noise(noise)
+
+    def with_noise(self, noise_multiplier: float | Schedule) -> PrivacyPlan:
+        """A new plan that differs in its noise only."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # about delta, which was said of this plan
+            return replace(self, noise_multiplier=noise_multiplier)
+
+    @property
+    def sample_rate(self) -> float:
+        """Probability of each sample to be in a batch."""
+        return self.expected_batch_size / self.num_samples
+
+    @property
+    def sampling(self) -> Sampling:
+        """How batches come about, as the accountant is told."""
+        if self.shuffled:
+            return FixedSize(self.num_samples, int(self.expected_batch_size))
+        if self.max_batch_size is not None:
+            return TruncatedPoisson(self.sample_rate, self.num_samples, self.max_batch_size)
+        return FullBatch() if self.sample_rate == 1.0 else Poisson(self.sample_rate)
+
+    def noise_at(self, step: int) -> float:
+        """The noise multiplier of a step, the first of which is step 0."""
+        if callable(self.noise_multiplier):
+            return _validate.number(f"noise_multiplier({step})", self.noise_multiplier(step))
+        return float(self.noise_multiplier)
+
+    def ledger(self, steps: int | None = None) -> Ledger:
+        """What the first steps release, by default all of the plan's."""
+        ledger = Ledger(relation=self.relation, accountant=self.accountant)
+        declared = self.declared_sampling or ""
+        count = self.steps if steps is None else steps
+        if count < 0:
+            raise ValueError(f"steps must be at least 0, got {count}.")
+        if not callable(self.noise_multiplier):
+            if count:
+                ledger.record(self.noise_at(0), self.sampling, count, declared=declared)
+            return ledger
+        for step in range(count):
+            ledger.record(self.noise_at(step), self.sampling, declared=declared)
+        return ledger
+
+    def epsilon(self, steps: int | None = None) -> float:
+        """The epsilon of the first steps at the plan's delta, by default of all of them."""
+        return self.ledger(steps).epsilon(self.delta)
+
+    def __str__(self) -> str:
+        kind = "Gaussian" if self.grid is None else "discrete Gaussian"
+        noise = (
+            f"scheduled {kind} noise"
+            if callable(self.noise_multiplier)
+            else f"{kind} noise of {self.noise_multiplier:.2f} sensitivities"
+        )
+        text = (
+            f"(epsilon = {_rounded_up(self.epsilon())}, delta = {self.delta:g})-differentially private towards "
+            f"{_RELATIONS[self.relation].format(unit=self.unit)}: {self.steps} steps on {self._batches()}, {noise}, "
+            f"clipping norm {self.max_grad_norm}, accountant {self.accountant}."
+        )
+        if self.declared_sampling is None:
+            return text
+        return f"{text} Declared, not checked: {self.declared_sampling.strip()}."
+
+    def _batches(self) -> str:
+        size, units = f"{self.expected_batch_size:g}", f"{self.num_samples} {self.unit}s"
+        if self.shuffled:
+            return f"shuffled batches of {size} of {units}"
+        if isinstance(self.sampling, FullBatch):
+            return f"batches of all {units}"
+        most = "" if self.max_batch_size is None else f", at most {self.max_batch_size},"
+        return f"Poisson batches of {size}{most} of {units} (q = {self.sample_rate:g})"
+
+
+_RELATIONS: Mapping[Relation, str] = {
+    Relation.ADD_OR_REMOVE_ONE: "adding or removing one {unit}",
+    Relation.REPLACE_ONE: "replacing one {unit} by any other",
+    Relation.REPLACE_SPECIAL: "replacing one {unit} by a null {unit}",
+}
+
+
+def _rounded_up(epsilon: float) -> str:
+    """Three digits, never less than it is."""
+    if epsilon == 0 or math.isinf(epsilon):
+        return f"{epsilon:g}"
+    unit = 10.0 ** (math.floor(math.log10(epsilon)) - 2)
+    digits = max(0, 2 - math.floor(math.log10(epsilon)))
+    return f"{math.ceil(epsilon / unit * (1 - 1e-12)) * unit:.{digits}f}"

@@ -1,0 +1,222 @@
+"""One canonical layout for the gradient of a parameter use, and its three operations, written once.
+
+A weight that meets an activation has, for sample ``b``, the gradient
+
+    g_b = sum_s  left[b, s] (outer product) right[b, s]            [rows, columns]
+
+where ``s`` runs over the positions at which the sample uses the weight (time steps, pixels), ``left`` indexes
+the rows of the parameter and ``right`` its columns. A linear layer has ``left`` = output gradient and
+``right`` = input; an embedding has ``left`` = one-hot of the ids. From the two factors follow
+
+* the per-sample gradient itself           ``left^T right``
+* its squared norm without building it     ``sum_st (left_s . left_t) (right_s . right_t)``   ("ghost norm")
+* the weighted sum over samples            one GEMM over samples and positions together
+
+References: Goodfellow 2015 (arXiv:1510.01799) for one position; Li et al. 2022 (arXiv:2110.05679) for many;
+Bu et al. 2023 (arXiv:2210.00038) for keeping the factors of one backward pass ("book-keeping").
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
+
+from clipgrad.kernels.selection import for_each_row, select_last, select_rows
+
+BatchedProduct = Callable[[Tensor, Tensor], Tensor]
+
+
+def widen(tensor: Tensor) -> Tensor:
+    """At least float32: norms and sums of half-precision factors cancel, so they are taken wider."""
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+
+
+def scale_rows(tensor: Tensor, factors: Tensor) -> Tensor:
+    """``tensor[b, ...] * factors[b]``."""
+    return tensor * for_each_row(factors.to(tensor.dtype), tensor)
+
+
+def added(tensors: Sequence[Tensor]) -> Tensor:
+    """The sum of one or more tensors; a single one is not copied."""
+    return sum(tensors[1:], start=tensors[0])
+
+
+_LONG_ROW = 1 << 12
+
+
+def as_it_lies(tensor: Tensor) -> tuple[Tensor, list[int]]:
+    """The tensor with all axes but the first in the order in which they lie in memory, and where each of them was.
+
+    What reads a dense tensor in this order reads it from end to end, and flattening it copies nothing.
+    """
+    axes = list(range(1, tensor.dim()))
+    if not tensor.is_contiguous():
+        axes.sort(key=tensor.stride, reverse=True)
+    return tensor.permute(0, *axes), axes
+
+
+def row_norms_squared(tensor: Tensor) -> Tensor:
+    """Squared L2 norm of every sample, ``[B]``."""
+    flat = as_it_lies(tensor)[0].flatten(1) if tensor.dim() > 1 else tensor[:, None]
+    dtype = widen(flat[:0]).dtype
+    if flat.device.type == "cpu" and flat.shape[1] > _LONG_ROW:
+        # On the CPU one float32 sum over millions of values comes out too small by up to 1e-3; a sum of sums does not.
+        whole = flat.shape[1] - flat.shape[1] % _LONG_ROW
+        pieces = flat[:, :whole].unflatten(1, (-1, _LONG_ROW))
+        parts = torch.linalg.vector_norm(pieces, dim=2, dtype=dtype)
+        rest = torch.linalg.vector_norm(flat[:, whole:], dim=1, keepdim=True, dtype=dtype)
+        flat = torch.cat((parts, rest), 1)
+    norms: Tensor = torch.linalg.vector_norm(flat, dim=1, dtype=dtype)
+    return norms.square()
+
+
+@runtime_checkable
+class Use(Protocol):
+    """The gradient of one use of one parameter, for every sample of the microbatch."""
+
+    def per_sample(self) -> Tensor:
+        """The per-sample gradients, ``[B, *parameter.shape]``."""
+        ...
+
+    def weighted_sum(self, factors: Tensor) -> Tensor:
+        """``sum_b factors[b] * g_b``, shape ``parameter.shape``; ``factors`` is ``[B]``."""
+        ...
+
+    def outer(self) -> Outer | None:
+        """The canonical factors, or None if this use has none (then its gradient is always kept)."""
+        ...
+
+    def select(self, keep: Tensor) -> Use:
+        """The same use with the gradient of every sample outside the boolean mask ``keep`` exactly zero."""
+        ...
+
+
+@dataclass(frozen=True)
+class PerSample:
+    """A use whose per-sample gradient is already there (biases, norm layers).
+
+    Attributes:
+        gradient: ``[B, *parameter.shape]``.
+    """
+
+    gradient: Tensor
+
+    def per_sample(self) -> Tensor:
+        return self.gradient
+
+    def weighted_sum(self, factors: Tensor) -> Tensor:
+        wide = widen(self.gradient)
+        if get_proxy_mode() is not None:
+            # A compiler makes one pass of this and of what comes before, in any layout; a product it leaves alone.
+            return scale_rows(wide, factors).sum(0)
+        if wide.dim() == 1:
+            return factors.to(wide.dtype) @ wide
+        lying, axes = as_it_lies(wide)
+        total = (factors.to(wide.dtype) @ lying.flatten(1)).view(lying.shape[1:])
+        return total.permute([axes.index(axis) for axis in range(1, wide.dim())])
+
+    def outer(self) -> Outer | None:
+        return None
+
+    def select(self, keep: Tensor) -> PerSample:
+        return PerSample(select_rows(self.gradient, keep))
+
+
+@dataclass(frozen=True)
+class OneHot:
+    """A factor ``[B, S, width]`` of one-hot rows, stored as their positions.
+
+    Attributes:
+        ids: ``[B, S]``, integers in ``[0, width)``.
+        width: Number of columns.
+    """
+
+    ids: Tensor
+    width: int
+
+
+@dataclass(frozen=True)
+class Outer:
+    """A sum over positions of outer products, for every sample; see the module's docstring.
+
+    Attributes:
+        left: ``[B * groups, S, rows / groups]``, or a ``OneHot`` of that shape (then ``groups`` is 1).
+        right: ``[B * groups, S, columns]``.
+        shape: The parameter's shape; it has ``rows * columns`` elements, rows first.
+        groups: Blocks of rows that each have factors of their own (grouped convolutions).
+    """
+
+    left: Tensor | OneHot
+    right: Tensor
+    shape: torch.Size
+    groups: int = 1
+
+    @property
+    def samples(self) -> int:
+        return self.right.shape[0] // self.groups
+
+    def outer(self) -> Outer:
+        return self
+
+    def per_sample(self, batched_product: BatchedProduct = torch.bmm) -> Tensor:
+        right = widen(self.right)
+        if isinstance(self.left, OneHot):
+            return _scatter_rows(self.left, right).view(self.samples, *self.shape)
+        left = widen(self.left)
+        if left.shape[1] == 1:  # an outer product is a broadcast; bmm with one position is slower
+            product = left.transpose(1, 2) * right
+        else:
+            product = batched_product(left.transpose(1, 2), right)
+        return product.view(self.samples, *self.shape)
+
+    def weighted_sum(self, factors: Tensor) -> Tensor:
+        if self.groups > 1:
+            return PerSample(self.per_sample()).weighted_sum(factors)
+        right = widen(self.right)
+        if isinstance(self.left, OneHot):
+            rows = scale_rows(right, factors).flatten(0, 1)
+            total = right.new_zeros(self.left.width, right.shape[-1])
+            return total.index_add_(0, self.left.ids.flatten(), rows).view(self.shape)
+        left = widen(self.left)
+        if self._scales_left(left):
+            left = scale_rows(left, factors)
+        else:
+            right = scale_rows(right, factors)
+        return (left.flatten(0, 1).t() @ right.flatten(0, 1)).view(self.shape)
+
+    def rows_of(self, samples: slice) -> Outer:
+        """The same use of a range of samples."""
+        rows = slice(samples.start * self.groups, samples.stop * self.groups)
+        if isinstance(self.left, OneHot):
+            left: Tensor | OneHot = OneHot(self.left.ids[rows], self.left.width)
+        else:
+            left = self.left[rows]
+        return replace(self, left=left, right=self.right[rows])
+
+    def select(self, keep: Tensor) -> Outer:
+        if self.groups > 1:
+            keep = keep.repeat_interleave(self.groups)
+        if isinstance(self.left, OneHot):
+            return replace(self, right=select_rows(self.right, keep))
+        # One is scaled next, which is one pass with its selection; a product reads the other.
+        if self._scales_left(self.left):
+            left, right = select_rows(self.left, keep), select_last(self.right, keep)
+        else:
+            left, right = select_last(self.left, keep), select_rows(self.right, keep)
+        return replace(self, left=left, right=right)
+
+    def _scales_left(self, left: Tensor) -> bool:
+        """Whether the factors of a weighted sum go to the left, as the narrower of the two."""
+        return left.shape[-1] <= self.right.shape[-1]
+
+
+def _scatter_rows(left: OneHot, right: Tensor) -> Tensor:
+    samples = left.ids.shape[0]
+    flat = left.ids + left.width * torch.arange(samples, device=left.ids.device)[:, None]
+    total = right.new_zeros(samples * left.width, right.shape[-1])
+    return total.index_add_(0, flat.flatten(), right.flatten(0, 1))

@@ -1,0 +1,215 @@
+"""Five ways to find the per-sample weight gradients of a convolution. Results do not depend on the way.
+
+* **patches**: the image unfolded, and one product per sample;
+* **rows**: the output gradient unfolded instead, where it has few channels;
+* **slices**: the image unfolded along all axes but the first, and one product per sample and tap of the first axis;
+* **groups**: the library's own weight gradient of one convolution in which every sample is a group;
+* **exchange**: for filters of one channel, the output gradient convolved over the image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from math import ceil, prod
+
+import torch
+from torch import Tensor
+
+from clipgrad.kernels.delayed import after, in_graph_for_cpu
+from clipgrad.kernels.tensor_cores import convolution_product, window_products
+from clipgrad.rules.canonical import OneHot, Outer
+from clipgrad.rules.convolution.geometry import Geometry
+from clipgrad.rules.convolution.unfolding import roles, rows_and_patches, samples_at_once, unfold
+
+# On CUDA a product is shared out in blocks of its result. Positions are cut until there are this many, as long as parts
+# of so many positions are left.
+_BLOCK, _ENOUGH_BLOCKS, _FEWEST_POSITIONS = 32, 512, 128
+
+Way = Callable[[Tensor, Tensor, torch.Size, Geometry], Tensor]
+
+
+def by_patches(gradient: Tensor, input: Tensor, shape: torch.Size, geometry: Geometry) -> Tensor:
+    """Unfold some samples, take their products, and go on with the next ones."""
+    rows, image = roles(gradient, input, geometry)
+    samples = len(image)
+    size = samples_at_once(image, prod(shape[2:]) * prod(rows.shape[2:]))
+    if samples <= size:
+        outer = rows_and_patches(gradient, input, shape, geometry)
+        unfolded = prod(shape[2:]) > 1  # else the factors are views, and cutting would copy them
+        return _in_parts(outer, _parts(outer, input.device) if unfolded else 1)
+    outers = (
+        rows_and_patches(
+            gradient[start : start + size], input[start : start + size], shape, geometry
+        )
+        for start in range(0, samples, size)
+    )
+    return _side_by_side(outers, samples) if input.device.type == "cpu" else _joined(outers)
+
+
+def _side_by_side(outers: Iterable[Outer], samples: int) -> Tensor:
+    """Products written where they belong, which saves a pass over them and their memory once more."""
+    found, stop = torch.empty(0), 0
+    for outer in outers:
+        assert not isinstance(outer.left, OneHot)
+        if stop == 0:
+            found = outer.right.new_empty(samples, *outer.shape)
+        start, stop = stop, stop + outer.samples
+        place = found[start:stop].view(len(outer.left), -1, outer.right.shape[2])
+        torch.bmm(outer.left.transpose(1, 2), outer.right, out=place)
+    return found
+
+
+def _joined(outers: Iterable[Outer]) -> Tensor:
+    return torch.cat([outer.per_sample(convolution_product) for outer in outers])
+
+
+def _in_parts(outer: Outer, parts: int) -> Tensor:
+    """The product of each sample as the sum of products over parts of its positions."""
+    if parts == 1:
+        return outer.per_sample(convolution_product)
+    assert not isinstance(outer.left, OneHot)
+    left, right = (
+        factor.reshape(len(factor) * parts, -1, factor.shape[2])
+        for factor in (outer.left, outer.right)
+    )
+    shape = torch.Size((parts, *left.shape[2:], right.shape[2]))
+    cut = replace(outer, left=left, right=right, shape=shape, groups=parts)
+    return cut.per_sample(convolution_product).sum(1).view(outer.samples, *outer.shape)
+
+
+def _parts(outer: Outer, device: torch.device) -> int:
+    """Into how many parts positions are cut, so that products of few rows and columns keep a GPU busy."""
+    if device.type != "cuda":
+        return 1
+    assert not isinstance(outer.left, OneHot)
+    products, positions, rows = outer.left.shape
+    blocks = products * ceil(rows / _BLOCK) * ceil(outer.right.shape[2] / _BLOCK)
+    parts = 1
+    while (
+        2 * parts * blocks <= _ENOUGH_BLOCKS
+        and positions % (2 * parts) == 0
+        and positions >= 2 * parts * _FEWEST_POSITIONS
+    ):
+        parts *= 2
+    return parts
+
+
+def by_rows(gradient: Tensor, input: Tensor, shape: torch.Size, geometry: Geometry) -> Tensor:
+    """Unfold the output gradient at every pixel of the image: what each tap's output was there.
+
+    Pixel ``q`` met tap ``k`` at output ``q + padding - dilation * k``. So the unfolded gradient is padded by what is
+    left of a filter's reach, and holds the taps in reverse.
+    """
+    taps = shape[2:]
+    padding = tuple(
+        (size - 1) * dilation - pad
+        for size, dilation, pad in zip(taps, geometry.dilation, geometry.padding, strict=True)
+    )
+    turned, pixels = replace(geometry, padding=padding), input.shape[2:]
+    some = samples_at_once(gradient, prod(taps) * prod(pixels))
+    products = []
+    for of_some, image in zip(gradient.split(some), input.split(some), strict=True):
+        met = unfold(of_some, taps, pixels, turned).flatten(1, 1 + len(taps)).flatten(2)
+        size = torch.Size((met.shape[1], shape[1]))
+        outer = Outer(met.transpose(1, 2), image.flatten(2).transpose(1, 2), size)
+        products.append(_in_parts(outer, _parts(outer, input.device)))
+    found = _together(products)
+    found = found.view(len(input), shape[0], *taps, shape[1])
+    return found.flip(list(range(2, 2 + len(taps)))).movedim(-1, 2)
+
+
+def by_slices(gradient: Tensor, input: Tensor, shape: torch.Size, geometry: Geometry) -> Tensor:
+    """Positions of a tap of the first axis follow each other in memory, so that each tap is a product of its own.
+
+    The result lies in memory with the taps of the first axis outside.
+    """
+    rows, image = roles(gradient, input, geometry)
+    first, *others = shape[2:]
+    positions, *across = rows.shape[2:]
+    # Patches that are one tap high, at all heights that any tap of the first axis meets.
+    height = positions + (first - 1) * geometry.dilation[0]
+    apart = geometry.dilation[0] * prod(across)
+    size = samples_at_once(image, prod(others) * height * prod(across))
+    products = []
+    for some_rows, some in zip(rows.split(size), image.split(size), strict=True):
+        slices = unfold(some, (1, *others), (height, *across), geometry)
+        columns = slices.flatten(1, 2 + len(others)).flatten(2)
+        products.append(window_products(some_rows.flatten(2), columns, apart, first))
+    found = _together(products)
+    return found.view(len(rows), first, shape[0], shape[1], *others).movedim(1, 3)
+
+
+def _together(products: list[Tensor]) -> Tensor:
+    """Of all samples; a single part is not copied."""
+    return products[0] if len(products) == 1 else torch.cat(products)
+
+
+def by_groups(gradient: Tensor, input: Tensor, shape: torch.Size, geometry: Geometry) -> Tensor:
+    """Samples as groups of one big convolution, in memory that is not even cleared.
+
+    On a CPU an operation of its own where a graph is traced: left open, a compiler lays the folded images out channels
+    last, as is right for ordinary convolutions; for groups by the hundred that is two to three times as slow, copies
+    included.
+    """
+    found: Tensor = (_operation if in_graph_for_cpu(gradient) else _grouped)(
+        gradient, after(gradient, input), shape, geometry.stride, geometry.padding, geometry.dilation, geometry.groups,
+        geometry.transposed, geometry.output_padding,
+    )  # fmt: skip
+    return found
+
+
+def _grouped(
+    gradient: Tensor,
+    input: Tensor,
+    shape: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    transposed: bool,
+    output_padding: Sequence[int],
+) -> Tensor:
+    geometry = Geometry(
+        tuple(stride), tuple(padding), tuple(dilation), groups, transposed, tuple(output_padding)
+    )
+    samples = input.shape[0]
+
+    def fold(tensor: Tensor) -> Tensor:
+        return tensor.reshape(1, samples * tensor.shape[1], *tensor.shape[2:])
+
+    weight = input.new_empty(samples * shape[0], *shape[1:])  # only its shape is read
+    found = geometry.weight_gradient(fold(gradient), fold(input), weight, samples * groups)
+    return found.contiguous().view(samples, *shape)
+
+
+_operation = torch.library.custom_op(
+    "clipgrad::per_sample_weight_gradient", _grouped, mutates_args=()
+)
+
+
+@_operation.register_fake
+def _(gradient: Tensor, input: Tensor, shape: Sequence[int], *_: object) -> Tensor:
+    return input.new_empty(input.shape[0], *shape)
+
+
+def by_exchange(gradient: Tensor, input: Tensor, shape: torch.Size, geometry: Geometry) -> Tensor:
+    """Filters with one channel each: the output gradient convolved over the image, stride and dilation exchanged.
+
+    Every channel of every sample becomes a group of one forward convolution.
+    """
+    rows, image = roles(gradient, input, geometry)
+    samples = image.shape[0]
+    exchanged = replace(
+        geometry,
+        stride=geometry.dilation,
+        dilation=geometry.stride,
+        groups=samples * geometry.groups,
+        transposed=False,
+    )
+    found = exchanged.convolve(
+        image.reshape(1, -1, *image.shape[2:]), rows.reshape(-1, 1, *rows.shape[2:]), None
+    )
+    for axis, size in enumerate(shape[2:], start=2):
+        found = found.narrow(axis, 0, size)  # a stride may leave pixels that no output saw
+    return found.reshape(samples, *shape)

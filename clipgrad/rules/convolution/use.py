@@ -1,0 +1,60 @@
+"""One use of a convolution's weight: its gradient for every sample, its factors, its weighted sum."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from clipgrad.kernels.selection import select_last, select_rows
+from clipgrad.rules.canonical import Outer, scale_rows, widen
+from clipgrad.rules.convolution.geometry import Geometry
+from clipgrad.rules.convolution.gradient import per_sample_gradient
+from clipgrad.rules.convolution.unfolding import rows_and_patches
+
+
+@dataclass(frozen=True)
+class ConvolutionUse:
+    """One use of a convolution's weight.
+
+    Attributes:
+        input: ``[B, C_in, *spatial]``.
+        gradient: Output gradient ``[B, C_out, *spatial]``.
+        weight: The shared weight; read for its shape and dtype.
+        geometry: Static arguments.
+    """
+
+    input: Tensor
+    gradient: Tensor
+    weight: Tensor
+    geometry: Geometry
+
+    def outer(self) -> Outer:
+        return rows_and_patches(self.gradient, self.input, self.weight.shape, self.geometry)
+
+    def per_sample(self) -> Tensor:
+        return per_sample_gradient(
+            widen(self.gradient), widen(self.input), self.weight.shape, self.geometry
+        )
+
+    def weighted_sum(self, factors: Tensor) -> Tensor:
+        """The library's own weight gradient, with the factors on the smaller operand."""
+        gradient, input = widen(self.gradient), widen(self.input)
+        if self._scales_input():
+            input = scale_rows(input, factors)
+        else:
+            gradient = scale_rows(gradient, factors)
+        return self.geometry.weight_gradient(
+            gradient, input, widen(self.weight), self.geometry.groups
+        )
+
+    def select(self, keep: Tensor) -> ConvolutionUse:
+        # One is scaled next, which is one pass with its selection; the library reads the other.
+        if self._scales_input():
+            input, gradient = select_rows(self.input, keep), select_last(self.gradient, keep)
+        else:
+            input, gradient = select_last(self.input, keep), select_rows(self.gradient, keep)
+        return replace(self, input=input, gradient=gradient)
+
+    def _scales_input(self) -> bool:
+        return self.input[:1].numel() < self.gradient[:1].numel()

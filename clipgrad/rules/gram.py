@@ -1,0 +1,149 @@
+"""Gram matrices: squared norms of sums of outer products, and the lengths that bound their rounding error.
+
+For one sample with factors ``left [S, rows]`` and ``right [S, columns]`` the gradient ``left^T right`` has the squared
+norm ``sum_st (left_s . left_t) (right_s . right_t)``, an elementwise product of two Gram matrices. The lengths of
+all positions lie on their diagonals.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from functools import cache
+from importlib.util import find_spec
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from clipgrad.kernels.tensor_cores import tf32
+
+# Gram matrices of one block stay below this many elements, so that a ghost norm needs no more scratch
+# than about 256 MiB whatever the sequence length.
+_ELEMENTS = 1 << 25
+# Below this many positions a half-size block is too small for the saved half of a symmetric Gram matrix to pay.
+_SYMMETRY_POSITIONS = 256
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Sums over the positions of a sample, each ``[B]``.
+
+    Attributes:
+        left: ``sum_s |left_s|``.
+        right: ``sum_s |right_s|``.
+        products: ``sum_s |left_s| |right_s|``, the norm that the gradient would have if nothing cancelled.
+    """
+
+    left: Tensor
+    right: Tensor
+    products: Tensor
+
+    @classmethod
+    def of(cls, left: Tensor, right: Tensor) -> Lengths:
+        """From the length of each position, ``[B, S]``."""
+        return cls(left.sum(1), right.sum(1), (left * right).sum(1))
+
+    @classmethod
+    def total(cls, parts: Sequence[Lengths]) -> Lengths:
+        """Those of all positions of one or more factors."""
+        return sum(parts[1:], start=parts[0])
+
+    def __add__(self, other: Lengths) -> Lengths:
+        return Lengths(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+
+
+def gram_sums(left: Tensor, right: Tensor) -> tuple[Tensor, Lengths]:
+    """Squared norms ``[B]`` of ``sum_s left_s (outer product) right_s``, and the lengths of its positions.
+
+    In full float32 whatever ``torch.backends.cuda.matmul.allow_tf32`` says: where terms cancel, a norm loses all the
+    digits that TF32 leaves out.
+
+    Args:
+        left: ``[B, S, rows]``, float32 or float64.
+        right: ``[B, S, columns]``, likewise.
+    """
+    if left.device.type == "cuda" and left.dtype is right.dtype is torch.float32:
+        norms, *lengths = _on_cuda(left, right).unbind()
+    else:
+        norms, *lengths = _by_products(left, right)
+    return norms, Lengths(*lengths)
+
+
+def equal_id_sums(ids: Tensor, right: Tensor) -> tuple[Tensor, Lengths]:
+    """The same with one-hot rows on the left: their inner products are 1 where the ids are equal, and else 0.
+
+    Args:
+        ids: ``[B, S]``.
+        right: ``[B, S, columns]``.
+    """
+    gram = torch.bmm(right, right.transpose(1, 2))
+    equal = ids[:, :, None] == ids[:, None, :]
+    length = gram.diagonal(dim1=1, dim2=2).sqrt()
+    return gram.where(equal, 0.0).sum((1, 2)), Lengths.of(torch.ones_like(length), length)
+
+
+def _by_products(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """By batched matrix products: norms and the three lengths."""
+    positions = left.shape[1]
+    if positions >= _SYMMETRY_POSITIONS:
+        # Gram matrices are symmetric: two half-size norms and one off-diagonal block, counted twice.
+        half = positions // 2
+        heads, tails = (left[:, :half], right[:, :half]), (left[:, half:], right[:, half:])
+        first, second = _by_products(*heads), _by_products(*tails)
+        crossing = 2 * _in_pieces(_product, *heads, *tails)[0]
+        norms, *lengths = (a + b for a, b in zip(first, second, strict=True))
+        return (norms + crossing, *lengths)  # type: ignore[return-value]
+    return _in_pieces(_product_and_lengths, left, right, left, right)  # type: ignore[return-value]
+
+
+def _in_pieces(function: Callable[..., tuple[Tensor, ...]], *factors: Tensor) -> tuple[Tensor, ...]:
+    """A function of the factors of some samples at a time, so that their Gram matrices stay small."""
+    elements = factors[0].shape[1] * factors[-1].shape[1]
+    step = max(1, _ELEMENTS // max(1, elements))
+    starts = range(0, max(1, factors[0].shape[0]), step)
+    pieces = [function(*(factor[start : start + step] for factor in factors)) for start in starts]
+    return pieces[0] if len(pieces) == 1 else tuple(map(torch.cat, zip(*pieces, strict=True)))
+
+
+def _product(
+    left: Tensor, right: Tensor, other_left: Tensor, other_right: Tensor
+) -> tuple[Tensor, ...]:
+    """``sum_st (left_s . other_left_t) (right_s . other_right_t)`` per sample."""
+    first = torch.bmm(left, other_left.transpose(1, 2))
+    second = torch.bmm(right, other_right.transpose(1, 2))
+    return (torch.linalg.vecdot(first.flatten(1), second.flatten(1)),)
+
+
+def _product_and_lengths(left: Tensor, right: Tensor, *_: Tensor) -> tuple[Tensor, ...]:
+    first = torch.bmm(left, left.transpose(1, 2))
+    second = torch.bmm(right, right.transpose(1, 2))
+    total = torch.linalg.vecdot(first.flatten(1), second.flatten(1))
+    lengths = Lengths.of(*(gram.diagonal(dim1=1, dim2=2).sqrt() for gram in (first, second)))
+    return total, lengths.left, lengths.right, lengths.products
+
+
+@cache
+def _launcher() -> ModuleType | None:
+    """What launches the kernel, if Triton is there; looking for a package that is not takes long."""
+    if find_spec("triton") is None:
+        return None
+    from clipgrad.kernels import gram_triton
+
+    return gram_triton
+
+
+# An operation of its own: a traced graph holds it whole, with the setting and the kernel inside.
+@torch.library.custom_op("clipgrad::gram_sums", mutates_args=())
+def _on_cuda(left: Tensor, right: Tensor) -> Tensor:
+    """Norms and the three lengths, ``[4, B]``, by a kernel of our own where Triton is there."""
+    launcher = _launcher()
+    if launcher is not None and (found := launcher.gram_sums(left, right)) is not None:
+        return found  # type: ignore[no-any-return]
+    with tf32(False):
+        return torch.stack(_by_products(left, right))
+
+
+@_on_cuda.register_fake
+def _(left: Tensor, right: Tensor) -> Tensor:
+    return left.new_empty(4, left.shape[0])

@@ -1,0 +1,7 @@
+"""RNN, LSTM and GRU layers and cells."""
+
+from __future__ import annotations
+
+from clipgrad.rules.recurrent import recurrent
+
+__all__ = ["recurrent"]

@@ -1,0 +1,150 @@
+"""The recurrent operations step by step, as their documentation defines them.
+
+``vmap`` has no rule for them, so what runs without one of clipgrad's rules (weights that differ from sample to
+sample, a gradient taken inside the loss) runs this.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from clipgrad._functorch import address
+from clipgrad.errors import NotPerSampleError
+from clipgrad.rules.names import names_of
+
+States = tuple[Tensor, ...]
+# From the input's and the state's share of the gates and the old states to the new ones.
+Step = Callable[[Tensor, Tensor, States], States]
+
+
+def refuse_packed(operation: str) -> None:
+    """Refuse sequences of different lengths in one block."""
+    raise NotPerSampleError(
+        f"a packed sequence ({operation}) gives every sample a length of its own, so shapes depend on the data, which "
+        "is data-dependent control flow. Pad instead: run the layer on the padded tensor, and leave padded steps out "
+        "of the loss with torch.where(mask, ...); for a last state, gather the output at length - 1."
+    )
+
+
+def named(weights: Sequence[Tensor], has_biases: bool) -> dict[str, Tensor]:
+    """The entries of one layer and direction in a flat weight list."""
+    names = ["w_ih", "w_hh", *(["b_ih", "b_hh"] if has_biases else []), "w_hr"]
+    return dict(zip(names, weights, strict=False))
+
+
+def _lstm(share: Tensor, from_state: Tensor, states: States) -> States:
+    i, f, g, o = (share + from_state).chunk(4, dim=-1)
+    c = f.sigmoid() * states[1] + i.sigmoid() * g.tanh()
+    return o.sigmoid() * c.tanh(), c
+
+
+def _gru(share: Tensor, from_state: Tensor, states: States) -> States:
+    reset, update, new = share.chunk(3, dim=-1)
+    state_reset, state_update, state_new = from_state.chunk(3, dim=-1)
+    n = (new + (reset + state_reset).sigmoid() * state_new).tanh()
+    return (n + (update + state_update).sigmoid() * (states[0] - n),)
+
+
+def _rnn_tanh(share: Tensor, from_state: Tensor, states: States) -> States:
+    return ((share + from_state).tanh(),)
+
+
+def _rnn_relu(share: Tensor, from_state: Tensor, states: States) -> States:
+    return ((share + from_state).relu(),)
+
+
+_STEPS: dict[str, Step] = {
+    "lstm": _lstm,
+    "gru": _gru,
+    "rnn_tanh": _rnn_tanh,
+    "rnn_relu": _rnn_relu,
+}
+
+
+def _layer(
+    step: Step, x: Tensor, states: States, weights: Mapping[str, Tensor], reverse: bool
+) -> tuple[Tensor, States]:
+    """One layer in one direction: outputs ``[T, N, P]`` and last states."""
+    outputs = []
+    shares = F.linear(x, weights["w_ih"], weights.get("b_ih")).unbind(0)
+    for share in reversed(shares) if reverse else shares:
+        from_state = F.linear(states[0], weights["w_hh"], weights.get("b_hh"))
+        states = step(share, from_state, states)
+        if "w_hr" in weights:
+            states = (F.linear(states[0], weights["w_hr"]), *states[1:])
+        outputs.append(states[0])
+    return torch.stack(outputs[::-1] if reverse else outputs), states
+
+
+def _sequence(name: str) -> Callable[..., States]:
+    step = _STEPS[name]
+
+    def sequence(
+        input: Tensor, hx: Any, params: Any, has_biases: Any, num_layers: int, dropout: float,
+        train: bool, bidirectional: bool, batch_first: bool = False,
+    ) -> States:  # fmt: skip
+        if isinstance(has_biases, list | tuple):  # it's (data, batch_sizes, hx, params, ...)
+            refuse_packed(name)
+        x = input.transpose(0, 1) if batch_first else input
+        starts = [hx] if isinstance(hx, Tensor) else hx
+        runs = num_layers * (2 if bidirectional else 1)
+        count, ends = len(params) // runs, []
+        outputs: list[Tensor] = []
+        for run in range(runs):
+            reverse = bidirectional and run % 2 == 1
+            if run and not reverse:  # the layer below is complete
+                x, outputs = torch.cat(outputs, dim=-1), []
+                x = F.dropout(x, dropout, train)
+            weights = named(params[run * count : (run + 1) * count], has_biases)
+            output, end = _layer(step, x, tuple(part[run] for part in starts), weights, reverse)
+            outputs.append(output)
+            ends.append(end)
+        y = torch.cat(outputs, dim=-1)
+        last = (torch.stack(parts) for parts in zip(*ends, strict=True))
+        return (y.transpose(0, 1) if batch_first else y, *last)
+
+    return sequence
+
+
+def _cell(name: str) -> Callable[..., Tensor | States]:
+    step = _STEPS[name]
+
+    def cell(
+        input: Tensor,
+        hx: Any,
+        w_ih: Tensor,
+        w_hh: Tensor,
+        b_ih: Tensor | None = None,
+        b_hh: Tensor | None = None,
+    ) -> Tensor | States:
+        states = (hx,) if isinstance(hx, Tensor) else tuple(hx)
+        new = step(F.linear(input, w_ih, b_ih), F.linear(states[0], w_hh, b_hh), states)
+        return new if len(new) > 1 else new[0]
+
+    return cell
+
+
+def _pack(*args: Any, **kwargs: Any) -> None:
+    refuse_packed("pack_padded_sequence")
+
+
+def _flatten(*args: Any, **kwargs: Any) -> None:
+    """Moves the weights of a CUDA layer into one block for cuDNN, which doesn't run here."""
+
+
+# On CUDA, nn.LSTM and its like ask for the addresses of new weights, and then flatten them.
+DEFINITIONS: Mapping[Callable[..., Any], Callable[..., Any]] = MappingProxyType(
+    {
+        **dict.fromkeys(names_of("_pack_padded_sequence"), _pack),
+        **dict.fromkeys(names_of("_cudnn_rnn_flatten_weight"), _flatten),
+        torch.Tensor.data_ptr: address,
+        **{alias: _sequence(name) for name in _STEPS for alias in names_of(name)},
+        **{alias: _cell(name) for name in _STEPS for alias in names_of(f"{name}_cell")},
+    }
+)
