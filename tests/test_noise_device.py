@@ -190,7 +190,9 @@ def check_moments(raw: list[float], n: int) -> None:
 @pytest.mark.cuda
 @needs_cuda
 @needs_triton
-@pytest.mark.filterwarnings("ignore:The CUDA Graph is empty")  # nothing was captured before it raised
+@pytest.mark.filterwarnings(
+    "ignore:The CUDA Graph is empty"
+)  # nothing was captured before it raised
 def test_a_cuda_graph_cannot_hold_noise() -> None:
     """Each replay would add the same."""
     source, total = SystemNoise(), torch.zeros(1000, device="cuda")

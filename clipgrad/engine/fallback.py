@@ -76,6 +76,11 @@ def _as_strided_scatter(*args: Any, **kwargs: Any) -> Tensor:
     )
 
 
+def _roll(input: Tensor, shifts: Any, dims: Any = ()) -> Tensor:
+    """Under ``vmap`` a number of each sample has one axis, that of the samples, and is rolled along it."""
+    return input.clone() if input.dim() == 0 else torch.roll(input, shifts, dims)
+
+
 def _select_scatter(input: Tensor, src: Tensor, dim: int, index: int) -> Tensor:
     """Under ``vmap`` the gradient of ``src`` comes once for each entry of the axis; that of a slice is right."""
     size = input.shape[dim]
@@ -193,6 +198,7 @@ CORRECTIONS: Mapping[Callable[..., Any], Callable[..., Any]] = MappingProxyType(
         **by_all_names("as_strided_", _as_strided_in_place),
         **by_all_names("as_strided_scatter", _as_strided_scatter),
         **by_all_names("select_scatter", _select_scatter),
+        **by_all_names("roll", _roll),
         **by_all_names("index_fill", _index_fill),
         **by_all_names("index_fill_", _index_fill_in_place),
         **{name: made for op in _SOLVERS for name, made in each_name(op, _one_by_one).items()},
