@@ -91,7 +91,7 @@ ATEN: dict[str, Callable[[Callable[..., Any], Params, Tensor, Tensor], Any]] = {
     "as_strided_": lambda f, p, x, i: f(x @ p["v"], (2, 2), (4, 1), 1),
     "as_strided_scatter": lambda f, p, x, i: f(x @ p["v"], x[0, :2, :2], (2, 2), (4, 1), 1),
     "select_scatter": lambda f, p, x, i: f(x[0], p["v"][0] * x[0, 0], 0, 1),
-    "roll": lambda f, p, x, i: f(p["v"].sum() * x.sum(), 1) + f(x @ p["v"], 1, 1),
+    "roll": lambda f, p, x, i: f(p["v"].sum() * x.sum(), [1]) + f(x @ p["v"], [1], [1]),
     "index_fill": lambda f, p, x, i: f(x @ p["v"], 1, INDEX, p["w"].sum()),
     "index_fill_": lambda f, p, x, i: f(x @ p["v"], 1, INDEX, p["w"].sum() * x.sum()),
     "linalg_solve": lambda f, p, x, i: f(MATRIX, (x @ p["v"]).mT),
