@@ -291,8 +291,14 @@ def test_importing_needs_neither_torch_nor_dp_accounting() -> None:
 @pytest.mark.parametrize(
     "run",
     [
-        {"target_epsilon": 3.0, "sample_rate": 256 / 60_000, "steps": 3500, "delta": 1e-5},
-        {"target_epsilon": 8.0, "sample_rate": 0.1, "steps": 300, "delta": 1e-5},
+        pytest.param(
+            {"target_epsilon": 3.0, "sample_rate": 256 / 60_000, "steps": 3500, "delta": 1e-5},
+            marks=pytest.mark.nightly,
+        ),
+        pytest.param(
+            {"target_epsilon": 8.0, "sample_rate": 0.1, "steps": 300, "delta": 1e-5},
+            marks=pytest.mark.nightly,
+        ),
         # Here the coarse grid is far off: the secants have to find it.
         {"target_epsilon": 1.0, "sample_rate": 0.0005, "steps": 200_000, "delta": 1e-7},
         {"target_epsilon": 2.0, "sampling": accounting.FullBatch(), "steps": 10, "delta": 1e-5},

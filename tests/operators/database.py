@@ -9,10 +9,10 @@ import torch
 
 def differentiable() -> list[Any]:
     """The operators that have a gradient in float64."""
-    global_flags = "__allow_nonbracketed_mutation_flag"
-    before = vars(torch.backends)[global_flags]
+    flags = torch.backends.flags_frozen.__globals__  # the module itself is hidden behind an object
+    before = flags["__allow_nonbracketed_mutation_flag"]
     from torch.testing._internal.common_methods_invocations import op_db  # slow: 10 s
 
     # The import forbids to set torch.backends.cudnn.allow_tf32 and its like, in the whole process.
-    setattr(torch.backends, global_flags, before)
+    flags["__allow_nonbracketed_mutation_flag"] = before
     return [op for op in op_db if op.supports_autograd and torch.float64 in op.dtypes]
