@@ -45,6 +45,37 @@ CASES: dict[str, Case] = {
     "cell": (cell, {"w": (6, 0), "u": (6, 2), "b": (1, 2)}, (0,)),
     "recurrent layer": (layer, {"w": (8, 0), "u": (8, 2)}, (3, 0)),
     "layer norm": (lambda p, x: F.layer_norm(x, (3,), p["w"]), {"w": (3,)}, (0, 3)),
+    "layer norm of no rows": (
+        lambda p, x: F.layer_norm(x, (0, 3), p["w"], p["b"]),
+        {"w": (0, 3), "b": (0, 3)},
+        (0, 3),
+    ),
+    "rms norm of no rows": (lambda p, x: F.rms_norm(x, (0, 3), p["w"]), {"w": (0, 3)}, (0, 3)),
+    "batch norm of no positions": (
+        lambda p, x: F.batch_norm(x, x.new_zeros(3), x.new_ones(3), p["w"], p["b"]),
+        {"w": (3,), "b": (3,)},
+        (3, 0),
+    ),
+    "heads": (
+        lambda p, x: F.multi_head_attention_forward(
+            x.transpose(0, 1),
+            x.transpose(0, 1),
+            x.transpose(0, 1),
+            4,
+            2,
+            p["in"],
+            p["b"],
+            None,
+            None,
+            False,
+            0.0,
+            p["out"],
+            p["c"],
+            need_weights=False,
+        )[0],
+        {"in": (12, 4), "b": (12,), "out": (4, 4), "c": (4,)},
+        (0, 4),
+    ),
     "embedding": (lambda p, x: F.embedding(x.long(), p["w"]), {"w": (3, 2)}, (0,)),
     "attention": (
         lambda p, x: F.scaled_dot_product_attention(x @ p["w"], x @ p["w"], x),
@@ -74,3 +105,17 @@ def test_equals_the_loop(case: Case, strategy: str) -> None:
         result = gradient(params, *batch)
         close(result.grad_norms, norms, rtol=1e-9, atol=1e-9)
         close(result.grads, sums, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_parameter_without_elements_where_the_gradient_is_nan(strategy: str) -> None:
+    """Its gradient is nothing, whatever its factors hold; found by random programs."""
+
+    def loss(p: Params, x: Tensor) -> Tensor:
+        h = F.linear(x, p["w"])
+        return h.square().sum().sqrt()  # of zero: infinite times zero
+
+    params, batch = {"w": draw(2, 0)}, (draw(4, 3, 0),)
+    result = clipped_grad(loss, max_grad_norm=1.0, strategy=strategy)(params, *batch)
+    close(result.grad_norms, torch.zeros(4, dtype=torch.float64))
+    assert result.num_nonfinite == 0

@@ -93,7 +93,8 @@ def _has_choice(entry: Tracked) -> bool:
     }
     # Factors of several uses are joined, so they must agree on what is a row and what a column.
     factored = len(layouts) == 1 and None not in layouts
-    return factored and not entry.fallback and entry.injective
+    # Of a parameter without elements, factors may be NaN where the gradient is nothing.
+    return factored and not entry.fallback and entry.injective and entry.shared.numel() > 0
 
 
 def _preference(entry: Tracked, batch_size: int, forced: Strategy | None) -> Choice:
@@ -134,6 +135,8 @@ def _preference(entry: Tracked, batch_size: int, forced: Strategy | None) -> Cho
 def _why_kept(entry: Tracked) -> str:
     if entry.fallback:
         return f"no rule for {entry.fallback[0]}"
+    if not entry.shared.numel():
+        return "no elements"
     if not entry.injective:
         return "an expression of parameters: pulled back per sample"
     return "one sum over positions" if entry.expected else "not used"

@@ -197,7 +197,7 @@ def _project(
 
 def _split_heads(tensor: Tensor, heads: int) -> Tensor:
     """``[positions, batch, features]`` to ``[batch, heads, positions, features per head]``."""
-    by_head = tensor.reshape(*tensor.shape[:2], heads, -1)
+    by_head = tensor.reshape(*tensor.shape[:2], heads, tensor.shape[2] // heads)
     return by_head.permute(1, 2, 0, 3)
 
 

@@ -53,7 +53,7 @@ class _ChannelAffine:
         """The weight's pass has found it already, if there was one."""
         found, self._bias = self._bias, None
         if found is None:
-            summed = gradient.reshape(*self.x.shape[:2], -1).sum(2, dtype=widen(gradient[:0]).dtype)
+            summed = gradient.flatten(2).sum(2, dtype=widen(gradient[:0]).dtype)
             found = self._per_sample(summed)
         return PerSample(found)
 

@@ -93,11 +93,11 @@ def layer_norm(
         else:
             mean, rstd = statistics
         products = torch.sub(x, mean).mul_(gradient).reshape(canonical)
-        return PerSample(_summed(products, rstd.view(canonical[:2])).view(-1, *shape))
+        return PerSample(_summed(products, rstd.view(canonical[:2])).view(len(x), *shape))
 
     def make_bias(gradient: Tensor) -> PerSample:
         summed = gradient.reshape(canonical).sum(1, dtype=widen(gradient[:0]).dtype)
-        return PerSample(summed.view(-1, *shape))
+        return PerSample(summed.view(len(x), *shape))
 
     return call.finish(y, Recipe(weight, make_weight), Recipe(bias, make_bias), saved=(x,))
 
@@ -126,6 +126,6 @@ def rms_norm(
         epsilon = torch.finfo(wide.dtype).eps if eps is None else eps
         squares = torch.linalg.vector_norm(wide, dim=-1).square()
         scale = (squares / canonical[-1] + epsilon).rsqrt()
-        return PerSample(_summed(wide * gradient.reshape(canonical), scale).view(-1, *shape))
+        return PerSample(_summed(wide * gradient.reshape(canonical), scale).view(len(x), *shape))
 
     return call.finish(y, Recipe(weight, make_weight), saved=(x,))

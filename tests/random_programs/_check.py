@@ -48,7 +48,12 @@ def check(program: Program, runs: int = 3) -> Outcome:
         for message in EXPECTED_WARNINGS:
             warnings.filterwarnings("ignore", message=message)
         rng = random.Random(program.seed)
-        truth = definition(program)
+        try:
+            truth = definition(program)
+        except RuntimeError as error:
+            if "does not require grad" not in str(error):
+                raise
+            return _without_gradient(program)
         for _ in range(runs):
             options = draw_options(rng, program, truth[1])
             mask = torch.rand(len(truth[0])) < 0.3 if rng.random() < 0.2 else None
@@ -56,6 +61,19 @@ def check(program: Program, runs: int = 3) -> Outcome:
             if outcome.kind != EXACT:
                 return outcome
     return Outcome(EXACT)
+
+
+def _without_gradient(program: Program) -> Outcome:
+    """A loss in which no parameter takes part has to be refused."""
+    options = {"max_grad_norm": 1.0}
+    if program.frozen_argument:
+        options["batch_argnums"] = (2, 3, 4)
+    first = (program.params, program.constants) if program.frozen_argument else (program.params,)
+    try:
+        clipped_grad(program.loss, **options)(*first, *program.batch)
+    except errors.NotPerSampleError as error:
+        return Outcome(REFUSED, str(error))
+    return Outcome(WRONG, "no parameter takes part, and nothing was refused")
 
 
 def definition(program: Program) -> tuple[Tensor, Params]:
