@@ -441,3 +441,135 @@ def test_a_resumed_run_goes_on_where_it_was() -> None:
         step(optimizer, x)
     assert optimizer.ledger.steps == a_plan.steps
     assert optimizer.epsilon() == a_plan.epsilon()
+
+
+# ------------------------------------------------------------------------- shuffled batches: passes are counted
+
+
+def shuffled(**changes: Any) -> PrivacyPlan:
+    """Five batches a pass."""
+    usual = {"shuffled": True, "relation": "replace_special", "steps": 10, "accountant": "pld"}
+    return plan(**{**usual, **changes})
+
+
+def passes(count: int) -> float:
+    ledger = clipgrad.accounting.Ledger(relation="replace_special")
+    ledger.record(1.0, clipgrad.accounting.FullBatch(), count)
+    return ledger.epsilon(1e-3)
+
+
+@HANDS
+def test_a_shuffled_batch_cannot_be_left_out(hand: Callable[[Tensor], Tensor]) -> None:
+    """Five steps on every second batch reach into two passes; two were told as one."""
+    a_plan = shuffled()
+    optimizer, batches = optimizer_of(a_plan), clipgrad.shuffled_loader(rows(), plan=a_plan)
+    first, _, third, *_ = (x for (x,) in batches)
+    step(optimizer, hand(first))
+    optimizer.backward(third)
+    with pytest.raises(UnaccountedBatchError, match="batch 1 of the shuffled loader was left out"):
+        optimizer.step()
+
+
+def test_a_shuffled_loader_that_starts_again_begins_another_pass() -> None:
+    a_plan = shuffled()
+    optimizer, loader = optimizer_of(a_plan), clipgrad.shuffled_loader(rows(), plan=a_plan)
+    for count in (1, 2, 3):
+        (x,) = next(iter(loader))
+        step(optimizer, x)
+        assert optimizer.epsilon() == pytest.approx(passes(count))
+
+
+def test_the_passes_of_two_shuffled_plans_do_not_continue_one_another() -> None:
+    one, two = shuffled(steps=2), shuffled(steps=3)
+    model = mlp()
+    first = optimizer_of(one)
+    second = DPOptimizer(sgd(model), model, squared, plan=two, ledger=first.ledger)
+    for a_plan, optimizer in ((one, first), (two, second)):
+        for (x,) in clipgrad.shuffled_loader(rows(), plan=a_plan):
+            step(optimizer, x)
+    assert first.epsilon() == second.epsilon() == pytest.approx(passes(2))
+    again = clipgrad.accounting.Ledger(relation="replace_special")
+    again.load_state_dict(through_a_file(first.ledger.state_dict()))
+    assert again.history == first.ledger.history
+
+
+def test_a_schedule_is_one_optimizers() -> None:
+    """The second one would begin with the noise of step 0 again."""
+    a_plan = plan(noise_multiplier=lambda step: 0.5 + step)
+    one, two = optimizer_of(a_plan), optimizer_of(a_plan)
+    batches = iter(loader_of(a_plan))
+    step(one, next(batches)[0])
+    two.backward(next(batches)[0])
+    with pytest.raises(clipgrad.PrivacyBudgetError, match="noise is a function of the step"):
+        two.step()
+
+
+def test_empty_batches_that_are_kept_and_left_out() -> None:
+    a_plan = plan(expected_batch_size=1.0, steps=60)
+    optimizer = optimizer_of(a_plan)
+    batches = [x for (x,) in loader_of(a_plan)]
+    first = next(index for index, x in enumerate(batches) if len(x) == 0)
+    for x in batches[:first]:
+        step(optimizer, x)
+    later = next(x for x in batches[first:] if len(x))
+    optimizer.backward(later)
+    with pytest.raises(UnaccountedBatchError, match=f"batch {first} of the loader was empty"):
+        optimizer.step()
+
+
+def test_a_state_of_another_run_does_not_reset_the_count() -> None:
+    a_plan = plan(steps=2)
+    optimizer = optimizer_of(a_plan)
+    other_plan = dataclasses.replace(a_plan)
+    model = mlp()
+    other = DPOptimizer(sgd(model), model, squared, plan=other_plan, ledger=optimizer.ledger)
+    for (x,) in loader_of(a_plan):
+        step(optimizer, x)
+    with pytest.raises(ValueError, match="of another run, but 2 steps of this plan were taken"):
+        optimizer.load_state_dict(through_a_file(other.state_dict()))
+
+
+@pytest.mark.parametrize("kind", ["dictionary", "tensor"])
+def test_padded_batches_of_any_kind(kind: str) -> None:
+    a_plan = plan(max_batch_size=20, accountant="pld")
+
+    class Rows(torch.utils.data.Dataset[Any]):
+        def __len__(self) -> int:
+            return SAMPLES
+
+        def __getitem__(self, index: int) -> Any:
+            x = torch.full((4,), float(index), dtype=torch.float64)
+            return x if kind == "tensor" else {"x": x}
+
+    model = mlp()
+
+    def loss(model: nn.Module, batch: Any) -> Tensor:
+        return squared(model, batch if kind == "tensor" else batch["x"])
+
+    optimizer = DPOptimizer(sgd(model), model, loss, plan=a_plan)
+    for padded in clipgrad.poisson_loader(Rows(), plan=a_plan, pad=True):
+        step(optimizer, padded)
+    assert optimizer.ledger.steps == a_plan.steps
+
+
+@pytest.mark.parametrize("wrong", [5, {"steps": 3}])
+def test_a_plan_that_is_none(wrong: Any) -> None:
+    model = mlp()
+    with pytest.raises(TypeError, match=r"plan must be a clipgrad\.PrivacyPlan"):
+        DPOptimizer(sgd(model), model, squared, plan=wrong)
+    with pytest.raises(TypeError, match=r"plan must be a clipgrad\.PrivacyPlan"):
+        clipgrad.poisson_loader(rows(), plan=wrong)
+
+
+@pytest.mark.parametrize("wrong", [True, 5, b"coins", ["coins"], ""])
+def test_a_declaration_is_a_text(wrong: Any) -> None:
+    with pytest.raises(ValueError, match="declared_sampling must be a text"):
+        plan(declared_sampling=wrong)
+
+
+def test_a_mask_that_is_none() -> None:
+    a_plan = plan()
+    optimizer = optimizer_of(a_plan)
+    (x,) = next(iter(loader_of(a_plan)))
+    with pytest.raises(ValueError, match="is_padding"):
+        optimizer.backward(x, is_padding=[False] * len(x))

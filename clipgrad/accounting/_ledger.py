@@ -108,6 +108,9 @@ class Ledger:
         noise = _checks.at_least_0("noise_multiplier", noise_multiplier)
         count = _checks.integer("steps", steps, least=1)
         stretch = self._stretch if isinstance(sampling, FixedSize) else 0
+        both = last and isinstance(sampling, FixedSize) and isinstance(last.sampling, FixedSize)
+        if last and both and last.run != run:  # passes of two runs do not continue one another
+            stretch = self._stretch = max(entry.stretch for entry in self._history) + 1
         entry = Entry(noise, sampling, count, stretch, run, declared)
         if last and replace(entry, steps=last.steps) == last:
             self._history[-1] = replace(last, steps=last.steps + count)

@@ -199,7 +199,8 @@ class DPOptimizer(OptimizerFacade):
         """
         if len(batch) == 1 and isinstance(batch[0], PaddedBatch) and is_padding is None:
             is_padding = batch[0].is_padding
-            batch = tuple(batch[0].batch)
+            inside = batch[0].batch
+            batch = tuple(inside) if isinstance(inside, tuple | list) else (inside,)
         check_batch(batch)
         survey = self._look_again()
         names, parameters = survey.names, survey.parameters
@@ -240,7 +241,7 @@ class DPOptimizer(OptimizerFacade):
             )
         account = self._account
         if account is not None and self._pending.unfinished:
-            account.check_step(self._claim)
+            account.check_step(self._claim, self._progress.step)
         sigma, sigma_observed = self.sigma, self._noises()[1]
         names, parameters = self._survey.names, self._survey.parameters
         selected = set(map(id, parameters))

@@ -44,6 +44,8 @@ def mechanism(
         "noise_multiplier": noise_multiplier,
         "expected_batch_size": expected_batch_size,
     }
+    if plan is not None and not isinstance(plan, PrivacyPlan):
+        raise TypeError(f"plan must be a clipgrad.PrivacyPlan, got {type(plan).__name__}.")
     if plan is not None:
         given = {**numbers, "relation": relation, "grid": grid}
         if twice := [name for name, value in given.items() if value is not None]:

@@ -129,7 +129,10 @@ def rows_in(batch: tuple[Any, ...], is_padding: Tensor | None) -> int:
     first = next((leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)), None)
     if first is None or first.dim() == 0:
         return 0
-    padding = 0 if is_padding is None else int(is_padding.sum())
+    usable = (
+        isinstance(is_padding, Tensor) and not is_padding.is_meta
+    )  # what else it is, is said later
+    padding = int(is_padding.sum()) if usable else 0  # type: ignore[union-attr]
     return first.shape[0] - padding
 
 

@@ -69,11 +69,15 @@ class Account:
             return Claim(None, claim.rows + rows)
         return self.plan.run.receipts.claim(claim, batch, rows)
 
-    def check_step(self, claim: Claim) -> None:
+    def check_step(self, claim: Claim, step: int) -> None:
         """Refuse a step that was not planned; changes nothing.
 
+        Args:
+            claim: Of the logical batch.
+            step: How many steps the optimizer itself has taken.
+
         Raises:
-            PrivacyBudgetError: If all planned steps were taken.
+            PrivacyBudgetError: If all planned steps were taken, or the plan's schedule is at another step.
             UnaccountedBatchError: If the logical batch is not one whole batch that a loader of the plan drew.
         """
         if self.done >= self.plan.steps:
@@ -83,6 +87,12 @@ class Account:
                 "run. End the training, or plan for more steps: a new DPOptimizer with another plan and "
                 "ledger=optimizer.ledger continues the count."
             )
+        if callable(self.plan.noise_multiplier) and self.done != step:
+            raise PrivacyBudgetError(
+                f"step: the plan's noise is a function of the step, and {self.done} steps of the plan were taken, "
+                f"{step} of them by this optimizer: it would repeat the noise of step {step}. Let one optimizer carry "
+                "out a plan with a schedule."
+            )
         if self.plan.declared_sampling is None:
             self.plan.run.receipts.to_spend(claim)
 
@@ -90,7 +100,11 @@ class Account:
         """Write down a step that was checked, before anything of it can be seen."""
         run = self.plan.run
         if self.plan.declared_sampling is None:
-            run.receipts.spend(run.receipts.to_spend(claim))
+            receipt = run.receipts.to_spend(claim)
+            run.receipts.spend(receipt)
+            if receipt.iteration != run.iteration:
+                self.ledger.begin()  # another iteration shuffles anew
+                run.iteration = receipt.iteration
         self.ledger.record(
             noise_multiplier,
             self.plan.sampling,
@@ -117,10 +131,16 @@ class Account:
                 "be forgotten. Load the state of an optimizer with a plan, or the wrapped one's into optimizer.inner."
             )
         found = state["account"]
-        if found.keys() != {"run", "ledger"} or not isinstance(found["run"], str):
+        whole = isinstance(found, Mapping) and found.keys() == {"run", "ledger"}
+        if not (whole and isinstance(found["run"], str) and isinstance(found["ledger"], Mapping)):
             raise ValueError(
-                f"state_dict: the account must hold 'run' and 'ledger', got {sorted(found)}; load what "
+                f"state_dict: the account must hold 'run' and 'ledger', got {found!r}; load what "
                 "DPOptimizer.state_dict() returned."
+            )
+        if self.done and found["run"] != self.plan.run.name:
+            raise ValueError(
+                f"state_dict is of another run, but {self.done} steps of this plan were taken in this process, which "
+                "would not count any more. Load it into an optimizer of a new plan: dataclasses.replace(plan)."
             )
         done = self.ledger.read(found["ledger"]).steps_of(found["run"])
         if done < step:

@@ -11,6 +11,7 @@ from clipgrad import _validate, accounting
 from clipgrad.accounting import FixedSize, FullBatch, Ledger, Poisson, Sampling, TruncatedPoisson
 from clipgrad.clipping import ClippingStrategy, Relation, Schedule, relation_of
 from clipgrad.plan.checks import refuse_contradictions, require_count, steps_of
+from clipgrad.plan.receipts import Receipts
 from clipgrad.plan.run import Run
 
 
@@ -104,10 +105,11 @@ class PrivacyPlan:
             _validate.positive("grid", self.grid)
         _validate.flag("shuffled", self.shuffled)
         _validate.one_of("unit", self.unit, ("sample", "user"))
-        if self.declared_sampling is not None and not str(self.declared_sampling).strip():
+        declared: object = self.declared_sampling
+        if declared is not None and not (isinstance(declared, str) and declared.strip()):
             raise ValueError(
-                "declared_sampling must say how batches are drawn, got an empty text; 'each row with probability q, by "
-                "our data service', for example."
+                f"declared_sampling must be a text that says how batches are drawn, got {declared!r}; 'each row with "
+                "probability q, by our data service', for example."
             )
         _validate.one_of("accountant", self.accountant, ("pld", "rdp", "rdp_integer"))
         object.__setattr__(self, "relation", relation_of(self.relation))
@@ -123,6 +125,7 @@ class PrivacyPlan:
         accounting.require_supported(
             self.sampling, relation=self.relation.value, accountant=self.accountant
         )
+        object.__setattr__(self, "run", Run(receipts=Receipts(in_order=self.shuffled)))
         if self.delta >= 1 / self.num_samples:
             warnings.warn(
                 f"delta = {self.delta:g} is not below 1 / num_samples = {1 / self.num_samples:g}. A mechanism that "

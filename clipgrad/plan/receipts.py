@@ -51,20 +51,29 @@ class Receipts:
     A batch is known by its tensors, also unpacked and in another container. If the loop made new tensors of them
     (``x.to(device)``), rows are counted: they must be as many as in a batch that was handed out after the last one
     that was stepped on.
+
+    Args:
+        in_order: Whether batches must be stepped on in their order, and none be left out: of shuffled batches, one that
+            is left out lets the following ones reach into another pass.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, in_order: bool = False) -> None:
+        self._without_gaps = in_order
         self._iteration = 0
         self._unspent: dict[int, Receipt] = {}
         self._last_spent = -1
         # id(tensor) -> the tensor, while it lives, and its batch.
         self._known: dict[int, tuple[weakref.ref[Tensor], Receipt | None]] = {}
 
-    def __reduce__(self) -> tuple[type[Receipts], tuple[()]]:
-        return (
-            Receipts,
-            (),
-        )  # a receipt is worth something in the process in which its batch was drawn
+    def __getstate__(self) -> dict[str, Any]:
+        """For pickle: a receipt is worth something in the process in which its batch was drawn."""
+        return vars(Receipts(in_order=self._without_gaps))
+
+    def __copy__(self) -> Receipts:
+        return self
+
+    def __deepcopy__(self, memo: object) -> Receipts:
+        return self
 
     def begin_iteration(self) -> int:
         """A loader starts anew: what is left of its last iteration is worth nothing any more."""
@@ -126,8 +135,8 @@ class Receipts:
         """The receipt that a step on a logical batch would spend; spends nothing yet.
 
         Raises:
-            UnaccountedBatchError: If the logical batch is not all of one batch, if a step was taken on it, or if an
-                empty batch before it was left out.
+            UnaccountedBatchError: If the logical batch is not all of one batch, if a step was taken on it, or if a
+                batch before it was left out that must not be.
         """
         receipt = claim.receipt
         if receipt is None:
@@ -170,13 +179,18 @@ class Receipts:
         return [receipt for index, receipt in self._unspent.items() if index > self._last_spent]
 
     def _refuse_left_out(self, receipt: Receipt) -> None:
-        """An empty batch that is gone cannot be stepped on any more, and was left out because it was empty."""
-        alive = {known for _, known in self._known.values()}
+        """An empty batch would be left out because it was empty; a shuffled one changes how many passes there are."""
         for index, other in self._unspent.items():
-            if index < receipt.index and other.rows == 0 and other not in alive:
+            if index < receipt.index and other.rows == 0:
                 raise UnaccountedBatchError(
                     f"step: batch {index} of the loader was empty, and no step was taken on it. Leaving it out tells "
                     "that it was empty. Call backward and step for empty batches too; they get their noise."
+                )
+            if index < receipt.index and self._without_gaps:
+                raise UnaccountedBatchError(
+                    f"step: batch {index} of the shuffled loader was left out, or comes later. Then the steps reach "
+                    "into further passes, and a sample takes part more often than is accounted for. Step on every "
+                    "batch, in the loader's order."
                 )
 
     def _unknown(self, rows: int) -> str:
@@ -194,7 +208,8 @@ class Receipts:
 
 _ONE_STEP = (
     "One batch of the loader is one step: split it over several backward calls if it is large, but do not add up "
-    "batches; for larger ones, plan a larger expected_batch_size. The sample axis must come first."
+    "batches; for larger ones, plan a larger expected_batch_size. The sample axis must come first. A loader of the "
+    "plan that begins another iteration ends the last one."
 )
 _SOURCES = (
     "Under a plan, what is stepped on must be what the plan accounts for. Draw batches with "

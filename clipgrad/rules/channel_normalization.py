@@ -81,7 +81,9 @@ def _shared(
     """Weight and bias, with a number for each channel; of a single channel PyTorch takes other shapes too."""
     if any(operand is not None and operand.shape != (channels,) for operand in affine):
         raise Decline
-    return [shared_or_none(call, operand) for operand in affine]
+    shared = (shared_or_none(call, operand) for operand in affine)
+    # The native operation reads them as if they were contiguous; an expanded weight is not.
+    return [None if operand is None else operand.contiguous() for operand in shared]
 
 
 def _group_norm(

@@ -21,6 +21,8 @@ def planned(
 
 def require_fit(plan: PrivacyPlan, unit: str, count: int, *, shuffled: bool) -> None:
     """Refuse a plan that accounts for other batches than the loader draws."""
+    if not isinstance(plan, PrivacyPlan):
+        raise TypeError(f"plan must be a clipgrad.PrivacyPlan, got {type(plan).__name__}.")
     if plan.unit != unit:
         raise ValueError(
             f"plan protects one {plan.unit}, but this loader draws {unit}s; make the plan with unit={unit!r}, or use "

@@ -206,6 +206,14 @@ case(
     lambda x, w, b: F.batch_norm(x.movedim(-1, 1), MEAN, VARIANCE, w, b).movedim(1, -1), 3, 5, 4,
 )  # fmt: skip
 case(
+    "instance_norm", "a weight that is expanded",
+    lambda x, w: F.instance_norm(x, weight=w.expand(4), bias=w.expand(4)), 4, 5, w=(1,),
+)  # fmt: skip
+case(
+    "group_norm", "a weight that is expanded",
+    lambda x, w: F.group_norm(x, 2, w.expand(4), w.expand(4)), 4, 5, w=(1,),
+)  # fmt: skip
+case(
     "batch_norm", "one channel", lambda x, w, b: F.batch_norm(x, MEAN[:1], VARIANCE[:1], w, b),
     1, 5, w=(1,), b=(1,),
 )  # fmt: skip
