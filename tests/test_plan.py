@@ -367,7 +367,10 @@ def test_a_state_without_an_account_is_refused() -> None:
     [
         (lambda own: own["account"].pop("run"), "must hold 'run' and 'ledger'"),
         (lambda own: own["account"].update(run=3), "must hold 'run' and 'ledger'"),
-        (lambda own: own["account"].update(run="other"), "taken 4 steps, but the ledger holds 0|another run"),
+        (
+            lambda own: own["account"].update(run="other"),
+            "taken 4 steps, but the ledger holds 0|another run",
+        ),
         (lambda own: own["account"]["ledger"]["history"].clear(), "forgets some|holds 0 of this"),
         (lambda own: own["account"]["ledger"]["history"][0].__setitem__(3, 1), "forgets|holds 1"),
     ],
