@@ -90,7 +90,8 @@ def load_checkpoint(
 
     Raises:
         ValueError: If the file is no such checkpoint or holds other parts; nothing was restored. What a part refuses by
-            itself comes out as it is, and parts named before it are restored by then: do not go on training.
+            itself comes out as it is. Optimizers are restored first, then the others in their order: do not go on
+            training with parts that were restored by then.
     """
     path = Path(path)
     if not path.exists():
@@ -107,8 +108,9 @@ def load_checkpoint(
             f"parts must be those that were saved, {sorted(saved)}, got {sorted(wanted)}: a part that is left out "
             "would start anew, and noise, data or budget would be counted twice or not at all."
         )
-    for name, part in parts.items():
-        part.load_state_dict(found["parts"][name])
+    # Optimizers first: one with a plan refuses to forget steps, and then nothing else should have changed.
+    for name in sorted(parts, key=lambda name: not isinstance(parts[name], torch.optim.Optimizer)):
+        parts[name].load_state_dict(found["parts"][name])
     return True
 
 

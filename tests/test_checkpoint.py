@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 
+import clipgrad
 from clipgrad import checkpoint, load_checkpoint, save_checkpoint
 from tests.killed_training import POINTS, plan_of
 
@@ -100,3 +101,33 @@ def test_code_in_a_checkpoint_does_not_run(tmp_path: Path) -> None:
 class Evil:
     def __reduce__(self) -> tuple[Any, ...]:
         return print, ("code ran",)
+
+
+def test_a_plan_that_would_forget_steps_leaves_the_model_alone(tmp_path: Path) -> None:
+    data = torch.utils.data.TensorDataset(torch.randn(64, 4))
+    plan = clipgrad.PrivacyPlan(
+        num_samples=64,
+        expected_batch_size=8,
+        steps=4,
+        delta=1e-3,
+        noise_multiplier=1.0,
+        accountant="rdp",
+    )
+    model = nn.Linear(4, 1)
+    optimizer = clipgrad.DPOptimizer(
+        torch.optim.SGD(model.parameters(), lr=0.1),
+        model,
+        lambda m, x: m(x).square().mean(),
+        plan=plan,
+    )
+    loader = clipgrad.poisson_loader(data, plan=plan)
+    parts = {"model": model, "optimizer": optimizer, "loader": loader}
+    for step, (x,) in enumerate(loader):
+        optimizer.backward(x)
+        optimizer.step()
+        if step == 1:
+            save_checkpoint(tmp_path / "run.pt", parts)
+    before = [parameter.clone() for parameter in model.parameters()]
+    with pytest.raises(ValueError, match="forgets some of the 4"):
+        load_checkpoint(tmp_path / "run.pt", parts)
+    assert all(map(torch.equal, before, model.parameters()))
