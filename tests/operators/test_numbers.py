@@ -29,7 +29,6 @@ OPERATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "nanmedian": lambda t: t.nanmedian(0).values,
     "max": lambda t: t.max(0).values,
     "amax": lambda t: t.amax(0),
-    "aminmax": lambda t: t.aminmax()[0],
     "cummax": lambda t: t.cummax(0).values,
     "cumsum": lambda t: t.cumsum(0),
     "cumprod": lambda t: t.cumprod(0),
