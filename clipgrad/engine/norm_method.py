@@ -134,7 +134,7 @@ def _preference(entry: Tracked, batch_size: int, forced: Strategy | None) -> Cho
 
 def _why_kept(entry: Tracked) -> str:
     if entry.fallback:
-        return f"no rule for {entry.fallback[0]}"
+        return f"no rule covers this call of {entry.fallback[0]}"
     if not entry.shared.numel():
         return "no elements"
     if not entry.injective:
