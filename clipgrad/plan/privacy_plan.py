@@ -82,7 +82,7 @@ class PrivacyPlan:
     relation: Relation = Relation.ADD_OR_REMOVE_ONE
     accountant: accounting.Accountant = "pld"
     grid: float | None = None
-    run: Run = field(init=False, default_factory=Run, repr=False, compare=False)
+    run: Run = field(init=False, repr=False, compare=False)
     """What was handed out and released so far; loaders and optimizers keep it."""
 
     def __post_init__(self) -> None:
@@ -125,7 +125,7 @@ class PrivacyPlan:
         accounting.require_supported(
             self.sampling, relation=self.relation.value, accountant=self.accountant
         )
-        object.__setattr__(self, "run", Run(receipts=Receipts(in_order=self.shuffled)))
+        object.__setattr__(self, "run", Run(receipts=Receipts(without_gaps=self.shuffled)))
         if self.delta >= 1 / self.num_samples:
             warnings.warn(
                 f"delta = {self.delta:g} is not below 1 / num_samples = {1 / self.num_samples:g}. A mechanism that "

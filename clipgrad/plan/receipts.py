@@ -53,12 +53,12 @@ class Receipts:
     that was stepped on.
 
     Args:
-        in_order: Whether batches must be stepped on in their order, and none be left out: of shuffled batches, one that
-            is left out lets the following ones reach into another pass.
+        without_gaps: Whether batches must be stepped on in their order, and none be left out. If a shuffled batch is
+            left out, the following ones reach into another pass.
     """
 
-    def __init__(self, *, in_order: bool = False) -> None:
-        self._without_gaps = in_order
+    def __init__(self, *, without_gaps: bool = False) -> None:
+        self._without_gaps = without_gaps
         self._iteration = 0
         self._unspent: dict[int, Receipt] = {}
         self._last_spent = -1
@@ -67,7 +67,7 @@ class Receipts:
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickle: a receipt is worth something in the process in which its batch was drawn."""
-        return vars(Receipts(in_order=self._without_gaps))
+        return vars(Receipts(without_gaps=self._without_gaps))
 
     def __copy__(self) -> Receipts:
         return self
