@@ -48,7 +48,7 @@ def current_randomness() -> str:
 
 
 @contextmanager
-def lanes(size: int, randomness: str) -> Iterator[int]:
+def vmap_level(size: int, randomness: str) -> Iterator[int]:
     """Run the body under a ``vmap`` over ``size`` samples; yields its level.
 
     Tensors enter it by ``per_sample`` and leave it by ``all_samples``.
@@ -173,10 +173,10 @@ __all__ = [
     "innermost",
     "is_broadcast",
     "is_wrapped",
-    "lanes",
     "level_of",
     "per_sample",
     "physical",
     "untraced",
     "unwrapped",
+    "vmap_level",
 ]

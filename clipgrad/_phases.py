@@ -72,7 +72,7 @@ class phase:
 
 
 @contextmanager
-def heard_by(listener: Listener) -> Iterator[None]:
+def listening(listener: Listener) -> Iterator[None]:
     """Tell ``listener`` of the phases of every clipped step that the process runs meanwhile, on any thread.
 
     Args:

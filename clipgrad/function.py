@@ -23,7 +23,11 @@ from clipgrad.clipping import (
 )
 from clipgrad.compiled import MODES, Compiler, MicrobatchRunner
 from clipgrad.engine.branches import BRANCHES, Disagreement
-from clipgrad.engine.clipped import Piece, Settings, accumulate
+from clipgrad.engine.clip_and_sum import (
+    MicrobatchResult,
+    Settings,
+    accumulate,
+)
 from clipgrad.engine.inputs import Inputs
 from clipgrad.engine.microbatch import forward, plan, run
 from clipgrad.engine.rng_state import Generators
@@ -131,7 +135,7 @@ class ClippedGrad:
             step = compiler.rows(self.microbatch_size, size)
             compiled = MicrobatchRunner(compiler, inputs, settings, step)
         lend = lend and step >= size and self.normalize_by == 1.0
-        pieces: list[Piece] = []
+        pieces: list[MicrobatchResult] = []
         sums: list[Tensor] | None = None
         for start in range(0, size, step):
             rows = slice(start, min(start + step, size))
@@ -328,7 +332,7 @@ class ClippedGrad:
         inputs: Inputs,
         settings: Settings,
         sums: list[Tensor],
-        pieces: list[Piece],
+        pieces: list[MicrobatchResult],
         mask: Tensor | None,
     ) -> ClippedGradResult:
         if self.normalize_by != 1.0:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from clipgrad.kernels import gram_triton as launcher
+from clipgrad.kernels import gram_launch as launcher
 from clipgrad.rules.gram import _by_products
 
 CPU = torch.device("cpu")

@@ -15,7 +15,7 @@ import triton.language as tl
 from clipgrad.kernels import box_muller_kernels as box_muller
 from clipgrad.kernels import chacha_kernels as kernels
 from clipgrad.kernels import chacha_proof as proof
-from clipgrad.kernels.chacha_triton import TritonChaCha
+from clipgrad.kernels.chacha_launch import TritonChaCha
 from tests.noise_checks import check_gaussian, check_independent
 
 CPU = torch.device("cpu")

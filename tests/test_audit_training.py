@@ -17,7 +17,7 @@ from torch.utils.data import Subset, TensorDataset
 
 from clipgrad import DPOptimizer, SeededNoise, accounting, poisson_loader
 from clipgrad.audit import AuditResult, Canaries, StepRecorder, canary_losses, lower_bound
-from clipgrad.engine import clipped
+from clipgrad.engine import clip_and_sum
 from tests.audit_tools import ORDINARY, HalfNoise, ReusedNoise, Setting, repeated, train
 
 # Every coin at once, and fewer canaries for what is read step by step.
@@ -85,7 +85,7 @@ def test_half_the_noise_is_caught_with_few_canaries_by_the_gaussian_curve() -> N
 def test_a_parameter_that_is_not_clipped_is_caught(
     setting: Setting, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    weighted_sums = clipped._weighted_sums
+    weighted_sums = clip_and_sum._weighted_sums
 
     def leaky(
         gradients: Any, params: Sequence[Tensor], factors: Sequence[Tensor], settings: Any
@@ -94,7 +94,7 @@ def test_a_parameter_that_is_not_clipped_is_caught(
         whole = weighted_sums(gradients, params, [torch.ones_like(f) for f in factors], settings)
         return [whole[0], *sums[1:]]
 
-    monkeypatch.setattr(clipped, "_weighted_sums", leaky)
+    monkeypatch.setattr(clip_and_sum, "_weighted_sums", leaky)
     assert audited("one parameter not clipped", setting) > setting.claim
 
 

@@ -64,7 +64,7 @@ def test_a_missing_triton_means_the_cpu(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(accelerator, "_told", set())
-    monkeypatch.setitem(sys.modules, "clipgrad.kernels.chacha_triton", None)
+    monkeypatch.setitem(sys.modules, "clipgrad.kernels.chacha_launch", None)
     assert proved_cipher(torch.device("cuda", 0)) is None
     assert "ModuleNotFoundError" in caplog.text
 
@@ -80,7 +80,7 @@ def test_a_cipher_that_proves_wrong_is_not_used(
 
     monkeypatch.setattr(accelerator, "_told", set())
     module = SimpleNamespace(TritonChaCha=Broken)
-    monkeypatch.setitem(sys.modules, "clipgrad.kernels.chacha_triton", module)
+    monkeypatch.setitem(sys.modules, "clipgrad.kernels.chacha_launch", module)
     assert proved_cipher(torch.device("cuda", 0)) is None
     assert "fails the test vector" in caplog.text
 
@@ -118,7 +118,7 @@ def test_noise_on_cuda(dtype: torch.dtype, draws: int) -> None:
 def test_every_pair_on_cuda_is_that_of_its_bits() -> None:
     """A million pairs beside float64's: the compiled arithmetic, which the interpreter does not run."""
     from clipgrad.kernels import chacha_proof as proof
-    from clipgrad.kernels.chacha_triton import TritonChaCha
+    from clipgrad.kernels.chacha_launch import TritonChaCha
 
     cipher = TritonChaCha(torch.device("cuda", 0))
     key, size = bytes(range(32)), 2_000_003
@@ -134,7 +134,7 @@ def test_every_pair_on_cuda_is_that_of_its_bits() -> None:
 @needs_triton
 def test_means_on_cuda() -> None:
     """Bit for bit what two passes give."""
-    from clipgrad.kernels.chacha_triton import TritonChaCha
+    from clipgrad.kernels.chacha_launch import TritonChaCha
     from tests.noise_kernels import means
 
     device = torch.device("cuda", 0)

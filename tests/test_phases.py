@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from clipgrad import _phases, profile_step
-from clipgrad._phases import heard_by, phase
+from clipgrad._phases import listening, phase
 from clipgrad.profile._measure import Stopwatch
 from tests.clocked import Clock
 from tests.dp_tools import data, mlp, private
@@ -58,7 +58,7 @@ def test_an_exception_ends_its_phases() -> None:
 def test_who_was_told_of_the_beginning_is_told_of_the_end() -> None:
     watch = Stopwatch(Clock(), CPU)
     late = phase("norms")
-    with heard_by(watch), late:
+    with listening(watch), late:
         assert watch._open == []
     mark = phase("norms")
     assert mark._listener is None
@@ -66,7 +66,7 @@ def test_who_was_told_of_the_beginning_is_told_of_the_end() -> None:
 
 def test_one_profile_at_a_time() -> None:
     watch = Stopwatch(Clock(), CPU)
-    with heard_by(watch):
+    with listening(watch):
         with pytest.raises(RuntimeError, match="profiled already"):
             profile_step(private(mlp()), data())
         assert _phases._listener is watch

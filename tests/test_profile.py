@@ -14,7 +14,7 @@ from clipgrad._phases import PHASES
 from clipgrad.clipping import Clipping
 from clipgrad.engine.gradients import Gradients
 from clipgrad.engine.tape import Tracked
-from clipgrad.optimizer.clipped_sums import Pending
+from clipgrad.optimizer.pending import Pending
 from clipgrad.profile._measure import profile_with
 from tests.clocked import CLOCK, slow
 from tests.dp_tools import assert_same, data, mlp, picture, private, squared, values

@@ -81,7 +81,7 @@ def test_every_other_layout_may_be_written_to(layout: str) -> None:
 @needs_triton
 @pytest.mark.parametrize("layout", ["matrix", "large", "many", "transposed", "channels last"])
 def test_the_kernel_runs_where_samples_are_blocks(layout: str) -> None:
-    from clipgrad.kernels import selection_triton as launcher
+    from clipgrad.kernels import selection_launch as launcher
 
     tensor = LAYOUTS[layout]().cuda()
     assert launcher.zero_rows_(tensor, torch.zeros(len(tensor), dtype=torch.bool, device="cuda"))
@@ -93,7 +93,7 @@ def test_the_kernel_runs_where_samples_are_blocks(layout: str) -> None:
 @needs_triton
 @pytest.mark.parametrize("layout", ["part of a row", "samples inside"])
 def test_the_kernel_declines_gaps(layout: str) -> None:
-    from clipgrad.kernels import selection_triton as launcher
+    from clipgrad.kernels import selection_launch as launcher
 
     made = LAYOUTS[layout]()
     assert made._base is not None

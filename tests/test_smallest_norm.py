@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clipgrad import AdaptiveQuantile, Automatic, PerLayer, clipped_grad
-from clipgrad.clipping._smallest import smallest_norm
+from clipgrad.clipping._underflow import smallest_norm
 from tests.dp_tools import data, mlp, private
 
 Params = dict[str, Tensor]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from clipgrad import DPOptimizer
-from clipgrad.optimizer.trained import Survey
+from clipgrad.optimizer.parameters import TrainedParameters
 from tests.dp_tools import data, private, sgd
 
 
@@ -127,7 +127,7 @@ def outcome(make: Callable[[], DPOptimizer]) -> Any:
 @pytest.mark.parametrize("case", CHANGES)
 def test_a_change_is_seen(case: str, model: Model) -> None:
     inner = sgd(model)
-    before = Survey(model, owned(inner))
+    before = TrainedParameters(model, owned(inner))
     assert before.holds(model, owned(inner))
     CHANGES[case](model, inner.param_groups)
     assert not before.holds(model, owned(inner))
@@ -158,7 +158,7 @@ def test_nothing_is_looked_for_twice_while_nothing_changes(
 
 
 def test_another_model_or_optimizer(model: Model) -> None:
-    survey = Survey(model, owned(sgd(model)))
+    survey = TrainedParameters(model, owned(sgd(model)))
     assert not survey.holds(Model(), owned(sgd(model)))
     assert not survey.holds(model, owned(sgd(model))[1:])
     assert not survey.holds(model, owned(sgd(model))[::-1])
@@ -175,13 +175,13 @@ def test_what_is_walked_in_its_own_way_is_walked_each_time() -> None:
     with pytest.warns(DeprecationWarning, match="script"):
         script = nn.Sequential(torch.jit.script(nn.Tanh()), nn.Linear(4, 2))
     for model in (Renaming(4, 2), own, script):
-        survey = Survey(model, owned(sgd(model)))
+        survey = TrainedParameters(model, owned(sgd(model)))
         assert not survey.holds(model, owned(sgd(model)))
 
 
 def test_a_module_with_a_table_of_another_kind_is_walked_each_time(model: Model) -> None:
     model.first._modules = OrderedDict()
-    survey = Survey(model, owned(sgd(model)))
+    survey = TrainedParameters(model, owned(sgd(model)))
     assert not survey.holds(model, owned(sgd(model)))
 
 

@@ -7,21 +7,24 @@ question           answers                                                      
 =================  ===========================================================  =================
 what is scaled     the whole gradient, parameters by prefix, ``PerLayer``       ``_strategies``
 together?
-by which factor?   at most 1 (clip), or ``Automatic``                           ``_rules``
+by which factor?   at most 1 (clip), or ``Automatic``                           ``_factors``
 to which norm?     a number, a function of the step, ``AdaptiveQuantile``       ``_adaptive``
 =================  ===========================================================  =================
 
-``_clipping`` resolves a strategy against parameter names to factors and a bound; ``_progress`` turns a strategy that
+``_groups`` resolves a strategy against parameter names to factors and a bound; ``_schedule`` turns a strategy that
 changes from step to step into the constant one of the present step.
 """
 
 from __future__ import annotations
 
 from clipgrad.clipping._adaptive import AdaptiveQuantile
-from clipgrad.clipping._clipping import Clipping, make_clipping, sensitivity
-from clipgrad.clipping._progress import Progress
+from clipgrad.clipping._groups import (
+    Clipping,
+    make_clipping,
+    sensitivity,
+)
 from clipgrad.clipping._relation import Relation, relation_of
-from clipgrad.clipping._smallest import refuse_tiny_norms
+from clipgrad.clipping._schedule import Progress
 from clipgrad.clipping._strategies import (
     Automatic,
     ClippingStrategy,
@@ -29,6 +32,7 @@ from clipgrad.clipping._strategies import (
     Schedule,
     is_grouped,
 )
+from clipgrad.clipping._underflow import refuse_tiny_norms
 
 __all__ = [
     "AdaptiveQuantile",

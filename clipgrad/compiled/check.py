@@ -14,7 +14,7 @@ from torch.fx import GraphModule
 from torch.utils._pytree import tree_leaves
 
 from clipgrad.clipping import Clipping
-from clipgrad.engine.clipped import Piece
+from clipgrad.engine.clip_and_sum import MicrobatchResult
 from clipgrad.errors import CompileMismatchError
 
 # Relative to what all samples contribute together. A unit whose input is zero up to rounding may fall on the other
@@ -35,7 +35,11 @@ def tolerance(module: GraphModule, device: torch.device) -> float:
 
 
 def compare(
-    compiled: Piece, eager: Piece, names: Sequence[str], clipping: Clipping, slack: float
+    compiled: MicrobatchResult,
+    eager: MicrobatchResult,
+    names: Sequence[str],
+    clipping: Clipping,
+    slack: float,
 ) -> None:
     """Refuse a compiled result that is not the eager one.
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from clipgrad.engine.clipped import Settings
+from clipgrad.engine.clip_and_sum import Settings
 from clipgrad.engine.inputs import Inputs, copied
 from clipgrad.engine.microbatch import run
 from clipgrad.errors import CompileError

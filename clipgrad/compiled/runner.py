@@ -12,7 +12,7 @@ from clipgrad.compiled.check import compare, tolerance
 from clipgrad.compiled.shape import fitted_batch, fitted_mask
 from clipgrad.compiled.signature import refuse_modes, signature
 from clipgrad.compiled.step import Compiler, Entry
-from clipgrad.engine.clipped import Piece, Settings
+from clipgrad.engine.clip_and_sum import MicrobatchResult, Settings
 from clipgrad.engine.foreign_code import refuse_saved_tensors_hooks
 from clipgrad.engine.inputs import Inputs
 from clipgrad.engine.microbatch import run
@@ -33,7 +33,7 @@ class MicrobatchRunner:
         self._bounds = compiler.bounds_on(self._device, settings.clipping.norms)
         self._entry: Entry | None = None
 
-    def __call__(self, rows: slice, mask: Tensor | None) -> Piece:
+    def __call__(self, rows: slice, mask: Tensor | None) -> MicrobatchResult:
         """Norms and clipped sums of one microbatch.
 
         Args:
@@ -81,17 +81,17 @@ class MicrobatchRunner:
             inputs, batch, padding, self._bounds, settings, now, given
         )
 
-    def _eagerly(self, batch: Sequence[Any], mask: Tensor | None) -> Piece:
+    def _eagerly(self, batch: Sequence[Any], mask: Tensor | None) -> MicrobatchResult:
         self._entry = None
         inputs = self._inputs
         return run(inputs.loss, inputs.names, inputs.params, batch, mask, self._settings)
 
 
-def _first(piece: Piece, count: int) -> Piece:
+def _first(piece: MicrobatchResult, count: int) -> MicrobatchResult:
     """The piece without the rows that were added."""
     if piece.values.shape[0] == count:
         return piece
-    return Piece(
+    return MicrobatchResult(
         piece.sums,
         piece.values[:count],
         [norms[:count] for norms in piece.norms],

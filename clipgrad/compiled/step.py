@@ -13,14 +13,18 @@ import torch
 from torch import Tensor
 
 from clipgrad.compiled import backend
-from clipgrad.compiled.graph import Graph, trace
+from clipgrad.compiled.cuda_graphs import (
+    CudaRecorder,
+    Replay,
+    recordable,
+)
 from clipgrad.compiled.observe import Observer
 from clipgrad.compiled.rehearsal import rehearse
-from clipgrad.compiled.replay import CudaRecorder, Replay, recordable
 from clipgrad.compiled.signature import describe, describe_all, difference
 from clipgrad.compiled.state import State
+from clipgrad.compiled.trace import Graph, trace
 from clipgrad.compiled.walk import write_down
-from clipgrad.engine.clipped import Piece, Settings
+from clipgrad.engine.clip_and_sum import MicrobatchResult, Settings
 from clipgrad.engine.inputs import Inputs
 from clipgrad.engine.rng_state import Generators
 from clipgrad.errors import CompileError
@@ -75,7 +79,7 @@ class Entry:
             replay.start(flat)
         return True
 
-    def call(self, flat: Sequence[Tensor], *, started: bool = False) -> Piece:
+    def call(self, flat: Sequence[Tensor], *, started: bool = False) -> MicrobatchResult:
         """Run the compiled step on its arguments; what a recording computed of sums is lent, not copied."""
         layout, replay = self.graph.layout, self.replay
         with ExitStack() as stack:

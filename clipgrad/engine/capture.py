@@ -25,7 +25,7 @@ from clipgrad.engine.expressions import (
 from clipgrad.engine.fallback import CORRECTIONS
 from clipgrad.engine.foreign_code import PLAIN, dispatch_modes, refuse_dispatch_modes, refuse_kind
 from clipgrad.engine.one_by_one import instead
-from clipgrad.engine.random_values import Drawn
+from clipgrad.engine.random_values import RandomValues
 from clipgrad.engine.tape import Tape, Tracked
 from clipgrad.errors import EscapedParameterError, NotPerSampleError
 from clipgrad.rules.registry import Decomposition, Rule, rules
@@ -76,7 +76,7 @@ class Capture(TorchFunctionMode):
         wrappers: Sequence[Tensor],
         originals: Sequence[Tensor],
         *,
-        drawn: Drawn | None = None,
+        drawn: RandomValues | None = None,
     ) -> None:
         super().__init__()
         self.tape = tape

@@ -11,16 +11,21 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-from clipgrad._functorch import all_samples, lanes, per_sample
+from clipgrad._functorch import all_samples, per_sample, vmap_level
 from clipgrad._phases import phase
-from clipgrad.engine import foreign_code, known_wrong, stale_values
+from clipgrad.engine import foreign_code, refused_nodes, stale_values
 from clipgrad.engine.advice import explained
 from clipgrad.engine.branches import Disagreement
 from clipgrad.engine.capture import Capture, escape_message, tensors_in, written_message
-from clipgrad.engine.clipped import Piece, Settings, clip, joined
+from clipgrad.engine.clip_and_sum import (
+    MicrobatchResult,
+    Settings,
+    clip,
+    joined,
+)
 from clipgrad.engine.gradients import Gradients
 from clipgrad.engine.norm_method import Choice, choose
-from clipgrad.engine.random_values import Drawn
+from clipgrad.engine.random_values import RandomValues
 from clipgrad.engine.split import Parts
 from clipgrad.engine.tape import Strategy, Tape
 from clipgrad.errors import EscapedParameterError, NotPerSampleError
@@ -46,13 +51,13 @@ def forward(
         with (
             explained(),
             foreign_code.without_saved_tensors_hooks(),
-            lanes(size, settings.randomness) as level,
+            vmap_level(size, settings.randomness) as level,
         ):
             leaves = [per_sample(entry.leaf, level) for entry in tape.tracked]
             rows = [per_sample(leaf, level) if isinstance(leaf, Tensor) else leaf for leaf in batch]
             drawn = None
             if settings.branches == "split":
-                drawn = Drawn(params[0].device, tensors_in([*leaves, *rows]))
+                drawn = RandomValues(params[0].device, tensors_in([*leaves, *rows]))
             capture = Capture(tape, leaves, params, drawn=drawn)
             made = capture.made
             value, aux, structure = _one_sample(loss, capture, leaves, rows, settings)
@@ -96,10 +101,10 @@ def run(
     batch: Sequence[Any],
     is_padding: Tensor | None,
     settings: Settings,
-) -> Piece:
+) -> MicrobatchResult:
     """Clipped sums of one microbatch; where samples branch apart, of its parts."""
 
-    def together(rows: Sequence[Any], padding: Tensor | None) -> Piece:
+    def together(rows: Sequence[Any], padding: Tensor | None) -> MicrobatchResult:
         """Of samples that take the same branches; raises ``Disagreement`` if they do not."""
         with phase("forward"), torch.enable_grad():
             tape, values, aux = forward(loss, names, params, rows, settings)
@@ -108,7 +113,7 @@ def run(
     if settings.branches != "split":
         return together(batch, is_padding)
     parts = Parts(batch)
-    pieces: list[Piece] = []
+    pieces: list[MicrobatchResult] = []
     for rows, index in parts:
         padding = None if is_padding is None else is_padding[index.to(is_padding.device)]
         try:
@@ -126,7 +131,7 @@ def _finish(
     params: Sequence[Tensor],
     is_padding: Tensor | None,
     settings: Settings,
-) -> Piece:
+) -> MicrobatchResult:
     """Backward pass, norms and clipped sums after the forward pass of one microbatch."""
     try:
         with phase("forward"):
@@ -207,8 +212,8 @@ def _refuse_escapes(tape: Tape, values: Tensor, params: Sequence[Tensor]) -> Non
             continue
         seen.add(node)
         kind = type(node).__name__
-        if kind in known_wrong.WRONG:
-            known_wrong.refuse(node, tape.corrected)
+        if kind in refused_nodes.WRONG:
+            refused_nodes.refuse(node, tape.corrected)
         variable = node.variable if kind == "AccumulateGrad" else None  # type: ignore[attr-defined]
         if variable is not None and id(variable) not in ours:
             for entry, original in zip(tape.tracked, params, strict=False):

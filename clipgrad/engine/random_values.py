@@ -17,7 +17,7 @@ from clipgrad._functorch import below_vmap, innermost, is_wrapped
 from clipgrad.engine.rng_state import Draws, states_of_others
 
 
-class Drawn:
+class RandomValues:
     """Follows random numbers from operation to operation, by the memory that they are in.
 
     What no operation was seen to return (of a scripted function, say) counts as drawn.
@@ -67,4 +67,4 @@ class Drawn:
             self._memory[storage._cdata] = StorageWeakRef(storage), drawn
 
 
-__all__ = ["Drawn"]
+__all__ = ["RandomValues"]

@@ -26,7 +26,7 @@ _OUTSIDE = (
 _kept: dict[int, weakref.ref[Tensor]] = {}
 
 
-class _Outlived(Tensor):
+class _StaleValue(Tensor):
     """What a per-sample value becomes when its forward pass is over: PyTorch's words for its use help nobody.
 
     As ``nn.UninitializedParameter`` does, the object changes its class, so that whoever kept it meets the message.
@@ -54,7 +54,7 @@ def remember(made: Iterable[weakref.ref[Tensor]]) -> None:
         if tensor is not None and is_wrapped(tensor):
             _kept[id(tensor)] = reference
             if type(tensor) is Tensor and level_of(tensor) > current_level():
-                tensor.__class__ = _Outlived
+                tensor.__class__ = _StaleValue
 
 
 def among(tensors: Iterable[Tensor], level: int) -> bool:

@@ -28,7 +28,7 @@ _Floats = NDArray[np.float64]
 
 
 class AddsGaussians(Protocol):
-    """What adds noise on a device; ``clipgrad.kernels.chacha_triton`` says what its arguments mean."""
+    """What adds noise on a device; ``clipgrad.kernels.chacha_launch`` says what its arguments mean."""
 
     def add_gaussian_(
         self,
@@ -44,7 +44,7 @@ class AddsGaussians(Protocol):
 
 
 class Device(AddsGaussians, Protocol):
-    """What has to prove itself; ``clipgrad.kernels.chacha_triton`` says what its methods do."""
+    """What has to prove itself; ``clipgrad.kernels.chacha_launch`` says what its methods do."""
 
     def blocks(self, key: bytes, nonce: bytes, first: int) -> bytes: ...
     def pairs(self, words: NDArray[np.uint32]) -> NDArray[np.float32]: ...

@@ -89,6 +89,6 @@ def _launcher() -> ModuleType | None:
     """What launches the kernel, if Triton is there; looking for a package that is not takes long."""
     if find_spec("triton") is None:
         return None
-    from clipgrad.kernels import selection_triton
+    from clipgrad.kernels import selection_launch
 
-    return selection_triton
+    return selection_launch

@@ -89,7 +89,7 @@ def proved_cipher(device: torch.device) -> DeviceCipher | None:
     try:
         if device.type != "cuda":
             raise NotImplementedError(f"there is no cipher for {device.type}")
-        from clipgrad.kernels.chacha_triton import TritonChaCha  # Triton is optional
+        from clipgrad.kernels.chacha_launch import TritonChaCha  # Triton is optional
 
         cipher = TritonChaCha(device)
         cipher.prove()

@@ -24,11 +24,16 @@ from clipgrad.explain import Explanation
 from clipgrad.function import ClippedGrad, clipped_grad
 from clipgrad.noise import NoiseSource, gaussian_sigma
 from clipgrad.noise.mean import noised_mean
-from clipgrad.optimizer.clipped_sums import Pending, refuse_unnoised
 from clipgrad.optimizer.facade import OptimizerFacade
 from clipgrad.optimizer.mechanism import check_fits, check_possible, mechanism, noise_source
-from clipgrad.optimizer.requirements import check_batch, check_parts, refuse_strangers, rows_in
-from clipgrad.optimizer.trained import Survey
+from clipgrad.optimizer.parameters import TrainedParameters
+from clipgrad.optimizer.pending import Pending, refuse_unnoised
+from clipgrad.optimizer.requirements import (
+    check_batch,
+    check_parts,
+    refuse_foreign_parameters,
+    rows_in,
+)
 from clipgrad.plan import PrivacyPlan
 from clipgrad.plan.account import account_of
 from clipgrad.plan.receipts import Claim
@@ -105,7 +110,7 @@ class DPOptimizer(OptimizerFacade):
         >>> optimizer.zero_grad()
     """
 
-    _survey: Survey
+    _trained: TrainedParameters
     _pending: Pending
     _claim: Claim
     _last: ClippedGradResult | None
@@ -167,7 +172,7 @@ class DPOptimizer(OptimizerFacade):
         check_possible(self._progress, nan_safe=nan_safe, grid=grid)
         self.sigma  # noqa: B018 - noise that cannot exist is refused here, not at the first step
         self._start()
-        names, sizes = self._survey.names, [p.numel() for p in self._survey.parameters]
+        names, sizes = self._trained.names, [p.numel() for p in self._trained.parameters]
         check_fits(
             make_clipping(self.max_grad_norm, names, sizes, rescale=False), sizes, grid, self.sigma
         )
@@ -243,7 +248,7 @@ class DPOptimizer(OptimizerFacade):
         if account is not None and self._pending.unfinished:
             account.check_step(self._claim, self._progress.step)
         sigma, sigma_observed = self.sigma, self._noises()[1]
-        names, parameters = self._survey.names, self._survey.parameters
+        names, parameters = self._trained.names, self._trained.parameters
         selected = set(map(id, parameters))
         others = [p for p in self._owned() if id(p) not in selected]
         sums, observed, lent = self._pending.take(names, parameters, others)
@@ -372,7 +377,7 @@ class DPOptimizer(OptimizerFacade):
         Raises:
             UnclippedGradientError: If no ``backward`` waits for its ``step``.
         """
-        return dict(zip(self._survey.names, self._pending.sums(), strict=True))
+        return dict(zip(self._trained.names, self._pending.sums(), strict=True))
 
     @property
     def diagnostics(self) -> Diagnostics:
@@ -459,14 +464,14 @@ class DPOptimizer(OptimizerFacade):
             param_group = {**param_group, "params": given}
         listed = [given] if isinstance(given, Tensor) else given
         added = [p[1] if isinstance(p, tuple) else p for p in listed]
-        refuse_strangers(added, self.model.parameters())
+        refuse_foreign_parameters(added, self.model.parameters())
         self.inner.add_param_group(param_group)
 
     # ------------------------------------------------------------------ inside
 
     @observed
     def _loss(self, parameters: Mapping[str, Tensor], *batch: Any) -> Tensor:
-        with self._survey.slots.holding(list(parameters.values())):
+        with self._trained.slots.holding(list(parameters.values())):
             return self.loss_fn(self.model, *batch)
 
     def _present(self) -> ClippedGrad:
@@ -481,7 +486,7 @@ class DPOptimizer(OptimizerFacade):
         return self._progress.noise(self.relation, self.expected_batch_size)
 
     def _start(self) -> None:
-        self._survey = Survey(self.model, list(self._owned()))
+        self._trained = TrainedParameters(self.model, list(self._owned()))
         self._pending = Pending()
         self._claim = Claim()
         self._last = None
@@ -491,13 +496,13 @@ class DPOptimizer(OptimizerFacade):
         """Every parameter that the wrapped optimizer steps if it has a gradient."""
         return (p for group in self.inner.param_groups for p in group["params"])
 
-    def _look_again(self) -> Survey:
+    def _look_again(self) -> TrainedParameters:
         """Find the parameters to train now: the optimizer's, in the model's order, that require grad."""
         owned = list(self._owned())
-        before = self._survey
+        before = self._trained
         if before.holds(self.model, owned):
             return before
-        survey = Survey(self.model, owned)
+        survey = TrainedParameters(self.model, owned)
         if self._pending.unfinished and (
             list(map(id, before.parameters)) != list(map(id, survey.parameters))
         ):
@@ -505,5 +510,5 @@ class DPOptimizer(OptimizerFacade):
                 "backward: the parameters to train changed within a logical batch (requires_grad, add_param_group), "
                 "so the sums so far do not fit. Change them after step() or zero_grad()."
             )
-        self._survey = survey
+        self._trained = survey
         return survey

@@ -46,7 +46,7 @@ def check_parts(optimizer: Any, model: Any, loss_fn: Any) -> None:
         )
 
 
-def refuse_strangers(owned: Iterable[Tensor], known: Iterable[Tensor]) -> None:
+def refuse_foreign_parameters(owned: Iterable[Tensor], known: Iterable[Tensor]) -> None:
     """Refuse parameters of the optimizer that the model does not have.
 
     Raises:
@@ -150,7 +150,7 @@ def parameters_to_train(
         NotPerSampleError: For BatchNorm in training mode, and for gradient hooks.
     """
     named = list(model.named_parameters())
-    refuse_strangers(owned, (p for _, p in named))
+    refuse_foreign_parameters(owned, (p for _, p in named))
     ours = set(map(id, owned))
     selection = tuple((name, p) for name, p in named if id(p) in ours and p.requires_grad)
     if not selection:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from clipgrad._phases import PHASES, Phase, heard_by, phase
+from clipgrad._phases import PHASES, Phase, listening, phase
 from clipgrad.optimizer import DPOptimizer
 from clipgrad.profile._report import StepProfile
 
@@ -133,7 +133,7 @@ class Stopwatch:
     def by_phase(self, step: Step) -> dict[Phase, float]:
         """Seconds by phase; what no mark claims is bookkeeping."""
         self._open, self._seconds = [], {}
-        with heard_by(self), phase("bookkeeping"):
+        with listening(self), phase("bookkeeping"):
             step()
         return self._seconds
 

@@ -21,7 +21,7 @@ from clipgrad.rules.gram import Lengths, equal_id_sums, gram_sums
 # below ``8 + sqrt(rows) + sqrt(columns)`` for the worst inputs found (constant ones); this is the safety on top.
 _ROUNDING_MARGIN = 8.0
 # Squared norms that underflow hides are let go below so many of the smallest normal numbers, so that zero stays zero.
-# The smallest clipping norm (``clipping/_smallest.py``) allows for that.
+# The smallest clipping norm (``clipping/_underflow.py``) allows for that.
 _NEGLIGIBLE = 2.0**26
 # One-hot factors of so few positions meet in a Gram matrix, if those of all samples have no more elements.
 _FEW_POSITIONS, _FEW_ELEMENTS = 256, 1 << 24

@@ -128,9 +128,9 @@ def _launcher() -> ModuleType | None:
     """What launches the kernel, if Triton is there; looking for a package that is not takes long."""
     if find_spec("triton") is None:
         return None
-    from clipgrad.kernels import gram_triton
+    from clipgrad.kernels import gram_launch
 
-    return gram_triton
+    return gram_launch
 
 
 # An operation of its own: a traced graph holds it whole, with the setting and the kernel inside.

@@ -12,7 +12,7 @@ from torch.fx import GraphModule
 
 from clipgrad import CompileMismatchError, DPOptimizer, clipped_grad
 from clipgrad.clipping import Clipping
-from clipgrad.compiled import graph
+from clipgrad.compiled import trace as trace_module
 from tests.compiled.conftest import Graphs
 from tests.small_mlp import make_batch, make_params, mlp
 
@@ -58,7 +58,7 @@ def test_clipping_dropped_by_the_compiler_is_seen(
     graphs: Graphs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The bug that matters most, planted where it would arise: while the graph is made."""
-    trace = graph.trace
+    trace = trace_module.trace
 
     def without_clipping(*args: Any) -> Any:
         with monkeypatch.context() as patch:

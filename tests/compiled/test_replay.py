@@ -19,8 +19,8 @@ from torch.fx import symbolic_trace
 from clipgrad import CompileMismatchError, DPOptimizer, clipped_grad
 from clipgrad.compiled import backend
 from clipgrad.compiled import step as step_module
-from clipgrad.compiled.graph import Graph, trace
-from clipgrad.compiled.replay import Replay, recordable
+from clipgrad.compiled.cuda_graphs import Replay, recordable
+from clipgrad.compiled.trace import Graph, trace
 from clipgrad.engine.copies import copies
 from tests.architectures import ARCHITECTURES
 from tests.compiled.conftest import Graphs

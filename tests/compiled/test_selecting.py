@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clipgrad import DPOptimizer, clipped_grad
-from clipgrad.compiled import MicrobatchRunner, graph
+from clipgrad.compiled import MicrobatchRunner, trace
 from clipgrad.kernels import selection
 from tests.architectures import ARCHITECTURES
 from tests.compiled.conftest import Graphs
@@ -27,7 +27,7 @@ pytestmark = [
 @pytest.fixture(autouse=True, params=["selected", "zeroed"])
 def nobody_asks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """By passes over the factors, and by zeros where they lie."""
-    monkeypatch.setattr(graph, "worth_asking", lambda device: False)
+    monkeypatch.setattr(trace, "worth_asking", lambda device: False)
     if request.param == "zeroed":
         monkeypatch.setattr(selection, "_ZEROED_IN_GRAPHS_ON", {"cpu"})
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.fx import Graph
 
 from clipgrad import clipped_grad
-from clipgrad.compiled import graph as graph_module
+from clipgrad.compiled import trace as graph_module
 from clipgrad.kernels import selection
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:.*is deprecated")]

@@ -17,7 +17,7 @@ from clipgrad import DPOptimizer, SeededNoise, SystemNoise, function
 from clipgrad.clipping import Clipping
 from clipgrad.engine.gradients import Gradients
 from clipgrad.optimizer import dp_optimizer as optimizer_module
-from clipgrad.optimizer.clipped_sums import Pending
+from clipgrad.optimizer.pending import Pending
 from tests.published_bugs import checks
 
 Plant = Callable[[pytest.MonkeyPatch], None]

@@ -23,7 +23,7 @@ from collections.abc import Iterable
 
 import torch
 
-from clipgrad.clipping._clipping import Clipping
+from clipgrad.clipping._groups import Clipping
 
 _ROOTS = 2.0**30
 

@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from clipgrad.compiled.decompositions import TABLE
 from clipgrad.compiled.zeroing import zero_in_place
-from clipgrad.engine.clipped import Piece, Settings
+from clipgrad.engine.clip_and_sum import MicrobatchResult, Settings
 from clipgrad.engine.microbatch import Loss, run
 from clipgrad.errors import CompileError
 
@@ -55,7 +55,7 @@ class Layout:
     aux: Any
 
     @classmethod
-    def flatten(cls, piece: Piece) -> tuple[Layout, list[Tensor]]:
+    def flatten(cls, piece: MicrobatchResult) -> tuple[Layout, list[Tensor]]:
         """The layout of a piece, and its tensors in order."""
         aux, structure = tree_flatten(piece.aux)
         assert piece.all_finite is not None, "a traced piece leaves its question open"
@@ -64,10 +64,10 @@ class Layout:
         ]  # fmt: skip
         return cls(len(piece.sums), len(piece.norms), structure), flat
 
-    def restore(self, flat: Sequence[Tensor], *, lent: bool) -> Piece:
+    def restore(self, flat: Sequence[Tensor], *, lent: bool) -> MicrobatchResult:
         """The inverse of ``flatten``; of sums that are lent, if they are."""
         after = self.sums + 1 + self.norms
-        return Piece(
+        return MicrobatchResult(
             list(flat[: self.sums]),
             flat[self.sums],
             list(flat[self.sums + 1 : after]),

@@ -42,7 +42,7 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Piece:
+class MicrobatchResult:
     """The result of one microbatch.
 
     Attributes:
@@ -72,7 +72,7 @@ def clip(
     aux: Any,
     is_padding: Tensor | None,
     settings: Settings,
-) -> Piece:
+) -> MicrobatchResult:
     """Norms, factors and clipped sums of one microbatch whose backward pass has run."""
     clipping = settings.clipping
     indices = range(len(params))
@@ -82,7 +82,7 @@ def clip(
         if settings.pre_clipping is not None:
             rows = settings.pre_clipping(rows)
         exact, before, dropped = settings.grid.clip(rows, is_padding)
-        return Piece(exact, values, before, aux, dropped)
+        return MicrobatchResult(exact, values, before, aux, dropped)
     if settings.pre_clipping is not None:
         assert isinstance(gradients, Gradients)
         gradients = Transformed(
@@ -111,7 +111,7 @@ def clip(
             sums = _weighted_sums(gradients, params, factors, settings)
     nonfinite = ~finite if is_padding is None else ~finite & ~is_padding
     all_finite = finite.all() if settings.deferred else None
-    return Piece(sums, values, norms, aux, nonfinite, all_finite)
+    return MicrobatchResult(sums, values, norms, aux, nonfinite, all_finite)
 
 
 def _weighted_sums(
@@ -133,7 +133,7 @@ def _or_zero(squared: Tensor | None, values: Tensor) -> Tensor:
     return torch.zeros_like(values, dtype=torch.promote_types(values.dtype, torch.float32))
 
 
-def accumulate(sums: list[Tensor] | None, piece: Piece) -> list[Tensor]:
+def accumulate(sums: list[Tensor] | None, piece: MicrobatchResult) -> list[Tensor]:
     """Add the sums of a further piece in place; None starts with them."""
     if sums is None:
         # A sum may alias a tensor that the microbatch owns; nothing else holds one, so it is ours to write to.
@@ -143,7 +143,7 @@ def accumulate(sums: list[Tensor] | None, piece: Piece) -> list[Tensor]:
     return sums
 
 
-def joined(pieces: Sequence[Piece], order: Tensor) -> Piece:
+def joined(pieces: Sequence[MicrobatchResult], order: Tensor) -> MicrobatchResult:
     """The pieces of one microbatch as one, samples in their old order."""
 
     def join(parts: Sequence[Tensor]) -> Tensor:
@@ -154,7 +154,7 @@ def joined(pieces: Sequence[Piece], order: Tensor) -> Piece:
     for piece in pieces:
         sums = accumulate(sums, piece)
     assert sums is not None
-    return Piece(
+    return MicrobatchResult(
         sums,
         join([piece.values for piece in pieces]),
         [join(norms) for norms in zip(*(piece.norms for piece in pieces), strict=True)],

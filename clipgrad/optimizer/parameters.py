@@ -22,7 +22,7 @@ _OF_MODULES = attrgetter(
 _OF_PARAMETERS = attrgetter("requires_grad", "_backward_hooks", "_post_accumulate_grad_hooks")
 
 
-class Survey:
+class TrainedParameters:
     """The parameters to train, by name, and every place in the model that holds one.
 
     A walk through a model costs as much as a small step. So what it found is kept together with all that it looked
@@ -114,4 +114,4 @@ def _is_walked_as_usual(module: nn.Module) -> bool:
     )
 
 
-__all__ = ["Survey"]
+__all__ = ["TrainedParameters"]

@@ -13,8 +13,12 @@ from torch import Tensor
 
 from clipgrad import _validate
 from clipgrad.clipping._adaptive import AdaptiveQuantile
+from clipgrad.clipping._factors import (
+    Clip,
+    Normalise,
+    Rule,
+)
 from clipgrad.clipping._relation import Relation, most_contributions
-from clipgrad.clipping._rules import Clip, Normalise, Rule
 from clipgrad.clipping._strategies import Automatic, ClippingStrategy, PerLayer
 
 # Factors beyond it would overflow in float32 where a gradient is zero.
