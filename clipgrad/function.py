@@ -3,49 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from operator import attrgetter
+from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_map
 
-from clipgrad import _validate
-from clipgrad.clipping import (
-    ClippingStrategy,
-    Relation,
-    is_grouped,
-    make_clipping,
-    refuse_tiny_norms,
-    relation_of,
-    sensitivity,
-)
-from clipgrad.compiled import MODES, Compiler, MicrobatchRunner
-from clipgrad.engine.branches import BRANCHES, Disagreement
-from clipgrad.engine.clip_and_sum import (
-    MicrobatchResult,
-    Settings,
-    accumulate,
-)
-from clipgrad.engine.inputs import Inputs
-from clipgrad.engine.microbatch import forward, plan, run
-from clipgrad.engine.rng_state import Generators
-from clipgrad.engine.split import Parts
-from clipgrad.engine.tape import Strategy, Tape
-from clipgrad.exact.grid import (
-    Grid,
-    alone,
-    check_grid,
-    check_options,
-    check_samples,
-    exact_sensitivity,
-)
-from clipgrad.explain import Explanation, make_explanation
-from clipgrad.result import ClippedGradResult, Outcome
-
-RANDOMNESS = ("different", "same", "error")
-STRATEGIES = ("auto", *(strategy.value for strategy in Strategy))
+from clipgrad.batch import BatchClipper
+from clipgrad.clipping import ClippingStrategy, Relation, relation_of
+from clipgrad.engine.inputs import of_arguments
+from clipgrad.explain import Explanation
+from clipgrad.options import Options, Performance
+from clipgrad.result import ClippedGradResult
 
 
 @dataclass(frozen=True)
@@ -57,35 +25,11 @@ class ClippedGrad:
 
     fn: Callable[..., Any]
     max_grad_norm: ClippingStrategy
-    argnums: int | tuple[int, ...] = 0
-    batch_argnums: tuple[int, ...] | None = None
-    has_aux: bool = False
-    keep_batch_dim: bool = True
-    normalize_by: float = 1.0
-    rescale_to_unit_norm: bool = False
-    pre_clipping_transform: Callable[[Any], Any] | None = None
-    accumulate_dtype: torch.dtype | None = None
-    microbatch_size: int | None = None
-    nan_safe: bool = True
-    randomness: str = "different"
-    strategy: str = "auto"
-    memory_budget: float | None = None
-    branches: str = "refuse"
-    compile: bool | str = False
-    grid: float | None = None
-    _compiler: Compiler | None = field(init=False, repr=False, compare=False)
-    # Not arguments either: a copy with another norm must not find what was resolved for this one.
-    _settings_cache: dict[tuple[Any, ...], Settings] = field(
-        init=False, default_factory=dict, repr=False, compare=False
-    )
-    _sensitivity_cache: dict[Relation, float] = field(
-        init=False, default_factory=dict, repr=False, compare=False
-    )
-
-    def __post_init__(self) -> None:
-        mode = "default" if self.compile is True else self.compile
-        # Not an argument: a copy with another loss compiles for itself.
-        object.__setattr__(self, "_compiler", Compiler(mode) if mode else None)
+    argnums: int | tuple[int, ...]
+    batch_argnums: tuple[int, ...] | None
+    options: Options
+    # A copy with another norm shares it, and with it what was compiled; a copy with another loss must not.
+    clipper: BatchClipper = field(repr=False, compare=False)
 
     def __call__(self, *args: Any, is_padding: Tensor | None = None) -> ClippedGradResult:
         """Compute the clipped sum of per-sample gradients.
@@ -102,66 +46,12 @@ class ClippedGrad:
             NotPerSampleError: If the loss does something that cannot be attributed to single samples.
             CompileError: If ``compile`` is asked for and the step cannot be compiled.
         """
-        return self._call(args, is_padding, lend=False)[0]
-
-    def lending(
-        self, *args: Any, is_padding: Tensor | None = None
-    ) -> tuple[ClippedGradResult, bool]:
-        """The same, and whether ``grads`` are only lent; for :class:`clipgrad.DPOptimizer`.
-
-        What is lent is overwritten by the next call: a CUDA graph's own memory, of which a copy would be a pass over
-        all sums.
-
-        Args:
-            *args: As for a call.
-            is_padding: Likewise.
-        """
-        return self._call(args, is_padding, lend=True)
-
-    def _call(
-        self, args: tuple[Any, ...], is_padding: Tensor | None, *, lend: bool
-    ) -> tuple[ClippedGradResult, bool]:
-        compiler = self._compiler
-        inputs = Inputs.bind(
-            self.fn, self.argnums, self.batch_argnums, args, aliased=compiler is not None
+        aliased = self.clipper.compiler is not None
+        inputs, restore = of_arguments(
+            self.fn, self.argnums, self.batch_argnums, args, aliased=aliased
         )
-        size = inputs.batch_size
-        mask = _validate.padding_mask(is_padding, size)
-        settings = self._settings(inputs)
-        if size == 0:
-            return self._empty(inputs, settings), False
-        step, compiled = self._rows_at_once(size), None
-        if compiler is not None:
-            step = compiler.rows(self.microbatch_size, size)
-            compiled = MicrobatchRunner(compiler, inputs, settings, step)
-        lend = lend and step >= size and self.normalize_by == 1.0
-        pieces: list[MicrobatchResult] = []
-        sums: list[Tensor] | None = None
-        for start in range(0, size, step):
-            rows = slice(start, min(start + step, size))
-            marked = None if mask is None else mask[rows]
-            if compiled is not None:
-                piece = compiled(rows, marked)
-            else:
-                batch = inputs.rows(rows)
-                piece = run(
-                    inputs.loss,
-                    inputs.names,
-                    inputs.params,
-                    batch if self.grid is None else alone(batch),
-                    marked,
-                    settings,
-                )
-            lend = lend and piece.lent
-            if lend:
-                sums = piece.sums
-                pieces.append(piece)
-                break
-            sums = accumulate(sums, piece)
-            pieces.append(replace(piece, sums=[]))  # else every microbatch's sums live to the end,
-            del piece  # or these through the next one
-        assert sums is not None
-        return self._result(inputs, settings, sums, pieces, mask), lend
+        found = self.clipper.clip(inputs, self.max_grad_norm, is_padding, restore=restore)
+        return ClippedGradResult(restore(found.sums), found.aux, found.outcome)
 
     def sensitivity(self, relation: Relation = Relation.ADD_OR_REMOVE_ONE) -> float:
         """The largest L2 change of ``grads`` between neighbouring batches, from the configuration alone.
@@ -181,20 +71,7 @@ class ClippedGrad:
         Rounding: the bound holds for exact arithmetic. In float32 the change of a sum can exceed it by about
         one part in ``1e5``; see ``docs/guarantees.md``. With a ``grid`` it holds to the last bit.
         """
-        relation = relation_of(relation)
-        if isinstance(self.max_grad_norm, Mapping):  # which could be written to
-            return self._sensitivity(relation)
-        if relation not in self._sensitivity_cache:
-            self._sensitivity_cache[relation] = self._sensitivity(relation)
-        return self._sensitivity_cache[relation]
-
-    def _sensitivity(self, relation: Relation) -> float:
-        clipping = make_clipping(self.max_grad_norm, rescale=self.rescale_to_unit_norm)
-        if self.grid is not None:
-            return exact_sensitivity(clipping, relation)
-        return sensitivity(
-            clipping, relation, normalize_by=self.normalize_by, nan_safe=self.nan_safe
-        )
+        return self.clipper.sensitivity(self.max_grad_norm, relation_of(relation))
 
     def with_max_grad_norm(self, max_grad_norm: ClippingStrategy) -> ClippedGrad:
         """The same transform with another clipping norm; what is compiled already serves both.
@@ -205,17 +82,20 @@ class ClippedGrad:
         Raises:
             ValueError: If it is out of range.
         """
-        clipping = make_clipping(max_grad_norm, rescale=self.rescale_to_unit_norm)
-        if self.grid is not None:
-            check_grid(self.grid, clipping, max_grad_norm)
-        other = replace(self, max_grad_norm=_owned(max_grad_norm))
-        object.__setattr__(other, "_compiler", self._compiler)
-        return other
+        self.clipper.arithmetic.check(max_grad_norm)
+        return ClippedGrad(
+            self.fn,
+            _owned(max_grad_norm),
+            self.argnums,
+            self.batch_argnums,
+            self.options,
+            self.clipper,
+        )
 
     def explain(self, *args: Any) -> Explanation:
         """Run the forward pass of one microbatch and tell how each parameter's norm would be found.
 
-        It runs on a copy of the batch, and PyTorch's random number generators are given back as they were.
+        It runs on a copy of the batch, and PyTorch's RNG state is restored afterwards.
 
         Args:
             *args: As for a call.
@@ -226,152 +106,8 @@ class ClippedGrad:
         Raises:
             ValueError: If the batch holds no sample.
         """
-        inputs = Inputs.bind(self.fn, self.argnums, self.batch_argnums, args)
-        if inputs.batch_size == 0:
-            raise ValueError(
-                "explain needs a batch of at least one sample; the estimates depend on it."
-            )
-        settings = self._settings(inputs)
-        rows = slice(0, min(self._rows_at_once(inputs.batch_size), inputs.batch_size))
-        with torch.enable_grad(), Generators(inputs.params[0].device).kept():
-            tape = _first_part(inputs, inputs.rows(rows), settings)
-        try:
-            return make_explanation(tape.tracked, plan(tape, settings), tape.batch_size)
-        finally:
-            tape.release()
-
-    def _settings(self, inputs: Inputs) -> Settings:
-        if self.grid is not None:
-            check_samples(inputs.batch_size, "batch size")
-        params = inputs.params
-        sizes, dtypes = tuple(map(Tensor.numel, params)), tuple(map(_DTYPE, params))
-        key = tuple(inputs.names), sizes, dtypes
-        settings = self._settings_cache.get(key)
-        if settings is None:
-            settings = self._settings_cache[key] = self._resolved(*key)
-        if self.pre_clipping_transform is None:
-            return settings
-        return replace(settings, pre_clipping=self._pre_clipping(inputs))
-
-    def _resolved(
-        self, names: tuple[str, ...], sizes: tuple[int, ...], dtypes: tuple[torch.dtype, ...]
-    ) -> Settings:
-        """The configuration for parameters of these names, sizes and dtypes."""
-        clipping = make_clipping(
-            self.max_grad_norm, names, sizes, rescale=self.rescale_to_unit_norm
-        )
-        refuse_tiny_norms(clipping, dtypes)
-        return Settings(
-            clipping=clipping,
-            dtypes=tuple(map(self._accumulation, dtypes)),
-            randomness=self.randomness,
-            keep_batch_dim=self.keep_batch_dim,
-            has_aux=self.has_aux,
-            nan_safe=self.nan_safe,
-            strategy=None if self.strategy == "auto" else Strategy(self.strategy),
-            memory_budget=self.memory_budget,
-            pre_clipping=None,
-            branches=self.branches,
-            grid=None if self.grid is None else Grid(self.grid, clipping, sizes),
-        )
-
-    def _rows_at_once(self, size: int) -> int:
-        return 1 if self.grid is not None else self.microbatch_size or size
-
-    def _accumulation(self, dtype: torch.dtype) -> torch.dtype:
-        if self.grid is not None:
-            return torch.float64
-        return self.accumulate_dtype or torch.promote_types(dtype, torch.float32)
-
-    def _pre_clipping(self, inputs: Inputs) -> Callable[[list[Tensor]], list[Tensor]]:
-        transform = self.pre_clipping_transform
-        assert transform is not None
-
-        def apply(gradients: list[Tensor]) -> list[Tensor]:
-            before = inputs.restore(gradients)
-            leaves, structure = tree_flatten(transform(before))
-            shapes = [tuple(getattr(leaf, "shape", ())) for leaf in leaves]
-            floating = all(isinstance(leaf, Tensor) and leaf.is_floating_point() for leaf in leaves)
-            if (
-                not floating
-                or structure != tree_flatten(before)[1]
-                or shapes != [tuple(g.shape) for g in gradients]
-            ):
-                raise ValueError(
-                    "pre_clipping_transform must return per-sample gradients of the structure and shapes it "
-                    "received (a floating-point [B, *parameter.shape] for every parameter)."
-                )
-            return leaves
-
-        return apply
-
-    def _empty(self, inputs: Inputs, settings: Settings) -> ClippedGradResult:
-        device = inputs.params[0].device
-        sums = [
-            torch.zeros_like(p, dtype=dtype)
-            for p, dtype in zip(inputs.params, settings.dtypes, strict=True)
-        ]
-        none = torch.zeros(0, dtype=settings.dtypes[0], device=device)
-        norms = [none for _ in settings.clipping.groups]
-        return ClippedGradResult(
-            inputs.restore(sums),
-            none,
-            self._norms(settings, norms),
-            None,
-            0,
-            Outcome(norms, settings.clipping.norms, none.bool(), None),
-        )
-
-    def _norms(self, settings: Settings, norms: Sequence[Tensor]) -> Tensor | Mapping[str, Tensor]:
-        if is_grouped(self.max_grad_norm):
-            return dict(zip(settings.clipping.groups, norms, strict=True))
-        return norms[0]
-
-    def _result(
-        self,
-        inputs: Inputs,
-        settings: Settings,
-        sums: list[Tensor],
-        pieces: list[MicrobatchResult],
-        mask: Tensor | None,
-    ) -> ClippedGradResult:
-        if self.normalize_by != 1.0:
-            sums = [total.div_(self.normalize_by) for total in sums]
-        norms = [_joined(group) for group in zip(*(piece.norms for piece in pieces), strict=True)]
-        nonfinite = _joined([piece.nonfinite for piece in pieces])
-        aux = (
-            tree_map(lambda *leaves: torch.cat(leaves), *(piece.aux for piece in pieces))
-            if self.has_aux
-            else None
-        )
-        return ClippedGradResult(
-            grads=inputs.restore(sums),
-            # A copy also of a single piece's, and of aux: the loss may have returned a view of something large.
-            values=torch.cat([piece.values for piece in pieces]),
-            grad_norms=self._norms(settings, norms),
-            aux=aux,
-            batch_size=inputs.batch_size - (0 if mask is None else int(mask.sum())),
-            outcome=Outcome(norms, settings.clipping.norms, nonfinite, mask),
-        )
-
-
-_DTYPE = attrgetter("dtype")
-
-
-def _joined(parts: Sequence[Tensor]) -> Tensor:
-    """Per-sample values of all microbatches, which nothing else holds."""
-    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
-
-
-def _first_part(inputs: Inputs, batch: list[Any], settings: Settings) -> Tape:
-    """The tape of a copy of a microbatch; of the samples that branch as the first one does, if it splits."""
-    parts = Parts(batch)
-    for rows, _ in parts:
-        try:
-            return forward(inputs.loss, inputs.names, inputs.params, rows, settings)[0]
-        except Disagreement as disagreement:
-            parts.split(disagreement)
-    raise AssertionError("a single sample agrees with itself")
+        inputs, restore = of_arguments(self.fn, self.argnums, self.batch_argnums, args)
+        return self.clipper.explain(inputs, self.max_grad_norm, restore=restore)
 
 
 def clipped_grad(
@@ -385,15 +121,11 @@ def clipped_grad(
     normalize_by: float = 1.0,
     rescale_to_unit_norm: bool = False,
     pre_clipping_transform: Callable[[Any], Any] | None = None,
-    accumulate_dtype: torch.dtype | None = None,
     microbatch_size: int | None = None,
     nan_safe: bool = True,
-    randomness: str = "different",
-    strategy: str = "auto",
-    memory_budget: float | None = None,
-    branches: str = "refuse",
     compile: bool | str = False,
     grid: float | None = None,
+    performance: Performance | None = None,
 ) -> ClippedGrad:
     """Transform a loss into the sum of its per-sample clipped gradients.
 
@@ -418,18 +150,8 @@ def clipped_grad(
         pre_clipping_transform: Per-sample gradients (the structure of params, ``[B, *shape]``) to gradients of the
             same structure, before norms are taken. Forces per-sample gradients to be materialised, which costs
             ``B`` times the parameters' memory.
-        accumulate_dtype: Dtype of the sums. Default: the parameter's own, at least float32.
         microbatch_size: Process the batch in pieces of this size. Peak memory follows it, results do not.
         nan_safe: A sample whose gradient norm is not finite contributes exactly nothing and is counted.
-        randomness: ``"different"``: each sample its own dropout mask; ``"same"``; ``"error"``.
-        strategy: ``"auto"``, or force ``"kept"``, ``"ghost"`` or ``"recompute"`` where they apply; see
-            ``explain``. Changes time and memory only.
-        memory_budget: Bytes that kept per-sample gradients may take beyond the factors they replace.
-        branches: What to do where ``fn`` asks for the value of a tensor (``if mask.all():``, ``.item()``), which
-            differs from sample to sample. ``"refuse"`` raises. ``"split"`` runs the samples that answer alike
-            together, in as many passes as there are answers: exact, but ``fn`` runs several times a batch, each time
-            on a copy, and each question waits for the device. A question whose answer was drawn raises where samples
-            differ. For models whose own code branches (masks in Hugging Face models).
         compile: True, or a mode of ``torch.compile`` (``"reduce-overhead"`` uses CUDA graphs, ``"max-autotune"``):
             the whole step of a microbatch runs as one compiled graph. Compiling takes seconds to minutes, at the
             first batch and again when something changes that the loss reads (``model.eval()``, say); the logger
@@ -440,6 +162,7 @@ def clipped_grad(
             ``C / sqrt(elements)``; ``C / 2**20`` is a good choice. Sums are float64 and integer arithmetic, so
             ``sensitivity`` holds without rounding, and results do not depend on the order of the batch. Each sample
             passes alone, whatever ``microbatch_size`` says, which is slow. See ``docs/exact.md``.
+        performance: ``Performance(...)``: how norms are found, how random numbers are drawn, the dtype of the sums.
 
     Returns:
         A ``ClippedGrad``; call it like ``fn``.
@@ -459,54 +182,32 @@ def clipped_grad(
         >>> gradient.sensitivity()
         1.0
     """
-    clipping = make_clipping(max_grad_norm, rescale=rescale_to_unit_norm)
-    if grid is not None:
-        grid = check_grid(grid, clipping, max_grad_norm)
-        check_options(
-            normalize_by=normalize_by,
-            rescale=rescale_to_unit_norm,
-            accumulate_dtype=accumulate_dtype,
-            nan_safe=nan_safe,
-            compile=compile,
-        )
-    if memory_budget is not None and not _validate.number("memory_budget", memory_budget) >= 0:
-        raise ValueError(
-            f"memory_budget must be a non-negative number of bytes, got {memory_budget!r}."
-        )
+    options = Options(
+        has_aux=has_aux,
+        keep_batch_dim=keep_batch_dim,
+        normalize_by=normalize_by,
+        rescale_to_unit_norm=rescale_to_unit_norm,
+        pre_clipping_transform=pre_clipping_transform,
+        microbatch_size=microbatch_size,
+        nan_safe=nan_safe,
+        compile=compile,
+        grid=grid,
+        performance=Performance() if performance is None else performance,
+    )
+    clipper = BatchClipper(options)
+    clipper.arithmetic.check(max_grad_norm)
     if isinstance(batch_argnums, int):
         batch_argnums = (batch_argnums,)
     return ClippedGrad(
-        fn=fn,
-        max_grad_norm=_owned(max_grad_norm),
-        argnums=argnums if isinstance(argnums, int) else tuple(argnums),
-        batch_argnums=None if batch_argnums is None else tuple(batch_argnums),
-        has_aux=has_aux,
-        keep_batch_dim=keep_batch_dim,
-        normalize_by=_validate.positive("normalize_by", normalize_by),
-        rescale_to_unit_norm=rescale_to_unit_norm,
-        pre_clipping_transform=pre_clipping_transform,
-        accumulate_dtype=_validate.accumulate_dtype(accumulate_dtype),
-        microbatch_size=_validate.positive_int_or_none("microbatch_size", microbatch_size),
-        nan_safe=_validate.flag("nan_safe", nan_safe),
-        randomness=_validate.one_of("randomness", randomness, RANDOMNESS),
-        strategy=_validate.one_of("strategy", strategy, STRATEGIES),
-        memory_budget=memory_budget,
-        branches=_validate.one_of("branches", branches, BRANCHES),
-        compile=_compile_mode(compile, branches),
-        grid=grid,
+        fn,
+        _owned(max_grad_norm),
+        argnums if isinstance(argnums, int) else tuple(argnums),
+        None if batch_argnums is None else tuple(batch_argnums),
+        options,
+        clipper,
     )
 
 
 def _owned(max_grad_norm: ClippingStrategy) -> ClippingStrategy:
     """A mapping as it is now, whatever its owner does to it later."""
     return dict(max_grad_norm) if isinstance(max_grad_norm, Mapping) else max_grad_norm
-
-
-def _compile_mode(mode: bool | str, branches: str) -> bool | str:
-    if isinstance(mode, bool) and not mode:
-        return False
-    if branches == "split":
-        raise ValueError(
-            "compile cannot be combined with branches='split': a graph has no branches. Leave one of them out."
-        )
-    return mode if mode is True else _validate.one_of("compile", mode, MODES)

@@ -1,4 +1,4 @@
-"""What one call of a ``ClippedGrad`` returns."""
+"""What a batch gave: clipped sums, and what became of each sample."""
 
 from __future__ import annotations
 
@@ -14,19 +14,32 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of each sample, counted when somebody asks: counting costs several small operations.
+    """What became of each sample. It is counted when somebody asks, since counting costs several small operations.
 
     Attributes:
-        norms: Per-sample norms, ``[B]`` per clipping group.
+        losses: Per-sample losses, ``[B]``.
+        norms: Per-sample gradient norms before clipping, ``[B]`` per clipping group.
         bounds: The clipping norm of each group.
+        groups: Name of each group; None if the whole gradient is clipped at once.
         nonfinite: Boolean ``[B]``: samples that were dropped because their gradient was not finite.
         is_padding: Boolean ``[B]``, or None if no sample is padding.
+        batch_size: Number of samples that are not padding.
     """
 
+    losses: Tensor
     norms: Sequence[Tensor]
     bounds: Sequence[float]
+    groups: Sequence[str] | None
     nonfinite: Tensor
     is_padding: Tensor | None
+    batch_size: int
+
+    @property
+    def grad_norms(self) -> Tensor | Mapping[str, Tensor]:
+        """Per-sample norms ``[B]``, by group if there are groups."""
+        if self.groups is None:
+            return self.norms[0]
+        return dict(zip(self.groups, self.norms, strict=True))
 
     @cached_property
     def num_clipped(self) -> Tensor:
@@ -40,6 +53,12 @@ class Outcome:
         """How many samples were dropped because their gradient was not finite."""
         return self.nonfinite.sum()
 
+    @property
+    def mean_loss(self) -> Tensor:
+        """The mean loss of the samples that are not padding; NaN without any."""
+        losses = self.losses if self.is_padding is None else self.losses[~self.is_padding]
+        return losses.mean()
+
 
 @dataclass(frozen=True)
 class ClippedGradResult:
@@ -50,32 +69,40 @@ class ClippedGradResult:
 
     Attributes:
         grads: The clipped sum, with the structure of the parameters.
-        values: Per-sample losses, ``[B]``.
-        grad_norms: Per-sample gradient norms before clipping, ``[B]``; with several clipping groups a mapping
-            from group to ``[B]``.
         aux: Per-sample auxiliary outputs stacked on a leading axis, or None.
-        batch_size: Number of samples that are not padding.
-        outcome: What became of each sample: what the counts below are taken from.
+        outcome: What became of each sample; the properties below read it.
     """
 
     grads: Any
-    values: Tensor
-    grad_norms: Tensor | Mapping[str, Tensor]
     aux: Any
-    batch_size: int
     outcome: Outcome = field(repr=False)
 
     @property
-    def num_clipped(self) -> Tensor:
-        """How many of them had a norm above the clipping norm (in any group), a scalar tensor.
+    def values(self) -> Tensor:
+        """Per-sample losses, ``[B]``."""
+        return self.outcome.losses
 
-        ``Automatic`` scales the others too. Counted from ``grad_norms`` when it is first asked for.
+    @property
+    def grad_norms(self) -> Tensor | Mapping[str, Tensor]:
+        """Per-sample gradient norms before clipping, ``[B]``; a mapping from group to ``[B]`` if there are groups."""
+        return self.outcome.grad_norms
+
+    @property
+    def batch_size(self) -> int:
+        """Number of samples that are not padding."""
+        return self.outcome.batch_size
+
+    @property
+    def num_clipped(self) -> Tensor:
+        """How many samples had a norm above the clipping norm in any group, a scalar tensor.
+
+        ``Automatic`` scales the others too.
         """
         return self.outcome.num_clipped
 
     @property
     def num_nonfinite(self) -> Tensor:
-        """How many were dropped because their gradient was not finite, a scalar tensor."""
+        """How many samples were dropped because their gradient was not finite, a scalar tensor."""
         return self.outcome.num_nonfinite
 
 
@@ -98,14 +125,8 @@ class Diagnostics:
     num_nonfinite: int
 
 
-def diagnostics_of(result: ClippedGradResult) -> Diagnostics:
-    """The part of a result that may be looked at afterwards."""
-    size = result.batch_size
-    share = float(result.num_clipped) / size if size else math.nan
-    return Diagnostics(result.values, result.grad_norms, size, share, int(result.num_nonfinite))
-
-
-def mean_loss(result: ClippedGradResult, is_padding: Tensor | None) -> Tensor:
-    """The mean loss of the samples that are not padding."""
-    values = result.values
-    return values.mean() if is_padding is None else values[~is_padding].mean()
+def diagnostics_of(outcome: Outcome) -> Diagnostics:
+    """The counts of a batch."""
+    size = outcome.batch_size
+    share = float(outcome.num_clipped) / size if size else math.nan
+    return Diagnostics(outcome.losses, outcome.grad_norms, size, share, int(outcome.num_nonfinite))

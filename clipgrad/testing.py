@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_map
 
 from clipgrad.engine import reference
 from clipgrad.function import clipped_grad
+from clipgrad.options import Performance
 from clipgrad.result import ClippedGradResult
 from clipgrad.rules import registry
 
@@ -151,7 +152,7 @@ class _Trial:
         gradient = clipped_grad(
             self.case.loss,
             max_grad_norm=self.max_grad_norm,
-            strategy=strategy,
+            performance=Performance(strategy=strategy),
             microbatch_size=microbatch,
         )
         batch = self.batch if batch is None else batch

@@ -17,8 +17,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from clipgrad import DPOptimizer, PoissonSampler, SeededNoise, accounting
+from clipgrad import DPOptimizer, SeededNoise, accounting
 from clipgrad.audit import Canaries
+from clipgrad.sampling import PoissonSampler
 
 PULL = 5.0
 ORDINARY = 50  # samples that are no canaries

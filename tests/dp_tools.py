@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from clipgrad import DPOptimizer
+from clipgrad import DPOptimizer, PrivacyPlan
 from tests.oracle import clipped_sum, per_sample_gradients
 
 Loss = Callable[..., Tensor]
@@ -47,6 +47,13 @@ def private(
 ) -> DPOptimizer:
     """A DPOptimizer, by default without noise, around SGD with a learning rate of one."""
     defaults = {"max_grad_norm": 1.0, "noise_multiplier": 0.0, "expected_batch_size": 1}
+    if "relation" in options:
+        names = (*defaults, "relation")
+        said = {name: options.pop(name, defaults.get(name)) for name in names}
+        options["plan"] = PrivacyPlan(
+            num_samples=1000, steps=100, delta=1e-5, declared_sampling="by the test", **said
+        )
+        defaults = {}
     return DPOptimizer(inner or sgd(model), model, loss, **{**defaults, **options})
 
 

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clipgrad import ClippedGradResult
 from clipgrad.engine.reference import Params, clipped_sum, per_sample_gradients_by_loop
+from clipgrad.result import ClippedGradResult
 
 B, INPUTS, HIDDEN = 6, 4, 3
 STRATEGIES = ("auto", "kept", "ghost", "recompute")

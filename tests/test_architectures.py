@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from clipgrad import DPOptimizer, NotPerSampleError
+from clipgrad import DPOptimizer, Performance
+from clipgrad.errors import NotPerSampleError
 from tests.architectures import ARCHITECTURES, REPRESENTATIVES, Architecture
 from tests.dp_tools import picture, trained, values
 from tests.nightly import thinned
@@ -93,7 +94,7 @@ def assert_equals_the_loop(
                 model,
                 architecture,
                 max_grad_norm,
-                strategy=strategy,
+                performance=Performance(strategy=strategy),
                 microbatch_size=microbatch_size,
             )
             mean = optimizer.backward(*batch)
@@ -150,7 +151,9 @@ def test_random_models_draw_for_each_sample(architecture: Architecture) -> None:
     before = picture(model)
     losses = {}
     for randomness in ("different", "same"):
-        optimizer = optimizer_for(model, architecture, randomness=randomness)
+        optimizer = optimizer_for(
+            model, architecture, performance=Performance(randomness=randomness)
+        )
         torch.manual_seed(3)
         optimizer.backward(*alike)
         optimizer.zero_grad()
@@ -166,7 +169,7 @@ def test_random_models_agree_between_strategies(architecture: Architecture) -> N
     model, batch = architecture.build(BATCH_SIZE)
     found = []
     for strategy in ("auto", "ghost", "recompute"):
-        optimizer = optimizer_for(model, architecture, strategy=strategy)
+        optimizer = optimizer_for(model, architecture, performance=Performance(strategy=strategy))
         torch.manual_seed(5)
         optimizer.backward(*batch)
         found.append(optimizer.clipped_sums)

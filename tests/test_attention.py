@@ -14,6 +14,7 @@ from torch.func import functional_call
 from torch.nn.attention.bias import causal_lower_right
 
 import clipgrad
+from clipgrad import Performance
 from clipgrad.rules import Decline
 from clipgrad.rules.attention import multi_head_attention
 from tests import oracle
@@ -248,11 +249,15 @@ def test_dropout_differs_between_samples() -> None:
 
 def test_dropout_obeys_randomness() -> None:
     params, x = {"gain": torch.ones((), dtype=DOUBLE)}, draw(1, HEADS, 8, 4).expand(3, -1, -1, -1)
-    same = clipgrad.clipped_grad(_dropped, max_grad_norm=1.0, has_aux=True, randomness="same")
+    same = clipgrad.clipped_grad(
+        _dropped, max_grad_norm=1.0, has_aux=True, performance=Performance(randomness="same")
+    )
     y = same(params, x).aux
     torch.testing.assert_close(y[0], y[1])
-    never = clipgrad.clipped_grad(_dropped, max_grad_norm=1.0, has_aux=True, randomness="error")
-    with pytest.raises(clipgrad.NotPerSampleError, match="random"):
+    never = clipgrad.clipped_grad(
+        _dropped, max_grad_norm=1.0, has_aux=True, performance=Performance(randomness="error")
+    )
+    with pytest.raises(clipgrad.errors.NotPerSampleError, match="random"):
         never(params, x)
 
 

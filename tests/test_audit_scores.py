@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from clipgrad import DPOptimizer
+from clipgrad import DPOptimizer, SeededNoise
 from clipgrad.audit import StepRecorder, canary_losses
 from tests.audit_tools import Setting, train
 from tests.dp_tools import assert_same, data, mlp, private, sgd, squared, values
@@ -56,7 +56,7 @@ def test_products_are_the_definition(observe: Any, chunk_size: int) -> None:
         inner=sgd(model, lr=0.5),
         noise_multiplier=0.1,
         expected_batch_size=4,
-        generator=generator,
+        noise=SeededNoise(generator),
     )
     recorder = StepRecorder(optimizer, canaries(), observe=observe, chunk_size=chunk_size)
     expected = []
@@ -141,7 +141,7 @@ def test_scores_do_not_change_the_training(name: str, observe: Any) -> None:
         model[2].eval()  # a flag of its own
         generator = torch.Generator().manual_seed(0)
         optimizer = private(
-            model, inner=OPTIMIZERS[name](model), noise_multiplier=0.1, generator=generator
+            model, inner=OPTIMIZERS[name](model), noise_multiplier=0.1, noise=SeededNoise(generator)
         )
         recorder = StepRecorder(optimizer, canaries(), observe=observe) if audited else None
         for number in range(3):

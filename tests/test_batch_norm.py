@@ -164,7 +164,7 @@ def test_the_replaced_model_has_per_sample_gradients() -> None:
 
     gradient = clipgrad.clipped_grad(loss, max_grad_norm=1.0)
     x = torch.randn(4, 3, 6, 6)
-    with pytest.raises(clipgrad.NotPerSampleError, match="BatchNorm"):
+    with pytest.raises(clipgrad.errors.NotPerSampleError, match="BatchNorm"):
         gradient(params, x)
     replace_batch_norm(model)
     assert gradient(params, x).grads.keys() == params.keys()

@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from clipgrad import NotPerSampleError, clipped_grad
+from clipgrad import Performance, clipped_grad
+from clipgrad.errors import NotPerSampleError
 
 Params = dict[str, Tensor]
 Loss = Callable[..., Any]
@@ -89,7 +90,10 @@ def test_equals_a_loop(params: Params, x: Tensor, loss: Loss, microbatch_size: i
     bound = float(by_loop(params, loss, x, 1.0)[1].median())
     sums, norms, values = by_loop(params, loss, x, bound)
     gradient = clipped_grad(
-        loss, max_grad_norm=bound, branches="split", microbatch_size=microbatch_size
+        loss,
+        max_grad_norm=bound,
+        performance=Performance(branches="split"),
+        microbatch_size=microbatch_size,
     )
     result = gradient(params, x)
     torch.testing.assert_close(result.values, values, **TOLERANCE)
@@ -109,7 +113,9 @@ def test_padding_and_aux_keep_their_places(params: Params, x: Tensor) -> None:
         return branch(params, x), {"first": x[0, 0]}
 
     padding = torch.tensor([False, True, False, False, True, False, False])
-    gradient = clipped_grad(loss, max_grad_norm=0.5, has_aux=True, branches="split")
+    gradient = clipped_grad(
+        loss, max_grad_norm=0.5, has_aux=True, performance=Performance(branches="split")
+    )
     result = gradient(params, x, is_padding=padding)
     sums, _, _ = by_loop(params, branch, x[~padding], 0.5)
     torch.testing.assert_close(result.grads["w"], sums["w"], **TOLERANCE)
@@ -120,7 +126,9 @@ def test_padding_and_aux_keep_their_places(params: Params, x: Tensor) -> None:
 def test_a_bad_sample_contributes_nothing(params: Params, x: Tensor) -> None:
     bad = x.clone()
     bad[2] = float("nan")
-    result = clipped_grad(branch, max_grad_norm=0.5, branches="split")(params, bad)
+    result = clipped_grad(branch, max_grad_norm=0.5, performance=Performance(branches="split"))(
+        params, bad
+    )
     sums, _, _ = by_loop(params, branch, torch.cat([x[:2], x[3:]]), 0.5)
     torch.testing.assert_close(result.grads["w"], sums["w"], **TOLERANCE)
     assert int(result.num_nonfinite) == 1
@@ -133,7 +141,7 @@ def test_agreeing_samples_take_one_pass(params: Params, x: Tensor) -> None:
         calls.append(1)
         return branch(params, x.abs())
 
-    clipped_grad(loss, max_grad_norm=1.0, branches="split")(params, x)
+    clipped_grad(loss, max_grad_norm=1.0, performance=Performance(branches="split"))(params, x)
     assert len(calls) == 1
 
 
@@ -163,7 +171,10 @@ def test_a_batch_that_the_loss_writes_to(
     left = x.clone()
     sums, norms, values = by_loop(params, loss, left, 0.5)
     gradient = clipped_grad(
-        loss, max_grad_norm=0.5, branches="split", microbatch_size=microbatch_size
+        loss,
+        max_grad_norm=0.5,
+        performance=Performance(branches="split"),
+        microbatch_size=microbatch_size,
     )
     given = x.clone()
     result = gradient(params, given)
@@ -178,7 +189,10 @@ def test_a_write_to_memory_that_two_arguments_share_is_refused(params: Params, x
     def loss(params: Params, x: Tensor, y: Tensor) -> Tensor:
         return branch(params, x.mul_(2.0)) + y.sum()
 
-    gradient, given = clipped_grad(loss, max_grad_norm=0.5, branches="split"), x.clone()
+    gradient, given = (
+        clipped_grad(loss, max_grad_norm=0.5, performance=Performance(branches="split")),
+        x.clone(),
+    )
     with pytest.raises(NotPerSampleError, match=r"share.*x\.mul\(2\.0\).*clone"):
         gradient(params, given, given)
     assert torch.equal(given, x)
@@ -186,14 +200,16 @@ def test_a_write_to_memory_that_two_arguments_share_is_refused(params: Params, x
 
 
 def test_explain_tells_of_the_first_branch(params: Params, x: Tensor) -> None:
-    table = clipped_grad(branch, max_grad_norm=1.0, branches="split").explain(params, x)
+    table = clipped_grad(
+        branch, max_grad_norm=1.0, performance=Performance(branches="split")
+    ).explain(params, x)
     assert [row.by for row in table.rows] == ["linear", "linear"]
     assert table.microbatch_size < len(x)
 
 
 def test_unknown_choice_is_refused() -> None:
     with pytest.raises(ValueError, match=r"branches must be one of 'refuse', 'split', got 'guess'"):
-        clipped_grad(branch, max_grad_norm=1.0, branches="guess")
+        clipped_grad(branch, max_grad_norm=1.0, performance=Performance(branches="guess"))
 
 
 # ------------------------------------------------------------------------------------- random numbers
@@ -252,7 +268,7 @@ def test_draws_before_the_branch(params: Params, loss: Loss) -> None:
     x = torch.zeros(2, 4, dtype=torch.float64)
     x[0] = 1.0 + 1e-9
     x[1] = -1.0 if loss is not drops_before_it_asks else 0.0
-    gradient = clipped_grad(loss, max_grad_norm=1.0, branches="split")
+    gradient = clipped_grad(loss, max_grad_norm=1.0, performance=Performance(branches="split"))
     torch.manual_seed(0)  # a mask that does not drop all of the first row
     with pytest.raises(
         NotPerSampleError, match=r"branch apart by a value that depends on random numbers"
@@ -269,7 +285,7 @@ def test_a_generator_of_its_own(params: Params, x: Tensor) -> None:
         return linear(params, x).sum() * noise.sum() if x.sum() > 0 else params["w"].sum()
 
     with pytest.raises(NotPerSampleError, match="generator of the loss's own"):
-        clipped_grad(loss, max_grad_norm=1.0, branches="split")(params, x)
+        clipped_grad(loss, max_grad_norm=1.0, performance=Performance(branches="split"))(params, x)
 
 
 def test_draws_before_another_question(params: Params, x: Tensor) -> None:
@@ -280,7 +296,7 @@ def test_draws_before_another_question(params: Params, x: Tensor) -> None:
         return h.sum() * (1.0 if x.sum() > 0 else 3.0) + 0 * params["w"].sum()
 
     assert (x.sum(1) > 0).unique().numel() == 2
-    gradient = clipped_grad(loss, max_grad_norm=1.0, branches="split")
+    gradient = clipped_grad(loss, max_grad_norm=1.0, performance=Performance(branches="split"))
     drawn = torch.stack([gradient(params, x).grad_norms for _ in range(30)])
     assert all(len(norms.unique()) > 2 for norms in drawn.T)
 
@@ -290,5 +306,7 @@ def test_draws_after_the_branch(params: Params, x: Tensor) -> None:
         h = x * 2 if x.sum() > 0 else x.cos()
         return linear(params, torch.nn.functional.dropout(h, 0.5)).square().sum()
 
-    norms = clipped_grad(loss, max_grad_norm=1.0, branches="split")(params, x).grad_norms
+    norms = clipped_grad(loss, max_grad_norm=1.0, performance=Performance(branches="split"))(
+        params, x
+    ).grad_norms
     assert len(norms.unique()) == len(x)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from clipgrad import clipped_grad
+from clipgrad import Performance, clipped_grad
 from clipgrad.engine import reference
 from clipgrad.rules import Call, Outer, PerSample, Recipe, register_rule, unregister_rule
 from clipgrad.rules.registry import Extent
@@ -57,7 +57,9 @@ def assert_exact(
 ) -> None:
     sums, norms = reference.clipped_sum(gradients, 1.0)
     for strategy in STRATEGIES:
-        result = clipped_grad(case.loss, max_grad_norm=1.0, strategy=strategy)(params, *batch)
+        result = clipped_grad(
+            case.loss, max_grad_norm=1.0, performance=Performance(strategy=strategy)
+        )(params, *batch)
         torch.testing.assert_close(result.grad_norms, norms, rtol=1e-9, atol=1e-9)
         torch.testing.assert_close(dict(result.grads), sums, rtol=1e-9, atol=1e-9)
 
@@ -166,7 +168,7 @@ def test_a_rule_that_broadcasts_raises(rule: object, shape: tuple[int, ...], str
     def loss(p: Params, x: Tensor) -> Tensor:
         return double(x, p["w"]).square().sum()
 
-    gradient = clipped_grad(loss, max_grad_norm=1.0, strategy=strategy)
+    gradient = clipped_grad(loss, max_grad_norm=1.0, performance=Performance(strategy=strategy))
     register_rule(double, name="double")(rule)  # type: ignore[type-var]
     try:
         with pytest.raises(RuntimeError, match=r"rule 'double' gave parameter 'w'.*shape.*Decline"):

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 import clipgrad
+from clipgrad import Performance
 from clipgrad.compiled import backend
 from clipgrad.kernels import tensor_cores
 from clipgrad.rules.canonical import Outer, PerSample, row_norms_squared
@@ -148,8 +149,12 @@ def test_groups_in_a_graph(case: RuleCase, monkeypatch: pytest.MonkeyPatch) -> N
     always(methods.by_groups, monkeypatch)
     torch.manual_seed(0)
     params, batch = case.params(), case.batch(3)
-    expected = clipgrad.clipped_grad(case.loss, max_grad_norm=1.0, strategy="ghost")(params, *batch)
-    gradient = clipgrad.clipped_grad(case.loss, max_grad_norm=1.0, strategy="kept", compile=True)
+    expected = clipgrad.clipped_grad(
+        case.loss, max_grad_norm=1.0, performance=Performance(strategy="ghost")
+    )(params, *batch)
+    gradient = clipgrad.clipped_grad(
+        case.loss, max_grad_norm=1.0, performance=Performance(strategy="kept"), compile=True
+    )
     found = gradient(params, *batch)
     torch.testing.assert_close(found.grads, expected.grads)
     torch.testing.assert_close(found.grad_norms, expected.grad_norms)
@@ -207,7 +212,9 @@ def test_parts_are_as_large_as_they_may_be(
         torch.randn(7, 2, 5, 5, dtype=torch.float64),
         torch.randn(3, 2, 3, 3, dtype=torch.float64),
     )
-    gradient = clipgrad.clipped_grad(loss, max_grad_norm=1.0, strategy="kept")
+    gradient = clipgrad.clipped_grad(
+        loss, max_grad_norm=1.0, performance=Performance(strategy="kept")
+    )
     whole = gradient({"w": w}, x)
     assert products == [7]
     products.clear()
@@ -236,8 +243,12 @@ def test_a_graph_holds_the_product_whole(
         torch.randn(4, 2, 5, 5, dtype=torch.float64),
         torch.randn(3, 2, 3, 3, dtype=torch.float64),
     )
-    expected = clipgrad.clipped_grad(loss, max_grad_norm=1.0, strategy="kept")({"w": w}, x)
-    compiled = clipgrad.clipped_grad(loss, max_grad_norm=1.0, strategy="kept", compile=True)
+    expected = clipgrad.clipped_grad(
+        loss, max_grad_norm=1.0, performance=Performance(strategy="kept")
+    )({"w": w}, x)
+    compiled = clipgrad.clipped_grad(
+        loss, max_grad_norm=1.0, performance=Performance(strategy="kept"), compile=True
+    )
     torch.testing.assert_close(compiled({"w": w}, x).grads, expected.grads)
     assert any(node.target is torch.ops.clipgrad.bmm.default for node in modules[0].graph.nodes)
 

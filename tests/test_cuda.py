@@ -11,8 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clipgrad import DPOptimizer, NotPerSampleError, SystemNoise, profile_step
+from clipgrad import (
+    DPOptimizer,
+    Performance,
+    SystemNoise,
+    profile_step,
+)
 from clipgrad.engine import reference
+from clipgrad.errors import NotPerSampleError
 from clipgrad.testing import RuleCase, assert_rule_matches_reference
 from tests.architectures import ARCHITECTURES, Architecture
 from tests.oracle import clipped_sum, per_sample_gradients
@@ -54,7 +60,9 @@ def test_architecture_equals_loop(architecture: Architecture, strategy: str) -> 
     _, norms = clipped_sum(gradients, 1.0)
     bound = float(norms.median())
     expected, norms = clipped_sum(gradients, bound)
-    optimizer = clipping_optimizer(model, architecture.loss, bound, strategy=strategy)
+    optimizer = clipping_optimizer(
+        model, architecture.loss, bound, performance=Performance(strategy=strategy)
+    )
     optimizer.backward(*batch)
     found = optimizer.diagnostics.grad_norms
     assert isinstance(found, Tensor)
@@ -103,7 +111,9 @@ def test_float32_and_autocast(strategy: str, loss: Callable[..., Tensor]) -> Non
     x, y = torch.randn(8, 3, 16, 16, device="cuda"), torch.randint(0, 10, (8,), device="cuda")
     gradients = per_sample_gradients(model, loss, (x, y))
     expected, norms = clipped_sum(gradients, 1.0)
-    optimizer = clipping_optimizer(model, loss, 1.0, strategy=strategy, microbatch_size=3)
+    optimizer = clipping_optimizer(
+        model, loss, 1.0, performance=Performance(strategy=strategy), microbatch_size=3
+    )
     optimizer.backward(x, y)
     slack = 1e-3 if loss is classify else 3e-2  # TF32 is off; bfloat16 has eight bits
     found = optimizer.diagnostics.grad_norms

@@ -15,7 +15,7 @@ import torch
 from scipy.stats import chi2
 from torch import Tensor, nn
 
-from clipgrad import SystemNoise
+from clipgrad import SeededNoise, SystemNoise
 from clipgrad.exact import noise as noise_module
 from clipgrad.exact import sampler
 from clipgrad.exact.noise import DiscreteGaussianNoise
@@ -187,7 +187,9 @@ def test_an_exact_sum_beyond_float32(recorder: Recorder) -> None:
 @pytest.mark.parametrize("multiplier", [0.1, 1.3, 2.7182818])
 @pytest.mark.parametrize("norm", [0.1, 1 / 3, {"0": 0.3, "2": 0.7}])
 def test_the_scale_is_never_too_small(recorder: Recorder, multiplier: float, norm: Any) -> None:
-    optimizer = private(mlp(), max_grad_norm=norm, noise_multiplier=multiplier, grid=GRID)
+    optimizer = private(
+        mlp(), max_grad_norm=norm, noise_multiplier=multiplier, noise=DiscreteGaussianNoise(GRID)
+    )
     optimizer.backward(data())
     optimizer.step()
     norms = norm.values() if isinstance(norm, dict) else [norm]
@@ -246,7 +248,9 @@ def test_state(recorder: Recorder) -> None:
 
 def test_a_step_divides_after_the_noise(recorder: Recorder) -> None:
     model = mlp(dtype=torch.float32)
-    optimizer = private(model, noise_multiplier=1.0, expected_batch_size=3, grid=GRID)
+    optimizer = private(
+        model, noise_multiplier=1.0, expected_batch_size=3, noise=DiscreteGaussianNoise(GRID)
+    )
     x = data(dtype=torch.float32)
     before = values(model)
     optimizer.backward(x[:2])
@@ -271,7 +275,12 @@ def test_accumulation_and_microbatches_change_no_bit(recorder: Recorder) -> None
     for splits, microbatch_size in (((8,), None), ((3, 0, 5), 2), ((1,) * 8, 1)):
         recorder.drawn = 0
         model = mlp(dtype=torch.float32)
-        optimizer = private(model, noise_multiplier=1.0, grid=GRID, microbatch_size=microbatch_size)
+        optimizer = private(
+            model,
+            noise_multiplier=1.0,
+            noise=DiscreteGaussianNoise(GRID),
+            microbatch_size=microbatch_size,
+        )
         for part in data(8, dtype=torch.float32).split(splits):
             optimizer.backward(part)
         optimizer.step()
@@ -281,30 +290,39 @@ def test_accumulation_and_microbatches_change_no_bit(recorder: Recorder) -> None
 
 
 def test_other_noise_is_refused(recorder: Recorder) -> None:
-    for options in (
-        {"noise": SystemNoise()},
-        {"noise": DiscreteGaussianNoise(GRID / 2)},
-        {"generator": torch.Generator()},
+    source = DiscreteGaussianNoise(GRID)
+    optimizer = private(mlp(), noise_multiplier=1.0, noise=source)
+    assert optimizer.noise is source
+    plain = private(mlp(), noise_multiplier=1.0)
+    with pytest.raises(ValueError, match="noise on a grid needs sums on it"):
+        plain.noise = source
+    for other in (
+        SystemNoise(),
+        DiscreteGaussianNoise(GRID / 2),
+        SeededNoise(torch.Generator()),
     ):
         with pytest.raises(ValueError, match="needs noise on the same grid"):
-            private(mlp(), noise_multiplier=1.0, grid=GRID, **options)
-    source = DiscreteGaussianNoise(GRID)
-    assert private(mlp(), noise_multiplier=1.0, grid=GRID, noise=source).noise is source
+            optimizer.noise = other
 
 
 def test_refused_before_the_first_step(recorder: Recorder) -> None:
     with pytest.raises(ValueError, match=r"too coarse.*44 elements"):
-        private(mlp(), noise_multiplier=1.0, grid=0.5)
+        private(mlp(), noise_multiplier=1.0, noise=DiscreteGaussianNoise(0.5))
     with pytest.raises(ValueError, match=r"sigma=0.001 is 66 steps"):
-        private(mlp(), noise_multiplier=0.001, grid=GRID)
-    private(mlp(), noise_multiplier=0.0, grid=GRID)
+        private(mlp(), noise_multiplier=0.001, noise=DiscreteGaussianNoise(GRID))
+    private(mlp(), noise_multiplier=0.0, noise=DiscreteGaussianNoise(GRID))
     with pytest.raises(ValueError, match="expected_batch_size"):
-        private(mlp(), noise_multiplier=1.0, grid=GRID, expected_batch_size=2**26)
+        private(
+            mlp(),
+            noise_multiplier=1.0,
+            noise=DiscreteGaussianNoise(GRID),
+            expected_batch_size=2**26,
+        )
 
 
 def test_a_schedule_restores(recorder: Recorder) -> None:
     model = mlp()
-    optimizer = private(model, noise_multiplier=1.0, grid=GRID)
+    optimizer = private(model, noise_multiplier=1.0, noise=DiscreteGaussianNoise(GRID))
     optimizer.load_state_dict(optimizer.state_dict())
     copied = copy.deepcopy(optimizer)
     assert copied.noise.grid == GRID  # type: ignore[attr-defined]
@@ -313,7 +331,11 @@ def test_a_schedule_restores(recorder: Recorder) -> None:
 def test_the_size_of_the_noise() -> None:
     model = nn.Linear(100, 100, bias=False)
     optimizer = private(
-        model, noise_multiplier=1.5, max_grad_norm=2.0, expected_batch_size=4, grid=2.0**-14
+        model,
+        noise_multiplier=1.5,
+        max_grad_norm=2.0,
+        expected_batch_size=4,
+        noise=DiscreteGaussianNoise(2.0**-14),
     )
     before = model.weight.detach().clone()
     optimizer.backward(torch.zeros(0, 100))
@@ -328,7 +350,7 @@ def test_on_a_gpu() -> None:
     model, x = mlp(dtype=torch.float32).cuda(), data(9, dtype=torch.float32).cuda()
     found = []
     for order in (torch.arange(9), torch.arange(8, -1, -1)):
-        optimizer = private(model, noise_multiplier=1.0, grid=GRID)
+        optimizer = private(model, noise_multiplier=1.0, noise=DiscreteGaussianNoise(GRID))
         optimizer.zero_grad()  # of the one before
         optimizer.backward(x[order])
         found.append(torch.cat([s.flatten() for s in optimizer._pending._sums or []]))

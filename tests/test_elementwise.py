@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 import clipgrad
+from clipgrad import Performance
 from clipgrad.engine import reference
 
 CASES: dict[str, tuple[Callable[..., Tensor], tuple[int, ...]]] = {
@@ -62,7 +63,10 @@ def test_equals_the_definition(
     expected, norms = reference.clipped_sum(each, 3.0)
     for microbatch_size in (1, 3, None):
         result = clipgrad.clipped_grad(
-            loss, max_grad_norm=3.0, strategy=strategy, microbatch_size=microbatch_size
+            loss,
+            max_grad_norm=3.0,
+            performance=Performance(strategy=strategy),
+            microbatch_size=microbatch_size,
         )(params, x, target)
         torch.testing.assert_close(result.values, losses, atol=1e-9, rtol=1e-9)
         torch.testing.assert_close(result.grad_norms, norms, atol=1e-9, rtol=1e-9)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clipgrad import clipped_grad
+from clipgrad import Performance, clipped_grad
 from tests.small_mlp import STRATEGIES, Params, close, definition, draw, median_norm
 
 
@@ -100,7 +100,10 @@ def test_equals_the_loop(case: Case, strategy: str) -> None:
     sums, norms = definition(params, *batch, norm=norm, fn=loss)
     for microbatch_size in (None, 3):
         gradient = clipped_grad(
-            loss, max_grad_norm=norm, strategy=strategy, microbatch_size=microbatch_size
+            loss,
+            max_grad_norm=norm,
+            performance=Performance(strategy=strategy),
+            microbatch_size=microbatch_size,
         )
         result = gradient(params, *batch)
         close(result.grad_norms, norms, rtol=1e-9, atol=1e-9)
@@ -116,6 +119,8 @@ def test_a_parameter_without_elements_where_the_gradient_is_nan(strategy: str) -
         return h.square().sum().sqrt()  # of zero: infinite times zero
 
     params, batch = {"w": draw(2, 0)}, (draw(4, 3, 0),)
-    result = clipped_grad(loss, max_grad_norm=1.0, strategy=strategy)(params, *batch)
+    result = clipped_grad(loss, max_grad_norm=1.0, performance=Performance(strategy=strategy))(
+        params, *batch
+    )
     close(result.grad_norms, torch.zeros(4, dtype=torch.float64))
     assert result.num_nonfinite == 0

@@ -9,7 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clipgrad import Explanation, NotPerSampleError, clipped_grad
+from clipgrad import Performance, clipped_grad
+from clipgrad.errors import NotPerSampleError
+from clipgrad.explain import Explanation
 from tests.dp_tools import assert_same, data, mlp, picture, private, squared, values
 
 COLUMNS = ("parameter", "shape", "uses", "by", "strategy", "memory", "reason")
@@ -119,7 +121,7 @@ def test_scalars_and_large_sizes_are_readable() -> None:
 
 @pytest.mark.parametrize("strategy", ["kept", "ghost", "recompute"])
 def test_a_forced_strategy_shows(strategy: str) -> None:
-    optimizer = private(Model(), loss, strategy=strategy)
+    optimizer = private(Model(), loss, performance=Performance(strategy=strategy))
     rows = {row.parameter: row for row in optimizer.explain(torch.arange(24).view(2, 12)).rows}
     assert rows["table.weight"].strategy == strategy
     assert rows["scale"].strategy == "kept"  # there is no other way
@@ -128,7 +130,9 @@ def test_a_forced_strategy_shows(strategy: str) -> None:
 def test_a_memory_budget_shows() -> None:
     def strategy(budget: float | None) -> str:
         model = nn.Linear(4, 4)
-        optimizer = private(model, lambda m, x: m(x).square().mean(), memory_budget=budget)
+        optimizer = private(
+            model, lambda m, x: m(x).square().mean(), performance=Performance(memory_budget=budget)
+        )
         return optimizer.explain(torch.ones(2, 3, 4)).rows[0].strategy
 
     assert strategy(1e9) == "kept"
@@ -155,7 +159,11 @@ def test_explain_changes_neither_random_numbers_nor_the_batch(branches: str) -> 
     def loss(model: nn.Module, x: Tensor) -> Tensor:
         return squared(model, F.dropout(x.mul_(2.0)))
 
-    optimizer, x, state = private(mlp(), loss, branches=branches), data(), torch.get_rng_state()
+    optimizer, x, state = (
+        private(mlp(), loss, performance=Performance(branches=branches)),
+        data(),
+        torch.get_rng_state(),
+    )
     optimizer.explain(x)
     assert torch.equal(x, data())
     assert torch.equal(torch.get_rng_state(), state)

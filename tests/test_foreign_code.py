@@ -16,8 +16,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.attention.bias import causal_lower_right
 from torch.utils.flop_counter import FlopCounterMode
 
-from clipgrad import CompileError, NotPerSampleError, clipped_grad
+from clipgrad import clipped_grad
 from clipgrad.engine.foreign_code import without_saved_tensors_hooks
+from clipgrad.errors import CompileError, NotPerSampleError
 from tests.dp_tools import data, mlp, private, squared
 from tests.foreign_code import HOSTILE, SAVED, Hostile, Params, plain, quantised
 

@@ -13,9 +13,11 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from clipgrad import Relation, clipped_grad
+from clipgrad import Performance, Relation, clipped_grad
 from clipgrad.engine.reference import clipped_sum, per_sample_gradients_by_loop
-from clipgrad.exact.grid import Grid, alone, exact_sigma, within
+from clipgrad.exact import OnGrid
+from clipgrad.exact.grid import Grid, exact_sigma, within
+from clipgrad.options import Options
 from tests.small_mlp import make_batch, make_params, mlp
 from tests.test_sensitivity import MODELS, Model, collate, rows, tied
 
@@ -214,7 +216,7 @@ def test_a_sample_has_memory_of_its_own() -> None:
     """Laid out and aligned as any other: kernels may round by either."""
     memory = torch.randn(3, 5, 7)
     for batch in (memory, memory.permute(0, 2, 1), memory[..., 1:]):
-        (leaf, constant) = alone([batch[1:2], 3])
+        (leaf, constant) = OnGrid(GRID, Options()).samples([batch[1:2], 3])
         assert isinstance(leaf, Tensor)
         assert (torch.equal(leaf, batch[1:2]), constant) == (True, 3)
         assert leaf.is_contiguous()
@@ -324,7 +326,6 @@ def test_too_fine_and_too_coarse(norm: float) -> None:
     [
         ("normalize_by", 2.0),
         ("rescale_to_unit_norm", True),
-        ("accumulate_dtype", torch.float32),
         ("nan_safe", False),
         ("compile", True),
         ("compile", "reduce-overhead"),
@@ -333,7 +334,19 @@ def test_too_fine_and_too_coarse(norm: float) -> None:
 def test_options_that_cannot_be_exact(option: str, value: Any) -> None:
     with pytest.raises(ValueError, match=f"grid cannot be combined with {option}"):
         clipped_grad(dot, max_grad_norm=1.0, grid=GRID, **{option: value})
-    clipped_grad(dot, max_grad_norm=1.0, grid=GRID, accumulate_dtype=torch.float64)
+
+
+def test_sums_on_a_grid_are_float64() -> None:
+    with pytest.raises(ValueError, match="grid cannot be combined with accumulate_dtype"):
+        clipped_grad(
+            dot,
+            max_grad_norm=1.0,
+            grid=GRID,
+            performance=Performance(accumulate_dtype=torch.float32),
+        )
+    clipped_grad(
+        dot, max_grad_norm=1.0, grid=GRID, performance=Performance(accumulate_dtype=torch.float64)
+    )
 
 
 @pytest.mark.parametrize("norm", [0.0, math.inf, {"a": 1.0, "b": 0.0}])

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 import clipgrad
+from clipgrad import Performance
 from tests import oracle
 from tests.architectures import Architecture
 from tests.hf_models import HF_MODELS
@@ -50,9 +51,9 @@ def test_equals_a_loop_over_samples(name: str, microbatch_size: int | None) -> N
     loss, params = functional(architecture, model)
     options = {"max_grad_norm": MAX_NORM, "microbatch_size": microbatch_size}
     if architecture.may_refuse:  # its own code branches on the padding mask
-        with pytest.raises(clipgrad.NotPerSampleError, match=architecture.may_refuse):
+        with pytest.raises(clipgrad.errors.NotPerSampleError, match=architecture.may_refuse):
             clipgrad.clipped_grad(loss, **options)(params, *batch)
-        options["branches"] = "split"
+        options["performance"] = Performance(branches="split")
     result = clipgrad.clipped_grad(loss, **options)(params, *batch)
     each = oracle.per_sample_gradients(model, architecture.loss, batch)
     sums, norms = oracle.clipped_sum(each, MAX_NORM)

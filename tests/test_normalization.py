@@ -45,7 +45,7 @@ def gradients(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
 def test_batch_norm_in_training_mode_is_refused(layer: nn.Module, shape: tuple[int, ...]) -> None:
     model = nn.Sequential(nn.Flatten(), nn.Linear(int(torch.Size(shape).numel()), 3))
     model = nn.Sequential(layer, *model)
-    with pytest.raises(clipgrad.NotPerSampleError) as caught:
+    with pytest.raises(clipgrad.errors.NotPerSampleError) as caught:
         gradients(model, torch.randn(4, *shape))
     message = str(caught.value)
     assert "BatchNorm in training mode" in message
@@ -56,14 +56,16 @@ def test_batch_norm_in_training_mode_is_refused(layer: nn.Module, shape: tuple[i
 
 def test_batch_norm_without_statistics_is_refused_in_eval_mode_too() -> None:
     model = nn.BatchNorm2d(3, track_running_stats=False).eval()
-    with pytest.raises(clipgrad.NotPerSampleError, match="BatchNorm without running statistics"):
+    with pytest.raises(
+        clipgrad.errors.NotPerSampleError, match="BatchNorm without running statistics"
+    ):
         gradients(model, torch.randn(4, 3, 5, 5))
 
 
 def test_instance_norm_that_writes_statistics_is_refused() -> None:
     model = nn.InstanceNorm2d(3, affine=True, track_running_stats=True)
     before = copy.deepcopy(model.state_dict())
-    with pytest.raises(clipgrad.NotPerSampleError, match=r"InstanceNorm.*buffers.*eval\(\)"):
+    with pytest.raises(clipgrad.errors.NotPerSampleError, match=r"InstanceNorm.*buffers.*eval\(\)"):
         gradients(model, torch.randn(4, 3, 5, 5))
     assert torch.equal(model.running_mean, before["running_mean"])
 
@@ -205,7 +207,9 @@ def test_fallback_never_normalises_over_samples() -> None:
         return (F.layer_norm(x, (4, 1, 3), weight) * params["w"]).sum()
 
     gradient = clipgrad.clipped_grad(loss, max_grad_norm=1.0)
-    with pytest.raises(clipgrad.NotPerSampleError, match=r"reaches past one sample.*\(1, 3\)"):
+    with pytest.raises(
+        clipgrad.errors.NotPerSampleError, match=r"reaches past one sample.*\(1, 3\)"
+    ):
         gradient({"w": torch.randn(3)}, torch.randn(4, 3))
 
 

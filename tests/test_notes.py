@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clipgrad import NotPerSampleError, clipped_grad
+from clipgrad import clipped_grad
+from clipgrad.errors import NotPerSampleError
 from tests.dp_tools import data, mlp, private
 
 Loss = Callable[[Any, Tensor], Any]

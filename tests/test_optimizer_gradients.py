@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from clipgrad import DPOptimizer, UnclippedGradientError
+from clipgrad import DPOptimizer, SeededNoise
+from clipgrad.errors import UnclippedGradientError
 from tests.dp_tools import assert_same, clipped, data, mlp, private, squared, trained, values
 
 Act = Callable[[DPOptimizer, nn.Sequential], object]
@@ -252,7 +253,7 @@ def test_where_zero_grad_stands_does_not_matter(position: str, calls: int) -> No
     def run(first: Act | None, last: Act | None) -> dict[str, Tensor]:
         model = mlp()
         generator = torch.Generator().manual_seed(7)
-        optimizer = private(model, noise_multiplier=0.5, generator=generator)
+        optimizer = private(model, noise_multiplier=0.5, noise=SeededNoise(generator))
         for step in range(3):
             if first:
                 first(optimizer, model)

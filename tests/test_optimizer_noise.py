@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from clipgrad import DPOptimizer, Relation
+from clipgrad import DPOptimizer, Relation, SeededNoise
 from clipgrad.noise import SystemNoise
 from tests.dp_tools import data, mlp, private, squared, values
 
@@ -70,7 +70,7 @@ def test_standard_deviation(name: str, expected_batch_size: float) -> None:
     options = {"noise_multiplier": 1.0, **options}
     generator = torch.Generator().manual_seed(11)
     optimizer = private(
-        wide(), generator=generator, expected_batch_size=expected_batch_size, **options
+        wide(), noise=SeededNoise(generator), expected_batch_size=expected_batch_size, **options
     )
     assert optimizer.sigma == pytest.approx(sigma)
     assert optimizer.sensitivity == pytest.approx(sigma / options["noise_multiplier"])
@@ -90,7 +90,7 @@ def test_system_noise_has_the_right_size_too() -> None:
 
 def test_the_shape_is_gaussian() -> None:
     generator = torch.Generator().manual_seed(5)
-    found = noise_of_a_step(private(wide(), noise_multiplier=1.0, generator=generator))
+    found = noise_of_a_step(private(wide(), noise_multiplier=1.0, noise=SeededNoise(generator)))
     noise = torch.cat([difference.flatten() for difference in found])
     for bound in (0.5, 1.0, 2.0, 3.0):
         share = float((noise.abs() < bound).double().mean())
@@ -116,7 +116,7 @@ def test_one_draw_a_step(backward_calls: int, microbatch_size: int | None) -> No
 
 def test_several_backward_calls_add_no_noise() -> None:
     generator = torch.Generator().manual_seed(3)
-    optimizer = private(wide(), noise_multiplier=1.0, generator=generator)
+    optimizer = private(wide(), noise_multiplier=1.0, noise=SeededNoise(generator))
     assert abs(measured(noise_of_a_step(optimizer, backward_calls=9)) - 1) < SLACK
 
 
@@ -147,7 +147,7 @@ def test_independent_of_the_gradients() -> None:
             for parameter in model.parameters():
                 parameter.copy_(torch.eye(WIDTH))
         generator = torch.Generator().manual_seed(8)
-        optimizer = private(model, noise_multiplier=1.0, generator=generator)
+        optimizer = private(model, noise_multiplier=1.0, noise=SeededNoise(generator))
         optimizer.backward(torch.ones(size, WIDTH, dtype=torch.float64))
         clean = list(optimizer.clipped_sums.values())
         optimizer.step()
@@ -183,8 +183,8 @@ def squared_through(layer: nn.Module, x: Tensor) -> Tensor:
 def test_a_seeded_generator_repeats_and_the_default_does_not() -> None:
     def run(seed: int | None) -> dict[str, Tensor]:
         model = mlp()
-        generator = None if seed is None else torch.Generator().manual_seed(seed)
-        optimizer = private(model, noise_multiplier=1.0, generator=generator)
+        noise = None if seed is None else SeededNoise(torch.Generator().manual_seed(seed))
+        optimizer = private(model, noise_multiplier=1.0, noise=noise)
         for step in range(2):
             optimizer.backward(data(seed=step))
             optimizer.step()
@@ -203,7 +203,7 @@ def test_a_seeded_generator_repeats_and_the_default_does_not() -> None:
 
 def test_the_noise_multiplier_may_change_between_steps() -> None:
     generator = torch.Generator().manual_seed(4)
-    optimizer = private(wide(), noise_multiplier=1.0, generator=generator)
+    optimizer = private(wide(), noise_multiplier=1.0, noise=SeededNoise(generator))
     noise_of_a_step(optimizer)
     optimizer.noise_multiplier = 3.0
     assert abs(measured(noise_of_a_step(optimizer)) / 3 - 1) < SLACK

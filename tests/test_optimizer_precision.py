@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from clipgrad import DPOptimizer
+from clipgrad import DPOptimizer, Performance
 from tests.dp_tools import clipped, data, mlp, private, values
 
 
@@ -46,7 +46,11 @@ def test_half_parameters_have_float32_sums(dtype: torch.dtype) -> None:
 def test_accumulate_dtype() -> None:
     model, noise = mlp(dtype=torch.float32), Recorder()
     optimizer = private(
-        model, noise_multiplier=1.0, noise=noise, accumulate_dtype=torch.float64, microbatch_size=1
+        model,
+        noise_multiplier=1.0,
+        noise=noise,
+        performance=Performance(accumulate_dtype=torch.float64),
+        microbatch_size=1,
     )
     optimizer.backward(data(dtype=torch.float32))
     optimizer.step()
@@ -69,7 +73,7 @@ def test_parameters_of_different_dtypes(fused: bool) -> None:
         model,
         inner=torch.optim.AdamW(model.parameters(), fused=fused),
         noise_multiplier=1.0,
-        accumulate_dtype=None,
+        performance=Performance(accumulate_dtype=None),
     )
     before = values(model)
     optimizer.backward(data())

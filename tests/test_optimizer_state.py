@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from clipgrad import DPOptimizer, UnclippedGradientError
+from clipgrad import DPOptimizer, SeededNoise
+from clipgrad.errors import UnclippedGradientError
 from tests.dp_tools import (
     assert_same,
     clipped,
@@ -31,8 +32,8 @@ def adamw(model: nn.Module) -> torch.optim.AdamW:
 
 def noisy(model: nn.Module, seed: int | None = 7, **options: Any) -> DPOptimizer:
     """AdamW with noise, repeatable unless the seed is None."""
-    generator = None if seed is None else torch.Generator().manual_seed(seed)
-    options = {"inner": adamw(model), "noise_multiplier": 1.0, "generator": generator, **options}
+    noise = None if seed is None else SeededNoise(torch.Generator().manual_seed(seed))
+    options = {"inner": adamw(model), "noise_multiplier": 1.0, "noise": noise, **options}
     return private(model, expected_batch_size=4, **options)
 
 

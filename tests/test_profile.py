@@ -9,12 +9,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from clipgrad import DPOptimizer, NotPerSampleError, StepProfile, _phases, profile_step
+from clipgrad import DPOptimizer, Performance, SeededNoise, _phases, profile_step
 from clipgrad._phases import PHASES
 from clipgrad.clipping import Clipping
 from clipgrad.engine.gradients import Gradients
 from clipgrad.engine.tape import Tracked
+from clipgrad.errors import NotPerSampleError
 from clipgrad.optimizer.pending import Pending
+from clipgrad.profile import StepProfile
 from clipgrad.profile._measure import profile_with
 from tests.clocked import CLOCK, slow
 from tests.dp_tools import assert_same, data, mlp, picture, private, squared, values
@@ -83,7 +85,7 @@ def test_the_clock_is_read_once_a_boundary() -> None:
         ({}, 1),
         ({"microbatch_size": 2}, 3),
         ({"max_grad_norm": {"weight": 1.0, "bias": 0.5}}, 1),
-        ({"strategy": "ghost", "microbatch_size": 3}, 2),
+        ({"performance": Performance(strategy="ghost"), "microbatch_size": 3}, 2),
     ],
 )
 def test_microbatches_and_groups(options: dict[str, Any], forwards: int) -> None:
@@ -100,7 +102,7 @@ def test_samples_that_branch_apart_run_forward_more_often() -> None:
         CLOCK.work(1)
         return squared(model, x if x.sum() > 0 else -x)
 
-    profile = by_clock(private(mlp(), loss, branches="split"), data())
+    profile = by_clock(private(mlp(), loss, performance=Performance(branches="split")), data())
     assert profile.phases["forward"] == profile.clipped > 1
     assert profile.standard == 1
 
@@ -138,7 +140,7 @@ def test_nothing_of_the_caller_changes() -> None:
         dropout_loss,
         inner=torch.optim.AdamW(model.parameters(), lr=0.1),
         noise_multiplier=1.0,
-        generator=generator,
+        noise=SeededNoise(generator),
     )
     torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 0.5)  # wraps the method step
     optimizer.backward(data())

@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from clipgrad import DPOptimizer, StepProfile
+from clipgrad import DPOptimizer
 from clipgrad._phases import PHASES
+from clipgrad.profile import StepProfile
 from clipgrad.profile import __main__ as command
 from tests.dp_tools import data, mlp, private
 

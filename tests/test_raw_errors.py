@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clipgrad import NotPerSampleError, clipped_grad
+from clipgrad import Performance, clipped_grad
 from clipgrad.engine import reference
+from clipgrad.errors import NotPerSampleError
 from clipgrad.testing import Params
 from tests.dp_tools import data, mlp, private, squared
 
@@ -58,10 +59,14 @@ def test_convolutions_of_no_images(kind: str, axes: int, strategy: str) -> None:
         total: Tensor = some + none + p["b"].sum()
         return total
 
-    assert_exact(loss, params, normal(3, 2, *[4] * axes), strategy=strategy)
+    assert_exact(
+        loss, params, normal(3, 2, *[4] * axes), performance=Performance(strategy=strategy)
+    )
     only_none = lambda p, x: convolution(x[:0], p["w"], p["b"]).sum() + p["b"].square().sum()  # noqa: E731
-    assert_exact(only_none, params, normal(3, 2, *[4] * axes), strategy=strategy)
-    empty = clipped_grad(loss, max_grad_norm=1.0, strategy=strategy)(
+    assert_exact(
+        only_none, params, normal(3, 2, *[4] * axes), performance=Performance(strategy=strategy)
+    )
+    empty = clipped_grad(loss, max_grad_norm=1.0, performance=Performance(strategy=strategy))(
         params, normal(0, 2, *[4] * axes)
     )
     assert not any(total.any() for total in empty.grads.values())
@@ -115,12 +120,12 @@ def test_embedding_bags_with_offsets(offsets: list[int], mode: str, branches: st
         bags = F.embedding_bag(ids[0], p["e"], torch.tensor(offsets), mode=mode)
         return (bags.square() * torch.arange(1, 4)).sum()
 
-    assert_exact(loss, {"e": normal(5, 3)}, IDS, branches=branches)
+    assert_exact(loss, {"e": normal(5, 3)}, IDS, performance=Performance(branches=branches))
 
 
 def test_an_empty_batch_before_an_embedding_bag() -> None:
     model = nn.EmbeddingBag(5, 3, mode="sum").double()
-    optimizer = private(model, branches="split")
+    optimizer = private(model, performance=Performance(branches="split"))
     optimizer.backward(IDS[:0])
     optimizer.step()
     optimizer.zero_grad()

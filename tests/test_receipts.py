@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import clipgrad
-from clipgrad import DPOptimizer, PrivacyPlan, UnaccountedBatchError
+from clipgrad import DPOptimizer, PrivacyPlan
+from clipgrad.errors import UnaccountedBatchError
 from tests.dp_tools import mlp, sgd, squared, through_a_file, values
 
 SAMPLES = 60
@@ -32,7 +33,7 @@ def rows(size: int = SAMPLES) -> TensorDataset:
     return TensorDataset(torch.randn(size, 4, dtype=torch.float64))
 
 
-def loader_of(a_plan: PrivacyPlan, **options: Any) -> clipgrad.PrivateLoader:
+def loader_of(a_plan: PrivacyPlan, **options: Any) -> clipgrad.sampling.PrivateLoader:
     return clipgrad.poisson_loader(rows(), plan=a_plan, **options)
 
 
@@ -247,20 +248,21 @@ def test_two_optimizers_on_batches_of_their_own_share_the_budget() -> None:
     (x,) = next(iter(loader_of(a_plan)))
     for optimizer in (one, two):
         optimizer.backward(x)
-        with pytest.raises(clipgrad.PrivacyBudgetError, match="all 8 steps"):
+        with pytest.raises(clipgrad.errors.PrivacyBudgetError, match="all 8 steps"):
             optimizer.step()
         optimizer.zero_grad()
 
 
-def test_another_ledger_for_a_plan_that_is_carried_out_is_refused() -> None:
+def test_a_plan_that_continues_another_ledger_is_another_run() -> None:
     a_plan = plan()
-    optimizer_of(a_plan)
-    model = mlp()
+    optimizer = optimizer_of(a_plan)
     other = clipgrad.accounting.Ledger(accountant="rdp")
-    with pytest.raises(ValueError, match=r"another ledger.*dataclasses\.replace\(plan\)"):
-        DPOptimizer(sgd(model), model, squared, plan=a_plan, ledger=other)
-    again = dataclasses.replace(a_plan)
-    DPOptimizer(sgd(model), model, squared, plan=again, ledger=other)
+    again = a_plan.continuing(other)
+    assert optimizer_of(again).ledger is other
+    assert optimizer.ledger is not other
+    (x,) = next(iter(loader_of(again)))
+    with pytest.raises(UnaccountedBatchError, match="no loader of this plan drew"):
+        optimizer.backward(x)
 
 
 @pytest.mark.parametrize(
@@ -365,7 +367,7 @@ def test_a_batch_that_is_refused_by_the_loss_is_not_spent() -> None:
     (x,) = next(iter(loader_of(a_plan)))
     right = optimizer.loss_fn
     optimizer.loss_fn = lambda model, x: model(x)
-    with pytest.raises(clipgrad.NotPerSampleError):
+    with pytest.raises(clipgrad.errors.NotPerSampleError):
         optimizer.backward(x)
     optimizer.loss_fn = right
     step(optimizer, x)
@@ -387,8 +389,8 @@ def test_a_tensor_that_is_in_several_batches_tells_nothing() -> None:
         return squared(model, x)
 
     optimizer = DPOptimizer(sgd(model), model, loss, plan=a_plan)
-    loader = clipgrad.PrivateLoader(
-        rows(), clipgrad.PoissonSampler(SAMPLES, sample_rate=0.5, steps=8, whole_run=True),
+    loader = clipgrad.sampling.PrivateLoader(
+        rows(), clipgrad.sampling.PoissonSampler(SAMPLES, sample_rate=0.5, steps=8, whole_run=True),
         collate_fn=collate, receipts=a_plan.run.receipts,
     )  # fmt: skip
     batches = list(loader)
@@ -480,10 +482,10 @@ def test_a_shuffled_loader_that_starts_again_begins_another_pass() -> None:
 
 
 def test_the_passes_of_two_shuffled_plans_do_not_continue_one_another() -> None:
-    one, two = shuffled(steps=2), shuffled(steps=3)
-    model = mlp()
+    one = shuffled(steps=2)
     first = optimizer_of(one)
-    second = DPOptimizer(sgd(model), model, squared, plan=two, ledger=first.ledger)
+    two = shuffled(steps=3).continuing(first.ledger)
+    second = optimizer_of(two)
     for a_plan, optimizer in ((one, first), (two, second)):
         for (x,) in clipgrad.shuffled_loader(rows(), plan=a_plan):
             step(optimizer, x)
@@ -500,7 +502,7 @@ def test_a_schedule_is_one_optimizers() -> None:
     batches = iter(loader_of(a_plan))
     step(one, next(batches)[0])
     two.backward(next(batches)[0])
-    with pytest.raises(clipgrad.PrivacyBudgetError, match="noise is a function of the step"):
+    with pytest.raises(clipgrad.errors.PrivacyBudgetError, match="noise is a function of the step"):
         two.step()
 
 
@@ -522,7 +524,12 @@ def test_a_state_of_another_run_does_not_reset_the_count() -> None:
     optimizer = optimizer_of(a_plan)
     other_plan = dataclasses.replace(a_plan)
     model = mlp()
-    other = DPOptimizer(sgd(model), model, squared, plan=other_plan, ledger=optimizer.ledger)
+    other = DPOptimizer(
+        sgd(model),
+        model,
+        squared,
+        plan=other_plan.continuing(optimizer.ledger),
+    )
     for (x,) in loader_of(a_plan):
         step(optimizer, x)
     with pytest.raises(ValueError, match="of another run, but 2 steps of this plan were taken"):

@@ -14,6 +14,7 @@ from torch.nn.utils.parametrizations import weight_norm
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import clipgrad
+from clipgrad import Performance
 from tests import oracle
 from tests.rule_cases.recurrent import DOUBLE, draw, flat_weights, flatten, score, zeros
 
@@ -179,7 +180,7 @@ def test_learned_initial_state(strategy: str) -> None:
         Learned(),
         batch,
         lambda m, x: score(*flatten(m(x))),
-        strategy=strategy,
+        performance=Performance(strategy=strategy),
         microbatch_size=2,
     )
 
@@ -203,7 +204,7 @@ def test_original_in_the_flat_list_is_recorded_under_its_name() -> None:
 def dropped(randomness: str, x: Tensor) -> tuple[Tensor, Tensor]:
     torch.manual_seed(1)
     model = nn.GRU(2, 8, num_layers=2, batch_first=True, dropout=0.5, dtype=DOUBLE)
-    output, last = outputs_of(model, (x,), randomness=randomness)
+    output, last = outputs_of(model, (x,), performance=Performance(randomness=randomness))
     return output, last
 
 
@@ -219,7 +220,7 @@ def test_dropout_may_be_the_same() -> None:
 
 
 def test_dropout_may_be_forbidden() -> None:
-    with pytest.raises(clipgrad.NotPerSampleError, match=r'randomness="error"'):
+    with pytest.raises(clipgrad.errors.NotPerSampleError, match=r'randomness="error"'):
         dropped("error", draw(SIZE, STEPS, 2))
 
 
@@ -255,7 +256,9 @@ def test_packed_sequences_are_refused(kind: type[nn.RNNBase]) -> None:
         return score(functional_call(model, params, (data,))[0].data)
 
     for loss in (packs, packed):
-        with pytest.raises(clipgrad.NotPerSampleError, match=r"packed sequence.* Pad instead"):
+        with pytest.raises(
+            clipgrad.errors.NotPerSampleError, match=r"packed sequence.* Pad instead"
+        ):
             clipgrad.clipped_grad(loss, max_grad_norm=1.0)(
                 parameters(model), draw(SIZE, STEPS, 2), torch.arange(1, SIZE + 1)
             )
@@ -274,7 +277,7 @@ def test_weight_from_outside_is_refused_unless_it_is_a_constant() -> None:
         return score(*target, params["w_ih0>"])
 
     gradient = clipgrad.clipped_grad(loss, max_grad_norm=1.0, batch_argnums=1)
-    with pytest.raises(clipgrad.EscapedParameterError, match=r"w_hh, shape \(12, 4\)"):
+    with pytest.raises(clipgrad.errors.EscapedParameterError, match=r"w_hh, shape \(12, 4\)"):
         gradient(params, x, False)
     assert not gradient(params, x, True).grads["w_hh0>"].any()
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 import clipgrad
+from clipgrad import Performance
 from clipgrad.rules.recurrent import cudnn as cudnn_module
 from tests.rule_cases.recurrent import DOUBLE, draw, flatten, score
 
@@ -19,7 +20,9 @@ pytestmark = [
 ]
 
 
-def clipped(model: nn.Module, x: Tensor, device: str, **options: Any) -> clipgrad.ClippedGradResult:
+def clipped(
+    model: nn.Module, x: Tensor, device: str, **options: Any
+) -> clipgrad.result.ClippedGradResult:
     model, x = model.to(device), x.to(device)
 
     def loss(params: dict[str, Tensor], x: Tensor) -> Tensor:
@@ -57,7 +60,9 @@ def test_cuda_equals_cpu(
     assert not taken
     with torch.backends.cudnn.flags(enabled=cudnn, allow_tf32=False):
         for strategy in ("kept", "ghost"):
-            result = clipped(model, x, "cuda", strategy=strategy, microbatch_size=3)
+            result = clipped(
+                model, x, "cuda", performance=Performance(strategy=strategy), microbatch_size=3
+            )
             torch.testing.assert_close(result.grad_norms.cpu(), expected.grad_norms)
             for name, total in result.grads.items():
                 torch.testing.assert_close(total.cpu(), expected.grads[name], rtol=1e-9, atol=1e-10)

@@ -15,7 +15,8 @@ from torch.nn.utils import parametrizations
 from torch.nn.utils.parametrize import cached
 from torch.utils.checkpoint import checkpoint
 
-from clipgrad import EscapedParameterError, NotPerSampleError, clipped_grad
+from clipgrad import Performance, clipped_grad
+from clipgrad.errors import EscapedParameterError, NotPerSampleError
 from tests.dp_tools import clipped, data, mlp, picture, private, squared, values
 
 pytestmark = [
@@ -243,7 +244,9 @@ def test_zeros_of_each_sample_may_be_written_to(zeros: Callable[[Tensor], Tensor
 
 
 def test_randomness_error() -> None:
-    optimizer = private(mlp(), lambda m, x: squared(m, F.dropout(x)), randomness="error")
+    optimizer = private(
+        mlp(), lambda m, x: squared(m, F.dropout(x)), performance=Performance(randomness="error")
+    )
     with pytest.raises(NotPerSampleError, match=r'loss is random.*randomness="different"'):
         optimizer.backward(data())
 

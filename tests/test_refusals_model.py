@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from clipgrad import DPOptimizer, NotPerSampleError, clipped_grad
+from clipgrad import DPOptimizer, clipped_grad
+from clipgrad.errors import NotPerSampleError
 from tests.dp_tools import data, mlp, picture, private, squared
 
 

@@ -17,13 +17,14 @@ from torch import Tensor
 from clipgrad import (
     AdaptiveQuantile,
     Automatic,
-    ClippedGrad,
-    ClippedGradResult,
+    Performance,
     PerLayer,
     Relation,
     clipped_grad,
 )
 from clipgrad.clipping import Progress
+from clipgrad.function import ClippedGrad
+from clipgrad.result import ClippedGradResult
 from tests.nightly import every
 
 Params = dict[str, Tensor]
@@ -128,7 +129,9 @@ rows = st.tuples(st.sampled_from(sorted(KINDS)), st.integers(0, 3))
 ways: dict[str, st.SearchStrategy[Any]] = {
     "normalize_by": st.sampled_from([1.0, 7.0]),
     "microbatch_size": st.sampled_from([None, 1, 2]),
-    "strategy": st.sampled_from(["auto", "kept", "ghost", "recompute"]),
+    "performance": st.builds(
+        Performance, strategy=st.sampled_from(["auto", "kept", "ghost", "recompute"])
+    ),
 }
 clippings: st.SearchStrategy[dict[str, Any]] = st.fixed_dictionaries(
     {
@@ -293,7 +296,9 @@ def test_cancelling_positions(size: float, gap: float, strategy: str) -> None:
     )
     params = {"w": torch.randn(64, 64, generator=generator)}
     gradient = clipped_grad(
-        lambda p, x: F.linear(x, p["w"]).diff(dim=1).sum(), max_grad_norm=1.0, strategy=strategy
+        lambda p, x: F.linear(x, p["w"]).diff(dim=1).sum(),
+        max_grad_norm=1.0,
+        performance=Performance(strategy=strategy),
     )
     for i in range(len(x)):
         assert gradient(params, x[i : i + 1]).grads["w"].norm() <= 1 + 1e-2
@@ -304,7 +309,9 @@ def test_vanishing_squares(strategy: str) -> None:
     """Inputs whose squares are zero in float32, and output gradients that make up for it."""
     x, y = torch.full((1, 10_000), 2e-23), torch.full((1, 4), 5e18)
     gradient = clipped_grad(
-        lambda p, x, y: (F.linear(x, p["w"]) * y).sum(), max_grad_norm=1e-3, strategy=strategy
+        lambda p, x, y: (F.linear(x, p["w"]) * y).sum(),
+        max_grad_norm=1e-3,
+        performance=Performance(strategy=strategy),
     )
     total = gradient({"w": torch.ones(4, 10_000)}, x, y).grads["w"]
     assert total.double().norm() <= 1e-3 * (1 + 1e-3)

@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from clipgrad import NotPerSampleError
+from clipgrad.errors import NotPerSampleError
 from tests.architectures import ARCHITECTURES, REPRESENTATIVES, Architecture
 from tests.nightly import chosen, every, pairs
 from tests.test_architectures import EXACT, optimizer_for

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clipgrad import AdaptiveQuantile, Automatic, PerLayer, clipped_grad
+from clipgrad import AdaptiveQuantile, Automatic, Performance, PerLayer, clipped_grad
 from clipgrad.clipping._underflow import smallest_norm
 from tests.dp_tools import data, mlp, private
 
@@ -103,7 +103,9 @@ def test_no_sample_exceeds_the_norm(
             for norm in (smallest, 1.0, 1e6):
                 with flushing(flush):
                     params, x, y = drawn(shapes, dtype, power, tilt)
-                    gradient = clipped_grad(loss, max_grad_norm=norm, strategy=strategy)
+                    gradient = clipped_grad(
+                        loss, max_grad_norm=norm, performance=Performance(strategy=strategy)
+                    )
                     if tilt == 0:
                         largest = float(
                             contributions(gradient, params, x[:3], y[:3]).norm(dim=1).max()
@@ -194,7 +196,9 @@ def test_a_norm_that_becomes_too_small(strategy: Any) -> None:
 def test_norms_that_overflow_contribute_nothing(strategy: str) -> None:
     for power in (19, 22, 30, 37):
         params, x, y = drawn(LOSSES["dense"][1], torch.float32, power, 0)
-        result = clipped_grad(dense, max_grad_norm=1e6, strategy=strategy)(params, x, y)
+        result = clipped_grad(dense, max_grad_norm=1e6, performance=Performance(strategy=strategy))(
+            params, x, y
+        )
         kept = 2 * SAMPLES - int(result.num_nonfinite)
         assert float(flat(result.grads).norm()) <= kept * 1e6 * EXCESS
         assert power == 19 or kept == 0
@@ -218,6 +222,8 @@ def test_long_vectors_of_numbers_whose_squares_vanish(
 
     norm = 1e-4
     with flushing(True):
-        gradient = clipped_grad(loss, max_grad_norm=norm, strategy=strategy)
+        gradient = clipped_grad(
+            loss, max_grad_norm=norm, performance=Performance(strategy=strategy)
+        )
         each = contributions(gradient, params, x, y)
     assert float(each.norm(dim=1).max()) <= norm * EXCESS

@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from clipgrad import EscapedParameterError, NotPerSampleError, clipped_grad
+from clipgrad import Performance, clipped_grad
 from clipgrad.engine.reference import Params
+from clipgrad.errors import EscapedParameterError, NotPerSampleError
 from tests.small_mlp import STRATEGIES, B, close, definition, draw
 
 Loss = Callable[[Params, Tensor], Any]
@@ -151,7 +152,9 @@ def test_random_loss_that_must_not_be(params: Params, x: Tensor) -> None:
     with pytest.raises(
         NotPerSampleError, match='the loss is random, and randomness="error" forbids'
     ):
-        clipped_grad(loss, max_grad_norm=1.0, randomness="error")(params, x)
+        clipped_grad(loss, max_grad_norm=1.0, performance=Performance(randomness="error"))(
+            params, x
+        )
 
 
 @pytest.mark.parametrize(
@@ -245,7 +248,9 @@ def test_custom_function_of_a_parameter(params: Params, x: Tensor, strategy: str
     def loss(p: Params, x: Tensor) -> Tensor:
         return (Square.apply(x, p["b"]) + Square.apply(x, p["w"]) + linear(p, x)).square().sum()
 
-    result = clipped_grad(loss, max_grad_norm=1.0, strategy=strategy)(params, x)
+    result = clipped_grad(loss, max_grad_norm=1.0, performance=Performance(strategy=strategy))(
+        params, x
+    )
     close(result.grads, definition(params, x, norm=1.0, fn=loss)[0])
 
 

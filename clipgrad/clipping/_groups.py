@@ -95,7 +95,7 @@ def make_clipping(
     names: Sequence[str] | None = None,
     sizes: Sequence[int] | None = None,
     *,
-    rescale: bool,
+    rescale: bool = False,
 ) -> Clipping:
     """Resolve ``max_grad_norm`` against the parameter names.
 

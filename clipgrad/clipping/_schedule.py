@@ -21,7 +21,7 @@ from clipgrad.clipping._strategies import (
     is_grouped,
     with_norms,
 )
-from clipgrad.result import ClippedGradResult
+from clipgrad.result import Outcome
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,18 +89,17 @@ class Progress:
             return self.noise_multiplier, 0.0
         return quantile.noise(self.noise_multiplier, relation, expected_batch_size)
 
-    def observed(self, result: ClippedGradResult) -> list[Tensor]:
+    def observed(self, outcome: Outcome) -> list[Tensor]:
         """What the next norm depends on, a sum over samples that needs noise like the gradients; often nothing.
 
         For ``AdaptiveQuantile`` the scalar ``sum_i (b_i - 1/2)`` over all samples but padding.
         """
         if self.norm is None:
             return []
-        norms = result.grad_norms
-        assert isinstance(norms, Tensor), "one norm for the whole gradient"
-        above = result.num_clipped + result.num_nonfinite
+        (norms,) = outcome.norms
+        above = outcome.num_clipped + outcome.num_nonfinite
         # The norms' dtype is at least float32, in which counts are exact up to 2^24.
-        return [result.batch_size / 2 - above.to(norms.dtype)]
+        return [outcome.batch_size / 2 - above.to(norms.dtype)]
 
     def advanced(self, observed: Sequence[Tensor], expected_batch_size: float) -> Progress:
         """The next step.

@@ -20,10 +20,9 @@
 
 from __future__ import annotations
 
-from clipgrad.compiled.backend import MODES
 from clipgrad.compiled.observe import observed
 from clipgrad.compiled.runner import MicrobatchRunner
 from clipgrad.compiled.shape import fixed_size
 from clipgrad.compiled.step import Compiler
 
-__all__ = ["MODES", "Compiler", "MicrobatchRunner", "fixed_size", "observed"]
+__all__ = ["Compiler", "MicrobatchRunner", "fixed_size", "observed"]

@@ -9,8 +9,6 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
-
 Run = Callable[..., Sequence[Tensor]]
 
 
@@ -28,7 +26,7 @@ def compile_graph(module: GraphModule, mode: str) -> Run:
 
     Args:
         module: A graph of plain operations.
-        mode: One of ``MODES``.
+        mode: One of ``COMPILE_MODES``.
     """
     options: dict[str, Any] = dict(torch._inductor.list_mode_options(mode))
     options["fallback_random"] = True

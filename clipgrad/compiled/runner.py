@@ -57,7 +57,9 @@ class MicrobatchRunner:
         started = ahead is entry
         generators = None if started or entry.trusted(flat) else Generators(self._device)
         piece = entry.call(flat, started=started)
-        dropping = entry.graph.asks and (settings.nan_safe or mask is not None or count < size)
+        dropping = entry.graph.asks and (
+            settings.options.nan_safe or mask is not None or count < size
+        )
         if (dropping or generators is not None) and not bool(piece.all_finite):
             # Rare: a sample has to be taken out of the factors themselves, which this graph does not do; and a batch
             # with one proves little.
@@ -98,5 +100,5 @@ def _first(piece: MicrobatchResult, count: int) -> MicrobatchResult:
         tree_map(lambda leaf: leaf[:count], piece.aux),
         piece.nonfinite[:count],
         piece.all_finite,
-        piece.lent,
+        piece.aliases_graph,
     )

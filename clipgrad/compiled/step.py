@@ -80,7 +80,7 @@ class Entry:
         return True
 
     def call(self, flat: Sequence[Tensor], *, started: bool = False) -> MicrobatchResult:
-        """Run the compiled step on its arguments; what a recording computed of sums is lent, not copied."""
+        """Run the compiled step on its arguments; sums alias a recorded graph's memory."""
         layout, replay = self.graph.layout, self.replay
         with ExitStack() as stack:
             stack.enter_context(torch.no_grad())
@@ -92,7 +92,7 @@ class Entry:
                 results = self.run(*flat)
             else:
                 results = replay.results(layout.sums) if started else replay(flat, layout.sums)
-        return layout.restore(results, lent=replay is not None and replay.lends)
+        return layout.restore(results, aliases_graph=replay is not None and replay.lends)
 
 
 class Compiler:

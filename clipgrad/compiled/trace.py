@@ -64,8 +64,8 @@ class Layout:
         ]  # fmt: skip
         return cls(len(piece.sums), len(piece.norms), structure), flat
 
-    def restore(self, flat: Sequence[Tensor], *, lent: bool) -> MicrobatchResult:
-        """The inverse of ``flatten``; of sums that are lent, if they are."""
+    def restore(self, flat: Sequence[Tensor], *, aliases_graph: bool) -> MicrobatchResult:
+        """The inverse of ``flatten``; ``sums`` may alias a recorded graph's memory."""
         after = self.sums + 1 + self.norms
         return MicrobatchResult(
             list(flat[: self.sums]),
@@ -74,7 +74,7 @@ class Layout:
             tree_unflatten(list(flat[after + 2 :]), self.aux),
             flat[after],
             flat[after + 1],
-            lent,
+            aliases_graph,
         )
 
 

@@ -115,7 +115,7 @@ _ADVICE = (
     _Advice(
         _NO_RULE,
         "the loss calls an operation that PyTorch's vmap cannot batch; the error below names it. Write it with "
-        "elementary operations, or teach it to clipgrad with clipgrad.register_decomposition.",
+        "elementary operations, or teach it to clipgrad with clipgrad.rules.register_decomposition.",
     ),
     _Advice(
         (

@@ -16,8 +16,6 @@ from torch import Tensor
 
 from clipgrad._functorch import Decline, below_vmap, physical
 
-BRANCHES = ("refuse", "split")
-
 # What each way of reading a value makes of it; ``tolist`` and NumPy conversions stay refused.
 _READS: MappingProxyType[Callable[..., Any], Callable[[Any], Any]] = MappingProxyType(
     {

@@ -11,34 +11,48 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from clipgrad._phases import phase
+from clipgrad.arithmetic import SumRows
 from clipgrad.clipping import Clipping
 from clipgrad.engine.copies import copies
 from clipgrad.engine.gradients import Gradients, Transformed
 from clipgrad.engine.tape import Strategy
-from clipgrad.exact.grid import Grid
+from clipgrad.options import Options
+from clipgrad.ranks import Ranks
 
 PreClipping = Callable[[list[Tensor]], list[Tensor]]
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What a microbatch needs to know of the transform's configuration."""
+    """What a microbatch needs to know: the user's options, resolved against the parameters at hand.
 
+    Attributes:
+        options: Of the user.
+        clipping: Groups of parameters and their norms.
+        dtypes: Of each parameter's sum.
+        ranks: The processes that hold the parameters.
+        pre_clipping: The user's transform of per-sample gradients, on leaves.
+        sum_rows: Clips and sums per-sample gradients in the place of the rules; None if the rules do it.
+        deferred: Leave the question whether every norm is finite to the caller: a traced graph cannot ask it.
+        selects: Take dropped samples out of the activations whether there is one or not: then nobody has to ask.
+    """
+
+    options: Options
     clipping: Clipping
     dtypes: tuple[torch.dtype, ...]
-    randomness: str
-    keep_batch_dim: bool
-    has_aux: bool
-    nan_safe: bool
-    strategy: Strategy | None
-    memory_budget: float | None
-    pre_clipping: PreClipping | None
-    branches: str = "refuse"
-    grid: Grid | None = None
+    ranks: Ranks
+    pre_clipping: PreClipping | None = None
+    sum_rows: SumRows | None = None
     deferred: bool = False
-    """Leave the question whether every norm is finite to the caller: a traced graph cannot ask it."""
     selects: bool = False
-    """Take the samples that are dropped out of the factors whether there is one or not: then nobody has to ask."""
+
+    @property
+    def strategy(self) -> Strategy | None:
+        """The way to find norms that is forced on every parameter; None if each has its own."""
+        if self.pre_clipping is not None or self.sum_rows is not None:
+            return Strategy.KEPT
+        asked = self.options.performance.strategy
+        return None if asked == "auto" else Strategy(asked)
 
 
 @dataclass(frozen=True)
@@ -53,7 +67,7 @@ class MicrobatchResult:
         nonfinite: Boolean ``[B]``: samples dropped because their gradient was not finite.
         all_finite: Boolean scalar, if the question was left to the caller. Where it is False and samples were not
             taken out in any case, ``sums`` are worthless, and the microbatch has to be run again by somebody who asks.
-        lent: Whether ``sums`` lie in memory that the next microbatch overwrites.
+        aliases_graph: Whether ``sums`` alias the memory of a CUDA graph, which the next microbatch overwrites.
     """
 
     sums: list[Tensor]
@@ -62,7 +76,7 @@ class MicrobatchResult:
     aux: Any
     nonfinite: Tensor
     all_finite: Tensor | None = None
-    lent: bool = False
+    aliases_graph: bool = False
 
 
 def clip(
@@ -74,36 +88,34 @@ def clip(
     settings: Settings,
 ) -> MicrobatchResult:
     """Norms, factors and clipped sums of one microbatch whose backward pass has run."""
-    clipping = settings.clipping
-    indices = range(len(params))
-    if settings.grid is not None:
+    clipping, nan_safe = settings.clipping, settings.options.nan_safe
+    if settings.pre_clipping is not None or settings.sum_rows is not None:
         assert isinstance(gradients, Gradients)
-        rows = [gradients.per_sample(index) for index in indices]
+        rows = [gradients.per_sample(index) for index in range(len(params))]
         if settings.pre_clipping is not None:
             rows = settings.pre_clipping(rows)
-        exact, before, dropped = settings.grid.clip(rows, is_padding)
-        return MicrobatchResult(exact, values, before, aux, dropped)
-    if settings.pre_clipping is not None:
-        assert isinstance(gradients, Gradients)
-        gradients = Transformed(
-            settings.pre_clipping([gradients.per_sample(index) for index in indices])
-        )
+        if settings.sum_rows is not None:
+            exact, before, dropped = settings.sum_rows(rows, is_padding)
+            return MicrobatchResult(exact, values, before, aux, dropped)
+        gradients = Transformed(rows)
     norms = [
-        _or_zero(gradients.squared_norms(clipping.members(group)), values).sqrt()
+        settings.ranks.squared_norms(
+            _or_zero(gradients.squared_norms(clipping.members(group)), values)
+        ).sqrt()
         for group in range(len(clipping.groups))
     ]
     finite = torch.stack(norms).isfinite().all(0)
     keep = finite if is_padding is None else finite & ~is_padding
     factors = [clipping.factors(norm, group) for group, norm in enumerate(norms)]
-    if settings.nan_safe or is_padding is not None:
-        keep = keep if settings.nan_safe else ~is_padding  # type: ignore[operator]
+    dropping = nan_safe or is_padding is not None
+    if dropping:
+        keep = keep if nan_safe else ~is_padding  # type: ignore[operator]
         factors = [torch.where(keep, factor, 0.0) for factor in factors]
         if settings.selects:
             gradients.select(keep)
     with phase("contraction"):
         sums = _weighted_sums(gradients, params, factors, settings)
     # Asked only now: on a GPU the answer takes as long as all that is queued, and the sums are queued already.
-    dropping = settings.nan_safe or is_padding is not None
     if dropping and not settings.deferred and not bool(finite.all()):
         # A zero factor does not silence an inf; such samples are taken out of the factors themselves.
         gradients.select(keep)
@@ -137,7 +149,7 @@ def accumulate(sums: list[Tensor] | None, piece: MicrobatchResult) -> list[Tenso
     """Add the sums of a further piece in place; None starts with them."""
     if sums is None:
         # A sum may alias a tensor that the microbatch owns; nothing else holds one, so it is ours to write to.
-        more = copies(piece.sums) if piece.lent else piece.sums
+        more = copies(piece.sums) if piece.aliases_graph else piece.sums
         return [total.contiguous() for total in more]
     torch._foreach_add_(sums, piece.sums)
     return sums

@@ -51,12 +51,12 @@ def refuse(function: Callable[..., Any], args: Sequence[Any]) -> NotPerSampleErr
     if function is FUNCTION_CALL:
         return NotPerSampleError(
             f"the loss calls {args[0].__name__}, an autograd.Function with a vmap method of its own. {_MIXES} Set "
-            "generate_vmap_rule = True in its place, or register a rule with clipgrad.register_rule for a function "
-            "that calls it."
+            "generate_vmap_rule = True in its place, or register a rule for a function that calls it, with "
+            "clipgrad.rules.register_rule."
         )
     return NotPerSampleError(
         f"the loss calls {function}, an operation with a vmap rule of its own (torch.library.register_vmap). {_MIXES} "
-        "Leave the vmap rule out, or register a rule for the operation with clipgrad.register_rule."
+        "Leave the vmap rule out, or register a rule for the operation with clipgrad.rules.register_rule."
     )
 
 

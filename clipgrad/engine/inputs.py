@@ -7,7 +7,13 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
-from torch.utils._pytree import keystr, tree_flatten, tree_flatten_with_path, tree_unflatten
+from torch.utils._pytree import (
+    MappingKey,
+    keystr,
+    tree_flatten,
+    tree_flatten_with_path,
+    tree_unflatten,
+)
 
 from clipgrad import _validate
 from clipgrad.engine.advice import note_arguments
@@ -28,6 +34,9 @@ def copied(batch: Sequence[Any]) -> list[Any]:
     return [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in batch]
 
 
+Restore = Callable[[Sequence[Any]], Any]
+
+
 class _Flat(NamedTuple):
     """A pytree taken apart.
 
@@ -40,7 +49,7 @@ class _Flat(NamedTuple):
 
     leaves: list[Any]
     structure: Any
-    restore: Callable[[Sequence[Any]], Any]
+    restore: Restore
     paths: Callable[[], list[tuple[Any, ...]]]
 
 
@@ -76,104 +85,161 @@ def _paths(tree: Any) -> list[tuple[Any, ...]]:
 
 @dataclass(frozen=True)
 class Inputs:
-    """The arguments of one call, flattened."""
+    """The arguments of one call as lists of leaves, which is the form that everything below works on.
+
+    Attributes:
+        names: Of the parameters.
+        params: The parameters.
+        batch: Leaves of the batch: tensors with a leading batch axis, and constants.
+        batch_size: Samples in it.
+        loss: From the parameters' leaves and one sample's leaves to what the user's function returns.
+        fn: The user's function.
+        others: Tensors among the arguments that are neither parameters nor batch.
+        constants: Everything among the batch and the further arguments that is no tensor.
+        structure: How parameters, batch and further arguments are nested.
+        batch_paths: Where each leaf of the batch stands in it, for a message.
+    """
 
     names: list[str]
     params: list[Tensor]
     batch: list[Any]
     batch_size: int
     loss: Callable[[Sequence[Tensor], Sequence[Any]], Any]
-    restore: Callable[[Sequence[Tensor]], Any]
     fn: Callable[..., Any]
     others: list[Tensor]
-    """Tensors among the arguments that are neither parameters nor batch."""
     constants: list[Any]
-    """Everything among the batch and the further arguments that is no tensor."""
     structure: tuple[Any, ...]
-    """How parameters, batch and further arguments are nested."""
     batch_paths: Callable[[], list[str]]
-    """Where each leaf of the batch stands in it, for a message."""
 
     def rows(self, index: slice) -> list[Any]:
+        """The leaves of some of the samples."""
         whole = index.start == 0 and index.stop == self.batch_size
         return list(self.batch) if whole else take(self.batch, index)
 
-    @classmethod
-    def bind(
-        cls,
-        fn: Callable[..., Any],
-        argnums: int | tuple[int, ...],
-        batch_argnums: tuple[int, ...] | None,
-        args: tuple[Any, ...],
-        *,
-        aliased: bool = False,
-    ) -> Inputs:
-        """Flatten the arguments of a call.
 
-        Args:
-            fn: The loss.
-            argnums: Positions of the parameters.
-            batch_argnums: Positions of the batch; None for all others.
-            args: The arguments.
-            aliased: Hand the loss aliases of the tensors among its further arguments, so that a trace does not take
-                one that the loss also finds elsewhere for this argument.
-        """
-        single = isinstance(argnums, int)
-        argnums = (argnums,) if isinstance(argnums, int) else argnums
-        argnums, batch_argnums = _validate.positions(argnums, batch_argnums, len(args))
-        trainable = tuple(args[i] for i in argnums)
-        parameters = _flat(trainable[0] if single else trainable)
-        names, params = _parameter_names(parameters), parameters.leaves
-        samples = _flat(tuple(args[i] for i in batch_argnums))
-        _validate.dense("params", parameters.leaves, parameters.paths)
-        refuse_subclasses(parameters.leaves, "a parameter")
-        _validate.dense("batch", samples.leaves, samples.paths)
-        refuse_subclasses(samples.leaves, "the batch")
-        batch = [leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in samples.leaves]
+def of_model(
+    fn: Callable[..., Any], names: list[str], params: list[Tensor], batch: tuple[Any, ...]
+) -> Inputs:
+    """The inputs of ``fn(leaves, *batch)``, a loss whose parameters are a model's own.
 
-        def batch_paths() -> list[str]:
-            return list(map(keystr, samples.paths()))
+    Args:
+        fn: Takes the parameters' leaves in order.
+        names: Of the parameters.
+        params: Each once.
+        batch: Pytrees of tensors.
 
-        size = _validate.batch_size(batch, batch_paths)
-        _validate.differentiable(params, batch)
-        _validate.no_python_samples([args[i] for i in batch_argnums], size)
-        used = {*argnums, *batch_argnums}
-        rest = _flat({i: args[i] for i in range(len(args)) if i not in used})
-        others = rest.leaves
-        refuse_subclasses(others, "an argument of the loss")
-        if aliased:
-            others = [
-                leaf.detach() if isinstance(leaf, Tensor) and not leaf.requires_grad else leaf
-                for leaf in others
-            ]
-        further = rest.restore(others)
+    Raises:
+        ValueError: If the batch or a parameter cannot be clipped per sample.
+    """
+    _check_parameters(params, lambda: [(MappingKey(name),) for name in names])
+    for name, param in zip(names, params, strict=True):
+        _refuse_integers(name, param)
+    samples = _flat(batch)
+    leaves, paths, size = _checked_batch(samples, batch, params)
+    return Inputs(
+        names,
+        params,
+        leaves,
+        size,
+        lambda parameters, sample: fn(parameters, *samples.restore(sample)),
+        fn,
+        [],
+        [leaf for leaf in leaves if not isinstance(leaf, Tensor)],
+        (samples.structure,),
+        paths,
+    )
 
-        def loss(leaves: Sequence[Tensor], sample: Sequence[Any]) -> Any:
-            full = [further.get(i) for i in range(len(args))]
-            restored = parameters.restore(leaves)
-            for position, value in zip(argnums, (restored,) if single else restored, strict=True):
-                full[position] = value
-            for position, value in zip(batch_argnums, samples.restore(sample), strict=True):
-                full[position] = value
-            try:
-                return fn(*full)
-            except TypeError as error:
-                note_arguments(error, fn, full, "gradient(params, *batch)")
-                raise
 
-        return cls(
-            names,
-            params,
-            batch,
-            size,
-            loss,
-            parameters.restore,
-            fn,
-            [leaf for leaf in others if isinstance(leaf, Tensor)],
-            [leaf for leaf in (*batch, *others) if not isinstance(leaf, Tensor)],
-            (parameters.structure, samples.structure, rest.structure, argnums, batch_argnums),
-            batch_paths,
-        )
+def of_arguments(
+    fn: Callable[..., Any],
+    argnums: int | tuple[int, ...],
+    batch_argnums: tuple[int, ...] | None,
+    args: tuple[Any, ...],
+    *,
+    aliased: bool = False,
+) -> tuple[Inputs, Restore]:
+    """The inputs of ``fn(*args)``, and the way back from leaves to the parameters' structure.
+
+    Args:
+        fn: The loss.
+        argnums: Positions of the parameters.
+        batch_argnums: Positions of the batch; None for all others.
+        args: The arguments.
+        aliased: Hand the loss aliases of the tensors among its further arguments. A trace could else take a tensor
+            that the loss also finds elsewhere for this argument.
+
+    Raises:
+        ValueError: If the arguments do not fit together.
+    """
+    single = isinstance(argnums, int)
+    argnums = (argnums,) if isinstance(argnums, int) else argnums
+    argnums, batch_argnums = _validate.positions(argnums, batch_argnums, len(args))
+    trainable = tuple(args[i] for i in argnums)
+    parameters = _flat(trainable[0] if single else trainable)
+    _check_parameters(parameters.leaves, parameters.paths)
+    names = _parameter_names(parameters)
+    trees = tuple(args[i] for i in batch_argnums)
+    samples = _flat(trees)
+    batch, batch_paths, size = _checked_batch(samples, trees, parameters.leaves)
+    used = {*argnums, *batch_argnums}
+    rest = _flat({i: args[i] for i in range(len(args)) if i not in used})
+    others = rest.leaves
+    refuse_subclasses(others, "an argument of the loss")
+    if aliased:
+        others = [
+            leaf.detach() if isinstance(leaf, Tensor) and not leaf.requires_grad else leaf
+            for leaf in others
+        ]
+    further = rest.restore(others)
+
+    def loss(leaves: Sequence[Tensor], sample: Sequence[Any]) -> Any:
+        full = [further.get(i) for i in range(len(args))]
+        restored = parameters.restore(leaves)
+        for position, value in zip(argnums, (restored,) if single else restored, strict=True):
+            full[position] = value
+        for position, value in zip(batch_argnums, samples.restore(sample), strict=True):
+            full[position] = value
+        try:
+            return fn(*full)
+        except TypeError as error:
+            note_arguments(error, fn, full, "gradient(params, *batch)")
+            raise
+
+    inputs = Inputs(
+        names,
+        parameters.leaves,
+        batch,
+        size,
+        loss,
+        fn,
+        [leaf for leaf in others if isinstance(leaf, Tensor)],
+        [leaf for leaf in (*batch, *others) if not isinstance(leaf, Tensor)],
+        (parameters.structure, samples.structure, rest.structure, argnums, batch_argnums),
+        batch_paths,
+    )
+    return inputs, parameters.restore
+
+
+def _check_parameters(params: Sequence[Any], paths: Callable[[], list[tuple[Any, ...]]]) -> None:
+    _validate.dense("params", params, paths)
+    refuse_subclasses(params, "a parameter")
+
+
+def _checked_batch(
+    samples: _Flat, trees: Sequence[Any], params: Sequence[Tensor]
+) -> tuple[list[Any], Callable[[], list[str]], int]:
+    """The leaves of a batch, detached; where they stand; and how many samples there are."""
+    _validate.dense("batch", samples.leaves, samples.paths)
+    refuse_subclasses(samples.leaves, "the batch")
+    batch = [leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in samples.leaves]
+
+    def batch_paths() -> list[str]:
+        return list(map(keystr, samples.paths()))
+
+    size = _validate.batch_size(batch, batch_paths)
+    _validate.differentiable(params, batch)
+    _validate.no_python_samples(trees, size)
+    return batch, batch_paths, size
 
 
 def _parameter_names(parameters: _Flat) -> list[str]:
@@ -192,12 +258,7 @@ def _parameter_names(parameters: _Flat) -> list[str]:
         return names
     seen: dict[int, str] = {}
     for name, leaf in zip(names, leaves, strict=True):
-        if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
-            kind = leaf.dtype if isinstance(leaf, Tensor) else type(leaf).__name__
-            raise ValueError(
-                f"params: leaf {name!r} is {kind}; every leaf must be a floating-point tensor. Close over constants "
-                "in fn instead."
-            )
+        _refuse_integers(name, leaf)
         if id(leaf) in seen:
             raise ValueError(
                 f"params: {name!r} and {seen[id(leaf)]!r} are the same tensor; pass a tied weight once and use it "
@@ -207,6 +268,15 @@ def _parameter_names(parameters: _Flat) -> list[str]:
     if not leaves:
         raise ValueError("params holds no tensor; there is nothing to differentiate.")
     return names
+
+
+def _refuse_integers(name: str, leaf: Any) -> None:
+    if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
+        kind = leaf.dtype if isinstance(leaf, Tensor) else type(leaf).__name__
+        raise ValueError(
+            f"params: leaf {name!r} is {kind}; every leaf must be a floating-point tensor. Close over constants "
+            "in fn instead."
+        )
 
 
 def _component(key: Any) -> str:

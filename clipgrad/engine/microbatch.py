@@ -27,7 +27,7 @@ from clipgrad.engine.gradients import Gradients
 from clipgrad.engine.norm_method import Choice, choose
 from clipgrad.engine.random_values import RandomValues
 from clipgrad.engine.split import Parts
-from clipgrad.engine.tape import Strategy, Tape
+from clipgrad.engine.tape import Tape
 from clipgrad.errors import EscapedParameterError, NotPerSampleError
 
 Loss = Callable[[Sequence[Tensor], Sequence[Any]], Any]
@@ -51,12 +51,12 @@ def forward(
         with (
             explained(),
             foreign_code.without_saved_tensors_hooks(),
-            vmap_level(size, settings.randomness) as level,
+            vmap_level(size, settings.options.performance.randomness) as level,
         ):
             leaves = [per_sample(entry.leaf, level) for entry in tape.tracked]
             rows = [per_sample(leaf, level) if isinstance(leaf, Tensor) else leaf for leaf in batch]
             drawn = None
-            if settings.branches == "split":
+            if settings.options.performance.branches == "split":
                 drawn = RandomValues(params[0].device, tensors_in([*leaves, *rows]))
             capture = Capture(tape, leaves, params, drawn=drawn)
             made = capture.made
@@ -79,12 +79,12 @@ def _one_sample(
     loss: Loss, capture: Capture, leaves: list[Tensor], sample: list[Any], settings: Settings
 ) -> tuple[Tensor, list[Tensor], TreeSpec]:
     """Value, auxiliary tensors and their structure of the loss as every sample sees it."""
-    if settings.keep_batch_dim:
+    if settings.options.keep_batch_dim:
         sample = [leaf[None] if isinstance(leaf, Tensor) else leaf for leaf in sample]
     capture.made.extend(weakref.ref(leaf) for leaf in sample if isinstance(leaf, Tensor))
     with capture:
         result = loss(leaves, sample)
-    value, aux = _split(result, settings.has_aux)
+    value, aux = _split(result, settings.options.has_aux)
     flat, structure = tree_flatten(aux)
     for leaf in flat:
         if not isinstance(leaf, Tensor):
@@ -110,7 +110,7 @@ def run(
             tape, values, aux = forward(loss, names, params, rows, settings)
         return _finish(tape, values, aux, params, padding, settings)
 
-    if settings.branches != "split":
+    if settings.options.performance.branches != "split":
         return together(batch, is_padding)
     parts = Parts(batch)
     pieces: list[MicrobatchResult] = []
@@ -149,10 +149,11 @@ def _finish(
 
 def plan(tape: Tape, settings: Settings) -> list[Choice]:
     """Decide a strategy for every tracked entry, and tell the entries."""
-    materialised = settings.pre_clipping is not None or settings.grid is not None
-    forced = Strategy.KEPT if materialised else settings.strategy
     choices = choose(
-        tape.tracked, tape.batch_size, strategy=forced, memory_budget=settings.memory_budget
+        tape.tracked,
+        tape.batch_size,
+        strategy=settings.strategy,
+        memory_budget=settings.options.performance.memory_budget,
     )
     for entry, choice in zip(tape.tracked, choices, strict=True):
         entry.strategy = choice.strategy

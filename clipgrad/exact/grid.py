@@ -25,7 +25,6 @@ from clipgrad import _validate
 from clipgrad.clipping import Automatic, Clipping, ClippingStrategy, PerLayer, Relation
 
 MOST_STEPS = 2**26
-MOST_SAMPLES = 2**26
 _MOST_EXPONENT = (
     900  # beyond, sums of many samples could overflow, or multiples lose bits to underflow
 )
@@ -163,38 +162,6 @@ def check_grid(grid: float, clipping: Clipping, strategy: ClippingStrategy) -> f
     return spacing
 
 
-def check_samples(count: float, what: str) -> None:
-    """Refuse a logical batch whose sums could leave the range of exact integers."""
-    if count > MOST_SAMPLES:
-        raise ValueError(
-            f"{what}={count} is more than the 2**26 samples whose sum on a grid is certain to be exact."
-        )
-
-
-def check_options(
-    *,
-    normalize_by: float,
-    rescale: bool,
-    accumulate_dtype: torch.dtype | None,
-    nan_safe: bool,
-    compile: bool | str,
-) -> None:
-    """Refuse what cannot be exact together with a grid."""
-    refused = {
-        f"normalize_by={normalize_by}": (normalize_by != 1.0, "divide after the noise was added"),
-        "rescale_to_unit_norm=True": (rescale, "choose max_grad_norm=1.0 instead"),
-        f"accumulate_dtype={accumulate_dtype}": (
-            accumulate_dtype not in (None, torch.float64),
-            "leave it out: sums on a grid are float64",
-        ),
-        "nan_safe=False": (not nan_safe, "leave it out: a grid has no place for NaN"),
-        f"compile={compile!r}": (bool(compile), "leave it out: each sample is computed alone"),
-    }
-    for option, (given, remedy) in refused.items():
-        if given:
-            raise ValueError(f"grid cannot be combined with {option}; {remedy}.")
-
-
 def exact_sensitivity(clipping: Clipping, relation: Relation) -> float:
     """The smallest float that is at least ``sqrt(sum C_k^2)``, twice that for replace-one: never rounded down."""
     squared = sum(Fraction(norm) ** 2 for norm in clipping.norms)
@@ -210,18 +177,6 @@ def exact_sigma(noise_multiplier: float, sensitivity: float) -> float:
     if Fraction(sigma) < Fraction(noise_multiplier) * Fraction(sensitivity):
         return math.nextafter(sigma, math.inf)
     return sigma
-
-
-def alone(batch: Sequence[object]) -> list[object]:
-    """One sample's leaves in memory of their own, laid out and aligned as any other sample's.
-
-    Matrix products round differently for other batch sizes, and some for other alignments. Each sample passes alone
-    and in fresh memory, so that its gradient does not depend on who else is in the batch.
-    """
-    return [
-        leaf.clone(memory_format=torch.contiguous_format) if isinstance(leaf, Tensor) else leaf
-        for leaf in batch
-    ]
 
 
 def _norms(rows: Sequence[Tensor]) -> Tensor:

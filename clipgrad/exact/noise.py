@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from clipgrad.exact.sampler import MOST_SIGMA, discrete_gaussian
-from clipgrad.noise import NoiseSource, checks
+from clipgrad.noise import checks
 
 # A sum within this is an exact integer, and so is what noise makes of it.
 _LARGEST_SUM = 2**52
@@ -98,25 +98,6 @@ class DiscreteGaussianNoise:
                 "it; clip with clipped_grad(..., grid=...) of the same grid."
             )
         return steps.to(torch.int64)
-
-
-def noise_on_grid(
-    grid: float, noise: NoiseSource | None, generator: torch.Generator | None
-) -> DiscreteGaussianNoise:
-    """The noise source for sums on a grid.
-
-    Raises:
-        ValueError: If another one is given: its noise would leave the grid.
-    """
-    if generator is None and noise is None:
-        return DiscreteGaussianNoise(grid)
-    if generator is None and isinstance(noise, DiscreteGaussianNoise) and noise.grid == grid:
-        return noise
-    given = "a generator" if noise is None else f"noise={noise!r}"
-    raise ValueError(
-        f"grid={grid} needs noise on the same grid, got {given}; leave it out, or pass "
-        f"DiscreteGaussianNoise({grid})."
-    )
 
 
 def whole_steps(sigma: float, grid: float) -> int:

@@ -4,28 +4,26 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from clipgrad import _validate
 from clipgrad._phases import phase
 from clipgrad.accounting import Ledger
+from clipgrad.batch import BatchClipper
 from clipgrad.clipping import ClippingStrategy, Progress, Relation, Schedule, make_clipping
 from clipgrad.compiled import fixed_size, observed
 from clipgrad.engine.advice import note_arguments
+from clipgrad.engine.inputs import of_model
 from clipgrad.errors import UnclippedGradientError
-from clipgrad.exact.grid import exact_sigma
 from clipgrad.explain import Explanation
-from clipgrad.function import ClippedGrad, clipped_grad
-from clipgrad.noise import NoiseSource, gaussian_sigma
-from clipgrad.noise.mean import noised_mean
+from clipgrad.noise import NoiseSource
 from clipgrad.optimizer.facade import OptimizerFacade
-from clipgrad.optimizer.mechanism import check_fits, check_possible, mechanism, noise_source
+from clipgrad.optimizer.mechanism import mechanism, refuse_adaptive_on_grid, step_noise
 from clipgrad.optimizer.parameters import TrainedParameters
 from clipgrad.optimizer.pending import Pending, refuse_unnoised
 from clipgrad.optimizer.requirements import (
@@ -34,10 +32,11 @@ from clipgrad.optimizer.requirements import (
     refuse_foreign_parameters,
     rows_in,
 )
+from clipgrad.options import Options, Performance
 from clipgrad.plan import PrivacyPlan
-from clipgrad.plan.account import account_of
+from clipgrad.plan.account import Account
 from clipgrad.plan.receipts import Claim
-from clipgrad.result import ClippedGradResult, Diagnostics, diagnostics_of, mean_loss
+from clipgrad.result import Diagnostics, Outcome, diagnostics_of
 from clipgrad.sampling import PaddedBatch
 
 _STATE_KEY = "clipgrad"
@@ -56,36 +55,28 @@ class DPOptimizer(OptimizerFacade):
         model: The model. Its trainable parameters that ``optimizer`` does not own are constants.
         loss_fn: ``loss_fn(model, *batch) -> scalar``, the function a non-private loop calls on a whole batch. Here
             it sees a batch of one, so ``mean`` and ``sum`` reductions both work.
-        plan: A ``PrivacyPlan``, in place of the next four and of ``grid``. Every step is then written to ``ledger``,
-            ``epsilon()`` tells what it cost so far, and a step beyond the plan is refused. So is a batch that no loader
-            of this plan drew, unless the plan declares how batches are drawn.
+        plan: A ``PrivacyPlan``, in place of the next three. Every step is then written to ``ledger``, ``epsilon()``
+            tells what it cost so far, and a step beyond the plan is refused. So is a batch that no loader of this plan
+            drew, unless the plan declares how batches are drawn.
         max_grad_norm: Clipping norm; a number, or a mapping from parameter-name prefix to norm, or ``PerLayer``,
             ``Automatic`` or ``AdaptiveQuantile``. In place of a number, a function of the step (0, 1, ...) that
             depends on no data. It is the same for all of a logical batch. See ``docs/clipping.md``.
-        noise_multiplier: Noise standard deviation per unit of sensitivity; a number or a function of the step. ``0``
-            clips without privacy (robust training), a use of its own: no epsilon belongs to it.
+        noise_multiplier: Noise standard deviation per unit of sensitivity towards adding or removing one sample; a
+            number or a function of the step. ``0`` clips without privacy (robust training), a use of its own: no
+            epsilon belongs to it.
         expected_batch_size: The public constant that sums are divided by: sampling rate times dataset size, not the
             size of the batch at hand, which is private.
-        relation: The neighbouring relation that the noise is calibrated to; default ``ADD_OR_REMOVE_ONE``.
-        ledger: With a plan: the ledger of an earlier training on the same data, to be continued.
         microbatch_size: Process a batch in pieces of this size; bounds memory, changes no result.
         keep_batch_dim: False: ``loss_fn`` sees an element of the batch without a batch axis of one: ``[K, ...]`` if the
             element is a user with K samples (``user_loader``), who is then what is clipped, counted and protected.
         noise: Where noise comes from; default ``SystemNoise()``, seeded by the operating system.
-        generator: A ``torch.Generator`` for reproducible experiments instead of ``noise``. **Not private**: whoever
-            knows the seed can subtract the noise.
-        nan_safe: Drop samples whose gradient is not finite; without it no noise is enough.
-        randomness: ``"different"`` gives each sample its own dropout mask; see ``clipped_grad``.
-        accumulate_dtype: Dtype of the sums; default the parameter's own, at least float32.
-        strategy: See ``clipped_grad``.
-        memory_budget: See ``clipped_grad``.
-        branches: ``"split"`` allows a loss that branches on values of tensors; see ``clipped_grad``.
+            ``SeededNoise(generator)`` repeats itself, for experiments, and is **not private**.
+            ``DiscreteGaussianNoise(grid)`` chooses exact mode, see ``docs/exact.md``.
         compile: Run the step as one compiled graph; see ``clipped_grad``. Without ``microbatch_size`` the graph has
             room for a Poisson batch two standard deviations above ``expected_batch_size``; if all your batches have
             the same size, pass that as ``microbatch_size``, and no row is wasted. The default noise source is compiled
             too.
-        grid: Exact mode: clipped sums are integer multiples of this power of two, and the noise is the discrete
-            Gaussian, ``DiscreteGaussianNoise(grid)``; see ``clipped_grad`` and ``docs/exact.md``.
+        performance: ``Performance(...)``: what else changes time and memory only.
 
     Raises:
         ValueError: If an argument is out of range, a parameter of the optimizer is not in the model, or noise is
@@ -113,7 +104,7 @@ class DPOptimizer(OptimizerFacade):
     _trained: TrainedParameters
     _pending: Pending
     _claim: Claim
-    _last: ClippedGradResult | None
+    _last: Outcome | None
 
     def __init__(
         self,
@@ -125,57 +116,39 @@ class DPOptimizer(OptimizerFacade):
         max_grad_norm: ClippingStrategy | None = None,
         noise_multiplier: float | Schedule | None = None,
         expected_batch_size: float | None = None,
-        relation: Relation | str | None = None,
-        ledger: Ledger | None = None,
         microbatch_size: int | None = None,
         keep_batch_dim: bool = True,
         noise: NoiseSource | None = None,
-        generator: torch.Generator | None = None,
-        nan_safe: bool = True,
-        randomness: str = "different",
-        accumulate_dtype: torch.dtype | None = None,
-        strategy: str = "auto",
-        memory_budget: float | None = None,
-        branches: str = "refuse",
         compile: bool | str = False,
-        grid: float | None = None,
+        performance: Performance | None = None,
     ) -> None:
         # Optimizer.__init__ is not called: param_groups, state and hooks are the wrapped optimizer's.
         check_parts(optimizer, model, loss_fn)
-        chosen = mechanism(
-            plan, max_grad_norm, noise_multiplier, expected_batch_size, relation, grid
-        )
-        grid = chosen.grid
+        chosen = mechanism(plan, max_grad_norm, noise_multiplier, expected_batch_size, noise)
         self.inner = optimizer
         self.model = model
         self.loss_fn = loss_fn
         self._mechanism = chosen
         self._progress = Progress.start(chosen.max_grad_norm, chosen.noise_multiplier)
-        self._account = account_of(plan, ledger)
         if compile and microbatch_size is None:
             microbatch_size = fixed_size(self.expected_batch_size)
-        self._noise = noise_source(noise, generator, grid, self.expected_batch_size)
-        self._gradient: ClippedGrad = clipped_grad(
-            self._loss,
-            max_grad_norm=self._progress.max_grad_norm,
+        options = Options(
+            keep_batch_dim=keep_batch_dim,
             microbatch_size=microbatch_size,
-            keep_batch_dim=_validate.flag("keep_batch_dim", keep_batch_dim),
-            nan_safe=nan_safe,
-            randomness=randomness,
-            accumulate_dtype=accumulate_dtype,
-            strategy=strategy,
-            memory_budget=memory_budget,
-            branches=branches,
             compile=compile,
-            grid=grid,
+            grid=chosen.grid,
+            performance=Performance() if performance is None else performance,
         )
-        check_possible(self._progress, nan_safe=nan_safe, grid=grid)
-        self.sigma  # noqa: B018 - noise that cannot exist is refused here, not at the first step
+        self._clipper = BatchClipper(options)
+        arithmetic = self._clipper.arithmetic
+        self._noise = step_noise(noise, arithmetic, self.expected_batch_size)
+        self._account = None if plan is None else Account(plan, self._noise.accounting)
+        refuse_adaptive_on_grid(self._progress, arithmetic)
+        arithmetic.check(self.max_grad_norm)
         self._start()
         names, sizes = self._trained.names, [p.numel() for p in self._trained.parameters]
-        check_fits(
-            make_clipping(self.max_grad_norm, names, sizes, rescale=False), sizes, grid, self.sigma
-        )
+        # Noise that cannot exist is refused here, not at the first step.
+        arithmetic.check_noise(make_clipping(self.max_grad_norm, names, sizes), sizes, self.sigma)
 
     # ------------------------------------------------------------------ the training loop
 
@@ -207,24 +180,23 @@ class DPOptimizer(OptimizerFacade):
             inside = batch[0].batch
             batch = tuple(inside) if isinstance(inside, tuple | list) else (inside,)
         check_batch(batch)
-        survey = self._look_again()
-        names, parameters = survey.names, survey.parameters
+        trained = self._look_again()
         claim = self._claim
         if self._account is not None:
             claim = self._account.claim(claim, batch, rows_in(batch, is_padding))
-        self._pending.before_backward(names, parameters)
-        try:
-            result, lent = self._present().lending(
-                dict(survey.selection), *batch, is_padding=is_padding
-            )
-        except TypeError as error:
-            note_arguments(error, self.loss_fn, (self.model, *batch), "backward(*batch)")
-            raise
-        sums = [result.grads[name] for name in names]
-        self._pending.add(parameters, sums, self._progress.observed(result), lent=lent)
+        self._pending.before_backward(trained.names, trained.parameters)
+        with self._explained_arguments(batch, "backward(*batch)"), trained.resident() as parameters:
+            inputs = of_model(self._loss, trained.names, parameters, batch)
+            found = self._clipper.clip(inputs, self._norm(), is_padding, may_alias=True)
+        self._pending.add(
+            trained.parameters,
+            found.sums,
+            self._progress.observed(found.outcome),
+            aliases_graph=found.aliases_graph,
+        )
         self._claim = claim
-        self._last = replace(result, grads=None)  # else the sums would live until the next call
-        return mean_loss(result, is_padding)
+        self._last = found.outcome
+        return found.outcome.mean_loss
 
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Add noise to the clipped sums, divide by ``expected_batch_size``, step the wrapped optimizer.
@@ -251,19 +223,25 @@ class DPOptimizer(OptimizerFacade):
         names, parameters = self._trained.names, self._trained.parameters
         selected = set(map(id, parameters))
         others = [p for p in self._owned() if id(p) not in selected]
-        sums, observed, lent = self._pending.take(names, parameters, others)
+        sums, observed, aliases_graph = self._pending.take(names, parameters, others)
         claim, self._claim = self._claim, Claim()
         if account is not None:
             account.record(claim, self.accounted_noise_multiplier)
+        ranks = self._clipper.ranks
         with torch.no_grad():
             with phase("noise"):
-                means = noised_mean(
-                    self.noise, sums, sigma, self.expected_batch_size, elsewhere=lent
+                means = self._noise.next(
+                    ranks.own_share(sums),
+                    self._progress.step,
+                    sigma=sigma,
+                    divisor=self.expected_batch_size,
+                    in_place=not aliases_graph,
                 )
                 if observed:
-                    self.noise.add_gaussian_(observed, sigma_observed)
-            self._pending.publish(parameters, means)
-        del sums  # those that were lent may have no noise: a traceback out of the wrapped optimizer must not hold them
+                    self._noise.count(observed, sigma_observed)
+            self._pending.publish(parameters, ranks.gathered(means))
+        # Those of a CUDA graph may have no noise: a traceback out of the wrapped optimizer must not hold them.
+        del sums
         # Before the wrapped optimizer, which may raise: what was noised is public now, and this step is over.
         self._progress = self._progress.advanced(observed, self.expected_batch_size)
         with phase("optimizer"):
@@ -283,11 +261,11 @@ class DPOptimizer(OptimizerFacade):
     @property
     def noise(self) -> NoiseSource:
         """Where noise comes from; another source may be set, if it fits."""
-        return self._noise
+        return self._noise.source
 
     @noise.setter
     def noise(self, noise: NoiseSource) -> None:
-        self._noise = noise_source(noise, None, self._mechanism.grid, self.expected_batch_size)
+        self._noise = step_noise(noise, self._clipper.arithmetic, self.expected_batch_size)
 
     @property
     def expected_batch_size(self) -> float:
@@ -302,7 +280,7 @@ class DPOptimizer(OptimizerFacade):
     @property
     def sensitivity(self) -> float:
         """The largest L2 change of the clipped sum between neighbouring datasets; the gradient's, never set."""
-        return self._present().sensitivity(self.relation)
+        return self._clipper.sensitivity(self._norm(), self.relation)
 
     @property
     def sigma(self) -> float:
@@ -310,9 +288,7 @@ class DPOptimizer(OptimizerFacade):
 
         ``noise_multiplier * sensitivity``; with ``AdaptiveQuantile``, whose count needs noise too, a little more.
         """
-        multiplier = self._noises()[0]
-        sigma = gaussian_sigma(noise_multiplier=multiplier, sensitivity=self.sensitivity)
-        return sigma if self._gradient.grid is None else exact_sigma(multiplier, self.sensitivity)
+        return self._clipper.arithmetic.sigma(self._noises()[0], self.sensitivity)
 
     @property
     def noise_multiplier(self) -> float:
@@ -324,7 +300,8 @@ class DPOptimizer(OptimizerFacade):
         if self._account is not None:
             raise ValueError(
                 "noise_multiplier belongs to the plan, whose epsilon would not hold any more. Give the plan a function "
-                "of the step, or continue with another plan: a new DPOptimizer with ledger=optimizer.ledger."
+                "of the step, or continue with another one: a new DPOptimizer with "
+                "plan=another_plan.continuing(optimizer.ledger)."
             )
         self._progress = self._progress.with_noise_multiplier(noise_multiplier)
 
@@ -366,8 +343,8 @@ class DPOptimizer(OptimizerFacade):
 
     @property
     def max_grad_norm(self) -> ClippingStrategy:
-        """The clipping norm at the present step, owned by the gradient transform; every norm in it is a number."""
-        norm = self._present().max_grad_norm
+        """The clipping norm at the present step; every norm in it is a number."""
+        norm = self._norm()
         return dict(norm) if isinstance(norm, Mapping) else norm
 
     @property
@@ -394,25 +371,22 @@ class DPOptimizer(OptimizerFacade):
     def explain(self, *batch: Any) -> Explanation:
         """Tell how each parameter's per-sample gradient is found for such a batch; changes nothing."""
         check_batch(batch)
-        survey = self._look_again()
-        try:
-            return self._present().explain(dict(survey.selection), *batch)
-        except TypeError as error:
-            note_arguments(error, self.loss_fn, (self.model, *batch), "explain(*batch)")
-            raise
+        trained = self._look_again()
+        with self._explained_arguments(batch, "explain(*batch)"), trained.resident() as parameters:
+            inputs = of_model(self._loss, trained.names, parameters, batch)
+            return self._clipper.explain(inputs, self._norm())
 
     # ------------------------------------------------------------------ torch.optim.Optimizer
 
     def __getstate__(self) -> dict[str, Any]:
         # ``step`` may be a scheduler's wrapper, bound to this very object. The logical batch in progress stays here.
-        left_out = ("step", "_pending", "_claim", "_last", "_survey")
+        left_out = ("step", "_pending", "_claim", "_last", "_trained")
         return {key: value for key, value in self.__dict__.items() if key not in left_out}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._gradient = replace(
-            self._gradient, fn=self._loss
-        )  # a shallow copy's is bound to its original
+        # A shallow copy's graphs are bound to its original.
+        self._clipper = BatchClipper(self._clipper.options, self._clipper.ranks)
         self._start()
 
     def __repr__(self) -> str:
@@ -426,7 +400,7 @@ class DPOptimizer(OptimizerFacade):
 
         An unfinished logical batch is not part of it.
         """
-        own = {"noise": self.noise.state_dict(), "progress": self._progress.state_dict()}
+        own = {"noise": self._noise.state_dict(), "progress": self._progress.state_dict()}
         if self._account is not None:
             own["account"] = self._account.state_dict()
         return {**self.inner.state_dict(), _STATE_KEY: own}
@@ -450,7 +424,7 @@ class DPOptimizer(OptimizerFacade):
             {key: value for key, value in state_dict.items() if key != _STATE_KEY}
         )
         if own is not None:
-            self.noise.load_state_dict(own["noise"])
+            self._noise.load_state_dict(own["noise"])
         self._progress = progress
         if own is not None and self._account is not None:
             self._account.load_state_dict(own)
@@ -470,16 +444,21 @@ class DPOptimizer(OptimizerFacade):
     # ------------------------------------------------------------------ inside
 
     @observed
-    def _loss(self, parameters: Mapping[str, Tensor], *batch: Any) -> Tensor:
-        with self._trained.slots.holding(list(parameters.values())):
+    def _loss(self, parameters: Sequence[Tensor], *batch: Any) -> Tensor:
+        with self._trained.slots.holding(parameters):
             return self.loss_fn(self.model, *batch)
 
-    def _present(self) -> ClippedGrad:
-        """The gradient transform with the clipping norm of the present step."""
-        norm = self._progress.max_grad_norm
-        if self._gradient.max_grad_norm != norm:
-            self._gradient = self._gradient.with_max_grad_norm(norm)
-        return self._gradient
+    @contextmanager
+    def _explained_arguments(self, batch: tuple[Any, ...], call: str) -> Iterator[None]:
+        """Say of a batch that does not fit ``loss_fn`` what would."""
+        try:
+            yield
+        except TypeError as error:
+            note_arguments(error, self.loss_fn, (self.model, *batch), call)
+            raise
+
+    def _norm(self) -> ClippingStrategy:
+        return self._progress.max_grad_norm
 
     def _noises(self) -> tuple[float, float]:
         """The gradients' noise multiplier, and the standard deviation of the noise on what the next norm depends on."""
@@ -502,13 +481,13 @@ class DPOptimizer(OptimizerFacade):
         before = self._trained
         if before.holds(self.model, owned):
             return before
-        survey = TrainedParameters(self.model, owned)
+        trained = TrainedParameters(self.model, owned)
         if self._pending.unfinished and (
-            list(map(id, before.parameters)) != list(map(id, survey.parameters))
+            list(map(id, before.parameters)) != list(map(id, trained.parameters))
         ):
             raise UnclippedGradientError(
                 "backward: the parameters to train changed within a logical batch (requires_grad, add_param_group), "
                 "so the sums so far do not fit. Change them after step() or zero_grad()."
             )
-        self._trained = survey
-        return survey
+        self._trained = trained
+        return trained

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import chain
 from operator import attrgetter, is_
 from typing import Any, NamedTuple
@@ -43,7 +44,7 @@ class TrainedParameters:
     def __init__(self, model: nn.Module, owned: Sequence[Tensor]) -> None:
         self.selection = parameters_to_train(model, owned)
         self.names = [name for name, _ in self.selection]
-        self.parameters = [parameter for _, parameter in self.selection]
+        self.parameters: list[Tensor] = [parameter for _, parameter in self.selection]
         self.slots = ParameterSlots(model, self.parameters)
         self._model = model
         self._owned = owned
@@ -51,6 +52,14 @@ class TrainedParameters:
         self._recurrent = [m for m in self._modules if isinstance(m, nn.RNNBase)]
         usual = all(map(_is_walked_as_usual, self._modules))
         self._seen = self._look() if usual else None
+
+    @contextmanager
+    def resident(self) -> Iterator[list[Tensor]]:
+        """The whole parameters, in order, for as long as the body runs.
+
+        A model whose parameters lie on other devices too will be gathered here.
+        """
+        yield self.parameters
 
     def holds(self, model: nn.Module, owned: Sequence[Tensor]) -> bool:
         """Whether a survey that is made now would find the same."""

@@ -19,12 +19,12 @@ class Taken(NamedTuple):
     Attributes:
         sums: The parameters'.
         others: Those that belong to no parameter.
-        lent: Whether the parameters' are only lent until the next ``backward``.
+        aliases_graph: Whether ``sums`` alias the memory of a CUDA graph, which the next ``backward`` overwrites.
     """
 
     sums: list[Tensor]
     others: list[Tensor]
-    lent: bool
+    aliases_graph: bool
 
 
 class Pending:
@@ -37,7 +37,7 @@ class Pending:
     def __init__(self) -> None:
         self._sums: list[Tensor] | None = None
         self._others: list[Tensor] = []
-        self._lent = False
+        self._aliases_graph = False
         # id(gradient) -> gradient: those that hold noise or zeros. Their ids mean something while they live.
         self._harmless: dict[int, Tensor] = {}
 
@@ -75,8 +75,8 @@ class Pending:
             UnclippedGradientError: If a ``.grad`` holds something that was not published here.
         """
         self._clear_gradients(names, parameters)
-        if self._sums is not None and self._lent:
-            self._sums, self._lent = copies(self._sums), False
+        if self._sums is not None and self._aliases_graph:
+            self._sums, self._aliases_graph = copies(self._sums), False
 
     def add(
         self,
@@ -84,7 +84,7 @@ class Pending:
         sums: Sequence[Tensor],
         others: Sequence[Tensor] = (),
         *,
-        lent: bool = False,
+        aliases_graph: bool = False,
     ) -> None:
         """Add the sums of one ``backward``.
 
@@ -92,11 +92,11 @@ class Pending:
             parameters: Those that are trained.
             sums: Their clipped sums.
             others: Sums over the same samples that belong to no parameter; each ``backward`` brings as many.
-            lent: Whether ``sums`` are overwritten by what follows the next ``before_backward``.
+            aliases_graph: Whether the next batch overwrites ``sums``.
         """
         if self._sums is None:
             self._sums = [_laid_out_like(p, s) for p, s in zip(parameters, sums, strict=True)]
-            self._others, self._lent = list(others), lent
+            self._others, self._aliases_graph = list(others), aliases_graph
         else:
             torch._foreach_add_([*self._sums, *self._others], [*sums, *others])
 
@@ -126,7 +126,7 @@ class Pending:
                     "until then), but holds a .grad that was not clipped here, and the wrapped optimizer would step "
                     "on it. Clear it with optimizer.zero_grad() before backward."
                 )
-        taken = Taken(self._sums, self._others, self._lent)
+        taken = Taken(self._sums, self._others, self._aliases_graph)
         self._sums, self._others = None, []
         return taken
 

@@ -16,36 +16,25 @@ class Account:
 
     Args:
         plan: What is being carried out.
-        ledger: Of an earlier training on the same data, to be continued; by default an empty one.
+        noise: How the noise of a step is to be accounted for: ``StepNoise.accounting``.
 
     Raises:
-        ValueError: If ledger and plan do not count alike, or the plan is being carried out with another ledger.
+        ValueError: If the plan accounts for another kind of noise.
     """
 
-    def __init__(self, plan: PrivacyPlan, ledger: Ledger | None = None) -> None:
+    def __init__(self, plan: PrivacyPlan, noise: str) -> None:
+        if noise != plan.noise_accounting:
+            raise ValueError(
+                f"the plan accounts for {plan.noise_accounting} noise, but the optimizer would draw {noise} "
+                "noise. Make a plan for it."
+            )
         self.plan = plan
         run = plan.run
-        if ledger is None:
-            ledger = run.ledger or Ledger(relation=plan.relation, accountant=plan.accountant)
-        elif not isinstance(ledger, Ledger):
-            raise ValueError(
-                f"ledger must be a clipgrad.accounting.Ledger, got {type(ledger).__name__}; optimizer.ledger of the "
-                "earlier training, for example."
-            )
-        if run.ledger is not None and run.ledger is not ledger:
-            raise ValueError(
-                "ledger: another optimizer was built from this plan with another ledger, and both spend one budget. "
-                "Leave ledger out, or make a new plan for a new training: dataclasses.replace(plan)."
-            )
-        found, wanted = (ledger.relation, ledger.accountant), (plan.relation.value, plan.accountant)
-        if found != wanted:
-            raise ValueError(
-                f"ledger counts with relation and accountant {found}, the plan with {wanted}: their epsilons do not "
-                "add up. Make the plan with those of the ledger."
-            )
-        if run.ledger is None:
-            run.ledger = ledger
-            ledger.begin()
+        if not run.carried_out:
+            if run.ledger is None:
+                run.ledger = Ledger(relation=plan.relation, accountant=plan.accountant)
+            run.ledger.begin()
+            run.carried_out = True
 
     @property
     def ledger(self) -> Ledger:
@@ -84,8 +73,8 @@ class Account:
             raise PrivacyBudgetError(
                 f"step: all {self.plan.steps} steps of the plan were taken, and a further one would cost more than "
                 f"it promises at delta = {self.plan.delta}. One iteration of a loader made with plan= is the whole "
-                "run. End the training, or plan for more steps: a new DPOptimizer with another plan and "
-                "ledger=optimizer.ledger continues the count."
+                "run. End the training, or plan for more steps: a new DPOptimizer with "
+                "plan=another_plan.continuing(optimizer.ledger) continues the count."
             )
         if callable(self.plan.noise_multiplier) and self.done != step:
             raise PrivacyBudgetError(
@@ -154,18 +143,3 @@ class Account:
         self.ledger.load_state_dict(state["account"]["ledger"])
         self.ledger.begin()
         self.plan.run.name = state["account"]["run"]
-
-
-def account_of(plan: PrivacyPlan | None, ledger: Ledger | None) -> Account | None:
-    """The account of a plan, if there is one.
-
-    Raises:
-        ValueError: If a ledger is given without a plan.
-    """
-    if plan is None:
-        if ledger is not None:
-            raise ValueError(
-                "ledger needs a plan, which says how batches are drawn; pass plan=clipgrad.PrivacyPlan(...)."
-            )
-        return None
-    return Account(plan, ledger)

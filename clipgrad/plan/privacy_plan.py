@@ -212,6 +212,41 @@ class PrivacyPlan:
             warnings.simplefilter("ignore", UserWarning)  # about delta, which was said of this plan
             return replace(self, noise_multiplier=noise_multiplier)
 
+    def continuing(self, ledger: Ledger) -> PrivacyPlan:
+        """A new run of this plan, whose steps are added to what an earlier training on the same data released.
+
+        Args:
+            ledger: Of the earlier training: ``optimizer.ledger``.
+
+        Raises:
+            ValueError: If ledger and plan do not count alike.
+
+        Examples:
+            >>> plan = PrivacyPlan(
+            ...     num_samples=1000,
+            ...     expected_batch_size=10,
+            ...     steps=5,
+            ...     delta=1e-5,
+            ...     noise_multiplier=1.0,
+            ... )
+            >>> first = plan.ledger()
+            >>> second = plan.continuing(first)
+        """
+        if not isinstance(ledger, Ledger):
+            raise ValueError(
+                f"ledger must be a clipgrad.accounting.Ledger, got {type(ledger).__name__}; optimizer.ledger of the "
+                "earlier training, for example."
+            )
+        found, wanted = (ledger.relation, ledger.accountant), (self.relation.value, self.accountant)
+        if found != wanted:
+            raise ValueError(
+                f"ledger counts with relation and accountant {found}, the plan with {wanted}: their epsilons do not "
+                "add up. Make the plan with those of the ledger."
+            )
+        plan = self.with_noise(self.noise_multiplier)
+        plan.run.ledger = ledger
+        return plan
+
     @property
     def sample_rate(self) -> float:
         """Probability of each sample to be in a batch."""
@@ -225,6 +260,11 @@ class PrivacyPlan:
         if self.max_batch_size is not None:
             return TruncatedPoisson(self.sample_rate, self.num_samples, self.max_batch_size)
         return FullBatch() if self.sample_rate == 1.0 else Poisson(self.sample_rate)
+
+    @property
+    def noise_accounting(self) -> str:
+        """How the accountant treats the noise: each step draws its own."""
+        return "independent"
 
     def noise_at(self, step: int) -> float:
         """The noise multiplier of a step, the first of which is step 0."""

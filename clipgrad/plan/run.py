@@ -17,13 +17,15 @@ class Run:
 
     Attributes:
         name: Marks the run's steps in a ledger.
-        ledger: What the steps are written to; None before an optimizer was built.
+        ledger: What the steps are written to; None before an optimizer was built, unless it continues an earlier one.
+        carried_out: Whether an optimizer was built.
         receipts: The batches that were handed out, and those that were stepped on.
         iteration: Of the loader, which the last step was taken in.
     """
 
     name: str = field(default_factory=lambda: secrets.token_hex(8))
     ledger: Ledger | None = None
+    carried_out: bool = False
     receipts: Receipts = field(default_factory=Receipts)
     iteration: int = 0
 

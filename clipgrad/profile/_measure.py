@@ -103,7 +103,7 @@ def profile_with(
         clipped=median(whole[clipped]),
         standard=median(whole[standard]),
         batch_size=size,
-        microbatch_size=optimizer._gradient.microbatch_size,
+        microbatch_size=optimizer._clipper.options.microbatch_size,
         device=str(device),
         threads=torch.get_num_threads(),
         rounds=rounds,

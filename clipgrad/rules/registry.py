@@ -181,7 +181,7 @@ def register_rule(*operations: Callable[..., Any], name: str) -> Callable[[F], F
         >>> import torch, clipgrad
         >>> import torch.nn.functional as F
         >>> from clipgrad.rules import Decline, Extent, Outer, Recipe
-        >>> @clipgrad.register_rule(F.bilinear, name="bilinear")
+        >>> @clipgrad.rules.register_rule(F.bilinear, name="bilinear")
         ... def bilinear(call, input1, input2, weight, bias=None):
         ...     if bias is not None or not (call.has_lanes(input1) and call.has_lanes(input2)):
         ...         raise Decline  # the exact fallback takes over
@@ -208,7 +208,7 @@ def register_rule(*operations: Callable[..., Any], name: str) -> Callable[[F], F
         ...     batch=lambda size: (torch.randn(size, 3, dtype=torch.float64),),
         ... )
         >>> assert_rule_matches_reference(case)
-        >>> clipgrad.unregister_rule(F.bilinear).name
+        >>> clipgrad.rules.unregister_rule(F.bilinear).name
         'bilinear'
     """
 

@@ -24,14 +24,14 @@ class VmapDPOptimizer:
         loss_fn,
         *,
         plan,
-        generator=None,
+        noise=None,
     ):
         self.optimizer = optimizer
         self.parameters = dict(model.named_parameters())
         self.max_grad_norm = plan.max_grad_norm
         self.sigma = plan.noise_multiplier * plan.max_grad_norm
         self.expected_batch_size = plan.expected_batch_size
-        self.generator = generator
+        self.noise = noise
 
         def loss_of_one(parameters, image, label):
             def forward(images):
@@ -55,9 +55,11 @@ class VmapDPOptimizer:
 
     def step(self):
         for parameter in self.parameters.values():
-            # The generator is PyTorch's own, and so is the noise: quick, but not for production.
-            noise = torch.randn(parameter.shape, generator=self.generator)
-            parameter.grad.add_(noise, alpha=self.sigma).div_(self.expected_batch_size)
+            if self.noise is not None:
+                self.noise.add_gaussian_([parameter.grad], self.sigma)
+            else:  # PyTorch's own noise: quick, but not for production
+                parameter.grad.add_(torch.randn_like(parameter), alpha=self.sigma)
+            parameter.grad.div_(self.expected_batch_size)
         self.optimizer.step()
 
     def zero_grad(self):

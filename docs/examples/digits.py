@@ -64,7 +64,7 @@ def train_privately(model, data, args, plan, watch, dp=clipgrad.DPOptimizer):
         model,
         loss_fn,
         plan=plan,
-        generator=generator(args.seed, 2),
+        noise=noise(args.seed),
     )
     for step, (images, labels) in enumerate(loader, start=1):
         optimizer.backward(images, labels)  # each sample's gradient clipped, then their sum
@@ -87,6 +87,12 @@ def train_plainly(model, data, args, watch):
 def generator(seed: int | None, purpose: int) -> torch.Generator | None:
     """None, and with it the operating system's randomness, unless a repeatable run was asked for."""
     return None if seed is None else torch.Generator().manual_seed(10 * seed + purpose)
+
+
+def noise(seed: int | None) -> clipgrad.SeededNoise | None:
+    """The default source, or a repeatable one that is not private."""
+    draws = generator(seed, 2)
+    return None if draws is None else clipgrad.SeededNoise(draws)
 
 
 # ------------------------------------------------------------------------------- data and privacy

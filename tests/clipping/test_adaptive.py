@@ -11,7 +11,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from clipgrad import AdaptiveQuantile, Automatic, DPOptimizer, PerLayer, Relation, SystemNoise
+from clipgrad import (
+    AdaptiveQuantile,
+    Automatic,
+    DPOptimizer,
+    PerLayer,
+    Relation,
+    SeededNoise,
+    SystemNoise,
+)
 from clipgrad.engine.reference import Params
 from tests.clipping.reference import AdaptiveByHand
 from tests.clipping.test_schedules import Recording, step
@@ -37,7 +45,7 @@ def adaptive(model: nn.Module, seed: int = 7, **options: Any) -> DPOptimizer:
         "expected_batch_size": 6,
     }
     if "noise" not in options:
-        options["generator"] = torch.Generator().manual_seed(seed)
+        options["noise"] = SeededNoise(torch.Generator().manual_seed(seed))
     return private(model, **{**defaults, **options})
 
 
@@ -210,7 +218,7 @@ def test_converges_to_the_quantile(quantile: float, start: float) -> None:
     optimizer = DPOptimizer(
         torch.optim.SGD(model.parameters(), lr=0.0), model, lambda m, x: m(x),
         max_grad_norm=AdaptiveQuantile(start, target_quantile=quantile), noise_multiplier=1.0,
-        expected_batch_size=200, generator=torch.Generator().manual_seed(3),
+        expected_batch_size=200, noise=SeededNoise(torch.Generator().manual_seed(3)),
     )  # fmt: skip
     draws = torch.Generator().manual_seed(4)
     norms = []

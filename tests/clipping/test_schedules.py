@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
-from clipgrad import Automatic, DPOptimizer, PerLayer, SystemNoise, clipped_grad
+from clipgrad import Automatic, DPOptimizer, PerLayer, SeededNoise, SystemNoise, clipped_grad
 from tests.compiled.conftest import Graphs
 from tests.dp_tools import (
     assert_same,
@@ -190,7 +190,7 @@ def test_noise_that_goes_bad_stops_the_step() -> None:
 def scheduled(model: nn.Module, seed: int = 7) -> DPOptimizer:
     generator = torch.Generator().manual_seed(seed)
     return private(
-        model, max_grad_norm=halving, noise_multiplier=rising, generator=generator,
+        model, max_grad_norm=halving, noise_multiplier=rising, noise=SeededNoise(generator),
         expected_batch_size=4,
     )  # fmt: skip
 

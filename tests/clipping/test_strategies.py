@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clipgrad import AdaptiveQuantile, Automatic, PerLayer, Relation, clipped_grad
+from clipgrad import AdaptiveQuantile, Automatic, Performance, PerLayer, Relation, clipped_grad
 from clipgrad.clipping import Clipping, make_clipping
 from clipgrad.engine.reference import Params, per_sample_gradients_by_loop
 from tests.clipping.reference import groups_of, scaled_sum
@@ -38,7 +38,12 @@ def test_equals_the_formula(case: str, plan: str) -> None:
     sums, norms = scaled_sum(per_sample_gradients_by_loop(mlp, params, *batch)[1], groups)
     above = torch.stack([norms[g] > bound for g, (_, bound, _) in groups.items()]).any(0)
     for size in (None, 1, 4, 5):
-        gradient = clipped_grad(mlp, max_grad_norm=CASES[case], strategy=plan, microbatch_size=size)
+        gradient = clipped_grad(
+            mlp,
+            max_grad_norm=CASES[case],
+            performance=Performance(strategy=plan),
+            microbatch_size=size,
+        )
         result = gradient(params, *batch)
         close(result.grads, sums, rtol=1e-9, atol=1e-12)
         found = result.grad_norms

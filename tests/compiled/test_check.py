@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from clipgrad import CompileMismatchError, DPOptimizer, clipped_grad
+from clipgrad import DPOptimizer, clipped_grad
 from clipgrad.clipping import Clipping
 from clipgrad.compiled import trace as trace_module
+from clipgrad.errors import CompileMismatchError
 from tests.compiled.conftest import Graphs
 from tests.small_mlp import make_batch, make_params, mlp
 

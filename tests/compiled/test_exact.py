@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clipgrad import CompileError, clipped_grad
+from clipgrad import Performance, clipped_grad
 from clipgrad.engine.reference import Params
+from clipgrad.errors import CompileError
 from tests.architectures import ARCHITECTURES, REPRESENTATIVES, Architecture
 from tests.compiled.conftest import Graphs
 from tests.dp_tools import trained
@@ -110,9 +111,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "unclipped": {"max_grad_norm": float("inf")},
     "nothing": {"max_grad_norm": 0.0},
     "no batch axis": {"keep_batch_dim": False},
-    "float32 sums": {"accumulate_dtype": torch.float32},
-    "ghost": {"strategy": "ghost"},
-    "recompute": {"strategy": "recompute"},
+    "float32 sums": {"performance": Performance(accumulate_dtype=torch.float32)},
+    "ghost": {"performance": Performance(strategy="ghost")},
+    "recompute": {"performance": Performance(strategy="recompute")},
     "transformed": {"pre_clipping_transform": lambda g: {n: v.clamp(-0.1, 0.1) for n, v in g.items()}},
     "not nan safe": {"nan_safe": False},
 }  # fmt: skip

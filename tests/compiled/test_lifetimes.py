@@ -12,6 +12,7 @@ from torch._inductor import config
 from torch._inductor.graph import GraphLowering
 
 import clipgrad
+from clipgrad import Performance
 
 
 @pytest.mark.slow
@@ -28,7 +29,9 @@ def test_weight_gradients_do_not_wait_for_the_end(monkeypatch: pytest.MonkeyPatc
 
     layers = 5
     weights = {f"{layer}": torch.randn(64, 64) / 8 for layer in range(layers)}
-    gradient = clipgrad.clipped_grad(deep, max_grad_norm=1.0, strategy="kept", compile=True)
+    gradient = clipgrad.clipped_grad(
+        deep, max_grad_norm=1.0, performance=Performance(strategy="kept"), compile=True
+    )
     with config.patch(fx_graph_cache=False):  # else there may be no code to write
         gradient(weights, torch.randn(4, 16, 64))
     products = re.findall(r"extern_kernels\.(mm|bmm)\(", written[0])

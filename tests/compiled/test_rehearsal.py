@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from clipgrad import CompileError, clipped_grad
+from clipgrad import clipped_grad
+from clipgrad.errors import CompileError
 from tests.compiled.conftest import Graphs
 from tests.dp_tools import data, mlp, private, squared
 

@@ -16,12 +16,17 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import symbolic_trace
 
-from clipgrad import CompileMismatchError, DPOptimizer, clipped_grad
+from clipgrad import DPOptimizer, clipped_grad
+from clipgrad.clipping import make_clipping
 from clipgrad.compiled import backend
 from clipgrad.compiled import step as step_module
 from clipgrad.compiled.cuda_graphs import Replay, recordable
 from clipgrad.compiled.trace import Graph, trace
+from clipgrad.engine.clip_and_sum import Settings
 from clipgrad.engine.copies import copies
+from clipgrad.errors import CompileMismatchError
+from clipgrad.options import Options
+from clipgrad.ranks import OneProcess
 from tests.architectures import ARCHITECTURES
 from tests.compiled.conftest import Graphs
 from tests.compiled.test_exact import check
@@ -299,7 +304,7 @@ def test_nothing_that_draws_runs_ahead(graphs: Graphs, recorders: list[Recorder]
 
 def graph_of(function: Callable[..., Tensor]) -> Graph:
     rows = torch.ones(2, 3)
-    settings = clipped_grad(function, max_grad_norm=1.0)._resolved(("w",), (3,), (torch.float32,))
+    settings = Settings(Options(), make_clipping(1.0, ["w"], [3]), (torch.float32,), OneProcess())
     mask, bounds = torch.zeros(2, dtype=torch.bool), torch.ones(1, dtype=torch.float64)
     return trace(
         lambda leaves, sample: function(leaves[0], sample[0]),

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clipgrad import DPOptimizer, clipped_grad
+from clipgrad import DPOptimizer, Performance, clipped_grad
 from clipgrad.compiled import MicrobatchRunner, trace
 from clipgrad.kernels import selection
 from tests.architectures import ARCHITECTURES
@@ -96,7 +96,7 @@ def test_a_sample_that_is_not_finite(
     x, y = torch.randn(6, 2, 5, 5, dtype=torch.float64), torch.randint(3, (6,))
     optimizer = DPOptimizer(
         torch.optim.SGD(model.parameters(), lr=0.0), model, loss_fn, max_grad_norm=0.5, noise_multiplier=0.0,
-        expected_batch_size=1, microbatch_size=4, compile=True, strategy=strategy,
+        expected_batch_size=1, microbatch_size=4, compile=True, performance=Performance(strategy=strategy),
     )  # fmt: skip
     optimizer.backward(x, y)
     assert eager_runs == [4]  # the check
@@ -166,7 +166,7 @@ def test_a_gradient_that_all_samples_share(
         eager_runs.clear()
         w, x = torch.randn(3, 20, dtype=torch.float64), torch.randn(5, 6, 3, dtype=torch.float64)
         settings: dict[str, Any] = {
-            "max_grad_norm": 1.0, "strategy": strategy, "keep_batch_dim": False
+            "max_grad_norm": 1.0, "performance": Performance(strategy=strategy), "keep_batch_dim": False
         }  # fmt: skip
         gradient = clipped_grad(loss, **settings, compile=True)
         gradient(w, x)

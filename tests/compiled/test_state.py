@@ -16,10 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import clipgrad
-from clipgrad import CompileError, DPOptimizer, clipped_grad
+from clipgrad import DPOptimizer, clipped_grad
 from clipgrad.compiled.shape import fitted_mask
 from clipgrad.compiled.signature import _flags
 from clipgrad.compiled.state import MISSING, AsTuple, State, same
+from clipgrad.errors import CompileError
 from tests.compiled.conftest import Graphs
 from tests.nightly import chosen, every
 from tests.small_mlp import assert_same, make_batch, make_params, mlp
@@ -304,11 +305,11 @@ def test_global_setting_is_part_of_the_signature(
 def test_rules_are_part_of_the_signature(graphs: Graphs) -> None:
     gradient = clipped_grad(mlp, max_grad_norm=0.5, compile=True)
     gradient(make_params(), *make_batch())
-    rule = clipgrad.unregister_rule(F.linear)
+    rule = clipgrad.rules.unregister_rule(F.linear)
     try:
         gradient(make_params(), *make_batch())
     finally:
-        clipgrad.register_rule(F.linear, name=rule.name)(rule.apply)
+        clipgrad.rules.register_rule(F.linear, name=rule.name)(rule.apply)
     assert len(graphs) == 2
 
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from clipgrad import clipped_grad
+from clipgrad import Performance, clipped_grad
 from clipgrad.compiled.decompositions import TABLE
 from clipgrad.kernels import delayed
 from tests.compiled.conftest import Graphs
@@ -69,7 +69,7 @@ def test_a_convolutions_image_waits(channels: int, transposed: bool, graphs: Gra
     if not transposed:
         params["w"] = params["w"].transpose(0, 1).contiguous()
     x = torch.randn(4, channels, 8, 8, dtype=torch.float64)
-    options = {"max_grad_norm": 1.0, "strategy": "kept"}
+    options = {"max_grad_norm": 1.0, "performance": Performance(strategy="kept")}
     expected = clipped_grad(loss, **options)(params, x)
     found = clipped_grad(loss, **options, compile=True)(params, x)
     torch.testing.assert_close(found.grads, expected.grads, rtol=1e-9, atol=1e-9)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from clipgrad import CompileError
+from clipgrad.errors import CompileError
 from tests.compiled.watching import Cases, Config, Empty, assert_noticed, watched
 
 cases = Cases()

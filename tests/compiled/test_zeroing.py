@@ -12,7 +12,7 @@ import torch._inductor.config as inductor
 from torch import Tensor
 from torch.fx import Graph
 
-from clipgrad import clipped_grad
+from clipgrad import Performance, clipped_grad
 from clipgrad.compiled import trace as graph_module
 from clipgrad.kernels import selection
 
@@ -37,7 +37,7 @@ def test_what_others_read_is_not_written_to() -> None:
     settings: dict[str, Any] = {
         "max_grad_norm": 1.0,
         "has_aux": True,
-        "strategy": "ghost",
+        "performance": Performance(strategy="ghost"),
         "keep_batch_dim": False,
     }
     gradient = clipped_grad(loss, **settings, compile=True)
@@ -57,7 +57,11 @@ def test_a_gradient_that_all_samples_share() -> None:
         return (x @ w).sum()
 
     w, x = torch.randn(3, 20, dtype=torch.float64), torch.randn(5, 6, 3, dtype=torch.float64)
-    settings: dict[str, Any] = {"max_grad_norm": 1.0, "strategy": "ghost", "keep_batch_dim": False}
+    settings: dict[str, Any] = {
+        "max_grad_norm": 1.0,
+        "performance": Performance(strategy="ghost"),
+        "keep_batch_dim": False,
+    }
     gradient = clipped_grad(loss, **settings, compile=True)
     gradient(w, x)
     expected = clipped_grad(loss, **settings)(w, x[:4]).grads
@@ -82,7 +86,9 @@ def test_a_factor_that_nobody_reads_is_not_copied(monkeypatch: pytest.MonkeyPatc
         return ((x @ weights["in"]).tanh() @ weights["out"]).square().sum()
 
     weights = {"in": torch.randn(4, 20), "out": torch.randn(20, 2)}
-    gradient = clipped_grad(loss, max_grad_norm=1.0, compile=True, strategy="ghost")
+    gradient = clipped_grad(
+        loss, max_grad_norm=1.0, compile=True, performance=Performance(strategy="ghost")
+    )
     with inductor.patch(fx_graph_cache=False), functorch.patch(enable_autograd_cache=False):
         gradient(weights, torch.randn(5, 3, 4))
     # The output gradient of the first weight, and the input of the second.

@@ -13,10 +13,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from clipgrad import DPOptimizer, SeededNoise, SystemNoise, function
+from clipgrad import DPOptimizer, SeededNoise, SystemNoise, arithmetic
 from clipgrad.clipping import Clipping
 from clipgrad.engine.gradients import Gradients
-from clipgrad.optimizer import dp_optimizer as optimizer_module
 from clipgrad.optimizer.pending import Pending
 from tests.published_bugs import checks
 
@@ -64,20 +63,20 @@ def _(patch: pytest.MonkeyPatch) -> None:
 
 @bug("max_grad_norm is ignored", "Opacus #664 (2024)", checks.rows)
 def _(patch: pytest.MonkeyPatch) -> None:
-    right = function.make_clipping
+    right = arithmetic.make_clipping
     patch.setattr(
-        function, "make_clipping", lambda norm, *rest, **named: right(1.0, *rest, **named)
+        arithmetic, "make_clipping", lambda norm, *rest, **named: right(1.0, *rest, **named)
     )
 
 
 @bug("each parameter is clipped on its own", "fedbiomed #1443 (2025)", checks.rows)
 def _(patch: pytest.MonkeyPatch) -> None:
-    right = function.make_clipping
+    right = arithmetic.make_clipping
 
     def wrong(norm: Any, names: Any = None, *rest: Any, **named: Any) -> Clipping:
         return right(dict.fromkeys(names, norm) if names else norm, names, *rest, **named)
 
-    patch.setattr(function, "make_clipping", wrong)
+    patch.setattr(arithmetic, "make_clipping", wrong)
 
 
 @bug("the squared norm is taken for the norm", "entrenar #311 (2026)", checks.rows)
@@ -136,7 +135,7 @@ def _(patch: pytest.MonkeyPatch) -> None:
 )
 def _(patch: pytest.MonkeyPatch) -> None:
     def wrong(
-        self: Pending, parameters: Any, sums: Any, others: Any = (), *, lent: bool = False
+        self: Pending, parameters: Any, sums: Any, others: Any = (), *, aliases_graph: bool = False
     ) -> None:
         for parameter, total in zip(parameters, sums, strict=True):
             if parameter.grad is None:
@@ -204,7 +203,7 @@ def _(patch: pytest.MonkeyPatch) -> None:
     right = Pending.add
 
     def wrong(
-        self: Pending, parameters: Any, sums: Any, others: Any = (), *, lent: bool = False
+        self: Pending, parameters: Any, sums: Any, others: Any = (), *, aliases_graph: bool = False
     ) -> None:
         SystemNoise().add_gaussian_(sums, 3.0)
         right(self, parameters, sums)
@@ -214,8 +213,8 @@ def _(patch: pytest.MonkeyPatch) -> None:
 
 @bug("sigma is squared", "SmartNoise #316 (2020)", checks.noise_has_its_size)
 def _(patch: pytest.MonkeyPatch) -> None:
-    right = optimizer_module.gaussian_sigma
-    patch.setattr(optimizer_module, "gaussian_sigma", lambda **named: right(**named) ** 2)
+    right = arithmetic.gaussian_sigma
+    patch.setattr(arithmetic, "gaussian_sigma", lambda **named: right(**named) ** 2)
 
 
 @bug("parameters share their noise", "JAX #3646 (2020)", checks.noise_is_independent)

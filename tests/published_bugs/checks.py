@@ -13,8 +13,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from clipgrad import DPOptimizer, PoissonSampler, PrivacyPlan, SystemNoise, poisson_loader
+from clipgrad import (
+    DPOptimizer,
+    PrivacyPlan,
+    SystemNoise,
+    poisson_loader,
+)
 from clipgrad.accounting import Ledger, Poisson
+from clipgrad.sampling import PoissonSampler
 from tests.dp_tools import assert_same, clipped, data, mlp, private, sgd, squared, values
 from tests.noise_checks import check_gaussian, check_independent, draw
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import clipgrad
-from clipgrad import PerLayer, clipped_grad, errors
+from clipgrad import Performance, PerLayer, clipped_grad, errors
 from clipgrad.engine.reference import Params, per_sample_gradients_by_loop
 from clipgrad.result import ClippedGradResult
 from tests.clipping.reference import groups_of, scaled_sum
@@ -102,12 +102,16 @@ def draw_options(rng: random.Random, program: Program, gradients: Params) -> dic
         }
         if len(groups) < len(layers):
             clipping[""] = whole
-    options: dict[str, Any] = {"max_grad_norm": clipping, "strategy": rng.choice(STRATEGIES)}
+    options: dict[str, Any] = {
+        "max_grad_norm": clipping,
+    }
+    performance = {"strategy": rng.choice(STRATEGIES)}
     options["microbatch_size"] = rng.choice((None, 1, 2, 3, len(program.batch[0])))
     if program.frozen_argument:
         options["batch_argnums"] = (2, 3, 4)
     if program.asks:
-        options["branches"] = "split" if rng.random() < 0.9 else "refuse"
+        performance["branches"] = "split" if rng.random() < 0.9 else "refuse"
+    options["performance"] = Performance(**performance)
     return options
 
 

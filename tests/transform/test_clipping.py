@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from clipgrad import Relation, clipped_grad
+from clipgrad import Performance, Relation, clipped_grad
 from clipgrad.engine.reference import Params, clipped_sum, per_sample_gradients_by_loop
 from tests.small_mlp import STRATEGIES, B, close, definition, draw, median_norm, mlp
 
@@ -101,7 +101,7 @@ def test_pre_clipping_transform(params: Params, batch: Any, microbatch: int | No
             max_grad_norm=norm,
             pre_clipping_transform=transform,
             microbatch_size=microbatch,
-            strategy=strategy,
+            performance=Performance(strategy=strategy),
         )
         result = gradient(params, *batch)
         sums, norms = clipped_sum(gradients, norm)
@@ -173,7 +173,14 @@ def test_groups_that_do_not_fit(params: Params, batch: Any, groups: Any, message
         ({"max_grad_norm": {"a": 3.0, "b": 4.0}, "rescale_to_unit_norm": True}, math.sqrt(2)),
         ({"max_grad_norm": 0.5, "rescale_to_unit_norm": True, "normalize_by": 4}, 0.25),
         ({"max_grad_norm": 0.5, "nan_safe": False}, math.inf),
-        ({"max_grad_norm": 0.5, "microbatch_size": 2, "strategy": "ghost"}, 0.5),
+        (
+            {
+                "max_grad_norm": 0.5,
+                "microbatch_size": 2,
+                "performance": Performance(strategy="ghost"),
+            },
+            0.5,
+        ),
     ],
 )
 def test_sensitivity(options: Any, expected: float) -> None:

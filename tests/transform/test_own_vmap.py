@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from clipgrad import NotPerSampleError, clipped_grad
+from clipgrad import clipped_grad
 from clipgrad.engine.reference import Params
+from clipgrad.errors import NotPerSampleError
 from tests.small_mlp import B, close, definition, draw
 
 

@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clipgrad import Relation, clipped_grad, function
+from clipgrad import Performance, Relation, clipped_grad
+from clipgrad import batch as batch_module
 from clipgrad.engine.microbatch import run
 from clipgrad.engine.reference import Params, per_sample_gradients_by_loop
 from tests.small_mlp import (
@@ -32,7 +33,9 @@ from tests.small_mlp import (
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_everything_in_the_result(params: Params, batch: Any, strategy: str) -> None:
     norm = median_norm(params, *batch)
-    result = clipped_grad(mlp, max_grad_norm=norm, strategy=strategy)(params, *batch)
+    result = clipped_grad(mlp, max_grad_norm=norm, performance=Performance(strategy=strategy))(
+        params, *batch
+    )
     sums, norms = definition(params, *batch, norm=norm)
     close(result.grads, sums)
     close(result.grad_norms, norms)
@@ -81,7 +84,10 @@ def test_under_no_grad(params: Params, batch: Any) -> None:
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("size", [1, 2, 4, 5, 6, 100])
 def test_microbatches(params: Params, batch: Any, size: int, strategy: str) -> None:
-    options: dict[str, Any] = {"max_grad_norm": median_norm(params, *batch), "strategy": strategy}
+    options: dict[str, Any] = {
+        "max_grad_norm": median_norm(params, *batch),
+        "performance": Performance(strategy=strategy),
+    }
     whole = clipped_grad(mlp, **options)(params, *batch)
     pieces = clipped_grad(mlp, microbatch_size=size, **options)(params, *batch)
     assert_same(pieces, whole)
@@ -104,7 +110,7 @@ def test_sums_do_not_pile_up_over_microbatches(
         sums.extend(weakref.ref(total) for total in piece.sums)
         return piece
 
-    monkeypatch.setattr(function, "run", watched)
+    monkeypatch.setattr(batch_module, "run", watched)
     clipped_grad(mlp, max_grad_norm=1.0, microbatch_size=1)(params, *batch)
     assert len(alive) == B
     assert set(alive[1:]) == {len(params)}
@@ -116,7 +122,9 @@ def test_each_sample_has_its_own_dropout_mask() -> None:
     different = gradient(p, x)
     assert different.values[0] != different.values[1]
     assert set(different.grads["w"].unique().tolist()) == {0.0, 2.0, 4.0}
-    same = clipped_grad(dropout, max_grad_norm=math.inf, randomness="same")(p, x)
+    same = clipped_grad(
+        dropout, max_grad_norm=math.inf, performance=Performance(randomness="same")
+    )(p, x)
     assert same.values[0] == same.values[1]
     assert set(same.grads["w"].unique().tolist()) == {0.0, 4.0}
 
@@ -151,7 +159,9 @@ def test_loss_of_parameters_alone() -> None:
 
     for fn in (penalty, penalised):
         for strategy in STRATEGIES:
-            result = clipped_grad(fn, max_grad_norm=1.0, strategy=strategy)(p, x)
+            result = clipped_grad(
+                fn, max_grad_norm=1.0, performance=Performance(strategy=strategy)
+            )(p, x)
             close(result.grads, definition(p, x, norm=1.0, fn=fn)[0])
 
 
@@ -192,7 +202,7 @@ def test_as_strided(strategy: str) -> None:
             h.as_strided((2, 1), (1, 1)) * torch.as_strided(F.linear(x, p["w"]), (2, 2), (1, 1))
         ).sum()
 
-    result = clipped_grad(loss, max_grad_norm=1.0, strategy=strategy)(p, x)
+    result = clipped_grad(loss, max_grad_norm=1.0, performance=Performance(strategy=strategy))(p, x)
     close(result.grads, definition(p, x, norm=1.0, fn=loss)[0])
 
 
@@ -207,7 +217,7 @@ def test_select_scatter(strategy: str) -> None:
         y = y.select_scatter(p["w"][0, :].sum() * x[0, :, 1], dim=-1, index=-1).cos()
         return torch.ops.aten.select_scatter(y, row, -2, 0).sum()
 
-    result = clipped_grad(loss, max_grad_norm=1.0, strategy=strategy)(p, x)
+    result = clipped_grad(loss, max_grad_norm=1.0, performance=Performance(strategy=strategy))(p, x)
     close(result.grads, definition(p, x, norm=1.0, fn=loss)[0])
     with pytest.raises(IndexError):
         clipped_grad(
@@ -224,7 +234,9 @@ def test_linear_cross_entropy(strategy: str) -> None:
         options = torch.nn.LinearCrossEntropyOptions()
         return F.linear_cross_entropy(x, p["w"], y, linear_bias=p["b"], options=options)
 
-    result = clipped_grad(loss, max_grad_norm=1.0, strategy=strategy)(p, x, y)
+    result = clipped_grad(loss, max_grad_norm=1.0, performance=Performance(strategy=strategy))(
+        p, x, y
+    )
     expected = definition(
         p, x, y, norm=1.0, fn=lambda p, x, y: F.cross_entropy(F.linear(x, p["w"], p["b"]), y)
     )

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clipgrad import clipped_grad
+from clipgrad import Performance, clipped_grad
 from clipgrad.engine.reference import Params, clipped_sum, per_sample_gradients_by_loop
 from tests.small_mlp import INPUTS, STRATEGIES, B, close, definition, draw, mlp
 
@@ -142,7 +142,11 @@ def test_users_of_several_samples(params: Params, strategy: str) -> None:
     users = draw(4, 3, INPUTS), torch.randint(2, (4, 3))
     for options in ({}, {"microbatch_size": 3}):
         gradient = clipped_grad(
-            mlp, max_grad_norm=0.5, keep_batch_dim=False, strategy=strategy, **options
+            mlp,
+            max_grad_norm=0.5,
+            keep_batch_dim=False,
+            performance=Performance(strategy=strategy),
+            **options,
         )
         result = gradient(params, *users)
         expected = definition(params, *users, norm=0.5, fn=lambda p, x, y: mlp(p, x[0], y[0]))
@@ -255,6 +259,16 @@ def test_masks_that_are_none(params: Params, batch: Any, mask: Tensor) -> None:
         ({"microbatch_size": True}, "microbatch_size must be a positive integer"),
         ({"normalize_by": 0}, "normalize_by must be a positive finite number, got 0"),
         ({"normalize_by": math.inf}, "normalize_by must be a positive finite number"),
+    ],
+)
+def test_options_out_of_range(options: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        clipped_grad(mlp, **{"max_grad_norm": 1.0, **options})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
         ({"accumulate_dtype": torch.int32}, "accumulate_dtype must be a floating-point dtype"),
         ({"accumulate_dtype": "float32"}, r"a torch\.dtype, such as torch\.float32, got 'float32'"),
         ({"accumulate_dtype": torch.bfloat16}, "of at least 32 bits, got torch.bfloat16"),
@@ -267,9 +281,14 @@ def test_masks_that_are_none(params: Params, batch: Any, mask: Tensor) -> None:
         ({"memory_budget": math.nan}, "memory_budget must be a non-negative number of bytes"),
     ],
 )
-def test_options_out_of_range(options: Any, message: str) -> None:
+def test_performance_out_of_range(options: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        clipped_grad(mlp, **{"max_grad_norm": 1.0, **options})
+        Performance(**options)
+
+
+def test_performance_is_no_dictionary() -> None:
+    with pytest.raises(TypeError, match=r"performance must be a clipgrad\.Performance"):
+        clipped_grad(mlp, max_grad_norm=1.0, performance={"strategy": "kept"})  # type: ignore[arg-type]
 
 
 def test_unknown_options(params: Params, batch: Any) -> None:

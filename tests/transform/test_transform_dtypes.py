@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clipgrad import clipped_grad
+from clipgrad import Performance, clipped_grad
 from clipgrad.engine.reference import Params, clipped_sum, per_sample_gradients_by_loop
 from tests.small_mlp import STRATEGIES, B, close, definition, draw, mlp
 
@@ -29,7 +29,9 @@ def small(dtype: torch.dtype, size: int = B) -> tuple[Params, Tensor]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_dtypes(dtype: torch.dtype, strategy: str) -> None:
     p, x = small(dtype)
-    result = clipped_grad(lower, max_grad_norm=1.0, strategy=strategy)(p, x)
+    result = clipped_grad(lower, max_grad_norm=1.0, performance=Performance(strategy=strategy))(
+        p, x
+    )
     wide = {name: t.double() for name, t in p.items()}
     sums, norms = definition(wide, x.double(), norm=1.0, fn=lower)
     assert {g.dtype for g in result.grads.values()} == {torch.float32}
@@ -45,12 +47,18 @@ def test_dtypes(dtype: torch.dtype, strategy: str) -> None:
 def test_accumulate_dtype(params: Params, batch: Any, microbatch: int | None) -> None:
     expected = definition(params, *batch, norm=0.5)[0]
     gradient = clipped_grad(
-        mlp, max_grad_norm=0.5, accumulate_dtype=torch.float32, microbatch_size=microbatch
+        mlp,
+        max_grad_norm=0.5,
+        performance=Performance(accumulate_dtype=torch.float32),
+        microbatch_size=microbatch,
     )
     assert {g.dtype for g in gradient(params, *batch).grads.values()} == {torch.float32}
     p = {name: t.float() for name, t in params.items()}
     gradient = clipped_grad(
-        mlp, max_grad_norm=0.5, accumulate_dtype=torch.float64, microbatch_size=microbatch
+        mlp,
+        max_grad_norm=0.5,
+        performance=Performance(accumulate_dtype=torch.float64),
+        microbatch_size=microbatch,
     )
     result = gradient(p, batch[0].float(), batch[1])
     close(result.grads, expected, rtol=1e-5, atol=1e-6)
@@ -89,7 +97,9 @@ def test_sums_are_not_rounded_to_half_precision(
     if poisoned:
         x[0] = torch.nan
     gradient = clipped_grad(
-        lambda p, x: use(p, x).sum().float(), max_grad_norm=10.0, strategy=strategy
+        lambda p, x: use(p, x).sum().float(),
+        max_grad_norm=10.0,
+        performance=Performance(strategy=strategy),
     )
     result = gradient(p, x).grads["w"]
     close(result, torch.full((1, 2), 70_000.0 + (not poisoned)))
@@ -127,7 +137,9 @@ def test_autocast(strategy: str) -> None:
 
     x = draw(B, 4).float()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        result = clipped_grad(loss, max_grad_norm=1.0, strategy=strategy)(p, x)
+        result = clipped_grad(loss, max_grad_norm=1.0, performance=Performance(strategy=strategy))(
+            p, x
+        )
     sums, norms = definition(p, x, norm=1.0, fn=loss)
     assert {g.dtype for g in result.grads.values()} == {torch.float32}
     close(result.grad_norms, norms, rtol=0.1, atol=0.1)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clipgrad import clipped_grad
+from clipgrad import Performance, clipped_grad
 from clipgrad.engine.reference import Params
 from tests.small_mlp import INPUTS, STRATEGIES, B, close, definition, draw, median_norm, mlp
 
@@ -24,7 +24,11 @@ def test_padding(
     mask = torch.tensor([False, True, False, False, True, True])
     norm = median_norm(params, *batch)
     gradient = clipped_grad(
-        mlp, max_grad_norm=norm, microbatch_size=microbatch, strategy=strategy, nan_safe=nan_safe
+        mlp,
+        max_grad_norm=norm,
+        microbatch_size=microbatch,
+        performance=Performance(strategy=strategy),
+        nan_safe=nan_safe,
     )
     result = gradient(params, *batch, is_padding=mask)
     rows = [leaf[~mask] for leaf in batch]
@@ -62,9 +66,12 @@ def test_samples_that_are_not_finite(
         )
 
     norm = median_norm(w, x[[0, 2, 3, 5]], y[[0, 2, 3, 5]], fn=loss)
-    result = clipped_grad(loss, max_grad_norm=norm, microbatch_size=microbatch, strategy=strategy)(
-        w, x, y
-    )
+    result = clipped_grad(
+        loss,
+        max_grad_norm=norm,
+        microbatch_size=microbatch,
+        performance=Performance(strategy=strategy),
+    )(w, x, y)
     close(result.grads, definition(w, x[[0, 2, 3, 5]], y[[0, 2, 3, 5]], norm=norm, fn=loss)[0])
     assert (int(result.num_nonfinite), result.batch_size) == (2, B)
 
@@ -80,7 +87,11 @@ def test_not_nan_safe(params: Params, batch: Any) -> None:
 
 def test_empty_batch(params: Params) -> None:
     empty = draw(0, INPUTS), torch.zeros(0, dtype=torch.long)
-    gradient = clipped_grad(mlp, max_grad_norm={"in": 1.0, "": 2.0}, accumulate_dtype=torch.float32)
+    gradient = clipped_grad(
+        mlp,
+        max_grad_norm={"in": 1.0, "": 2.0},
+        performance=Performance(accumulate_dtype=torch.float32),
+    )
     result = gradient(params, *empty, is_padding=torch.zeros(0, dtype=torch.bool))
     assert {n: (g.shape, g.dtype) for n, g in result.grads.items()} == {
         n: (p.shape, torch.float32) for n, p in params.items()

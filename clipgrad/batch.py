@@ -1,0 +1,261 @@
+"""From a batch of leaves to clipped sums: the core that ``clipped_grad`` and ``DPOptimizer`` share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from operator import attrgetter
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_map
+
+from clipgrad import _validate
+from clipgrad.arithmetic import Arithmetic, FloatingPoint
+from clipgrad.clipping import ClippingStrategy, Relation, is_grouped
+from clipgrad.compiled import Compiler, MicrobatchRunner
+from clipgrad.engine.branches import Disagreement
+from clipgrad.engine.clip_and_sum import MicrobatchResult, PreClipping, Settings, accumulate
+from clipgrad.engine.inputs import Inputs, Restore
+from clipgrad.engine.microbatch import forward, plan, run
+from clipgrad.engine.rng_state import Generators
+from clipgrad.engine.split import Parts
+from clipgrad.engine.tape import Tape
+from clipgrad.exact import OnGrid
+from clipgrad.explain import Explanation, make_explanation
+from clipgrad.options import Options
+from clipgrad.ranks import OneProcess, Ranks
+from clipgrad.result import Outcome
+
+RunRows = Callable[[slice, Tensor | None], MicrobatchResult]
+"""From rows of the batch, and which of them are padding, to their clipped sums."""
+
+_DTYPE = attrgetter("dtype")
+
+
+@dataclass(frozen=True)
+class ClippedBatch:
+    """The clipped sums of a batch.
+
+    Attributes:
+        sums: Of each parameter, in its order.
+        aux: Per-sample auxiliary output, or None.
+        outcome: What became of each sample.
+        aliases_graph: Whether ``sums`` alias the memory of a CUDA graph, which the next batch overwrites.
+    """
+
+    sums: list[Tensor]
+    aux: Any
+    outcome: Outcome
+    aliases_graph: bool = False
+
+
+class BatchClipper:
+    """Computes the clipped sums of batches; keeps what was compiled and resolved for the next one.
+
+    Args:
+        options: Of the user.
+        ranks: The processes that train together.
+    """
+
+    def __init__(self, options: Options, ranks: Ranks | None = None) -> None:
+        self.options = options
+        self.ranks: Ranks = OneProcess() if ranks is None else ranks
+        self.arithmetic: Arithmetic = (
+            FloatingPoint(options) if options.grid is None else OnGrid(options.grid, options)
+        )
+        mode = options.compile_mode
+        self.compiler = None if mode is None else Compiler(mode)
+        # Of the last call: parameters and norm rarely change from one to the next.
+        self._resolved: tuple[Any, Settings] | None = None
+        self._sensitivity: tuple[Any, float] | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return BatchClipper, (self.options, self.ranks)  # a copy compiles for itself
+
+    def clip(
+        self,
+        inputs: Inputs,
+        max_grad_norm: ClippingStrategy,
+        is_padding: Tensor | None,
+        *,
+        restore: Restore = list,
+        may_alias: bool = False,
+    ) -> ClippedBatch:
+        """The clipped sums of a batch.
+
+        Args:
+            inputs: The batch and the parameters.
+            max_grad_norm: Every norm in it is a number.
+            is_padding: Boolean ``[B]``; samples marked True contribute exactly nothing.
+            restore: From leaves to the structure that ``pre_clipping_transform`` sees.
+            may_alias: The caller accepts sums that alias a CUDA graph's memory, which saves a copy of all of them.
+
+        Raises:
+            ValueError: If the arguments do not fit together.
+            NotPerSampleError: If the loss cannot be attributed to single samples.
+            CompileError: If the step cannot be compiled.
+        """
+        size = inputs.batch_size
+        mask = _validate.padding_mask(is_padding, size)
+        settings = self._settings(inputs, max_grad_norm, restore)
+        groups = settings.clipping.groups if is_grouped(max_grad_norm) else None
+        if size == 0:
+            return _empty(inputs, settings, groups)
+        rows = self.arithmetic.rows_at_once(size)
+        run_rows: RunRows = self._eagerly(inputs, settings)
+        if self.compiler is not None:
+            rows = self.compiler.rows(self.options.microbatch_size, size)
+            run_rows = MicrobatchRunner(self.compiler, inputs, settings, rows)
+        results: list[MicrobatchResult] = []
+        sums: list[Tensor] | None = None
+        aliases = False
+        for start in range(0, size, rows):
+            part = slice(start, min(start + rows, size))
+            result = run_rows(part, None if mask is None else mask[part])
+            aliases = result.aliases_graph and may_alias and rows >= size
+            sums = result.sums if aliases else accumulate(sums, result)
+            results.append(
+                replace(result, sums=[])
+            )  # else every microbatch's sums live to the end,
+            del result  # or these through the next one
+        assert sums is not None
+        if self.options.normalize_by != 1.0:
+            sums, aliases = [total.div_(self.options.normalize_by) for total in sums], False
+        aux = None
+        if self.options.has_aux:
+            aux = tree_map(lambda *leaves: torch.cat(leaves), *(result.aux for result in results))
+        return ClippedBatch(sums, aux, _outcome(results, settings, groups, mask, size), aliases)
+
+    def explain(
+        self, inputs: Inputs, max_grad_norm: ClippingStrategy, *, restore: Restore = list
+    ) -> Explanation:
+        """Run the forward pass of one microbatch and tell how each parameter's norm would be found.
+
+        It runs on a copy of the batch, and PyTorch's RNG state is restored afterwards.
+
+        Raises:
+            ValueError: If the batch holds no sample.
+        """
+        size = inputs.batch_size
+        if size == 0:
+            raise ValueError(
+                "explain needs a batch of at least one sample; the estimates depend on it."
+            )
+        settings = self._settings(inputs, max_grad_norm, restore)
+        rows = slice(0, min(self.arithmetic.rows_at_once(size), size))
+        with torch.enable_grad(), Generators(inputs.params[0].device).kept():
+            tape = _first_part(inputs, inputs.rows(rows), settings)
+        try:
+            return make_explanation(tape.tracked, plan(tape, settings), tape.batch_size)
+        finally:
+            tape.release()
+
+    def sensitivity(self, max_grad_norm: ClippingStrategy, relation: Relation) -> float:
+        """The largest L2 change of the sums between neighbouring batches."""
+        key = _as_it_is_now(max_grad_norm), relation
+        if self._sensitivity is None or self._sensitivity[0] != key:
+            self._sensitivity = key, self.arithmetic.sensitivity(max_grad_norm, relation)
+        return self._sensitivity[1]
+
+    def _eagerly(self, inputs: Inputs, settings: Settings) -> RunRows:
+        def run_rows(rows: slice, mask: Tensor | None) -> MicrobatchResult:
+            samples = self.arithmetic.samples(inputs.rows(rows))
+            return run(inputs.loss, inputs.names, inputs.params, samples, mask, settings)
+
+        return run_rows
+
+    def _settings(
+        self, inputs: Inputs, max_grad_norm: ClippingStrategy, restore: Restore
+    ) -> Settings:
+        """The options resolved against parameters of these names, sizes and dtypes."""
+        self.arithmetic.check_batch_size(inputs.batch_size)
+        sizes = tuple(map(Tensor.numel, inputs.params))
+        dtypes = tuple(map(_DTYPE, inputs.params))
+        key = _as_it_is_now(max_grad_norm), inputs.names, sizes, dtypes
+        if self._resolved is None or self._resolved[0] != key:
+            clipping = self.arithmetic.clipping(max_grad_norm, inputs.names, sizes, dtypes)
+            settings = Settings(
+                self.options,
+                clipping,
+                tuple(map(self.arithmetic.sum_dtype, dtypes)),
+                self.ranks,
+                sum_rows=self.arithmetic.sum_rows(clipping, sizes),
+            )
+            self._resolved = key, settings
+        transform = self.options.pre_clipping_transform
+        if transform is None:
+            return self._resolved[1]
+        return replace(self._resolved[1], pre_clipping=_on_leaves(transform, restore))
+
+
+def _as_it_is_now(strategy: ClippingStrategy) -> ClippingStrategy:
+    """A copy of a mapping, which its owner may write to."""
+    return dict(strategy) if isinstance(strategy, Mapping) else strategy
+
+
+def _on_leaves(transform: Callable[[Any], Any], restore: Restore) -> PreClipping:
+    """The user's transform of per-sample gradients, from leaves to leaves."""
+
+    def apply(gradients: list[Tensor]) -> list[Tensor]:
+        before = restore(gradients)
+        leaves, structure = tree_flatten(transform(before))
+        shapes = [tuple(getattr(leaf, "shape", ())) for leaf in leaves]
+        floating = all(isinstance(leaf, Tensor) and leaf.is_floating_point() for leaf in leaves)
+        same = structure == tree_flatten(before)[1]
+        if not (floating and same and shapes == [tuple(g.shape) for g in gradients]):
+            raise ValueError(
+                "pre_clipping_transform must return per-sample gradients of the structure and shapes it "
+                "received (a floating-point [B, *parameter.shape] for every parameter)."
+            )
+        return leaves
+
+    return apply
+
+
+def _empty(inputs: Inputs, settings: Settings, groups: Sequence[str] | None) -> ClippedBatch:
+    """Zeros: what a batch without samples adds up to."""
+    sums = [
+        torch.zeros_like(p, dtype=dtype)
+        for p, dtype in zip(inputs.params, settings.dtypes, strict=True)
+    ]
+    none = torch.zeros(0, dtype=settings.dtypes[0], device=inputs.params[0].device)
+    norms = [none for _ in settings.clipping.groups]
+    outcome = Outcome(none, norms, settings.clipping.norms, groups, none.bool(), None, 0)
+    return ClippedBatch(sums, None, outcome)
+
+
+def _outcome(
+    results: Sequence[MicrobatchResult],
+    settings: Settings,
+    groups: Sequence[str] | None,
+    mask: Tensor | None,
+    size: int,
+) -> Outcome:
+    return Outcome(
+        # A copy, also of a single one: the loss may have returned a view of something large.
+        torch.cat([result.values for result in results]),
+        [_joined(norms) for norms in zip(*(result.norms for result in results), strict=True)],
+        settings.clipping.norms,
+        groups,
+        _joined([result.nonfinite for result in results]),
+        mask,
+        size - (0 if mask is None else int(mask.sum())),
+    )
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    """Per-sample values of all microbatches, which nothing else holds."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
+
+
+def _first_part(inputs: Inputs, batch: list[Any], settings: Settings) -> Tape:
+    """The tape of a copy of a microbatch; of the samples that branch as the first one does, if it splits."""
+    parts = Parts(batch)
+    for rows, _ in parts:
+        try:
+            return forward(inputs.loss, inputs.names, inputs.params, rows, settings)[0]
+        except Disagreement as disagreement:
+            parts.split(disagreement)
+    raise AssertionError("a single sample agrees with itself")

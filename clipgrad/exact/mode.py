@@ -1,0 +1,143 @@
+"""``OnGrid``: everything that exact mode does differently from floating point."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from clipgrad.clipping import (
+    Clipping,
+    ClippingStrategy,
+    Relation,
+    make_clipping,
+    refuse_tiny_norms,
+)
+from clipgrad.exact.grid import Grid, check_grid, exact_sensitivity, exact_sigma
+from clipgrad.exact.noise import DiscreteGaussianNoise, whole_steps
+from clipgrad.noise import NoiseSource
+from clipgrad.options import Options
+
+_MOST_SAMPLES = 2**26
+
+
+class OnGrid:
+    """The arithmetic of sums that are integer multiples of ``grid``; see ``clipgrad.arithmetic.Arithmetic``.
+
+    Args:
+        grid: The spacing, a power of two.
+        options: Of the user.
+
+    Raises:
+        ValueError: If an option cannot be exact together with a grid.
+    """
+
+    adapts = False
+
+    def __init__(self, grid: float, options: Options) -> None:
+        self.grid = grid
+        _check_options(options)
+
+    def check(self, strategy: ClippingStrategy) -> Clipping:
+        clipping = make_clipping(strategy)
+        check_grid(self.grid, clipping, strategy)
+        return clipping
+
+    def check_batch_size(self, size: int) -> None:
+        _check_samples(size, "batch size")
+
+    def check_noise(self, clipping: Clipping, sizes: Sequence[int], sigma: float) -> None:
+        Grid(self.grid, clipping, tuple(sizes))
+        if sigma > 0:
+            whole_steps(sigma, self.grid)
+
+    def clipping(
+        self,
+        strategy: ClippingStrategy,
+        names: Sequence[str],
+        sizes: Sequence[int],
+        dtypes: Sequence[torch.dtype],
+    ) -> Clipping:
+        clipping = make_clipping(strategy, names, sizes)
+        check_grid(self.grid, clipping, strategy)
+        refuse_tiny_norms(clipping, dtypes)
+        return clipping
+
+    def sum_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        return torch.float64
+
+    def rows_at_once(self, size: int) -> int:
+        return 1
+
+    def samples(self, batch: Sequence[Any]) -> Sequence[Any]:
+        """One sample's leaves in memory of their own, laid out and aligned as any other sample's.
+
+        Matrix products round differently for other batch sizes, and some for other alignments. Each sample passes
+        alone and in fresh memory, so that its gradient does not depend on who else is in the batch.
+        """
+        return [
+            leaf.clone(memory_format=torch.contiguous_format) if isinstance(leaf, Tensor) else leaf
+            for leaf in batch
+        ]
+
+    def sum_rows(self, clipping: Clipping, sizes: tuple[int, ...]) -> Any:
+        return Grid(self.grid, clipping, sizes).clip
+
+    def sensitivity(self, strategy: ClippingStrategy, relation: Relation) -> float:
+        return exact_sensitivity(self.check(strategy), relation)
+
+    def sigma(self, noise_multiplier: float, sensitivity: float) -> float:
+        return exact_sigma(noise_multiplier, sensitivity)
+
+    def noise_source(self, source: NoiseSource | None, expected_batch_size: float) -> NoiseSource:
+        """The noise source for sums on the grid.
+
+        Raises:
+            ValueError: If another one is given: its noise would leave the grid.
+        """
+        _check_samples(2 * expected_batch_size, "twice the expected_batch_size")
+        if source is None:
+            return DiscreteGaussianNoise(self.grid)
+        if isinstance(source, DiscreteGaussianNoise) and source.grid == self.grid:
+            return source
+        raise ValueError(
+            f"grid={self.grid} needs noise on the same grid, got noise={source!r}; leave it out, or pass "
+            f"DiscreteGaussianNoise({self.grid})."
+        )
+
+
+def _check_samples(count: float, what: str) -> None:
+    """Refuse a logical batch whose sums could leave the range of exact integers."""
+    if count > _MOST_SAMPLES:
+        raise ValueError(
+            f"{what}={count} is more than the 2**26 samples whose sum on a grid is certain to be exact."
+        )
+
+
+def _check_options(options: Options) -> None:
+    """Refuse what cannot be exact together with a grid."""
+    dtype = options.performance.accumulate_dtype
+    refused = {
+        f"normalize_by={options.normalize_by}": (
+            options.normalize_by != 1.0,
+            "divide after the noise was added",
+        ),
+        "rescale_to_unit_norm=True": (
+            options.rescale_to_unit_norm,
+            "choose max_grad_norm=1.0 instead",
+        ),
+        f"accumulate_dtype={dtype}": (
+            dtype not in (None, torch.float64),
+            "leave it out: sums on a grid are float64",
+        ),
+        "nan_safe=False": (not options.nan_safe, "leave it out: a grid has no place for NaN"),
+        f"compile={options.compile!r}": (
+            bool(options.compile),
+            "leave it out: each sample is computed alone",
+        ),
+    }
+    for option, (given, remedy) in refused.items():
+        if given:
+            raise ValueError(f"grid cannot be combined with {option}; {remedy}.")
