@@ -14,9 +14,14 @@ from torch import nn
 README = Path(__file__).resolve().parents[1] / "README.md"
 
 
+def python_blocks() -> list[str]:
+    """The README's blocks of Python, in order; the first is the training loop."""
+    return re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+
+
 def test_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    loop, checkpoint, functional = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    loop, checkpoint, functional = python_blocks()
     torch.manual_seed(0)
     images, labels = torch.randn(600, 8, 8), torch.randint(0, 10, (600,))
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
