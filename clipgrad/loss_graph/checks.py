@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from clipgrad.loss_graph.reasons import cannot, line_in, line_of
+from clipgrad.loss_graph.regions import all_left
 
 
 def refuse_side_effects() -> None:
@@ -125,5 +126,5 @@ def refuse_writes(module: GraphModule) -> None:
     if not modes:
         return
     writes = _Writes(examples)
-    with torch.enable_grad(), modes[0], writes:
+    with torch.enable_grad(), modes[0], writes, all_left():
         _Run(module, writes).run(*examples, enable_io_processing=False)

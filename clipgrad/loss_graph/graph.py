@@ -14,6 +14,7 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils._pytree import TreeSpec, tree_unflatten
 
 from clipgrad.loss_graph.reasons import cannot, line_in
+from clipgrad.loss_graph.regions import all_left, rewrite_regions
 
 _CHECKPOINT = torch.ops.higher_order.tag_activation_checkpoint
 
@@ -68,7 +69,8 @@ class CapturedLoss:
             The loss, and what was returned beside it or None.
         """
         given = {"parameter": parameters, "leaf": leaves, "constant": constants}
-        outputs = self.module(*(given[kind][index] for kind, index in self.inputs))
+        with all_left():
+            outputs = self.module(*(given[kind][index] for kind, index in self.inputs))
         given["output"] = outputs
         values = [given[kind][index] if kind in given else index for kind, index in self.results]
         aux = None if self.aux is None else tree_unflatten(values[1:], self.aux)
@@ -88,6 +90,7 @@ def pure(module: GraphModule) -> GraphModule:
             _inline_checkpoint(graph, node)
         else:
             _refuse(module, node)
+    rewrite_regions(graph)
     _lengths_from_tensors(graph)
     graph.lint()
     module.recompile()
@@ -125,8 +128,7 @@ def _refuse(module: GraphModule, node: Node) -> None:
         for name in str(node.target).split("."):
             held = getattr(held, name)
         if isinstance(held, GraphModule):
-            for inner in held.graph.nodes:
-                _refuse(held, inner)
+            setattr(module, str(node.target), pure(held))
         elif not all(user.target is _CHECKPOINT for user in node.users):
             raise cannot(f"it holds {type(held).__name__} as a constant of the graph", where)
     target: Any = node.target
@@ -136,9 +138,6 @@ def _refuse(module: GraphModule, node: Node) -> None:
         raise cannot(
             "it reads the value of a tensor, or makes one whose shape depends on the data", where
         )
-    origin = getattr(node.target, "__module__", None) or ""
-    if node.op == "call_function" and "functorch" in origin:
-        raise cannot("it uses a transform of torch.func, or one that PyTorch builds on them", where)
 
 
 def _lengths_from_tensors(graph: torch.fx.Graph) -> None:

@@ -46,10 +46,11 @@ def explained(error: BaseException) -> CannotCapture:
     Args:
         error: Of any kind: what PyTorch did not expect, it wraps or lets through.
     """
-    cause = error.__cause__ or error.__context__
-    for one in (error, cause, getattr(error, "inner_exception", None)):
-        if isinstance(one, CannotCapture):
-            return one
+    error = getattr(
+        error, "inner_exception", error
+    )  # of what ran while PyTorch handed over the graph
+    if isinstance(error, CannotCapture):
+        return error
     text = str(error)
     stack = getattr(error, "real_stack", None)
     where = line_of(stack) if stack else None
