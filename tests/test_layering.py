@@ -19,6 +19,7 @@ ROOMS: dict[str, set[str]] = {
     "batch_norm": set(),
     "checkpoint": set(),
     "kernels": set(),
+    "loss_graph": {"errors"},
     "result": set(),
     "rules": {"_functorch", "errors", "kernels"},
     "noise": {"kernels"},

@@ -1,0 +1,7 @@
+"""The loss of one sample as an FX graph, and PyTorch's guards that say whether the graph still serves."""
+
+from clipgrad.loss_graph.capture import LossCapture
+from clipgrad.loss_graph.graph import CapturedLoss
+from clipgrad.loss_graph.reasons import CannotCapture
+
+__all__ = ["CannotCapture", "CapturedLoss", "LossCapture"]

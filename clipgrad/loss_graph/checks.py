@@ -1,0 +1,130 @@
+"""What a captured graph must not do: change what it was given, or anything outside of itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._dynamo.symbolic_convert import InstructionTranslator
+from torch.fx import GraphModule, Interpreter, Node
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from clipgrad.loss_graph.reasons import cannot, line_in, line_of
+from clipgrad.loss_graph.regions import all_left
+
+
+def refuse_side_effects() -> None:
+    """Refuse a loss that stores a tensor outside of itself; to be called while PyTorch compiles its graph.
+
+    After a graph, PyTorch repeats what the code did to objects outside of it. Here that would store what the graph
+    returned in place of its results, or one sample where another batch finds it.
+
+    Raises:
+        CannotCapture: With the line that stores the tensor.
+    """
+    translator = InstructionTranslator.current_tx()
+    effects = translator.output.side_effects
+    for owner in effects._get_modified_vars():
+        if owner.source is None:
+            continue  # made by the loss itself
+        place = owner.source.name
+        place = place() if callable(place) else place
+        for value in _stored(owner, effects.store_attr_mutations.get(owner, {})):
+            source = value.source.name if value.source is not None else None
+            source = source() if callable(source) else source
+            if source is None or not source.startswith((f"{place}[", f"{place}.")):
+                stacks = getattr(effects, "mutation_user_stacks", {}).get(owner)
+                where = line_of(stacks[-1]) if stacks else None
+                raise cannot(
+                    f"it stores a tensor in {type_of(owner)}, where a later batch would find it",
+                    where,
+                )
+
+
+def type_of(owner: Any) -> str:
+    """What the user calls an object, for a message."""
+    try:
+        return f"an object of type {owner.python_type().__name__}"
+    except NotImplementedError:
+        return "an object outside of it"
+
+
+def _stored(owner: Any, attributes: dict[str, Any]) -> list[Any]:
+    """Every tensor that an object holds after the loss, among what the loss changed."""
+    from torch._dynamo.variables import LazyVariableTracker, TensorVariable
+    from torch._dynamo.variables.base import VariableTracker
+
+    found: list[Any] = []
+
+    def look(value: Any) -> None:
+        if isinstance(value, LazyVariableTracker) and not value.is_realized():
+            return  # the loss did not read it
+        if isinstance(value, TensorVariable):
+            found.append(value)
+
+    VariableTracker.visit(look, [owner, attributes])
+    return found
+
+
+class _Writes(TorchDispatchMode):
+    """Refuses operations that write to the memory of an input."""
+
+    def __init__(self, inputs: Sequence[Any]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.node: Node | None = None
+        self._memory = {_memory(value) for value in inputs if isinstance(value, Tensor)}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        for value in _written(func, args, kwargs):
+            if _memory(value) in self._memory:
+                where = line_in(self.node.meta.get("stack_trace")) if self.node else None
+                raise cannot(
+                    f"it writes in place to a tensor that it was given ({func._schema.name})", where
+                )
+        return func(*args, **kwargs)
+
+
+def _memory(tensor: Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)
+
+
+def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Tensor]:
+    for position, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            value = args[position] if position < len(args) else kwargs.get(argument.name)
+            yield from (one for one in tree_leaves(value) if isinstance(one, Tensor))
+
+
+class _Run(Interpreter):
+    def __init__(self, module: GraphModule, writes: _Writes) -> None:
+        super().__init__(module)
+        self.extra_traceback = False
+        self._writes = writes
+
+    def run_node(self, n: Node) -> Any:
+        self._writes.node = n
+        return super().run_node(n)
+
+
+def refuse_writes(module: GraphModule) -> None:
+    """Refuse a graph that writes to its inputs; it runs once, on tensors without memory.
+
+    Args:
+        module: As PyTorch captured it, with an example at each input.
+
+    Raises:
+        CannotCapture: With the line that writes.
+    """
+    examples = [node.meta["example_value"] for node in module.graph.find_nodes(op="placeholder")]
+    modes = [value.fake_mode for value in examples if hasattr(value, "fake_mode")]
+    if not modes:
+        return
+    writes = _Writes(examples)
+    with torch.enable_grad(), modes[0], writes, all_left():
+        _Run(module, writes).run(*examples, enable_io_processing=False)

@@ -1,0 +1,164 @@
+"""A captured graph, made a pure function of parameters, the sample's leaves and every other tensor."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
+from torch.utils._pytree import TreeSpec, tree_unflatten
+
+from clipgrad.loss_graph.reasons import cannot, line_in
+from clipgrad.loss_graph.regions import all_left, rewrite_regions
+
+_CHECKPOINT = torch.ops.higher_order.tag_activation_checkpoint
+
+
+class Place(NamedTuple):
+    """Where a value comes from.
+
+    Attributes:
+        kind: parameter, leaf, constant, output or value.
+        index: Its position there; the value itself for the last kind.
+    """
+
+    kind: str
+    index: Any
+
+
+@dataclass(frozen=True)
+class CapturedLoss:
+    """The graph that serves a call, and the tensors that it takes besides parameters and the sample.
+
+    Attributes:
+        module: Takes one value for each of ``inputs``; returns a tuple of tensors.
+        number: Equal for two calls exactly if module, inputs and results are the same.
+        inputs: Where each input of the graph comes from.
+        results: Where the loss, and then each leaf of what it returned beside it, comes from.
+        aux: How what was returned beside the loss is nested; None if there is nothing.
+        constants: Each input that is neither parameter nor leaf, as it is now: a tensor, or an integer that changes.
+    """
+
+    module: GraphModule
+    number: int
+    inputs: tuple[Place, ...]
+    results: tuple[Place, ...]
+    aux: TreeSpec | None
+    constants: list[Tensor | int]
+
+    def __call__(
+        self,
+        parameters: Sequence[Tensor],
+        leaves: Sequence[Any],
+        constants: Sequence[Tensor | int],
+    ) -> tuple[Tensor, Any]:
+        """Run the graph; under ``torch.func.vmap`` each argument may differ from sample to sample.
+
+        Args:
+            parameters: In the order in which they were given to the capture; a parameter that the graph does not take
+                is not read.
+            leaves: Likewise, of one sample.
+            constants: Likewise; usually ``self.constants``.
+
+        Returns:
+            The loss, and what was returned beside it or None.
+        """
+        given = {"parameter": parameters, "leaf": leaves, "constant": constants}
+        with all_left():
+            outputs = self.module(*(given[kind][index] for kind, index in self.inputs))
+        given["output"] = outputs
+        values = [given[kind][index] if kind in given else index for kind, index in self.results]
+        aux = None if self.aux is None else tree_unflatten(values[1:], self.aux)
+        return values[0], aux
+
+
+def pure(module: GraphModule) -> GraphModule:
+    """The graph in a form that runs under ``vmap``, without references to the tensors that it was captured with.
+
+    Raises:
+        CannotCapture: If it holds what does not run there.
+    """
+    graph = copy.deepcopy(module.graph)  # PyTorch still reads its own
+    module = GraphModule(module, graph)
+    for node in list(graph.nodes):
+        if node.target is _CHECKPOINT:
+            _inline_checkpoint(graph, node)
+        else:
+            _refuse(module, node)
+    rewrite_regions(graph)
+    _lengths_from_tensors(graph)
+    graph.lint()
+    module.recompile()
+    return module
+
+
+def forget_examples(module: GraphModule) -> None:
+    """Drop the tensors that PyTorch noted at the nodes; lines for messages stay."""
+    for child in module.modules():
+        if isinstance(child, GraphModule):
+            for node in child.graph.nodes:
+                node.meta = {key: node.meta[key] for key in ("stack_trace",) if key in node.meta}
+
+
+def _inline_checkpoint(graph: torch.fx.Graph, node: Node) -> None:
+    """Call the body of a checkpointed region in place of the operation that would recompute it.
+
+    Its results are the same; what is saved for the backward pass is as much as without the checkpoint.
+    """
+    body = node.args[0]
+    assert isinstance(body, Node)
+    with graph.inserting_before(node):
+        call = graph.call_module(str(body.target), node.args[1:])
+    call.meta = dict(node.meta)
+    node.replace_all_uses_with(call)
+    graph.erase_node(node)
+    if not body.users:
+        graph.erase_node(body)
+
+
+def _refuse(module: GraphModule, node: Node) -> None:
+    where = line_in(node.meta.get("stack_trace"))
+    if node.op == "get_attr":
+        held: Any = module
+        for name in str(node.target).split("."):
+            held = getattr(held, name)
+        if isinstance(held, GraphModule):
+            setattr(module, str(node.target), pure(held))
+        elif not all(user.target is _CHECKPOINT for user in node.users):
+            raise cannot(f"it holds {type(held).__name__} as a constant of the graph", where)
+    target: Any = node.target
+    if isinstance(target, torch._ops.HigherOrderOperator) and target is not _CHECKPOINT:
+        raise cannot(f"it uses {target.name()}, which does not run for each sample", where)
+    if free_unbacked_symbols(node.meta.get("example_value")):
+        raise cannot(
+            "it reads the value of a tensor, or makes one whose shape depends on the data", where
+        )
+
+
+def _lengths_from_tensors(graph: torch.fx.Graph) -> None:
+    """Read lengths that differ from call to call from the tensors that have them, where they come as inputs."""
+    places = list(graph.find_nodes(op="placeholder"))
+    for place in places:
+        symbol = place.meta.get("example_value")
+        if not isinstance(symbol, torch.SymInt):
+            continue
+        for owner in places:
+            value = owner.meta.get("example_value")
+            if not isinstance(value, Tensor):
+                continue
+            same = [axis for axis, size in enumerate(value.shape) if _is(size, symbol)]
+            if same and place.users:
+                with graph.inserting_after(places[-1]):
+                    length = graph.call_method("size", (owner, same[0]))
+                length.meta["example_value"] = symbol
+                place.replace_all_uses_with(length)
+                break
+
+
+def _is(size: Any, symbol: torch.SymInt) -> bool:
+    return isinstance(size, torch.SymInt) and bool(size.node.expr == symbol.node.expr)

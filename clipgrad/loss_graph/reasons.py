@@ -1,0 +1,101 @@
+"""Why a loss could not be captured: PyTorch's reason and the user's line, in one sentence."""
+
+from __future__ import annotations
+
+import re
+import sysconfig
+import traceback
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import torch
+
+from clipgrad.errors import CompileError
+
+_PACKAGES = sysconfig.get_path("purelib")
+_NOT_THE_USERS = (
+    str(Path(torch.__file__).parent),
+    str(Path(__file__).parent),
+    sysconfig.get_path("stdlib"),
+    "<",
+)
+_FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+)')
+_EXPLANATION = re.compile(r"^\s*Explanation: (.*)$", re.MULTILINE)
+
+
+class CannotCapture(CompileError):
+    """PyTorch cannot capture this loss as one graph; the message gives the reason and the user's line.
+
+    A caller that has another way to run the loss may take it: nothing was computed, and nothing was changed.
+    """
+
+
+def cannot(reason: str, where: str | None = None) -> CannotCapture:
+    """The error for a reason of our own.
+
+    Args:
+        reason: What the loss does, from its verb on.
+        where: File and line, if they are known.
+    """
+    return CannotCapture(f"the loss cannot be captured as one graph: {_placed(reason, where)}.")
+
+
+def explained(error: BaseException) -> CannotCapture:
+    """The error for an exception of PyTorch's capture.
+
+    Args:
+        error: Of any kind: what PyTorch did not expect, it wraps or lets through.
+    """
+    error = getattr(
+        error, "inner_exception", error
+    )  # of what ran while PyTorch handed over the graph
+    if isinstance(error, CannotCapture):
+        return error
+    text = str(error)
+    stack = getattr(error, "real_stack", None)
+    where = line_of(stack) if stack else None
+    return cannot(_reason(error, text), where or _last(_frames(text)))
+
+
+def line_of(stack: Iterable[traceback.FrameSummary]) -> str | None:
+    """The innermost line of a stack that is not PyTorch's own."""
+    return _last((frame.filename, frame.lineno or 0) for frame in stack)
+
+
+def line_in(text: str | None) -> str | None:
+    """The same for a stack that was written down as text, as a node of a graph holds it."""
+    return _last(_frames(text or ""))
+
+
+def _reason(error: BaseException, text: str) -> str:
+    first = text.strip().partition("\n")[0].strip().rstrip(".") or type(error).__name__
+    explanation = _EXPLANATION.search(text)
+    if explanation:
+        first = f"{first} ({explanation.group(1).strip().rstrip('.')})"
+    return first if len(first) <= 400 else first[:397] + "..."
+
+
+def _frames(text: str) -> Iterator[tuple[str, int]]:
+    for frame in _FRAME.finditer(text):
+        yield frame["file"], int(frame["line"])
+
+
+def _last(frames: Iterable[tuple[str, int]]) -> str | None:
+    every = list(frames)
+    outside = [frame for frame in every if _is_the_users(frame[0])]
+    chosen = outside or every
+    return "{}:{}".format(*chosen[-1]) if chosen else None
+
+
+def _is_the_users(file: str) -> bool:
+    """Whether a file is neither PyTorch's, nor ours, nor of the standard library; packages may lie inside of that."""
+    for prefix in _NOT_THE_USERS:
+        if file.startswith(prefix) and not (
+            file.startswith(_PACKAGES) and _PACKAGES.startswith(prefix)
+        ):
+            return False
+    return True
+
+
+def _placed(reason: str, where: str | None) -> str:
+    return f"{reason}, at {where}" if where else reason

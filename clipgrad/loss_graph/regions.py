@@ -1,0 +1,116 @@
+"""Regions of a graph in which a setting holds: left in order, also when an error is raised inside of them."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch._functorch import predispatch
+from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
+from torch.fx import Graph, Node
+
+from clipgrad.loss_graph.reasons import cannot, line_in
+
+# The position of the level among the arguments.
+_LEVELS = {"_add_batch_dim": 2, "_remove_batch_dim": 1}
+_HARMLESS = {"lazy_load_decompositions"}
+
+
+class _Open(threading.local):
+    """What is to be called to leave the regions that this thread is in, outermost first."""
+
+    def __init__(self) -> None:
+        self.closers: list[Callable[[], Any]] = []
+
+
+_open = _Open()
+
+
+def enter_vmap(*args: Any) -> int:
+    """Open a level of ``vmap``; returns it."""
+    level: int = predispatch._vmap_increment_nesting(*args)
+    _open.closers.append(predispatch._vmap_decrement_nesting)
+    return level
+
+
+def enter_autocast(*args: Any) -> None:
+    """Let autocast hold as the loss wrote it."""
+    context = _enter_autocast(*args)
+    _open.closers.append(lambda: _exit_autocast(context))
+
+
+def leave() -> None:
+    """Leave the innermost region."""
+    _open.closers.pop()()
+
+
+_OPENS: dict[str, Callable[..., Any]] = {
+    "_vmap_increment_nesting": enter_vmap,
+    "_enter_autocast": enter_autocast,
+}
+_CLOSES = {"_vmap_decrement_nesting", "_exit_autocast"}
+
+
+@contextlib.contextmanager
+def all_left() -> Iterator[None]:
+    """However the body ends, the regions that it entered are left, and the gradient mode is as before."""
+    before = len(_open.closers)
+    with torch.set_grad_enabled(torch.is_grad_enabled()):
+        try:
+            yield
+        finally:
+            while len(_open.closers) > before:
+                leave()
+
+
+def rewrite_regions(graph: Graph) -> None:
+    """Let the graph enter and leave its regions by ``enter`` and ``leave``.
+
+    PyTorch writes the levels of ``torch.vmap`` as numbers. They are right only outside of every other ``vmap``, so
+    each becomes the level that its region was given when it was entered.
+
+    Raises:
+        CannotCapture: If the graph uses another transform.
+    """
+    levels: list[Node] = []
+    for node in list(graph.nodes):
+        name = name_of(node)
+        if name in _OPENS:
+            new = _replaced(graph, node, _OPENS[name], node.args)
+            if _OPENS[name] is enter_vmap:
+                levels.append(new)
+        elif name in _CLOSES:
+            _replaced(graph, node, leave, ())
+            if name == "_vmap_decrement_nesting":
+                levels.pop()
+        elif name in _LEVELS:
+            level = node.args[_LEVELS[name]]
+            assert isinstance(level, int)
+            node.update_arg(_LEVELS[name], levels[level - 1])
+        elif _is_transform(node) and name not in _HARMLESS:
+            raise cannot(
+                f"it uses a transform of torch.func other than vmap ({name})",
+                line_in(node.meta.get("stack_trace")),
+            )
+
+
+def name_of(node: Node) -> str:
+    """The name of the function that a node calls."""
+    return getattr(node.target, "__name__", "") if node.op == "call_function" else ""
+
+
+def _replaced(graph: Graph, node: Node, function: Callable[..., Any], args: Any) -> Node:
+    with graph.inserting_before(node):
+        new = graph.call_function(function, args)
+    new.meta = dict(node.meta)
+    node.replace_all_uses_with(new)
+    graph.erase_node(node)
+    return new
+
+
+def _is_transform(node: Node) -> bool:
+    origin = getattr(node.target, "__module__", None) or ""
+    return node.op == "call_function" and "functorch" in origin

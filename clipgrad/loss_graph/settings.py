@@ -1,0 +1,61 @@
+"""The settings of PyTorch's capture that clipgrad needs, for the time of one call and one thread."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch._dynamo.config
+
+# Methods of loggers that only write; transformers adds some of its own, like ``warning_once``.
+_LEVELS = ("debug", "info", "warn", "error", "exception", "critical", "fatal", "log")
+
+
+GUARDS_ONLY: contextlib.AbstractContextManager[Any] = torch._dynamo.config.patch(
+    error_on_recompile=True
+)
+"""PyTorch raises ``RecompileError`` where no graph serves, instead of capturing."""
+
+
+def capture_settings(limit: int) -> contextlib.AbstractContextManager[Any]:
+    """PyTorch's settings for captures; they hold in this thread only, and the process's own come back.
+
+    Args:
+        limit: How many graphs of one loss PyTorch keeps.
+    """
+    settings: contextlib.AbstractContextManager[Any] = torch._dynamo.config.patch(
+        allow_rnn=True,
+        error_on_recompile=False,
+        # A hook that is added later must be seen; PyTorch leaves these guards out by default.
+        skip_nnmodule_hook_guards=False,
+        ignore_logging_functions={
+            *torch._dynamo.config.ignore_logging_functions,
+            *_logging_functions(),
+        },
+        recompile_limit=limit,
+        accumulated_recompile_limit=limit,
+        # A number with a fraction would be read out of a tensor in the graph, where a later trace makes it a constant.
+        specialize_float=True,
+        # Errors are ours to explain; under this setting PyTorch would run the loss uncaptured.
+        suppress_errors=False,
+    )
+    return settings
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep PyTorch's warnings about what it captures to itself; an error says what matters."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _logging_functions() -> Iterator[Callable[..., Any]]:
+    for name, function in vars(logging.Logger).items():
+        if name.startswith(_LEVELS) and callable(function):
+            yield function
+    yield from (print, warnings.warn)
