@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from operator import attrgetter
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,15 +15,19 @@ from clipgrad import _validate
 from clipgrad.arithmetic import Arithmetic, FloatingPoint
 from clipgrad.clipping import ClippingStrategy, Relation, is_grouped
 from clipgrad.compiled import Compiler, MicrobatchRunner
+from clipgrad.engine.advice import ValueReadError
 from clipgrad.engine.branches import Disagreement
+from clipgrad.engine.captured_loss import LossGraphs
 from clipgrad.engine.clip_and_sum import MicrobatchResult, PreClipping, Settings, accumulate
-from clipgrad.engine.inputs import Inputs, Restore
+from clipgrad.engine.inputs import Inputs, Loss, Restore
 from clipgrad.engine.microbatch import forward, plan, run
 from clipgrad.engine.rng_state import Generators
 from clipgrad.engine.split import Parts
 from clipgrad.engine.tape import Tape
+from clipgrad.errors import NotPerSampleError
 from clipgrad.exact import OnGrid
 from clipgrad.explain import Explanation, make_explanation
+from clipgrad.loss_graph import CannotCapture
 from clipgrad.options import Options
 from clipgrad.ranks import OneProcess, Ranks
 from clipgrad.result import Outcome
@@ -32,6 +36,7 @@ RunRows = Callable[[slice, Tensor | None], MicrobatchResult]
 """From rows of the batch, and which of them are padding, to their clipped sums."""
 
 _DTYPE = attrgetter("dtype")
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -66,7 +71,9 @@ class BatchClipper:
             FloatingPoint(options) if options.grid is None else OnGrid(options.grid, options)
         )
         mode = options.compile_mode
-        self.compiler = None if mode is None else Compiler(mode)
+        self._compiler = None if mode is None else Compiler(mode)
+        self._graphs = LossGraphs(keep_batch_dim=options.keep_batch_dim, has_aux=options.has_aux)
+        self._runs_as_graph = False
         # Of the last call: parameters and norm rarely change from one to the next.
         self._resolved: tuple[Any, Settings] | None = None
         self._sensitivity: tuple[Any, float] | None = None
@@ -105,9 +112,9 @@ class BatchClipper:
             return _empty(inputs, settings, groups)
         rows = self.arithmetic.rows_at_once(size)
         run_rows: RunRows = self._eagerly(inputs, settings)
-        if self.compiler is not None:
-            rows = self.compiler.rows(self.options.microbatch_size, size)
-            run_rows = MicrobatchRunner(self.compiler, inputs, settings, rows)
+        if self._compiler is not None:
+            rows = self._compiler.rows(self.options.microbatch_size, size)
+            run_rows = MicrobatchRunner(self._compiler, self._graphs, inputs, settings, rows)
         results: list[MicrobatchResult] = []
         sums: list[Tensor] | None = None
         aliases = False
@@ -146,7 +153,7 @@ class BatchClipper:
         settings = self._settings(inputs, max_grad_norm, restore)
         rows = slice(0, min(self.arithmetic.rows_at_once(size), size))
         with torch.enable_grad(), Generators(inputs.params[0].device).kept():
-            tape = _first_part(inputs, inputs.rows(rows), settings)
+            tape = self._first_part(inputs, inputs.rows(rows), settings)
         try:
             return make_explanation(tape.tracked, plan(tape, settings), tape.batch_size)
         finally:
@@ -162,9 +169,45 @@ class BatchClipper:
     def _eagerly(self, inputs: Inputs, settings: Settings) -> RunRows:
         def run_rows(rows: slice, mask: Tensor | None) -> MicrobatchResult:
             samples = self.arithmetic.samples(inputs.rows(rows))
-            return run(inputs.loss, inputs.names, inputs.params, samples, mask, settings)
+            return self._with_loss(
+                inputs,
+                lambda loss: run(loss, inputs.names, inputs.params, samples, mask, settings),
+            )
 
         return run_rows
+
+    def _with_loss(self, inputs: Inputs, body: Callable[[Loss], _T]) -> _T:
+        """Run ``body`` on the loss; where its Python asks for values of tensors, on the graph of one sample's loss."""
+        if not self._runs_as_graph:
+            try:
+                return body(inputs.loss)
+            except ValueReadError as refusal:
+                try:
+                    loss = self._graphs.of(inputs).loss()
+                except CannotCapture as reason:
+                    raise NotPerSampleError(
+                        f"{refusal} PyTorch has no other way: {reason}"
+                    ) from refusal
+                self._runs_as_graph = True
+                return body(loss)
+        return body(self._graphs.of(inputs).loss())
+
+    def _first_part(self, inputs: Inputs, batch: list[Any], settings: Settings) -> Tape:
+        """The tape of a copy of a microbatch; of the samples that branch as the first one does, if it splits."""
+
+        def record(samples: Sequence[Any]) -> Tape:
+            return self._with_loss(
+                inputs,
+                lambda loss: forward(loss, inputs.names, inputs.params, samples, settings)[0],
+            )
+
+        parts = Parts(batch)
+        for rows, _ in parts:
+            try:
+                return record(rows)
+            except Disagreement as disagreement:
+                parts.split(disagreement)
+        raise AssertionError("a single sample agrees with itself")
 
     def _settings(
         self, inputs: Inputs, max_grad_norm: ClippingStrategy, restore: Restore
@@ -248,14 +291,3 @@ def _outcome(
 def _joined(parts: Sequence[Tensor]) -> Tensor:
     """Per-sample values of all microbatches, which nothing else holds."""
     return parts[0] if len(parts) == 1 else torch.cat(list(parts))
-
-
-def _first_part(inputs: Inputs, batch: list[Any], settings: Settings) -> Tape:
-    """The tape of a copy of a microbatch; of the samples that branch as the first one does, if it splits."""
-    parts = Parts(batch)
-    for rows, _ in parts:
-        try:
-            return forward(inputs.loss, inputs.names, inputs.params, rows, settings)[0]
-        except Disagreement as disagreement:
-            parts.split(disagreement)
-    raise AssertionError("a single sample agrees with itself")

@@ -46,10 +46,7 @@ class ClippedGrad:
             NotPerSampleError: If the loss does something that cannot be attributed to single samples.
             CompileError: If ``compile`` is asked for and the step cannot be compiled.
         """
-        aliased = self.clipper.compiler is not None
-        inputs, restore = of_arguments(
-            self.fn, self.argnums, self.batch_argnums, args, aliased=aliased
-        )
+        inputs, restore = of_arguments(self.fn, self.argnums, self.batch_argnums, args)
         found = self.clipper.clip(inputs, self.max_grad_norm, is_padding, restore=restore)
         return ClippedGradResult(restore(found.sums), found.aux, found.outcome)
 

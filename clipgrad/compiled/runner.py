@@ -1,4 +1,4 @@
-"""``MicrobatchRunner``: the microbatches of one call, each on a graph, checked when the graph is new."""
+"""``MicrobatchRunner`` runs the microbatches of a call on compiled graphs, and compares those not trusted yet."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from clipgrad.compiled.check import compare, tolerance
 from clipgrad.compiled.shape import fitted_batch, fitted_mask
 from clipgrad.compiled.signature import refuse_modes, signature
 from clipgrad.compiled.step import Compiler, Entry
+from clipgrad.engine.advice import ValueReadError
+from clipgrad.engine.captured_loss import GraphOfLoss, LossGraphs
 from clipgrad.engine.clip_and_sum import MicrobatchResult, Settings
 from clipgrad.engine.foreign_code import refuse_saved_tensors_hooks
 from clipgrad.engine.inputs import Inputs
@@ -20,18 +22,32 @@ from clipgrad.engine.rng_state import Generators
 
 
 class MicrobatchRunner:
-    """Runs the microbatches of one call; looks at signature and state once.
+    """Runs the microbatches of one call; looks at guards and signature once.
 
-    Between them runs no code of the user's, unless a microbatch runs eagerly: then all is looked at again.
+    Args:
+        compiler: Keeps the compiled steps.
+        graphs: Keeps the graphs of the loss.
+        inputs: The arguments of the call.
+        settings: Of the batch.
+        size: Rows of the compiled graph.
     """
 
-    def __init__(self, compiler: Compiler, inputs: Inputs, settings: Settings, size: int) -> None:
+    def __init__(
+        self,
+        compiler: Compiler,
+        graphs: LossGraphs,
+        inputs: Inputs,
+        settings: Settings,
+        size: int,
+    ) -> None:
         refuse_modes()
         refuse_saved_tensors_hooks()
-        self._compiler, self._inputs, self._settings, self._size = compiler, inputs, settings, size
+        self._compiler, self._graphs = compiler, graphs
+        self._inputs, self._settings, self._size = inputs, settings, size
         self._device = inputs.params[0].device
         self._bounds = compiler.bounds_on(self._device, settings.clipping.norms)
         self._entry: Entry | None = None
+        self._loss: GraphOfLoss | None = None
 
     def __call__(self, rows: slice, mask: Tensor | None) -> MicrobatchResult:
         """Norms and clipped sums of one microbatch.
@@ -49,56 +65,80 @@ class MicrobatchRunner:
         count = rows.stop - rows.start
         padded = fitted_batch(batch, size)
         padding = fitted_mask(mask, count, size, self._device)
-        given = self._given(padded, padding)
-        # On a GPU the questions whether the graph serves are answered while it is running.
-        ahead = None if self._entry is not None else self._compiler.ahead(given)
-        entry = self._entry = self._entry or self._look(padded, padding, given)
+        started = None
+        if self._entry is None or self._loss is None:
+            started = self._ahead(padded, padding)
+            self._loss = self._graphs.of(self._inputs)
+        loss = self._loss
+        given = self._given(padded, loss.tensors, padding)
+        entry = self._entry = self._entry or self._look(padded, given)
         flat = entry.arguments(given)
-        started = ahead is entry
-        generators = None if started or entry.trusted(flat) else Generators(self._device)
-        piece = entry.call(flat, started=started)
+        # A replay that was started is of no use if the loss reads other tensors by now.
+        in_time = started is not None and started[0] is entry and _same(started[1], loss.tensors)
+        generators = None if in_time or entry.is_trusted(flat) else Generators(self._device)
+        result = entry.call(flat, started=in_time)
         dropping = entry.graph.asks and (
             settings.options.nan_safe or mask is not None or count < size
         )
-        if (dropping or generators is not None) and not bool(piece.all_finite):
-            # Rare: a sample has to be taken out of the factors themselves, which this graph does not do; and a batch
+        if (dropping or generators is not None) and not bool(result.all_finite):
+            # Rare: a sample has to be taken out of the activations, which this graph does not do; and a batch
             # with one proves little.
             return self._eagerly(batch, mask)
         if generators is not None:
             with generators.replayed():
                 eager = self._eagerly(padded, padding)
             slack = tolerance(entry.graph.module, self._device)
-            compare(piece, eager, self._inputs.names, settings.clipping, slack)
-            entry.checked = True
-        return _first(piece, count)
+            compare(result, eager, self._inputs.names, settings.clipping, slack)
+        entry.runs += 1
+        entry.tensors = loss.tensors
+        return _first(result, count)
 
-    def _given(self, batch: Sequence[Any], padding: Tensor) -> list[Tensor]:
+    def _given(self, batch: Sequence[Any], read: Sequence[Tensor], padding: Tensor) -> list[Tensor]:
         tensors = [leaf for leaf in batch if isinstance(leaf, Tensor)]
-        return [*self._inputs.params, *tensors, *self._inputs.others, padding, self._bounds]
+        return [*self._inputs.params, *tensors, *read, padding, self._bounds]
 
-    def _look(self, batch: Sequence[Any], padding: Tensor, given: Sequence[Tensor]) -> Entry:
-        inputs, settings, compiler = self._inputs, self._settings, self._compiler
-        now = signature(inputs, self._size, settings.clipping)
-        return compiler.find(now) or compiler.make(
-            inputs, batch, padding, self._bounds, settings, now, given
+    def _ahead(
+        self, batch: Sequence[Any], padding: Tensor
+    ) -> tuple[Entry, Sequence[Tensor]] | None:
+        """Start the graph that served last; on a GPU it runs while the guards are evaluated."""
+        last = self._compiler.last
+        if last is None or not last.start(self._given(batch, last.tensors, padding)):
+            return None
+        return last, last.tensors
+
+    def _look(self, batch: Sequence[Any], given: Sequence[Tensor]) -> Entry:
+        inputs, settings, loss = self._inputs, self._settings, self._loss
+        assert loss is not None
+        now = signature(inputs, loss, self._size, settings.clipping)
+        return self._compiler.find(now) or self._compiler.make(
+            inputs, loss, batch, given, settings, now
         )
 
     def _eagerly(self, batch: Sequence[Any], mask: Tensor | None) -> MicrobatchResult:
-        self._entry = None
+        """The eager step: of the user's Python, unless that asks for values of tensors."""
         inputs = self._inputs
-        return run(inputs.loss, inputs.names, inputs.params, batch, mask, self._settings)
+        assert self._loss is not None
+        try:
+            return run(inputs.loss, inputs.names, inputs.params, batch, mask, self._settings)
+        except ValueReadError:
+            loss = self._loss.loss()
+            return run(loss, inputs.names, inputs.params, batch, mask, self._settings)
 
 
-def _first(piece: MicrobatchResult, count: int) -> MicrobatchResult:
-    """The piece without the rows that were added."""
-    if piece.values.shape[0] == count:
-        return piece
+def _same(one: Sequence[Tensor], other: Sequence[Tensor]) -> bool:
+    return len(one) == len(other) and all(a is b for a, b in zip(one, other, strict=True))
+
+
+def _first(result: MicrobatchResult, count: int) -> MicrobatchResult:
+    """The result without the rows that were added."""
+    if result.values.shape[0] == count:
+        return result
     return MicrobatchResult(
-        piece.sums,
-        piece.values[:count],
-        [norms[:count] for norms in piece.norms],
-        tree_map(lambda leaf: leaf[:count], piece.aux),
-        piece.nonfinite[:count],
-        piece.all_finite,
-        piece.aliases_graph,
+        result.sums,
+        result.values[:count],
+        [norms[:count] for norms in result.norms],
+        tree_map(lambda leaf: leaf[:count], result.aux),
+        result.nonfinite[:count],
+        result.all_finite,
+        result.aliases_graph,
     )

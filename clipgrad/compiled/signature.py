@@ -1,9 +1,8 @@
-"""What decides how a graph looks, apart from the Python state that the loss reads."""
+"""What decides how a graph looks; PyTorch's guards watch the Python that the loss runs."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
 
@@ -14,7 +13,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from clipgrad.clipping import Clipping
 from clipgrad.compiled.shape import is_channels_last
-from clipgrad.compiled.state import same
+from clipgrad.engine.captured_loss import GraphOfLoss
 from clipgrad.engine.inputs import Inputs
 from clipgrad.errors import CompileError
 from clipgrad.rules.registry import rules
@@ -43,18 +42,6 @@ def _describe_rows(leaf: Any) -> tuple[Any, ...]:
     return ("constant",)
 
 
-@dataclass(frozen=True, eq=False)
-class _Constant:
-    """An argument that is no tensor: plain values are equal by type and value, objects if they are the same."""
-
-    value: Any
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Constant) and same(other.value, self.value)
-
-    __hash__ = None  # type: ignore[assignment]
-
-
 def _flags(kinds: Sequence[str]) -> tuple[Any, ...]:
     """Global settings that change which operations run, or what they compute."""
     cuda, cudnn = torch.backends.cuda, torch.backends.cudnn
@@ -78,11 +65,12 @@ def _flags(kinds: Sequence[str]) -> tuple[Any, ...]:
     )
 
 
-def signature(inputs: Inputs, size: int, clipping: Clipping) -> tuple[Any, ...]:
-    """Equal for two batches exactly if one graph serves both, as far as arguments and settings go.
+def signature(inputs: Inputs, loss: GraphOfLoss, size: int, clipping: Clipping) -> tuple[Any, ...]:
+    """Equal for two batches exactly if one graph serves both.
 
     Args:
         inputs: The arguments.
+        loss: The captured loss that PyTorch's guards chose.
         size: Rows of the graph.
         clipping: Of the transform; the norms themselves are inputs of the graph.
     """
@@ -94,9 +82,8 @@ def signature(inputs: Inputs, size: int, clipping: Clipping) -> tuple[Any, ...]:
         ("names of the parameters", tuple(inputs.names)),
         ("shape, dtype, device or requires_grad of a parameter", describe_all(inputs.params)),
         ("shape, dtype, device or layout of the batch", tuple(map(_describe_rows, inputs.batch))),
-        ("an argument that is no tensor", tuple(map(_Constant, inputs.constants))),
-        ("further tensor arguments", describe_all(inputs.others)),
-        ("structure of the arguments", inputs.structure),
+        ("something that the loss reads", loss.key),
+        ("a tensor that the loss reads", describe_all(loss.tensors)),
         ("autocast, default dtype or device, determinism or precision settings", _flags(kinds)),
         ("clipping groups or rules, or a norm that became or was 0 or inf", clipping.structure),
         ("registered rules", tuple(rules().values())),

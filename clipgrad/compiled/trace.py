@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,8 +25,10 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from clipgrad.compiled.decompositions import TABLE
 from clipgrad.compiled.zeroing import zero_in_place
+from clipgrad.engine.captured_loss import GraphOfLoss
 from clipgrad.engine.clip_and_sum import MicrobatchResult, Settings
-from clipgrad.engine.microbatch import Loss, run
+from clipgrad.engine.inputs import Inputs
+from clipgrad.engine.microbatch import run
 from clipgrad.errors import CompileError
 
 _READS = {
@@ -83,10 +85,9 @@ class Graph:
     """A traced step.
 
     Attributes:
-        module: ``module(*params, *batch tensors, *other tensors, is_padding, bounds, *constants)`` returns a flat list.
+        module: ``module(*params, *batch tensors, *tensors read, is_padding, bounds, *constants)`` returns a flat list.
         layout: What the list holds.
-        constants: Tensors that the loss found outside of its arguments (buffers, closures), by reference.
-        fresh: Which of them it made of Python numbers itself (``torch.tensor(...)``).
+        constants: Tensors that the loss made of Python numbers (``torch.tensor(...)``).
         asks: Whether somebody has to ask if all norms were finite, for else the sums are worthless.
         forgettable: Whether a run leaves nothing behind but its results, so that one in vain does not matter.
     """
@@ -94,13 +95,8 @@ class Graph:
     module: GraphModule
     layout: Layout
     constants: tuple[Tensor, ...]
-    fresh: tuple[bool, ...]
     asks: bool
     forgettable: bool
-
-    def text(self) -> str:
-        """The operations and their arguments, to be compared with another trace."""
-        return str(self.module.graph)
 
 
 class _RefuseReads(TorchFunctionMode):
@@ -135,58 +131,54 @@ def worth_asking(device: torch.device) -> bool:
 
 
 def trace(
-    loss: Loss,
-    names: Sequence[str],
-    params: Sequence[Tensor],
+    inputs: Inputs,
+    loss: GraphOfLoss,
     batch: Sequence[Any],
-    others: Sequence[Tensor],
     is_padding: Tensor,
     bounds: Tensor,
     settings: Settings,
-    observer: AbstractContextManager[Any] | None = None,
 ) -> Graph:
     """Run the eager step on real tensors and write down what it does.
 
     Args:
-        loss: As for ``clipgrad.engine.microbatch.run``.
-        names: Names of the parameters.
-        params: The parameters.
+        inputs: Names and parameters.
+        loss: The captured loss, whose tensors become inputs.
         batch: Flat batch; tensors become inputs, constants are part of the graph.
-        others: Tensors among the loss's further arguments; they become inputs too.
         is_padding: Boolean ``[B]``.
         bounds: The clipping norms ``[groups]``, an input so that a norm that changes needs no other graph.
-        settings: Of the transform.
-        observer: Entered while the step runs.
+        settings: Of the batch.
 
     Raises:
         CompileError: If the loss does something that a graph cannot repeat.
     """
-    # Aliases: a parameter that the loss also holds in a closure is a constant there, not this input.
-    given = [param.detach() for param in params]
-    tensors = [leaf for leaf in batch if isinstance(leaf, Tensor)]
+    # Aliases, so that the tracer takes no tensor that has two roles for one input.
+    given = [param.detach() for param in inputs.params]
+    read = [tensor.detach() for tensor in loss.tensors]
+    tensors = [leaf.detach() for leaf in batch if isinstance(leaf, Tensor)]
     layouts: list[Layout] = []
     asks = worth_asking(is_padding.device)
 
     def step(*flat: Tensor) -> list[Tensor]:
-        leaves = iter(flat[len(params) :])
-        rows = [next(leaves) if isinstance(leaf, Tensor) else leaf for leaf in batch]
-        with _RefuseScalars(), observer or nullcontext():
+        left = iter(flat[len(given) :])
+        rows = [next(left) if isinstance(leaf, Tensor) else leaf for leaf in batch]
+        function = loss.loss([next(left) for _ in read])
+        with _RefuseScalars():
             *_, mask, norms = flat
             clipping = settings.clipping.reading(norms)
             now = replace(settings, deferred=True, selects=not asks, clipping=clipping)
-            piece = run(loss, names, flat[: len(params)], rows, mask, now)
+            piece = run(function, inputs.names, flat[: len(given)], rows, mask, now)
         layout, results = Layout.flatten(piece)
         layouts.append(layout)
         return results
 
     with _RefuseReads(), _explained(), torch.autograd.set_multithreading_enabled(False):
         module = make_fx(step, decomposition_table=TABLE)(
-            *given, *tensors, *others, is_padding, bounds
+            *given, *tensors, *read, is_padding, bounds
         )
-    constants, fresh = _lift_constants(module)
+    constants = _lift_constants(module)
     forgettable = not any(_draws(node) or _writes_outside(node) for node in module.graph.nodes)
     zero_in_place(module)
-    return Graph(module, layouts[0], constants, fresh, asks, forgettable)
+    return Graph(module, layouts[0], constants, asks, forgettable)
 
 
 _KNOWN = {"aten", "prims", "clipgrad"}
@@ -228,7 +220,7 @@ def _shared(node: Node, *, written: bool) -> list[Node]:
     ]
 
 
-def _lift_constants(module: GraphModule) -> tuple[tuple[Tensor, ...], tuple[bool, ...]]:
+def _lift_constants(module: GraphModule) -> tuple[Tensor, ...]:
     """Make inputs of the tensors that the graph holds, so that it always reads them as they are now."""
     graph = module.graph
     last = [node for node in graph.nodes if node.op == "placeholder"][-1]
@@ -249,16 +241,12 @@ def _lift_constants(module: GraphModule) -> tuple[tuple[Tensor, ...], tuple[bool
             constants[node.target] = (value, last)
         node.replace_all_uses_with(constants[node.target][1])
         graph.erase_node(node)
-    copied = torch.ops.aten.lift_fresh_copy.default
-    fresh = tuple(
-        all(user.target is copied for user in node.users) for _, node in constants.values()
-    )
     graph.set_codegen(CodeGen())
     graph.eliminate_dead_code()
     for name in constants:
         delattr(module, name)
     module.recompile()
-    return tuple(value for value, _ in constants.values()), fresh
+    return tuple(value for value, _ in constants.values())
 
 
 @contextmanager

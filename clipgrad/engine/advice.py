@@ -11,9 +11,14 @@ from clipgrad.engine.foreign_code import SAVED_TENSORS_HOOKS
 from clipgrad.errors import NotPerSampleError
 
 
+class ValueReadError(NotPerSampleError):
+    """The loss asks for the value of a tensor. A graph of the loss of one sample may do without the question."""
+
+
 class _Advice(NamedTuple):
     fragments: tuple[str, ...]
     remedy: str
+    error: type[NotPerSampleError] = NotPerSampleError
 
 
 _NO_RULE = (
@@ -37,13 +42,16 @@ _ADVICE = (
         ),
         "the loss branches on the value of a tensor (data-dependent control flow), so different samples would "
         "run different code. Write the branch as torch.where(condition, a, b), compute the condition from Python "
-        "values, or pass branches='split', which runs samples that branch alike together.",
+        "values, or pass Performance(branches='split'), which runs samples that branch alike together.",
+        ValueReadError,
     ),
     _Advice(
         (".item() on a Tensor", "item() on a Tensor"),
         "the loss reads the value of a tensor with .item() (or int(), float()), which is data-dependent control "
-        "flow: under per-sample gradients it has one value per sample. Keep it a tensor, or pass branches='split'. To "
-        "log it, read optimizer.diagnostics after backward(), or return it (clipped_grad with has_aux=True).",
+        "flow: under per-sample gradients it has one value per sample. Keep it a tensor, or pass "
+        "Performance(branches='split'). To log it, read optimizer.diagnostics after backward(), or return it "
+        "(clipped_grad with has_aux=True).",
+        ValueReadError,
     ),
     _Advice(
         ("Cannot access data pointer of Tensor", "Cannot access storage of BatchedTensor"),
@@ -174,7 +182,7 @@ def explained() -> Iterator[None]:
         message = str(error)
         advice = _advice(message)
         if advice is not None and not isinstance(error, IndexError):
-            raise NotPerSampleError(advice) from error
+            raise advice.error(advice.remedy) from error
         if isinstance(error, AttributeError):
             raise
         if any(word in message.lower() for word in _ABOUT_SIZES):
@@ -211,9 +219,9 @@ def is_refusal(error: Exception) -> bool:
     return _advice(message) is not None and not any(words in message for words in _NO_RULE)
 
 
-def _advice(message: str) -> str | None:
+def _advice(message: str) -> _Advice | None:
     """The remedy for one of PyTorch's messages, or None."""
     for advice in _ADVICE:
         if any(fragment in message for fragment in advice.fragments):
-            return advice.remedy
+            return advice
     return None

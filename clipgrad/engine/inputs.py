@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -12,6 +13,7 @@ from torch.utils._pytree import (
     keystr,
     tree_flatten,
     tree_flatten_with_path,
+    tree_leaves,
     tree_unflatten,
 )
 
@@ -35,6 +37,8 @@ def copied(batch: Sequence[Any]) -> list[Any]:
 
 
 Restore = Callable[[Sequence[Any]], Any]
+Loss = Callable[[Sequence[Tensor], Sequence[Any]], Any]
+"""From the leaves of the parameters and of one sample to what the user's function returns."""
 
 
 class _Flat(NamedTuple):
@@ -83,6 +87,22 @@ def _paths(tree: Any) -> list[tuple[Any, ...]]:
     return [path for path, _ in tree_flatten_with_path(tree)[0]]
 
 
+class SampleCall(NamedTuple):
+    """How the user's own function is called on one sample, so that PyTorch can capture it.
+
+    Attributes:
+        fn: The user's function.
+        arguments: From the leaves of one sample to the arguments of ``fn``.
+        parameters: The parameters as ``fn`` finds them; each requires grad.
+        context: What has to hold while ``fn`` runs.
+    """
+
+    fn: Callable[..., Any]
+    arguments: Callable[[Sequence[Any]], tuple[Any, ...]]
+    parameters: list[Tensor]
+    context: Callable[[], AbstractContextManager[Any]]
+
+
 @dataclass(frozen=True)
 class Inputs:
     """The arguments of one call as lists of leaves, which is the form that everything below works on.
@@ -93,23 +113,15 @@ class Inputs:
         batch: Leaves of the batch: tensors with a leading batch axis, and constants.
         batch_size: Samples in it.
         loss: From the parameters' leaves and one sample's leaves to what the user's function returns.
-        fn: The user's function.
-        others: Tensors among the arguments that are neither parameters nor batch.
-        constants: Everything among the batch and the further arguments that is no tensor.
-        structure: How parameters, batch and further arguments are nested.
-        batch_paths: Where each leaf of the batch stands in it, for a message.
+        sample_call: Tells how the same function is called on one sample, for PyTorch's capture.
     """
 
     names: list[str]
     params: list[Tensor]
     batch: list[Any]
     batch_size: int
-    loss: Callable[[Sequence[Tensor], Sequence[Any]], Any]
-    fn: Callable[..., Any]
-    others: list[Tensor]
-    constants: list[Any]
-    structure: tuple[Any, ...]
-    batch_paths: Callable[[], list[str]]
+    loss: Loss
+    sample_call: Callable[[], SampleCall]
 
     def rows(self, index: slice) -> list[Any]:
         """The leaves of some of the samples."""
@@ -118,14 +130,21 @@ class Inputs:
 
 
 def of_model(
-    fn: Callable[..., Any], names: list[str], params: list[Tensor], batch: tuple[Any, ...]
+    loss_fn: Callable[..., Any],
+    model: nn.Module,
+    names: list[str],
+    params: list[Tensor],
+    holding: Callable[[Sequence[Tensor]], AbstractContextManager[None]],
+    batch: tuple[Any, ...],
 ) -> Inputs:
-    """The inputs of ``fn(leaves, *batch)``, a loss whose parameters are a model's own.
+    """The inputs of ``loss_fn(model, *batch)``.
 
     Args:
-        fn: Takes the parameters' leaves in order.
-        names: Of the parameters.
-        params: Each once.
+        loss_fn: The loss.
+        model: The model that holds the parameters.
+        names: Names of the parameters.
+        params: The parameters, each once.
+        holding: Puts other tensors in the parameters' places while a body runs.
         batch: Pytrees of tensors.
 
     Raises:
@@ -135,19 +154,21 @@ def of_model(
     for name, param in zip(names, params, strict=True):
         _refuse_integers(name, param)
     samples = _flat(batch)
-    leaves, paths, size = _checked_batch(samples, batch, params)
-    return Inputs(
-        names,
-        params,
-        leaves,
-        size,
-        lambda parameters, sample: fn(parameters, *samples.restore(sample)),
-        fn,
-        [],
-        [leaf for leaf in leaves if not isinstance(leaf, Tensor)],
-        (samples.structure,),
-        paths,
-    )
+    leaves, size = _checked_batch(samples, batch, params)
+
+    def loss(parameters: Sequence[Tensor], sample: Sequence[Any]) -> Any:
+        with holding(parameters):
+            return loss_fn(model, *samples.restore(sample))
+
+    def sample_call() -> SampleCall:
+        return SampleCall(
+            loss_fn,
+            lambda sample: (model, *samples.restore(sample)),
+            params,
+            lambda: holding(params),
+        )
+
+    return Inputs(names, params, leaves, size, loss, sample_call)
 
 
 def of_arguments(
@@ -155,8 +176,6 @@ def of_arguments(
     argnums: int | tuple[int, ...],
     batch_argnums: tuple[int, ...] | None,
     args: tuple[Any, ...],
-    *,
-    aliased: bool = False,
 ) -> tuple[Inputs, Restore]:
     """The inputs of ``fn(*args)``, and the way back from leaves to the parameters' structure.
 
@@ -165,8 +184,6 @@ def of_arguments(
         argnums: Positions of the parameters.
         batch_argnums: Positions of the batch; None for all others.
         args: The arguments.
-        aliased: Hand the loss aliases of the tensors among its further arguments. A trace could else take a tensor
-            that the loss also finds elsewhere for this argument.
 
     Raises:
         ValueError: If the arguments do not fit together.
@@ -180,44 +197,38 @@ def of_arguments(
     names = _parameter_names(parameters)
     trees = tuple(args[i] for i in batch_argnums)
     samples = _flat(trees)
-    batch, batch_paths, size = _checked_batch(samples, trees, parameters.leaves)
+    batch, size = _checked_batch(samples, trees, parameters.leaves)
     used = {*argnums, *batch_argnums}
-    rest = _flat({i: args[i] for i in range(len(args)) if i not in used})
-    others = rest.leaves
-    refuse_subclasses(others, "an argument of the loss")
-    if aliased:
-        others = [
-            leaf.detach() if isinstance(leaf, Tensor) and not leaf.requires_grad else leaf
-            for leaf in others
-        ]
-    further = rest.restore(others)
+    rest = [args[i] for i in range(len(args)) if i not in used]
+    refuse_subclasses(tree_leaves(rest), "an argument of the loss")
 
-    def loss(leaves: Sequence[Tensor], sample: Sequence[Any]) -> Any:
-        full = [further.get(i) for i in range(len(args))]
+    def full(leaves: Sequence[Tensor], sample: Sequence[Any]) -> list[Any]:
+        """The arguments of ``fn`` with other parameters and samples in their places."""
+        full = list(args)
         restored = parameters.restore(leaves)
         for position, value in zip(argnums, (restored,) if single else restored, strict=True):
             full[position] = value
         for position, value in zip(batch_argnums, samples.restore(sample), strict=True):
             full[position] = value
+        return full
+
+    def loss(leaves: Sequence[Tensor], sample: Sequence[Any]) -> Any:
+        given = full(leaves, sample)
         try:
-            return fn(*full)
+            return fn(*given)
         except TypeError as error:
-            note_arguments(error, fn, full, "gradient(params, *batch)")
+            note_arguments(error, fn, given, "gradient(params, *batch)")
             raise
 
-    inputs = Inputs(
-        names,
-        parameters.leaves,
-        batch,
-        size,
-        loss,
-        fn,
-        [leaf for leaf in others if isinstance(leaf, Tensor)],
-        [leaf for leaf in (*batch, *others) if not isinstance(leaf, Tensor)],
-        (parameters.structure, samples.structure, rest.structure, argnums, batch_argnums),
-        batch_paths,
-    )
-    return inputs, parameters.restore
+    def sample_call() -> SampleCall:
+        usual = [p.requires_grad and p.is_leaf for p in parameters.leaves]
+        trained = [
+            p if is_usual else p.detach().requires_grad_()
+            for p, is_usual in zip(parameters.leaves, usual, strict=True)
+        ]
+        return SampleCall(fn, lambda sample: tuple(full(trained, sample)), trained, nullcontext)
+
+    return Inputs(names, parameters.leaves, batch, size, loss, sample_call), parameters.restore
 
 
 def _check_parameters(params: Sequence[Any], paths: Callable[[], list[tuple[Any, ...]]]) -> None:
@@ -227,8 +238,8 @@ def _check_parameters(params: Sequence[Any], paths: Callable[[], list[tuple[Any,
 
 def _checked_batch(
     samples: _Flat, trees: Sequence[Any], params: Sequence[Tensor]
-) -> tuple[list[Any], Callable[[], list[str]], int]:
-    """The leaves of a batch, detached; where they stand; and how many samples there are."""
+) -> tuple[list[Any], int]:
+    """The leaves of a batch, detached, and how many samples there are."""
     _validate.dense("batch", samples.leaves, samples.paths)
     refuse_subclasses(samples.leaves, "the batch")
     batch = [leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in samples.leaves]
@@ -239,7 +250,7 @@ def _checked_batch(
     size = _validate.batch_size(batch, batch_paths)
     _validate.differentiable(params, batch)
     _validate.no_python_samples(trees, size)
-    return batch, batch_paths, size
+    return batch, size
 
 
 def _parameter_names(parameters: _Flat) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -24,13 +24,12 @@ from clipgrad.engine.clip_and_sum import (
     joined,
 )
 from clipgrad.engine.gradients import Gradients
+from clipgrad.engine.inputs import Loss
 from clipgrad.engine.norm_method import Choice, choose
 from clipgrad.engine.random_values import RandomValues
 from clipgrad.engine.split import Parts
 from clipgrad.engine.tape import Tape
 from clipgrad.errors import EscapedParameterError, NotPerSampleError
-
-Loss = Callable[[Sequence[Tensor], Sequence[Any]], Any]
 
 
 def forward(

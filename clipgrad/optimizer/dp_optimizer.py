@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,9 +16,9 @@ from clipgrad._phases import phase
 from clipgrad.accounting import Ledger
 from clipgrad.batch import BatchClipper
 from clipgrad.clipping import ClippingStrategy, Progress, Relation, Schedule, make_clipping
-from clipgrad.compiled import fixed_size, observed
+from clipgrad.compiled import fixed_size
 from clipgrad.engine.advice import note_arguments
-from clipgrad.engine.inputs import of_model
+from clipgrad.engine.inputs import Inputs, of_model
 from clipgrad.errors import UnclippedGradientError
 from clipgrad.explain import Explanation
 from clipgrad.noise import NoiseSource
@@ -186,7 +186,7 @@ class DPOptimizer(OptimizerFacade):
             claim = self._account.claim(claim, batch, rows_in(batch, is_padding))
         self._pending.before_backward(trained.names, trained.parameters)
         with self._explained_arguments(batch, "backward(*batch)"), trained.resident() as parameters:
-            inputs = of_model(self._loss, trained.names, parameters, batch)
+            inputs = self._inputs(trained, parameters, batch)
             found = self._clipper.clip(inputs, self._norm(), is_padding, may_alias=True)
         self._pending.add(
             trained.parameters,
@@ -373,7 +373,7 @@ class DPOptimizer(OptimizerFacade):
         check_batch(batch)
         trained = self._look_again()
         with self._explained_arguments(batch, "explain(*batch)"), trained.resident() as parameters:
-            inputs = of_model(self._loss, trained.names, parameters, batch)
+            inputs = self._inputs(trained, parameters, batch)
             return self._clipper.explain(inputs, self._norm())
 
     # ------------------------------------------------------------------ torch.optim.Optimizer
@@ -443,10 +443,11 @@ class DPOptimizer(OptimizerFacade):
 
     # ------------------------------------------------------------------ inside
 
-    @observed
-    def _loss(self, parameters: Sequence[Tensor], *batch: Any) -> Tensor:
-        with self._trained.slots.holding(parameters):
-            return self.loss_fn(self.model, *batch)
+    def _inputs(
+        self, trained: TrainedParameters, parameters: list[Tensor], batch: tuple[Any, ...]
+    ) -> Inputs:
+        holding = trained.slots.holding
+        return of_model(self.loss_fn, self.model, trained.names, parameters, holding, batch)
 
     @contextmanager
     def _explained_arguments(self, batch: tuple[Any, ...], call: str) -> Iterator[None]:

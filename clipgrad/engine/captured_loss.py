@@ -1,0 +1,104 @@
+"""The loss of one sample as PyTorch captured it, in the form in which the engine runs losses."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from clipgrad.engine.inputs import Inputs, Loss, SampleCall
+from clipgrad.engine.rng_state import Generators
+from clipgrad.loss_graph import CannotCapture, CapturedLoss, LossCapture
+
+
+class LossGraphs:
+    """The graphs of one loss; PyTorch's guards choose among them at each batch.
+
+    Args:
+        keep_batch_dim: Whether the loss sees a batch axis of one.
+        has_aux: Whether it returns auxiliary values beside the loss.
+    """
+
+    def __init__(self, *, keep_batch_dim: bool, has_aux: bool) -> None:
+        self._keep_batch_dim = keep_batch_dim
+        self._has_aux = has_aux
+        self._fn: Any = None
+        self._capture: LossCapture | None = None
+
+    def of(self, inputs: Inputs) -> GraphOfLoss:
+        """The graph that serves a batch.
+
+        Args:
+            inputs: The batch, of at least one sample.
+
+        Raises:
+            CannotCapture: If PyTorch cannot capture the loss.
+            NotPerSampleError: If the loss uses a tensor that requires grad and is no parameter.
+        """
+        call = inputs.sample_call()
+        if self._capture is None or call.fn is not self._fn:
+            self._fn, self._capture = call.fn, LossCapture(call.fn)
+        first = 0 if not self._keep_batch_dim else slice(0, 1)
+        sample = [leaf[first] if isinstance(leaf, Tensor) else leaf for leaf in inputs.batch]
+        with call.context():
+            try:
+                captured = _graph(self._capture, call, sample)
+            except CannotCapture:
+                # The loss may make a cache or a buffer at its first call, which is no side effect of later calls.
+                with torch.enable_grad(), Generators(inputs.params[0].device).kept():
+                    call.fn(*call.arguments([_copy(leaf) for leaf in sample]))
+                captured = _graph(self._capture, call, sample)
+        return GraphOfLoss(captured, self._has_aux)
+
+
+@dataclass(frozen=True)
+class GraphOfLoss:
+    """A captured loss for one call.
+
+    Attributes:
+        captured: The graph, and the tensors that it takes besides parameters and sample.
+        has_aux: Whether the loss returns auxiliary values.
+    """
+
+    captured: CapturedLoss
+    has_aux: bool
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Tensors that the loss reads besides parameters and sample: buffers, attributes, closures."""
+        return [value for value in self.captured.constants if isinstance(value, Tensor)]
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """Equal for two calls exactly if the same graph serves both, with the same Python numbers."""
+        numbers = [value for value in self.captured.constants if not isinstance(value, Tensor)]
+        return (self.captured.number, *numbers)
+
+    def loss(self, tensors: Sequence[Tensor] | None = None) -> Loss:
+        """The graph as a loss.
+
+        Args:
+            tensors: What to read in the place of ``self.tensors``.
+        """
+        captured = self.captured
+        constants = list(captured.constants)
+        if tensors is not None:
+            given = iter(tensors)
+            constants = [next(given) if isinstance(value, Tensor) else value for value in constants]
+
+        def loss(leaves: Sequence[Tensor], sample: Sequence[Any]) -> Any:
+            value, aux = captured(leaves, sample, constants)
+            return (value, aux) if self.has_aux or aux is not None else value
+
+        return loss
+
+
+def _graph(capture: LossCapture, call: SampleCall, sample: Sequence[Any]) -> CapturedLoss:
+    return capture.graph(call.arguments(sample), call.parameters, sample)
+
+
+def _copy(leaf: Any) -> Any:
+    return leaf.clone() if isinstance(leaf, Tensor) else leaf
