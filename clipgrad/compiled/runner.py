@@ -19,6 +19,7 @@ from clipgrad.engine.foreign_code import refuse_saved_tensors_hooks
 from clipgrad.engine.inputs import Inputs
 from clipgrad.engine.microbatch import run
 from clipgrad.engine.rng_state import Generators
+from clipgrad.errors import CompileMismatchError
 
 
 class MicrobatchRunner:
@@ -83,12 +84,24 @@ class MicrobatchRunner:
         if (dropping or generators is not None) and not bool(result.all_finite):
             # Rare: a sample has to be taken out of the activations, which this graph does not do; and a batch
             # with one proves little.
+            entry.runs += entry.runs > 0
             return self._eagerly(batch, mask)
         if generators is not None:
             with generators.replayed():
                 eager = self._eagerly(padded, padding)
             slack = tolerance(entry.graph.module, self._device)
-            compare(result, eager, self._inputs.names, settings.clipping, slack)
+            try:
+                compare(result, eager, self._inputs.names, settings.clipping, slack)
+            except CompileMismatchError as error:
+                if not entry.runs:
+                    raise
+                self._compiler.forget()
+                self._graphs.forget()
+                raise CompileMismatchError(
+                    f"{error} Earlier batches agreed: what the loss does has changed in a way that PyTorch's guards do not "
+                    f"see, after microbatch {entry.runs // 2 or 1} of this graph and before the {entry.runs + 1}th. The "
+                    "next batch is compiled anew."
+                ) from None
         entry.runs += 1
         entry.tensors = loss.tensors
         return _first(result, count)

@@ -72,7 +72,7 @@ class Entry:
         if replay is None or not self.graph.forgettable:
             return False
         flat = self.arguments(given)
-        if not self.is_trusted(flat) or not replay.fits(flat):
+        if not replay.fits(flat) or not self.is_trusted(flat):
             return False
         with torch.no_grad():
             replay.start(flat)
@@ -126,6 +126,10 @@ class Compiler:
     def last(self) -> Entry | None:
         """The graph that served last."""
         return self._entries[0] if self._entries else None
+
+    def forget(self) -> None:
+        """Drop all graphs."""
+        self._entries = []
 
     def find(self, now: tuple[Any, ...]) -> Entry | None:
         """The graph that serves a signature; None if there is none."""

@@ -28,6 +28,10 @@ class LossGraphs:
         self._fn: Any = None
         self._capture: LossCapture | None = None
 
+    def forget(self) -> None:
+        """Capture the loss anew at the next batch."""
+        self._capture = None
+
     def of(self, inputs: Inputs) -> GraphOfLoss:
         """The graph that serves a batch.
 

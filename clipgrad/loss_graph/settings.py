@@ -16,7 +16,10 @@ _LEVELS = ("debug", "info", "warn", "error", "exception", "critical", "fatal", "
 
 
 GUARDS_ONLY: contextlib.AbstractContextManager[Any] = torch._dynamo.config.patch(
-    error_on_recompile=True
+    error_on_recompile=True,
+    # Else PyTorch refuses at its own limit, before it says which guard failed.
+    recompile_limit=1 << 20,
+    accumulated_recompile_limit=1 << 20,
 )
 """PyTorch raises ``RecompileError`` where no graph serves, instead of capturing."""
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from clipgrad import DPOptimizer, Performance, clipped_grad
 from clipgrad.compiled import MicrobatchRunner, trace
+from clipgrad.compiled.step import Entry
 from clipgrad.kernels import selection
 from tests.architectures import ARCHITECTURES
 from tests.compiled.conftest import Graphs
@@ -43,6 +44,8 @@ def eager_runs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         return eagerly(self, batch, mask)
 
     monkeypatch.setattr(MicrobatchRunner, "_eagerly", counted)
+    # Of the comparisons only the first.
+    monkeypatch.setattr(Entry, "is_trusted", lambda self, flat: self.runs > 0)
     return runs
 
 

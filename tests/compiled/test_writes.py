@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ WRITES: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
 def test_a_write_to_the_batch_is_named(case: str, microbatch_size: int, graphs: Graphs) -> None:
     batch = data()
     optimizer = private(mlp(), WRITES[case], compile=True, microbatch_size=microbatch_size)
-    message = r"batch argument \[0\].*x = x\.mul\(2\.0\).*leave compile out"
+    message = rf"writes in place to a tensor that it was given .*{Path(__file__).name}:\d+"
     with pytest.raises(CompileError, match=message):
         optimizer.backward(batch)
     assert len(graphs) == 0
@@ -37,5 +38,7 @@ def test_the_argument_that_is_written_to_is_named(graphs: Graphs) -> None:
         return (p * batch["x"] * batch["mask"].mul_(2)).sum()
 
     batch = {"x": data(), "mask": torch.ones(5)}
-    with pytest.raises(CompileError, match=r"batch argument \[0\]\['mask'\]"):
+    with pytest.raises(
+        CompileError, match=rf"writes in place to a tensor.*{Path(__file__).name}:\d+"
+    ):
         clipped_grad(loss, max_grad_norm=1.0, compile=True)(torch.ones(4), batch)
