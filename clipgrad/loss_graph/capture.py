@@ -16,7 +16,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten
 
 from clipgrad.errors import NotPerSampleError
 from clipgrad.loss_graph.checks import refuse_side_effects, refuse_writes
-from clipgrad.loss_graph.graph import CapturedLoss, Place, forget_examples, pure
+from clipgrad.loss_graph.graph import CapturedLoss, Place, forget_examples, pure, without_unused
 from clipgrad.loss_graph.reasons import cannot, explained
 from clipgrad.loss_graph.settings import GUARDS_ONLY, capture_settings, quiet
 
@@ -116,6 +116,7 @@ class LossCapture:
         refuse_side_effects()
         module = pure(module)
         refuse_writes(module)
+        kept = without_unused(module)
         forget_examples(module)
         self._graphs.append(module)
         (output,) = module.graph.find_nodes(op="output")
@@ -123,7 +124,7 @@ class LossCapture:
         outputs = [torch.zeros(()) for _ in output.args[0]]
 
         def served(*inputs: Any) -> list[Tensor]:
-            self._served = module, inputs, outputs
+            self._served = module, tuple(inputs[position] for position in kept), outputs
             return outputs
 
         return served

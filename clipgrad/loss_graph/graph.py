@@ -78,12 +78,12 @@ class CapturedLoss:
 
 
 def pure(module: GraphModule) -> GraphModule:
-    """The graph in a form that runs under ``vmap``, without references to the tensors that it was captured with.
+    """The graph in a form that runs under ``vmap``; PyTorch still reads its own, which stays.
 
     Raises:
         CannotCapture: If it holds what does not run there.
     """
-    graph = copy.deepcopy(module.graph)  # PyTorch still reads its own
+    graph = copy.deepcopy(module.graph)
     module = GraphModule(module, graph)
     for node in list(graph.nodes):
         if node.target is _CHECKPOINT:
@@ -95,6 +95,17 @@ def pure(module: GraphModule) -> GraphModule:
     graph.lint()
     module.recompile()
     return module
+
+
+def without_unused(module: GraphModule) -> tuple[int, ...]:
+    """Remove the inputs that a graph does not use; returns the positions of those that stay."""
+    places = list(module.graph.find_nodes(op="placeholder"))
+    for place in places:
+        if not place.users:
+            module.graph.erase_node(place)
+    left = set(module.graph.find_nodes(op="placeholder"))
+    module.recompile()
+    return tuple(position for position, place in enumerate(places) if place in left)
 
 
 def forget_examples(module: GraphModule) -> None:
