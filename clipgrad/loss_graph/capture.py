@@ -87,7 +87,7 @@ class LossCapture:
             if self._graphs:
                 try:
                     with GUARDS_ONLY:
-                        return self._call(*args)
+                        return self._call(_global_hooks(), *args)
                 except RecompileError as error:
                     reason = _changed(str(error))
                 except Exception as error:
@@ -104,7 +104,7 @@ class LossCapture:
             _log.info("capturing the loss%s", f" again: {reason}" if reason else "")
             try:
                 with quiet(), capture_settings(GRAPHS):
-                    return self._call(*args)
+                    return self._call(_global_hooks(), *args)
             except Exception as error:
                 raise explained(error) from error
 
@@ -159,12 +159,27 @@ class LossCapture:
 def _of_its_own(fn: Callable[..., Any]) -> Callable[..., Any]:
     """``fn`` as a function with code of its own, to which PyTorch ties graphs and what it knows of lengths."""
 
-    def loss(*args: Any) -> Any:
-        return fn(*args)
+    def loss(hooks: str, *args: Any) -> Any:
+        return fn(*args) if hooks != "none" else None  # read, so that PyTorch guards its value
 
     name = f"loss_of_one_sample_{next(_numbers)}"
     code = loss.__code__.replace(co_name=name)
     return types.FunctionType(code, globals(), name, None, loss.__closure__)
+
+
+def _global_hooks() -> str:
+    """Which hooks there are on all modules; PyTorch captures them but has no guard that sees a later one."""
+    module = torch.nn.modules.module
+    return ",".join(
+        str(id(hook))
+        for hooks in (
+            module._global_forward_pre_hooks,
+            module._global_forward_hooks,
+            module._global_backward_pre_hooks,
+            module._global_backward_hooks,
+        )
+        for hook in hooks.values()
+    )
 
 
 def _constant(value: Any) -> Tensor | int:

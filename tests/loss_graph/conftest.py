@@ -11,7 +11,6 @@ from torch import Tensor, nn
 import clipgrad
 from clipgrad.loss_graph import CapturedLoss
 
-pytest_plugins: list[str] = []
 TOLERANCE = 1e-9
 
 
@@ -45,7 +44,7 @@ def small_loss(model: nn.Module, x: Tensor) -> Tensor:
     return model(x).square().sum()
 
 
-def one_sample(length: int = 1) -> Tensor:
+def one_sample() -> Tensor:
     return torch.ones(1, 3, dtype=torch.float64)
 
 

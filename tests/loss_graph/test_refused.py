@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import copy
 import random
 import re
@@ -28,6 +29,7 @@ class Twice(torch.autograd.Function):
         return gradient * 3
 
 
+CURRENT: contextvars.ContextVar[float] = contextvars.ContextVar("CURRENT", default=1.0)
 STORED, WRITTEN = "stores a tensor", "writes in place to a tensor that it was given"
 DATA = "reads the value of a tensor, or makes one whose shape depends on the data"
 REFUSED: dict[str, tuple[Any, str]] = {
@@ -43,13 +45,16 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "detached alias": (lambda m, x, h: (m.scale.detach().mul_(0.9), None)[1], WRITTEN),
     "view of the sample": (lambda m, x, h: (x[:, :2].mul_(2.0), None)[1], WRITTEN),
     "out=": (lambda m, x, h: (torch.mul(m.scale, 2.0, out=m.scale), None)[1], WRITTEN),
-    "batch normalisation": (lambda m, x, h: nn.functional.batch_norm(h.repeat(2, 1), m.mean, m.var, training=True)[:1], WRITTEN),
+    "batch normalisation": (
+        lambda m, x, h: nn.functional.batch_norm(h.repeat(2, 1), m.mean, m.var, training=True)[:1], WRITTEN,
+    ),
     "branch": (lambda m, x, h: h * 2 if h.sum() > 0 else h, "[Dd]ata-dependent"),
     "item": (lambda m, x, h: h * h.sum().item(), DATA),
     "nonzero": (lambda m, x, h: h * h[h > 0].sum(), DATA),
     "numpy": (lambda m, x, h: h * float(h.detach().numpy().sum()), DATA),
     "deepcopy": (lambda m, x, h: copy.deepcopy(m.last)(h) @ m.last.weight, "deepcopy"),
     "Python's random numbers": (lambda m, x, h: h * random.random(), "random"),
+    "context variable": (lambda m, x, h: h * CURRENT.get(), "ContextVar"),
     "the time": (lambda m, x, h: h * time.time(), "time"),
     "custom function": (lambda m, x, h: Twice.apply(h), "autograd_function_apply"),
     "hook on a tensor": (lambda m, x, h: (h.register_hook(lambda g: g * 2), None)[1], "register_hook"),
@@ -105,17 +110,19 @@ def test_a_parameter_that_does_not_require_grad() -> None:
 @pytest.mark.parametrize("value", [lambda x: [x.sum()], lambda x: None, lambda x: (1.0, x.sum())])
 def test_what_is_no_loss(value: Any) -> None:
     one = torch.ones(1, 3, requires_grad=True)
-    with pytest.raises(CannotCapture, match="it returns|captured no operation"):
+    with pytest.raises(CannotCapture, match=r"it returns|captured no operation"):
         LossCapture(value).graph((one,), [one], [])
 
 
 def test_what_changes_each_time_ends_in_an_error_that_names_it() -> None:
     model, one = Small(), one_sample()
     capture, params = LossCapture(small_loss), list(model.parameters())
+    for step in range(16):
+        model.factor = 1.0 + step
+        assert capture.graph((model, one), params, [one]).number == step
+    model.factor = 100.0
     with pytest.raises(CannotCapture, match=r"16 graphs already.*factor == "):
-        for step in range(40):
-            model.factor = 1.0 + step
-            capture.graph((model, one), params, [one])
+        capture.graph((model, one), params, [one])
     model.factor = 3.0  # which has its graph
     assert capture.graph((model, one), params, [one]).number == 2
 
