@@ -37,6 +37,31 @@ def without_grad(model: Small, x: Tensor, hidden: Tensor) -> Tensor:
     return hidden * scale
 
 
+class Scaled(torch.autograd.Function):
+    """Keeps an argument, an output and something between; its gradient is not the derivative, so it must be run."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, factor: float) -> tuple[Tensor, Tensor]:
+        between = (x @ weight).exp()
+        result = between.sum(-1, keepdim=True) * factor
+        ctx.save_for_backward(x, weight, between, result)
+        ctx.factor = factor
+        chosen = result > 0
+        ctx.mark_non_differentiable(chosen)
+        return result, chosen
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor, unused: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
+        x, weight, between, result = ctx.saved_tensors
+        inner = gradient * between * ctx.factor / gradient.norm() + result
+        return 3 * inner @ weight.T, x.T @ inner, None
+
+
+def custom_function(model: Small, x: Tensor, hidden: Tensor) -> Tensor:
+    result, chosen = Scaled.apply(hidden, model.last.weight.T, 0.5)  # type: ignore[no-untyped-call]
+    return hidden * torch.where(chosen, result, -result)
+
+
 STEPS: dict[str, Any] = {
     "nothing": None,
     "a logger": lambda m, x, h: LOGGER.warning("of shape %s", h.shape),
@@ -45,6 +70,7 @@ STEPS: dict[str, Any] = {
     "vmap": lambda m, x, h: torch.vmap(lambda v: v * v.sum())(h),
     "two levels of vmap": lambda m, x, h: torch.vmap(torch.vmap(torch.mul, (0, None)), (None, 0))(h[0], h[0]),
     "vmap in a checkpoint": lambda m, x, h: checkpoint(torch.vmap(torch.sin), h, use_reentrant=False),
+    "custom function": custom_function,
     "autocast": autocast,
     "no grad": without_grad,
     "a weight twice": lambda m, x, h: h + F.linear(x, m.first.weight) @ m.first.weight @ m.first.weight.T,

@@ -18,17 +18,6 @@ from clipgrad.errors import CompileError, NotPerSampleError
 from clipgrad.loss_graph import CannotCapture, LossCapture
 from tests.loss_graph.conftest import Small, one_sample, small_loss
 
-
-class Twice(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x * 2
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        return gradient * 3
-
-
 CURRENT: contextvars.ContextVar[float] = contextvars.ContextVar("CURRENT", default=1.0)
 STORED, WRITTEN = "stores a tensor", "writes in place to a tensor that it was given"
 DATA = "reads the value of a tensor, or makes one whose shape depends on the data"
@@ -56,7 +45,6 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "Python's random numbers": (lambda m, x, h: h * random.random(), "random"),
     "context variable": (lambda m, x, h: h * CURRENT.get(), "ContextVar"),
     "the time": (lambda m, x, h: h * time.time(), "time"),
-    "custom function": (lambda m, x, h: Twice.apply(h), "autograd_function_apply"),
     "hook on a tensor": (lambda m, x, h: (h.register_hook(lambda g: g * 2), None)[1], "register_hook"),
     "gradient inside": (lambda m, x, h: torch.func.grad(lambda v: v.square().sum())(h), "transform"),
     "autograd inside": (lambda m, x, h: torch.autograd.grad(h.square().sum(), h, create_graph=True)[0], "autograd"),
