@@ -16,7 +16,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten
 
 from clipgrad.errors import NotPerSampleError
 from clipgrad.loss_graph.checks import refuse_side_effects, refuse_writes
-from clipgrad.loss_graph.graph import CapturedLoss, Place, forget_examples, pure
+from clipgrad.loss_graph.graph import CapturedLoss, Place, forget_examples, pure, without_unused
 from clipgrad.loss_graph.reasons import cannot, explained
 from clipgrad.loss_graph.settings import GUARDS_ONLY, capture_settings, quiet
 
@@ -87,7 +87,7 @@ class LossCapture:
             if self._graphs:
                 try:
                     with GUARDS_ONLY:
-                        return self._call(*args)
+                        return self._call(_global_hooks(), *args)
                 except RecompileError as error:
                     reason = _changed(str(error))
                 except Exception as error:
@@ -104,7 +104,7 @@ class LossCapture:
             _log.info("capturing the loss%s", f" again: {reason}" if reason else "")
             try:
                 with quiet(), capture_settings(GRAPHS):
-                    return self._call(*args)
+                    return self._call(_global_hooks(), *args)
             except Exception as error:
                 raise explained(error) from error
 
@@ -116,6 +116,7 @@ class LossCapture:
         refuse_side_effects()
         module = pure(module)
         refuse_writes(module)
+        kept = without_unused(module)
         forget_examples(module)
         self._graphs.append(module)
         (output,) = module.graph.find_nodes(op="output")
@@ -123,7 +124,7 @@ class LossCapture:
         outputs = [torch.zeros(()) for _ in output.args[0]]
 
         def served(*inputs: Any) -> list[Tensor]:
-            self._served = module, inputs, outputs
+            self._served = module, tuple(inputs[position] for position in kept), outputs
             return outputs
 
         return served
@@ -158,12 +159,27 @@ class LossCapture:
 def _of_its_own(fn: Callable[..., Any]) -> Callable[..., Any]:
     """``fn`` as a function with code of its own, to which PyTorch ties graphs and what it knows of lengths."""
 
-    def loss(*args: Any) -> Any:
-        return fn(*args)
+    def loss(hooks: str, *args: Any) -> Any:
+        return fn(*args) if hooks != "none" else None  # read, so that PyTorch guards its value
 
     name = f"loss_of_one_sample_{next(_numbers)}"
     code = loss.__code__.replace(co_name=name)
     return types.FunctionType(code, globals(), name, None, loss.__closure__)
+
+
+def _global_hooks() -> str:
+    """Which hooks there are on all modules; PyTorch captures them but has no guard that sees a later one."""
+    module = torch.nn.modules.module
+    return ",".join(
+        str(id(hook))
+        for hooks in (
+            module._global_forward_pre_hooks,
+            module._global_forward_hooks,
+            module._global_backward_pre_hooks,
+            module._global_backward_hooks,
+        )
+        for hook in hooks.values()
+    )
 
 
 def _constant(value: Any) -> Tensor | int:

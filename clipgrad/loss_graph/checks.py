@@ -95,10 +95,17 @@ def _memory(tensor: Tensor) -> int:
 
 
 def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Tensor]:
-    for position, argument in enumerate(func._schema.arguments):
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            value = args[position] if position < len(args) else kwargs.get(argument.name)
-            yield from (one for one in tree_leaves(value) if isinstance(one, Tensor))
+    names = [argument.name for argument in func._schema.arguments]
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    written = {
+        argument.name
+        for argument in func._schema.arguments
+        if argument.alias_info is not None and argument.alias_info.is_write
+    }
+    if "batch_norm" in func._schema.name and (given.get("training") or given.get("train")):
+        written |= {"running_mean", "running_var"}  # of which not every schema tells
+    for name in written:
+        yield from (one for one in tree_leaves(given.get(name)) if isinstance(one, Tensor))
 
 
 class _Run(Interpreter):

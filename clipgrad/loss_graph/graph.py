@@ -13,6 +13,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils._pytree import TreeSpec, tree_unflatten
 
+from clipgrad.loss_graph.functions import CUSTOM_FUNCTION, rebuild_custom_function
 from clipgrad.loss_graph.reasons import cannot, line_in
 from clipgrad.loss_graph.regions import all_left, rewrite_regions
 
@@ -78,23 +79,36 @@ class CapturedLoss:
 
 
 def pure(module: GraphModule) -> GraphModule:
-    """The graph in a form that runs under ``vmap``, without references to the tensors that it was captured with.
+    """The graph in a form that runs under ``vmap``; PyTorch still reads its own, which stays.
 
     Raises:
         CannotCapture: If it holds what does not run there.
     """
-    graph = copy.deepcopy(module.graph)  # PyTorch still reads its own
+    graph = copy.deepcopy(module.graph)
     module = GraphModule(module, graph)
+    for node in list(graph.nodes):
+        _refuse(module, node)
     for node in list(graph.nodes):
         if node.target is _CHECKPOINT:
             _inline_checkpoint(graph, node)
-        else:
-            _refuse(module, node)
+        elif node.target is CUSTOM_FUNCTION:
+            rebuild_custom_function(module, graph, node, line_in(node.meta.get("stack_trace")))
     rewrite_regions(graph)
     _lengths_from_tensors(graph)
     graph.lint()
     module.recompile()
     return module
+
+
+def without_unused(module: GraphModule) -> tuple[int, ...]:
+    """Remove the inputs that a graph does not use; returns the positions of those that stay."""
+    places = list(module.graph.find_nodes(op="placeholder"))
+    for place in places:
+        if not place.users:
+            module.graph.erase_node(place)
+    left = set(module.graph.find_nodes(op="placeholder"))
+    module.recompile()
+    return tuple(position for position, place in enumerate(places) if place in left)
 
 
 def forget_examples(module: GraphModule) -> None:
@@ -129,10 +143,11 @@ def _refuse(module: GraphModule, node: Node) -> None:
             held = getattr(held, name)
         if isinstance(held, GraphModule):
             setattr(module, str(node.target), pure(held))
-        elif not all(user.target is _CHECKPOINT for user in node.users):
+        else:
             raise cannot(f"it holds {type(held).__name__} as a constant of the graph", where)
     target: Any = node.target
-    if isinstance(target, torch._ops.HigherOrderOperator) and target is not _CHECKPOINT:
+    known = target is _CHECKPOINT or target is CUSTOM_FUNCTION
+    if isinstance(target, torch._ops.HigherOrderOperator) and not known:
         raise cannot(f"it uses {target.name()}, which does not run for each sample", where)
     if free_unbacked_symbols(node.meta.get("example_value")):
         raise cannot(

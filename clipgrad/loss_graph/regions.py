@@ -76,8 +76,10 @@ def rewrite_regions(graph: Graph) -> None:
         CannotCapture: If the graph uses another transform.
     """
     levels: list[Node] = []
+    where: str | None = None
     for node in list(graph.nodes):
         name = name_of(node)
+        where = line_in(node.meta.get("stack_trace")) or where
         if name in _OPENS:
             new = _replaced(graph, node, _OPENS[name], node.args)
             if _OPENS[name] is enter_vmap:
@@ -91,10 +93,7 @@ def rewrite_regions(graph: Graph) -> None:
             assert isinstance(level, int)
             node.update_arg(_LEVELS[name], levels[level - 1])
         elif _is_transform(node) and name not in _HARMLESS:
-            raise cannot(
-                f"it uses a transform of torch.func other than vmap ({name})",
-                line_in(node.meta.get("stack_trace")),
-            )
+            raise cannot(f"it uses a transform of torch.func other than vmap ({name})", where)
 
 
 def name_of(node: Node) -> str:

@@ -11,7 +11,9 @@ from torch import nn
 
 from tests.families._family import VOCABULARY, add, hugging_face, language
 
-_GPT2 = hugging_face("GPT2LMHeadModel", "GPT2Config", vocab_size=VOCABULARY, n_embd=16, n_layer=2, n_head=4, n_positions=32)  # fmt: skip
+_GPT2 = hugging_face(
+    "GPT2LMHeadModel", "GPT2Config", vocab_size=VOCABULARY, n_embd=16, n_layer=2, n_head=4, n_positions=32
+)  # fmt: skip
 _LLAMA = hugging_face(
     "LlamaForCausalLM", "LlamaConfig", vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=2,
     num_attention_heads=4, num_key_value_heads=2, intermediate_size=24, max_position_embeddings=32,
@@ -50,7 +52,9 @@ add(
 )
 add(
     "ia3-llama",
-    _adapted(_LLAMA, "IA3Config", target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"], **_LM),
+    _adapted(
+        _LLAMA, "IA3Config", target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"], **_LM
+    ),
     language,
 )  # fmt: skip
 add(

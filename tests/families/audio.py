@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from tests.families._family import VOCABULARY, Batch, add, hugging_face
 
@@ -25,21 +30,36 @@ def transcribed(size: int) -> Batch:
     return {"input_values": torch.randn(size, 200), "labels": labels}
 
 
-add("wav2vec2-ctc", hugging_face("Wav2Vec2ForCTC", "Wav2Vec2Config", **_CONVOLUTIONS), transcribed)
-add("hubert-ctc", hugging_face("HubertForCTC", "HubertConfig", **_CONVOLUTIONS), transcribed)
-add(
-    "wav2vec2-classifier",
-    hugging_face("Wav2Vec2ForSequenceClassification", "Wav2Vec2Config", **_CONVOLUTIONS),
-    waves,
-)
-add(
-    "wav2vec2-layer-norm",
-    hugging_face(
-        "Wav2Vec2ForSequenceClassification", "Wav2Vec2Config",
-        **{**_CONVOLUTIONS, "feat_extract_norm": "layer", "do_stable_layer_norm": True},
-    ),
-    waves,
-)  # fmt: skip
+def frozen(model: str, config: str, **options: Any) -> Callable[[], nn.Module]:
+    """With a frozen feature encoder, as one tunes it; else the model sets ``requires_grad`` of its input."""
+    make = hugging_face(model, config, **{**_CONVOLUTIONS, **options})
+
+    def frozen_feature_encoder() -> nn.Module:
+        built = make()
+        built.freeze_feature_encoder()  # type: ignore[operator]
+        return built
+
+    return frozen_feature_encoder
+
+
+def ctc(model: nn.Module, batch: Batch) -> Tensor:
+    """The models' own loss without its check of the labels' values, which asks the data."""
+    logits = model(input_values=batch["input_values"]).logits
+    labels = batch["labels"]
+    lengths = torch.full_like(labels[:, 0], logits.shape[1])
+    scores = logits.log_softmax(-1).transpose(0, 1)
+    return F.ctc_loss(scores, labels.clamp(min=0), lengths, (labels >= 0).sum(-1))
+
+
+for _family, _name in (("wav2vec2", "Wav2Vec2"), ("hubert", "Hubert")):
+    _ctc = frozen(f"{_name}ForCTC", f"{_name}Config")
+    add(f"{_family}-ctc", _ctc, transcribed, loss=ctc)
+    add(f"{_family}-ctc-as-it-comes", _ctc, transcribed)
+_CLASSIFIER = "Wav2Vec2ForSequenceClassification", "Wav2Vec2Config"
+_STABLE = {"feat_extract_norm": "layer", "do_stable_layer_norm": True}
+add("wav2vec2-classifier", frozen(*_CLASSIFIER), waves)
+add("wav2vec2-layer-norm", frozen(*_CLASSIFIER, **_STABLE), waves)
+add("wav2vec2-classifier-as-it-comes", hugging_face(*_CLASSIFIER, **_CONVOLUTIONS), waves)
 add(
     "audio-spectrogram",
     hugging_face(

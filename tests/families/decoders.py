@@ -31,7 +31,10 @@ def _decoder(family: str, name: str, base: dict[str, Any], **other: Any) -> None
 
 add("gpt2", hugging_face("GPT2LMHeadModel", "GPT2Config", **_GPT), language)
 _decoder("gptj", "GPTJ", _GPT, rotary_dim=2)
-_decoder("gpt-neo", "GPTNeo", {**_TOKENS, "hidden_size": 16, "num_layers": 2, "num_heads": 4}, attention_types=[[["global", "local"], 1]], window_size=4, max_position_embeddings=32)  # fmt: skip
+_decoder(
+    "gpt-neo", "GPTNeo", {**_TOKENS, "hidden_size": 16, "num_layers": 2, "num_heads": 4}, window_size=4,
+    attention_types=[[["global", "local"], 1]], max_position_embeddings=32,
+)  # fmt: skip
 _decoder("gpt-neox", "GPTNeoX", _NEW)
 _decoder("gpt-bigcode", "GPTBigCode", _GPT)
 _decoder("codegen", "CodeGen", _GPT, rotary_dim=2)
@@ -55,17 +58,26 @@ _decoder("smollm3", "SmolLM3", _GROUPED)
 _decoder("stablelm", "StableLm", _GROUPED)
 _decoder("starcoder2", "Starcoder2", _GROUPED)
 _decoder("cohere", "Cohere", _GROUPED)
-_decoder("falcon", "Falcon", {**_TOKENS, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4})  # fmt: skip
-_decoder("falcon-alibi", "Falcon", {**_TOKENS, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4}, alibi=True)  # fmt: skip
-_decoder("bloom", "Bloom", {**_TOKENS, "hidden_size": 16, "n_layer": 2, "n_head": 4})
+_FALCON = {**_TOKENS, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4}
+_decoder("falcon", "Falcon", _FALCON)
+_decoder("falcon-alibi", "Falcon", _FALCON, alibi=True)
+_BLOOM = {**_TOKENS, "hidden_size": 16, "n_layer": 2, "n_head": 4}
+_decoder("bloom", "Bloom", _BLOOM)
 _decoder("mpt", "Mpt", {**_TOKENS, "d_model": 16, "n_layers": 2, "n_heads": 4, "max_seq_len": 32})
 _decoder("opt", "OPT", _NEW, ffn_dim=24, word_embed_proj_dim=16)
-_decoder("xglm", "XGLM", {**_TOKENS, "d_model": 16, "num_layers": 2, "attention_heads": 4, "ffn_dim": 24, "max_position_embeddings": 32}, dtype=torch.float32, tolerance=1e-4)  # fmt: skip
+_decoder(
+    "xglm", "XGLM", {**_TOKENS, "d_model": 16, "num_layers": 2, "attention_heads": 4, "ffn_dim": 24},
+    max_position_embeddings=32, dtype=torch.float32, tolerance=1e-4, note="float32: its mask overflows in float64",
+)  # fmt: skip
 _decoder(
     "mixtral", "Mixtral", _GROUPED, **_EXPERTS, dtype=torch.float32, tolerance=1e-4,
     note="float32: grouped products of experts have no float64 kernel",
 )  # fmt: skip
 _decoder("mixtral-batched", "Mixtral", _GROUPED, **_EXPERTS, experts_implementation="batched_mm")
-_decoder("qwen2-moe", "Qwen2Moe", _GROUPED, **_EXPERTS, moe_intermediate_size=8, shared_expert_intermediate_size=8, dtype=torch.float32, tolerance=1e-4)  # fmt: skip
-_decoder("mamba", "Mamba", {**_TOKENS, "hidden_size": 16, "num_hidden_layers": 2, "state_size": 4})
-_decoder("mamba2", "Mamba2", {**_TOKENS, "hidden_size": 16, "num_hidden_layers": 2, "state_size": 4}, head_dim=8, num_heads=4, n_groups=2, chunk_size=4)  # fmt: skip
+_decoder(
+    "qwen2-moe", "Qwen2Moe", _GROUPED, **_EXPERTS, moe_intermediate_size=8, shared_expert_intermediate_size=8,
+    dtype=torch.float32, tolerance=1e-4,
+)  # fmt: skip
+_STATES = {**_TOKENS, "hidden_size": 16, "num_hidden_layers": 2, "state_size": 4}
+_decoder("mamba", "Mamba", _STATES)
+_decoder("mamba2", "Mamba2", _STATES, head_dim=8, num_heads=4, n_groups=2, chunk_size=4)

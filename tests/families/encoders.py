@@ -55,7 +55,14 @@ add(
 )  # fmt: skip
 _classifier("squeezebert", "SqueezeBert", embedding_size=16)
 _classifier("convbert", "ConvBert", embedding_size=16, conv_kernel_size=3)
-_classifier("funnel", "Funnel", block_sizes=[1, 1], d_model=16, n_head=4, d_head=4, d_inner=24)
+add(
+    "funnel",
+    hugging_face(
+        "FunnelForSequenceClassification", "FunnelConfig", vocab_size=VOCABULARY, block_sizes=[1, 1], d_model=16,
+        n_head=4, d_head=4, d_inner=24, num_labels=3,
+    ),
+    labelled,
+)  # fmt: skip
 add(
     "gpt2-classifier",
     hugging_face(

@@ -39,10 +39,11 @@ class Encoder(nn.Module):
 
 
 class Translator(nn.Module):
-    """``nn.Transformer`` with causal and padding masks."""
+    """``nn.Transformer`` with causal and padding masks; unless told, it looks at the mask to see if it is causal."""
 
-    def __init__(self) -> None:
+    def __init__(self, told: bool) -> None:
         super().__init__()
+        self.told = True if told else None
         self.table = nn.Embedding(VOCABULARY, 16)
         self.both = nn.Transformer(16, 4, 1, 1, 24, batch_first=True)
         self.head = nn.Linear(16, VOCABULARY)
@@ -53,7 +54,7 @@ class Translator(nn.Module):
         )
         hidden = self.both(
             self.table(source), self.table(target), tgt_mask=causal, src_key_padding_mask=padded,
-            memory_key_padding_mask=padded,
+            memory_key_padding_mask=padded, tgt_is_causal=self.told,
         )  # fmt: skip
         return self.head(hidden)
 
@@ -117,6 +118,7 @@ add("lstm-language-model", lambda: Recurrent(nn.LSTM), masked, loss=next_token)
 add("gru-language-model", lambda: Recurrent(nn.GRU), masked, loss=next_token)
 add("nn-transformer-encoder", Encoder, labelled, loss=classify)
 add("nn-transformer-encoder-eval", Encoder, labelled, loss=classify, training=False)
-add("nn-transformer", Translator, paired, loss=translate)
+add("nn-transformer", lambda: Translator(True), paired, loss=translate)
+add("nn-transformer-as-it-comes", lambda: Translator(False), paired, loss=translate)
 add("u-net", UNet, noisy, loss=denoise)
 add("u-net-checkpointed", lambda: UNet(True), noisy, loss=denoise)

@@ -32,14 +32,22 @@ _classifier("vit", "ViT", 16, **_VIT)
 _classifier("deit", "DeiT", 16, **_VIT)
 _classifier("beit", "Beit", 16, **_VIT, use_relative_position_bias=True)
 _classifier("dinov2", "Dinov2", 16, **_VIT)
-_classifier("swin", "Swin", 32, image_size=32, patch_size=4, embed_dim=8, depths=[2, 1], num_heads=[2, 4], window_size=4)  # fmt: skip
-_classifier("swinv2", "Swinv2", 32, image_size=32, patch_size=4, embed_dim=8, depths=[2, 1], num_heads=[2, 4], window_size=4)  # fmt: skip
+_SWIN = {
+    "image_size": 32, "patch_size": 4, "embed_dim": 8, "depths": [2, 1], "num_heads": [2, 4], "window_size": 4,
+}  # fmt: skip
+_classifier("swin", "Swin", 32, **_SWIN)
+_classifier("swinv2", "Swinv2", 32, **_SWIN)
 _classifier("convnext", "ConvNext", 32, hidden_sizes=[8, 16], depths=[1, 1], num_stages=2)
 _classifier("convnextv2", "ConvNextV2", 32, hidden_sizes=[8, 16], depths=[1, 1], num_stages=2)
-_classifier("resnet-eval", "ResNet", 32, False, embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic")  # fmt: skip
-_classifier("poolformer", "PoolFormer", 32, depths=[1, 1, 1, 1], hidden_sizes=[8, 8, 16, 16])
-_classifier("pvt", "Pvt", 32, image_size=32, hidden_sizes=[8, 8, 16, 16], depths=[1, 1, 1, 1], num_attention_heads=[1, 2, 4, 4])  # fmt: skip
-_SEGFORMER = {"hidden_sizes": [8, 8, 16, 16], "depths": [1, 1, 1, 1], "num_attention_heads": [1, 1, 2, 2], "decoder_hidden_size": 16, "num_labels": 3}  # fmt: skip
+_STAGES = {"hidden_sizes": [8, 8, 16, 16], "depths": [1, 1, 1, 1]}
+_classifier(
+    "resnet-eval", "ResNet", 32, False, embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic"
+)  # fmt: skip
+_classifier("poolformer", "PoolFormer", 32, **_STAGES)
+_classifier("pvt", "Pvt", 32, image_size=32, num_attention_heads=[1, 2, 4, 4], **_STAGES)
+_SEGFORMER = {
+    **_STAGES, "num_attention_heads": [1, 1, 2, 2], "decoder_hidden_size": 16, "num_labels": 3,
+}  # fmt: skip
 _classifier("segformer", "Segformer", 32, **_SEGFORMER)
 add(
     "segformer-segmentation-eval",
@@ -47,8 +55,16 @@ add(
     segmented,
     training=False,
 )
+_TEXT = {
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "intermediate_size": 24,
+}
 add(
     "clip-images",
-    hugging_face("CLIPForImageClassification", "CLIPConfig", vision_config=_VIT, text_config={"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 24}, num_labels=3),
+    hugging_face(
+        "CLIPForImageClassification", "CLIPConfig", vision_config=_VIT, text_config=_TEXT, num_labels=3
+    ),
     images(16),
 )  # fmt: skip

@@ -1,0 +1,140 @@
+"""Custom ``autograd.Function``s in a graph: PyTorch captured both of their directions, so each can run per sample."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Graph, GraphModule, Node
+
+from clipgrad.loss_graph.reasons import cannot
+
+CUSTOM_FUNCTION = torch.ops.higher_order.autograd_function_apply
+
+
+class CustomFunction(nn.Module):
+    """Calls a function whose two directions are graphs, with a rule for ``vmap`` that PyTorch derives from them.
+
+    Args:
+        forward: Takes the arguments; returns outputs, and what the other direction takes besides their gradients.
+        backward: Takes gradients and those; returns a gradient or None for each argument.
+        differentiable: Which outputs have a gradient.
+    """
+
+    def __init__(
+        self, forward: GraphModule, backward: GraphModule, differentiable: Sequence[bool]
+    ) -> None:
+        super().__init__()
+        self.kept = _kept(forward)
+        self.forward_graph, self.backward_graph = forward, backward
+        self._function = _function(forward, backward, self.kept, differentiable)
+
+    def forward(self, *args: Any) -> tuple[Any, ...]:
+        """As the graph calls the function."""
+        outputs: tuple[Any, ...] = self._function.apply(*args)
+        return outputs[: len(self.kept.outputs)]
+
+
+class _Kept:
+    """Where each value comes from that the backward direction takes: an argument, an output, or one that is made."""
+
+    def __init__(
+        self, outputs: Sequence[Node], saved: Sequence[Node], inputs: Sequence[Node]
+    ) -> None:
+        self.outputs, self.saved = list(outputs), list(saved)
+        self.inputs = list(inputs)
+        known = {*self.inputs, *self.outputs}
+        self.made = [node for node in dict.fromkeys(saved) if node not in known]
+
+    def values(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> list[Any]:
+        """The values that ``saved`` stands for; what was made follows the outputs."""
+        known = dict(zip(self.inputs, inputs, strict=True))
+        known |= dict(zip([*self.outputs, *self.made], outputs, strict=True))
+        return [known[node] for node in self.saved]
+
+
+def _kept(forward: GraphModule) -> _Kept:
+    (output,) = forward.graph.find_nodes(op="output")
+    outputs, saved = output.args[0]
+    inputs = list(forward.graph.find_nodes(op="placeholder"))
+    nodes = [*outputs, *saved]
+    if not all(isinstance(node, Node) for node in nodes) or set(outputs) & set(inputs):
+        raise cannot(
+            "it uses a custom autograd.Function that keeps or returns something else than results"
+        )
+    return _Kept(outputs, saved, inputs)
+
+
+def _function(
+    forward_graph: GraphModule,
+    backward_graph: GraphModule,
+    kept: _Kept,
+    differentiable: Sequence[bool],
+) -> type[torch.autograd.Function]:
+    count = len(kept.outputs)
+
+    class Captured(torch.autograd.Function):
+        generate_vmap_rule = True
+
+        @staticmethod
+        def forward(*args: Any) -> tuple[Any, ...]:
+            with torch.set_grad_enabled(
+                torch.is_grad_enabled()
+            ):  # which the graph sets, and not back
+                outputs, saved = forward_graph(*args)
+            by_node = dict(zip(kept.saved, saved, strict=True))
+            return (*outputs, *(by_node[node] for node in kept.made))
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+            marked = [value for value, yes in zip(output, differentiable, strict=False) if not yes]
+            ctx.mark_non_differentiable(*marked, *output[count:])
+            ctx.save_for_backward(*inputs, *output)
+
+        @staticmethod
+        def backward(ctx: Any, *gradients: Any) -> Any:
+            values = ctx.saved_tensors
+            inputs, outputs = values[: len(kept.inputs)], values[len(kept.inputs) :]
+            with torch.set_grad_enabled(torch.is_grad_enabled()):
+                found = backward_graph(*gradients[:count], *kept.values(inputs, outputs))
+            return found if isinstance(found, tuple | list) else (found,)
+
+    return Captured
+
+
+def rebuild_custom_function(
+    module: GraphModule, graph: Graph, node: Node, where: str | None
+) -> None:
+    """Put a call of a module in place of PyTorch's operation for custom functions, which does not run per sample.
+
+    Raises:
+        CannotCapture: If the function writes to its arguments, or takes something else than tensors.
+    """
+    forward, backward, *args = node.args
+    assert isinstance(forward, Node)
+    assert isinstance(backward, Node)
+    tensors = all(
+        isinstance(arg, Node) and isinstance(arg.meta.get("example_value"), Tensor) for arg in args
+    )
+    if node.kwargs.get("dirty_idx") or not tensors:
+        raise cannot(
+            "it uses a custom autograd.Function that takes numbers or writes to what it takes",
+            where,
+        )
+    bodies = [getattr(module, str(body.target)) for body in (forward, backward)]
+    hidden = node.kwargs["non_differentiable_idx"]
+    count = len(_kept(bodies[0]).outputs)
+    name = f"custom_function_{node.name}"
+    module.add_module(
+        name,
+        CustomFunction(bodies[0], bodies[1], [index not in hidden for index in range(count)]),  # type: ignore[operator]
+    )
+    with graph.inserting_before(node):
+        call = graph.call_module(name, tuple(args))
+    call.meta = dict(node.meta)
+    node.replace_all_uses_with(call)
+    for old in (node, forward, backward):
+        if not old.users:
+            graph.erase_node(old)

@@ -1,0 +1,124 @@
+"""What cannot be captured ends in one sentence with the user's line; what would be wrong is refused."""
+
+from __future__ import annotations
+
+import contextvars
+import copy
+import random
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from clipgrad.errors import CompileError, NotPerSampleError
+from clipgrad.loss_graph import CannotCapture, LossCapture
+from tests.loss_graph.conftest import Small, one_sample, small_loss
+
+CURRENT: contextvars.ContextVar[float] = contextvars.ContextVar("CURRENT", default=1.0)
+STORED, WRITTEN = "stores a tensor", "writes in place to a tensor that it was given"
+DATA = "reads the value of a tensor, or makes one whose shape depends on the data"
+REFUSED: dict[str, tuple[Any, str]] = {
+    "attribute": (lambda m, x, h: setattr(m, "kept", h), STORED),
+    "attribute of a detached tensor": (lambda m, x, h: setattr(m, "kept", h.detach()), STORED),
+    "the sample itself": (lambda m, x, h: setattr(m, "kept", x), STORED),
+    "entry of a dictionary": (lambda m, x, h: m.table.update(kept=h), STORED),
+    "end of a list": (lambda m, x, h: m.entries.append(h), STORED),
+    "pair in a list": (lambda m, x, h: m.entries.append((1, {"kept": h})), STORED),
+    "buffer replaced": (lambda m, x, h: setattr(m, "scale", h.mean()), STORED),
+    "buffer written": (lambda m, x, h: (m.scale.mul_(0.9), None)[1], WRITTEN),
+    "data of a buffer": (lambda m, x, h: (m.scale.data.mul_(0.9), None)[1], WRITTEN),
+    "detached alias": (lambda m, x, h: (m.scale.detach().mul_(0.9), None)[1], WRITTEN),
+    "view of the sample": (lambda m, x, h: (x[:, :2].mul_(2.0), None)[1], WRITTEN),
+    "out=": (lambda m, x, h: (torch.mul(m.scale, 2.0, out=m.scale), None)[1], WRITTEN),
+    "batch normalisation": (
+        lambda m, x, h: nn.functional.batch_norm(h.repeat(2, 1), m.mean, m.var, training=True)[:1], WRITTEN,
+    ),
+    "branch": (lambda m, x, h: h * 2 if h.sum() > 0 else h, "[Dd]ata-dependent"),
+    "item": (lambda m, x, h: h * h.sum().item(), DATA),
+    "nonzero": (lambda m, x, h: h * h[h > 0].sum(), DATA),
+    "numpy": (lambda m, x, h: h * float(h.detach().numpy().sum()), DATA),
+    "deepcopy": (lambda m, x, h: copy.deepcopy(m.last)(h) @ m.last.weight, "deepcopy"),
+    "Python's random numbers": (lambda m, x, h: h * random.random(), "random"),
+    "context variable": (lambda m, x, h: h * CURRENT.get(), "ContextVar"),
+    "the time": (lambda m, x, h: h * time.time(), "time"),
+    "hook on a tensor": (lambda m, x, h: (h.register_hook(lambda g: g * 2), None)[1], "register_hook"),
+    "gradient inside": (lambda m, x, h: torch.func.grad(lambda v: v.square().sum())(h), "transform"),
+    "autograd inside": (lambda m, x, h: torch.autograd.grad(h.square().sum(), h, create_graph=True)[0], "autograd"),
+    "an error of the user's": (lambda m, x, h: h.nothing_of_that_name, "nothing_of_that_name|attribute"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused_with_the_line(case: str) -> None:
+    step, message = REFUSED[case]
+    model, one = Small(step), one_sample()
+    model.register_buffer("mean", torch.zeros(4).double())
+    model.register_buffer("var", torch.ones(4).double())
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    attributes = set(vars(model)), dict(model.table), list(model.entries)
+    with pytest.raises(CannotCapture, match=message) as found:
+        LossCapture(small_loss).graph((model, one), list(model.parameters()), [one])
+    text = str(found.value)
+    assert re.search(rf"{re.escape(str(Path(__file__).parent))}/\w+\.py:\d+", text), text
+    assert text.count("\n") == 0
+    assert isinstance(found.value, CompileError)
+    # Nothing was stored or written on the way.
+    assert (set(vars(model)), dict(model.table), list(model.entries)) == attributes
+    torch.testing.assert_close(dict(model.state_dict()), before, rtol=0, atol=0)
+    torch.testing.assert_close(one, one_sample(), rtol=0, atol=0)
+
+
+def test_a_tensor_that_requires_grad_and_is_no_parameter() -> None:
+    model, one = Small(), one_sample()
+    with pytest.raises(NotPerSampleError, match=r"shape \(4, 3\) that requires grad"):
+        LossCapture(small_loss).graph((model, one), list(model.parameters())[1:], [one])
+
+
+def test_a_view_of_a_parameter_made_outside() -> None:
+    model, one = Small(), one_sample()
+    transposed = model.first.weight.t()
+
+    def loss(model: nn.Module, x: Tensor) -> Tensor:
+        return small_loss(model, x) + (x @ transposed).sum()
+
+    with pytest.raises(NotPerSampleError, match=r"shape \(3, 4\) that requires grad"):
+        LossCapture(loss).graph((model, one), list(model.parameters()), [one])
+
+
+def test_a_parameter_that_does_not_require_grad() -> None:
+    weight, one = torch.ones(3), torch.ones(1, 3)
+    with pytest.raises(ValueError, match="must require grad"):
+        LossCapture(lambda w, x: (x @ w).sum()).graph((weight, one), [weight], [one])
+
+
+@pytest.mark.parametrize("value", [lambda x: [x.sum()], lambda x: None, lambda x: (1.0, x.sum())])
+def test_what_is_no_loss(value: Any) -> None:
+    one = torch.ones(1, 3, requires_grad=True)
+    with pytest.raises(CannotCapture, match=r"it returns|captured no operation"):
+        LossCapture(value).graph((one,), [one], [])
+
+
+def test_what_changes_each_time_ends_in_an_error_that_names_it() -> None:
+    model, one = Small(), one_sample()
+    capture, params = LossCapture(small_loss), list(model.parameters())
+    for step in range(16):
+        model.factor = 1.0 + step
+        assert capture.graph((model, one), params, [one]).number == step
+    model.factor = 100.0
+    with pytest.raises(CannotCapture, match=r"16 graphs already.*factor == "):
+        capture.graph((model, one), params, [one])
+    model.factor = 3.0  # which has its graph
+    assert capture.graph((model, one), params, [one]).number == 2
+
+
+def test_capture_switched_off() -> None:
+    model, one = Small(), one_sample()
+    with (
+        torch.compiler.set_stance("force_eager"),
+        pytest.raises(CannotCapture, match="switched off"),
+    ):
+        LossCapture(small_loss).graph((model, one), list(model.parameters()), [one])
