@@ -43,8 +43,8 @@ def _word(x):
 def _block(counter, k0, k1, k2, k3, k4, k5, k6, k7, n0, n1, n2, one):
     """Return the sixteen words of one block per counter; key and nonce are int32 scalars, the counter is uint32.
 
-    Only the counter differs between blocks, and it is in the first column. So the other three columns run through the
-    first round as scalars, once for all blocks of a program.
+    Only the counter, in the first column, differs between blocks. So the first round computes the other three columns
+    as scalars, once for all blocks of a program.
     """
     s0 = counter * 0 + 0x61707865
     s1 = tl.full([], 0x3320646E, tl.uint32)
@@ -142,7 +142,6 @@ def _load(source, left, PER_BLOCK: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def _scaled(before, noise, factor, TYPE: tl.constexpr):
-    """Round the sum to the target's dtype and multiply it by a factor."""
     total = (before.to(noise.dtype) + noise).to(TYPE)
     return (total.to(noise.dtype) * factor.to(noise.dtype)).to(TYPE)
 
@@ -165,7 +164,6 @@ def _store(
 
 @triton.jit
 def _halves(word):
-    """Return the two words of an int64 as int32."""
     word = word.to(tl.int64)
     return word.to(tl.int32), (word >> 32).to(tl.int32)
 
@@ -183,8 +181,7 @@ def add_gaussian(
 
     The int64 table holds for each program the address of its part, the address for the result, and the number of
     values, at most ``chunk``. Only program p uses the ``chunk / PER_BLOCK * DRAWS`` blocks from
-    ``first + p * chunk / PER_BLOCK * DRAWS`` on. ``scale`` and ``factor`` are the bits of a float64, and each ``k``
-    holds two words of the key.
+    ``first + p * chunk / PER_BLOCK * DRAWS`` on. ``scale`` and ``factor`` are float64 bits, each ``k`` two key words.
     """
     program = tl.program_id(0)
     source = tl.load(table + 3 * program).to(tl.pointer_type(TYPE))

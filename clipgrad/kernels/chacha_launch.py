@@ -34,9 +34,8 @@ _TYPES = {
 class TritonChaCha:
     """This class adds noise on one device, with one launch per dtype for any number of tensors.
 
-    A launch reads the addresses of the tensors from a table on the device. Tables are cached by addresses and sizes,
-    because the sums of successive training steps often have the same addresses. Compiled kernels are cached too,
-    because Triton's lookup takes longer than the launch.
+    A launch reads the tensors' addresses from a table on the device. Tables are cached, because the sums of successive
+    steps often have the same addresses. Compiled kernels are cached, because Triton's lookup is slower than the launch.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -66,12 +65,11 @@ class TritonChaCha:
             draws: Number of independent values whose scaled sum is one noise value.
             key: 32 bytes, used for nothing else.
             divisor: The sums are multiplied by its rounded inverse, as in CUDA's division by a number.
-            into: Tensors for the results, with the sizes and dtypes of ``tensors``, which overlap no other tensor of
-                ``into`` or ``tensors``. None writes in place.
+            into: Tensors for the results, with equal sizes and dtypes, which overlap no other tensor of either list.
+                None writes in place.
 
         Raises:
-            RuntimeError: If the key has too few blocks, or if a CUDA graph is being captured. The remaining tensors
-                are not changed.
+            RuntimeError: If the key has too few blocks or a CUDA graph is captured; other tensors stay unchanged.
         """
         both = zip(tensors, tensors if into is None else into, strict=True)
         filled = [pair for pair in both if pair[0].numel()]
@@ -152,8 +150,6 @@ class TritonChaCha:
             return nullcontext()
         return torch.cuda.device(self._device)
 
-    # ------------------------------------------------------------------ proof
-
     def blocks(self, key: bytes, nonce: bytes, first: int) -> bytes:
         """Return the keystream of ``_BLOCK`` blocks as the device computes it."""
         out = torch.zeros(_BLOCK, 16, dtype=torch.int32, device=self._device)
@@ -173,11 +169,7 @@ class TritonChaCha:
         return found
 
     def prove(self) -> None:
-        """Compare the device with RFC 8439 and with the CPU.
-
-        Raises:
-            RuntimeError: If the device's results differ.
-        """
+        """Raise RuntimeError unless the device agrees with RFC 8439 and with the CPU."""
         proof.prove(self, self._device)
 
 

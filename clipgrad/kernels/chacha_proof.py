@@ -12,10 +12,8 @@ from cryptography.hazmat.primitives.ciphers.algorithms import ChaCha20
 from numpy.typing import NDArray
 from torch import Tensor
 
-LANES = 128
-"""This is the number of blocks that a program computes at a time."""
-PER_BLOCK = {torch.float64: 8, torch.float32: 16}
-"""This is the number of values made from one block."""
+LANES = 128  # blocks that a program computes at a time
+PER_BLOCK = {torch.float64: 8, torch.float32: 16}  # values made from one block
 RFC_KEY = bytes(range(32))
 RFC_NONCE = bytes.fromhex("000000090000004a00000000")
 RFC_BLOCK = bytes.fromhex(
@@ -51,11 +49,7 @@ class Device(AddsGaussians, Protocol):
 
 
 def prove(cipher: Device, device: torch.device) -> None:
-    """Compare the device with RFC 8439, with the CPU's keystream, and with Gaussians from the same bits.
-
-    Raises:
-        RuntimeError: If the device's results differ.
-    """
+    """Raise RuntimeError unless the device agrees with RFC 8439, the CPU's keystream and Gaussians of the same bits."""
     if cipher.blocks(RFC_KEY, RFC_NONCE, 1)[:64] != RFC_BLOCK:
         raise RuntimeError("the device's ChaCha20 fails the test vector of RFC 8439, 2.3.2")
     nonce = bytes(range(100, 112))
@@ -68,10 +62,8 @@ def prove(cipher: Device, device: torch.device) -> None:
     for dtype, draws in [(torch.float64, 1), (torch.float64, 2), (torch.float32, 1)]:
         size = PER_BLOCK[dtype] * LANES + 1  # one full program and one value of the next
         zeros = torch.zeros(size, dtype=dtype, device=device)
-        found = torch.full_like(
-            zeros, math.nan
-        )  # the allocation may hold results of an earlier self-test
-        # The public key is safe here, because the values are discarded.
+        # NaN replaces results of an earlier self-test in reused memory. A public key is safe for discarded values.
+        found = torch.full_like(zeros, math.nan)
         cipher.add_gaussian_([zeros], _SCALE, draws, RFC_KEY, _DIVISOR, [found])
         expected = _SCALE / _DIVISOR * gaussians(RFC_KEY, size, draws, dtype)
         error = relative_error(found.cpu().numpy(), expected, floor=0.0 if draws == 1 else 1.0)
@@ -82,15 +74,11 @@ def prove(cipher: Device, device: torch.device) -> None:
 def relative_error(
     found: NDArray[np.float32] | _Floats, expected: _Floats, floor: float = 0.0
 ) -> float:
-    """Return the largest relative error, or NaN if any value is NaN.
-
-    Errors of values below ``floor``, which are sums with cancellation, are relative to ``floor``.
-    """
+    """Return the largest error, or NaN if any value is NaN, relative to the value or to ``floor`` if this is larger."""
     return float((np.abs(found - expected) / np.maximum(np.abs(expected), floor)).max())
 
 
 def keystream(key: bytes, nonce: bytes, first: int, blocks: int) -> bytes:
-    """Return the ChaCha20 keystream of the ``cryptography`` package."""
     cipher = Cipher(ChaCha20(key, first.to_bytes(4, "little") + nonce), mode=None)
     return cipher.encryptor().update(bytes(64 * blocks))
 

@@ -10,10 +10,9 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode
 def after(gradient: Tensor, value: Tensor) -> Tensor:
     """Return the value; in a graph for the CPU, make it depend on the gradient.
 
-    A compiler can compute tensors that depend on the forward pass only (a convolution's patches, an activation's slope)
-    early. In graphs with branches (a U-Net) TorchInductor does so for some, and they use memory until the backward
-    pass: patches are nine times as large as their image. Adding a zero that depends on the gradient delays them; the
-    compiler fuses this sum with the operation that reads it.
+    In graphs with branches (a U-Net) TorchInductor may compute tensors that depend on the forward pass only (a
+    convolution's patches, an activation's slope) too early, and they use memory until the backward pass: patches are
+    nine times their image. Adding a zero that depends on the gradient delays them; the compiler fuses the sum.
     """
     if value is gradient or not in_graph_for_cpu(value):
         return value

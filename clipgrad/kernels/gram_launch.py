@@ -12,8 +12,7 @@ from torch import Tensor
 from clipgrad.kernels import gram_kernels as kernels
 
 _TILE = 64
-# Number of elements multiplied at a time. The larger number needs 96 KiB of a multiprocessor's shared memory, and takes
-# a fifth less time on an H100.
+# Elements multiplied at a time; the larger depth needs 96 KiB of shared memory and a fifth less time on an H100.
 _DEPTH, _SMALLER_DEPTH, _ROOMY = 64, 32, 128 * 1024
 # With less work, batched products, which split a sample, use more of the device.
 _FEWEST_POSITIONS, _FEWEST_BLOCKS = 16, 32
@@ -26,9 +25,7 @@ _usable: dict[torch.device, bool] = {}
 def gram_sums(left: Tensor, right: Tensor) -> Tensor | None:
     """Return squared norms and the three lengths of ``rules/gram.py``, ``[4, B]``, or None if the kernel does not suit.
 
-    Args:
-        left: ``[B, S, rows]``, float32, on a CUDA device.
-        right: ``[B, S, columns]``, float32, on the same device.
+    ``left`` is ``[B, S, rows]`` and ``right`` is ``[B, S, columns]``, both float32 on one CUDA device.
     """
     positions = left.shape[1]
     if positions < _FEWEST_POSITIONS or len(left) * _blocks(positions) < _FEWEST_BLOCKS:
@@ -39,7 +36,6 @@ def gram_sums(left: Tensor, right: Tensor) -> Tensor | None:
 
 
 def launch(left: Tensor, right: Tensor) -> Tensor:
-    """Run the kernel."""
     samples, positions, _ = left.shape
     blocks = _blocks(positions)
     found = left.new_empty(samples, blocks, 4)

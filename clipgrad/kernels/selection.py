@@ -31,8 +31,8 @@ def select_rows(tensor: Tensor, keep: Tensor) -> Tensor:
 def select_last(tensor: Tensor, keep: Tensor) -> Tensor:
     """Run ``select_rows`` for a tensor that is not read afterwards, with a result that must be in memory.
 
-    A compiled graph writes zeros into the tensor itself if no later operation reads it (see ``compiled/zeroing.py``).
-    It does not so for a broadcast tensor, whose samples share memory.
+    A compiled graph writes zeros into the tensor itself if no later operation reads it (see ``compiled/zeroing.py``),
+    but not into a broadcast tensor, whose samples share memory.
     """
     zeroed = get_proxy_mode() is not None and tensor.device.type in _ZEROED_IN_GRAPHS_ON
     if not zeroed or may_overlap(tensor):

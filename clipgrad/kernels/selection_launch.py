@@ -12,18 +12,11 @@ from clipgrad.kernels import selection_kernels as kernels
 
 _log = logging.getLogger("clipgrad")
 _BLOCK = 2048
-_PROGRAMS = (
-    1024  # enough to use a whole device, and few enough to cost nothing if no sample is dropped
-)
+_PROGRAMS = 1024  # enough to use a whole device, and few enough to cost nothing without drops
 
 
 def zero_rows_(tensor: Tensor, keep: Tensor) -> bool:
-    """Run the kernel if every sample is one block of memory, and return whether it ran.
-
-    Args:
-        tensor: ``[B, ...]``, floating-point, on a CUDA device.
-        keep: Boolean ``[B]``.
-    """
+    """Run the kernel on a CUDA tensor ``[B, ...]`` if every sample is one block of memory; return whether it ran."""
     size = tensor[0].numel() if len(tensor) else 0
     if not size:
         return True

@@ -56,7 +56,6 @@ def _product(a: Tensor, b: Tensor, allowed: bool) -> Tensor:
 # A custom operation keeps the TF32 setting inside one node of a traced graph.
 @torch.library.custom_op("clipgrad::bmm", mutates_args=())
 def bmm(a: Tensor, b: Tensor, allowed: bool) -> Tensor:
-    """Return ``torch.bmm(a, b)``, with TF32 if allowed."""
     with tf32(allowed):
         return torch.bmm(a, b)
 
@@ -67,23 +66,15 @@ def _(a: Tensor, b: Tensor, allowed: bool) -> Tensor:
 
 
 def window_products(rows: Tensor, columns: Tensor, apart: int, windows: int) -> Tensor:
-    """Return products of rows and windows of columns, two operands of a convolution.
+    """Return products ``[B, windows, R, C]`` of rows ``[B, R, S]`` and windows of columns ``[B, C, L]``.
 
-    Args:
-        rows: ``[B, R, S]``.
-        columns: ``[B, C, L]``.
-        apart: Number of positions between the starts of two windows.
-        windows: Number of windows.
-
-    Returns:
-        ``[B, windows, R, C]``; window ``w`` holds ``rows @ columns[:, :, w * apart : w * apart + S].mT``.
+    Window ``w`` holds ``rows @ columns[:, :, w * apart : w * apart + S].mT``; both are operands of a convolution.
     """
     found: Tensor = _window_products(rows, columns, apart, windows, convolutions_may())
     return found
 
 
-# A custom operation writes products directly into the result and keeps the TF32 setting inside one node of a graph.
-# Operands may have any layout.
+# A custom operation with operands of any layout keeps the result's windows and the TF32 setting inside one graph node.
 @torch.library.custom_op(
     "clipgrad::window_products", mutates_args=(), tags=(torch.Tag.flexible_layout,)
 )

@@ -30,8 +30,7 @@ def scaled_dot_product_attention(
 ) -> Tensor:
     """Run one call on ``[B * batch, heads, positions, features]``.
 
-    Parameters among the operands (learned queries, a learned bias) enter as per-sample copies, so their gradients are
-    exact.
+    Parameter operands (learned queries, a learned bias) enter as per-sample copies, so their gradients are exact.
     """
     if dropout_p > 0 and call.randomness != "different":
         raise Decline  # one folded call samples a separate dropout mask for each sample
@@ -83,7 +82,7 @@ def _fold_mask(call: Call, attn_mask: Tensor, lead: torch.Size) -> Tensor:
     """Return the mask for ``[B * batch, heads, queries, keys]``; a shared mask is not expanded."""
     mask = call.batched(attn_mask)
     if not call.has_lanes(attn_mask) and not mask.requires_grad:
-        mask = mask[:1]  # shared by all samples
+        mask = mask[:1]
     while mask.dim() < 3:
         mask = mask.unsqueeze(1)
     mask = _align(mask, 3 + len(lead))
@@ -123,8 +122,7 @@ def multi_head_attention(
 ) -> tuple[Tensor, Tensor | None]:
     """Run projections by ``linear`` and attention by ``scaled_dot_product_attention``, which both have rules.
 
-    The capture cannot intercept these calls inside PyTorch's own function. Arguments that PyTorch refuses are declined
-    here, so that the user reads PyTorch's message.
+    The capture cannot intercept these calls inside PyTorch's function. Arguments that PyTorch refuses are declined.
     """
     _decline_what_is_refused(query, key, embed_dim_to_check, num_heads)
     if (bias_k is None) != (bias_v is None) or (is_causal and attn_mask is None):
@@ -257,7 +255,6 @@ def _attend(
     causal: bool,
     need_weights: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """Return the attention output, and the attention weights if ``need_weights``."""
     if not need_weights:
         return F.scaled_dot_product_attention(q, k, v, mask, dropout_p, causal), None
     scores = (q * q.shape[-1] ** -0.5) @ k.mT

@@ -190,7 +190,6 @@ class Outer:
         return (left.flatten(0, 1).t() @ right.flatten(0, 1)).view(self.shape)
 
     def rows_of(self, samples: slice) -> Outer:
-        """Return this use for a range of samples."""
         rows = slice(samples.start * self.groups, samples.stop * self.groups)
         if isinstance(self.left, OneHot):
             left: Tensor | OneHot = OneHot(self.left.ids[rows], self.left.width)

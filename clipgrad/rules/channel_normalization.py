@@ -19,12 +19,8 @@ class _ChannelAffine:
     """This class finds per-sample gradients of one weight and bias per channel.
 
     A group norm over ``B * C`` channels of one image equals the group norm of ``B`` samples, but its affine gradients
-    are per sample. So one native operation finds them, at the cost of the ordinary weight gradient.
-
-    Args:
-        x: Input, ``[N, C, *positions]`` with ``N = B * n``.
-        samples: Number of samples, ``B``.
-        statistics: Function from ``x`` to the statistics, ``N * groups`` values each.
+    are per sample. So one native operation finds them, at the cost of the ordinary weight gradient. The input ``x`` is
+    ``[N, C, *positions]`` with ``N = B * n``, and ``statistics`` maps it to ``N * groups`` values each.
     """
 
     def __init__(self, x: Tensor, samples: int, statistics: Callable[[Tensor], Statistics]) -> None:
@@ -231,7 +227,7 @@ def _finish(
     weight, bias = affine
 
     def view(y: Tensor) -> Tensor:
-        # ``_fixed_statistics`` flattened the positions to one axis.
+        # ``_fixed_statistics`` flattens the positions of images to one axis.
         return (
             y.view_as(gradients.x).view(shape)
             if y.dim() < gradients.x.dim()

@@ -25,13 +25,11 @@ def embedding(
 ) -> Tensor:
     """Run an embedding as a linear map of one-hot inputs, which are stored as ids.
 
-    All samples may share their ids (position ids); their gradients still differ. ``sparse`` is ignored, because clipped
-    sums are dense.
+    All samples may share their ids (position ids). ``sparse`` is ignored, because clipped sums are dense.
     """
     refuse_max_norm(max_norm)
     w = call.shared(weight)
     ids = call.batched(input)
-    # Shared ids are looked up once, and the result is broadcast.
     y = F.embedding(ids if call.has_lanes(input) else input, w, padding_idx)
     if not call.has_lanes(input):
         y = y.expand(call.batch_size, *y.shape)

@@ -74,16 +74,15 @@ def never_underestimated(
 
     Without cancellation the gradient would have the norm ``m = sum_s |left_s| |right_s|``, and rounding errors are
     multiples of ``m``. Where terms cancel almost entirely (nearly equal positions with opposite output gradients) the
-    error exceeds the norm. A norm that is too small would let a sample contribute many times the clipping norm. Norms
-    far above the error do not change. The clipped sum is a product of the same factors; if this product may run in
-    TF32, its error counts too.
+    error exceeds the norm, and a norm that is too small would let a sample contribute many times the clipping norm.
+    The clipped sum is a product of the same factors; if this product may run in TF32, its error counts too.
 
     Args:
         norms: Squared norms as computed.
         lengths: Lengths of all positions, ``[B * groups]``.
         uses: Uses from which the norms were computed.
-        materialised: Whether the norms come from the gradient itself, so that the error is relative to ``m``, and not
-            from Gram matrices, where it is relative to ``m^2``.
+        materialised: True for norms of a built gradient (error relative to ``m``), False for norms from Gram matrices
+            (error of the squared norm relative to ``m^2``).
     """
     shape, groups, columns = uses[0].shape, uses[0].groups, uses[0].right.shape[-1]
     rows = shape.numel() // max(1, columns * groups)
@@ -127,13 +126,10 @@ def _lengths(vectors: Tensor) -> Tensor:
 
 
 def _underflow(left: Tensor, rows: int, right: Tensor, columns: int) -> Tensor:
-    """Bound what is lost when squares of one factor's elements underflow while the other factor is large.
+    """Bound the squared norm lost when squares of one factor's elements underflow while the other factor is large.
 
-    Args:
-        left: Squared lengths of the left factor.
-        rows: Number of elements of the left factor; each square may lose up to ``tiny``.
-        right: Squared lengths of the right factor.
-        columns: Number of elements of the right factor.
+    ``left`` and ``right`` are squared lengths of vectors with ``rows`` and ``columns`` elements, whose squares may each
+    lose up to ``tiny``.
     """
     tiny = torch.finfo(left.dtype).tiny
     hidden = tiny * rows * right + tiny * columns * left

@@ -55,8 +55,7 @@ class Lengths:
 def gram_sums(left: Tensor, right: Tensor) -> tuple[Tensor, Lengths]:
     """Return squared norms ``[B]`` of ``sum_s left_s (outer product) right_s``, and the lengths of its positions.
 
-    The products run in full float32 for any value of ``torch.backends.cuda.matmul.allow_tf32``: where terms cancel, a
-    norm computed in TF32 has no correct digits left.
+    Products never use TF32: where terms cancel, a norm needs the digits that TF32 drops.
 
     Args:
         left: ``[B, S, rows]``, float32 or float64.
@@ -83,7 +82,6 @@ def equal_id_sums(ids: Tensor, right: Tensor) -> tuple[Tensor, Lengths]:
 
 
 def _by_products(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return squared norms and the three lengths, found by batched matrix products."""
     positions = left.shape[1]
     if positions >= _SYMMETRY_POSITIONS:
         # By symmetry two half-size norms and one off-diagonal block, counted twice, are enough.

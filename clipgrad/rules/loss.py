@@ -76,8 +76,6 @@ def cross_entropy_by_definition(
 
 
 def _register_difference(function: Callable[..., Tensor]) -> None:
-    """Register a rule for a loss of the differences between input and target."""
-
     @register_rule(function, name=function.__name__)
     def loss(
         call: Call,

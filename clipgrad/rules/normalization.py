@@ -4,8 +4,8 @@ All norm layers compute ``y = xhat * weight + bias``, where ``xhat`` depends on 
 
     g_weight[b] = sum over positions of G * xhat        g_bias[b] = sum over positions of G
 
-The forward pass is the library's fused operation on all samples. It returns the statistics, from which the backward
-pass recomputes ``xhat``. Per-sample gradients are vectors, so they are always kept.
+The forward pass is the library's fused operation on all samples; the backward pass recomputes ``xhat`` from its
+statistics. Per-sample gradients are vectors, so they are always kept.
 """
 
 from __future__ import annotations
@@ -21,8 +21,7 @@ from clipgrad.rules.canonical import PerSample, widen
 from clipgrad.rules.names import functional_aten_names_of
 from clipgrad.rules.registry import Call, Decline, Recipe, register_rule
 
-Statistics = tuple[Tensor, Tensor]
-"""This tuple holds the mean and the reciprocal standard deviation."""
+Statistics = tuple[Tensor, Tensor]  # mean and reciprocal standard deviation
 
 
 def shared_or_none(call: Call, tensor: Tensor | None) -> Tensor | None:
@@ -33,8 +32,8 @@ def shared_or_none(call: Call, tensor: Tensor | None) -> Tensor | None:
 def precise(mean: Tensor, rstd: Tensor) -> Statistics | None:
     """Return the detached statistics of the forward pass, or None if they must be recomputed.
 
-    On CPU a half-precision norm layer returns half-precision statistics, which are too coarse. The statistics are
-    detached because a hook that holds a tensor of its own graph keeps the graph alive.
+    On CPU a half-precision norm layer returns half-precision statistics, which are too coarse. A hook that holds a
+    tensor of its own graph keeps the graph alive, so the statistics are detached.
     """
     return (mean.detach(), rstd.detach()) if widen(mean[:0]).dtype == mean.dtype else None
 
@@ -121,7 +120,7 @@ def rms_norm(
 
     def make_weight(gradient: Tensor) -> PerSample:
         wide = widen(x).reshape(canonical)
-        # This is the operation's own default, also for half precision, which the operation computes in float32.
+        # This is PyTorch's default, also for half precision, which PyTorch computes in float32.
         epsilon = torch.finfo(wide.dtype).eps if eps is None else eps
         squares = torch.linalg.vector_norm(wide, dim=-1).square()
         scale = (squares / canonical[-1] + epsilon).rsqrt()

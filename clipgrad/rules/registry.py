@@ -163,9 +163,8 @@ def register_rule(*operations: Callable[..., Any], name: str) -> Callable[[F], F
 
     A rule is only an optimisation: without a rule the operation runs in the exact fallback. The decorated function
     has the operation's own signature after a leading ``call`` (see ``Call``). It runs the operation once on all
-    samples and returns, through ``call.finish``, a recipe for the per-sample gradient of each parameter. It may raise
-    ``Decline`` for arguments that it does not cover. Test a rule with
-    ``clipgrad.testing.assert_rule_matches_reference``.
+    samples and passes a recipe for each parameter to ``call.finish``. It may raise ``Decline`` for arguments that it
+    does not cover. Test a rule with ``clipgrad.testing.assert_rule_matches_reference``.
 
     Args:
         *operations: Functions to intercept, as called by user code (``torch.nn.functional.linear``).
@@ -221,8 +220,7 @@ def register_rule(*operations: Callable[..., Any], name: str) -> Callable[[F], F
 def register_decomposition(*operations: Callable[..., Any], name: str) -> Callable[[F], F]:
     """Rewrite an operation in terms of operations that have rules.
 
-    The decorated function has the operation's own signature and returns its result. It runs under ``vmap``, like user
-    code, and may raise ``Decline``.
+    The decorated function has the operation's own signature. It runs under ``vmap``, and may raise ``Decline``.
     """
 
     def decorate(function: F) -> F:

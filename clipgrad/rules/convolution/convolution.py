@@ -42,7 +42,7 @@ def _convolve(
     b = None if bias is None else call.shared(bias)
     if x.numel() == 0:
         raise Decline  # the fallback runs empty inputs
-    inner = x.shape[1 : x.dim() - axes - 1]  # the batch axis inside one sample, or ()
+    inner = x.shape[1 : x.dim() - axes - 1]  # a sample's own batch axis, or ()
     x = x.reshape(-1, *x.shape[-axes - 1 :])
     dilation = _per_axis(static["dilation"], axes)
     padding = static["padding"]

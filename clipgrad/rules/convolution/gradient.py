@@ -22,8 +22,7 @@ from clipgrad.rules.convolution.methods import (
 # many weights; in between, groups are up to 1.7x faster. Groups are slow without AVX-512. See docs/performance.md.
 _SMALL_PATCH = 64
 _LARGE_WEIGHT = {"AVX512": 1 << 17, "AVX2": 1 << 14}
-# Patches are written once per input channel and read once per output channel. If the ratio of input to output channels
-# is larger than this, writing patches costs too much.
+# Patches are written per input channel and read per output channel; with more input channels, writing costs too much.
 _MOST_IN_PER_OUT = 1.5
 # On CUDA, slices write and read a third as much as 3x3 patches, but their products have a third of the columns. With
 # fewer columns than this, or more taps, slices are slower.
@@ -37,11 +36,7 @@ def per_sample_gradient(
 ) -> Tensor:
     """Return per-sample weight gradients ``[B, *shape]`` in the fastest way for these shapes on this device.
 
-    Args:
-        gradient: Output gradient, ``[B, C_out, *spatial]``.
-        input: Input, ``[B, C_in, *spatial]``, with the dtype of ``gradient``.
-        shape: Shape of the weight.
-        geometry: Static arguments of the convolution.
+    The output gradient is ``[B, C_out, *spatial]``, and the input is ``[B, C_in, *spatial]`` with the same dtype.
     """
     return fastest(input.device, shape, geometry)(gradient, input, shape, geometry)
 

@@ -36,9 +36,7 @@ def by_patches(gradient: Tensor, input: Tensor, shape: torch.Size, geometry: Geo
     size = samples_at_once(image, prod(shape[2:]) * prod(rows.shape[2:]))
     if samples <= size:
         outer = rows_and_patches(gradient, input, shape, geometry)
-        unfolded = (
-            prod(shape[2:]) > 1
-        )  # otherwise the factors are views, and splitting would copy them
+        unfolded = prod(shape[2:]) > 1  # otherwise factors are views, and parts would be copies
         return _in_parts(outer, _parts(outer, input.device) if unfolded else 1)
     outers = (
         rows_and_patches(
@@ -143,7 +141,6 @@ def by_slices(gradient: Tensor, input: Tensor, shape: torch.Size, geometry: Geom
 
 
 def _together(products: list[Tensor]) -> Tensor:
-    """Concatenate the products of all samples; a single part is not copied."""
     return products[0] if len(products) == 1 else torch.cat(products)
 
 

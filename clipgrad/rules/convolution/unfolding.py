@@ -13,8 +13,7 @@ from clipgrad.kernels.delayed import after
 from clipgrad.rules.canonical import Outer
 from clipgrad.rules.convolution.geometry import Geometry
 
-# No more elements of patches than this are built at once: 512 MiB of float32 on CUDA, and 8 MiB on CPU, which is as
-# fast there.
+# Largest number of elements of patches built at once: 512 MiB of float32, or 8 MiB on CPU, which is as fast there.
 _AT_ONCE = {"cuda": 1 << 27, "cpu": 1 << 21}
 # Fewer samples at a time do not use all CPU cores.
 _FEWEST_AT_ONCE = 4

@@ -1,9 +1,8 @@
 """This module runs a recurrent sequence by cuDNN, whose fused loop is ten times faster than a loop of small kernels.
 
-cuDNN's backward pass returns the gradient of its input, not the gradient of the gates. With the identity as input
-weight and the projected input as input, both gradients are equal, and the recipes can use the result. The cost is a
-product with the identity, ``N G^2`` a step. As for all products of ``nn.LSTM`` on CUDA,
-``torch.backends.cudnn.allow_tf32`` sets its precision.
+cuDNN's backward pass returns the gradient of its input, not the gradient of the gates. Both are equal with the identity
+as input weight and the projected input as input. The cost is a product with the identity, ``N G^2`` a step, whose
+precision ``torch.backends.cudnn.allow_tf32`` sets, as for all products of ``nn.LSTM`` on CUDA.
 """
 
 from __future__ import annotations
@@ -74,7 +73,6 @@ def _reset(z: Tensor, previous: Tensor, weights: Weights) -> Tensor:
 
 
 def _mode(cell: Cell) -> int:
-    """Return cuDNN's number for a cell."""
     if isinstance(cell, LSTM):
         return 2
     if isinstance(cell, RNN):

@@ -89,9 +89,7 @@ def _sequence(name: str) -> Callable[..., States]:
         input: Tensor, hx: Any, params: Any, has_biases: Any, num_layers: int, dropout: float,
         train: bool, bidirectional: bool, batch_first: bool = False,
     ) -> States:  # fmt: skip
-        if isinstance(
-            has_biases, list | tuple
-        ):  # the arguments are (data, batch_sizes, hx, params, ...)
+        if isinstance(has_biases, list | tuple):  # arguments: data, batch_sizes, hx, params, ...
             refuse_packed(name)
         x = input.transpose(0, 1) if batch_first else input
         starts = [hx] if isinstance(hx, Tensor) else hx

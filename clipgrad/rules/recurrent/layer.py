@@ -1,8 +1,7 @@
 """This module runs one recurrent layer in one direction, and makes the recipes of its weights.
 
 The recipes of all weights are recorded on the projected input, whose gradient is the gates' gradient at every step. A
-trace holds the other tensors that the recipes need (the states before each step, a GRU's second gradient, an LSTM's
-projection). It is filled before that gradient is known.
+trace, filled before, holds the other tensors that recipes need (states, a GRU's second gradient, an LSTM's projection).
 """
 
 from __future__ import annotations
@@ -30,15 +29,12 @@ class State:
 
     @property
     def parts(self) -> tuple[Tensor, ...]:
-        """Return the tensors of this state."""
         return (self.h,) if self.c is None else (self.h, self.c)
 
 
 @dataclass
 class Factors:
-    """This class makes the factors of the weights' gradients in one layer and direction.
-
-    All factors have the shape ``[B, positions, features]``.
+    """This class makes the factors ``[B, positions, features]`` of the weights' gradients in one layer and direction.
 
     Attributes:
         samples: Number of samples in the microbatch.
@@ -64,7 +60,6 @@ class Factors:
         return self._input_side
 
     def hidden_side(self, gradient: Tensor) -> Tensor:
-        """Return the gradient of the state's share of the gates."""
         trace, left = self.traces[0], self.input_side(gradient)
         if trace.hidden is not None:
             return self.positions(trace.hidden)
@@ -74,11 +69,9 @@ class Factors:
         return left
 
     def recurrent(self, gradient: Tensor, shape: torch.Size) -> Outer:
-        """Return the use of the recurrent weight."""
         return Outer(self.hidden_side(gradient), self.positions(self.traces[0].previous), shape)
 
     def projection(self, gradient: Tensor, shape: torch.Size) -> Outer:
-        """Return the use of an LSTM's projection."""
         projected, unprojected = self.traces[0].projected, self.traces[0].unprojected
         assert projected is not None
         assert unprojected is not None

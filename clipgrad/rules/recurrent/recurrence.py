@@ -1,12 +1,10 @@
 """This module runs recurrent cells over time, with a backward pass that returns the factors of the weights' gradients.
 
 A step is ``z_t = x_t + h_{t-1} W^T``, followed by the gates. The caller projects the input for all steps at once, so
-each step of the loop needs one small GEMM and a few elementwise operations. The backward pass computes every factor
-that does not depend on the recursion (a gate's derivative times its multiplier) for all steps at once, and the loop
-only multiplies these factors by the incoming gradient. The result, the gradient of ``z`` at all steps, is the left
-factor of the weights' gradients; the states before each step are the right factor.
-
-Tensors have time first, ``[T, N, features]`` with ``N`` rows a step, so that a step is one contiguous block.
+each step needs one small GEMM and a few elementwise operations. The backward pass computes all factors that do not
+depend on the recursion (a gate's derivative times its multiplier) for all steps at once; the loop only multiplies them
+by the incoming gradient. The gradient of ``z`` is the left factor of the weights' gradients, and the states before each
+step are the right factor. Tensors are ``[T, N, features]`` with ``N`` rows a step, so that a step is one memory block.
 """
 
 from __future__ import annotations
@@ -46,7 +44,6 @@ class Weights:
     reverse: bool = False
 
     def order(self, steps: int) -> Sequence[int]:
-        """Return the steps in the order in which they run."""
         return range(steps - 1, -1, -1) if self.reverse else range(steps)
 
     def into_gates(self, steps: int) -> Tensor:
@@ -66,8 +63,7 @@ class Trace:
 
     Attributes:
         previous: The state before each step, ``[T, N, P]``.
-        hidden: Gradient of the state's share of the gates, ``[T, N, G]``, or None if it equals the gradient of the
-            input's share, or follows from it and ``reset``.
+        hidden: Gradient of the state's share of the gates, ``[T, N, G]``; None if the input's share gives it.
         reset: A GRU's reset gate at all steps, ``[T, N, H]``, if cuDNN ran the sequence.
         unprojected: Input of an LSTM's projection, ``[T, N, H]``.
         projected: Gradient of the projection's output, ``[T, N, P]``.
@@ -111,8 +107,7 @@ class Cell(Protocol):
     def forward(self, z: Tensor, h: Tensor, c: Tensor | None, weights: Weights) -> Forward:
         """Run all steps from the input's share ``z`` of the gates, ``[T, N, G]``, which is overwritten.
 
-        Returns:
-            The state after each step ``[T, N, P]``, an LSTM's last cell state, and tensors for ``backward``.
+        Return the state after each step ``[T, N, P]``, an LSTM's last cell state, and tensors for ``backward``.
         """
         ...
 
@@ -294,10 +289,8 @@ def run(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Run a cell over the projected input ``z``, which it overwrites.
 
-    The backward pass appends its trace to ``traces`` before it returns the gradient of ``z``.
-
-    Returns:
-        The state after each step ``[T, N, P]``, the last state and the last cell state.
+    Return the state after each step ``[T, N, P]``, the last state and the last cell state. The backward pass appends
+    its trace to ``traces`` before it returns the gradient of ``z``.
     """
     states, last, last_cell = _Sequence.apply(z, h, c, cell, weights, traces)
     return states, last, last_cell

@@ -33,14 +33,12 @@ class Options:
 
     @property
     def directions(self) -> int:
-        """Return the number of directions, 1 or 2."""
         return 2 if self.bidirectional else 1
 
 
 def _sequence(
     call: Call, cell: Cell, input: Tensor, hx: Any, params: Sequence[Tensor], options: Options
 ) -> tuple[Tensor, ...]:
-    """Run all layers and directions of a sequence operation."""
     if options.dropout > 0 and call.randomness != "different":
         raise Decline
     params = [_adopt(call, weight) for weight in params]
@@ -143,9 +141,7 @@ def _register(name: str, cell: Cell) -> None:
         call: Call, input: Tensor, hx: Any, params: Any, has_biases: Any, num_layers: int,
         dropout: float, train: bool, bidirectional: bool, batch_first: bool = False,
     ) -> tuple[Tensor, ...]:  # fmt: skip
-        if isinstance(
-            has_biases, list | tuple
-        ):  # the arguments are (data, batch_sizes, hx, params, ...)
+        if isinstance(has_biases, list | tuple):  # arguments: data, batch_sizes, hx, params, ...
             refuse_packed(name)
         dropout = dropout if train and num_layers > 1 else 0.0
         options = Options(has_biases, num_layers, dropout, bidirectional, batch_first)
