@@ -69,7 +69,8 @@ class TritonChaCha:
                 None writes in place.
 
         Raises:
-            RuntimeError: If the key has too few blocks or a CUDA graph is captured; other tensors stay unchanged.
+            RuntimeError: If the key has too few blocks or a CUDA graph is captured. Tensors of the dtypes that are not
+                launched yet stay unchanged.
         """
         both = zip(tensors, tensors if into is None else into, strict=True)
         filled = [pair for pair in both if pair[0].numel()]

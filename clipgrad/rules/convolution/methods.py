@@ -148,7 +148,7 @@ def by_groups(gradient: Tensor, input: Tensor, shape: torch.Size, geometry: Geom
     """Run the weight gradient of one convolution whose groups are the samples.
 
     In a traced graph on CPU this is a custom operation. Otherwise a compiler would make the folded images channels
-    last, which suits ordinary convolutions; with hundreds of groups that is two to three times as slow, with copies.
+    last, which suits ordinary convolutions; with hundreds of groups this is two to three times slower, copies included.
     """
     found: Tensor = (_operation if in_graph_for_cpu(gradient) else _grouped)(
         gradient, after(gradient, input), shape, geometry.stride, geometry.padding, geometry.dilation, geometry.groups,
