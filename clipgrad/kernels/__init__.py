@@ -1,1 +1,1 @@
-"""Kernels in Triton, their proofs, and operations of our own. Private; nothing here knows of privacy."""
+"""This private package holds Triton kernels, their self-tests and custom operations; none depends on privacy code."""

@@ -1,23 +1,22 @@
-"""Random bits to Gaussians in Triton, pair by pair, as :mod:`clipgrad.noise.box_muller` does it. Needs Triton.
+"""This module turns random bits into pairs of Gaussians in Triton, as :mod:`clipgrad.noise.box_muller` does.
 
-**float64** takes 128 bits a pair: radii are ``sqrt(-ln u^2)`` with ``u = (j + 1/2) / 2^63`` of a signed 64-bit
-``j``, which reach 9.4, and angles are those of the CPU.
+**float64** uses 128 bits per pair. Radii are ``sqrt(-ln u^2)`` with ``u = (j + 1/2) / 2^63`` and a signed 64-bit
+``j``, and reach 9.4. Angles are computed as on CPU.
 
-**float32** takes 64 bits a pair, two words ``w0`` and ``w1``, and nothing but float32:
+**float32** uses 64 bits per pair, two words ``w0`` and ``w1``, and only float32 arithmetic:
 
-* ``u = (w0 2^20 + l + 1/2) / 2^52`` is uniform with 52 bits. Radii ``sqrt(-2 ln u)`` reach 8.57, as on the CPU.
-* ``b = (r + 1/2) (pi / 2) / 2^30``, with the upper 30 bits of ``w1`` as a signed ``r``, is the angle to the nearer
-  axis. The last bit of ``w1`` says on which side of the other axis the point lies, the last but one which axis it is.
-* ``l`` is the lower 20 bits of ``r``: the finest part of the radius shares its bits with the finest part of the
-  angle. Either is exactly uniform; the angle is independent of the upper 32 bits of ``u``, and ``u`` of the quadrant
-  and the upper 10 bits of ``r``: whatever ``u`` is, each of 2^12 equal sectors is as likely. With bits of their own,
-  32 for each, radii would end at 6.7; with 40 and 24, neighbouring angles would lie apart in float32.
+* ``u = (w0 2^20 + l + 1/2) / 2^52`` is uniform with 52 bits. Radii ``sqrt(-2 ln u)`` reach 8.57, as on CPU.
+* ``b = (r + 1/2) (pi / 2) / 2^30`` is the angle to the nearer axis, where the signed ``r`` is the upper 30 bits of
+  ``w1``. The lowest bit of ``w1`` selects the side of the other axis, the second lowest bit the nearer axis.
+* ``l`` is the lower 20 bits of ``r``, so the least significant bits of radius and angle are the same bits. Both ``u``
+  and the angle are exactly uniform. The angle is independent of the upper 32 bits of ``u``; ``u`` is independent of
+  the quadrant and the upper 10 bits of ``r``, so for any ``u`` each of 2^12 equal sectors has equal probability. With
+  32 separate bits each, radii would end at 6.7; with 40 and 24 bits, angles would have gaps in float32.
 
-Both tails of the logarithm keep float32's relative precision: with a signed ``w0`` the same formula gives ``u`` below
-1/2 and ``u - 1`` from there on, and where ``u`` is near 1 its logarithm is a polynomial in ``u - 1`` itself. Nothing
-in float32 calls CUDA's logarithm, sine or cosine: Triton's are the hardware's approximations, too coarse near 1 and
-0. The square root is the hardware's, with a relative error of at most 2^-23. All in all a value is within 2^-21 of
-that of its bits.
+Both tails of the logarithm keep float32's relative precision: with a signed ``w0`` the same formula gives ``u`` for
+``u < 1/2`` and ``u - 1`` otherwise, and near 1 the logarithm of ``u`` is a polynomial in ``u - 1``. The float32 code
+does not call logarithm, sine or cosine: Triton's are hardware approximations, too coarse near 1 and 0. The square root
+is the hardware's, with a relative error of at most 2^-23. In total a value is within 2^-21 of the exact value.
 """
 
 # No `from __future__ import annotations`: Triton reads the annotations.
@@ -33,7 +32,7 @@ def _int64(low, high):
 
 @triton.jit
 def pair_float64(w0, w1, w2, w3, scale):
-    """Two Gaussians of standard deviation ``scale``, of four words."""
+    """Return two float64 Gaussians with standard deviation ``scale``, made from four words."""
     j, k = _int64(w0, w1), _int64(w2, w3)
     u = j.to(tl.float64) * 1.0842021724855044e-19 + 5.421010862427522e-20  # 2^-63, 2^-64
     radius = tl.sqrt(-tl.log(u * u)) * scale
@@ -46,7 +45,7 @@ def pair_float64(w0, w1, w2, w3, scale):
 
 @triton.jit
 def _minus_two_log1p(f):
-    """Of -0.293 to 0.415, with a relative error below 2^-24.9 before rounding."""
+    """Return ``-2 ln(1 + f)`` for ``f`` in -0.293 to 0.415, with a relative error below 2^-24.9 before rounding."""
     g = -0.17469681799411774 * f + 0.28615042567253113
     g = g * f - 0.2983594834804535
     g = g * f + 0.33141016960144043
@@ -59,15 +58,14 @@ def _minus_two_log1p(f):
 
 @triton.jit
 def _minus_two_log(v):
-    """``-2 ln u`` of ``v``, which is ``u`` if positive and ``u - 1`` if negative; no larger than 1/2."""
+    """Return ``-2 ln u`` of ``v``, where ``v`` is ``u`` if positive, ``u - 1`` if negative, and ``|v| <= 1/2``."""
     one = ((v.to(tl.uint32, bitcast=True) >> 31) * 0x3F800000).to(tl.float32, bitcast=True)
     u = v + one
     bits = u.to(tl.int32, bitcast=True)
-    exponent = (
-        bits - 0x3F3504F3
-    ) & -0x800000  # the mantissa that is left lies in sqrt(1/2) to sqrt(2)
+    # The remaining mantissa lies in sqrt(1/2) to sqrt(2).
+    exponent = (bits - 0x3F3504F3) & -0x800000
     mantissa = (bits - exponent).to(tl.float32, bitcast=True)
-    # What u, rounded, has no room for; it is all of f's digits where u is near 1.
+    # This is the rounding error of u, which holds all digits of f where u is near 1.
     lost = v - (u - one)
     f = (mantissa - 1.0) + lost
     return exponent.to(tl.float32) * -1.652591659164292e-07 + _minus_two_log1p(f)  # -2 ln 2 / 2^23
@@ -75,7 +73,7 @@ def _minus_two_log(v):
 
 @triton.jit
 def pair_float32(w0, w1, scale):
-    """Two Gaussians of standard deviation ``scale``, of two words."""
+    """Return two float32 Gaussians with standard deviation ``scale``, made from two words."""
     high, low = w0.to(tl.int32, bitcast=True), (w1 & 0x3FFFFC).to(tl.int32)
     fine = low.to(tl.float32) * 5.551115123125783e-17 + 1.1102230246251565e-16  # 2^-54, 2^-53
     v = high.to(tl.float32) * 2.3283064365386963e-10 + fine  # 2^-32

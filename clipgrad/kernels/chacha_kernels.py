@@ -1,7 +1,7 @@
-"""ChaCha20 and the Gaussians made of it as Triton kernels. Needs Triton.
+"""This module has Triton kernels for ChaCha20 and the Gaussians made from its keystream.
 
-One lane computes one block (RFC 8439, section 2.3): 64 bytes, which are eight float64 values or sixteen float32
-values, those of half-precision targets included.
+Each element of a Triton vector computes one block (RFC 8439, section 2.3) of 64 bytes: eight float64 values, or sixteen
+float32 values, which half-precision targets use as well.
 """
 
 # No `from __future__ import annotations`: Triton reads the annotations.
@@ -18,10 +18,10 @@ def _rotate(x, n: tl.constexpr):
 
 @triton.jit
 def _quarter_round(a, b, c, d, one):
-    """RFC 8439, section 2.1.
+    """Compute the quarter round of RFC 8439, section 2.1.
 
-    ``one`` is 1, and no constant: ``a * one + b`` runs on the multipliers, which have nothing else to do, while
-    ``a + b`` would wait for the units that rotate and xor.
+    ``one`` is 1, and not a constant for the compiler: ``a * one + b`` runs on the idle multipliers, while ``a + b``
+    would wait for the units that rotate and xor.
     """
     a = a * one + b
     d = _rotate(d ^ a, 16)
@@ -41,9 +41,9 @@ def _word(x):
 
 @triton.jit
 def _block(counter, k0, k1, k2, k3, k4, k5, k6, k7, n0, n1, n2, one):
-    """The sixteen words of the block of each lane. Key and nonce are scalars, int32, the counter is uint32.
+    """Return the sixteen words of one block per counter; key and nonce are int32 scalars, the counter is uint32.
 
-    Only the counter differs between lanes, and it is in the first column: the other three go through the first round
+    Only the counter, in the first column, differs between blocks. So the first round computes the other three columns
     as scalars, once for all blocks of a program.
     """
     s0 = counter * 0 + 0x61707865
@@ -77,7 +77,7 @@ def _block(counter, k0, k1, k2, k3, k4, k5, k6, k7, n0, n1, n2, one):
 
 @triton.jit
 def _eight(counter, k0, k1, k2, k3, k4, k5, k6, k7, scale, one):
-    """Eight float64 values in each lane. The nonce is 0: each key is used once."""
+    """Return eight float64 values per block; the nonce is 0, because each key is used once."""
     zero = k0 * 0
     w0, w1, w2, w3, w4, w5, w6, w7, w8, w9, w10, w11, w12, w13, w14, w15 = _block(
         counter, k0, k1, k2, k3, k4, k5, k6, k7, zero, zero, zero, one
@@ -91,7 +91,7 @@ def _eight(counter, k0, k1, k2, k3, k4, k5, k6, k7, scale, one):
 
 @triton.jit
 def _sixteen(counter, k0, k1, k2, k3, k4, k5, k6, k7, scale, one):
-    """Sixteen float32 values in each lane. The nonce is 0: each key is used once."""
+    """Return sixteen float32 values per block; the nonce is 0, because each key is used once."""
     zero = k0 * 0
     w0, w1, w2, w3, w4, w5, w6, w7, w8, w9, w10, w11, w12, w13, w14, w15 = _block(
         counter, k0, k1, k2, k3, k4, k5, k6, k7, zero, zero, zero, one
@@ -126,9 +126,9 @@ def _sums(values, others, PER_BLOCK: tl.constexpr):
 
 @triton.jit
 def _load(source, left, PER_BLOCK: tl.constexpr, BLOCK: tl.constexpr):
-    """The next values, of which ``left`` are there: neighbouring lanes read neighbouring values."""
+    """Load the next values, at most ``left`` of them; neighbouring vector elements read neighbouring values."""
     lane = tl.arange(0, BLOCK)
-    if left >= PER_BLOCK * BLOCK:  # no masks: they cost a tenth of the cipher
+    if left >= PER_BLOCK * BLOCK:  # masks would cost a tenth of the cipher's time
         found = (tl.load(source + lane),)
         for i in tl.static_range(1, PER_BLOCK):
             found = found + (tl.load(source + i * BLOCK + lane),)  # noqa: RUF005
@@ -142,7 +142,6 @@ def _load(source, left, PER_BLOCK: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def _scaled(before, noise, factor, TYPE: tl.constexpr):
-    """The sum, rounded to the target's dtype, times a factor."""
     total = (before.to(noise.dtype) + noise).to(TYPE)
     return (total.to(noise.dtype) * factor.to(noise.dtype)).to(TYPE)
 
@@ -165,7 +164,6 @@ def _store(
 
 @triton.jit
 def _halves(word):
-    """The two words of an int64, as int32."""
     word = word.to(tl.int64)
     return word.to(tl.int32), (word >> 32).to(tl.int32)
 
@@ -179,11 +177,11 @@ def add_gaussian(
     k01: tl.int64, k23: tl.int64, k45: tl.int64, k67: tl.int64, one: tl.int32,
     DRAWS: tl.constexpr, TYPE: tl.constexpr, PER_BLOCK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Program ``p`` adds noise to its part of a tensor and multiplies the sum.
+    """Add noise to one part of a tensor per program, and multiply the sum by the factor.
 
-    The table is int64: for each program the address of its part, that of where the result belongs, and the number of
-    values there, at most ``chunk``. Program p has the blocks from ``first + p * chunk / PER_BLOCK * DRAWS`` on for
-    itself. Scale and factor are the bits of a float64, each ``k`` two words of the key.
+    The int64 table holds for each program the address of its part, the address for the result, and the number of
+    values, at most ``chunk``. Only program p uses the ``chunk / PER_BLOCK * DRAWS`` blocks from
+    ``first + p * chunk / PER_BLOCK * DRAWS`` on. ``scale`` and ``factor`` are float64 bits, each ``k`` two key words.
     """
     program = tl.program_id(0)
     source = tl.load(table + 3 * program).to(tl.pointer_type(TYPE))
@@ -199,9 +197,8 @@ def add_gaussian(
     lane = tl.arange(0, BLOCK)
     own = (program * (chunk // PER_BLOCK)).to(tl.uint32)
     for start in range(0, count, PER_BLOCK * BLOCK):
-        before = _load(
-            source + start, count - start, PER_BLOCK, BLOCK
-        )  # on its way while the cipher runs
+        # The values are loaded first, so that the loads run while the cipher computes.
+        before = _load(source + start, count - start, PER_BLOCK, BLOCK)
         index = (start // PER_BLOCK + lane).to(tl.uint32) + own
         counter = index * DRAWS + first.to(tl.uint32)
         noise = _values(counter, k0, k1, k2, k3, k4, k5, k6, k7, scale, one, TYPE)
@@ -219,7 +216,7 @@ KEY = ("k0", "k1", "k2", "k3", "k4", "k5", "k6", "k7")
 def store_blocks(
     out, first, k0, k1, k2, k3, k4, k5, k6, k7, n0, n1, n2, one, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """The keystream itself, for the comparison with published vectors: ``out`` is int32 [BLOCK, 16]."""
+    """Store the keystream for the comparison with published vectors; ``out`` is int32 [BLOCK, 16]."""
     lane = tl.arange(0, BLOCK)
     counter = lane.to(tl.uint32) + first.to(tl.uint32, bitcast=True)
     words = _block(counter, k0, k1, k2, k3, k4, k5, k6, k7, n0, n1, n2, _word(one))
@@ -229,7 +226,7 @@ def store_blocks(
 
 @triton.jit
 def store_pairs(words, out, BLOCK: tl.constexpr):
-    """Pairs of given words, for the proof: ``words`` is int32 [BLOCK, 2], ``out`` float32 [BLOCK, 2]."""
+    """Store pairs made from given words for the self-test; ``words`` is int32 and ``out`` float32, both [BLOCK, 2]."""
     lane = tl.arange(0, BLOCK)
     w0 = tl.load(words + 2 * lane).to(tl.uint32, bitcast=True)
     w1 = tl.load(words + 2 * lane + 1).to(tl.uint32, bitcast=True)

@@ -1,4 +1,4 @@
-"""ChaCha20 noise on a CUDA device: launches the kernels, and has them prove themselves. Needs Triton."""
+"""This module launches the kernels for ChaCha20 noise on a CUDA device, and runs their self-test. It needs Triton."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ _BLOCK = proof.LANES
 _LARGEST_CHUNK = 2**16
 _ENOUGH_PROGRAMS = 2**13
 _COUNTERS = 2**32  # RFC 8439 counts blocks in 32 bits
-_ONE = 1  # the kernel must not know
+_ONE = 1  # must not be a constant in the kernel
 _MOST_TABLES = 8
-_COLUMNS = 3  # of a table
+_COLUMNS = 3  # columns of a table
 _TYPES = {
     torch.float64: tl.float64,
     torch.float32: tl.float32,
@@ -32,21 +32,20 @@ _TYPES = {
 
 
 class TritonChaCha:
-    """Adds noise on one device; a launch for each dtype, however many tensors there are.
+    """This class adds noise on one device, with one launch per dtype for any number of tensors.
 
-    A launch reads from a table where the tensors lie. Tables stay on the device, and one is used again for the very
-    addresses and sizes that it holds: the sums of a training tend to lie where those of the last step did. So does the
-    compiled kernel, whose launch takes Triton a fraction of the time that finding it does.
+    A launch reads the tensors' addresses from a table on the device. Tables are cached, because the sums of successive
+    steps often have the same addresses. Compiled kernels are cached, because Triton's lookup is slower than the launch.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        # A table belongs to the stream it was made on, so that its memory is not given to others while one reads it.
+        # The key includes the stream that made the table, so that its memory is not reused while a kernel reads it.
         self._tables: dict[tuple[object, ...], Tensor] = {}
         self._compiled: dict[tuple[torch.dtype, int], Any] = {}
 
     def limit(self, draws: int) -> int:
-        """The most values that one key is good for; a quarter of its blocks, room for what is unused."""
+        """Return the largest number of values for one key: a quarter of its blocks, because some blocks stay unused."""
         return _COUNTERS // 4 * min(proof.PER_BLOCK.values()) // draws
 
     def add_gaussian_(
@@ -61,21 +60,21 @@ class TritonChaCha:
         """Add ``N(0, sigma^2)`` to tensors of the device and divide the sums.
 
         Args:
-            tensors: Of any shape, without gaps in their memory: contiguous, but for the order of their axes.
+            tensors: Tensors of any shape without gaps in memory (contiguous up to the order of axes).
             sigma: Standard deviation, positive.
-            draws: Independent values of which each value is the scaled sum.
-            key: 32 bytes that are used for nothing else.
-            divisor: The sums are multiplied by its rounded inverse, as CUDA's division by a number is done.
-            into: Tensors alike, which get the results; none lies across another of these or of ``tensors``. None: in
-                place.
+            draws: Number of independent values whose scaled sum is one noise value.
+            key: 32 bytes, used for nothing else.
+            divisor: The sums are multiplied by its rounded inverse, as in CUDA's division by a number.
+            into: Tensors for the results, with equal sizes and dtypes, which overlap no other tensor of either list.
+                None writes in place.
 
         Raises:
-            RuntimeError: If the key has too few blocks, or if a CUDA graph is being captured; nothing is written to
-                the tensors that are left.
+            RuntimeError: If the key has too few blocks or a CUDA graph is captured. Tensors of the dtypes that are not
+                launched yet stay unchanged.
         """
         both = zip(tensors, tensors if into is None else into, strict=True)
         filled = [pair for pair in both if pair[0].numel()]
-        # The kernel is told addresses and the sizes of the sources.
+        # The kernel receives only addresses and the sizes of the sources.
         assert all(s.numel() == t.numel() and s.dtype is t.dtype for s, t in filled), "not alike"
         dtypes = dict.fromkeys([source.dtype for source, _ in filled])
         first, scaling = 0, struct.pack("<dd", sigma / math.sqrt(draws), 1.0 / divisor)
@@ -101,7 +100,7 @@ class TritonChaCha:
         key: bytes,
         first: int,
     ) -> int:
-        """Add to tensors of one dtype from block ``first`` on; the first block that is left."""
+        """Add noise to tensors of one dtype from block ``first`` on, and return the first unused block."""
         _, dtype, sources, targets, sizes = where
         per_block = proof.PER_BLOCK[torch.float64 if dtype is torch.float64 else torch.float32]
         chunk, total = per_block * _BLOCK, sum(sizes)
@@ -117,7 +116,7 @@ class TritonChaCha:
         end = first + programs * (chunk // per_block) * draws
         if end > _COUNTERS:
             raise RuntimeError(
-                f"one key has {_COUNTERS} blocks, and {end} were asked for; pass fewer tensors at a time."
+                f"One key has {_COUNTERS} blocks, but these tensors need {end}. Pass fewer tensors at a time."
             )
         bits = struct.unpack("<6q", scaling + key)
         arguments = (table, chunk, first, *bits, _ONE, draws, _TYPES[dtype], per_block, _BLOCK)
@@ -130,20 +129,20 @@ class TritonChaCha:
         return end
 
     def _copied(self, table: NDArray[np.int64]) -> Tensor:
-        """The table on the device. A copy from pageable memory would wait for all that the device has to do."""
+        """Copy the table to the device from pinned memory, because a copy from pageable memory waits for the device."""
         on_cpu = torch.from_numpy(table)
         if self._device.type != "cuda":
             return on_cpu
         return on_cpu.pin_memory().to(self._device, non_blocking=True)
 
     def _stream(self) -> int:
-        """The current stream; an error if it is being captured, for each replay would add the same noise."""
+        """Return the current stream, and refuse a captured stream, because each replay would add the same noise."""
         if self._device.type != "cuda":
             return 0
         if torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
-                "noise was asked for while a CUDA graph is captured, and each replay of the graph would add the same "
-                "noise again; add noise outside of the graph."
+                "Noise was requested during the capture of a CUDA graph, and each replay of the graph would add the "
+                "same noise again. Add noise outside of the graph."
             )
         return int(torch.cuda.current_stream().cuda_stream)
 
@@ -152,10 +151,8 @@ class TritonChaCha:
             return nullcontext()
         return torch.cuda.device(self._device)
 
-    # ------------------------------------------------------------------ proof
-
     def blocks(self, key: bytes, nonce: bytes, first: int) -> bytes:
-        """The keystream of ``_BLOCK`` blocks as the device computes it."""
+        """Return the keystream of ``_BLOCK`` blocks as the device computes it."""
         out = torch.zeros(_BLOCK, 16, dtype=torch.int32, device=self._device)
         with self._on_device():
             kernels.store_blocks[(1,)](
@@ -164,7 +161,7 @@ class TritonChaCha:
         return out.cpu().numpy().tobytes()
 
     def pairs(self, words: NDArray[np.uint32]) -> NDArray[np.float32]:
-        """Pairs of float32 values as the device makes them of words, ``[_BLOCK, 2]`` both."""
+        """Return pairs of float32 values that the device makes from words; both are ``[_BLOCK, 2]``."""
         given = torch.from_numpy(words.view(np.int32)).to(self._device)
         out = torch.zeros(_BLOCK, 2, device=self._device)
         with self._on_device():
@@ -173,11 +170,7 @@ class TritonChaCha:
         return found
 
     def prove(self) -> None:
-        """Compare the device with RFC 8439 and with the CPU.
-
-        Raises:
-            RuntimeError: If it computes anything else.
-        """
+        """Raise RuntimeError unless the device agrees with RFC 8439 and with the CPU."""
         proof.prove(self, self._device)
 
 
@@ -187,7 +180,7 @@ def _table(
     chunk: int,
     itemsize: int,
 ) -> NDArray[np.int64]:
-    """What the kernel reads: for each program where its values lie, where they go, and how many they are."""
+    """Return the kernel's table: source address, target address and number of values for each program."""
     size = np.array(sizes, dtype=np.int64)
     programs = -(-size // chunk)
     within = np.arange(programs.sum()) - np.repeat(programs.cumsum() - programs, programs)
@@ -200,5 +193,5 @@ def _table(
 
 
 def _words(octets: bytes) -> tuple[int, ...]:
-    """As int32, so that the kernel's types never depend on the values."""
+    """Return the words as int32, so that the kernel's types never depend on the values."""
     return struct.unpack(f"<{len(octets) // 4}i", octets)

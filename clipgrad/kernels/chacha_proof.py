@@ -1,4 +1,4 @@
-"""What a device's ChaCha20 noise has to be, computed on the CPU, and the comparison. Nothing here needs Triton."""
+"""This module computes the expected ChaCha20 noise on the CPU and compares a device with it, without Triton."""
 
 from __future__ import annotations
 
@@ -12,10 +12,8 @@ from cryptography.hazmat.primitives.ciphers.algorithms import ChaCha20
 from numpy.typing import NDArray
 from torch import Tensor
 
-LANES = 128
-"""Blocks that a program computes at a time."""
-PER_BLOCK = {torch.float64: 8, torch.float32: 16}
-"""Values made of one block."""
+LANES = 128  # blocks that a program computes at a time
+PER_BLOCK = {torch.float64: 8, torch.float32: 16}  # values made from one block
 RFC_KEY = bytes(range(32))
 RFC_NONCE = bytes.fromhex("000000090000004a00000000")
 RFC_BLOCK = bytes.fromhex(
@@ -28,7 +26,7 @@ _Floats = NDArray[np.float64]
 
 
 class AddsGaussians(Protocol):
-    """What adds noise on a device; ``clipgrad.kernels.chacha_launch`` says what its arguments mean."""
+    """This protocol adds noise on a device; ``clipgrad.kernels.chacha_launch`` documents the arguments."""
 
     def add_gaussian_(
         self,
@@ -39,59 +37,54 @@ class AddsGaussians(Protocol):
         divisor: float = 1.0,
         into: list[Tensor] | None = None,
     ) -> None:
-        """Add noise from a key that is used for nothing else, and divide. The tensors' memory has no gaps."""
+        """Add noise from a key that is used for nothing else, and divide; the tensors' memory has no gaps."""
         ...
 
 
 class Device(AddsGaussians, Protocol):
-    """What has to prove itself; ``clipgrad.kernels.chacha_launch`` says what its methods do."""
+    """This protocol is required by ``prove``; ``clipgrad.kernels.chacha_launch`` documents the methods."""
 
     def blocks(self, key: bytes, nonce: bytes, first: int) -> bytes: ...
     def pairs(self, words: NDArray[np.uint32]) -> NDArray[np.float32]: ...
 
 
 def prove(cipher: Device, device: torch.device) -> None:
-    """Compare the device with RFC 8439, with the CPU's keystream, and with the Gaussians of the same bits.
-
-    Raises:
-        RuntimeError: If it computes anything else.
-    """
+    """Raise RuntimeError unless the device agrees with RFC 8439, the CPU's keystream and Gaussians of the same bits."""
     if cipher.blocks(RFC_KEY, RFC_NONCE, 1)[:64] != RFC_BLOCK:
         raise RuntimeError("the device's ChaCha20 fails the test vector of RFC 8439, 2.3.2")
     nonce = bytes(range(100, 112))
     if cipher.blocks(RFC_KEY, nonce, 2**31 - 5) != keystream(RFC_KEY, nonce, 2**31 - 5, LANES):
-        raise RuntimeError("the device's ChaCha20 is not the CPU's")
+        raise RuntimeError("the device's ChaCha20 keystream differs from the CPU's")
     for words in edges():
         error = relative_error(cipher.pairs(words), pairs_float32(words))
         if not error <= _RELATIVE[torch.float32]:
-            raise RuntimeError(f"the device's Gaussians are off by a factor of 1 + {error}")
+            raise RuntimeError(f"the device's Gaussians have a relative error of {error}")
     for dtype, draws in [(torch.float64, 1), (torch.float64, 2), (torch.float32, 1)]:
-        size = PER_BLOCK[dtype] * LANES + 1  # of two programs, one of them full
+        size = PER_BLOCK[dtype] * LANES + 1  # one full program and one value of the next
         zeros = torch.zeros(size, dtype=dtype, device=device)
-        found = torch.full_like(zeros, math.nan)  # no values of an earlier proof
-        # A public key, on values thrown away.
+        # NaN replaces results of an earlier self-test in reused memory. A public key is safe for discarded values.
+        found = torch.full_like(zeros, math.nan)
         cipher.add_gaussian_([zeros], _SCALE, draws, RFC_KEY, _DIVISOR, [found])
         expected = _SCALE / _DIVISOR * gaussians(RFC_KEY, size, draws, dtype)
         error = relative_error(found.cpu().numpy(), expected, floor=0.0 if draws == 1 else 1.0)
         if not error <= _RELATIVE[dtype]:
-            raise RuntimeError(f"the device's noise is off by a factor of 1 + {error} in {dtype}")
+            raise RuntimeError(f"the device's noise has a relative error of {error} in {dtype}")
 
 
 def relative_error(
     found: NDArray[np.float32] | _Floats, expected: _Floats, floor: float = 0.0
 ) -> float:
-    """The largest, NaN if anything is NaN; values below ``floor`` count as that: they are sums with cancellation."""
+    """Return the largest error, or NaN if any value is NaN, relative to the value or to ``floor`` if this is larger."""
     return float((np.abs(found - expected) / np.maximum(np.abs(expected), floor)).max())
 
 
 def keystream(key: bytes, nonce: bytes, first: int, blocks: int) -> bytes:
-    """The ``cryptography`` package's ChaCha20."""
     cipher = Cipher(ChaCha20(key, first.to_bytes(4, "little") + nonce), mode=None)
     return cipher.encryptor().update(bytes(64 * blocks))
 
 
 def edges() -> list[NDArray[np.uint32]]:
-    """Words that random ones do not find: every pair of them at an end, in the middle, at a power of 2."""
+    """Return all pairs of extreme words, at the ends, in the middle and at powers of 2, which random tests miss."""
     near = {0, 1, 2, 3, 2**20, 2**22 - 1, 2**24 + 1, 3037000499, 3037000500}  # 2^32 sqrt(1/2)
     near |= {2**30, 2**30 - 1, 2**31 - 1, 2**31 - 2**7, 0x2AAAAAAA}
     words = sorted(near | {2**32 - 1 - word for word in near})
@@ -100,7 +93,7 @@ def edges() -> list[NDArray[np.uint32]]:
 
 
 def pairs_float32(words: NDArray[np.uint32]) -> _Floats:
-    """The formula of ``_box_muller_kernels`` for pairs of words, ``[n, 2]``; all of it in float64."""
+    """Compute the float32 formula of ``box_muller_kernels`` in float64 for pairs of words, ``[n, 2]``."""
     w0, w1 = words.astype(np.int64).T
     u = (w0 * 2.0**20 + (w1 >> 2 & 2**20 - 1) + 0.5) / 2.0**52
     radius = np.sqrt(-2 * np.log(u))
@@ -113,7 +106,7 @@ def pairs_float32(words: NDArray[np.uint32]) -> _Floats:
 
 
 def pairs_float64(words: NDArray[np.uint32]) -> _Floats:
-    """The same for four words a pair, ``[n, 4]``."""
+    """Compute the float64 formula of ``box_muller_kernels`` for four words per pair, ``[n, 4]``."""
     j, k = np.ascontiguousarray(words).view("<i8").T
     radius = np.sqrt(-2 * np.log(np.abs(j.astype(np.float64) + 0.5) * 2.0**-63))
     angle = (k.astype(np.float64) + 0.5) * (np.pi / 2**64)
@@ -122,7 +115,7 @@ def pairs_float64(words: NDArray[np.uint32]) -> _Floats:
 
 
 def gaussians(key: bytes, size: int, draws: int, dtype: torch.dtype) -> _Floats:
-    """What has to be added to one tensor of so many values, for a sigma of 1."""
+    """Return the noise for one tensor of ``size`` values with a sigma of 1."""
     per_block = PER_BLOCK[dtype]
     rounds = -(-size // (per_block * LANES))
     words = np.frombuffer(keystream(key, bytes(12), 0, rounds * LANES * draws), dtype="<u4")
@@ -130,7 +123,7 @@ def gaussians(key: bytes, size: int, draws: int, dtype: torch.dtype) -> _Floats:
         values = pairs_float64(words.reshape(-1, 4))
     else:
         values = pairs_float32(words.reshape(-1, 2))
-    # [round, lane, draw, value] -> [round, value, lane]: neighbouring lanes hold neighbouring values.
+    # [round, block, draw, value] -> [round, value, block]: neighbouring blocks hold neighbouring values.
     summed = values.reshape(rounds, LANES, draws, per_block).sum(2) / math.sqrt(draws)
     by_lane: _Floats = summed.transpose(0, 2, 1).reshape(-1)
     return by_lane[:size]

@@ -1,7 +1,4 @@
-"""Gram matrices as a Triton kernel: two products, their elementwise product and its sum, and nothing written between.
-
-Needs Triton.
-"""
+"""This Triton kernel sums the elementwise product of two Gram matrices without writing them to memory."""
 
 # No `from __future__ import annotations`: Triton reads the annotations.
 import triton
@@ -20,7 +17,7 @@ def _block_of_gram(
     TILE: tl.constexpr,
     DEPTH: tl.constexpr,
 ):
-    """``factor[rows] @ factor[columns]^T`` in float32: TF32's tensor cores, three products for one."""
+    """Return ``factor[rows] @ factor[columns]^T`` in float32 precision, by three TF32 products."""
     block = tl.zeros((TILE, TILE), tl.float32)
     element = tl.arange(0, DEPTH)
     for start in range(0, width, DEPTH):
@@ -58,15 +55,15 @@ def gram_sums(
     TILE: tl.constexpr,
     DEPTH: tl.constexpr,
 ):
-    """One block of the upper triangle of one sample's Gram matrices; they are symmetric, so the others count twice.
+    """Sum one block of the upper triangle of one sample's Gram matrices; off-diagonal blocks count twice by symmetry.
 
-    ``out[program]`` is what the block adds to the squared norm, then what it adds to the sums of the left lengths, of
-    the right ones and of their products, which lie on the diagonal.
+    ``out[program]`` holds the block's contributions to the squared norm, and to the sums of the left lengths, of the
+    right lengths and of their products. The lengths are found on the diagonal.
     """
     program = tl.program_id(0)
     sample = (program // blocks).to(tl.int64)
     block = program % blocks
-    # The blocks (0, 0), (0, 1), (1, 1), (0, 2), ...: the root is rounded, and then set right.
+    # The blocks are (0, 0), (0, 1), (1, 1), (0, 2), ...; the next lines correct the rounding error of the root.
     column = ((tl.sqrt(8.0 * block.to(tl.float32) + 1.0) - 1.0) * 0.5).to(tl.int32)
     column = tl.where((column + 1) * (column + 2) // 2 <= block, column + 1, column)
     column = tl.where(column * (column + 1) // 2 > block, column - 1, column)

@@ -1,4 +1,4 @@
-"""Launches the Gram kernel, after it has proved itself on the device. Needs Triton."""
+"""This module launches the Gram kernel after a self-test on the device. It needs Triton."""
 
 from __future__ import annotations
 
@@ -12,23 +12,20 @@ from torch import Tensor
 from clipgrad.kernels import gram_kernels as kernels
 
 _TILE = 64
-# Elements that are multiplied at a time. The larger takes 96 KiB of a multiprocessor's shared memory, and a fifth less
-# time than the smaller on an H100.
+# Elements multiplied at a time; the larger depth needs 96 KiB of shared memory and a fifth less time on an H100.
 _DEPTH, _SMALLER_DEPTH, _ROOMY = 64, 32, 128 * 1024
-# With less to do the batched products, which take a sample apart, have more of the device.
+# With less work, batched products, which split a sample, use more of the device.
 _FEWEST_POSITIONS, _FEWEST_BLOCKS = 16, 32
-_LARGEST_OFFSET = 2**31  # within a sample the kernel counts in 32 bits
-_PROVED = 1e-5  # three TF32 products for one: 7e-7 was the largest relative error seen on an H100
+_LARGEST_OFFSET = 2**31  # the kernel's offsets within a sample have 32 bits
+_PROVED = 1e-5  # the largest relative error of three TF32 products on an H100 was 7e-7
 _log = logging.getLogger("clipgrad")
 _usable: dict[torch.device, bool] = {}
 
 
 def gram_sums(left: Tensor, right: Tensor) -> Tensor | None:
-    """Norms and the three lengths, ``[4, B]`` (see ``_gram``); None if somebody else should find them.
+    """Return squared norms and the three lengths of ``rules/gram.py``, ``[4, B]``, or None if the kernel does not suit.
 
-    Args:
-        left: ``[B, S, rows]``, float32, on a CUDA device.
-        right: ``[B, S, columns]``, likewise.
+    ``left`` is ``[B, S, rows]`` and ``right`` is ``[B, S, columns]``, both float32 on one CUDA device.
     """
     positions = left.shape[1]
     if positions < _FEWEST_POSITIONS or len(left) * _blocks(positions) < _FEWEST_BLOCKS:
@@ -39,7 +36,6 @@ def gram_sums(left: Tensor, right: Tensor) -> Tensor | None:
 
 
 def launch(left: Tensor, right: Tensor) -> Tensor:
-    """Run the kernel."""
     samples, positions, _ = left.shape
     blocks = _blocks(positions)
     found = left.new_empty(samples, blocks, 4)
@@ -63,10 +59,10 @@ def launch(left: Tensor, right: Tensor) -> Tensor:
 
 
 def proved(device: torch.device) -> bool:
-    """Whether the kernel finds what float64 finds: full tiles and parts of them, dense rows and dense columns."""
+    """Return whether the kernel agrees with float64 for full and partial tiles, and dense rows and columns."""
     for positions, rows, columns in ((64, 64, 32), (67, 5, 40), (200, 33, 7), (67, 200, 130)):
         count = 3 * positions * (rows + columns)
-        # As good as random, and no generator is touched.
+        # These values are pseudorandom without a change to any RNG state.
         ordinals = torch.arange(count, dtype=torch.float64, device=device)
         values = ordinals.sin().mul(43758.5453).frac().float().double()
         left = values[: 3 * positions * rows].view(3, rows, positions).transpose(1, 2)
@@ -84,15 +80,15 @@ def proved(device: torch.device) -> bool:
 
 def _usable_on(device: torch.device) -> bool:
     if device not in _usable:
-        reason = "it did not find what float64 finds"
+        reason = "its self-test differs from float64"
         try:
             _usable[device] = torch.version.hip is None and proved(device)
-        except Exception as error:  # whatever a compiler or a driver may not like
+        except Exception as error:  # compilers and drivers raise errors of many types
             _usable[device] = False
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         if not _usable[device] and torch.version.hip is None:
             _log.warning(
-                "clipgrad: norms on %s are found without the Triton kernel (%s).", device, reason
+                "clipgrad computes norms on %s without the Triton kernel (%s).", device, reason
             )
     return _usable[device]
 
@@ -112,7 +108,7 @@ def _blocks(positions: int) -> int:
 
 
 def _extent(factor: Tensor) -> int:
-    """One more than the largest distance of an element from the first one of its sample."""
+    """Return one more than the largest offset from the first element of a sample, including partial tiles."""
     _, *strides = factor.stride()
     _, *sizes = factor.shape
     return 1 + sum(stride * (size + _TILE) for stride, size in zip(strides, sizes, strict=True))

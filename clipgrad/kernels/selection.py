@@ -1,8 +1,7 @@
-"""Take samples out of a tensor by selection: ``0 * inf`` would be NaN.
+"""This module sets dropped samples of a tensor to zero by selection, because ``0 * inf`` would be NaN.
 
-Nearly always there is none to take out, and nobody knows before a graph runs. Writing a selection costs a pass over
-the tensor in any case; writing zeros to the samples that are dropped, where the tensor lies, costs nothing if there are
-none.
+Usually no sample is dropped, but this is not known before a graph runs. A selection always costs a pass over the
+tensor. Writing zeros to dropped samples in place costs nothing if there are none.
 """
 
 from __future__ import annotations
@@ -15,25 +14,25 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
-# Where graphs select whether there is a sample to be dropped or not.
+# On these devices graphs write zeros in place instead of a selection.
 _ZEROED_IN_GRAPHS_ON = {"cuda"}
 
 
 def for_each_row(values: Tensor, tensor: Tensor) -> Tensor:
-    """One value for each sample, ``[B]``, to be broadcast over ``tensor``, ``[B, ...]``."""
+    """Reshape one value per sample, ``[B]``, so that it broadcasts over ``tensor``, ``[B, ...]``."""
     return values.view(-1, *[1] * (tensor.dim() - 1))
 
 
 def select_rows(tensor: Tensor, keep: Tensor) -> Tensor:
-    """The tensor ``[B, ...]`` with the samples outside of the boolean mask ``[B]`` zero."""
+    """Return the tensor ``[B, ...]`` with zeros for all samples outside the boolean mask ``[B]``."""
     return torch.where(for_each_row(keep, tensor), tensor, tensor.new_zeros(()))
 
 
 def select_last(tensor: Tensor, keep: Tensor) -> Tensor:
-    """The same where nobody reads the tensor afterwards, and what reads the result has to find it in memory.
+    """Run ``select_rows`` for a tensor that is not read afterwards, with a result that must be in memory.
 
-    A compiled graph writes zeros to the tensor itself if it finds that to be so (see ``compiled._zeroing``). Not to one
-    that is broadcast: its samples share their memory.
+    A compiled graph writes zeros into the tensor itself if no later operation reads it (see ``compiled/zeroing.py``),
+    but not into a broadcast tensor, whose samples share memory.
     """
     zeroed = get_proxy_mode() is not None and tensor.device.type in _ZEROED_IN_GRAPHS_ON
     if not zeroed or may_overlap(tensor):
@@ -43,8 +42,8 @@ def select_last(tensor: Tensor, keep: Tensor) -> Tensor:
 
 
 def may_overlap(tensor: Tensor) -> bool:
-    """Whether two elements may lie in the same place; False only if none do."""
-    reach = 0  # of all axes with smaller strides
+    """Return whether two elements may share memory; False is certain."""
+    reach = 0  # largest offset over all axes with smaller strides
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
         if size == 1:
             continue
@@ -54,10 +53,10 @@ def may_overlap(tensor: Tensor) -> bool:
     return False
 
 
-# Operations of their own: a traced graph holds the first, a compiled one the second in its place.
+# A traced graph holds the first custom operation, and a compiled graph may replace it by the second.
 @torch.library.custom_op("clipgrad::selected_by_zeroing", mutates_args=())
 def selected_by_zeroing(tensor: Tensor, keep: Tensor) -> Tensor:
-    """``select_rows``, as a graph holds it."""
+    """Run ``select_rows`` as one node of a graph."""
     return select_rows(tensor, keep)
 
 
@@ -68,11 +67,11 @@ def _(tensor: Tensor, keep: Tensor) -> Tensor:
 
 @torch.library.custom_op("clipgrad::zero_rows_", mutates_args=("tensor",))
 def zero_rows_(tensor: Tensor, keep: Tensor) -> None:
-    """Write zeros to the samples outside of the mask, whose elements each have a place of their own."""
+    """Write zeros in place to the samples outside the mask; elements must not share memory."""
     if may_overlap(tensor):
         raise RuntimeError(
-            f"zeros for one sample would be written to others: shape {tuple(tensor.shape)}, strides {tensor.stride()}. "
-            "This is a mistake of clipgrad's; please report it, and leave compile out."
+            f"Zeros for one sample would overwrite other samples (shape {tuple(tensor.shape)}, strides "
+            f"{tensor.stride()}). This is a bug in clipgrad; please report it, and omit compile until then."
         )
     launcher = _launcher() if tensor.device.type == "cuda" else None
     if launcher is None or not launcher.zero_rows_(tensor, keep):
@@ -86,7 +85,7 @@ def _(tensor: Tensor, keep: Tensor) -> None:
 
 @cache
 def _launcher() -> ModuleType | None:
-    """What launches the kernel, if Triton is there; looking for a package that is not takes long."""
+    """Return the module that launches the kernel, or None without Triton; cached, since a failed search is slow."""
     if find_spec("triton") is None:
         return None
     from clipgrad.kernels import selection_launch

@@ -1,7 +1,4 @@
-"""Zeros for dropped samples as a Triton kernel that returns at once where a sample is kept.
-
-Needs Triton.
-"""
+"""This Triton kernel writes zeros to dropped samples and returns immediately for kept samples."""
 
 # No `from __future__ import annotations`: Triton reads the annotations.
 import triton

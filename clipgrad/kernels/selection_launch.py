@@ -1,4 +1,4 @@
-"""Launches the kernel that writes zeros to dropped samples. Needs Triton."""
+"""This module launches the kernel that writes zeros to dropped samples. It needs Triton."""
 
 from __future__ import annotations
 
@@ -12,19 +12,11 @@ from clipgrad.kernels import selection_kernels as kernels
 
 _log = logging.getLogger("clipgrad")
 _BLOCK = 2048
-_PROGRAMS = 1024  # enough to fill a device with zeros to write, few enough to cost nothing
+_PROGRAMS = 1024  # enough to use a whole device, and few enough to cost nothing without drops
 
 
 def zero_rows_(tensor: Tensor, keep: Tensor) -> bool:
-    """Run the kernel, if every sample is one block of memory.
-
-    Args:
-        tensor: ``[B, ...]``, floating-point, on a CUDA device.
-        keep: Boolean ``[B]``.
-
-    Returns:
-        Whether it ran.
-    """
+    """Run the kernel on a CUDA tensor ``[B, ...]`` if every sample is one block of memory; return whether it ran."""
     size = tensor[0].numel() if len(tensor) else 0
     if not size:
         return True
@@ -49,18 +41,18 @@ def _launch(tensor: Tensor, keep: Tensor, size: int) -> None:
 
 @cache
 def _usable_on(device: torch.device) -> bool:
-    """Whether the kernel writes what it must, and nothing else, on a tensor that has room for a mistake."""
-    reason = "it did not write what it must"
+    """Return whether the kernel writes exactly the expected zeros, tested on a tensor with unused elements around."""
+    reason = "its self-test wrote wrong elements"
     try:
         room = torch.full((4, 3 * _BLOCK), torch.nan, device=device)
         keep = torch.tensor([True, False, False, True], device=device)
         _launch(room[:, :-5], keep, 3 * _BLOCK - 5)
         usable = bool((room == 0).sum() == 2 * (3 * _BLOCK - 5)) and not room[1:3, :-5].any()
-    except Exception as error:  # whatever a compiler or a driver may not like
+    except Exception as error:  # compilers and drivers raise errors of many types
         usable, reason = False, f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
     if not usable:
         _log.warning(
-            "clipgrad: dropped samples on %s are zeroed without the Triton kernel (%s).",
+            "clipgrad writes zeros to dropped samples on %s without the Triton kernel (%s).",
             device,
             reason,
         )
@@ -68,7 +60,7 @@ def _usable_on(device: torch.device) -> bool:
 
 
 def _in_blocks(tensor: Tensor) -> bool:
-    """Whether every sample is a block without gaps, and none overlaps another."""
+    """Return whether every sample is a block without gaps, and no samples overlap."""
     expected = 1
     for stride, size in sorted(zip(tensor.stride()[1:], tensor.shape[1:], strict=True)):
         if size == 1:

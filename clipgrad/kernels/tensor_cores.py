@@ -1,8 +1,8 @@
-"""Batched products in TF32 or without it, whatever the process allows to matrix products.
+"""This module runs batched products with or without TF32, independently of the process's setting for matrix products.
 
-cuDNN's convolutions use the tensor cores' TF32 unless ``torch.backends.cudnn.allow_tf32`` says no, matrix products only
-if they are told to. A per-sample weight gradient is a convolution's arithmetic, whichever way it is computed; a norm
-made of inner products that cancel needs all its digits.
+By default, cuDNN's convolutions use TF32 (``torch.backends.cudnn.allow_tf32``) and matrix products do not. A per-sample
+weight gradient follows the setting for convolutions, in whatever way it is computed. A norm computed from inner
+products that cancel needs full float32.
 """
 
 from __future__ import annotations
@@ -15,28 +15,28 @@ from torch import Tensor
 
 
 def convolution_product(a: Tensor, b: Tensor) -> Tensor:
-    """``torch.bmm(a, b)`` of two operands of a convolution."""
+    """Return ``torch.bmm(a, b)`` of two operands of a convolution."""
     return _product(a, b, convolutions_may())
 
 
 def full_product(a: Tensor, b: Tensor) -> Tensor:
-    """``torch.bmm(a, b)`` in full float32."""
+    """Return ``torch.bmm(a, b)`` in full float32."""
     return _product(a, b, False)
 
 
 def convolutions_may() -> bool:
-    """Whether the process allows TF32 to float32 convolutions, or to what stands for them."""
+    """Return whether the process allows TF32 in float32 convolutions, or in matrix products that replace them."""
     return bool(torch.backends.cudnn.allow_tf32) or matrices_may()
 
 
 def matrices_may() -> bool:
-    """Whether the process allows TF32 to float32 matrix products."""
+    """Return whether the process allows TF32 in float32 matrix products."""
     return bool(torch.backends.cuda.matmul.allow_tf32)
 
 
 @contextmanager
 def tf32(allowed: bool) -> Iterator[None]:
-    """Allow TF32 to matrix products or do not; the setting is the process', and is put back."""
+    """Set whether matrix products may use TF32, and restore the process-wide setting afterwards."""
     matmul = torch.backends.cuda.matmul
     before = matmul.allow_tf32
     matmul.allow_tf32 = allowed
@@ -53,10 +53,9 @@ def _product(a: Tensor, b: Tensor, allowed: bool) -> Tensor:
     return torch.bmm(a, b)
 
 
-# An operation of its own: a traced graph holds it whole, with the setting inside.
+# A custom operation keeps the TF32 setting inside one node of a traced graph.
 @torch.library.custom_op("clipgrad::bmm", mutates_args=())
 def bmm(a: Tensor, b: Tensor, allowed: bool) -> Tensor:
-    """``torch.bmm(a, b)``, with TF32 if allowed."""
     with tf32(allowed):
         return torch.bmm(a, b)
 
@@ -67,22 +66,15 @@ def _(a: Tensor, b: Tensor, allowed: bool) -> Tensor:
 
 
 def window_products(rows: Tensor, columns: Tensor, apart: int, windows: int) -> Tensor:
-    """Products of rows and windows of columns, two operands of a convolution.
+    """Return products ``[B, windows, R, C]`` of rows ``[B, R, S]`` and windows of columns ``[B, C, L]``.
 
-    Args:
-        rows: ``[B, R, S]``.
-        columns: ``[B, C, L]``.
-        apart: Positions between the starts of two windows.
-        windows: How many there are.
-
-    Returns:
-        ``[B, windows, R, C]``; window ``w`` holds ``rows @ columns[:, :, w * apart : w * apart + S].mT``.
+    Window ``w`` holds ``rows @ columns[:, :, w * apart : w * apart + S].mT``; both are operands of a convolution.
     """
     found: Tensor = _window_products(rows, columns, apart, windows, convolutions_may())
     return found
 
 
-# Whole in a graph: products written where they belong, with the setting inside. Operands may lie as they like.
+# A custom operation with operands of any layout keeps the result's windows and the TF32 setting inside one graph node.
 @torch.library.custom_op(
     "clipgrad::window_products", mutates_args=(), tags=(torch.Tag.flexible_layout,)
 )

@@ -1,4 +1,4 @@
-"""Exact, faster ways to run known operations on all samples at once. Importing this package registers them."""
+"""This package holds exact, faster rules for known operations; importing the package registers the rules."""
 
 from __future__ import annotations
 

@@ -1,7 +1,6 @@
-"""Attention: no parameters of its own, but an operation that ``vmap`` runs badly or not at all.
+"""This module runs attention, which has no parameters, because ``vmap`` runs it slowly or not at all.
 
-The sample axis joins the batch axis, so the fused kernels see the four dimensions that they were
-written for.
+The sample axis joins the batch axis, so that the fused kernels receive the four axes that they support.
 """
 
 from __future__ import annotations
@@ -29,13 +28,12 @@ def scaled_dot_product_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """One call on ``[B * batch, heads, positions, features]``.
+    """Run one call on ``[B * batch, heads, positions, features]``.
 
-    A parameter among the operands (learned queries, a learned bias) takes part as its per-sample
-    copies, so its gradient is exact.
+    Parameter operands (learned queries, a learned bias) enter as per-sample copies, so their gradients are exact.
     """
     if dropout_p > 0 and call.randomness != "different":
-        raise Decline  # one folded call draws an own dropout mask per sample
+        raise Decline  # one folded call samples a separate dropout mask for each sample
     if attn_mask is not None and type(attn_mask) not in (Tensor, torch.nn.Parameter):
         raise Decline  # subclasses such as CausalBias bring their own implementation
     if min(query.dim(), key.dim(), value.dim()) < 2:
@@ -62,29 +60,29 @@ def scaled_dot_product_attention(
 
 
 def _broadcast_lead(q: Tensor, k: Tensor, v: Tensor, enable_gqa: bool) -> torch.Size:
-    """The axes between samples and positions that the operands agree on; the last one is heads."""
-    # With grouped queries, heads differ on purpose and those of the query stand.
+    """Return the broadcast axes between samples and positions; the last axis is heads."""
+    # With grouped queries the numbers of heads differ, and the query's number is the result.
     others = [(*t.shape[1:-3], 1) if enable_gqa and t.dim() > 3 else t.shape[1:-2] for t in (k, v)]
     return torch.Size(torch.broadcast_shapes((1,), q.shape[1:-2], *others))
 
 
 def _align(tensor: Tensor, axes: int) -> Tensor:
-    """Insert axes of size 1 behind the first until there are ``axes``."""
+    """Insert axes of size 1 after the first axis until there are ``axes``."""
     return tensor[(slice(None), *[None] * (axes - tensor.dim()))]
 
 
 def _fold(tensor: Tensor, batch: torch.Size, heads: torch.Size | None) -> Tensor:
-    """``[B, ..., heads, positions, features]`` to four axes: samples join the batch axes."""
+    """Reshape ``[B, ..., heads, positions, features]`` to four axes; the sample axis joins the batch axes."""
     tensor = _align(tensor, 4 + len(batch))
     heads = tensor.shape[-3:-2] if heads is None else heads
     return tensor.expand(-1, *batch, *heads, -1, -1).flatten(0, len(batch))
 
 
 def _fold_mask(call: Call, attn_mask: Tensor, lead: torch.Size) -> Tensor:
-    """The mask on ``[B * batch, heads, queries, keys]``; a mask that all share stays small."""
+    """Return the mask for ``[B * batch, heads, queries, keys]``; a shared mask is not expanded."""
     mask = call.batched(attn_mask)
     if not call.has_lanes(attn_mask) and not mask.requires_grad:
-        mask = mask[:1]  # shared by all samples
+        mask = mask[:1]
     while mask.dim() < 3:
         mask = mask.unsqueeze(1)
     mask = _align(mask, 3 + len(lead))
@@ -122,16 +120,15 @@ def multi_head_attention(
     average_attn_weights: bool = True,
     is_causal: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """Projections by ``linear``, attention by ``scaled_dot_product_attention``, which have rules.
+    """Run projections by ``linear`` and attention by ``scaled_dot_product_attention``, which both have rules.
 
-    PyTorch's own function calls them out of the capture's sight. Arguments that it refuses are
-    declined here, so that its own message is what the user reads.
+    The capture cannot intercept these calls inside PyTorch's function. Arguments that PyTorch refuses are declined.
     """
     _decline_what_is_refused(query, key, embed_dim_to_check, num_heads)
     if (bias_k is None) != (bias_v is None) or (is_causal and attn_mask is None):
         raise Decline
     if bias_k is not None and bias_v is not None and (bias_k.dim(), bias_v.dim()) != (3, 3):
-        raise Decline  # PyTorch repeats one of fewer axes
+        raise Decline  # PyTorch repeats a bias with fewer axes
     inputs = (query, key, value)
     if use_separate_proj_weight:
         weights = (q_proj_weight, k_proj_weight, v_proj_weight)
@@ -142,7 +139,7 @@ def multi_head_attention(
     q = _split_heads(q, num_heads)
     k = _keys(k, static_k, bias_k, add_zero_attn, num_heads)
     v = _keys(v, static_v, bias_v, add_zero_attn, num_heads)
-    # The hint replaces the mask only where the fused operation can take it.
+    # ``is_causal`` replaces the mask only where the fused operation supports it.
     causal = is_causal and key_padding_mask is None and not need_weights
     appended = (bias_k is not None) + add_zero_attn
     mask = _additive_mask(None if causal else attn_mask, key_padding_mask, q, k, appended)
@@ -162,14 +159,14 @@ def _decline_what_is_refused(query: Tensor, key: Tensor, features: int, heads: i
 
 
 def _with_batch(tensor: Tensor) -> Tensor:
-    """``[positions, batch, features]``, also of an unbatched ``[positions, features]``."""
+    """Return ``[positions, batch, features]``; an unbatched tensor gets a batch axis of size 1."""
     return tensor if tensor.dim() == 3 else tensor.unsqueeze(1)
 
 
 def _project_packed(
     inputs: tuple[Tensor, Tensor, Tensor], packed: Tensor | None, bias: Tensor | None
 ) -> Sequence[Tensor]:
-    """Query, key and value projected; equal inputs share one product of the packed weight."""
+    """Project query, key and value; identical inputs share one product with the packed weight."""
     if packed is None:
         raise Decline
     query, key, value = inputs
@@ -196,7 +193,7 @@ def _project(
 
 
 def _split_heads(tensor: Tensor, heads: int) -> Tensor:
-    """``[positions, batch, features]`` to ``[batch, heads, positions, features per head]``."""
+    """Reshape ``[positions, batch, features]`` to ``[batch, heads, positions, features per head]``."""
     by_head = tensor.reshape(*tensor.shape[:2], heads, tensor.shape[2] // heads)
     return by_head.permute(1, 2, 0, 3)
 
@@ -204,7 +201,7 @@ def _split_heads(tensor: Tensor, heads: int) -> Tensor:
 def _keys(
     projected: Tensor, static: Tensor | None, bias: Tensor | None, add_zero: bool, heads: int
 ) -> Tensor:
-    """Keys or values by head, with the learned and the zero position appended if there are any."""
+    """Return keys or values by head, and append the learned and the zero position if present."""
     size = projected.shape[1]
     if static is not None:
         if bias is not None or static.dim() != 3 or static.shape[0] != size * heads:
@@ -220,7 +217,7 @@ def _keys(
 def _additive_mask(
     attn_mask: Tensor | None, key_padding_mask: Tensor | None, q: Tensor, k: Tensor, appended: int
 ) -> Tensor | None:
-    """Both masks as one to be added to the scores; appended positions are never hidden."""
+    """Combine both masks into one that is added to the scores; appended positions are never masked."""
     size, heads, queries, keys = *q.shape[:3], k.shape[2]
     total: Tensor | None = None
     if attn_mask is not None:
@@ -258,7 +255,6 @@ def _attend(
     causal: bool,
     need_weights: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """Attention, and the weights if the user asked to see them."""
     if not need_weights:
         return F.scaled_dot_product_attention(q, k, v, mask, dropout_p, causal), None
     scores = (q * q.shape[-1] ** -0.5) @ k.mT

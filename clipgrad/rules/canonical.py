@@ -1,15 +1,15 @@
-"""One canonical layout for the gradient of a parameter use, and its three operations, written once.
+"""This module defines one canonical layout for the gradient of a parameter use, and its three operations.
 
-A weight that meets an activation has, for sample ``b``, the gradient
+A weight that is multiplied with an activation has, for sample ``b``, the gradient
 
     g_b = sum_s  left[b, s] (outer product) right[b, s]            [rows, columns]
 
-where ``s`` runs over the positions at which the sample uses the weight (time steps, pixels), ``left`` indexes
-the rows of the parameter and ``right`` its columns. A linear layer has ``left`` = output gradient and
-``right`` = input; an embedding has ``left`` = one-hot of the ids. From the two factors follow
+where ``s`` runs over the positions at which the sample uses the weight (time steps, pixels), ``left`` indexes the rows
+of the parameter and ``right`` its columns. A linear layer has ``left`` = output gradient and ``right`` = input; an
+embedding has ``left`` = one-hot of the ids. The two factors give
 
-* the per-sample gradient itself           ``left^T right``
-* its squared norm without building it     ``sum_st (left_s . left_t) (right_s . right_t)``   ("ghost norm")
+* the per-sample gradient                  ``left^T right``
+* its squared norm without building it     ``sum_st (left_s . left_t) (right_s . right_t)``   (ghost norm)
 * the weighted sum over samples            one GEMM over samples and positions together
 
 References: Goodfellow 2015 (arXiv:1510.01799) for one position; Li et al. 2022 (arXiv:2110.05679) for many;
@@ -32,17 +32,17 @@ BatchedProduct = Callable[[Tensor, Tensor], Tensor]
 
 
 def widen(tensor: Tensor) -> Tensor:
-    """At least float32: norms and sums of half-precision factors cancel, so they are taken wider."""
+    """Convert half precision to float32, because norms and sums of half-precision factors cancel."""
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
 def scale_rows(tensor: Tensor, factors: Tensor) -> Tensor:
-    """``tensor[b, ...] * factors[b]``."""
+    """Return ``tensor[b, ...] * factors[b]``."""
     return tensor * for_each_row(factors.to(tensor.dtype), tensor)
 
 
 def added(tensors: Sequence[Tensor]) -> Tensor:
-    """The sum of one or more tensors; a single one is not copied."""
+    """Return the sum of one or more tensors; a single tensor is not copied."""
     return sum(tensors[1:], start=tensors[0])
 
 
@@ -50,9 +50,9 @@ _LONG_ROW = 1 << 12
 
 
 def as_it_lies(tensor: Tensor) -> tuple[Tensor, list[int]]:
-    """The tensor with all axes but the first in the order in which they lie in memory, and where each of them was.
+    """Return the tensor with all axes but the first in memory order, and the original index of each of these axes.
 
-    What reads a dense tensor in this order reads it from end to end, and flattening it copies nothing.
+    An operation reads a dense tensor sequentially in this order, and flattening it copies nothing.
     """
     axes = list(range(1, tensor.dim()))
     if not tensor.is_contiguous():
@@ -61,11 +61,11 @@ def as_it_lies(tensor: Tensor) -> tuple[Tensor, list[int]]:
 
 
 def row_norms_squared(tensor: Tensor) -> Tensor:
-    """Squared L2 norm of every sample, ``[B]``."""
+    """Return the squared L2 norm of every sample, ``[B]``."""
     flat = as_it_lies(tensor)[0].flatten(1) if tensor.dim() > 1 else tensor[:, None]
     dtype = widen(flat[:0]).dtype
     if flat.device.type == "cpu" and flat.shape[1] > _LONG_ROW:
-        # On the CPU one float32 sum over millions of values comes out too small by up to 1e-3; a sum of sums does not.
+        # On CPU one float32 sum over millions of values is too small by up to 1e-3; a sum of partial sums is not.
         whole = flat.shape[1] - flat.shape[1] % _LONG_ROW
         pieces = flat[:, :whole].unflatten(1, (-1, _LONG_ROW))
         parts = torch.linalg.vector_norm(pieces, dim=2, dtype=dtype)
@@ -77,28 +77,28 @@ def row_norms_squared(tensor: Tensor) -> Tensor:
 
 @runtime_checkable
 class Use(Protocol):
-    """The gradient of one use of one parameter, for every sample of the microbatch."""
+    """This protocol represents the gradient of one use of one parameter, for every sample of the microbatch."""
 
     def per_sample(self) -> Tensor:
-        """The per-sample gradients, ``[B, *parameter.shape]``."""
+        """Return the per-sample gradients, ``[B, *parameter.shape]``."""
         ...
 
     def weighted_sum(self, factors: Tensor) -> Tensor:
-        """``sum_b factors[b] * g_b``, shape ``parameter.shape``; ``factors`` is ``[B]``."""
+        """Return ``sum_b factors[b] * g_b``, shape ``parameter.shape``; ``factors`` is ``[B]``."""
         ...
 
     def outer(self) -> Outer | None:
-        """The canonical factors, or None if this use has none (then its gradient is always kept)."""
+        """Return the canonical factors, or None if this use has none (then its gradient is always kept)."""
         ...
 
     def select(self, keep: Tensor) -> Use:
-        """The same use with the gradient of every sample outside the boolean mask ``keep`` exactly zero."""
+        """Return this use with exactly zero gradients for all samples outside the boolean mask ``keep``."""
         ...
 
 
 @dataclass(frozen=True)
 class PerSample:
-    """A use whose per-sample gradient is already there (biases, norm layers).
+    """This class holds a use whose per-sample gradient is already computed (biases, norm layers).
 
     Attributes:
         gradient: ``[B, *parameter.shape]``.
@@ -112,7 +112,7 @@ class PerSample:
     def weighted_sum(self, factors: Tensor) -> Tensor:
         wide = widen(self.gradient)
         if get_proxy_mode() is not None:
-            # A compiler makes one pass of this and of what comes before, in any layout; a product it leaves alone.
+            # A compiler fuses this sum with the operations before it, in any layout; it does not fuse a matrix product.
             return scale_rows(wide, factors).sum(0)
         if wide.dim() == 1:
             return factors.to(wide.dtype) @ wide
@@ -129,7 +129,7 @@ class PerSample:
 
 @dataclass(frozen=True)
 class OneHot:
-    """A factor ``[B, S, width]`` of one-hot rows, stored as their positions.
+    """This class holds a factor ``[B, S, width]`` of one-hot rows, stored as the positions of the ones.
 
     Attributes:
         ids: ``[B, S]``, integers in ``[0, width)``.
@@ -142,13 +142,13 @@ class OneHot:
 
 @dataclass(frozen=True)
 class Outer:
-    """A sum over positions of outer products, for every sample; see the module's docstring.
+    """This class holds, for every sample, a sum over positions of outer products; see the module's docstring.
 
     Attributes:
         left: ``[B * groups, S, rows / groups]``, or a ``OneHot`` of that shape (then ``groups`` is 1).
         right: ``[B * groups, S, columns]``.
-        shape: The parameter's shape; it has ``rows * columns`` elements, rows first.
-        groups: Blocks of rows that each have factors of their own (grouped convolutions).
+        shape: The parameter's shape, with ``rows * columns`` elements, rows first.
+        groups: Number of blocks of rows with separate factors (grouped convolutions).
     """
 
     left: Tensor | OneHot
@@ -168,7 +168,7 @@ class Outer:
         if isinstance(self.left, OneHot):
             return _scatter_rows(self.left, right).view(self.samples, *self.shape)
         left = widen(self.left)
-        if left.shape[1] == 1:  # an outer product is a broadcast; bmm with one position is slower
+        if left.shape[1] == 1:  # a broadcast product is faster than bmm with one position
             product = left.transpose(1, 2) * right
         else:
             product = batched_product(left.transpose(1, 2), right)
@@ -190,7 +190,6 @@ class Outer:
         return (left.flatten(0, 1).t() @ right.flatten(0, 1)).view(self.shape)
 
     def rows_of(self, samples: slice) -> Outer:
-        """The same use of a range of samples."""
         rows = slice(samples.start * self.groups, samples.stop * self.groups)
         if isinstance(self.left, OneHot):
             left: Tensor | OneHot = OneHot(self.left.ids[rows], self.left.width)
@@ -203,7 +202,7 @@ class Outer:
             keep = keep.repeat_interleave(self.groups)
         if isinstance(self.left, OneHot):
             return replace(self, right=select_rows(self.right, keep))
-        # One is scaled next, which is one pass with its selection; a product reads the other.
+        # The next step scales one factor, which a compiler fuses with its selection; a product reads the other factor.
         if self._scales_left(self.left):
             left, right = select_rows(self.left, keep), select_last(self.right, keep)
         else:
@@ -211,7 +210,7 @@ class Outer:
         return replace(self, left=left, right=right)
 
     def _scales_left(self, left: Tensor) -> bool:
-        """Whether the factors of a weighted sum go to the left, as the narrower of the two."""
+        """Return whether a weighted sum scales the left factor, because it is the narrower factor."""
         return left.shape[-1] <= self.right.shape[-1]
 
 

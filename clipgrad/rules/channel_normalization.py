@@ -1,4 +1,4 @@
-"""Group, instance and (in eval mode) batch normalisation: one weight and bias per channel, channels second."""
+"""This module has rules for group, instance and eval-mode batch normalisation, with one weight and bias per channel."""
 
 from __future__ import annotations
 
@@ -16,15 +16,11 @@ from clipgrad.rules.registry import Call, Decline, Recipe, register_rule
 
 
 class _ChannelAffine:
-    """Per-sample gradients of one weight and bias per channel.
+    """This class finds per-sample gradients of one weight and bias per channel.
 
-    A group norm over ``B * C`` channels of one image is the group norm of ``B`` samples, except that its
-    affine gradients are per sample: one native operation, at the price of the ordinary weight gradient.
-
-    Args:
-        x: Input, ``[N, C, *positions]`` with ``N = B * n``.
-        samples: ``B``.
-        statistics: From ``x``, flattened to ``N * groups`` values each.
+    A group norm over ``B * C`` channels of one image equals the group norm of ``B`` samples, but its affine gradients
+    are per sample. So one native operation finds them, at the cost of the ordinary weight gradient. The input ``x`` is
+    ``[N, C, *positions]`` with ``N = B * n``, and ``statistics`` maps it to ``N * groups`` values each.
     """
 
     def __init__(self, x: Tensor, samples: int, statistics: Callable[[Tensor], Statistics]) -> None:
@@ -36,12 +32,12 @@ class _ChannelAffine:
     def weight(self, gradient: Tensor) -> PerSample:
         x = widen(self.x)
         rows, channels = x.shape[:2]
-        # One channel's statistics expand without a copy, and the native operation reads as if they were contiguous.
+        # Statistics may be expanded, and the native operation reads its operands as if they were contiguous.
         mean, rstd = (
             value.reshape(1, -1).to(x.dtype).contiguous() for value in self._statistics(x)
         )
         image = (1, rows * channels, x[0, 0].numel())
-        # The native operation reads its operands as if they were contiguous, and reshape may return a view.
+        # Reshape may return a view that is not contiguous.
         _, weight, bias = torch.ops.aten.native_group_norm_backward(
             widen(gradient).reshape(image).contiguous(), x.reshape(image).contiguous(), mean, rstd,
             x.new_ones(1).expand(image[1]), *image, mean.shape[1], [False, True, True],
@@ -50,7 +46,7 @@ class _ChannelAffine:
         return PerSample(self._per_sample(weight))
 
     def bias(self, gradient: Tensor) -> PerSample:
-        """The weight's pass has found it already, if there was one."""
+        """Return the bias gradient, which ``weight`` has already computed if it ran before."""
         found, self._bias = self._bias, None
         if found is None:
             summed = gradient.flatten(2).sum(2, dtype=widen(gradient[:0]).dtype)
@@ -62,7 +58,7 @@ class _ChannelAffine:
 
 
 def _images(call: Call, input: Tensor) -> tuple[Tensor, torch.Size]:
-    """The input as ``[N, C, *positions]``, contiguous or channels last, and its own shape."""
+    """Return the input as ``[N, C, *positions]``, contiguous or channels last, and the input's original shape."""
     if not call.has_lanes(input):
         raise Decline
     x = call.batched(input)
@@ -78,11 +74,11 @@ def _images(call: Call, input: Tensor) -> tuple[Tensor, torch.Size]:
 def _shared(
     call: Call, affine: tuple[Tensor | None, Tensor | None], channels: int
 ) -> list[Tensor | None]:
-    """Weight and bias, with a number for each channel; of a single channel PyTorch takes other shapes too."""
+    """Return weight and bias of shape ``(channels,)``; PyTorch accepts other shapes if there is one channel."""
     if any(operand is not None and operand.shape != (channels,) for operand in affine):
         raise Decline
     shared = (shared_or_none(call, operand) for operand in affine)
-    # The native operation reads them as if they were contiguous; an expanded weight is not.
+    # The native operation reads weights as if they were contiguous; an expanded weight is not.
     return [None if operand is None else operand.contiguous() for operand in shared]
 
 
@@ -128,9 +124,9 @@ def group_norm(
     eps: float = 1e-5,
     cudnn_enabled: bool = True,
 ) -> Tensor:
-    """Statistics per sample and group of channels, over all positions."""
+    """Run group norm, with statistics per sample and group of channels over all positions."""
     images, shape = _images(call, input)
-    # One value per group, or a number of groups that does not divide: the operation itself refuses.
+    # PyTorch refuses one value per group, and a number of groups that does not divide the channels.
     if images[0].numel() * shape[1] <= num_groups or shape[2] % num_groups:
         raise Decline
     return _group_norm(call, images, shape, num_groups, (weight, bias), eps)
@@ -148,7 +144,7 @@ def instance_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Tensor:
-    """A group norm with as many groups as channels; with fixed statistics an affine map."""
+    """Run instance norm: a group norm with one group per channel, or an affine map if statistics are fixed."""
     if not use_input_stats:
         return _fixed_statistics(call, input, running_mean, running_var, (weight, bias), eps)
     if running_mean is not None or running_var is not None:
@@ -158,7 +154,7 @@ def instance_norm(
             "track_running_stats=False, or put it in eval mode: module.eval()."
         )
     images, shape = _images(call, input)
-    if images[0, 0].numel() == 1:  # the operation itself refuses
+    if images[0, 0].numel() == 1:  # PyTorch refuses this call with its own message
         raise Decline
     return _group_norm(call, images, shape, shape[2], (weight, bias), eps)
 
@@ -175,7 +171,7 @@ def batch_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Tensor:
-    """In eval mode an affine map per channel. In training mode there is no per-sample gradient."""
+    """Run eval-mode batch norm, an affine map per channel; training mode has no per-sample gradients and is refused."""
     if running_mean is None or running_var is None:
         raise _no_batch_statistics("without running statistics", "")
     if training:
@@ -203,14 +199,14 @@ def _fixed_statistics(
     eps: float,
 ) -> Tensor:
     if running_mean is None or running_var is None:
-        raise Decline  # the operation itself says that it needs both
+        raise Decline  # PyTorch refuses this call with its own message
     if running_mean.requires_grad or running_var.requires_grad:
-        raise Decline  # statistics that are trained have a gradient that this rule does not know
+        raise Decline  # this rule does not compute gradients of the statistics
     images, shape = _images(call, input)
     mean, variance = call.shared(running_mean), call.shared(running_var)
     w, b = _shared(call, affine, images.shape[1])
-    # On one axis of positions: on two, PyTorch's input gradient is wrong on CPUs where the output gradient lies
-    # channels last and the input does not (2.13).
+    # Positions are flattened to one axis: with two axes, PyTorch 2.13's input gradient is wrong on CPU if the output
+    # gradient is channels last and the input is not.
     rows = images.flatten(2) if images.dim() > 3 else images
     y = F.batch_norm(rows, mean, variance, w, b, eps=eps)
 
@@ -231,7 +227,7 @@ def _finish(
     weight, bias = affine
 
     def view(y: Tensor) -> Tensor:
-        # A batch norm of images was computed on one axis of positions.
+        # ``_fixed_statistics`` flattens the positions of images to one axis.
         return (
             y.view_as(gradients.x).view(shape)
             if y.dim() < gradients.x.dim()

@@ -1,4 +1,4 @@
-"""``einsum`` of per-sample data with one weight: the equation says which canonical factors to take."""
+"""This module has the rule for ``einsum`` of per-sample data with one weight; the equation determines the factors."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from clipgrad.rules.registry import Call, Decline, Extent, Recipe, register_rule
 
 @register_rule(torch.einsum, *functional_aten_names_of("einsum"), name="einsum")
 def einsum(call: Call, equation: str, *operands: Tensor | Sequence[Tensor]) -> Tensor:
-    """Two operands, one of which all samples share."""
+    """Run ``einsum`` of two operands, exactly one of which is shared by all samples."""
     if len(operands) == 1 and isinstance(operands[0], list | tuple):
         operands = tuple(operands[0])
     if len(operands) != 2:
@@ -54,17 +54,17 @@ def einsum(call: Call, equation: str, *operands: Tensor | Sequence[Tensor]) -> T
 
 @dataclass(frozen=True)
 class Axes:
-    """The letters of an equation, and what becomes of each axis of the weight.
+    """This class holds the letters of an equation, with the role of each axis of the weight.
 
     Attributes:
         data: Letters of the data, without its sample axis.
         weight: Letters of the weight.
         output: Letters of the output, without its sample axis.
-        lane: The letter given to the sample axis.
-        groups: Axes of the weight that data and output have too: independent products.
-        contracted: Axes of the weight that only the data has.
-        kept: Axes of the weight that only the output has.
-        positions: Axes of data and output that the weight lacks.
+        lane: Letter of the sample axis.
+        groups: Axes that weight, data and output have: independent products.
+        contracted: Axes that weight and data have, and the output does not.
+        kept: Axes that weight and output have, and the data does not.
+        positions: Axes that data and output have, and the weight does not.
         sizes: Length of every axis.
     """
 
@@ -82,21 +82,21 @@ class Axes:
     def of(
         cls, letters: tuple[str, str, str], weight_shape: Sequence[int], data_shape: Sequence[int]
     ) -> Axes:
-        """Sort the axes by their role.
+        """Sort the axes by role.
 
         Raises:
-            Decline: If the weight's gradient is more than a sum of products of data and output
-                gradient: a diagonal of it, an axis of it summed away or broadcast.
+            Decline: If the weight's gradient is not just a sum of products of data and output gradient: the equation
+                takes a diagonal of the weight, or sums or broadcasts one of its axes.
         """
         data, weight, output = letters
         if len(set(weight)) != len(weight) or set(weight) - set(data) - set(output):
             raise Decline
         if len(weight) != len(weight_shape) or len(data) != len(data_shape) - 1:
-            raise Decline  # PyTorch's own message is what the user reads
+            raise Decline  # PyTorch refuses this call with its own message
         sizes = dict(zip(data, data_shape[1:], strict=True))
         for letter, size in zip(weight, weight_shape, strict=True):
             if sizes.setdefault(letter, size) != size:
-                raise Decline  # an axis of length 1 meets a longer one
+                raise Decline  # an axis of length 1 is broadcast
         if set(output) - set(sizes) or len(set(output)) != len(output):
             raise Decline
         lane = next(c for c in string.ascii_letters if c not in data + weight + output)
@@ -114,23 +114,23 @@ class Axes:
 
     @property
     def rows_first(self) -> bool:
-        """Whether the kept axes of the weight stand before the contracted ones."""
+        """Return whether the kept axes of the weight come before the contracted axes."""
         return self.weight == self.groups + self.kept + self.contracted
 
     @property
     def is_outer(self) -> bool:
-        """Whether the weight is laid out as groups, rows, columns."""
+        """Return whether the weight is laid out as groups, rows, columns."""
         if self.groups and not (self.contracted and self.kept):
             return False
         return self.rows_first or self.weight == self.groups + self.contracted + self.kept
 
     def length(self, letters: str) -> int:
-        """Number of elements over some axes."""
+        """Return the number of elements over the given axes."""
         return prod(self.sizes[letter] for letter in letters)
 
 
 def _as_products(call: Call, x: Tensor, weight: Tensor, w: Tensor, axes: Axes) -> Tensor:
-    """One matrix product per group, ``[groups, samples and positions, contracted]`` with the weight."""
+    """Run one matrix product per group, of ``[groups, samples and positions, contracted]`` with the weight."""
     groups, contracted, kept = map(axes.length, (axes.groups, axes.contracted, axes.kept))
     samples, positions = call.batch_size, axes.length(axes.positions)
     order = axes.groups + axes.lane + axes.positions
@@ -161,7 +161,7 @@ def _as_products(call: Call, x: Tensor, weight: Tensor, w: Tensor, axes: Axes) -
 
 
 def _parse(equation: str, data_first: bool, data_axes: int) -> tuple[str, str, str]:
-    """Letters of data, weight and output; an ellipsis of the data is spelled out."""
+    """Return the letters of data, weight and output; letters replace an ellipsis of the data."""
     inputs, arrow, output = equation.replace(" ", "").partition("->")
     terms = inputs.split(",")
     if len(terms) != 2:

@@ -1,4 +1,4 @@
-"""Rows of a table picked by ids."""
+"""This module has the rule for embeddings, which select rows of a table by ids."""
 
 from __future__ import annotations
 
@@ -23,15 +23,13 @@ def embedding(
     scale_grad_by_freq: bool = False,
     sparse: bool = False,
 ) -> Tensor:
-    """A linear map of one-hot inputs, which are stored as their ids.
+    """Run an embedding as a linear map of one-hot inputs, which are stored as ids.
 
-    Ids may be shared by all samples (position ids); every sample still has a gradient of its own.
-    ``sparse`` is ignored: clipped sums are dense.
+    All samples may share their ids (position ids). ``sparse`` is ignored, because clipped sums are dense.
     """
     refuse_max_norm(max_norm)
     w = call.shared(weight)
     ids = call.batched(input)
-    # Equal for all samples: look up once and broadcast.
     y = F.embedding(ids if call.has_lanes(input) else input, w, padding_idx)
     if not call.has_lanes(input):
         y = y.expand(call.batch_size, *y.shape)
@@ -60,6 +58,6 @@ def aten_embedding(
     scale_grad_by_freq: bool = False,
     sparse: bool = False,
 ) -> Tensor:
-    """The same with the arguments in ATen's order; a negative ``padding_idx`` is none."""
+    """Run ``embedding`` with arguments in ATen's order; a negative ``padding_idx`` means none."""
     padding = None if padding_idx < 0 else padding_idx
     return embedding(call, indices, weight, padding, None, 2.0, scale_grad_by_freq)

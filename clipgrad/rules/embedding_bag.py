@@ -1,4 +1,4 @@
-"""Rows of a table picked by ids and reduced per bag: an embedding lookup, then a sum, mean or maximum."""
+"""This module decomposes ``embedding_bag`` into an embedding lookup and a sum, mean or maximum per bag."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ def embedding_bag(
     include_last_offset: bool = False,
     padding_idx: int | None = None,
 ) -> Tensor:
-    """Calls that PyTorch refuses are declined, so that its own message is what the user reads.
+    """Look up rows and reduce them per bag; ``sparse`` is ignored, because clipped sums are dense.
 
-    ``sparse`` is ignored: clipped sums are dense.
+    Calls that PyTorch refuses are declined, so that the user reads PyTorch's message.
     """
     refuse_max_norm(max_norm)
     if scale_grad_by_freq:
-        raise Decline  # what PyTorch divides by depends on the device; its own function decides
+        raise Decline  # PyTorch's divisor depends on the device, so PyTorch's own function runs
     if input.is_floating_point() or mode not in ("sum", "mean", "max") or input.numel() == 0:
         raise Decline
     if input.dim() not in (1, 2) or (input.dim() == 2) != (offsets is None):
@@ -55,28 +55,28 @@ def embedding_bag(
 
 
 def _reduce(rows: Tensor, counted: Tensor, mode: str) -> Tensor:
-    """``[..., positions, features]`` to ``[..., features]`` over the counted positions; 0 if none."""
+    """Reduce ``[..., positions, features]`` to ``[..., features]`` over counted positions; an empty reduction is 0."""
     counted = counted.unsqueeze(-1)
     if mode == "max":
-        # One position wins a tie, the first, as in PyTorch; amax would share the gradient.
+        # The first of equal positions gets the gradient, as in PyTorch; ``amax`` would divide it among them.
         largest = rows.masked_fill(~counted, float("-inf")).max(-2).values
         return largest.masked_fill(~counted.any(-2), 0)
-    # Selected, not multiplied by zero: a row that doesn't count may hold an inf.
+    # Rows are masked, not multiplied by zero, because a row that does not count may hold an inf.
     total = rows.masked_fill(~counted, 0).sum(-2)
     return total / counted.sum(-2).clamp(min=1) if mode == "mean" else total
 
 
 def _bag_of_position(offsets: Tensor, input: Tensor) -> Tensor:
-    """The bag of each position of the input, by the offsets at which bags start."""
+    """Return the bag of each position of the input, from the offsets at which bags start."""
     _check_offsets(offsets, input.shape[0])
     positions = torch.arange(input.shape[0], device=input.device)
     return (positions[:, None] >= offsets[None, :]).sum(1) - 1
 
 
 def _check_offsets(offsets: Tensor, length: int) -> None:
-    """Refuse a batch laid end to end: its offsets lie in one long input, not in a sample's own.
+    """Refuse offsets into one long input that holds the ids of several samples.
 
-    On CPU only, where PyTorch checks them too: elsewhere reading values would stall the device.
+    This check, like PyTorch's, runs on CPU only: elsewhere reading the offsets would synchronise the device.
     """
     values = physical(offsets, current_level())
     with below_vmap():
@@ -93,7 +93,7 @@ def _check_offsets(offsets: Tensor, length: int) -> None:
 
 
 def _reduce_by_bag(rows: Tensor, bag: Tensor, bags: int, mode: str) -> Tensor:
-    """Rows with equal bag reduced to ``[bags, features]``; those of bag number ``bags`` don't count."""
+    """Reduce rows with equal ``bag`` to ``[bags, features]``; rows with bag number ``bags`` do not count."""
     if mode == "max":
         members = bag[None, :] == torch.arange(bags, device=bag.device)[:, None]
         return _reduce(rows.expand(bags, *rows.shape), members, mode)

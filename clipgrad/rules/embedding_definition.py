@@ -1,4 +1,4 @@
-"""Embeddings whose weight differs per sample, as their documentation defines them."""
+"""This module computes embeddings whose weight differs per sample, as PyTorch's documentation defines them."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ def embedding(
     scale_grad_by_freq: bool = False,
     sparse: bool = False,
 ) -> Tensor:
-    """``vmap`` forgets ``padding_idx`` and ``scale_grad_by_freq`` when the weight differs per sample."""
+    """Look up rows; ``vmap`` ignores ``padding_idx`` and ``scale_grad_by_freq`` when the weight differs per sample."""
     refuse_max_norm(max_norm)
     rows = F.embedding(input, weight)
     if scale_grad_by_freq:
         count = (input.reshape(-1, 1) == input.reshape(1, -1)).sum(1).view(input.shape)
         fixed = rows.detach()
-        rows = fixed + (rows - fixed) / count.unsqueeze(-1)  # the value stays, the gradient shrinks
+        rows = fixed + (rows - fixed) / count.unsqueeze(-1)  # same value, smaller gradient
     if padding_idx is None:
         return rows
     ignored = (input == padding_idx % weight.shape[0]).unsqueeze(-1)
@@ -38,7 +38,7 @@ def aten_embedding(
     scale_grad_by_freq: bool = False,
     sparse: bool = False,
 ) -> Tensor:
-    """The same with the arguments in ATen's order; a negative ``padding_idx`` is none."""
+    """Look up rows with arguments in ATen's order; a negative ``padding_idx`` means none."""
     padding = None if padding_idx < 0 else padding_idx
     return embedding(indices, weight, padding, scale_grad_by_freq=scale_grad_by_freq)
 
@@ -56,7 +56,7 @@ def embedding_bag(
     include_last_offset: bool = False,
     padding_idx: int | None = None,
 ) -> Tensor:
-    """Never sparse: the gradient meets dense ones."""
+    """Run ``F.embedding_bag`` with ``sparse=False``, because the gradient is added to dense gradients."""
     refuse_max_norm(max_norm)
     return F.embedding_bag(
         input,
@@ -81,7 +81,7 @@ def aten_embedding_bag(
     include_last_offset: bool = False,
     padding_idx: int | None = None,
 ) -> tuple[Tensor, ...]:
-    """The same with ATen's arguments and results."""
+    """Run ``torch.embedding_bag`` with ATen's arguments and results, and with ``sparse=False``."""
     return torch.embedding_bag(
         weight,
         indices,
@@ -106,7 +106,7 @@ def private_embedding_bag(
     include_last_offset: bool = False,
     padding_idx: int = -1,
 ) -> tuple[Tensor, ...]:
-    """What ``torch._embedding_bag`` calls no padding is a negative index; elsewhere that counts from the end."""
+    """Run ``torch._embedding_bag``, where a negative ``padding_idx`` means none and does not count from the end."""
     return aten_embedding_bag(
         weight, indices, offsets, scale_grad_by_freq, mode, False, per_sample_weights, include_last_offset,
         None if padding_idx < 0 else padding_idx,

@@ -1,4 +1,4 @@
-"""Ghost norms: per-sample norms from the factors of a gradient, which is never built.
+"""This module finds ghost norms: per-sample norms from the factors of a gradient, without building the gradient.
 
 References: Goodfellow 2015 (arXiv:1510.01799) for one position; Li et al. 2022 (arXiv:2110.05679) for many.
 """
@@ -17,24 +17,24 @@ from clipgrad.kernels.tensor_cores import convolutions_may, full_product
 from clipgrad.rules.canonical import OneHot, Outer, added, row_norms_squared, widen
 from clipgrad.rules.gram import Lengths, equal_id_sums, gram_sums
 
-# Rounding errors of a ghost norm, in units of the last place of what its terms sum to without cancellation, stay
-# below ``8 + sqrt(rows) + sqrt(columns)`` for the worst inputs found (constant ones); this is the safety on top.
+# Rounding errors of a ghost norm stay below ``8 + sqrt(rows) + sqrt(columns)`` units in the last place of the norm
+# without cancellation, for the worst inputs found (constant ones). This is the safety factor on that bound.
 _ROUNDING_MARGIN = 8.0
-# Squared norms that underflow hides are let go below so many of the smallest normal numbers, so that zero stays zero.
-# The smallest clipping norm (``clipping/_underflow.py``) allows for that.
+# Squared norms lost to underflow are ignored below this many smallest normal numbers, so that zero stays zero. The
+# smallest clipping norm (``clipping/_underflow.py``) allows for this.
 _NEGLIGIBLE = 2.0**26
-# One-hot factors of so few positions meet in a Gram matrix, if those of all samples have no more elements.
+# One-hot factors use Gram matrices up to this many positions and this many elements over all samples.
 _FEW_POSITIONS, _FEW_ELEMENTS = 256, 1 << 24
-# Relative error of a product of two float32 numbers that are rounded to TF32 first.
+# Relative error of a product of two float32 numbers that are first rounded to TF32.
 _TF32_PRODUCT = 2.0**-10
 
 
 def ghost_norms_squared(uses: Sequence[Outer]) -> Tensor:
-    """Squared norm per sample of the summed gradient of several uses of one parameter, ``[B]``.
+    """Return the squared norm per sample of the summed gradient of several uses of one parameter, ``[B]``.
 
-    Uses are summed before the norm: the cross terms ``2 <g_u, g_v>`` count. Uses of one kind are joined along
-    their positions; one-hot and dense uses (an embedding tied to the output layer) meet in a cross term.
-    The result may overestimate where terms cancel almost entirely, but a sample is never clipped too little.
+    Uses are summed before the norm, so the cross terms ``2 <g_u, g_v>`` count. Uses of one kind are joined along their
+    positions; one-hot and dense uses (an embedding tied to the output layer) have an explicit cross term. The result
+    may be too large where terms cancel almost entirely, but a sample is never clipped too little.
     """
     dense = _join([use for use in uses if not isinstance(use.left, OneHot)])
     hot = _join([use for use in uses if isinstance(use.left, OneHot)])
@@ -70,28 +70,26 @@ def ghost_norms_squared(uses: Sequence[Outer]) -> Tensor:
 def never_underestimated(
     norms: Tensor, lengths: Lengths, uses: Sequence[Outer], *, materialised: bool
 ) -> Tensor:
-    """Raise squared norms ``[B]`` to the error that finding them from the factors may carry.
+    """Raise squared norms ``[B]`` to the largest error with which they can be computed from the factors.
 
     Without cancellation the gradient would have the norm ``m = sum_s |left_s| |right_s|``, and rounding errors are
-    multiples of it. Where terms cancel almost entirely (nearly equal positions with opposite output gradients) the
-    error exceeds the norm; clipping to a norm that came out too small would let a sample contribute any number of
-    times the clipping norm. Norms far above the error are returned as they are.
-
-    The clipped sum is a product of the same factors. Where that may run in TF32, its error counts too.
+    multiples of ``m``. Where terms cancel almost entirely (nearly equal positions with opposite output gradients) the
+    error exceeds the norm, and a norm that is too small would let a sample contribute many times the clipping norm.
+    The clipped sum is a product of the same factors; if this product may run in TF32, its error counts too.
 
     Args:
         norms: Squared norms as computed.
-        lengths: Of all positions, ``[B * groups]``.
-        uses: What they were computed from.
-        materialised: Whether they come from the gradient itself, so that the norm carries the error, and not from
-            Gram matrices, where its square does.
+        lengths: Lengths of all positions, ``[B * groups]``.
+        uses: Uses from which the norms were computed.
+        materialised: True for norms of a built gradient (error relative to ``m``), False for norms from Gram matrices
+            (error of the squared norm relative to ``m^2``).
     """
     shape, groups, columns = uses[0].shape, uses[0].groups, uses[0].right.shape[-1]
     rows = shape.numel() // max(1, columns * groups)
     margin = _ROUNDING_MARGIN * (8 + math.sqrt(rows) + math.sqrt(columns))
     margin *= torch.finfo(norms.dtype).eps
     share = margin**2 if materialised else margin
-    # Rows of an embedding are added, not multiplied.
+    # Uses with one-hot factors only are exempt: their rows are added, and TF32 affects products only.
     if any(isinstance(use.left, Tensor) for use in uses) and _may_round_to_tf32(norms):
         share = max(share, (_ROUNDING_MARGIN * _TF32_PRODUCT) ** 2)
     floor = lengths.products.square() * share
@@ -103,7 +101,7 @@ def never_underestimated(
 
 
 def lengths_of(uses: Sequence[Outer]) -> Lengths:
-    """The lengths of all positions of several uses; at one position a one-hot factor has length 1."""
+    """Return the lengths of all positions of several uses; at each position a one-hot factor has length 1."""
     found = []
     for use in uses:
         right = _lengths(widen(use.right))
@@ -113,12 +111,12 @@ def lengths_of(uses: Sequence[Outer]) -> Lengths:
 
 
 def _may_round_to_tf32(norms: Tensor) -> bool:
-    """Whether the weighted sum of the same factors, a matrix product or a convolution, may run in TF32."""
+    """Return whether the weighted sum of the factors, a matrix product or a convolution, may run in TF32."""
     return norms.device.type == "cuda" and norms.dtype is torch.float32 and convolutions_may()
 
 
 def _lengths(vectors: Tensor) -> Tensor:
-    """Norms over the last axis; on CPU ``vector_norm`` is slow where that axis is not the dense one."""
+    """Return norms over the last axis; ``vector_norm`` is slow on CPU if this axis is not dense."""
     lengths: Tensor
     if vectors.stride(-1) == 1:
         lengths = torch.linalg.vector_norm(vectors, dim=-1)
@@ -128,13 +126,10 @@ def _lengths(vectors: Tensor) -> Tensor:
 
 
 def _underflow(left: Tensor, rows: int, right: Tensor, columns: int) -> Tensor:
-    """What vanishes when the elements of one factor are squared, although the other factor may be huge.
+    """Bound the squared norm lost when squares of one factor's elements underflow while the other factor is large.
 
-    Args:
-        left: Squared lengths of one factor.
-        rows: Its elements, each of which may hide a square of ``tiny``.
-        right: Squared lengths of the other.
-        columns: Its elements.
+    ``left`` and ``right`` are squared lengths of vectors with ``rows`` and ``columns`` elements, whose squares may each
+    lose up to ``tiny``.
     """
     tiny = torch.finfo(left.dtype).tiny
     hidden = tiny * rows * right + tiny * columns * left
@@ -154,21 +149,21 @@ def _join(uses: Sequence[Outer]) -> Outer | None:
 
 
 def _one_position(left: Tensor, right: Tensor) -> Tensor:
-    """A product of two norms: nothing cancels."""
+    """Return squared norms for one position, products of two squared norms in which nothing cancels."""
     heights, widths = row_norms_squared(left), row_norms_squared(right)
     hidden = _underflow(heights, left.shape[-1], widths, right.shape[-1])
     return heights * widths + hidden
 
 
 def _few_positions(right: Tensor) -> bool:
-    """Whether a Gram matrix costs less than sorting ids and adding rows, which a CPU does one by one."""
+    """Return whether a Gram matrix costs less than sorting ids and adding rows, which a CPU does sequentially."""
     samples, positions, _ = right.shape
     few = 1 < positions <= _FEW_POSITIONS and samples * positions**2 <= _FEW_ELEMENTS
     return few and right.device.type == "cpu"
 
 
 def _cross(hot: Outer, dense: Outer) -> Tensor:
-    """``<g_hot, g_dense>`` per sample: ``sum_st dense.left[s, id_t] (dense.right_s . hot.right_t)``."""
+    """Return ``<g_hot, g_dense>`` per sample: ``sum_st dense.left[s, id_t] (dense.right_s . hot.right_t)``."""
     assert isinstance(dense.left, Tensor)
     assert isinstance(hot.left, OneHot)
     ids = hot.left.ids[:, None, :].expand(-1, dense.left.shape[1], -1)
@@ -179,9 +174,9 @@ def _cross(hot: Outer, dense: Outer) -> Tensor:
 
 
 def _segment_sums(left: OneHot, right: Tensor) -> Tensor:
-    """Rows of ``right`` summed over equal ids of a sample, ``[B, S, columns]``; unused rows are zero.
+    """Sum rows of ``right`` over equal ids of a sample, ``[B, S, columns]``; unused rows are zero.
 
-    The sort gives segments a static shape, so nothing of the size ``[B, width, columns]`` appears.
+    Sorting gives segments a static shape, so no tensor of size ``[B, width, columns]`` is needed.
     """
     samples, positions = left.ids.shape
     ids, order = left.ids.sort(dim=1, stable=True)

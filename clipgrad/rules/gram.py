@@ -1,8 +1,8 @@
-"""Gram matrices: squared norms of sums of outer products, and the lengths that bound their rounding error.
+"""This module finds squared norms of sums of outer products, and the lengths that bound their rounding error.
 
 For one sample with factors ``left [S, rows]`` and ``right [S, columns]`` the gradient ``left^T right`` has the squared
-norm ``sum_st (left_s . left_t) (right_s . right_t)``, an elementwise product of two Gram matrices. The lengths of
-all positions lie on their diagonals.
+norm ``sum_st (left_s . left_t) (right_s . right_t)``, the sum of an elementwise product of two Gram matrices. Their
+diagonals hold the squared lengths of all positions.
 """
 
 from __future__ import annotations
@@ -18,21 +18,20 @@ from torch import Tensor
 
 from clipgrad.kernels.tensor_cores import tf32
 
-# Gram matrices of one block stay below this many elements, so that a ghost norm needs no more scratch
-# than about 256 MiB whatever the sequence length.
+# This limit on the elements of one block's Gram matrices keeps a ghost norm's scratch memory below about 256 MiB.
 _ELEMENTS = 1 << 25
-# Below this many positions a half-size block is too small for the saved half of a symmetric Gram matrix to pay.
+# With fewer positions, half-size blocks are so small that using the symmetry of a Gram matrix is not faster.
 _SYMMETRY_POSITIONS = 256
 
 
 @dataclass(frozen=True)
 class Lengths:
-    """Sums over the positions of a sample, each ``[B]``.
+    """This class holds sums of lengths over the positions of a sample, each ``[B]``.
 
     Attributes:
         left: ``sum_s |left_s|``.
         right: ``sum_s |right_s|``.
-        products: ``sum_s |left_s| |right_s|``, the norm that the gradient would have if nothing cancelled.
+        products: ``sum_s |left_s| |right_s|``, the norm of the gradient if no terms cancelled.
     """
 
     left: Tensor
@@ -41,12 +40,12 @@ class Lengths:
 
     @classmethod
     def of(cls, left: Tensor, right: Tensor) -> Lengths:
-        """From the length of each position, ``[B, S]``."""
+        """Build the sums from the length of each position, ``[B, S]``."""
         return cls(left.sum(1), right.sum(1), (left * right).sum(1))
 
     @classmethod
     def total(cls, parts: Sequence[Lengths]) -> Lengths:
-        """Those of all positions of one or more factors."""
+        """Add the sums of one or more pairs of factors."""
         return sum(parts[1:], start=parts[0])
 
     def __add__(self, other: Lengths) -> Lengths:
@@ -54,14 +53,13 @@ class Lengths:
 
 
 def gram_sums(left: Tensor, right: Tensor) -> tuple[Tensor, Lengths]:
-    """Squared norms ``[B]`` of ``sum_s left_s (outer product) right_s``, and the lengths of its positions.
+    """Return squared norms ``[B]`` of ``sum_s left_s (outer product) right_s``, and the lengths of its positions.
 
-    In full float32 whatever ``torch.backends.cuda.matmul.allow_tf32`` says: where terms cancel, a norm loses all the
-    digits that TF32 leaves out.
+    Products never use TF32: where terms cancel, a norm needs the digits that TF32 drops.
 
     Args:
         left: ``[B, S, rows]``, float32 or float64.
-        right: ``[B, S, columns]``, likewise.
+        right: ``[B, S, columns]``, float32 or float64.
     """
     if left.device.type == "cuda" and left.dtype is right.dtype is torch.float32:
         norms, *lengths = _on_cuda(left, right).unbind()
@@ -71,7 +69,7 @@ def gram_sums(left: Tensor, right: Tensor) -> tuple[Tensor, Lengths]:
 
 
 def equal_id_sums(ids: Tensor, right: Tensor) -> tuple[Tensor, Lengths]:
-    """The same with one-hot rows on the left: their inner products are 1 where the ids are equal, and else 0.
+    """Return ``gram_sums`` for one-hot rows on the left, whose inner products are 1 for equal ids and else 0.
 
     Args:
         ids: ``[B, S]``.
@@ -84,10 +82,9 @@ def equal_id_sums(ids: Tensor, right: Tensor) -> tuple[Tensor, Lengths]:
 
 
 def _by_products(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """By batched matrix products: norms and the three lengths."""
     positions = left.shape[1]
     if positions >= _SYMMETRY_POSITIONS:
-        # Gram matrices are symmetric: two half-size norms and one off-diagonal block, counted twice.
+        # By symmetry two half-size norms and one off-diagonal block, counted twice, are enough.
         half = positions // 2
         heads, tails = (left[:, :half], right[:, :half]), (left[:, half:], right[:, half:])
         first, second = _by_products(*heads), _by_products(*tails)
@@ -98,7 +95,7 @@ def _by_products(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor, T
 
 
 def _in_pieces(function: Callable[..., tuple[Tensor, ...]], *factors: Tensor) -> tuple[Tensor, ...]:
-    """A function of the factors of some samples at a time, so that their Gram matrices stay small."""
+    """Apply the function to a few samples at a time, so that their Gram matrices stay small."""
     elements = factors[0].shape[1] * factors[-1].shape[1]
     step = max(1, _ELEMENTS // max(1, elements))
     starts = range(0, max(1, factors[0].shape[0]), step)
@@ -109,7 +106,7 @@ def _in_pieces(function: Callable[..., tuple[Tensor, ...]], *factors: Tensor) ->
 def _product(
     left: Tensor, right: Tensor, other_left: Tensor, other_right: Tensor
 ) -> tuple[Tensor, ...]:
-    """``sum_st (left_s . other_left_t) (right_s . other_right_t)`` per sample."""
+    """Return ``sum_st (left_s . other_left_t) (right_s . other_right_t)`` per sample."""
     first = torch.bmm(left, other_left.transpose(1, 2))
     second = torch.bmm(right, other_right.transpose(1, 2))
     return (torch.linalg.vecdot(first.flatten(1), second.flatten(1)),)
@@ -125,7 +122,7 @@ def _product_and_lengths(left: Tensor, right: Tensor, *_: Tensor) -> tuple[Tenso
 
 @cache
 def _launcher() -> ModuleType | None:
-    """What launches the kernel, if Triton is there; looking for a package that is not takes long."""
+    """Return the module that launches the kernel, or None without Triton; cached, since a failed search is slow."""
     if find_spec("triton") is None:
         return None
     from clipgrad.kernels import gram_launch
@@ -133,10 +130,10 @@ def _launcher() -> ModuleType | None:
     return gram_launch
 
 
-# An operation of its own: a traced graph holds it whole, with the setting and the kernel inside.
+# A custom operation keeps the TF32 setting and the kernel inside one node of a traced graph.
 @torch.library.custom_op("clipgrad::gram_sums", mutates_args=())
 def _on_cuda(left: Tensor, right: Tensor) -> Tensor:
-    """Norms and the three lengths, ``[4, B]``, by a kernel of our own where Triton is there."""
+    """Return squared norms and the three lengths, ``[4, B]``, from clipgrad's Triton kernel where it is usable."""
     launcher = _launcher()
     if launcher is not None and (found := launcher.gram_sums(left, right)) is not None:
         return found  # type: ignore[no-any-return]

@@ -1,4 +1,4 @@
-"""Weights that meet an activation in a matrix product: ``linear``, ``matmul``, ``mm``, ``addmm``."""
+"""This module has rules for matrix products of weights and activations: ``linear``, ``matmul``, ``mm``, ``addmm``."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from clipgrad.rules.registry import Call, Decline, Extent, Recipe, register_rule
 
 
 def positions_first(tensor: Tensor) -> Tensor:
-    """``[B, ..., features]`` to ``[B, S, features]``."""
+    """Reshape ``[B, ..., features]`` to ``[B, S, features]``."""
     if tensor.dim() == 2:
         return tensor.unsqueeze(1)
     return tensor if tensor.dim() == 3 else tensor.flatten(1, -2)
 
 
 def summed_over_positions(gradient: Tensor) -> PerSample:
-    """The use of a bias: the output gradient summed over positions, ``[B, features]``."""
+    """Return the use of a bias: the output gradient summed over positions, ``[B, features]``."""
     if gradient.dim() == 2:
         return PerSample(gradient)
     return PerSample(gradient.flatten(1, -2).sum(1, dtype=widen(gradient[:0]).dtype))
@@ -27,14 +27,14 @@ def summed_over_positions(gradient: Tensor) -> PerSample:
 
 @register_rule(F.linear, *functional_aten_names_of("linear"), name="linear")
 def linear(call: Call, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``y = x W^T + b``: rows of W from the output gradient, columns from the input."""
+    """Run ``y = x W^T + b``; the output gradient gives the rows of W and the input gives the columns."""
     if not call.has_lanes(input):
         raise Decline
     x, w = call.batched(input), call.shared(weight)
     if w.dim() != 2 or (bias is not None and bias.shape != w.shape[:1]):
-        raise Decline  # a bias that is broadcast has another gradient
+        raise Decline  # the gradient of a broadcast bias differs
     factor = positions_first(x)
-    # Flat on purpose: on more axes PyTorch returns a view, which cannot be watched.
+    # The input is flattened because with more axes PyTorch returns a view, which ``finish`` would copy.
     y = F.linear(factor.flatten(0, 1), w, None if bias is None else call.shared(bias))
     return call.finish(
         y,
@@ -53,7 +53,7 @@ def linear(call: Call, input: Tensor, weight: Tensor, bias: Tensor | None = None
     torch.matmul, torch.Tensor.matmul, *functional_aten_names_of("matmul"), name="matmul"
 )
 def matmul(call: Call, input: Tensor, other: Tensor) -> Tensor:
-    """``x @ W`` or ``W @ x`` with a weight of one or two axes."""
+    """Run ``x @ W`` with a weight of one or two axes, or ``W @ x`` with a weight of two."""
     left_lanes, right_lanes = call.has_lanes(input), call.has_lanes(other)
     if left_lanes == right_lanes:
         raise Decline
@@ -66,19 +66,19 @@ def matmul(call: Call, input: Tensor, other: Tensor) -> Tensor:
 
 @register_rule(torch.Tensor.__rmatmul__, name="rmatmul")
 def rmatmul(call: Call, input: Tensor, other: Tensor) -> Tensor:
-    """``other @ input``: the reflected operator has its operands the other way round."""
+    """Run ``other @ input``; the reflected operator receives its operands in reverse order."""
     return matmul(call, other, input)
 
 
 @register_rule(torch.mm, torch.Tensor.mm, *functional_aten_names_of("mm"), name="mm")
 def mm(call: Call, input: Tensor, mat2: Tensor) -> Tensor:
-    """``matmul`` of two matrices; its second operand has another name."""
+    """Run ``matmul`` of two matrices; the second argument is named ``mat2``."""
     return matmul(call, input, mat2)
 
 
 @register_rule(torch.mv, torch.Tensor.mv, *functional_aten_names_of("mv"), name="mv")
 def mv(call: Call, input: Tensor, vec: Tensor) -> Tensor:
-    """``matmul`` of a matrix and a vector; its second operand has another name."""
+    """Run ``matmul`` of a matrix and a vector; the second argument is named ``vec``."""
     return matmul(call, input, vec)
 
 
@@ -104,7 +104,7 @@ def _weight_times_data(call: Call, weight: Tensor, data: Tensor) -> Tensor:
     w, x = call.shared(weight), call.batched(data)
     if w.dim() != 2:
         raise Decline
-    vector = x.dim() == 2  # one vector per sample; else a matrix, or more axes of them
+    vector = x.dim() == 2  # one vector per sample
     columns = x if vector else x.mT
     factor = positions_first(columns)
 
@@ -128,9 +128,9 @@ def _weight_times_data(call: Call, weight: Tensor, data: Tensor) -> Tensor:
 def addmm(
     call: Call, input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1
 ) -> Tensor:
-    """``beta * bias + alpha * x @ W`` with the weight on the right, as in Hugging Face's ``Conv1D``."""
+    """Run ``beta * bias + alpha * x @ W`` with the weight on the right, as in Hugging Face's ``Conv1D``."""
     if not call.has_lanes(mat1) or call.has_lanes(input) or input.shape != mat2.shape[1:]:
-        raise Decline  # a bias of any other shape is broadcast, and has another gradient
+        raise Decline  # a bias of any other shape is broadcast and has a different gradient
     x, w, b = call.batched(mat1), call.shared(mat2), call.shared(input)
     y = torch.addmm(b, x.flatten(0, 1), w, beta=beta, alpha=alpha)
 

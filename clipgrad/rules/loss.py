@@ -1,6 +1,6 @@
-"""Losses that ``vmap`` takes apart into many small operations; here they run once on all samples.
+"""This module runs losses once on all samples; ``vmap`` splits them into many small operations.
 
-They hold no parameters: what is gained is time, 0.2 ms a step, and with many classes passes over the logits.
+Losses have no parameters; these rules save about 0.2 ms a step, and passes over the logits if there are many classes.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ def cross_entropy(
     reduction: str = "mean",
     label_smoothing: float = 0.0,
 ) -> Tensor:
-    """Of classes given by number: of one sample ``(C,)`` with ``()``, or ``(N, C, ...)`` with ``(N, ...)``."""
+    """Run cross entropy with class indices; a sample has ``(C,)`` with ``()``, or ``(N, C, ...)`` with ``(N, ...)``."""
     if not (call.has_lanes(input) and call.has_lanes(target)) or target.dtype is not torch.int64:
         raise Decline
     if weight is not None or label_smoothing or size_average is not None or reduce is not None:
         raise Decline
     x, t = call.batched(input), call.batched(target)
     if x.dim() != t.dim() + 1 or reduction not in ("mean", "sum", "none"):
-        raise Decline  # PyTorch refuses it; let it say so
+        raise Decline  # PyTorch refuses this call with its own message
     if x.dim() == 2:
         losses = F.cross_entropy(x, t, ignore_index=ignore_index, reduction="none")
     else:
@@ -43,7 +43,7 @@ def cross_entropy(
     if reduction == "none":
         return call.finish(losses)
     total = losses.flatten(1).sum(1) if losses.dim() > 1 else losses
-    if reduction == "mean":  # of those not ignored; of none it is NaN, as PyTorch's
+    if reduction == "mean":  # NaN if all targets are ignored, as in PyTorch
         counted = t != ignore_index
         total = total / (counted.flatten(1).sum(1) if counted.dim() > 1 else counted)
     return call.finish(total)
@@ -59,7 +59,7 @@ def cross_entropy_by_definition(
     reduction: str = "mean",
     label_smoothing: float = 0.0,
 ) -> Tensor:
-    """For the fallback: PyTorch's own mean of weighted, smoothed losses picks the targets that count, by a mask."""
+    """Run cross entropy in the fallback; PyTorch's weighted, smoothed mean calls ``masked_select``, unlike this one."""
     options = (weight, size_average, ignore_index, reduce)
     plain = not label_smoothing or target.is_floating_point()
     if (
@@ -76,8 +76,6 @@ def cross_entropy_by_definition(
 
 
 def _register_difference(function: Callable[..., Tensor]) -> None:
-    """A loss of the differences between input and target."""
-
     @register_rule(function, name=function.__name__)
     def loss(
         call: Call,
@@ -103,7 +101,7 @@ def binary_cross_entropy_with_logits(
     reduction: str = "mean",
     pos_weight: Tensor | None = None,
 ) -> Tensor:
-    """Of independent labels."""
+    """Run binary cross entropy with logits on all samples at once."""
     return _elementwise(
         call,
         F.binary_cross_entropy_with_logits,
@@ -131,7 +129,7 @@ def _elementwise(
         raise Decline
     x, t = call.batched(input), call.batched(target)
     if x.shape != t.shape or x.dtype != t.dtype or not x.is_floating_point():
-        raise Decline  # PyTorch broadcasts and warns, converts, or refuses
+        raise Decline  # PyTorch broadcasts with a warning, converts or refuses
     losses = function(x, t, reduction="none")
     if reduction == "none" or losses.dim() == 1:
         return call.finish(losses)

@@ -1,8 +1,7 @@
-"""One operation, the many names that it can be called by.
+"""This module finds all names under which one operation can be called.
 
 ``F.embedding``, ``torch.embedding``, ``torch.ops.aten.embedding`` and its overloads (which exported models call) are
-one operation. What holds for one name holds for all; only the order of the arguments may differ, from Python's
-function to ATen's.
+one operation. A rule or correction must cover all names. Only the argument order may differ between Python and ATen.
 """
 
 from __future__ import annotations
@@ -26,10 +25,10 @@ _SPACES = {
 
 
 def names_of(operation: str) -> list[Function]:
-    """Every function that is called by the name of an operation of ATen's, or stands for it.
+    """Return every function under which an ATen operation can be called.
 
     Args:
-        operation: ATen's name: ``"embedding"``, ``"linalg_solve"``.
+        operation: ATen's name, such as ``"embedding"`` or ``"linalg_solve"``.
     """
     found = [getattr(home, operation) for home in _HOMES if hasattr(home, operation)]
     space, _, short = operation.partition("_")
@@ -40,7 +39,7 @@ def names_of(operation: str) -> list[Function]:
 
 
 def aten_names_of(operation: str) -> list[Function]:
-    """ATen's operation and all of its overloads; nothing where this PyTorch does not have it."""
+    """Return ATen's operation and all its overloads, or an empty list if this PyTorch lacks the operation."""
     packet = getattr(torch.ops.aten, operation, None)
     if packet is None:
         return []
@@ -48,31 +47,31 @@ def aten_names_of(operation: str) -> list[Function]:
 
 
 def functional_aten_names_of(operation: str) -> list[Function]:
-    """Those without ``out=``: what a rule may intercept."""
+    """Return ATen's operation and its overloads without ``out=``, which a rule may intercept."""
     return [name for name in aten_names_of(operation) if not str(name).endswith("out")]
 
 
 def by_all_names(operation: str, correction: Function) -> dict[Function, Function]:
-    """A correction with ATen's signature, for each name of its operation.
+    """Map each name of an operation to one correction with ATen's signature.
 
-    A name that takes its arguments in another order needs an entry of its own behind this one.
+    A name with another argument order needs its own entry, which must come after this mapping.
     """
     return dict.fromkeys(names_of(operation), _with_atens_conventions(operation, correction))
 
 
 def each_name(operation: str, correct: Callable[[Function], Function]) -> dict[Function, Function]:
-    """A correction made of each name of an operation, whose signature it keeps."""
+    """Map each name of an operation to a correction that keeps the signature of that name."""
     return {name: correct(name) for name in names_of(operation)}
 
 
 def _with_atens_conventions(operation: str, correction: Function) -> Function:
-    """ATen calls the first operand ``self``, which Python calls ``input``, and has variants with ``out=``."""
+    """Accept ATen's keyword ``self`` for the first operand and refuse ``out=``."""
 
     def corrected(*args: Any, **kwargs: Any) -> Any:
         if kwargs.pop("out", None) is not None:
             raise NotPerSampleError(
-                f"{operation} with out= writes per-sample values into a tensor that was made beforehand. Leave out= "
-                "away and use what the operation returns."
+                f"{operation} with out= writes per-sample values into a tensor that was made before, which cannot be "
+                "followed. Omit out= and use the tensor that the operation returns."
             )
         if "self" in kwargs:
             args = (kwargs.pop("self"), *args)

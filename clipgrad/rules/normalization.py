@@ -1,11 +1,11 @@
-"""Layer and RMS normalisation, and what they share with the norms over channels.
+"""This module has rules for layer and RMS normalisation, and helpers shared with the normalisation over channels.
 
-All norms compute ``y = xhat * weight + bias`` with ``xhat`` made from the sample alone, so
+All norm layers compute ``y = xhat * weight + bias``, where ``xhat`` depends on one sample only, so
 
     g_weight[b] = sum over positions of G * xhat        g_bias[b] = sum over positions of G
 
-The forward is the library's fused operation on all samples; it hands back the statistics, from which ``xhat``
-is rebuilt in the backward pass. Per-sample gradients are vectors, so they are always kept.
+The forward pass is the library's fused operation on all samples; the backward pass recomputes ``xhat`` from its
+statistics. Per-sample gradients are vectors, so they are always kept.
 """
 
 from __future__ import annotations
@@ -21,39 +21,38 @@ from clipgrad.rules.canonical import PerSample, widen
 from clipgrad.rules.names import functional_aten_names_of
 from clipgrad.rules.registry import Call, Decline, Recipe, register_rule
 
-Statistics = tuple[Tensor, Tensor]
-"""Mean and reciprocal standard deviation."""
+Statistics = tuple[Tensor, Tensor]  # mean and reciprocal standard deviation
 
 
 def shared_or_none(call: Call, tensor: Tensor | None) -> Tensor | None:
-    """An optional weight or bias without its sample axis."""
+    """Return an optional weight or bias without its sample axis."""
     return None if tensor is None else call.shared(tensor)
 
 
 def precise(mean: Tensor, rstd: Tensor) -> Statistics | None:
-    """The statistics of the forward pass, or None where they must be found again.
+    """Return the detached statistics of the forward pass, or None if they must be recomputed.
 
-    On CPU a half-precision norm returns half-precision statistics. They are detached because a hook that held
-    a tensor of its own graph would keep the graph alive.
+    On CPU a half-precision norm layer returns half-precision statistics, which are too coarse. A hook that holds a
+    tensor of its own graph keeps the graph alive, so the statistics are detached.
     """
     return (mean.detach(), rstd.detach()) if widen(mean[:0]).dtype == mean.dtype else None
 
 
 def autocasts(x: Tensor) -> bool:
-    """Whether the composite operation must run, since autocast knows nothing of the native ones."""
+    """Return whether the composite operation must run, because autocast does not cover the native operations."""
     return torch.is_autocast_enabled(x.device.type)
 
 
 def _summed(values: Tensor, weights: Tensor) -> Tensor:
-    """``sum_s weights[b, s] values[b, s]``: ``[B, S, I]`` and ``[B, S]`` to ``[B, I]``; overwrites the values."""
-    if values.device.type == "cpu":  # one pass over memory less, 1.1 to 1.8 times faster
+    """Return ``sum_s weights[b, s] values[b, s]``, from ``[B, S]`` and ``[B, S, I]``; may overwrite ``values``."""
+    if values.device.type == "cpu":  # saves one pass over memory, 1.1 to 1.8 times faster
         return torch.bmm(weights[:, None], values)[:, 0]
-    # Elsewhere a matrix product might run in TF32, in which the ordinary gradient of a norm never does.
+    # Elsewhere a matrix product may run in TF32, unlike the ordinary gradient of a norm layer.
     return values.mul_(weights[:, :, None]).sum(1)
 
 
 def _positions(x: Tensor, shape: Sequence[int]) -> tuple[int, int, int] | None:
-    """Samples, positions per sample, normalised elements; None if the samples would be normalised over."""
+    """Return samples, positions per sample and normalised elements, or None if samples would be normalised together."""
     axes = x.dim() - len(shape)
     return (x.shape[0], prod(x.shape[1:axes]), prod(x.shape[axes:])) if axes > 0 else None
 
@@ -70,15 +69,14 @@ def layer_norm(
     eps: float = 1e-5,
     cudnn_enable: bool = True,
 ) -> Tensor:
-    """Every position of a sample has its own mean and variance; weight and bias are shared by all."""
+    """Run layer norm; every position of a sample has its own mean and variance."""
     if not call.has_lanes(input):
         raise Decline
     x, w, b = call.batched(input), shared_or_none(call, weight), shared_or_none(call, bias)
     shape = tuple(normalized_shape)
     canonical = _positions(x, shape)
-    if (
-        canonical is None
-    ):  # ``vmap`` would mix the samples; on one of them the operation says what is wrong
+    if canonical is None:
+        # ``vmap`` would mix the samples; on one sample the operation raises its own error.
         return F.layer_norm(x[0], shape, eps=eps)
     statistics: Statistics | None = None
     if autocasts(x):
@@ -110,7 +108,7 @@ def rms_norm(
     weight: Tensor | None = None,
     eps: float | None = None,
 ) -> Tensor:
-    """A layer norm without mean and bias."""
+    """Run RMS norm, a layer norm without mean and bias."""
     if not call.has_lanes(input):
         raise Decline
     x, w = call.batched(input), shared_or_none(call, weight)
@@ -122,7 +120,7 @@ def rms_norm(
 
     def make_weight(gradient: Tensor) -> PerSample:
         wide = widen(x).reshape(canonical)
-        # The operation's own default, also for half precision, which it computes in float32.
+        # This is PyTorch's default, also for half precision, which PyTorch computes in float32.
         epsilon = torch.finfo(wide.dtype).eps if eps is None else eps
         squares = torch.linalg.vector_norm(wide, dim=-1).square()
         scale = (squares / canonical[-1] + epsilon).rsqrt()

@@ -1,4 +1,4 @@
-"""What a rule is, and the table of all rules. Open to users: see ``register_rule``."""
+"""This module defines rules and holds the table of all rules; users add rules with ``register_rule``."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 @dataclass(frozen=True)
 class Extent:
-    """The size of a use in the canonical layout; what the plan's cost model needs to know.
+    """This class holds the size of a use in the canonical layout, for the plan's cost model.
 
     Attributes:
-        positions: Positions at which one sample uses the parameter.
-        rows: Rows of the parameter, per group.
+        positions: Number of positions at which one sample uses the parameter.
+        rows: Rows of the parameter per group.
         columns: Columns of the parameter.
-        groups: Blocks of rows with factors of their own.
+        groups: Number of blocks of rows with separate factors.
         one_hot: Whether the left factor is one-hot (an embedding).
     """
 
@@ -36,11 +36,11 @@ class Extent:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How the use of one parameter is obtained once the gradient of the operation's output is known.
+    """This class describes how to obtain the use of one parameter from the operation's output gradient.
 
     Attributes:
         parameter: The operand as the rule received it.
-        make: From the output gradient ``[B, ...]`` to the use.
+        make: Function from the output gradient ``[B, ...]`` to the use.
         extent: Size in the canonical layout, or None if the per-sample gradient is cheap and always kept.
     """
 
@@ -50,28 +50,28 @@ class Recipe:
 
 
 class Call(Protocol):
-    """One intercepted call, as a rule sees it. Runs below ``vmap``: every tensor is physical."""
+    """This protocol represents one intercepted call to a rule, which runs below ``vmap`` on physical tensors."""
 
     @property
     def batch_size(self) -> int:
-        """Samples in the microbatch, ``B``."""
+        """Return the number of samples in the microbatch, ``B``."""
         ...
 
     @property
     def randomness(self) -> str:
-        """Whether samples draw ``"different"`` random numbers, the ``"same"``, or must not: ``"error"``."""
+        """Return whether random numbers are ``"different"`` or the ``"same"`` per sample, or an ``"error"``."""
         ...
 
     def has_lanes(self, tensor: Tensor | None) -> bool:
-        """Whether the operand differs from sample to sample."""
+        """Return whether the operand differs from sample to sample."""
         ...
 
     def batched(self, tensor: Tensor) -> Tensor:
-        """The operand with its sample axis first, ``[B, ...]``; broadcast if all samples share it."""
+        """Return the operand with its sample axis first, ``[B, ...]``; a shared operand is broadcast."""
         ...
 
     def shared(self, tensor: Tensor) -> Tensor:
-        """A parameter or constant that all samples share, detached.
+        """Return a parameter or constant that all samples share, detached.
 
         Raises:
             Decline: If the operand differs from sample to sample.
@@ -79,16 +79,16 @@ class Call(Protocol):
         ...
 
     def adopt(self, tensor: Tensor) -> Tensor:
-        """The parameter's stand-in, given the caller's own parameter tensor; any other operand unchanged.
+        """Replace the caller's own parameter tensor by the parameter's stand-in; return other operands unchanged.
 
-        Computing with the caller's tensor is an error, since its gradient would escape. PyTorch itself keeps such
-        a tensor in one known place, the flat weight list of a recurrent layer. There the exchange is safe: both
-        stand for the same parameter and hold the same values, and the gradient is recorded under its name.
+        Computing with the caller's tensor is an error, because its gradient would escape clipping. PyTorch keeps such
+        a tensor in one known place: the flat weight list of a recurrent layer. The exchange is safe there, because
+        both tensors hold the values of the same parameter and the gradient is recorded under the parameter's name.
         """
         ...
 
     def record(self, output: Tensor, *recipes: Recipe, saved: tuple[Tensor, ...] = ()) -> Tensor:
-        """Record uses as ``finish`` does, and go on computing with the physical tensor that this returns."""
+        """Record uses as ``finish`` does, and return the physical tensor with which the rule must continue."""
         ...
 
     def finish(
@@ -98,27 +98,26 @@ class Call(Protocol):
         saved: tuple[Tensor, ...] = (),
         view: Callable[[Tensor], Tensor] | None = None,
     ) -> Tensor:
-        """Record the uses of this call's parameters and hand the output back to the user's code.
+        """Record the uses of this call's parameters and return the output for the user's code.
 
         Args:
-            output: What the operation returned: a fresh tensor. (A view is copied first: were it written to in
-                place later, autograd would route its gradient past the recipes.) Recipes receive a gradient of
-                this shape.
-            *recipes: One per parameter operand; recipes of constants and of None are ignored.
+            output: Fresh tensor that the operation returned; recipes receive a gradient of its shape. A view is
+                copied first: after a later in-place write, autograd would route its gradient past the recipes.
+            *recipes: One recipe per parameter operand; recipes of constants and of None are ignored.
             saved: Tensors that the recipes close over; writing to them in place afterwards is an error.
-            view: From ``output`` to the shape ``[B, ...]`` that user code expects, if they differ.
+            view: Function from ``output`` to the shape ``[B, ...]`` that user code expects, if the shapes differ.
         """
         ...
 
 
 @dataclass(frozen=True)
 class Rule:
-    """An exact, faster way to run one operation on all samples at once.
+    """This class holds an exact, faster way to run one operation on all samples at once.
 
     Attributes:
-        name: Shown by ``explain``.
-        operations: The functions it intercepts, as ``__torch_function__`` sees them.
-        apply: ``apply(call, *args, **kwargs)`` with the operation's own signature.
+        name: Name that ``explain`` shows.
+        operations: Intercepted functions, as ``__torch_function__`` receives them.
+        apply: Function ``apply(call, *args, **kwargs)`` with the operation's own signature after ``call``.
     """
 
     name: str
@@ -128,7 +127,7 @@ class Rule:
 
 @dataclass(frozen=True)
 class Decomposition:
-    """An operation rewritten in terms of others, which are then intercepted in turn."""
+    """This class holds an operation rewritten in terms of other operations, which are then intercepted."""
 
     name: str
     operations: tuple[Callable[..., Any], ...]
@@ -139,7 +138,7 @@ _RULES: dict[Callable[..., Any], Rule | Decomposition] = {}
 
 
 def rules() -> Mapping[Callable[..., Any], Rule | Decomposition]:
-    """A read-only view of every registered rule by operation."""
+    """Return a read-only view of all registered rules, keyed by operation."""
     return MappingProxyType(_RULES)
 
 
@@ -160,23 +159,22 @@ def _add(entry: Rule | Decomposition) -> None:
 
 
 def register_rule(*operations: Callable[..., Any], name: str) -> Callable[[F], F]:
-    """Teach clipgrad an exact, faster way to run an operation on parameters.
+    """Register an exact, faster way to run an operation on parameters.
 
-    A rule is only ever an optimisation: without it the operation takes the exact fallback. The decorated
-    function has the operation's own signature behind a leading ``call`` (see ``Call``). It runs the operation
-    once on all samples and says, per parameter, how its per-sample gradient follows from the output gradient.
-    It may raise ``Decline`` for arguments that it does not cover. Prove a rule with
-    ``clipgrad.testing.assert_rule_matches_reference``.
+    A rule is only an optimisation: without a rule the operation runs in the exact fallback. The decorated function
+    has the operation's own signature after a leading ``call`` (see ``Call``). It runs the operation once on all
+    samples and passes a recipe for each parameter to ``call.finish``. It may raise ``Decline`` for arguments that it
+    does not cover. Test a rule with ``clipgrad.testing.assert_rule_matches_reference``.
 
     Args:
         *operations: Functions to intercept, as called by user code (``torch.nn.functional.linear``).
-        name: Shown by ``explain``.
+        name: Name that ``explain`` shows.
 
     Raises:
         ValueError: If an operation already has a rule, or is not a function.
 
     Examples:
-        ``F.bilinear(x, z, W)`` is ``y_o = sum_ij x_i W_oij z_j``: rows of ``W`` are outputs, columns pairs of inputs.
+        ``F.bilinear(x, z, W)`` is ``y_o = sum_ij x_i W_oij z_j``: rows of ``W`` are outputs, columns input pairs.
 
         >>> import torch, clipgrad
         >>> import torch.nn.functional as F
@@ -197,7 +195,7 @@ def register_rule(*operations: Callable[..., Any], name: str) -> Callable[[F], F
         ...     )
         ...     return call.finish(y, recipe, saved=(x, z))
 
-        The proof: a use of the operation, compared with the definition in every way.
+        The test compares a use of the operation with the reference definition.
 
         >>> from clipgrad.testing import RuleCase, assert_rule_matches_reference
         >>> case = RuleCase(
@@ -222,8 +220,7 @@ def register_rule(*operations: Callable[..., Any], name: str) -> Callable[[F], F
 def register_decomposition(*operations: Callable[..., Any], name: str) -> Callable[[F], F]:
     """Rewrite an operation in terms of operations that have rules.
 
-    The decorated function has the operation's own signature and returns its result; it runs under ``vmap``,
-    as user code would. It may raise ``Decline``.
+    The decorated function has the operation's own signature. It runs under ``vmap``, and may raise ``Decline``.
     """
 
     def decorate(function: F) -> F:
@@ -234,7 +231,7 @@ def register_decomposition(*operations: Callable[..., Any], name: str) -> Callab
 
 
 def unregister_rule(operation: Callable[..., Any]) -> Rule | Decomposition:
-    """Forget the rule of one operation and return it; results stay the same, only slower.
+    """Remove and return the rule of one operation; results stay the same and become slower.
 
     Raises:
         KeyError: If the operation has no rule.

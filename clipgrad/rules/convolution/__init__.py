@@ -1,4 +1,4 @@
-"""Convolutions of one to three axes, transposed ones included."""
+"""This package has the rules for convolutions of one to three axes, including transposed convolutions."""
 
 from __future__ import annotations
 

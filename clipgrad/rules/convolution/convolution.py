@@ -1,4 +1,4 @@
-"""Convolutions of one to three axes, plain and transposed, any stride, padding, dilation and groups."""
+"""This module registers rules for plain and transposed convolutions of one to three axes with any options."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def _per_axis(value: int | Sequence[int], axes: int) -> tuple[int, ...]:
 def _same_padding(
     x: Tensor, kernel: Sequence[int], dilation: Sequence[int]
 ) -> tuple[Tensor, tuple[int, ...]]:
-    """``padding='same'``: symmetric where possible, the odd element padded at the end, as PyTorch does."""
+    """Apply ``padding='same'`` as PyTorch does: symmetric where possible, an odd element at the end."""
     totals = [step * (size - 1) for step, size in zip(dilation, kernel, strict=True)]
     if any(total % 2 for total in totals):
         x = F.pad(x, [side for total in reversed(totals) for side in (0, total % 2)])
@@ -41,14 +41,14 @@ def _convolve(
     x, w = call.batched(input), call.shared(weight)
     b = None if bias is None else call.shared(bias)
     if x.numel() == 0:
-        raise Decline  # of no images, say: nothing to be fast with
-    inner = x.shape[1 : x.dim() - axes - 1]  # the batch of one, or nothing
+        raise Decline  # the fallback runs empty inputs
+    inner = x.shape[1 : x.dim() - axes - 1]  # a sample's own batch axis, or ()
     x = x.reshape(-1, *x.shape[-axes - 1 :])
     dilation = _per_axis(static["dilation"], axes)
     padding = static["padding"]
     if padding == "same":
         if any(step != 1 for step in _per_axis(static["stride"], axes)):
-            raise Decline  # PyTorch refuses it; let it say so
+            raise Decline  # PyTorch refuses this call with its own message
         x, padding = _same_padding(x, w.shape[2:], dilation)
     elif padding == "valid":
         padding = 0

@@ -1,4 +1,4 @@
-"""The static arguments of a convolution, and what they do to tensors."""
+"""This module holds the static arguments of a convolution, and runs convolutions with them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Geometry:
-    """The static arguments of a convolution, one entry per spatial axis."""
+    """This class holds the static arguments of a convolution, with one entry per spatial axis."""
 
     stride: tuple[int, ...]
     padding: tuple[int, ...]
@@ -20,7 +20,7 @@ class Geometry:
     output_padding: tuple[int, ...] = ()
 
     def convolve(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """The convolution itself, by the public function: autocast on CPU knows no other."""
+        """Run the convolution by the public function, the only function that autocast covers on CPU."""
         axes = len(self.stride)
         if not self.transposed:
             plain = getattr(torch, f"conv{axes}d")
@@ -38,7 +38,7 @@ class Geometry:
     def weight_gradient(
         self, gradient: Tensor, input: Tensor, weight: Tensor, groups: int
     ) -> Tensor:
-        """The gradient of a weight shaped like ``weight``, by the library's own convolution."""
+        """Return the gradient of a weight with the shape of ``weight``, computed by the library's own operation."""
         axes = len(self.stride)
         result: Tensor = torch.ops.aten.convolution_backward(
             gradient, input, weight, None, self.stride, self.padding, self.dilation, self.transposed,

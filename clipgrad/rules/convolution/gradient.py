@@ -1,4 +1,4 @@
-"""Per-sample weight gradients of a convolution: which way is fastest for which shapes."""
+"""This module chooses the fastest way to compute per-sample weight gradients of a convolution."""
 
 from __future__ import annotations
 
@@ -18,36 +18,31 @@ from clipgrad.rules.convolution.methods import (
     by_slices,
 )
 
-# On CPU, patches win over groups while a patch is this small (a first layer), and again when the weights of a group
-# are this large; in between groups are up to 1.7x faster. They are slow without AVX-512. See docs/performance.md.
+# On CPU, patches are faster than groups for patches up to this size (a first layer) and for groups with at least this
+# many weights; in between, groups are up to 1.7x faster. Groups are slow without AVX-512. See docs/performance.md.
 _SMALL_PATCH = 64
 _LARGE_WEIGHT = {"AVX512": 1 << 17, "AVX2": 1 << 14}
-# Patches are written once for each input channel and read once for each output channel. With more of the former by this
-# factor, writing is not paid back.
+# Patches are written per input channel and read per output channel; with more input channels, writing costs too much.
 _MOST_IN_PER_OUT = 1.5
-# On CUDA, slices are a third of 3x3 patches to write and read. Their products have a third of the columns; with fewer
-# than this, or for more taps, that costs more than is gained.
+# On CUDA, slices write and read a third as much as 3x3 patches, but their products have a third of the columns. With
+# fewer columns than this, or more taps, slices are slower.
 _FEWEST_COLUMNS, _MOST_TAPS = 128, 8
-# Filters of one channel and fewer taps than this are left to the library's own depthwise kernels on CUDA.
+# On CUDA the library's own depthwise kernels run filters of one channel with fewer taps than this.
 _LONG_FILTER = 32
 
 
 def per_sample_gradient(
     gradient: Tensor, input: Tensor, shape: torch.Size, geometry: Geometry
 ) -> Tensor:
-    """``[B, *shape]``, the fastest way for these shapes on this device.
+    """Return per-sample weight gradients ``[B, *shape]`` in the fastest way for these shapes on this device.
 
-    Args:
-        gradient: Of the output, ``[B, C_out, *spatial]``.
-        input: ``[B, C_in, *spatial]``, of the same dtype.
-        shape: Of the weight.
-        geometry: Of the convolution.
+    The output gradient is ``[B, C_out, *spatial]``, and the input is ``[B, C_in, *spatial]`` with the same dtype.
     """
     return fastest(input.device, shape, geometry)(gradient, input, shape, geometry)
 
 
 def fastest(device: torch.device, shape: Sequence[int], geometry: Geometry) -> Way:
-    """The way that is fastest; results do not depend on it."""
+    """Return the fastest way; results do not depend on the way."""
     on_cpu, taps = device.type == "cpu", prod(shape[2:])
     if shape[1] == 1 and geometry.groups > 1:
         return by_exchange if on_cpu or taps >= _LONG_FILTER else by_groups
@@ -56,7 +51,7 @@ def fastest(device: torch.device, shape: Sequence[int], geometry: Geometry) -> W
     if _few_rows(shape, geometry):
         return by_rows
     if not on_cpu:
-        # By groups the library would run a kernel for each of them, that is for each sample.
+        # With groups the library would run one kernel per group, that is per sample.
         return by_slices if _sliceable(shape, geometry) else by_patches
     if shape[1] * taps <= _SMALL_PATCH:
         return by_patches
@@ -67,7 +62,7 @@ def fastest(device: torch.device, shape: Sequence[int], geometry: Geometry) -> W
 
 
 def _few_rows(shape: Sequence[int], geometry: Geometry) -> bool:
-    """Whether unfolding the output gradient is possible, and the smaller part of what unfolding the image would be."""
+    """Return whether the output gradient can be unfolded, and its patches are smaller than those of the image."""
     fits = all(
         pad <= (size - 1) * dilation
         for size, dilation, pad in zip(shape[2:], geometry.dilation, geometry.padding, strict=True)

@@ -1,10 +1,10 @@
-"""Five ways to find the per-sample weight gradients of a convolution. Results do not depend on the way.
+"""This module has five ways to compute per-sample weight gradients of a convolution, with equal results.
 
-* **patches**: the image unfolded, and one product per sample;
-* **rows**: the output gradient unfolded instead, where it has few channels;
-* **slices**: the image unfolded along all axes but the first, and one product per sample and tap of the first axis;
-* **groups**: the library's own weight gradient of one convolution in which every sample is a group;
-* **exchange**: for filters of one channel, the output gradient convolved over the image.
+* **patches** unfolds the image and takes one product per sample;
+* **rows** unfolds the output gradient instead, where it has few channels;
+* **slices** unfolds the image along all axes but the first, and takes one product per sample and tap of the first axis;
+* **groups** takes the library's own weight gradient of one convolution in which every sample is a group;
+* **exchange** convolves the output gradient over the image, for filters of one channel.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ from clipgrad.rules.canonical import OneHot, Outer
 from clipgrad.rules.convolution.geometry import Geometry
 from clipgrad.rules.convolution.unfolding import roles, rows_and_patches, samples_at_once, unfold
 
-# On CUDA a product is shared out in blocks of its result. Positions are cut until there are this many, as long as parts
-# of so many positions are left.
+# CUDA computes a product in blocks of its result. Positions are split until there are this many blocks, if each part
+# keeps at least this many positions.
 _BLOCK, _ENOUGH_BLOCKS, _FEWEST_POSITIONS = 32, 512, 128
 
 Way = Callable[[Tensor, Tensor, torch.Size, Geometry], Tensor]
 
 
 def by_patches(gradient: Tensor, input: Tensor, shape: torch.Size, geometry: Geometry) -> Tensor:
-    """Unfold some samples, take their products, and go on with the next ones."""
+    """Unfold the image and take one product per sample, for a limited number of samples at a time."""
     rows, image = roles(gradient, input, geometry)
     samples = len(image)
     size = samples_at_once(image, prod(shape[2:]) * prod(rows.shape[2:]))
     if samples <= size:
         outer = rows_and_patches(gradient, input, shape, geometry)
-        unfolded = prod(shape[2:]) > 1  # else the factors are views, and cutting would copy them
+        unfolded = prod(shape[2:]) > 1  # otherwise factors are views, and parts would be copies
         return _in_parts(outer, _parts(outer, input.device) if unfolded else 1)
     outers = (
         rows_and_patches(
@@ -48,7 +48,7 @@ def by_patches(gradient: Tensor, input: Tensor, shape: torch.Size, geometry: Geo
 
 
 def _side_by_side(outers: Iterable[Outer], samples: int) -> Tensor:
-    """Products written where they belong, which saves a pass over them and their memory once more."""
+    """Write products directly into the result, which saves a pass over memory and a second copy of the products."""
     found, stop = torch.empty(0), 0
     for outer in outers:
         assert not isinstance(outer.left, OneHot)
@@ -65,7 +65,7 @@ def _joined(outers: Iterable[Outer]) -> Tensor:
 
 
 def _in_parts(outer: Outer, parts: int) -> Tensor:
-    """The product of each sample as the sum of products over parts of its positions."""
+    """Compute the product of each sample as a sum of products over parts of its positions."""
     if parts == 1:
         return outer.per_sample(convolution_product)
     assert not isinstance(outer.left, OneHot)
@@ -79,7 +79,7 @@ def _in_parts(outer: Outer, parts: int) -> Tensor:
 
 
 def _parts(outer: Outer, device: torch.device) -> int:
-    """Into how many parts positions are cut, so that products of few rows and columns keep a GPU busy."""
+    """Return the number of parts of positions, so that products with few rows and columns use the whole GPU."""
     if device.type != "cuda":
         return 1
     assert not isinstance(outer.left, OneHot)
@@ -96,10 +96,10 @@ def _parts(outer: Outer, device: torch.device) -> int:
 
 
 def by_rows(gradient: Tensor, input: Tensor, shape: torch.Size, geometry: Geometry) -> Tensor:
-    """Unfold the output gradient at every pixel of the image: what each tap's output was there.
+    """Unfold the output gradient at every pixel of the image, and take one product per sample.
 
-    Pixel ``q`` met tap ``k`` at output ``q + padding - dilation * k``. So the unfolded gradient is padded by what is
-    left of a filter's reach, and holds the taps in reverse.
+    Tap ``k`` multiplied pixel ``q`` for output ``q + padding - dilation * k``. So the gradient is padded by
+    ``(size - 1) * dilation - padding``, and its patches hold the taps in reverse order.
     """
     taps = shape[2:]
     padding = tuple(
@@ -120,14 +120,14 @@ def by_rows(gradient: Tensor, input: Tensor, shape: torch.Size, geometry: Geomet
 
 
 def by_slices(gradient: Tensor, input: Tensor, shape: torch.Size, geometry: Geometry) -> Tensor:
-    """Positions of a tap of the first axis follow each other in memory, so that each tap is a product of its own.
+    """Take one product per tap of the first axis, whose positions are consecutive in memory.
 
-    The result lies in memory with the taps of the first axis outside.
+    In memory, the taps of the first axis come directly after the sample axis of the result.
     """
     rows, image = roles(gradient, input, geometry)
     first, *others = shape[2:]
     positions, *across = rows.shape[2:]
-    # Patches that are one tap high, at all heights that any tap of the first axis meets.
+    # Patches are one tap high, and cover all heights that any tap of the first axis uses.
     height = positions + (first - 1) * geometry.dilation[0]
     apart = geometry.dilation[0] * prod(across)
     size = samples_at_once(image, prod(others) * height * prod(across))
@@ -141,16 +141,14 @@ def by_slices(gradient: Tensor, input: Tensor, shape: torch.Size, geometry: Geom
 
 
 def _together(products: list[Tensor]) -> Tensor:
-    """Of all samples; a single part is not copied."""
     return products[0] if len(products) == 1 else torch.cat(products)
 
 
 def by_groups(gradient: Tensor, input: Tensor, shape: torch.Size, geometry: Geometry) -> Tensor:
-    """Samples as groups of one big convolution, in memory that is not even cleared.
+    """Run the weight gradient of one convolution whose groups are the samples.
 
-    On a CPU an operation of its own where a graph is traced: left open, a compiler lays the folded images out channels
-    last, as is right for ordinary convolutions; for groups by the hundred that is two to three times as slow, copies
-    included.
+    In a traced graph on CPU this is a custom operation. Otherwise a compiler would make the folded images channels
+    last, which suits ordinary convolutions; with hundreds of groups this is two to three times slower, copies included.
     """
     found: Tensor = (_operation if in_graph_for_cpu(gradient) else _grouped)(
         gradient, after(gradient, input), shape, geometry.stride, geometry.padding, geometry.dilation, geometry.groups,
@@ -194,9 +192,9 @@ def _(gradient: Tensor, input: Tensor, shape: Sequence[int], *_: object) -> Tens
 
 
 def by_exchange(gradient: Tensor, input: Tensor, shape: torch.Size, geometry: Geometry) -> Tensor:
-    """Filters with one channel each: the output gradient convolved over the image, stride and dilation exchanged.
+    """Convolve the output gradient over the image for filters of one channel, with stride and dilation exchanged.
 
-    Every channel of every sample becomes a group of one forward convolution.
+    Every channel of every sample is a group of one forward convolution.
     """
     rows, image = roles(gradient, input, geometry)
     samples = image.shape[0]
@@ -211,5 +209,5 @@ def by_exchange(gradient: Tensor, input: Tensor, shape: torch.Size, geometry: Ge
         image.reshape(1, -1, *image.shape[2:]), rows.reshape(-1, 1, *rows.shape[2:]), None
     )
     for axis, size in enumerate(shape[2:], start=2):
-        found = found.narrow(axis, 0, size)  # a stride may leave pixels that no output saw
+        found = found.narrow(axis, 0, size)  # with a stride, no output may use the last pixels
     return found.reshape(samples, *shape)

@@ -1,4 +1,4 @@
-"""The unfolded image of a convolution: a patch for every place that its filter saw."""
+"""This module unfolds the image of a convolution into one patch per position of the filter."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from clipgrad.kernels.delayed import after
 from clipgrad.rules.canonical import Outer
 from clipgrad.rules.convolution.geometry import Geometry
 
-# Patches of more elements than this are not built at once: 512 MiB of float32, or 8 where that is as fast.
+# Largest number of elements of patches built at once: 512 MiB of float32, or 8 MiB on CPU, which is as fast there.
 _AT_ONCE = {"cuda": 1 << 27, "cpu": 1 << 21}
-# Fewer samples than this at a time leave cores without work.
+# Fewer samples at a time do not use all CPU cores.
 _FEWEST_AT_ONCE = 4
 
 
 def rows_and_patches(
     gradient: Tensor, input: Tensor, shape: torch.Size, geometry: Geometry
 ) -> Outer:
-    """Rows meet patches: ``left`` is one row vector per position, ``right`` the patch it saw."""
+    """Return the factors: ``left`` is one row vector per position, and ``right`` is the patch at that position."""
     groups, axes = geometry.groups, len(geometry.stride)
     rows, image = roles(gradient, input, geometry)
-    if prod(shape[2:]) > 1:  # else patches are a view of the image
+    if prod(shape[2:]) > 1:  # otherwise patches are a view of the image
         image = after(gradient, image)
     samples, channels = rows.shape[:2]
     left = rows.reshape(samples * groups, channels // groups, -1).transpose(1, 2)
@@ -35,14 +35,14 @@ def rows_and_patches(
 
 
 def roles(gradient: Tensor, input: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor]:
-    """Rows and image. In a transposed convolution input and output change places."""
+    """Return rows and image; a transposed convolution exchanges input and output gradient."""
     return (input, gradient) if geometry.transposed else (gradient, input)
 
 
 def unfold(
     image: Tensor, kernel: Sequence[int], positions: Sequence[int], geometry: Geometry
 ) -> Tensor:
-    """A strided view ``[B, C, *kernel, *positions]`` of the padded image; nothing is copied but the padding."""
+    """Return a strided view ``[B, C, *kernel, *positions]`` of the image; only padding copies the image."""
     if any(geometry.padding):
         image = F.pad(image, [side for pad in reversed(geometry.padding) for side in (pad, pad)])
     reach = [
@@ -52,7 +52,7 @@ def unfold(
         )
     ]
     missing = [max(0, need - have) for need, have in zip(reach, image.shape[2:], strict=True)]
-    if any(missing):  # output_padding reaches past the image
+    if any(missing):  # output_padding extends past the image
         image = F.pad(image, [side for gap in reversed(missing) for side in (0, gap)])
     batch_stride, channel_stride, *spatial = image.stride()
     return image.as_strided(
@@ -68,7 +68,7 @@ def unfold(
 
 
 def samples_at_once(image: Tensor, copies: int) -> int:
-    """Of how many samples, spread evenly, patches are built: ``copies`` for each channel of the image."""
+    """Return for how many samples patches are built at once, with ``copies`` elements per channel of the image."""
     on_cpu, samples = image.device.type == "cpu", len(image)
     elements = max(1, image.shape[1] * copies)
     most = max(_AT_ONCE["cpu" if on_cpu else "cuda"] // elements, 1)

@@ -1,4 +1,4 @@
-"""One use of a convolution's weight: its gradient for every sample, its factors, its weighted sum."""
+"""This module represents one use of a convolution's weight: per-sample gradient, factors and weighted sum."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from clipgrad.rules.convolution.unfolding import rows_and_patches
 
 @dataclass(frozen=True)
 class ConvolutionUse:
-    """One use of a convolution's weight.
+    """This class holds one use of a convolution's weight.
 
     Attributes:
-        input: ``[B, C_in, *spatial]``.
-        gradient: Output gradient ``[B, C_out, *spatial]``.
-        weight: The shared weight; read for its shape and dtype.
-        geometry: Static arguments.
+        input: Input, ``[B, C_in, *spatial]``.
+        gradient: Output gradient, ``[B, C_out, *spatial]``.
+        weight: The shared weight; only its shape and dtype are read.
+        geometry: Static arguments of the convolution.
     """
 
     input: Tensor
@@ -38,7 +38,7 @@ class ConvolutionUse:
         )
 
     def weighted_sum(self, factors: Tensor) -> Tensor:
-        """The library's own weight gradient, with the factors on the smaller operand."""
+        """Return the library's own weight gradient; the factors scale the smaller operand."""
         gradient, input = widen(self.gradient), widen(self.input)
         if self._scales_input():
             input = scale_rows(input, factors)
@@ -49,7 +49,7 @@ class ConvolutionUse:
         )
 
     def select(self, keep: Tensor) -> ConvolutionUse:
-        # One is scaled next, which is one pass with its selection; the library reads the other.
+        # The next step scales one operand, which a compiler fuses with its selection; the library reads the other one.
         if self._scales_input():
             input, gradient = select_rows(self.input, keep), select_last(self.gradient, keep)
         else:

@@ -1,4 +1,4 @@
-"""RNN, LSTM and GRU layers and cells."""
+"""This package has the rules for RNN, LSTM and GRU layers and cells."""
 
 from __future__ import annotations
 

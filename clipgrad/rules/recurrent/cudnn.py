@@ -1,9 +1,8 @@
-"""A recurrent sequence through cuDNN, whose fused loop is an order of magnitude faster than one of small kernels.
+"""This module runs a recurrent sequence by cuDNN, whose fused loop is ten times faster than a loop of small kernels.
 
-cuDNN's backward pass returns the gradient of its input, not that of the gates. With the identity for an input weight
-the two are the same: the layer is fed the projected input, and what comes back is what the recipes want. The price is
-a product with the identity, ``N G^2`` a step, in the precision that ``torch.backends.cudnn.allow_tf32`` asks for, as
-all products of ``nn.LSTM`` on CUDA.
+cuDNN's backward pass returns the gradient of its input, not the gradient of the gates. Both are equal with the identity
+as input weight and the projected input as input. The cost is a product with the identity, ``N G^2`` a step, whose
+precision ``torch.backends.cudnn.allow_tf32`` sets, as for all products of ``nn.LSTM`` on CUDA.
 """
 
 from __future__ import annotations
@@ -13,15 +12,15 @@ from torch import Tensor
 
 from clipgrad.rules.recurrent.recurrence import GRU, LSTM, RNN, Cell, Trace, Weights
 
-# Up to this ``N G^2`` the product with the identity costs less than the launches that it saves. Measured on an H200:
-# at 2^30 (H = 512, N = 256) 1.7 times as fast as the loop, with H = 1024, N = 32 more than twice.
+# Up to this ``N G^2`` the product with the identity costs less than the kernel launches that it saves. On an H200 cuDNN
+# is 1.7 times as fast as the loop at 2^30 (H = 512, N = 256), and more than twice as fast at H = 1024, N = 32.
 _PRODUCT = 1 << 31
-# Shorter sequences have few launches to save.
+# Shorter sequences save too few kernel launches.
 _STEPS = 8
 
 
 def suits(cell: Cell, z: Tensor, weights: Weights) -> bool:
-    """Whether cuDNN can run this sequence, and faster than the loop would."""
+    """Return whether cuDNN can run this sequence, and is faster than the loop."""
     if not z.is_cuda or weights.projection is not None or len(z) < _STEPS:
         return False
     if z.shape[1] * z.shape[2] ** 2 > _PRODUCT:
@@ -32,7 +31,7 @@ def suits(cell: Cell, z: Tensor, weights: Weights) -> bool:
 def run(
     cell: Cell, z: Tensor, h: Tensor, c: Tensor | None, weights: Weights, traces: list[Trace]
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Run a cell over the projected input ``z``; the trace is there at once.
+    """Run a cell over the projected input ``z``, and append its trace to ``traces`` in the forward pass.
 
     Returns:
         The state after each step ``[T, N, H]``, the last state and the last cell state.
@@ -56,7 +55,7 @@ def run(
 
 
 def _flat(z: Tensor, weights: Weights) -> list[Tensor]:
-    """Weights as cuDNN takes them: copies, because flattening moves them into one block."""
+    """Return copies of the weights in cuDNN's order; copies, because flattening moves them into one block."""
     gates = z.shape[-1]
     identity = torch.eye(gates, dtype=z.dtype, device=z.device)
     nothing = z.new_zeros(gates)
@@ -65,7 +64,7 @@ def _flat(z: Tensor, weights: Weights) -> list[Tensor]:
 
 
 def _reset(z: Tensor, previous: Tensor, weights: Weights) -> Tensor:
-    """A GRU's reset gate at all steps, ``[T, N, H]``."""
+    """Return a GRU's reset gate at all steps, ``[T, N, H]``."""
     hidden = previous.shape[-1]
     share = previous @ weights.recurrent[:hidden].t()
     if weights.hidden_bias is not None:
@@ -74,7 +73,6 @@ def _reset(z: Tensor, previous: Tensor, weights: Weights) -> Tensor:
 
 
 def _mode(cell: Cell) -> int:
-    """The number that cuDNN gives to a cell."""
     if isinstance(cell, LSTM):
         return 2
     if isinstance(cell, RNN):

@@ -1,7 +1,7 @@
-"""The recurrent operations step by step, as their documentation defines them.
+"""This module runs the recurrent operations step by step, as PyTorch's documentation defines them.
 
-``vmap`` has no rule for them, so what runs without one of clipgrad's rules (weights that differ from sample to
-sample, a gradient taken inside the loss) runs this.
+``vmap`` has no rule for these operations. The fallback runs this code for calls that clipgrad's rules decline (weights
+that differ from sample to sample, a gradient taken inside the loss).
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from clipgrad.errors import NotPerSampleError
 from clipgrad.rules.names import names_of
 
 States = tuple[Tensor, ...]
-# From the input's and the state's share of the gates and the old states to the new ones.
+# A step maps the input's share of the gates, the state's share and the old states to the new states.
 Step = Callable[[Tensor, Tensor, States], States]
 
 
 def refuse_packed(operation: str) -> None:
-    """Refuse sequences of different lengths in one block."""
+    """Refuse packed sequences, which have different lengths."""
     raise NotPerSampleError(
         f"a packed sequence ({operation}) gives every sample a length of its own, so shapes depend on the data, which "
         "is data-dependent control flow. Pad instead: run the layer on the padded tensor, and leave padded steps out "
@@ -33,7 +33,7 @@ def refuse_packed(operation: str) -> None:
 
 
 def named(weights: Sequence[Tensor], has_biases: bool) -> dict[str, Tensor]:
-    """The entries of one layer and direction in a flat weight list."""
+    """Name the entries of one layer and direction in a flat weight list."""
     names = ["w_ih", "w_hh", *(["b_ih", "b_hh"] if has_biases else []), "w_hr"]
     return dict(zip(names, weights, strict=False))
 
@@ -70,7 +70,7 @@ _STEPS: dict[str, Step] = {
 def _layer(
     step: Step, x: Tensor, states: States, weights: Mapping[str, Tensor], reverse: bool
 ) -> tuple[Tensor, States]:
-    """One layer in one direction: outputs ``[T, N, P]`` and last states."""
+    """Run one layer in one direction and return outputs ``[T, N, P]`` and last states."""
     outputs = []
     shares = F.linear(x, weights["w_ih"], weights.get("b_ih")).unbind(0)
     for share in reversed(shares) if reverse else shares:
@@ -89,7 +89,7 @@ def _sequence(name: str) -> Callable[..., States]:
         input: Tensor, hx: Any, params: Any, has_biases: Any, num_layers: int, dropout: float,
         train: bool, bidirectional: bool, batch_first: bool = False,
     ) -> States:  # fmt: skip
-        if isinstance(has_biases, list | tuple):  # it's (data, batch_sizes, hx, params, ...)
+        if isinstance(has_biases, list | tuple):  # arguments: data, batch_sizes, hx, params, ...
             refuse_packed(name)
         x = input.transpose(0, 1) if batch_first else input
         starts = [hx] if isinstance(hx, Tensor) else hx
@@ -135,10 +135,10 @@ def _pack(*args: Any, **kwargs: Any) -> None:
 
 
 def _flatten(*args: Any, **kwargs: Any) -> None:
-    """Moves the weights of a CUDA layer into one block for cuDNN, which doesn't run here."""
+    """Do nothing: PyTorch would move the weights of a CUDA layer into one block for cuDNN, which is not used here."""
 
 
-# On CUDA, nn.LSTM and its like ask for the addresses of new weights, and then flatten them.
+# On CUDA, nn.LSTM and similar layers read the addresses of new weights, and then flatten the weights.
 DEFINITIONS: Mapping[Callable[..., Any], Callable[..., Any]] = MappingProxyType(
     {
         **dict.fromkeys(names_of("_pack_padded_sequence"), _pack),

@@ -1,8 +1,7 @@
-"""One recurrent layer in one direction, and the recipes of its weights.
+"""This module runs one recurrent layer in one direction, and makes the recipes of its weights.
 
-The projected input carries the recipes of all weights. Its gradient is the gates' gradient at every step; whatever
-else a weight needs (the states that met it, a GRU's second gradient, an LSTM's projection) is left in the trace by
-the same backward pass, just before.
+The recipes of all weights are recorded on the projected input, whose gradient is the gates' gradient at every step. A
+trace, filled before, holds the other tensors that recipes need (states, a GRU's second gradient, an LSTM's projection).
 """
 
 from __future__ import annotations
@@ -23,25 +22,24 @@ from clipgrad.rules.registry import Call, Extent, Recipe
 
 @dataclass(frozen=True)
 class State:
-    """A state ``[N, P]`` and, of an LSTM, a cell state ``[N, H]``; or several of them stacked."""
+    """This class holds a state ``[N, P]`` and, for an LSTM, a cell state ``[N, H]``, or several states stacked."""
 
     h: Tensor
     c: Tensor | None = None
 
     @property
     def parts(self) -> tuple[Tensor, ...]:
-        """The tensors it is made of."""
         return (self.h,) if self.c is None else (self.h, self.c)
 
 
 @dataclass
 class Factors:
-    """The factors of the weights' gradients in one layer and direction, ``[B, positions, features]``.
+    """This class makes the factors ``[B, positions, features]`` of the weights' gradients in one layer and direction.
 
     Attributes:
-        samples: Samples in the microbatch.
-        steps: Steps of the sequence.
-        traces: Holds one trace once the backward pass has been here.
+        samples: Number of samples in the microbatch.
+        steps: Number of steps of the sequence.
+        traces: List that holds one trace before recipes run.
     """
 
     samples: int
@@ -50,19 +48,18 @@ class Factors:
     _input_side: Tensor | None = None
 
     def positions(self, tensor: Tensor) -> Tensor:
-        """From ``[T, N, features]`` to ``[B, positions, features]``."""
+        """Reshape ``[T, N, features]`` to ``[B, positions, features]``."""
         by_sample = tensor.unflatten(-2, (self.samples, tensor.shape[-2] // self.samples))
         positions: Tensor = by_sample.permute(1, 2, 0, 3).flatten(1, 2)
         return positions
 
     def input_side(self, gradient: Tensor) -> Tensor:
-        """The gradient of the input's share of the gates; several weights share it."""
+        """Return the gradient of the input's share of the gates; cached, because several weights need it."""
         if self._input_side is None:
             self._input_side = self.positions(gradient.view(self.steps, -1, gradient.shape[-1]))
         return self._input_side
 
     def hidden_side(self, gradient: Tensor) -> Tensor:
-        """The gradient of the state's share of the gates."""
         trace, left = self.traces[0], self.input_side(gradient)
         if trace.hidden is not None:
             return self.positions(trace.hidden)
@@ -72,11 +69,9 @@ class Factors:
         return left
 
     def recurrent(self, gradient: Tensor, shape: torch.Size) -> Outer:
-        """The use of the recurrent weight."""
         return Outer(self.hidden_side(gradient), self.positions(self.traces[0].previous), shape)
 
     def projection(self, gradient: Tensor, shape: torch.Size) -> Outer:
-        """The use of an LSTM's projection."""
         projected, unprojected = self.traces[0].projected, self.traces[0].unprojected
         assert projected is not None
         assert unprojected is not None
@@ -86,23 +81,23 @@ class Factors:
 def run_layer(
     call: Call, cell: Cell, x: Tensor, state: State, weights: Mapping[str, Tensor], reverse: bool
 ) -> tuple[Tensor, State]:
-    """One layer in one direction.
+    """Run one layer in one direction.
 
     Args:
         call: The intercepted call.
-        cell: The mathematics of a step.
+        cell: The kind of recurrent cell.
         x: Input, ``[T, N, I]``.
         state: Initial state, ``[N, P]``.
-        weights: ``w_ih`` ``[G, I]``, ``w_hh`` ``[G, P]``, and where present ``b_ih``, ``b_hh`` ``[G]`` and the
-            projection ``w_hr`` ``[P, H]``, as user code passed them. They have no lanes.
+        weights: ``w_ih`` ``[G, I]``, ``w_hh`` ``[G, P]``, and if present ``b_ih``, ``b_hh`` ``[G]`` and the projection
+            ``w_hr`` ``[P, H]``, as user code passed them. All samples share them.
         reverse: Whether time runs backwards.
 
     Returns:
-        The state after each step, ``[T, N, P]``, and the last one.
+        The state after each step, ``[T, N, P]``, and the last state.
     """
     constants = {name: _constant(call, name, w).to(x.dtype) for name, w in weights.items()}
     bias, hidden_bias = constants.get("b_ih"), constants.get("b_hh")
-    if not isinstance(cell, GRU):  # whose reset gate comes between the two
+    if not isinstance(cell, GRU):  # a GRU applies its reset gate between the two biases
         bias, hidden_bias = _sum(bias, hidden_bias), None
     rows, into_gates = x.flatten(0, 1), constants["w_ih"].t()
     z = torch.mm(rows, into_gates) if bias is None else torch.addmm(bias, rows, into_gates)

@@ -1,12 +1,10 @@
-"""Recurrent cells over time, with a backward pass that hands out what the weights' gradients need.
+"""This module runs recurrent cells over time, with a backward pass that returns the factors of the weights' gradients.
 
-A step is ``z_t = x_t + h_{t-1} W^T``, then gates. The caller projects the input for all steps at once, which leaves
-one small GEMM and a few elementwise operations to each step of the loop. On the way back, every factor that does not
-depend on the recursion (a gate's derivative times its partner) is computed for all steps at once, and the loop only
-multiplies the arriving gradient into it. The result, the gradient of ``z`` at all steps, is the left factor of the
-weights' gradients; the states before each step are the right one.
-
-Layout: time first, ``[T, N, features]`` with ``N`` rows a step, so that a step is one contiguous block.
+A step is ``z_t = x_t + h_{t-1} W^T``, followed by the gates. The caller projects the input for all steps at once, so
+each step needs one small GEMM and a few elementwise operations. The backward pass computes all factors that do not
+depend on the recursion (a gate's derivative times its multiplier) for all steps at once; the loop only multiplies them
+by the incoming gradient. The gradient of ``z`` is the left factor of the weights' gradients, and the states before each
+step are the right factor. Tensors are ``[T, N, features]`` with ``N`` rows a step, so that a step is one memory block.
 """
 
 from __future__ import annotations
@@ -22,7 +20,7 @@ from torch.autograd.function import once_differentiable
 _sigmoid_backward = torch.ops.aten.sigmoid_backward
 _tanh_backward = torch.ops.aten.tanh_backward
 
-# From this many steps a transposed weight is copied once; it makes each step's GEMM about 1.3 times as fast.
+# From this many steps on, one copy of the transposed weight makes each step's GEMM about 1.3 times as fast.
 _MANY = 8
 
 Forward = tuple[Tensor, Tensor | None, tuple[Tensor, ...]]
@@ -31,12 +29,12 @@ Backward = tuple["Trace", Tensor, Tensor, Tensor | None]
 
 @dataclass(frozen=True)
 class Weights:
-    """The weights of one sequence, shared by all samples; constants here.
+    """This class holds the weights of one sequence, as constants that all samples share.
 
     Attributes:
-        recurrent: ``[G, P]``, from the state to the gates.
-        hidden_bias: ``[G]``, added on the state's side of the gates; only a GRU keeps it apart.
-        projection: ``[P, H]``, from an LSTM's cell output to its state.
+        recurrent: Weight from the state to the gates, ``[G, P]``.
+        hidden_bias: Bias of the state's share of the gates, ``[G]``; only a GRU has it apart from the input's bias.
+        projection: Weight from an LSTM's cell output to its state, ``[P, H]``.
         reverse: Whether time runs backwards.
     """
 
@@ -46,29 +44,29 @@ class Weights:
     reverse: bool = False
 
     def order(self, steps: int) -> Sequence[int]:
-        """The steps in the order in which they run."""
         return range(steps - 1, -1, -1) if self.reverse else range(steps)
 
     def into_gates(self, steps: int) -> Tensor:
-        """The recurrent weight as the right operand of a step; many steps repay the copy that a GEMM likes."""
+        """Return the recurrent weight as right operand of a step, copied to be contiguous if there are many steps."""
         transposed = self.recurrent.t()
         return transposed if steps < _MANY else transposed.contiguous()
 
     def before(self, states: Tensor, first: Tensor) -> Tensor:
-        """The state before each step, from the states after each step and the initial one."""
+        """Return the state before each step, from the states after each step and the initial state."""
         parts = (states[1:], first[None]) if self.reverse else (first[None], states[:-1])
         return torch.cat(parts)
 
 
 @dataclass
 class Trace:
-    """What the backward pass leaves for the weights; filled before the hook of the projected input runs.
+    """This class holds tensors for the weights' recipes, filled before the hook of the projected input runs.
 
     Attributes:
         previous: The state before each step, ``[T, N, P]``.
-        hidden: Gradient of the state's share of the gates, ``[T, N, G]``; None if it is that of the input's.
-        unprojected: What an LSTM's projection was applied to, ``[T, N, H]``.
-        projected: Gradient of the projection's result, ``[T, N, P]``.
+        hidden: Gradient of the state's share of the gates, ``[T, N, G]``; None if the input's share gives it.
+        reset: A GRU's reset gate at all steps, ``[T, N, H]``, if cuDNN ran the sequence.
+        unprojected: Input of an LSTM's projection, ``[T, N, H]``.
+        projected: Gradient of the projection's output, ``[T, N, P]``.
     """
 
     previous: Tensor
@@ -80,7 +78,7 @@ class Trace:
 
 @dataclass(frozen=True)
 class Arriving:
-    """The gradients that reach a sequence from outside.
+    """This class holds the gradients of the outputs of a sequence.
 
     Attributes:
         states: Gradient of each step's state, ``T`` tensors ``[N, P]``.
@@ -93,35 +91,35 @@ class Arriving:
     cell: Tensor | None
 
     def walk(self, order: Sequence[int]) -> list[tuple[int, Tensor]]:
-        """The steps, last one first, each with the outside gradient of the state before it."""
+        """Return the steps, last step first, each with the incoming gradient of the state before the step."""
         nothing = self.last.new_zeros(()).expand_as(self.last)
         outside = [self.states[t] for t in order[:-1]]
         return list(zip(order, [nothing, *outside], strict=True))[::-1]
 
     def start(self, order: Sequence[int]) -> Tensor:
-        """The gradient of the last step's state."""
+        """Return the gradient of the last step's state."""
         return self.last + self.states[order[-1]]
 
 
 class Cell(Protocol):
-    """One kind of recurrent cell."""
+    """This protocol represents one kind of recurrent cell."""
 
     def forward(self, z: Tensor, h: Tensor, c: Tensor | None, weights: Weights) -> Forward:
         """Run all steps from the input's share ``z`` of the gates, ``[T, N, G]``, which is overwritten.
 
-        Returns the state after each step ``[T, N, P]``, an LSTM's last cell state, and tensors for ``backward``.
+        Return the state after each step ``[T, N, P]``, an LSTM's last cell state, and tensors for ``backward``.
         """
         ...
 
     def backward(
         self, arriving: Arriving, previous: Tensor, saved: Sequence[Tensor], weights: Weights
     ) -> Backward:
-        """Walk back through time: the trace and the gradients of ``z``, ``h`` and ``c``."""
+        """Run backwards through time and return the trace and the gradients of ``z``, ``h`` and ``c``."""
         ...
 
 
 class LSTM:
-    """``i, f, o = sigmoid; g = tanh; c = f c + i g; h = o tanh(c)``, perhaps projected."""
+    """This cell computes ``i, f, o = sigmoid; g = tanh; c = f c + i g; h = o tanh(c)``, and may project ``h``."""
 
     def forward(self, z: Tensor, h: Tensor, c: Tensor | None, weights: Weights) -> Forward:
         assert c is not None
@@ -179,7 +177,7 @@ class LSTM:
 
 
 class GRU:
-    """``r, z = sigmoid; n = tanh(x_n + r (h W_n^T + b_n)); h = n + z (h - n)``."""
+    """This cell computes ``r, z = sigmoid; n = tanh(x_n + r (h W_n^T + b_n)); h = n + z (h - n)``."""
 
     def forward(self, z: Tensor, h: Tensor, c: Tensor | None, weights: Weights) -> Forward:
         first, width, into_gates = h, h.shape[-1], weights.into_gates(len(z))
@@ -205,7 +203,7 @@ class GRU:
         z, _, shares = saved
         reset, update, new = z.chunk(3, dim=-1)
         through_new = _tanh_backward(1 - update, new)
-        hidden = torch.empty_like(z)  # the gradient of h W^T + b
+        hidden = torch.empty_like(z)  # gradient of h W^T + b
         d_reset, d_update, d_share = hidden.chunk(3, dim=-1)
         _sigmoid_backward(through_new * shares.chunk(3, dim=-1)[2], reset, grad_input=d_reset)
         _sigmoid_backward(previous - new, update, grad_input=d_update)
@@ -224,7 +222,7 @@ class GRU:
 
 @dataclass(frozen=True)
 class RNN:
-    """``h = tanh(z)`` or ``h = relu(z)``."""
+    """This cell computes ``h = tanh(z)`` or ``h = relu(z)``."""
 
     relu: bool
 
@@ -249,7 +247,7 @@ class RNN:
 
 
 class _Sequence(torch.autograd.Function):
-    """A cell over all steps. Differentiates its input and initial states; weights are the recipes' business."""
+    """This function runs a cell over all steps and differentiates its input and initial states, not its weights."""
 
     @staticmethod
     def forward(
@@ -261,7 +259,7 @@ class _Sequence(torch.autograd.Function):
         weights: Weights,
         traces: list[Trace],
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        # Nobody else holds the projected input, and its own backward does not read it: the gates take its place.
+        # The gates overwrite the projected input, which no other code holds and its own backward does not read.
         states, last_cell, saved = cell.forward(z.detach(), h, c, weights)
         ctx.save_for_backward(states, h, *saved)
         ctx.set_materialize_grads(False)
@@ -291,9 +289,8 @@ def run(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Run a cell over the projected input ``z``, which it overwrites.
 
-    Returns:
-        The state after each step ``[T, N, P]``, the last state and the last cell state. The backward pass appends
-        its trace to ``traces``, before the gradient of ``z`` goes anywhere.
+    Return the state after each step ``[T, N, P]``, the last state and the last cell state. The backward pass appends
+    its trace to ``traces`` before it returns the gradient of ``z``.
     """
     states, last, last_cell = _Sequence.apply(z, h, c, cell, weights, traces)
     return states, last, last_cell

@@ -1,7 +1,7 @@
-"""Recurrent layers and cells: ``lstm``, ``gru``, ``rnn_tanh``, ``rnn_relu`` and their ``_cell`` forms.
+"""This module has rules for ``lstm``, ``gru``, ``rnn_tanh``, ``rnn_relu`` and their ``_cell`` forms.
 
-``vmap`` itself has no rule for these operations. What these rules decline (weights that differ from sample to sample,
-dropout that must not) runs by definition, see ``_recurrent_definition``.
+``vmap`` has no rule for these operations. Calls that the rules decline (weights that differ from sample to sample,
+dropout without different random numbers per sample) run by ``definition``.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from clipgrad.rules.registry import Call, Decline, register_rule
 
 @dataclass(frozen=True)
 class Options:
-    """The arguments of a sequence operation that are no tensors; ``dropout`` is zero outside training."""
+    """This class holds the non-tensor arguments of a sequence operation; ``dropout`` is zero outside training."""
 
     has_biases: bool
     num_layers: int
@@ -33,14 +33,12 @@ class Options:
 
     @property
     def directions(self) -> int:
-        """One, or two: forwards and backwards in time."""
         return 2 if self.bidirectional else 1
 
 
 def _sequence(
     call: Call, cell: Cell, input: Tensor, hx: Any, params: Sequence[Tensor], options: Options
 ) -> tuple[Tensor, ...]:
-    """All layers and directions of a sequence operation."""
     if options.dropout > 0 and call.randomness != "different":
         raise Decline
     params = [_adopt(call, weight) for weight in params]
@@ -72,9 +70,9 @@ def _sequence(
 def _finish(
     call: Call, x: Tensor, ends: Sequence[tuple[Tensor, ...]], inner: int, batch_first: bool
 ) -> tuple[Tensor, ...]:
-    """Back to the user's layout: outputs ``[B, inner, T, features]`` or time first, states ``[B, layers, ...]``."""
+    """Return to the user's layout: outputs ``[B, inner, T, features]`` or time first, states ``[B, layers, ...]``."""
     rows = (call.batch_size, inner)
-    # A copy of their own: user code may write to the outputs, which the layers below still read.
+    # The outputs are copied because user code may write to them, and backward passes of layers still read them.
     outputs = x.unflatten(1, rows).permute((1, 2, 0, 3) if batch_first else (1, 0, 2, 3))
     outputs = outputs.clone(memory_format=torch.contiguous_format)
     states = (torch.stack(parts, dim=1) for parts in zip(*ends, strict=True))
@@ -88,7 +86,7 @@ def _state(call: Call, hx: Tensor | Sequence[Tensor]) -> State:
 
 @contextmanager
 def _lowered(x: Tensor) -> Iterator[torch.dtype]:
-    """Under autocast the dtype that it asks for; elsewhere the input's own. The body runs without autocast."""
+    """Yield autocast's dtype, or the input's dtype without autocast; the body runs without autocast."""
     device = x.device.type
     lowers = torch.is_autocast_enabled(device) and x.dtype != torch.float64
     dtype = torch.get_autocast_dtype(device) if lowers else x.dtype
@@ -99,7 +97,7 @@ def _lowered(x: Tensor) -> Iterator[torch.dtype]:
 def _step(
     call: Call, cell: Cell, input: Tensor, hx: Any, weights: dict[str, Tensor]
 ) -> tuple[Tensor, ...]:
-    """A sequence of one step. It computes in the state's dtype, with or without autocast."""
+    """Run a sequence of one step in the state's dtype, with or without autocast."""
     weights = {name: _adopt(call, weight) for name, weight in weights.items()}
     _decline_broadcasts(weights)
     x, state = call.batched(input), _state(call, hx)
@@ -112,7 +110,7 @@ def _step(
 
 
 def _adopt(call: Call, weight: Tensor) -> Tensor:
-    """A weight that all samples share; of one that differs from sample to sample the definition takes care."""
+    """Return a weight that all samples share, and decline a weight that differs from sample to sample."""
     weight = call.adopt(weight)
     if call.has_lanes(weight):
         raise Decline
@@ -120,7 +118,7 @@ def _adopt(call: Call, weight: Tensor) -> Tensor:
 
 
 def _decline_broadcasts(weights: dict[str, Tensor]) -> None:
-    """A bias that is broadcast over the gates, which PyTorch's cells allow, has another gradient."""
+    """Decline a bias that is broadcast over the gates, which PyTorch's cells allow, because its gradient differs."""
     gates = weights["w_ih"].shape[:1]
     biases = (weights[name] for name in ("b_ih", "b_hh") if name in weights)
     if weights["w_hh"].shape[:1] != gates or any(bias.shape != gates for bias in biases):
@@ -128,7 +126,7 @@ def _decline_broadcasts(weights: dict[str, Tensor]) -> None:
 
 
 def _check(x: Tensor, states: Sequence[Tensor]) -> None:
-    """An initial state of too few rows would be broadcast without a word."""
+    """Refuse an initial state with a wrong number of rows, which could be broadcast silently."""
     for state in states:
         if state.shape[-2] != x.shape[1]:
             raise ValueError(
@@ -143,7 +141,7 @@ def _register(name: str, cell: Cell) -> None:
         call: Call, input: Tensor, hx: Any, params: Any, has_biases: Any, num_layers: int,
         dropout: float, train: bool, bidirectional: bool, batch_first: bool = False,
     ) -> tuple[Tensor, ...]:  # fmt: skip
-        if isinstance(has_biases, list | tuple):  # it's (data, batch_sizes, hx, params, ...)
+        if isinstance(has_biases, list | tuple):  # arguments: data, batch_sizes, hx, params, ...
             refuse_packed(name)
         dropout = dropout if train and num_layers > 1 else 0.0
         options = Options(has_biases, num_layers, dropout, bidirectional, batch_first)
