@@ -209,6 +209,12 @@ CHANGES: dict[str, tuple[Callable[[DPOptimizer, Any], Any], int]] = {
     "tensor replaced": (lambda o, m: setattr(m, "held", torch.full((), 3.0)), 1),
     "weights written": (lambda o, m: m.first.weight.data.mul_(2), 1),
     "loss replaced": (lambda o, m: setattr(o, "loss_fn", other_loss_fn), 2),
+    "global hook": (
+        lambda o, m: nn.modules.module.register_module_forward_hook(
+            lambda s, i, out: 2 * out if isinstance(s, nn.Linear) else None
+        ),
+        2,
+    ),
 }  # fmt: skip
 
 
@@ -256,25 +262,6 @@ def test_change_of_a_model_is_followed(case: str, graphs: Graphs) -> None:
         a is None or not torch.equal(a, b) for a, b in zip(found[0][1], found[0][0], strict=True)
     )
     assert len(graphs) == count
-
-
-def test_a_global_hook_that_guards_do_not_see(graphs: Graphs) -> None:
-    torch.manual_seed(0)
-    model = Model()
-    model.drop.p = 0.0
-    optimizer = DPOptimizer(
-        torch.optim.SGD(model.parameters(), lr=0.1), model, loss_fn, max_grad_norm=0.1,
-        noise_multiplier=0.0, expected_batch_size=5, microbatch_size=5, compile=True,
-    )  # fmt: skip
-    backward(optimizer)
-    handle = nn.modules.module.register_module_forward_hook(
-        lambda s, i, out: 2 * out if isinstance(s, nn.Linear) else None
-    )
-    try:
-        with pytest.raises(CompileMismatchError, match="guards do not see"):
-            backward(optimizer)
-    finally:
-        handle.remove()
 
 
 def test_forward_replaced(graphs: Graphs, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -360,7 +347,7 @@ REFUSED: dict[str, tuple[Callable[..., Tensor], str]] = {
     "array": (by_array, HERE),
     "Python's random numbers": (lambda p, x, y: mlp(p, x, y) * random.random(), HERE),
     "NumPy's random numbers": (lambda p, x, y: mlp(p, x, y) * float(np.random.rand()), HERE),  # noqa: NPY002
-    "item": (lambda p, x, y: mlp(p, x, y) * (1 + OUTSIDE.item()), f"reads the value of a tensor.*{HERE}"),
+    "item": (lambda p, x, y: mlp(p, x, y) * (1 + OUTSIDE.item()), "reads the value of a tensor"),
     "index": (lambda p, x, y: mlp(p, x, y) * [1, 2][OUTSIDE.long()], HERE),
     "bool": (lambda p, x, y: mlp(p, x, y) * (2 if OUTSIDE > 1 else 1), HERE),
     "tolist": (lambda p, x, y: mlp(p, x, y) * (1 + OUTSIDE.tolist()), HERE),
@@ -382,19 +369,15 @@ def test_what_cannot_be_followed_is_refused(case: str, graphs: Graphs) -> None:
     assert len(graphs) == (2 if case == "iterator" else 0)
 
 
-def test_a_list_grows_once_a_batch(graphs: Graphs) -> None:
-    """As in an ordinary step; the comparison with the eager step runs the loss once more."""
+def test_a_list_that_grows_is_another_state_each_time(graphs: Graphs) -> None:
     LIST.clear()
     gradient = clipped_grad(
         lambda p, x, y: LIST.append(1) or mlp(p, x, y), max_grad_norm=0.5, compile=True
     )
-    grown = []
-    for _ in range(6):
-        before = len(LIST)
-        gradient(make_params(), *make_batch())
-        grown.append(len(LIST) - before)
-    assert grown == [2, 2, 1, 2, 1, 1]
-    assert len(graphs) == 1
+    with pytest.raises(CompileError, match="8 different states.*something that the loss reads"):
+        for _ in range(9):
+            gradient(make_params(), *make_batch())
+    assert len(graphs) == 8
 
 
 def test_constant_made_of_python_numbers(graphs: Graphs) -> None:
