@@ -1,18 +1,17 @@
-"""How far each sample's gradient is scaled down, and what one sample can change after that.
+"""This package decides how far each sample's gradient is scaled down, and bounds what one sample can change.
 
-Three questions, each answered once and in a file of its own; a strategy is one answer to each:
+A clipping strategy combines one choice for each of three questions:
 
-=================  ===========================================================  =================
-question           answers                                                      file
-=================  ===========================================================  =================
-what is scaled     the whole gradient, parameters by prefix, ``PerLayer``       ``_strategies``
-together?
-by which factor?   at most 1 (clip), or ``Automatic``                           ``_factors``
-to which norm?     a number, a function of the step, ``AdaptiveQuantile``       ``_adaptive``
-=================  ===========================================================  =================
+==============================  ========================================================  ================
+question                        choices                                                   file
+==============================  ========================================================  ================
+what is scaled together?        the whole gradient, parameters by prefix, ``PerLayer``    ``_strategies``
+by which factor?                at most 1 (clip), or ``Automatic``                        ``_factors``
+to which norm?                  a number, a function of the step, ``AdaptiveQuantile``    ``_adaptive``
+==============================  ========================================================  ================
 
-``_groups`` resolves a strategy against parameter names to factors and a bound; ``_schedule`` turns a strategy that
-changes from step to step into the constant one of the present step.
+``_groups`` resolves a strategy against parameter names to factors and a bound. ``_schedule`` turns a strategy that
+changes from step to step into the constant strategy of the present step.
 """
 
 from __future__ import annotations

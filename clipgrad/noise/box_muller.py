@@ -63,7 +63,7 @@ class BoxMuller:
         shared: Whether torch's threads may share the work.
 
     Attributes:
-        capacity: The same number.
+        capacity: The largest number of values per call.
     """
 
     def __init__(self, dtype: torch.dtype, capacity: int, *, shared: bool = False) -> None:
@@ -71,9 +71,8 @@ class BoxMuller:
         self._dtype, self._integer = dtype, _INTEGERS[dtype]
         bits = 8 * dtype.itemsize
         pairs = capacity // 2
-        with torch.inference_mode(
-            False
-        ):  # inference tensors could not be used outside of that mode
+        # Inference tensors could not be used outside of inference mode.
+        with torch.inference_mode(False):
             memory = bytearray(pairs * (_RADIUS_BYTES + 2 * dtype.itemsize) + SLACK)
             self._bytes = memoryview(memory)
             self._memory = torch.frombuffer(memory, dtype=torch.uint8)

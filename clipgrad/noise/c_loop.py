@@ -69,9 +69,8 @@ class LoopedBoxMuller:
         memory = bytearray(_PAIR_BYTES * CAPACITY // 2 + SLACK)
         self._bits, self._zeros = memoryview(memory), memoryview(bytes(len(memory) - SLACK))
         self._address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
-        with torch.inference_mode(
-            False
-        ):  # inference tensors could not be used outside of that mode
+        # Inference tensors could not be used outside of inference mode.
+        with torch.inference_mode(False):
             self._values = torch.empty(CAPACITY, dtype=torch.float32, device="cpu")
 
     def draw(self, keystream: Bits, size: int) -> Tensor:
@@ -194,9 +193,8 @@ def prove(found: LoopedBoxMuller) -> None:
         values = target.double()
         added = BoxMuller(torch.float32, found.capacity).draw(bits, size).double() * scale
         expected = torch.cat(((added + start) / divisor, target.new_tensor([start])))
-        wrong = ~(
-            (values - expected).abs() <= _TOLERANCE * (expected.abs() + start)
-        )  # NaN is wrong too
+        # This form rejects NaN too.
+        wrong = ~((values - expected).abs() <= _TOLERANCE * (expected.abs() + start))
         if wrong.any():
             at = int(wrong.int().argmax())
             raise RuntimeError(

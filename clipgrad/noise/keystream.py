@@ -21,9 +21,9 @@ KEY_BYTES = 16  # keys of 32 bytes took a sixth longer, and a search of 2^128 ke
 # The library demands space for one more block behind the buffer, without filling it.
 SLACK = 15
 KEY_GOOD_FOR = 2**35
-"""The number of bytes per key. GCM's counter has 32 bits and ends at 2^36; the library refuses to go further."""
+"""A key serves this many bytes. GCM's 32-bit counter ends at 2^36, and the library refuses to go further."""
 FIRST_BLOCK = 2
-"""The first counter of the keystream: GCM reserves block 1 for its checksum, and encrypts a block of zeros for it."""
+"""The keystream starts at this counter: GCM reserves block 1 for its checksum, and encrypts zeros for it."""
 _NONCE = bytes(12)  # constant, since every key is used once
 _FIRST_COUNTER = _NONCE + FIRST_BLOCK.to_bytes(4, "big")
 _TRIED_BYTES, _TRIALS = 2**16, 5

@@ -1,4 +1,4 @@
-"""This module says what a noise source must do and how large the noise must be. Nothing here is random."""
+"""Define what a noise source must do and how large the noise must be. Nothing here is random."""
 
 from __future__ import annotations
 

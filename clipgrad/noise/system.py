@@ -81,9 +81,8 @@ class SystemNoise:
     ) -> list[Tensor]:
         """Add and divide, in one pass where possible; :func:`clipgrad.noise.mean.noised_mean` calls this method too."""
         makers = self._makers
-        if (
-            makers is None or makers.process != process()
-        ):  # a forked child has a copy of its parent's
+        # A forked child has a copy of its parent's makers.
+        if makers is None or makers.process != process():
             makers = self._makers = _Makers(self._draws, self._compile)
         return makers.add(checked, sigma, divisor, elsewhere)
 
@@ -122,7 +121,7 @@ class _Makers:
     def add(
         self, tensors: list[Tensor], sigma: float, divisor: float, elsewhere: bool
     ) -> list[Tensor]:
-        """Return ``(tensors + N(0, sigma^2)) / divisor``, in place or in new tensors. ``tensors`` may be overwritten."""
+        """Return ``(tensors + N(0, sigma^2)) / divisor``, in place or in new tensors; ``tensors`` may change anyway."""
         with self._lock, torch.no_grad():
             results = list(tensors)
             for device, indices in _drawn_together(tensors):
