@@ -225,12 +225,7 @@ class Ledger:
     def read(self, state: Mapping[str, Any]) -> Ledger:
         """Return the ledger that :meth:`load_state_dict` would make of this one, without changing this one.
 
-        Args:
-            state: As for :meth:`load_state_dict`.
-
-        Raises:
-            ValueError: If :meth:`load_state_dict` would raise it.
-            TypeError: If :meth:`load_state_dict` would raise it.
+        This method takes the same argument and raises the same errors.
         """
         expected = {**self.state_dict(), "history": None}
         given = {**state, "history": None}

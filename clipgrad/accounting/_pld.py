@@ -70,9 +70,9 @@ def grid_interval(terms: Terms) -> float:
     """Return the interval between privacy losses: 1e-4, dp-accounting's default, unless the losses are huge.
 
     With little noise, losses on the default grid would fill the memory. A grid in proportion to them takes seconds at
-    most, and the result stays an upper bound, since rounding is upwards. Intervals are powers of two of the default. So
-    a grid is part of each finer grid and its bound is higher, and a run that outgrows a grid does not appear more
-    private.
+    most, and the result stays an upper bound, since rounding is upwards. Intervals are powers of two of the default, so
+    that a grid is a subset of every finer grid and gives a higher bound. Thus a run that outgrows a grid does not
+    appear more private.
     """
     least, variance = max(1.0, terms.precision / 4), terms.precision
     for mechanism, count in terms.sampled:
@@ -101,7 +101,7 @@ def _spread(mechanism: Mechanism) -> tuple[float, float]:
         growth = rate**2 * _expm1(noise**-2)
         return (0.5 / noise) ** 2, min(growth, noise**-2)
     size = mechanism.group_size
-    # A batch holds more samples of the group than this with probability 1e-15 only.
+    # A batch holds more samples of the group than this with probability 1e-15 at most.
     most = int(imported("scipy.stats").binom.isf(1e-15, size, rate))
     # The mean square of their number in a batch.
     squared = size * rate * (1 - rate) + (size * rate) ** 2
@@ -113,7 +113,6 @@ def _expm1(exponent: float) -> float:
 
 
 def _binomial(count: int, rate: float) -> list[float]:
-    """Return the probabilities of 0 to ``count`` successes."""
     chances: list[float] = (
         imported("scipy.stats").binom.pmf(list(range(count + 1)), count, rate).tolist()
     )

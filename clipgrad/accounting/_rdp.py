@@ -35,7 +35,6 @@ class Renyi:
         return float(bound)
 
     def _curve(self, terms: Terms) -> tuple[Any, Any]:
-        """Return the orders, and the divergence at each order."""
         return _orders()[self._chosen], self._divergences(terms)[self._chosen]
 
     def _divergences(self, terms: Terms) -> Any:

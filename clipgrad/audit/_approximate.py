@@ -44,16 +44,8 @@ def epsilon_exceeded(
 ) -> float:
     """Return the largest epsilon such that all values up to it have a p-value of at most ``significance``.
 
-    Args:
-        delta: The claim's delta.
-        m: Number of canaries.
-        guesses: Number of guessed coins.
-        correct: Number of correct guesses.
-        significance: One minus the confidence.
-        above: A bound that is known already; the search does not go below it.
-
-    Returns:
-        A number of at least ``above``; ``above`` itself if the data shows no more.
+    The arguments are those of ``p_value``. ``significance`` is one minus the confidence. ``above`` is a bound that is
+    known already, and is returned if the data shows no more.
     """
     if correct == 0:
         return above

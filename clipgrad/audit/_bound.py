@@ -68,7 +68,7 @@ def lower_bound(
 
     Args:
         scores: ``[m]``, high for canaries that seem to have been trained on. They may be any function of the canaries
-            and of what the run released, but must **not depend on the coins**.
+            and of what the run released, but **not of the coins** themselves.
         included: Boolean ``[m]``: the coins, :attr:`Canaries.included`. They must be fair and independent; the bound
             relies on that and on nothing else.
         delta: The delta at which epsilon is bounded; take the claim's. With ``curve="approximate"`` keep ``m * delta``
@@ -93,11 +93,10 @@ def lower_bound(
 
     Examples:
         >>> coins = np.arange(1000) % 2 == 0
-        >>> print(
-        ...     lower_bound(coins, coins, delta=1e-5, guesses=(300, 300))
-        ... )  # the run reveals every coin
+        >>> # a run that reveals every coin, and a run that reveals nothing
+        >>> print(lower_bound(coins, coins, delta=1e-5, guesses=(300, 300)))
         epsilon >= 5.27 at delta = 1e-05, with 95 % confidence (600 of 600 guesses right, 1000 canaries)
-        >>> lower_bound(np.zeros(1000), coins, delta=1e-5).epsilon  # the run reveals nothing
+        >>> lower_bound(np.zeros(1000), coins, delta=1e-5).epsilon
         0.0
     """
     values, coins = _checked(scores, included)
@@ -115,7 +114,7 @@ def default_guesses(m: int) -> list[tuple[int, int]]:
     """Return the numbers of guesses to try, a function of ``m`` alone.
 
     They are equal numbers at both ends of the ranking, and guesses at the top alone: a canary that Poisson sampling
-    happened to select often can stand out, while a canary that it never selected cannot.
+    happened to select can stand out, while a canary that it never selected cannot.
     """
     both: list[tuple[int, int]] = []
     top: list[tuple[int, int]] = []

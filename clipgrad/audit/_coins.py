@@ -43,7 +43,7 @@ class Canaries:
     """This class holds canaries and their coins.
 
     The coins decide which canaries are trained on, and :func:`~clipgrad.audit.lower_bound` needs them again. Nothing in
-    between may depend on them: neither the scores nor a choice of hyperparameters.
+    between may use them: neither the scores nor a choice of hyperparameters.
 
     Attributes:
         indices: Positions of the canaries in the dataset, ``[m]``, without repetition.

@@ -50,17 +50,9 @@ def rejects(mu: float, *, m: int, guesses: int, correct: int, significance: floa
 
 
 def mu_exceeded(*, m: int, guesses: int, correct: int, significance: float, above: float) -> float:
-    """Return the largest ``mu`` that is rejected.
+    """Return the largest ``mu`` that is rejected, or the known bound ``above`` if the data shows no more.
 
-    Args:
-        m: Number of canaries.
-        guesses: Number of guessed coins.
-        correct: Number of correct guesses.
-        significance: One minus the confidence.
-        above: A bound that is known already; the search does not go below it.
-
-    Returns:
-        A number of at least ``above``; ``above`` itself if the data shows no more.
+    The other arguments are those of ``rejects``.
     """
 
     def rejected(mu: float) -> bool:

@@ -105,8 +105,7 @@ class StepRecorder:
     def products(self) -> Tensor:
         """Return the scalar product of each step with each canary's clipped gradient, ``[steps, m]``, float64.
 
-        You can build attacks of your own on it: any function of the products and the canaries is a score, if it does
-        not depend on the coins.
+        Other attacks can use it: any function of the products and the canaries is a score if it does not use the coins.
         """
         if not self._products:
             return torch.zeros(0, self._size, dtype=torch.float64)

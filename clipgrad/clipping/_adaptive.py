@@ -26,17 +26,10 @@ class AdaptiveQuantile:
 
     **One adaptive step costs as much as one Gaussian step.** Let z be the optimizer's noise multiplier. The gradients
     get the noise multiplier ``z_g = (z**-2 - (s / count_stddev)**2)**-0.5``, so that both queries together are one
-    Gaussian mechanism of multiplier z (theorem 1). s is the sensitivity of the count:
-
-    ====================================  ===  =========================================================
-    relation                              s    reason
-    ====================================  ===  =========================================================
-    ADD_OR_REMOVE_ONE, REPLACE_SPECIAL    1/2  a sample contributes -1/2 or +1/2, padding and absence 0
-    REPLACE_ONE                           1    a sample's contribution changes from -1/2 to +1/2
-    ====================================  ===  =========================================================
-
-    Without the shift of 1/2 per sample, s would be 1 for every relation. Pass z to the accountant; it is
-    ``DPOptimizer.accounted_noise_multiplier``.
+    Gaussian mechanism of multiplier z (theorem 1). s is the sensitivity of the count. It is 1/2 for ADD_OR_REMOVE_ONE
+    and REPLACE_SPECIAL, since a sample contributes -1/2 or +1/2, and padding and absence 0. It is 1 for REPLACE_ONE,
+    where a contribution can change from -1/2 to +1/2. Without the shift of 1/2 per sample, s would be 1 for every
+    relation. Pass z to the accountant; it is ``DPOptimizer.accounted_noise_multiplier``.
 
     Args:
         initial_norm: C at the first step, positive and finite. It is public, so it must not come from the data.

@@ -165,7 +165,6 @@ def _per_layer(
 
 
 def _rule(what: str, value: object, rescale: bool) -> tuple[Rule, float]:
-    """Return rule and norm of one group."""
     rule: Rule = Clip()
     if isinstance(value, Automatic):
         rule, value = Normalise(float(value.gamma)), value.max_grad_norm

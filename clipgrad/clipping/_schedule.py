@@ -103,12 +103,7 @@ class Progress:
         return [outcome.batch_size / 2 - above.to(norms.dtype)]
 
     def advanced(self, observed: Sequence[Tensor], expected_batch_size: float) -> Progress:
-        """Return the next step.
-
-        Args:
-            observed: The sums of ``observed``, with their noise.
-            expected_batch_size: The public constant.
-        """
+        """Return the next step, from the sums of ``observed`` with their noise and the public expected batch size."""
         norm = self.norm
         quantile = _adaptive(self.strategy)
         if norm is not None and quantile is not None:

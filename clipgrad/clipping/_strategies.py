@@ -104,11 +104,7 @@ class PerLayer:
             )
 
     def shares(self, sizes: Mapping[str, int]) -> dict[str, float]:
-        """Return each group's share of C; the squares of the shares add up to one.
-
-        Args:
-            sizes: Number of elements by group.
-        """
+        """Return each group's share of C from the groups' numbers of elements; the squares of shares add up to one."""
         if self.weights == "uniform":
             return dict.fromkeys(sizes, 1 / math.sqrt(len(sizes)))
         total = max(sum(sizes.values()), 1)
@@ -124,12 +120,7 @@ def is_grouped(strategy: ClippingStrategy) -> bool:
 
 
 def with_norms(strategy: ClippingStrategy, number: Callable[[Norm], float]) -> ClippingStrategy:
-    """Return the same strategy with each norm in it replaced by a number.
-
-    Args:
-        strategy: Any clipping strategy.
-        number: A function from a norm, schedule or ``AdaptiveQuantile`` to a number.
-    """
+    """Return the same strategy with every norm, schedule or ``AdaptiveQuantile`` in it replaced by ``number`` of it."""
     if isinstance(strategy, Mapping):
         return {prefix: _with_norm(inner, number) for prefix, inner in strategy.items()}
     if isinstance(strategy, PerLayer):

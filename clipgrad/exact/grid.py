@@ -110,7 +110,7 @@ class Grid:
 
 
 def within(rows: Sequence[Tensor], limit: int) -> Tensor:
-    """Return whether the integers of each sample satisfy ``sum n^2 <= limit``, exactly.
+    """Return whether the integers of each sample satisfy ``sum n^2 <= limit``, as an exact boolean ``[B]``.
 
     Squares and their partial sums below 2**53 are exact in float64, in any order. Rounding is monotonic and no term is
     negative. So a partial sum that reaches 2**53 never falls below it again, and exceeds the limit. A NaN fails every
@@ -119,9 +119,6 @@ def within(rows: Sequence[Tensor], limit: int) -> Tensor:
     Args:
         rows: Float64 integers ``[B, elements]``, the parts of one vector per sample.
         limit: Less than 2**53; ``(C / gamma)^2`` is at most 2**52.
-
-    Returns:
-        Boolean ``[B]``.
     """
     totals = torch.stack([row.square().sum(1) for row in rows]).sum(0)
     return totals <= float(limit)

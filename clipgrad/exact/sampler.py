@@ -123,7 +123,6 @@ def _below(bound: int, count: int) -> Integers:
 
 
 def _words(count: int) -> Integers:
-    """Return uniform integers of 62 bits."""
     raw = np.frombuffer(secrets.token_bytes(8 * count), np.uint64) >> np.uint64(64 - _WORD_BITS)
     return raw.view(np.int64)
 

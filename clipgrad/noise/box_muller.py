@@ -59,11 +59,8 @@ class BoxMuller:
 
     Args:
         dtype: ``torch.float32`` or ``torch.float64``.
-        capacity: The largest number of values per call, an even number.
+        capacity: The largest number of values per call, an even number; also an attribute.
         shared: Whether torch's threads may share the work.
-
-    Attributes:
-        capacity: The largest number of values per call.
     """
 
     def __init__(self, dtype: torch.dtype, capacity: int, *, shared: bool = False) -> None:

@@ -53,13 +53,9 @@ if hasattr(os, "register_at_fork"):
 
 
 class LoopedBoxMuller:
-    """Make float32 Gaussians in a buffer of its own. Only one thread may use an object at a time.
+    """Make float32 Gaussians in a buffer of its own, by the loop that :func:`compiled` returned.
 
-    Args:
-        loop: The result of :func:`compiled`.
-
-    Attributes:
-        capacity: The largest number of values per call of :meth:`draw`.
+    Only one thread may use an object at a time. ``capacity`` is the largest number of values per call of :meth:`draw`.
     """
 
     capacity = CAPACITY
@@ -107,9 +103,8 @@ class LoopedBoxMuller:
 def looped(*, may_compile: bool) -> LoopedBoxMuller | None:
     """Return an object that uses the loop, or None if it cannot be compiled or is wrong; log the reason once.
 
-    Args:
-        may_compile: Whether the loop may be compiled and verified now if it is not yet. The verification runs on
-            torch's threads, which do not exist in a forked child.
+    ``may_compile`` allows to compile and verify the loop now, if that has not been done. The verification runs on
+    torch's threads, which do not exist in a forked child.
     """
     with _compiling, torch.inference_mode(False), torch.no_grad():
         if not _found:
@@ -137,13 +132,7 @@ def _compile_and_prove() -> Loop | None:
 
 
 def compiled(source: str) -> Loop:
-    """Compile the loop for this machine, in a third of a second, and leave nothing on disk.
-
-    Args:
-        source: Text of ``float32_loop.c``.
-
-    Returns:
-        The loop as a function.
+    """Compile the text of ``float32_loop.c`` for this machine, in a third of a second, and leave nothing on disk.
 
     Raises:
         RuntimeError: If no compiler accepts the source.

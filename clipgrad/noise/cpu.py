@@ -93,7 +93,6 @@ class CpuNoise:
                 torch._foreach_div_(piece, divisor)
 
     def _keystream(self) -> Keystream:
-        """Return a keystream with a key of its own."""
         return Keystream(partial(self._lineage.key, _CPU, KEY_BYTES))
 
     def _add_in_threads(self, flats: list[Tensor], scale: float, divisor: float) -> None:
