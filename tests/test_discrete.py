@@ -222,7 +222,12 @@ def test_zero_draws_nothing(recorder: Recorder) -> None:
         ),
         (torch.zeros(2).double(), 2.0**-10, ValueError, "is 64 steps .* near 3.7"),
         (torch.zeros(2).double(), -1.0, ValueError, "sigma must be finite"),
-        (torch.zeros(1).double().expand(2), 1.0, ValueError, "several values share one memory"),
+        (
+            torch.zeros(1).double().expand(2),
+            1.0,
+            ValueError,
+            "several values share one memory location",
+        ),
     ],
 )
 def test_no_tensor_gets_noise_if_one_cannot(

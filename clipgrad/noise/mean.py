@@ -27,17 +27,17 @@ def noised_mean(
     On CUDA the division is a product with the divisor's rounded inverse, as is PyTorch's own division by a number.
 
     Args:
-        source: The source of the noise. If its class is not ``SystemNoise``, or ``add_gaussian_`` is overridden, the
-            division is a pass of its own.
-        sums: Dense tensors, each at most once. Their values are overwritten, unless a kernel writes its results to
-            other tensors.
+        source: The source of the noise. If it is no ``SystemNoise``, or overrides ``add_gaussian_``, the division is a
+            pass of its own.
+        sums: Dense tensors, each at most once. Their values are overwritten, unless a kernel writes its results to new
+            tensors.
         sigma: Standard deviation of the noise on the sums.
         divisor: A public constant.
         elsewhere: Return new tensors instead of the tensors of ``sums``.
 
     Raises:
         ValueError: If the noise is refused; see :meth:`NoiseSource.add_gaussian_`. No tensor is changed.
-        TypeError: If a tensor is refused, as there. No tensor is changed.
+        TypeError: If a tensor is refused. No tensor is changed.
     """
     scale = checks.scale("sigma", sigma)
     asked = getattr(source.add_gaussian_, "__func__", None)  # a subclass or wrapper has another one

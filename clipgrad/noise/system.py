@@ -30,7 +30,7 @@ class SystemNoise:
     proof, noise is made on the CPU and copied; the logger ``clipgrad`` reports that once.
 
     The master key, 256 bits, comes from :mod:`secrets`. Each call derives new keys from it (HKDF, RFC 5869), one per
-    device, and no key meets a counter twice. Copies, unpickled objects, forked children and restored checkpoints make a
+    device, and no key uses a counter twice. Copies, unpickled objects, forked children and restored checkpoints make a
     new master key, since noise used twice cancels in a difference. A checkpoint holds no key.
 
     Limits: noise is a rounded number, and the low bits of a sum reveal something about its terms (Mironov, "On
