@@ -214,10 +214,20 @@ def test_zero_draws_nothing(recorder: Recorder) -> None:
         (torch.full((2,), math.nan).double(), 1.0, ValueError, "no multiple of grid"),
         (torch.full((2,), 2.0**53 * GRID).double(), 1.0, ValueError, "more than 2..52"),
         (torch.zeros(2), 1.0, TypeError, "must be float64, got torch.float32"),
-        (torch.zeros(2).double(), 2.0**13, ValueError, "100 to 2..28 of them; a grid near 0.03125"),
+        (
+            torch.zeros(2).double(),
+            2.0**13,
+            ValueError,
+            "between 100 and 2..28 steps. A grid near 0.03125",
+        ),
         (torch.zeros(2).double(), 2.0**-10, ValueError, "is 64 steps .* near 3.7"),
         (torch.zeros(2).double(), -1.0, ValueError, "sigma must be finite"),
-        (torch.zeros(1).double().expand(2), 1.0, ValueError, "several values in one place"),
+        (
+            torch.zeros(1).double().expand(2),
+            1.0,
+            ValueError,
+            "several values share one memory location",
+        ),
     ],
 )
 def test_no_tensor_gets_noise_if_one_cannot(

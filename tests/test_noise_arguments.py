@@ -51,7 +51,7 @@ def test_sigma_of_a_wrong_type(source: NoiseSource, sigma: Any) -> None:
         (torch.zeros(3, dtype=torch.float16), 1e-6, "sigma = 1e-06 cannot be represented"),
         (torch.zeros(3), 1e-40, "vanish"),
         (torch.zeros(3), 1e39, "overflow"),
-        (torch.zeros(1).expand(3), 1.0, "several values in one place"),
+        (torch.zeros(1).expand(3), 1.0, "several values share one memory location"),
     ],
 )
 def test_no_tensor_gets_noise_if_one_cannot(

@@ -1,4 +1,4 @@
-"""The accountants by name."""
+"""Create accountants by name."""
 
 from __future__ import annotations
 
@@ -11,31 +11,31 @@ from ._terms import Terms
 
 
 class Backend(Protocol):
-    """Bounds for what was released; remembers what helps with the next question."""
+    """This protocol describes an accountant: it bounds what was released and caches what further queries need."""
 
     def epsilon(self, terms: Terms, delta: float) -> float:
-        """The epsilon at `delta`."""
+        """Return the epsilon at ``delta``."""
 
     def delta(self, terms: Terms, epsilon: float) -> float:
-        """The delta at `epsilon`."""
+        """Return the delta at ``epsilon``."""
 
 
 def backend(accountant: str, *, coarseness: int = 1) -> Backend:
-    """A fresh one; ``coarseness`` is a power of two, for ``"pld"`` only."""
+    """Return a new accountant; ``coarseness`` is a power of two and used by ``"pld"`` only."""
     if accountant == "pld":
         return PrivacyLoss(coarseness)
     return Renyi(integer_orders=accountant == "rdp_integer")
 
 
 def epsilon_of(terms: Terms, delta: float, within: Backend) -> float:
-    """The epsilon at `delta`; 0.0 for nothing, infinite without noise."""
+    """Return the epsilon at ``delta``: 0.0 if nothing was released, infinite without noise."""
     if not terms.precision and not terms.sampled:
         return 0.0
     return math.inf if terms.precision == math.inf else within.epsilon(terms, delta)
 
 
 def delta_of(terms: Terms, epsilon: float, within: Backend) -> float:
-    """The delta at `epsilon`; 0.0 for nothing, 1.0 without noise."""
+    """Return the delta at ``epsilon``: 0.0 if nothing was released, 1.0 without noise."""
     if not terms.precision and not terms.sampled:
         return 0.0
     return 1.0 if terms.precision == math.inf else within.delta(terms, epsilon)

@@ -1,4 +1,4 @@
-"""Checks of single arguments; an error names the argument, its value and the remedy."""
+"""Check single arguments. An error names the argument, its value and the remedy."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Accountant = Literal["pld", "rdp", "rdp_integer"]
 
 
 def at_least_0(name: str, value: object, *, infinity: bool = False) -> float:
-    """`value` as a float."""
+    """Return ``value`` as a float, at least 0."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a real number, got {value!r}.")
     number = float(value)
@@ -22,14 +22,14 @@ def at_least_0(name: str, value: object, *, infinity: bool = False) -> float:
 
 
 def integer(name: str, value: object, *, least: int) -> int:
-    """`value` as an int."""
+    """Return ``value`` as an int, at least ``least``."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < least:
         raise ValueError(f"{name} must be an integer, at least {least}, got {value!r}.")
     return int(value)
 
 
 def rate(name: str, value: object) -> float:
-    """`value` as a probability other than 0."""
+    """Return ``value`` as a probability other than 0."""
     number = at_least_0(name, value)
     if not 0.0 < number <= 1.0:
         raise ValueError(
@@ -40,7 +40,7 @@ def rate(name: str, value: object) -> float:
 
 
 def probability(name: str, value: object) -> float:
-    """`value` as a probability other than 0 and 1."""
+    """Return ``value`` as a probability other than 0 and 1."""
     number = at_least_0(name, value)
     if not 0.0 < number < 1.0:
         raise ValueError(f"{name} must lie between 0 and 1, got {number}; 1e-5, for example.")
@@ -48,12 +48,12 @@ def probability(name: str, value: object) -> float:
 
 
 def accountant_name(value: object) -> str:
-    """`value`, if it is an accountant's name."""
+    """Return ``value`` if it is an accountant's name."""
     return _one_of("accountant", value, ("pld", "rdp", "rdp_integer"))
 
 
 def relation_name(value: object) -> str:
-    """The name of a relation, also of a member of ``clipgrad.Relation``, which comes with torch."""
+    """Return the name of a relation, given by name or as a member of ``clipgrad.Relation`` (which needs torch)."""
     name = value.name.lower() if isinstance(value, Enum) else value
     return _one_of("relation", name, ("add_or_remove_one", "replace_one", "replace_special"))
 

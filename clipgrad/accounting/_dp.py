@@ -1,4 +1,4 @@
-"""The way to ``dp-accounting``, which is imported when first needed: training itself can do without."""
+"""Import ``dp-accounting`` when it is first needed, since training itself works without it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 
 def imported(module: str) -> Any:
-    """The module, or an error that names the extra."""
+    """Import a module, or raise an error that names the extra to install."""
     try:
         return import_module(module)
     except ImportError as error:
@@ -22,7 +22,7 @@ def imported(module: str) -> Any:
 
 @contextmanager
 def without_warnings() -> Iterator[None]:
-    """dp-accounting warns of every Renyi order that it leaves out; leaving one out only loosens the bound."""
+    """Silence dp-accounting's warnings of Renyi orders that it omits; an omitted order only loosens the bound."""
     logger = logging.getLogger("absl")
     before = logger.level
     logger.setLevel(logging.ERROR)

@@ -1,4 +1,4 @@
-"""The entries of a ledger: consecutive steps with the same numbers."""
+"""This module defines the entries of a ledger: consecutive steps with the same numbers."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ _DESCRIPTIONS = {kind.__name__: kind for kind in (Poisson, TruncatedPoisson, Fix
 
 @dataclass(frozen=True)
 class Entry:
-    """Consecutive steps with the same numbers.
+    """This class describes consecutive steps with the same numbers.
 
     Attributes:
         noise_multiplier: Standard deviation of the noise per unit of the relation's sensitivity.
-        sampling: How their batches were drawn.
-        steps: How many they are.
-        stretch: Numbers the stretches of ``FixedSize`` steps whose passes do not continue one another.
-        run: Names the run of a plan that they belong to; empty without a plan.
-        declared: How their batches were drawn, in the user's own words; empty if a loader of clipgrad drew them.
+        sampling: How the batches were sampled.
+        steps: Number of steps.
+        stretch: Numbers the stretches of ``FixedSize`` steps; a new stretch starts with a new pass.
+        run: Name of the run of a plan that the steps belong to; empty without a plan.
+        declared: How the batches were sampled, in the user's own words; empty if a loader of clipgrad sampled them.
     """
 
     noise_multiplier: float
@@ -33,7 +33,7 @@ class Entry:
 
 
 def goes_on_from(earlier: list[Entry], later: list[Entry]) -> bool:
-    """Whether a history begins with another one; its last entry may have grown."""
+    """Return whether ``later`` begins with ``earlier``; the last entry of ``earlier`` may have gained steps."""
     if not earlier:
         return True
     *whole, last = earlier
@@ -44,7 +44,7 @@ def goes_on_from(earlier: list[Entry], later: list[Entry]) -> bool:
 
 
 def entry_state(entry: Entry) -> list[Any]:
-    """An entry in strings, lists and numbers."""
+    """Return an entry as strings, lists and numbers."""
     sampling = entry.sampling
     drawn = [type(sampling).__name__, list(astuple(sampling))]
     return [
@@ -58,7 +58,7 @@ def entry_state(entry: Entry) -> list[Any]:
 
 
 def entry_from(entry: Any) -> Entry:
-    """What ``entry_state`` wrote down; ``Ledger.record`` checks its numbers."""
+    """Restore an entry from the result of ``entry_state``; ``Ledger.record`` checks its numbers."""
     match entry:
         case [noise, str(kind), list(numbers), steps, stretch, str(run), str(declared)] if (
             kind in _DESCRIPTIONS

@@ -1,4 +1,4 @@
-"""What a run has released so far, and what that reveals."""
+"""This module records what a run has released and bounds what that reveals."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from ._terms import terms_of
 
 
 class Ledger:
-    """Adds up noisy steps; noise and sampling may change on the way.
+    """This class adds up noisy steps, whose noise and sampling may change during a run.
 
-    :meth:`record` every step, also those with an empty batch; it costs some microseconds. Then
-    ask. The bounds hold for a schedule that was fixed beforehand: how much noise a step gets and
-    when training stops must not be decided from what was released.
+    Call :meth:`record` for every step, also for empty batches; a call takes some microseconds. Then query
+    :meth:`epsilon` or :meth:`delta`. The bounds hold for a schedule that was fixed beforehand: neither the noise of a
+    step nor the end of training may depend on what was released.
 
-    With ``accountant="rdp"`` an answer takes a tenth of a millisecond. With ``"pld"`` it takes a second for
-    each noise level that is new, and a fraction of one after that: ask once an epoch.
+    With ``accountant="rdp"`` a query takes a tenth of a millisecond. With ``"pld"`` it takes a second for each new
+    noise level, and a fraction of a second after that, so query it once per epoch.
 
-    More steps never give a smaller answer. Should rounding let a bound fall in its last digits, the
-    earlier one is repeated: what was released since has not made the run more private.
+    More steps never give a smaller bound. If rounding lowers a bound in its last digits, the earlier bound is returned:
+    more releases do not make a run more private.
 
     Args:
-        relation: Which datasets are neighbours: ``"add_or_remove_one"``, ``"replace_one"``,
-            ``"replace_special"``, or a :class:`clipgrad.Relation`.
-        accountant: ``"pld"`` (tight), ``"rdp"`` (quick) or ``"rdp_integer"`` (for the exact mode).
+        relation: Which datasets are neighbours: ``"add_or_remove_one"``, ``"replace_one"``, ``"replace_special"``, or a
+            :class:`clipgrad.Relation`.
+        accountant: ``"pld"`` (tight), ``"rdp"`` (quick) or ``"rdp_integer"`` (for exact mode).
 
     Raises:
         ValueError: If a name is unknown.
@@ -59,22 +59,22 @@ class Ledger:
 
     @property
     def relation(self) -> str:
-        """The name of the relation."""
+        """Return the name of the relation."""
         return self._relation
 
     @property
     def accountant(self) -> str:
-        """Its name."""
+        """Return the name of the accountant."""
         return self._accountant
 
     @property
     def steps(self) -> int:
-        """Steps recorded so far."""
+        """Return the number of recorded steps."""
         return self._steps
 
     @property
     def history(self) -> tuple[Entry, ...]:
-        """The steps in their order, equal neighbours counted together."""
+        """Return the recorded steps in order; consecutive equal steps form a single entry."""
         return tuple(self._history)
 
     def record(
@@ -86,20 +86,20 @@ class Ledger:
         run: str = "",
         declared: str = "",
     ) -> None:
-        """Note that steps were released.
+        """Record released steps.
 
         Args:
-            noise_multiplier: Standard deviation of the noise per unit of sensitivity, where the
-                sensitivity is that of the ledger's relation; 0 makes epsilon infinite.
-            sampling: How the batches were drawn.
-            steps: How many, at least 1.
-            run: Names the run of a plan that they belong to.
-            declared: How the batches were drawn, in the user's own words, if nothing checked it.
+            noise_multiplier: Standard deviation of the noise per unit of sensitivity under the ledger's relation; 0
+                makes epsilon infinite.
+            sampling: How the batches were sampled.
+            steps: Number of steps, at least 1.
+            run: Name of the run of a plan that the steps belong to.
+            declared: How the batches were sampled, in the user's own words, if clipgrad did not check it.
 
         Raises:
             TypeError: If an argument has the wrong type.
-            ValueError: If a number is out of range, or the accountant or the relation cannot treat
-                ``sampling``; nothing is recorded then.
+            ValueError: If a number is out of range, or the accountant or the relation does not support ``sampling``;
+                nothing is recorded then.
         """
         last = self._history[-1] if self._history else None
         if not (last and sampling is last.sampling):
@@ -119,28 +119,28 @@ class Ledger:
         self._steps += count
 
     def steps_of(self, run: str) -> int:
-        """Steps that belong to one run of a plan."""
+        """Return the number of steps that belong to one run of a plan."""
         return sum(entry.steps for entry in self._history if entry.run == run)
 
     def begin(self) -> None:
-        """Say that the next step begins a training, or goes on with one after a restart.
+        """Declare that the next step begins a training run, or continues one after a restart.
 
-        With :class:`FixedSize` batches its pass is another one than the last step's, which costs up to one pass more
-        if that was not finished: the order of the batches is another. With other batches it changes nothing.
+        The next :class:`FixedSize` step then starts a new pass, because the order of the batches changes. If the last
+        pass was unfinished, that costs up to one additional pass. For other sampling this method has no effect.
         """
         if self._history and isinstance(self._history[-1].sampling, FixedSize):
             self._stretch = self._history[-1].stretch + 1
 
     def epsilon(self, delta: float, *, group_size: int = 1) -> float:
-        """The epsilon for which all that was recorded is ``(epsilon, delta)`` differentially private.
+        """Return the epsilon for which all recorded steps together are ``(epsilon, delta)`` differentially private.
 
         Args:
             delta: Probability with which epsilon may fail to hold, ``0 < delta < 1``.
-            group_size: The most samples that one person has; neighbours then differ in all of
-                them. Under Poisson sampling only with ``"pld"``, and not for ``"replace_one"``.
+            group_size: The largest number of samples of one person; neighbours then differ in all of them. Poisson
+                sampling supports this with ``"pld"`` only, and not for ``"replace_one"``.
 
         Returns:
-            At least 0; infinite without noise, 0.0 without steps.
+            A number of at least 0; infinite without noise, 0.0 without steps.
 
         Raises:
             ValueError: If a number is out of range, or the group cannot be accounted for.
@@ -150,14 +150,14 @@ class Ledger:
         return self._answer("epsilon", target, group_size)
 
     def delta(self, epsilon: float, *, group_size: int = 1) -> float:
-        """The delta for which all that was recorded is ``(epsilon, delta)`` differentially private.
+        """Return the delta for which all recorded steps together are ``(epsilon, delta)`` differentially private.
 
         Args:
-            epsilon: At least 0.
+            epsilon: A number of at least 0.
             group_size: As in :meth:`epsilon`.
 
         Returns:
-            Between 0 and 1; 1.0 without noise, 0.0 without steps.
+            A number between 0 and 1; 1.0 without noise, 0.0 without steps.
 
         Raises:
             ValueError: If a number is out of range, or the group cannot be accounted for.
@@ -185,18 +185,18 @@ class Ledger:
         terms = terms_of(runs, relation=self._relation, group_size=size)
         within = self._backends.setdefault(size, backend(self._accountant))
         answer = (epsilon_of if asked == "epsilon" else delta_of)(terms, at, within)
-        # A bound may be raised; what was released since has not made the run more private.
+        # Rounding may lower a bound, but steps released since have not made the run more private.
         answer = max(answer, before)
         self._answers[asked, at, size] = (self._steps, answer)
         return answer
 
     def _forget(self) -> None:
-        """Answers belong to one history, and the distributions behind them are large."""
+        """Clear the caches: answers belong to one history, and the distributions behind them are large."""
         self._answers: dict[tuple[str, float, int], tuple[int, float]] = {}
         self._backends: dict[int, Backend] = {}
 
     def state_dict(self) -> dict[str, Any]:
-        """The history in strings, lists and numbers; loads with ``weights_only=True``."""
+        """Return the history as strings, lists and numbers, which load with ``weights_only=True``."""
         return {
             "kind": "Ledger",
             "format": 2,
@@ -206,16 +206,16 @@ class Ledger:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over a saved history that goes on from this one.
+        """Replace the history by a saved history that continues it.
 
-        What was released stays released: the saved history must begin with all that is recorded here.
+        The saved history must begin with all steps recorded here, since a release cannot be undone.
 
         Args:
-            state: What :meth:`state_dict` returned, of a ledger with the same relation and accountant.
+            state: The result of :meth:`state_dict` of a ledger with the same relation and accountant.
 
         Raises:
-            ValueError: If it did not, or forgets steps; this ledger is as before then.
-            TypeError: If a number in it is none.
+            ValueError: If ``state`` is something else, or omits recorded steps; this ledger is unchanged then.
+            TypeError: If a number in ``state`` has the wrong type; this ledger is unchanged then.
         """
         loaded = self.read(state)
         self._history, self._steps = loaded._history, loaded._steps
@@ -223,14 +223,9 @@ class Ledger:
         self._forget()
 
     def read(self, state: Mapping[str, Any]) -> Ledger:
-        """The ledger that :meth:`load_state_dict` would make of this one; changes nothing.
+        """Return the ledger that :meth:`load_state_dict` would make of this one, without changing this one.
 
-        Args:
-            state: As for :meth:`load_state_dict`.
-
-        Raises:
-            ValueError: Likewise.
-            TypeError: Likewise.
+        This method takes the same argument and raises the same errors.
         """
         expected = {**self.state_dict(), "history": None}
         given = {**state, "history": None}
@@ -258,7 +253,7 @@ class Ledger:
         return loaded
 
     def __getstate__(self) -> dict[str, Any]:
-        """For copy and pickle: without what can be computed again."""
+        """Return the state for copy and pickle, without the caches."""
         return {**self.__dict__, "_answers": {}, "_backends": {}, "_history": list(self._history)}
 
     def __repr__(self) -> str:

@@ -1,4 +1,4 @@
-"""Accounting by privacy loss distributions (PLDs): their convolution is the composition of mechanisms."""
+"""Account by privacy loss distributions (PLDs), whose convolution is the composition of mechanisms."""
 
 from __future__ import annotations
 
@@ -10,17 +10,16 @@ from ._dp import imported
 from ._terms import Mechanism, Terms
 
 _GRID = 1e-4
-_GROUP_GRID = (
-    4  # times as coarse: a mixture of Gaussians takes long, and this is within a few thousandths
-)
-_COARSEST_GRID = 100.0  # from 700 on the exponential overflows
+# For groups the grid is this many times as coarse: mixtures of Gaussians are slow, and the bound grows by thousandths.
+_GROUP_GRID = 4
+_COARSEST_GRID = 100.0  # the exponential overflows from 700 on
 
 
 class PrivacyLoss:
-    """Answers for growing histories; remembers the PLD of all mechanisms but the last.
+    """This accountant serves growing histories: it caches the PLD of all mechanisms but the last.
 
     Args:
-        coarseness: How many times as coarse as usual the grid is, a power of two: quicker, and a larger bound.
+        coarseness: Factor on the grid's interval, a power of two; a larger factor is faster and gives a larger bound.
     """
 
     def __init__(self, coarseness: int = 1) -> None:
@@ -30,17 +29,18 @@ class PrivacyLoss:
         self._pld: Any = None
 
     def epsilon(self, terms: Terms, delta: float) -> float:
-        """The epsilon at `delta`."""
+        """Return the epsilon at ``delta``."""
         if not terms.sampled:
             sigma = terms.precision**-0.5
             gaussian = imported("dp_accounting.gaussian_mechanism")
             return float(gaussian.get_epsilon_gaussian(sigma, delta))
-        with imported("numpy").errstate(over="ignore"):  # to infinity, and so on the safe side
+        # An overflow to infinity keeps the bound valid.
+        with imported("numpy").errstate(over="ignore"):
             pld = self._composed(terms)
             return math.inf if pld is None else float(pld.get_epsilon_for_delta(delta))
 
     def delta(self, terms: Terms, epsilon: float) -> float:
-        """The delta at `epsilon`."""
+        """Return the delta at ``epsilon``."""
         if not terms.sampled:
             return _delta_of_gaussian(math.sqrt(terms.precision), epsilon)
         with imported("numpy").errstate(over="ignore"):
@@ -48,7 +48,7 @@ class PrivacyLoss:
             return 1.0 if pld is None else min(1.0, float(pld.get_delta_for_epsilon(epsilon)))
 
     def _composed(self, terms: Terms) -> Any:
-        """None if the losses are too large to be resolved."""
+        """Return the PLD of the history, or None if the losses are too large to be resolved."""
         interval = self._coarseness * grid_interval(terms)
         if interval > _COARSEST_GRID:
             return None
@@ -67,19 +67,19 @@ class PrivacyLoss:
 
 
 def grid_interval(terms: Terms) -> float:
-    """Between privacy losses: 1e-4, dp-accounting's default, unless the losses are huge.
+    """Return the interval between privacy losses: 1e-4, dp-accounting's default, unless the losses are huge.
 
-    With little noise they would fill the memory. A grid in proportion to them costs at most seconds,
-    and the result stays an upper bound: rounding is upwards. Intervals are powers of two of the
-    default: a grid is then part of each finer one and its bound above theirs, so that a run which
-    outgrows a grid does not come out as more private.
+    With little noise, losses on the default grid would fill the memory. A grid in proportion to them takes seconds at
+    most, and the result stays an upper bound, since rounding is upwards. Intervals are powers of two of the default, so
+    that a grid is a subset of every finer grid and gives a higher bound. Thus a run that outgrows a grid does not
+    appear more private.
     """
     least, variance = max(1.0, terms.precision / 4), terms.precision
     for mechanism, count in terms.sampled:
         one_step, growth = _spread(mechanism)
         least = max(least, one_step, _GROUP_GRID if mechanism.group_size > 1 else 1.0)
         variance += count * growth
-    # Of the whole run, in hundreds.
+    # Losses of the whole run in units of 100: their mean, mu^2 / 2, and 5 standard deviations, each mu.
     mu = math.sqrt(variance)
     whole_run = mu * (mu / 2 + 5) / 100
     needed = max(least, whole_run)
@@ -88,21 +88,23 @@ def grid_interval(terms: Terms) -> float:
 
 @lru_cache(maxsize=256)
 def _spread(mechanism: Mechanism) -> tuple[float, float]:
-    """Size of the losses of one step, and what the step adds to the variance of the run's.
+    """Return the size of the losses of one step, and what the step adds to the variance of the run's loss.
 
-    The latter by the central limit (Dong, Roth and Su, "Gaussian Differential Privacy", 2019), or as
-    without sampling if that is less. Only the grid depends on it.
+    The variance follows from the central limit theorem (Dong, Roth and Su, "Gaussian Differential Privacy", 2019), or
+    is the variance without sampling if that is smaller. Only the grid depends on these numbers, not the validity of the
+    bound.
     """
     rate, noise = mechanism.rate, mechanism.noise
     if mechanism.truncation is not None:
-        rate, noise = min(1.0, 2 * rate), noise / 2  # one sample in, one sample out
+        rate, noise = min(1.0, 2 * rate), noise / 2  # one sample enters and one leaves the batch
     if mechanism.group_size == 1:
         growth = rate**2 * _expm1(noise**-2)
         return (0.5 / noise) ** 2, min(growth, noise**-2)
     size = mechanism.group_size
-    # More of the group than this are never in one batch.
+    # A batch holds more samples of the group than this with probability 1e-15 at most.
     most = int(imported("scipy.stats").binom.isf(1e-15, size, rate))
-    squared = size * rate * (1 - rate) + (size * rate) ** 2  # of how many are, the mean
+    # The mean square of their number in a batch.
+    squared = size * rate * (1 - rate) + (size * rate) ** 2
     return (0.5 * most / noise) ** 2, squared * noise**-2
 
 
@@ -111,7 +113,6 @@ def _expm1(exponent: float) -> float:
 
 
 def _binomial(count: int, rate: float) -> list[float]:
-    """Probabilities of 0 to `count` successes."""
     chances: list[float] = (
         imported("scipy.stats").binom.pmf(list(range(count + 1)), count, rate).tolist()
     )
@@ -120,7 +121,7 @@ def _binomial(count: int, rate: float) -> list[float]:
 
 @lru_cache(maxsize=8)
 def _of_one_step(mechanism: Mechanism, interval: float) -> Any:
-    """The PLD of one step: it takes about a second, its powers a fraction."""
+    """Return the PLD of one step. It takes about a second, and a power of it a fraction of a second."""
     distributions = imported("dp_accounting.pld.privacy_loss_distribution")
     relation = imported("dp_accounting").NeighboringRelation[mechanism.relation.upper()]
     if mechanism.truncation is not None:

@@ -1,4 +1,4 @@
-"""Renyi accounting: the divergences of the steps, at a hundred and fifty orders, add up."""
+"""Account by Renyi divergences, which add up over steps, at about 150 orders."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from ._terms import Mechanism, Terms
 
 
 class Renyi:
-    """Answers for growing histories; remembers the sum over all mechanisms but the last.
+    """This accountant serves growing histories: it caches the sum over all mechanisms but the last.
 
     Args:
-        integer_orders: Leave out the orders between whole numbers.
+        integer_orders: Whether to omit the orders that are not integers.
     """
 
     def __init__(self, *, integer_orders: bool = False) -> None:
@@ -23,19 +23,18 @@ class Renyi:
         self._sum: Any = 0.0
 
     def epsilon(self, terms: Terms, delta: float) -> float:
-        """The epsilon at `delta`."""
+        """Return the epsilon at ``delta``."""
         rdp = imported("dp_accounting.rdp.rdp_privacy_accountant")
         bound, _ = rdp.compute_epsilon(*self._curve(terms), delta)
         return float(bound)
 
     def delta(self, terms: Terms, epsilon: float) -> float:
-        """The delta at `epsilon`."""
+        """Return the delta at ``epsilon``."""
         rdp = imported("dp_accounting.rdp.rdp_privacy_accountant")
         bound, _ = rdp.compute_delta(*self._curve(terms), epsilon)
         return float(bound)
 
     def _curve(self, terms: Terms) -> tuple[Any, Any]:
-        """Orders, and the divergence at each."""
         return _orders()[self._chosen], self._divergences(terms)[self._chosen]
 
     def _divergences(self, terms: Terms) -> Any:
@@ -55,7 +54,7 @@ class Renyi:
 
 @lru_cache(maxsize=64)
 def _of_one_step(mechanism: Mechanism) -> Any:
-    """Renyi divergence at each order; steps add up, so that this serves any number."""
+    """Return the Renyi divergence of one step at each order; a multiple of it serves any number of steps."""
     dp = imported("dp_accounting")
     accountant = imported("dp_accounting.rdp").RdpAccountant()
     with without_warnings():

@@ -1,4 +1,4 @@
-"""Plans of runs of equal steps: their epsilon, the noise that a target needs, the steps that it allows."""
+"""Plan runs of equal steps: their epsilon, the noise that a target needs, the number of steps that it allows."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from ._dp import imported
 from ._sampling import Poisson, Sampling, TruncatedPoisson, require_sampling, require_supported
 from ._terms import LEAST_NOISE, Terms, terms_of
 
-_TOLERANCE = 1e-4  # relative, of a calibrated noise multiplier
-_COARSENESS, _MOST_SECANTS = 16, 8  # of the search for a noise multiplier
+_TOLERANCE = 1e-4  # relative error of a calibrated noise multiplier
+_COARSENESS, _MOST_SECANTS = 16, 8  # for the search for a noise multiplier
 _MOST_NOISE = 2.0**30
 _MOST_STEPS = 2**40
 
@@ -32,26 +32,24 @@ def epsilon(
     relation: str | Enum = "add_or_remove_one",
     group_size: int = 1,
 ) -> float:
-    """The epsilon for which the run is ``(epsilon, delta)`` differentially private.
+    """Return the epsilon for which the run is ``(epsilon, delta)`` differentially private.
 
     Args:
-        noise_multiplier: Standard deviation of the noise per unit of sensitivity, where the
-            sensitivity is that of ``relation``: twice the clip norm for ``"replace_one"``.
-        sample_rate: Probability q of each sample to be in a batch, ``0 < q <= 1``; stands for
-            ``sampling=Poisson(q)``. Give exactly one of the two.
-        sampling: How batches are drawn.
+        noise_multiplier: Standard deviation of the noise per unit of sensitivity under ``relation``. For
+            ``"replace_one"`` the sensitivity is twice the clip norm.
+        sample_rate: Probability q of each sample to be in a batch, ``0 < q <= 1``; short for ``sampling=Poisson(q)``.
+            Give exactly one of the two.
+        sampling: How batches are sampled.
         steps: Noisy steps of the run, empty batches included; at least 0.
-        delta: Probability with which epsilon may fail to hold, ``0 < delta < 1``; choose it well
-            below one over the number of samples.
-        accountant: ``"pld"`` (tight), ``"rdp"`` (quick when asked again) or ``"rdp_integer"`` (for the
-            exact mode).
-        relation: Which datasets are neighbours: ``"add_or_remove_one"``, ``"replace_special"`` (the
-            same figures) or ``"replace_one"`` (under Poisson sampling only ``"pld"``); or a
-            :class:`clipgrad.Relation`.
-        group_size: The most samples that one person has; neighbours then differ in all of them.
+        delta: Probability with which epsilon may fail to hold, ``0 < delta < 1``; choose it well below one over the
+            number of samples.
+        accountant: ``"pld"`` (tight), ``"rdp"`` (quick for repeated queries) or ``"rdp_integer"`` (for exact mode).
+        relation: Which datasets are neighbours: ``"add_or_remove_one"``, ``"replace_special"`` (the same figures) or
+            ``"replace_one"`` (under Poisson sampling with ``"pld"`` only); or a :class:`clipgrad.Relation`.
+        group_size: The largest number of samples of one person; neighbours then differ in all of them.
 
     Returns:
-        At least 0; infinite without noise, 0.0 without steps.
+        A number of at least 0; infinite without noise, 0.0 without steps.
 
     Raises:
         ValueError: If a number is out of range, a name unknown, or a combination has no bound here.
@@ -81,25 +79,25 @@ def noise_multiplier(
     relation: str | Enum = "add_or_remove_one",
     group_size: int = 1,
 ) -> float:
-    """The smallest noise multiplier with which the run meets ``target_epsilon``.
+    """Return the smallest noise multiplier with which the run meets ``target_epsilon``.
 
     Args:
         target_epsilon: The epsilon not to exceed, positive; infinity needs no noise.
-        sample_rate: As in :func:`epsilon`, also for the rest.
-        sampling: How batches are drawn, instead.
+        sample_rate: As in :func:`epsilon`.
+        sampling: As in :func:`epsilon`.
         steps: Noisy steps of the run.
         delta: Probability with which epsilon may fail to hold.
-        accountant: ``"pld"`` or ``"rdp"``, which asks for some 5 % more noise.
+        accountant: As in :func:`epsilon`; ``"rdp"`` requires about 5 % more noise than ``"pld"``.
         relation: Which datasets are neighbours.
-        group_size: The most samples that one person has.
+        group_size: The largest number of samples of one person.
 
     Returns:
-        The noise multiplier, at most 0.01 % above the smallest; :func:`epsilon` of it is at most
-        ``target_epsilon``. 0.0 if there are no steps or the target is infinite.
+        The noise multiplier, at most 0.01 % above the smallest; its :func:`epsilon` is at most ``target_epsilon``. 0.0
+        if there are no steps or the target is infinite.
 
     Raises:
-        ValueError: If a number is out of range, a name unknown, a combination has no bound here, or
-            no noise meets the target.
+        ValueError: If a number is out of range, a name unknown, a combination has no bound here, or no noise meets the
+            target.
         ImportError: If ``dp-accounting`` is not installed.
 
     Examples:
@@ -114,7 +112,7 @@ def noise_multiplier(
         return 0.0
     if run.accountant != "pld":
         return _smallest_noise(run, target, start=1.0, factor=2.0)
-    # Renyi accounting comes close at a fraction of the time.
+    # Renyi accounting gives a close first guess in a fraction of the time.
     start = _smallest_noise(run.near(), target, start=1.0, factor=2.0)
     return _smallest_noise_by_slope(run, target, start)
 
@@ -130,21 +128,21 @@ def steps(
     relation: str | Enum = "add_or_remove_one",
     group_size: int = 1,
 ) -> int:
-    """The largest number of steps that stays within ``target_epsilon``.
+    """Return the largest number of steps that stays within ``target_epsilon``.
 
     Args:
         target_epsilon: The epsilon not to exceed, positive and finite.
-        noise_multiplier: As in :func:`epsilon`, also for the rest.
-        sample_rate: Probability of each sample to be in a batch.
-        sampling: How batches are drawn, instead.
+        noise_multiplier: As in :func:`epsilon`.
+        sample_rate: As in :func:`epsilon`.
+        sampling: As in :func:`epsilon`.
         delta: Probability with which epsilon may fail to hold.
-        accountant: ``"pld"`` or ``"rdp"``, which allows some 10 to 20 % fewer steps.
+        accountant: As in :func:`epsilon`; ``"rdp"`` allows about 10 to 20 % fewer steps than ``"pld"``.
         relation: Which datasets are neighbours.
-        group_size: The most samples that one person has.
+        group_size: The largest number of samples of one person.
 
     Returns:
-        At least 0, at most ``2**40``: more are not looked for. :func:`epsilon` of as many steps is
-        at most ``target_epsilon``, and of one more it is not.
+        A number from 0 to ``2**40``, where the search ends. Its :func:`epsilon` is at most ``target_epsilon``; with one
+        more step epsilon exceeds the target.
 
     Raises:
         ValueError: If a number is out of range, a name unknown, or a combination has no bound here.
@@ -160,7 +158,7 @@ def steps(
     target = _target(target_epsilon)
     noise = _checks.at_least_0("noise_multiplier", noise_multiplier)
     if target == math.inf:
-        raise ValueError("target_epsilon must be finite, got inf: any number of steps has it.")
+        raise ValueError("target_epsilon must be finite, got inf, which any number of steps meets.")
     start = 1
     if run.accountant == "pld":
         near = run.near()
@@ -169,7 +167,7 @@ def steps(
 
 
 def _most_steps(epsilon_of: Callable[[int], float], target: float, start: int) -> int:
-    """Every number that this returns has been checked to meet the target, and one more not to."""
+    """Return the largest number of steps after checking that it meets the target and one step more does not."""
     within, beyond = 0, min(start, _MOST_STEPS)
     known = {0: 0.0}
 
@@ -183,12 +181,12 @@ def _most_steps(epsilon_of: Callable[[int], float], target: float, start: int) -
             return within
         beyond = min(_MOST_STEPS, within + max(1, within // 4) if start > 1 else 2 * within)
     while beyond - within > 1:
-        # Epsilon grows about as a power of the steps; where it does not, halving makes progress.
+        # Epsilon grows approximately as a power of the steps; where it does not, halving makes progress.
         guess = (within + beyond) // 2
         low, high = known[within], known[beyond]
         if len(known) % 2 and within and 0 < low < target < high < math.inf:
             slope = math.log(beyond / within) / math.log(high / low)
-            # One beyond the estimate, so that both ends close in.
+            # One more than the estimate, so that both ends of the interval converge.
             guess = math.floor(within * (target / low) ** slope) + 1
             guess = min(max(guess, within + 1), beyond - 1)
         if meets(guess):
@@ -199,7 +197,7 @@ def _most_steps(epsilon_of: Callable[[int], float], target: float, start: int) -
 
 
 def _smallest_noise(run: _Run, target: float, *, start: float, factor: float) -> float:
-    """Every value that this returns has been checked to meet the target."""
+    """Return a noise multiplier close to the smallest, after checking that it meets the target."""
     upper = start
     while run.epsilon(upper) > target:
         upper *= factor
@@ -214,7 +212,7 @@ def _smallest_noise(run: _Run, target: float, *, start: float, factor: float) ->
     if lower < LEAST_NOISE:
         return upper
 
-    def gap(noise: float) -> float:  # finite, and nearly linear
+    def gap(noise: float) -> float:  # finite and nearly linear, as brentq needs
         return math.log(min(max(run.epsilon(noise), 1e-12), 1e12) / target)
 
     tolerance = _TOLERANCE / 4 * lower
@@ -225,25 +223,25 @@ def _smallest_noise(run: _Run, target: float, *, start: float, factor: float) ->
 
 
 def _smallest_noise_by_slope(run: _Run, target: float, start: float) -> float:
-    """The same as ``_smallest_noise``, with three or four of its slow questions in the place of eight or nine.
+    """Return the same as ``_smallest_noise`` with three or four slow evaluations of epsilon instead of eight or nine.
 
-    On a coarser grid epsilon comes in a twentieth of the time. Its curve says where to begin, and how fast epsilon
-    falls with the noise; then the secant method. What is returned was checked on both sides.
+    On a coarser grid epsilon takes a twentieth of the time. Its curve gives a first noise multiplier and the slope of
+    epsilon; the secant method continues from there. The result is checked from both sides.
     """
     coarse = replace(run, coarseness=_COARSENESS)
     try:
         noise = _smallest_noise(coarse, target, start=start, factor=1.25)
-    except ValueError:  # the coarse bound never gets as small
+    except ValueError:  # the coarse bound does not get this small for any noise
         return _smallest_noise(run, target, start=start, factor=1.25)
     slope = math.log(coarse.epsilon(1.01 * noise) / coarse.epsilon(noise)) / math.log(1.01)
     for _ in range(_MOST_SECANTS):
         found = run.epsilon(noise)
         if not (0.0 < found < math.inf and -math.inf < slope < 0.0):
             break
-        beyond = math.log(target / found) / -slope  # of the noise, relative to the smallest
+        beyond = math.log(target / found) / -slope  # relative excess over the smallest noise
         if 0.0 <= beyond < _TOLERANCE / 2 and run.epsilon(noise * (1 - 0.75 * _TOLERANCE)) > target:
             return noise
-        # A little beyond, so that it meets the target.
+        # A little more noise than estimated, so that it meets the target.
         following = noise * math.exp(-beyond + _TOLERANCE / 8)
         ahead = run.epsilon(following)
         if ahead > 0.0 and following != noise:
@@ -255,13 +253,15 @@ def _smallest_noise_by_slope(run: _Run, target: float, start: float) -> float:
 def _target(value: object) -> float:
     target = _checks.at_least_0("target_epsilon", value, infinity=True)
     if target == 0.0:
-        raise ValueError("target_epsilon must be positive, got 0.0: only a run of no steps has it.")
+        raise ValueError(
+            "target_epsilon must be positive, got 0.0, which only a run without steps meets."
+        )
     return target
 
 
 @dataclass(frozen=True)
 class _Run:
-    """All of a run but its noise."""
+    """This class describes a run except for its noise."""
 
     sampling: Sampling
     steps: int
@@ -270,7 +270,7 @@ class _Run:
     relation: str
     group_size: int
     coarseness: int = 1
-    """How many times as coarse as usual the grid of privacy losses is; a bound all the same."""
+    """Factor on the interval of the grid of privacy losses; epsilon stays an upper bound."""
 
     @classmethod
     def checked(
@@ -297,7 +297,7 @@ class _Run:
         return cls(drawn, count, probability, by, name, size)
 
     def epsilon(self, noise: float) -> float:
-        """At this noise per unit of the relation's sensitivity."""
+        """Return epsilon for a noise multiplier, in units of the relation's sensitivity."""
         if self.steps == 0:
             return 0.0
         runs = [(noise, self.sampling, self.steps, 0)]
@@ -308,7 +308,7 @@ class _Run:
         return replace(self, steps=steps)
 
     def near(self) -> _Run:
-        """A run of about the same epsilon that Renyi accounting can treat."""
+        """Return a run with about the same epsilon that Renyi accounting supports."""
         renyi = replace(self, accountant="rdp")
         match self.sampling:
             case Poisson(rate) | TruncatedPoisson(rate):

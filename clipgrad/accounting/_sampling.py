@@ -1,4 +1,4 @@
-"""How the batch of a step was drawn, in numbers: what the accounting of the step assumes."""
+"""Describe how the batch of a step was sampled, in the numbers that its accounting needs."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from . import _checks
 
 @dataclass(frozen=True)
 class Poisson:
-    """Every sample is in the batch with probability ``sample_rate``, whatever the others do.
+    """Each sample is in the batch with probability ``sample_rate``, independently of all other samples.
 
-    What :class:`clipgrad.sampling.PoissonSampler` draws. Batches vary in size, some are empty, and
-    all of them count as steps. Which samples were in a batch must stay secret.
+    :class:`clipgrad.sampling.PoissonSampler` samples such batches. They vary in size, some are empty, and all of them
+    count as steps. Which samples were in a batch must stay secret.
 
     Args:
         sample_rate: The probability q, ``0 < q <= 1``.
 
     Raises:
-        ValueError: If it is out of range.
+        ValueError: If ``sample_rate`` is out of range.
     """
 
     sample_rate: float
@@ -29,19 +29,19 @@ class Poisson:
 
 @dataclass(frozen=True)
 class TruncatedPoisson:
-    """A Poisson batch that is cut to ``max_batch_size`` if it comes out larger.
+    """A Poisson batch is cut to ``max_batch_size`` samples if it is larger.
 
-    For hardware that takes a fixed number of rows (Chua et al., "Scalable DP-SGD: Shuffling vs.
-    Poisson Subsampling", 2024). Those that stay must be a uniformly random subset. Cutting couples
-    the samples: one that is added can push another one out, which moves the sum by up to two clip
-    norms. The more often batches are cut, the more that costs; far above the mean it costs next to
-    nothing. The bound is dp-accounting's (Ganesh, "Tighter Privacy Analysis for Truncated Poisson
-    Sampling", 2025), for ``accountant="pld"`` and any relation.
+    This serves hardware that takes a fixed number of rows (Chua et al., "Scalable DP-SGD: Shuffling vs. Poisson
+    Subsampling", 2024). The remaining samples must be a uniformly random subset. Cutting makes samples dependent: an
+    added sample can displace another one, which moves the sum by up to two clip norms. The cost grows with the
+    frequency of cuts and is negligible if ``max_batch_size`` is far above the mean. The bound is dp-accounting's
+    (Ganesh, "Tighter Privacy Analysis for Truncated Poisson Sampling", 2025), for ``accountant="pld"`` and any
+    relation.
 
     Args:
-        sample_rate: Probability of each sample to be drawn, before the cut.
+        sample_rate: Probability of each sample to be selected, before the cut.
         num_samples: Size of the dataset.
-        max_batch_size: The most samples that a batch keeps.
+        max_batch_size: The largest number of samples in a batch.
 
     Raises:
         ValueError: If a number is out of range.
@@ -59,39 +59,36 @@ class TruncatedPoisson:
 
 @dataclass(frozen=True)
 class FixedSize:
-    """Passes over the data in batches of a fixed size: shuffled anew, shuffled once or never.
+    """Passes over the data use batches of a fixed size; the data is shuffled for every pass, once, or never.
 
-    What an ordinary ``DataLoader`` with ``batch_size=`` does. The order earns nothing here: epsilon
-    is that of an adversary who knows it.
+    An ordinary ``DataLoader`` with ``batch_size=`` does this. The random order does not reduce epsilon: the bound is
+    for an adversary who knows the order.
 
-    Fix the order. Within one pass a sample is in at most one batch. The other batches depend on it
-    only through what was released before, so that a pass costs one Gaussian mechanism, not one per
-    batch (parallel composition). Passes add up: ``ceil(steps / floor(num_samples / batch_size))``
-    Gaussian mechanisms. An order drawn at random, independently of the data, is a mixture of fixed
-    ones, and a mixture is no worse than its worst part (hockey-stick divergence is jointly convex).
+    For a fixed order, a sample is in at most one batch of a pass. The other batches depend on the sample only through
+    earlier releases, so a pass costs one Gaussian mechanism instead of one per batch (parallel composition). Passes add
+    up: ``ceil(steps / floor(num_samples / batch_size))`` Gaussian mechanisms. A random order that is independent of the
+    data is a mixture of fixed orders, and a mixture is no worse than its worst component (hockey-stick divergence is
+    jointly convex).
 
-    A shuffle does hide something, but nobody knows tightly how much, and it is not what Poisson
-    sampling hides: Chua et al., "How Private are DP-SGD Implementations?" (2024) and "Scalable
-    DP-SGD: Shuffling vs. Poisson Subsampling" (2024), prove lower bounds for shuffled batches that
-    can lie far above Poisson's epsilon.
+    A shuffle does hide something, but no tight bound is known, and the effect differs from Poisson sampling: Chua et
+    al., "How Private are DP-SGD Implementations?" (2024) and "Scalable DP-SGD: Shuffling vs. Poisson Subsampling"
+    (2024), prove lower bounds for shuffled batches that can lie far above Poisson's epsilon.
 
-    **Relations.** The argument needs neighbours of equal size that fill the same places:
-    ``"replace_one"`` and ``"replace_special"`` (the sample becomes a null sample, which keeps its
-    place). Under ``"add_or_remove_one"`` it fails: one sample less moves every later one by a
-    place, so that all the batches behind it change, by two clip norms each. It is refused.
+    **Relations.** The argument needs neighbours of equal size, with the same samples at the same places:
+    ``"replace_one"`` and ``"replace_special"`` (a null sample takes the sample's place). It fails under
+    ``"add_or_remove_one"``, which is refused: removing a sample moves every later sample by one place, so that all
+    later batches change, each by two clip norms.
 
-    **The last batch** of a pass may be smaller or left out (``drop_last``): a pass is counted as
-    ``floor(num_samples / batch_size)`` steps, which bounds both. Divide by a public constant, as
-    ever.
+    **The last batch** of a pass may be smaller or omitted (``drop_last``): a pass is counted as
+    ``floor(num_samples / batch_size)`` steps, which bounds both. Always divide the sum by a public constant.
 
-    **Passes must be passes.** Steps that are recorded one after the other are consecutive steps of
-    passes, each finished before the next one begins; the first step begins one. Resume a run within
-    its pass and with the same order. Batches that are drawn anew for every step, with or without
-    replacement, are no passes: one sample may be in all of them.
+    **Passes must be passes.** Steps recorded one after the other are consecutive steps of passes. The first step begins
+    a pass, and each pass ends before the next one begins. Resume a run within its pass with the same order. Batches
+    sampled anew for every step, with or without replacement, are no passes: one sample may be in all of them.
 
     Args:
         num_samples: Size of the dataset.
-        batch_size: Samples in a batch, at most ``num_samples``.
+        batch_size: Number of samples in a batch, at most ``num_samples``.
 
     Raises:
         ValueError: If a number is out of range.
@@ -112,14 +109,14 @@ class FixedSize:
 
 @dataclass(frozen=True)
 class FullBatch:
-    """Every sample is in every batch."""
+    """Each sample is in every batch."""
 
 
 Sampling = Poisson | TruncatedPoisson | FixedSize | FullBatch
 
 
 def require_sampling(value: object) -> Sampling:
-    """`value`, if it is a description."""
+    """Return ``value`` if it describes a sampling."""
     if not isinstance(value, Poisson | TruncatedPoisson | FixedSize | FullBatch):
         raise TypeError(
             "sampling must be a Poisson, TruncatedPoisson, FixedSize or FullBatch, got "
@@ -131,22 +128,22 @@ def require_sampling(value: object) -> Sampling:
 def require_supported(
     sampling: Sampling, *, relation: str, accountant: str, group_size: int = 1
 ) -> None:
-    """Refuse what cannot be accounted for, with the remedy.
+    """Refuse combinations that cannot be accounted for, and name the remedy.
 
     Args:
-        sampling: How batches were drawn.
-        relation: A relation's name.
-        accountant: By name.
-        group_size: Samples of one person.
+        sampling: How batches are sampled.
+        relation: Name of the relation.
+        accountant: Name of the accountant.
+        group_size: The largest number of samples of one person.
 
     Raises:
         ValueError: If this combination has no bound here.
     """
     if isinstance(sampling, FixedSize) and relation == "add_or_remove_one":
         raise ValueError(
-            "FixedSize batches cannot be accounted for under relation 'add_or_remove_one': a "
-            "sample more or less shifts all the batches behind it. Use relation='replace_special' "
-            "(the same noise) or 'replace_one', or sample by Poisson."
+            "FixedSize batches cannot be accounted for under relation 'add_or_remove_one': one "
+            "sample more or less shifts all later batches. Use relation='replace_special' "
+            "(the same noise) or 'replace_one', or Poisson sampling."
         )
     if isinstance(sampling, TruncatedPoisson):
         if accountant != "pld":

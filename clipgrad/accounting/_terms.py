@@ -1,6 +1,6 @@
-"""A history of steps as what it costs: how often which mechanism was run, in no particular order.
+"""Reduce a history of steps to its cost: how often each mechanism ran, in no particular order.
 
-Composition is commutative, so that equal mechanisms are counted together wherever they stand.
+Composition is commutative, so equal mechanisms are counted together wherever they occur in the history.
 """
 
 from __future__ import annotations
@@ -13,23 +13,23 @@ from itertools import groupby, pairwise
 
 from ._sampling import FixedSize, FullBatch, Poisson, Sampling, TruncatedPoisson
 
-# Less than this and epsilon exceeds any use, so that infinity is as good a bound.
+# With less noise epsilon is too large to be useful, so infinity is as good a bound.
 LEAST_NOISE = 1e-3
 
-# Noise multiplier, sampling, steps, and the stretch of passes that they belong to.
+# A run consists of noise multiplier, sampling, steps, and the stretch of passes that the steps belong to.
 Run = tuple[float, Sampling, int, int]
 
 
 @dataclass(frozen=True)
 class Mechanism:
-    """A Gaussian mechanism on a random batch, in dp-accounting's numbers.
+    """This class describes a Gaussian mechanism on a random batch, in dp-accounting's numbers.
 
     Attributes:
         noise: Standard deviation in clip norms.
-        rate: Probability of a sample to be drawn.
+        rate: Probability of a sample to be in the batch.
         relation: Which datasets are neighbours.
-        group_size: Samples of one person.
-        truncation: Size of the dataset and the most samples that a batch keeps.
+        group_size: Number of samples of one person.
+        truncation: Size of the dataset and the largest number of samples in a batch; None if batches are not cut.
     """
 
     noise: float
@@ -41,13 +41,13 @@ class Mechanism:
 
 @dataclass(frozen=True)
 class Terms:
-    """All of a history that epsilon depends on.
+    """This class holds everything in a history that epsilon depends on.
 
     Attributes:
-        precision: Sum of ``1 / sigma^2`` over Gaussian mechanisms without sampling, sigma in units of what
-            the neighbour moves; together they are one of ``sigma = precision^-1/2``. Infinite if
-            anything was released with next to no noise.
-        sampled: The others and how often they were run, the one that was last used at the end.
+        precision: Sum of ``1 / sigma^2`` over Gaussian mechanisms without sampling, sigma in units of the neighbour's
+            change. Together they are one mechanism of ``sigma = precision^-1/2``. Infinite if anything was released
+            almost without noise.
+        sampled: The other mechanisms and how often each ran; the most recently used mechanism is the last.
     """
 
     precision: float
@@ -55,11 +55,10 @@ class Terms:
 
 
 def terms_of(history: Sequence[Run], *, relation: str, group_size: int) -> Terms:
-    """What `history` costs a person with `group_size` samples.
+    """Return what ``history`` costs a person with ``group_size`` samples.
 
-    Without sampling the worst case is that all of a person's samples are in one batch: they move
-    the sum `group_size` times as far. Spread over several they cost less, since Gaussian mechanisms add
-    up in squares.
+    Without sampling the worst case is that all of a person's samples are in one batch: they move the sum ``group_size``
+    times as far. In several batches they would cost less, since Gaussian mechanisms add up in squares.
     """
     if any(noise < LEAST_NOISE for noise, _, _, _ in history):
         return Terms(math.inf, ())
@@ -82,14 +81,14 @@ def terms_of(history: Sequence[Run], *, relation: str, group_size: int) -> Terms
 def _mechanism(
     sampling: Sampling, noise: float, relation: str, group_size: int
 ) -> Mechanism | None:
-    """None without sampling."""
+    """Return the mechanism of a step, or None without sampling."""
     # dp-accounting counts noise in clip norms, and replacing a sample moves the sum by two.
     in_clip_norms = noise * (2 if relation == "replace_one" else 1)
     match sampling:
         case Poisson(rate) if rate < 1.0:
             return Mechanism(in_clip_norms, rate, relation, group_size)
         case TruncatedPoisson(rate, num_samples, most):
-            # Of the two neighbours the larger counts: the dataset and one sample more.
+            # The larger neighbour counts; under add-or-remove it has one sample more than the dataset.
             larger = num_samples + (relation == "add_or_remove_one")
             return Mechanism(in_clip_norms, rate, relation, group_size, (larger, most))
         case Poisson() | FullBatch():
@@ -100,21 +99,21 @@ def _mechanism(
 def _once_a_pass(
     sampling: FixedSize, runs: Sequence[tuple[float, int]]
 ) -> Iterable[tuple[float, int]]:
-    """Noise of the mechanisms that the worst-placed sample takes part in, with their number.
+    """Yield the noise of the mechanisms that the worst-placed sample takes part in, with their number.
 
-    It is in one step of each pass, in the least noisy one at worst. If the last batch is not full
-    it may be a step or left out, and a pass has ``short`` or ``long`` steps: pass j then lies somewhere within
-    steps ``[j * short, (j + 1) * long)``, and all of them are looked at.
+    The sample is in one step of each pass, in the worst case in the least noisy step. If the last batch is not full, it
+    may be a step or be omitted, so a pass has ``short`` or ``long`` steps. Pass j then lies somewhere within steps
+    ``[j * short, (j + 1) * long)``, so the least noisy of all these steps counts.
     """
     short = sampling.num_samples // sampling.batch_size
     long = -(-sampling.num_samples // sampling.batch_size)
-    # Passes [first, last) that a run of steps may reach, runs sorted by `first`.
+    # Passes [first, last) that may overlap a run of steps, with its noise; sorted by `first`.
     reached: list[tuple[int, int, float]] = []
     start = 0
     for noise, steps in runs:
         reached.append((start // long, -(-(start + steps) // short), noise))
         start += steps
-    # Between two neighbouring ends the same runs reach every pass.
+    # All passes between two consecutive ends may overlap the same runs.
     ends = sorted({end for first, last, _ in reached for end in (first, last)})
     waiting: list[tuple[float, int]] = []
     following = 0

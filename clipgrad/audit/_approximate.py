@@ -1,8 +1,8 @@
-"""How many coins an (epsilon, delta)-DP run lets be guessed; Steinke, Nasr and Jagielski 2023.
+"""Bound how many coins can be guessed from an (epsilon, delta)-DP run; Steinke, Nasr and Jagielski 2023.
 
-Main theorem of arXiv:2305.08846 (their code is appendix D). Let ``m`` fair coins decide what an
-(epsilon, delta)-DP run sees, and let ``r`` of them be guessed from what it releases, where ``r`` is
-fixed beforehand. With ``W ~ Binomial(r, 1 / (1 + exp(-epsilon)))``,
+This is the main theorem of arXiv:2305.08846 (their code is appendix D). Let ``m`` fair coins decide what an (epsilon,
+delta)-DP run sees, and let ``r`` of them be guessed from what it releases, where ``r`` is fixed beforehand. With
+``W ~ Binomial(r, 1 / (1 + exp(-epsilon)))``,
 
     P[at least v correct] <= P[W >= v] + 2 m delta max_i P[v > W >= v - i] / i,    i = 1, 2, ...
 """
@@ -20,14 +20,14 @@ _BISECTIONS = 30
 
 
 def p_value(epsilon: float, *, delta: float, m: int, guesses: int, correct: int) -> float:
-    """A bound on the probability that so many guesses or more are correct, if the claim holds.
+    """Bound the probability of at least this many correct guesses if the claim holds.
 
     Args:
         epsilon: The claim, at least 0.
         delta: The claim's delta.
         m: Number of canaries.
-        guesses: How many coins are guessed, at most ``m``.
-        correct: How many of the guesses are right.
+        guesses: Number of guessed coins, at most ``m``.
+        correct: Number of correct guesses.
     """
     if correct == 0:
         return 1.0
@@ -42,22 +42,14 @@ def p_value(epsilon: float, *, delta: float, m: int, guesses: int, correct: int)
 def epsilon_exceeded(
     *, delta: float, m: int, guesses: int, correct: int, significance: float, above: float = 0.0
 ) -> float:
-    """The largest epsilon of which, and of every smaller one, the p-value is at most ``significance``.
+    """Return the largest epsilon such that all values up to it have a p-value of at most ``significance``.
 
-    Args:
-        delta: The claim's delta.
-        m: Number of canaries.
-        guesses: How many coins are guessed.
-        correct: How many of the guesses are right.
-        significance: One minus the confidence.
-        above: What is known already; nothing smaller is looked for.
-
-    Returns:
-        At least ``above``, which means that no more was shown.
+    The arguments are those of ``p_value``. ``significance`` is one minus the confidence. ``above`` is a bound that is
+    known already, and is returned if the data shows no more.
     """
     if correct == 0:
         return above
-    # At delta = 0 this is Clopper and Pearson's lower bound on the accuracy; delta only lowers it.
+    # At delta = 0 this is Clopper and Pearson's lower bound on the accuracy; a larger delta only lowers the bound.
     q = float(special().betaincinv(correct, guesses - correct + 1, significance))
     most = math.log(q) - math.log1p(-q)
     if most <= above or delta == 0.0:
@@ -69,8 +61,8 @@ def epsilon_exceeded(
 
     if not rejected(above):
         return above
-    # The second term need not grow with epsilon, and the truth may lie at the first epsilon that is
-    # not rejected. So we look for that one from below.
+    # The second term need not grow with epsilon, and the true epsilon may be the first that is not rejected. So the
+    # search for the first one goes upwards.
     low = 0.0
     for high in np.linspace(0.0, most, _GRID + 1).tolist():
         if not rejected(high):

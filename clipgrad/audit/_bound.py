@@ -1,4 +1,4 @@
-"""From scores and coins to a lower bound on epsilon."""
+"""Compute a lower bound on epsilon from scores and coins."""
 
 from __future__ import annotations
 
@@ -17,24 +17,25 @@ from clipgrad.audit._scipy import gaussian_epsilon, special
 
 Curve = Literal["approximate", "gaussian"]
 
-_FEWEST_GUESSES = 16  # all of 16 right shows hardly anything once several counts are tried
+# Even 16 correct guesses of 16 show hardly anything if several counts are tried.
+_FEWEST_GUESSES = 16
 _DEEPEST = 128
 _IMPOSSIBLE = 1e-9
 
 
 @dataclass(frozen=True)
 class AuditResult:
-    """What an audit found.
+    """This class holds the result of an audit.
 
     Attributes:
-        epsilon: With probability ``confidence`` the run's true epsilon at ``delta`` is at least
-            this. 0.0 says nothing.
-        delta: The delta that it belongs to.
+        epsilon: The bound: with probability ``confidence`` the run's true epsilon at ``delta`` is at least this number.
+            0.0 states nothing.
+        delta: The delta of the bound.
         confidence: Probability, over coins and training, that the bound holds.
-        canaries: How many canaries there were.
-        guesses: How many of the highest scores were guessed to be in, of the lowest to be out.
-        correct: How many of these guesses were right.
-        curve: What the bound was tested against, see :func:`lower_bound`.
+        canaries: Number of canaries.
+        guesses: How many of the highest scores were guessed to be in, and how many of the lowest to be out.
+        correct: Number of correct guesses.
+        curve: The curve that the bound was tested against; see :func:`lower_bound`.
         mu: For ``curve="gaussian"``, the bound as ``mu`` of Gaussian DP; else None.
     """
 
@@ -63,39 +64,39 @@ def lower_bound(
     guesses: tuple[int, int] | None = None,
     curve: Curve = "approximate",
 ) -> AuditResult:
-    """A lower bound on the epsilon of the run that the scores come from.
+    """Return a lower bound on the epsilon of the run that the scores come from.
 
     Args:
-        scores: ``[m]``, high for canaries that look as if they had been trained on. Any function of
-            what the run released and of the canaries, but **not of their coins**.
-        included: Boolean ``[m]``: the coins, :attr:`Canaries.included`. They must be fair and
-            independent; the bound rests on that and on nothing else.
-        delta: The delta to bound epsilon at; take the claim's. With ``curve="approximate"`` keep
-            ``m * delta`` below about 0.01, or it drowns the bound.
+        scores: ``[m]``, high for canaries that seem to have been trained on. They may be any function of the canaries
+            and of what the run released, but **not of the coins** themselves.
+        included: Boolean ``[m]``: the coins, :attr:`Canaries.included`. They must be fair and independent; the bound
+            relies on that and on nothing else.
+        delta: The delta at which epsilon is bounded; take the claim's. With ``curve="approximate"`` keep ``m * delta``
+            below about 0.01, or the bound becomes useless.
         confidence: Probability with which the bound holds.
-        guesses: How many of the highest scores to guess in, and how many of the lowest out, chosen
-            **before looking** at the coins. By default several are tried, some 15 that depend on
-            ``m`` alone, each at a confidence that pays for all of them (Bonferroni).
-        curve: ``"approximate"`` assumes nothing about the run (Steinke et al. 2023). ``"gaussian"``
-            bounds the ``mu`` for which the run is ``mu``-GDP and converts it to epsilon at
-            ``delta`` (Mahloujifar et al. 2024). It is much tighter, and the right comparison for
-            runs whose claim *is* Gaussian: full batches (rate 1), ``T`` steps with ``mu = sqrt(T) /
-            noise_multiplier``. A subsampled run's curve is not a Gaussian's, and this epsilon may
-            rightly exceed its claim.
+        guesses: How many of the highest scores to guess in, and how many of the lowest out, chosen **before looking**
+            at the coins. By default about 15 choices that depend on ``m`` alone are tried, each at a confidence that
+            pays for all of them (Bonferroni).
+        curve: ``"approximate"`` assumes nothing about the run (Steinke et al. 2023). ``"gaussian"`` bounds the ``mu``
+            for which the run is ``mu``-GDP and converts it to epsilon at ``delta`` (Mahloujifar et al. 2024). It is
+            much tighter, and the right comparison for runs whose claim *is* Gaussian: full batches (rate 1), ``T``
+            steps with ``mu = sqrt(T) / noise_multiplier``. The curve of a subsampled run is not Gaussian, and this
+            epsilon may exceed its claim without a fault.
 
     Returns:
-        The best bound and the guesses that gave it.
+        The best bound, with the guesses that gave it.
 
     Raises:
-        ValueError: If arguments are out of range, shapes differ, a score is NaN, or there are so
-            many more heads than tails, or the reverse, that the coins cannot be fair.
+        ValueError: If arguments are out of range, shapes differ, a score is NaN, or heads and tails are so unequal in
+            number that the coins cannot be fair.
         ImportError: If scipy, or for ``"gaussian"`` dp-accounting, is not installed.
 
     Examples:
         >>> coins = np.arange(1000) % 2 == 0
-        >>> print(lower_bound(coins, coins, delta=1e-5, guesses=(300, 300)))  # a run that tells all
+        >>> # a run that reveals every coin, and a run that reveals nothing
+        >>> print(lower_bound(coins, coins, delta=1e-5, guesses=(300, 300)))
         epsilon >= 5.27 at delta = 1e-05, with 95 % confidence (600 of 600 guesses right, 1000 canaries)
-        >>> lower_bound(np.zeros(1000), coins, delta=1e-5).epsilon  # a run that tells nothing
+        >>> lower_bound(np.zeros(1000), coins, delta=1e-5).epsilon
         0.0
     """
     values, coins = _checked(scores, included)
@@ -110,10 +111,10 @@ def lower_bound(
 
 
 def default_guesses(m: int) -> list[tuple[int, int]]:
-    """The numbers of guesses that are tried: a function of ``m`` alone.
+    """Return the numbers of guesses to try, a function of ``m`` alone.
 
-    Both ends of the ranking alike, and the top alone: a canary that Poisson sampling drew by chance
-    can stand out, while one that it never drew cannot.
+    They are equal numbers at both ends of the ranking, and guesses at the top alone: a canary that Poisson sampling
+    happened to select can stand out, while a canary that it never selected cannot.
     """
     both: list[tuple[int, int]] = []
     top: list[tuple[int, int]] = []
@@ -150,7 +151,7 @@ def _best(
 
 
 def _ranked(values: NDArray[Any], coins: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """The coins by falling score. The order of equal scores must not come from the coins."""
+    """Return the coins by falling score; the order of equal scores is independent of the coins."""
     shuffled = order_of_ties(len(coins))
     order = shuffled[np.argsort(-values[shuffled], kind="stable")]
     return coins[order]

@@ -1,4 +1,4 @@
-"""Which samples are canaries and which of them are trained on; the only randomness of an audit."""
+"""Choose which samples are canaries and which of them are trained on; an audit has no other randomness."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from numpy.typing import NDArray
 
 
 def coin_flips(m: int) -> NDArray[np.bool_]:
-    """Independent fair coins from the operating system's generator.
+    """Return independent fair coins from the operating system's generator.
 
     Args:
-        m: How many, at least 1.
+        m: Number of coins, at least 1.
 
     Returns:
-        Boolean ``[m]``. Not repeatable: a seed would be a way to know them.
+        Boolean ``[m]``. The coins cannot be repeated: with a seed an adversary could know them.
 
     Raises:
         ValueError: If ``m`` is not a positive integer.
@@ -34,20 +34,20 @@ def coin_flips(m: int) -> NDArray[np.bool_]:
 
 
 def order_of_ties(m: int) -> NDArray[np.int64]:
-    """A fixed order of ``m`` canaries for equal scores: not theirs, which may follow the coins."""
+    """Return a fixed random order of ``m`` canaries for equal scores, since their own order may depend on the coins."""
     return np.random.default_rng(m).permutation(m)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Canaries:
-    """Canaries and their coins.
+    """This class holds canaries and their coins.
 
-    The coins decide what is trained on and are needed again by :func:`~clipgrad.audit.lower_bound`.
-    Nothing in between may see them: not the scores, not a choice of hyperparameters.
+    The coins decide which canaries are trained on, and :func:`~clipgrad.audit.lower_bound` needs them again. Nothing in
+    between may use them: neither the scores nor a choice of hyperparameters.
 
     Attributes:
-        indices: Positions of the canaries in the dataset, ``[m]``, each once.
-        included: Boolean ``[m]``: which of them are trained on.
+        indices: Positions of the canaries in the dataset, ``[m]``, without repetition.
+        included: Boolean ``[m]``, true for canaries that are trained on.
 
     Examples:
         >>> canaries = Canaries.draw(range(90, 100))
@@ -77,7 +77,7 @@ class Canaries:
                 f"included must be boolean of shape {indices.shape}, got {included.dtype} of shape "
                 f"{included.shape}; Canaries.draw(indices) makes it."
             )
-        # Copies: what the caller does to its arrays is not our coins. PyTorch refuses read-only ones.
+        # These are copies, so that the caller cannot change the coins later. PyTorch refuses read-only arrays.
         object.__setattr__(self, "indices", indices.astype(np.int64))
         object.__setattr__(self, "included", included)
 
@@ -86,8 +86,8 @@ class Canaries:
         """Flip a coin for each sample at ``indices``.
 
         Args:
-            indices: Positions in the dataset. Choose them, and the samples there, without looking
-                at coins of an earlier draw.
+            indices: Positions in the dataset. Choose them, and the samples there, without looking at coins that were
+                flipped before.
 
         Raises:
             ValueError: If ``indices`` is empty, or not distinct integers of at least 0.
@@ -96,13 +96,13 @@ class Canaries:
         return cls(where, coin_flips(max(1, where.size)))
 
     def training_indices(self, num_samples: int) -> list[int]:
-        """All positions of a dataset but those of canaries that are left out; for ``Subset``.
+        """Return all positions of a dataset except those of excluded canaries, for ``Subset``.
 
         Args:
             num_samples: Size of the dataset, canaries included.
 
         Returns:
-            Increasing positions.
+            Positions in increasing order.
 
         Raises:
             ValueError: If a canary lies outside the dataset.
@@ -120,4 +120,4 @@ class Canaries:
         return len(self.indices)
 
     def __repr__(self) -> str:
-        return f"Canaries(m={len(self)})"  # the coins are not for a log
+        return f"Canaries(m={len(self)})"  # the coins must not appear in a log

@@ -1,18 +1,18 @@
-"""How many coins a Gaussian-DP run lets be guessed; Mahloujifar, Melis and Chaudhuri 2024.
+"""Bound how many coins can be guessed from a Gaussian-DP run; Mahloujifar, Melis and Chaudhuri 2024.
 
-A run is ``mu``-GDP (Dong, Roth and Su, "Gaussian Differential Privacy", 2019) if telling neighbours
-apart is no easier than telling ``N(0, 1)`` from ``N(mu, 1)``. That constrains the whole trade-off
-curve, of which an (epsilon, delta) pair is one line, and so the bound is much tighter.
+A run is ``mu``-GDP (Dong, Roth and Su, "Gaussian Differential Privacy", 2019) if neighbours are at least as hard to
+distinguish as ``N(0, 1)`` and ``N(mu, 1)``. That constrains the whole trade-off curve, of which an (epsilon, delta)
+pair is a single line, so the bound is much tighter.
 
-Algorithm 3 of arXiv:2410.22235. Let ``p_i`` be the probability of exactly ``i`` correct guesses out
-of ``c``, and, summed over all counts from ``i`` on,
+This is algorithm 3 of arXiv:2410.22235. Let ``p_i`` be the probability of exactly ``i`` correct guesses out of ``c``.
+Sum over all counts from ``i`` on:
 
     right_i = sum_{j >= i} j p_j / m,    wrong_i = sum_{j >= i} (c - j) p_j / m.
 
-Flipping the coin of one guessed canary turns a right guess into a wrong one and leaves the other
-guesses alone, so that privacy, averaged over canaries, says ``right_{i+1} <= F(wrong_i)`` with the
-concave ``F(x) = Phi(Phi^-1(x) + mu)``. From ``P[at least v correct] = s`` follow, downwards from v, the
-smallest ``p_i`` that this allows; if they sum to more than 1, no such run reaches v with probability s.
+Flipping the coin of one guessed canary turns a right guess into a wrong guess and does not affect the other guesses. So
+privacy, averaged over canaries, implies ``right_{i+1} <= F(wrong_i)`` with the concave ``F(x) = Phi(Phi^-1(x) + mu)``.
+Starting from ``P[at least v correct] = s`` and counting down from v, this gives the smallest possible ``p_i``. If they
+sum to more than 1, no such run reaches v with probability s.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ _PRECISION = 1e-5
 
 
 def rejects(mu: float, *, m: int, guesses: int, correct: int, significance: float) -> bool:
-    """Whether no ``mu``-GDP run has so many correct guesses or more with probability ``significance``.
+    """Return whether no ``mu``-GDP run has at least ``correct`` correct guesses with probability ``significance``.
 
     Args:
         mu: The claim, at least 0.
         m: Number of canaries.
-        guesses: How many coins are guessed, at most ``m``.
-        correct: How many of the guesses are right.
+        guesses: Number of guessed coins, at most ``m``.
+        correct: Number of correct guesses.
         significance: One minus the confidence.
     """
     right = significance * correct / m
@@ -41,7 +41,7 @@ def rejects(mu: float, *, m: int, guesses: int, correct: int, significance: floa
     for count in range(correct - 1, -1, -1):
         least = _wrong_at_least(right, mu)
         if least <= wrong:
-            break  # then neither changes any more
+            break  # from here on neither sum changes
         right += count / (guesses - count) * (least - wrong)
         wrong = least
         if right + wrong > everything:
@@ -50,17 +50,9 @@ def rejects(mu: float, *, m: int, guesses: int, correct: int, significance: floa
 
 
 def mu_exceeded(*, m: int, guesses: int, correct: int, significance: float, above: float) -> float:
-    """The largest ``mu`` that is rejected.
+    """Return the largest ``mu`` that is rejected, or the known bound ``above`` if the data shows no more.
 
-    Args:
-        m: Number of canaries.
-        guesses: How many coins are guessed.
-        correct: How many of the guesses are right.
-        significance: One minus the confidence.
-        above: What is known already; nothing smaller is looked for.
-
-    Returns:
-        At least ``above``, which means that no more was shown.
+    The other arguments are those of ``rejects``.
     """
 
     def rejected(mu: float) -> bool:
@@ -78,8 +70,8 @@ def mu_exceeded(*, m: int, guesses: int, correct: int, significance: float, abov
 
 
 def _wrong_at_least(right: float, mu: float) -> float:
-    """``F^-1(right) = Phi(Phi^-1(right) - mu)``."""
+    """Return ``F^-1(right) = Phi(Phi^-1(right) - mu)``."""
     if right >= 1.0:
         return 1.0
-    # erfc, as NormalDist.cdf is inexact far out on the left
+    # NormalDist.cdf is inexact far out in the left tail; erfc is not.
     return 0.5 * math.erfc((mu - _QUANTILE(right)) / math.sqrt(2)) if right > 0.0 else 0.0

@@ -1,4 +1,4 @@
-"""The black-box score: what the model's loss says about a canary."""
+"""Compute the black-box score: the model's loss on each canary."""
 
 from __future__ import annotations
 
@@ -13,17 +13,15 @@ from clipgrad.audit._undisturbed import evaluating, undisturbed
 
 
 def canary_losses(model: nn.Module, loss_fn: Callable[..., Tensor], *canaries: Any) -> torch.Tensor:
-    """The loss of each canary, in evaluation mode, one canary at a time.
+    """Return the loss of each canary, one canary at a time, in evaluation mode.
 
-    Take it before training and after; ``before - after`` is the score of the black-box audit: what a
-    canary's loss has fallen by. It needs the trained model only, and shows much less than
-    :class:`StepRecorder`.
+    Compute the losses before and after training; ``before - after``, the decrease of a canary's loss, is the score of
+    the black-box audit. It needs the trained model only, and shows much less than :class:`StepRecorder`.
 
     Args:
-        model: The model. Its modules' training flags and the random number generators are left as
-            they were.
+        model: The model. Training flags of its modules and the state of the random number generators stay unchanged.
         loss_fn: ``loss_fn(model, *batch) -> scalar``, as for :class:`~clipgrad.DPOptimizer`.
-        *canaries: What ``loss_fn`` takes after the model: pytrees of tensors, ``[m, ...]``.
+        *canaries: The arguments of ``loss_fn`` after the model: pytrees of tensors, ``[m, ...]``.
 
     Returns:
         ``[m]``, detached. A loss that is not finite is returned as it is.
@@ -48,10 +46,10 @@ def canary_losses(model: nn.Module, loss_fn: Callable[..., Tensor], *canaries: A
 
 
 def count(canaries: Any) -> int:
-    """How many canaries a pytree of ``[m, ...]`` tensors holds.
+    """Return the number of canaries in a pytree of ``[m, ...]`` tensors.
 
     Raises:
-        ValueError: If it holds none, or something else than such tensors.
+        ValueError: If there are no canaries, or a leaf is not such a tensor.
     """
     leaves = tree_leaves(canaries)
     sizes = {len(leaf) if isinstance(leaf, Tensor) and leaf.dim() else None for leaf in leaves}

@@ -1,4 +1,4 @@
-"""The white-box score: how far each step went along a canary's own clipped gradient."""
+"""Compute the white-box score: how far each step moved along a canary's own clipped gradient."""
 
 from __future__ import annotations
 
@@ -19,30 +19,30 @@ Observed = Literal["parameters", "gradients"]
 
 
 class StepRecorder:
-    """Watches ``optimizer.step()`` and scores canaries by it; the white-box attack of Steinke et al. 2023.
+    """This class watches ``optimizer.step()`` and scores canaries: the white-box attack of Steinke et al. 2023.
 
-    Per step and canary it takes the scalar product of the canary's clipped gradient, at the
-    parameters before the step, with the step: a canary that was in the batch pulled the step its way.
-    Canaries whose gradients are at least as long as the clipping norm and orthogonal to all others
-    (a rare token, an image of random pixels with a random label) make the strongest audit.
+    For each step and canary it computes the scalar product of the step with the canary's clipped gradient at the
+    parameters before the step. A canary in the batch pulls the step in its direction. The strongest canaries have
+    gradients at least as long as the clipping norm and orthogonal to all others, for example a rare token, or an image
+    of random pixels with a random label.
 
-    It changes nothing about the training, not even the random numbers that come next. A step costs a
-    copy of the parameters and a per-sample gradient of each canary. Gradients are ``vmap(grad)``, the
-    definition, and not clipgrad's fast path, so that an audit shares no code with what it audits.
+    The recorder changes nothing about the training, including the RNG state. A step costs a copy of the parameters and
+    a per-sample gradient of each canary. Gradients are ``vmap(grad)``, the definition, instead of clipgrad's fast path,
+    so that an audit shares no code with what it audits.
 
-    The products are functions of what the run releases and of the canaries; they are as private as
-    the parameters after each step, not as the final ones alone.
+    The products depend only on the canaries and on what the run releases; they are as private as the parameters after
+    every step, not as the final parameters alone.
 
     Args:
-        optimizer: The optimizer whose steps to watch. Model and loss are its own.
-        *canaries: All canaries, those left out of training too, as ``optimizer.backward`` would take
-            them: pytrees of tensors, ``[m, ...]``, on the model's device.
-        observe: What counts as the step. ``"parameters"``: parameters before minus after, all that
-            is released; with plain SGD of a constant learning rate this is the noisy sum.
-            ``"gradients"``: the noisy gradient that the wrapped optimizer was given; it is as private,
-            and shows more under adaptive optimizers and schedules.
-        chunk_size: Canaries at a time: memory for so many gradients. 1 runs without ``vmap``, for
-            losses that it cannot run.
+        optimizer: The optimizer whose steps are watched; its model and loss are used.
+        *canaries: All canaries, including those left out of training, in the form that ``optimizer.backward`` takes:
+            pytrees of tensors, ``[m, ...]``, on the model's device.
+        observe: What counts as the step. ``"parameters"``: parameters before minus parameters after, which is all that
+            is released; with plain SGD and a constant learning rate this is the noisy sum. ``"gradients"``: the noisy
+            gradient that the wrapped optimizer received; it is as private, and shows more under adaptive optimizers and
+            schedules.
+        chunk_size: Number of canaries at a time, whose gradients must fit into memory. 1 does not use ``vmap``, for
+            losses that do not support it.
 
     Raises:
         ValueError: If ``canaries`` are not tensors of one length, or an option is unknown.
@@ -103,16 +103,16 @@ class StepRecorder:
 
     @property
     def products(self) -> Tensor:
-        """The scalar product of each step with each canary's clipped gradient, ``[steps, m]``, float64.
+        """Return the scalar product of each step with each canary's clipped gradient, ``[steps, m]``, float64.
 
-        For attacks of your own: any function of it and of the canaries is a score, none of the coins is.
+        Other attacks can use it: any function of the products and the canaries is a score if it does not use the coins.
         """
         if not self._products:
             return torch.zeros(0, self._size, dtype=torch.float64)
         return torch.stack(self._products)
 
     def scores(self) -> Tensor:
-        """The sum of the products over all steps so far, ``[m]``."""
+        """Return the sum of the products over all steps so far, ``[m]``."""
         return self.products.sum(0)
 
     def _trained(self) -> dict[str, nn.Parameter]:
@@ -121,7 +121,7 @@ class StepRecorder:
         return {name: p for name, p in named if id(p) in owned and p.requires_grad}
 
     def _step(self, before: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The step towards smaller loss, negated: a gradient."""
+        """Return the negated step, which points in the direction of a gradient."""
         trained = self._trained()
         if self._observe == "parameters":
             return {name: old - trained[name].detach() for name, old in before.items()}
@@ -129,7 +129,7 @@ class StepRecorder:
         missing = [name for name, gradient in gradients.items() if gradient is None]
         if missing:
             raise ValueError(
-                f"observe='gradients' found no gradient of {missing[0]!r}: leave only optimizer.step() inside "
+                f"observe='gradients' found no gradient of {missing[0]!r}; call only optimizer.step() inside "
                 "`with recorder:`, and zero_grad() outside."
             )
         return {name: g.detach() for name, g in gradients.items() if g is not None}
@@ -166,7 +166,7 @@ class StepRecorder:
 
 
 class _Loss(nn.Module):
-    """The loss as a module, for ``functional_call`` to replace the parameters that it reads."""
+    """This module computes the loss, so that ``functional_call`` can replace the parameters that the loss reads."""
 
     def __init__(self, model: nn.Module, loss_fn: Any) -> None:
         super().__init__()
@@ -178,6 +178,6 @@ class _Loss(nn.Module):
 
 
 def _bound(optimizer: DPOptimizer) -> float:
-    """The longest that a clipped gradient can be; groups are scored as if they were one."""
+    """Return the largest norm of a clipped gradient; several groups are treated as one."""
     moves = 2 if optimizer.relation is Relation.REPLACE_ONE else 1
     return optimizer.sensitivity / moves

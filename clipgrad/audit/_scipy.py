@@ -1,4 +1,4 @@
-"""Libraries that only the mathematics of an audit needs, imported when first used."""
+"""Import the libraries that only an audit's mathematics needs, when they are first used."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from typing import Any
 
 
 def special() -> Any:
-    """``scipy.special``: incomplete beta functions."""
+    """Return the module ``scipy.special``, which has incomplete beta functions."""
     return _imported("scipy.special")
 
 
 def gaussian_epsilon(mu: float, delta: float) -> float:
-    """Epsilon at ``delta`` of a ``mu``-GDP run; Balle and Wang 2018 by way of dp-accounting."""
+    """Return epsilon at ``delta`` of a ``mu``-GDP run: Balle and Wang 2018, computed by dp-accounting."""
     if mu == 0.0:
         return 0.0
     return float(_imported("dp_accounting").get_epsilon_gaussian(1.0 / mu, delta))

@@ -1,4 +1,4 @@
-"""Running a model on canaries so that the training around it does not notice."""
+"""Run a model on canaries without side effects on the surrounding training."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import nn
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Give the random number generators back as they were: dropout draws from them."""
+    """Restore the state of the random number generators on exit, since dropout changes it."""
     cuda = {p.device for p in model.parameters() if p.device.type == "cuda"}
     with torch.random.fork_rng(devices=sorted(cuda, key=str), device_type="cuda"):
         yield
@@ -19,7 +19,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """``model.eval()`` for a while; each module gets its own flag back."""
+    """Switch to ``model.eval()`` and restore each module's own flag on exit."""
     flags = {module: module.training for module in model.modules()}
     model.eval()
     try:

@@ -1,18 +1,13 @@
-"""How far each sample's gradient is scaled down, and what one sample can change after that.
+"""This package decides how far each sample's gradient is scaled down, and bounds what one sample can change.
 
-Three questions, each answered once and in a file of its own; a strategy is one answer to each:
+A clipping strategy combines three choices, each with a file of its own:
 
-=================  ===========================================================  =================
-question           answers                                                      file
-=================  ===========================================================  =================
-what is scaled     the whole gradient, parameters by prefix, ``PerLayer``       ``_strategies``
-together?
-by which factor?   at most 1 (clip), or ``Automatic``                           ``_factors``
-to which norm?     a number, a function of the step, ``AdaptiveQuantile``       ``_adaptive``
-=================  ===========================================================  =================
+* What is scaled together (``_strategies``): the whole gradient, parameters by prefix, or ``PerLayer``.
+* By which factor (``_factors``): at most 1 (clip), or ``Automatic``.
+* To which norm (``_adaptive``): a number, a function of the step, or ``AdaptiveQuantile``.
 
-``_groups`` resolves a strategy against parameter names to factors and a bound; ``_schedule`` turns a strategy that
-changes from step to step into the constant one of the present step.
+``_groups`` resolves a strategy against parameter names to factors and a bound. ``_schedule`` turns a strategy that
+changes from step to step into the constant strategy of the present step.
 """
 
 from __future__ import annotations

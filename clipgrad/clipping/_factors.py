@@ -1,4 +1,4 @@
-"""From a norm to a factor, so that factor times norm stays within a bound."""
+"""Turn a norm into a factor, so that factor times norm stays within a bound."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Clip:
-    """``min(1, C / norm)``: what is within the bound stays as it is."""
+    """This rule scales by ``min(1, C / norm)``: gradients within the bound stay unchanged."""
 
     def factors(self, norms: Tensor, bound: float | Tensor, rescale: bool) -> Tensor:
-        """Factors ``[B]``; a zero norm gives 1, a NaN norm NaN.
+        """Return factors ``[B]``; a zero norm gives 1, or ``1 / C`` if rescaled, and a NaN norm gives NaN.
 
         Args:
             norms: Per-sample L2 norms ``[B]``.
             bound: C, positive and finite; a scalar tensor in a graph that must serve every C.
-            rescale: Divide by C.
+            rescale: Whether to divide the factors by C.
         """
         if not rescale:
             return (bound / norms).clamp(max=1.0)
@@ -31,17 +31,17 @@ class Clip:
 
 @dataclass(frozen=True)
 class Normalise:
-    """``C / (norm + gamma)``: every gradient is brought close to the bound, small ones less so.
+    """This rule scales by ``C / (norm + gamma)``, which brings all gradients but very small ones close to the bound.
 
-    It never exceeds ``C / gamma`` times the factor that clips to ``gamma``, so rounding does to it what it does to a
-    clipped sum in units of ``gamma``. Without ``gamma`` nothing would hold: a gradient that is nothing but rounding
-    error would come out as large as any other.
+    The factor is at most ``C / gamma`` times the factor that clips to ``gamma``. So rounding errors are at most
+    ``C / gamma`` times those of a sum clipped to ``gamma``. Without ``gamma`` there would be no such bound: a gradient
+    that is only rounding error would get the same weight as any other.
     """
 
     gamma: float
 
     def factors(self, norms: Tensor, bound: float | Tensor, rescale: bool) -> Tensor:
-        """Factors ``[B]``, as those of ``Clip``; a zero norm gives ``C / gamma``, which is finite."""
+        """Return factors ``[B]`` as ``Clip.factors`` does; a zero norm gives ``C / gamma``, which is finite."""
         return (1.0 if rescale else bound) / (norms + self.gamma)
 
 

@@ -1,4 +1,4 @@
-"""From per-sample norms to clipping factors, and from the configuration to its sensitivity."""
+"""Compute clipping factors from per-sample norms, and the sensitivity from the configuration."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ from clipgrad.clipping._factors import (
 from clipgrad.clipping._relation import Relation, most_contributions
 from clipgrad.clipping._strategies import Automatic, ClippingStrategy, PerLayer
 
-# Factors beyond it would overflow in float32 where a gradient is zero.
+# Larger factors, which a zero gradient gets, would overflow in float32.
 _LARGEST_FACTOR = 1e30
 
 
 @dataclass(frozen=True)
 class Clipping:
-    """Which parameters are scaled together, to which norm and how.
+    """This class specifies which parameters are scaled together, to which norm and how.
 
     Attributes:
-        groups: Name of each group; one empty name if all parameters are scaled together.
+        groups: Name of each group; a single empty name if all parameters are scaled together.
         norms: The clipping norm of each group, ``0 <= C <= inf``.
         assignment: Per parameter, the index of its group.
-        rules: How each group's norms become factors.
+        rules: Per group, how norms become factors.
         rescale: Whether clipped gradients are divided by their group's norm, so that the bound is 1.
-        bounds: ``norms`` as a tensor ``[groups]``, read in their place by a graph that must serve other norms too.
+        bounds: ``norms`` as a tensor ``[groups]``, which a graph reads instead of ``norms`` to serve other norms too.
     """
 
     groups: tuple[str, ...]
@@ -46,7 +46,7 @@ class Clipping:
     bounds: Tensor | None = field(default=None, compare=False, repr=False)
 
     def members(self, group: int) -> list[int]:
-        """Indices of the parameters that a group clips together."""
+        """Return the indices of the parameters that ``group`` clips together."""
         return self._members[group]
 
     @cached_property
@@ -57,10 +57,10 @@ class Clipping:
         return members
 
     def factors(self, norms: Tensor, group: int) -> Tensor:
-        """What each sample's gradient is multiplied by in one group; NaN for a NaN norm.
+        """Return the factor of each sample's gradient in one group, ``[B]``; NaN for a NaN norm.
 
-        For ``Clip``, ``min(1, C / norm)``, divided by C if rescaled: ``C = 0`` gives 0, ``C = inf`` gives 1, a zero
-        norm gives 1.
+        For ``Clip`` the factor is ``min(1, C / norm)``, divided by C if rescaled: ``C = 0`` gives 0, ``C = inf`` gives
+        1, a zero norm gives 1.
 
         Args:
             norms: Per-sample L2 norms ``[B]``.
@@ -76,17 +76,17 @@ class Clipping:
         return self.rules[group].factors(norms, bound, self.rescale)
 
     def reading(self, bounds: Tensor) -> Clipping:
-        """The same with ``bounds`` in place of ``norms``, as long as ``structure`` stays the same."""
+        """Return a copy that reads ``bounds`` instead of ``norms``; valid for all norms with the same ``structure``."""
         return replace(self, bounds=bounds)
 
     @cached_property
     def structure(self) -> tuple[Any, ...]:
-        """All but the values of positive finite norms: what a graph that reads ``bounds`` depends on."""
+        """Return everything that a graph reading ``bounds`` depends on: all but the values of positive finite norms."""
         ends = tuple(norm if norm == 0 or math.isinf(norm) else None for norm in self.norms)
         return self.groups, self.assignment, self.rules, self.rescale, ends
 
     def bound(self) -> float:
-        """The L2 norm that one sample's contribution, all groups together, cannot exceed."""
+        """Return the largest L2 norm of one sample's contribution, over all groups together."""
         return math.hypot(*(1.0 if self.rescale else norm for norm in self.norms))
 
 
@@ -100,17 +100,17 @@ def make_clipping(
     """Resolve ``max_grad_norm`` against the parameter names.
 
     Args:
-        max_grad_norm: One norm for all parameters, or a mapping from prefixes of parameter names to norms. A
-            prefix matches whole components (``"conv"`` matches ``"conv.weight"``, not ``"conv1.weight"``), the
-            longest match wins, and ``""`` matches everything. In place of a norm, ``Automatic``; in place of all,
-            ``PerLayer``. Every norm is a number.
-        names: Parameter names in order; None for the bound alone, before any parameter is known.
+        max_grad_norm: One norm for all parameters, or a mapping from prefixes of parameter names to norms. A prefix
+            matches whole components (``"conv"`` matches ``"conv.weight"``, not ``"conv1.weight"``), the longest match
+            wins, and ``""`` matches everything. ``Automatic`` may replace a norm, and ``PerLayer`` the whole. Every
+            norm must be a number.
+        names: Parameter names in order; None gives the bound alone, before any parameter is known.
         sizes: Number of elements of each parameter, for ``PerLayer``.
         rescale: Whether clipped gradients are rescaled to norm one.
 
     Raises:
-        ValueError: If a norm is negative, NaN, or changes from step to step, a parameter matches no prefix, or a
-            prefix no parameter.
+        ValueError: If a norm is negative, NaN, or changes from step to step, a parameter matches no prefix, or a prefix
+            matches no parameter.
     """
     if isinstance(max_grad_norm, Mapping):
         return _by_prefix(max_grad_norm, names, rescale)
@@ -165,7 +165,6 @@ def _per_layer(
 
 
 def _rule(what: str, value: object, rescale: bool) -> tuple[Rule, float]:
-    """Rule and norm of one group."""
     rule: Rule = Clip()
     if isinstance(value, Automatic):
         rule, value = Normalise(float(value.gamma)), value.max_grad_norm
@@ -210,9 +209,9 @@ def _longest_match(name: str, groups: Sequence[str]) -> int:
 def sensitivity(
     clipping: Clipping, relation: Relation, *, normalize_by: float, nan_safe: bool
 ) -> float:
-    """How far one neighbour can move the clipped sum, in L2 norm.
+    """Return how far the clipped sums of neighbouring datasets can be apart, in L2 norm.
 
-    ``inf`` without clipping, and without ``nan_safe``, where a single NaN may turn everything into NaN.
+    The result is ``inf`` without clipping, and without ``nan_safe``: then a single NaN may turn the whole sum into NaN.
     """
     if not nan_safe:
         return math.inf

@@ -1,4 +1,4 @@
-"""Which datasets count as neighbours."""
+"""This module defines which datasets count as neighbours."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from clipgrad import _validate
 
 
 class Relation(Enum):
-    """Which datasets count as neighbours.
+    """This enum names the neighbouring relations.
 
     ==================  ======================================  =================
     relation            one dataset becomes the other by        sensitivity (C=1)
@@ -18,8 +18,8 @@ class Relation(Enum):
     REPLACE_SPECIAL     replacing one sample by a null sample   1
     ==================  ======================================  =================
 
-    The names follow Google's ``dp_accounting.NeighboringRelation``. A null sample contributes nothing; padding
-    is one.
+    The names follow Google's ``dp_accounting.NeighboringRelation``. A null sample, such as padding, contributes
+    nothing.
     """
 
     ADD_OR_REMOVE_ONE = "add_or_remove_one"
@@ -28,15 +28,15 @@ class Relation(Enum):
 
 
 def relation_of(relation: Relation | str) -> Relation:
-    """A relation by member or by name.
+    """Return a relation by member or by name.
 
     Raises:
-        ValueError: If there is none of that name.
+        ValueError: If no relation has that name.
     """
     name = relation.value if isinstance(relation, Relation) else str(relation).lower()
     return Relation(_validate.one_of("relation", name, [member.value for member in Relation]))
 
 
 def most_contributions(relation: Relation) -> int:
-    """How many times the largest contribution of one sample a sum moves between neighbours."""
+    """Return the distance of neighbouring sums in units of one sample's largest contribution."""
     return 2 if relation is Relation.REPLACE_ONE else 1

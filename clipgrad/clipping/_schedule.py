@@ -1,4 +1,4 @@
-"""Where a run stands: the step, and what clipping norm and noise are at that step."""
+"""This module tracks the step of a run, and the clipping norm and noise at that step."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ from clipgrad.result import Outcome
 
 @dataclass(frozen=True, eq=False)
 class Progress:
-    """A step of a run; the next step is another value.
+    """This class describes one step of a run. It is immutable: the next step is another object.
 
-    What a function of the step returned is kept: it is asked at most once a step, so that norm and noise are the same
-    for all of a logical batch and for whoever writes them down.
+    The result of a function of the step is cached, so that the function runs at most once per step. Norm and noise are
+    thus the same for a whole logical batch and for the record of the step.
 
     Attributes:
-        strategy: As the user gave it.
-        multiplier: The noise multiplier, as the user gave it.
-        step: How many steps came before.
+        strategy: The clipping strategy as the user gave it.
+        multiplier: The noise multiplier as the user gave it.
+        step: Number of steps before this one.
         norm: The norm of ``AdaptiveQuantile`` at this step; None without it.
     """
 
@@ -45,10 +45,10 @@ class Progress:
 
     @classmethod
     def start(cls, strategy: ClippingStrategy, noise_multiplier: float | Schedule) -> Progress:
-        """Before the first step.
+        """Return the progress before the first step.
 
         Raises:
-            ValueError: If the noise multiplier is no number, or ``AdaptiveQuantile`` is asked for by group.
+            ValueError: If the noise multiplier is not a number, or ``AdaptiveQuantile`` is given per group.
         """
         if isinstance(strategy, Mapping):
             strategy = dict(strategy)
@@ -59,12 +59,12 @@ class Progress:
 
     @cached_property
     def max_grad_norm(self) -> ClippingStrategy:
-        """The strategy with every norm a number: that of this step."""
+        """Return the strategy of this step, in which every norm is a number."""
         return with_norms(self.strategy, self._number)
 
     @cached_property
     def noise_multiplier(self) -> float:
-        """That of this step, for all that is released in it."""
+        """Return the noise multiplier of everything that this step releases."""
         if callable(self.multiplier):
             return _validate.number(
                 f"noise_multiplier at step {self.step}", self.multiplier(self.step)
@@ -72,14 +72,14 @@ class Progress:
         return self.multiplier
 
     def with_noise_multiplier(self, noise_multiplier: float | Schedule) -> Progress:
-        """The same step with other noise; the norm stays what it is."""
+        """Return the same step with another noise multiplier and the same norm."""
         other = replace(self, multiplier=_multiplier(noise_multiplier))
         if "max_grad_norm" in vars(self):
             vars(other)["max_grad_norm"] = self.max_grad_norm
         return other
 
     def noise(self, relation: Relation, expected_batch_size: float) -> tuple[float, float]:
-        """The noise multiplier of the gradients, and the standard deviation of the noise on ``observed``.
+        """Return the noise multiplier of the gradients, and the standard deviation of the noise on ``observed``.
 
         Raises:
             ValueError: If there is no such noise.
@@ -90,24 +90,20 @@ class Progress:
         return quantile.noise(self.noise_multiplier, relation, expected_batch_size)
 
     def observed(self, outcome: Outcome) -> list[Tensor]:
-        """What the next norm depends on, a sum over samples that needs noise like the gradients; often nothing.
+        """Return the sums over samples that the next norm depends on; they need noise like the gradients.
 
-        For ``AdaptiveQuantile`` the scalar ``sum_i (b_i - 1/2)`` over all samples but padding.
+        The list is empty except for ``AdaptiveQuantile``: then it holds the scalar ``sum_i (b_i - 1/2)`` over all
+        samples except padding.
         """
         if self.norm is None:
             return []
         (norms,) = outcome.norms
         above = outcome.num_clipped + outcome.num_nonfinite
-        # The norms' dtype is at least float32, in which counts are exact up to 2^24.
+        # The norms' dtype is at least float32, which represents counts exactly up to 2^24.
         return [outcome.batch_size / 2 - above.to(norms.dtype)]
 
     def advanced(self, observed: Sequence[Tensor], expected_batch_size: float) -> Progress:
-        """The next step.
-
-        Args:
-            observed: The sums of ``observed``, with their noise.
-            expected_batch_size: The public constant.
-        """
+        """Return the next step, from the sums of ``observed`` with their noise and the public expected batch size."""
         norm = self.norm
         quantile = _adaptive(self.strategy)
         if norm is not None and quantile is not None:
@@ -115,14 +111,14 @@ class Progress:
         return replace(self, step=self.step + 1, norm=norm)
 
     def state_dict(self) -> dict[str, Any]:
-        """Step and norm: plain numbers, for ``weights_only=True``."""
+        """Return step and norm as plain numbers, for ``weights_only=True``."""
         return {"step": self.step, "norm": self.norm}
 
     def restored(self, state: Any) -> Progress:
-        """The step that ``state_dict`` saved, of this run.
+        """Return the step that ``state_dict`` of the same run saved.
 
         Raises:
-            ValueError: If the state is not one, or of a run with another kind of norm.
+            ValueError: If ``state`` is malformed, or belongs to a run with another kind of norm.
         """
         if not isinstance(state, Mapping) or state.keys() != {"step", "norm"}:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""What a user writes for ``max_grad_norm``: grouping of rule of norm, each layer optional."""
+"""This module defines the values of ``max_grad_norm``: a norm, optionally in a rule, optionally in a grouping."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ from clipgrad import _validate
 from clipgrad.clipping._adaptive import AdaptiveQuantile
 
 Schedule: TypeAlias = Callable[[int], float]
-"""A function of the step number alone (0, 1, ...): public, and the same whatever the data."""
+"""A function of the step number (0, 1, ...) only; it is public and must not depend on the data."""
 Norm: TypeAlias = float | Schedule | AdaptiveQuantile
 
 WEIGHTS = ("uniform", "size")
-# Below it a norm in float32 may be rounding error alone, and dividing by it would blow that up.
+# A smaller norm in float32 may be rounding error alone, and the division would amplify that error.
 LEAST_GAMMA = 1e-6
 
 
 @dataclass(frozen=True)
 class Automatic:
-    """Normalise instead of clip: ``C / (norm + gamma)`` times each sample's gradient (AUTO-S).
+    """Normalise instead of clip: multiply each sample's gradient by ``C / (norm + gamma)`` (AUTO-S).
 
     Bu, Wang, Zha and Karypis, "Automatic Clipping: Differentially Private Deep Learning Made Easier and Stronger",
-    2022, arXiv:2206.07136, algorithm 1. There is no threshold to tune: C only scales the update, noise included, so
-    it can stay 1 and the learning rate does the rest. A sample contributes ``C * norm / (norm + gamma) < C``, so the
+    2022, arXiv:2206.07136, algorithm 1. There is no threshold to tune: C only scales the update, noise included, so it
+    can stay 1 and only the learning rate matters. A sample contributes ``C * norm / (norm + gamma) < C``, so the
     sensitivity is C; a zero gradient contributes zero.
 
     Args:
-        max_grad_norm: C; also a function of the step, or an ``AdaptiveQuantile``.
-        gamma: In the unit of the norms; at least 1e-6. Gradients smaller than that keep their size in proportion.
-            AUTO-V (``gamma=0``) is refused: it would give rounding errors the weight of gradients.
+        max_grad_norm: C: a number, a function of the step, or an ``AdaptiveQuantile``.
+        gamma: A constant in the unit of the norms, at least 1e-6. Gradients much smaller than ``gamma`` keep their
+            relative sizes. AUTO-V (``gamma=0``) is refused: it would give rounding errors the weight of gradients.
 
     Raises:
         ValueError: If ``gamma`` is out of range, or ``max_grad_norm`` is a grouping.
@@ -66,20 +66,20 @@ class Automatic:
 
 @dataclass(frozen=True)
 class PerLayer:
-    """Each module that owns parameters is clipped on its own; all of them together to C.
+    """Clip each module that owns parameters on its own, and all modules together to C.
 
     A group is a parameter's name without its last component: ``encoder.0.weight`` and ``encoder.0.bias`` belong to
-    ``encoder.0``. The squares of the groups' norms add up to C squared, so the sensitivity is C, whatever the model.
+    ``encoder.0``. The squares of the groups' norms add up to C squared, so the sensitivity is C for every model.
     McMahan, Ramage, Talwar and Zhang, "Learning Differentially Private Recurrent Language Models", 2018,
     arXiv:1710.06963, section 2 ("per-layer clipping").
 
     Args:
-        max_grad_norm: C; also a function of the step, or ``Automatic(...)`` to normalise each group.
-        weights: ``"uniform"``: ``C / sqrt(L)`` for each of L groups. ``"size"``: ``C * sqrt(n / N)`` for a group of n
-            of all N elements.
+        max_grad_norm: C: a number, a function of the step, or ``Automatic(...)`` to normalise each group.
+        weights: ``"uniform"`` gives each of L groups ``C / sqrt(L)``. ``"size"`` gives a group of n elements
+            ``C * sqrt(n / N)``, where N is the number of all elements.
 
     Raises:
-        ValueError: If ``weights`` is unknown, or ``max_grad_norm`` a grouping itself.
+        ValueError: If ``weights`` is unknown, or ``max_grad_norm`` is a grouping itself.
 
     Examples:
         >>> import torch, clipgrad
@@ -104,11 +104,7 @@ class PerLayer:
             )
 
     def shares(self, sizes: Mapping[str, int]) -> dict[str, float]:
-        """What part of C each group gets; the squares add up to one.
-
-        Args:
-            sizes: Number of elements by group.
-        """
+        """Return each group's share of C from the groups' numbers of elements; the squares of shares add up to one."""
         if self.weights == "uniform":
             return dict.fromkeys(sizes, 1 / math.sqrt(len(sizes)))
         total = max(sum(sizes.values()), 1)
@@ -119,17 +115,12 @@ ClippingStrategy: TypeAlias = Norm | Automatic | PerLayer | Mapping[str, Norm | 
 
 
 def is_grouped(strategy: ClippingStrategy) -> bool:
-    """Whether there is a norm per group, even for one group."""
+    """Return whether the strategy has a norm per group, even if there is a single group."""
     return isinstance(strategy, Mapping | PerLayer)
 
 
 def with_norms(strategy: ClippingStrategy, number: Callable[[Norm], float]) -> ClippingStrategy:
-    """The same strategy with each norm in it replaced.
-
-    Args:
-        strategy: Any.
-        number: From what stands for a norm to the norm.
-    """
+    """Return the same strategy with every norm, schedule or ``AdaptiveQuantile`` in it replaced by ``number`` of it."""
     if isinstance(strategy, Mapping):
         return {prefix: _with_norm(inner, number) for prefix, inner in strategy.items()}
     if isinstance(strategy, PerLayer):

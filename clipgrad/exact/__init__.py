@@ -1,4 +1,4 @@
-"""Exact mode: clipped sums on a grid of integers, and discrete Gaussian noise; see ``docs/exact.md``."""
+"""Exact mode computes clipped sums on an integer grid and adds discrete Gaussian noise; see ``docs/exact.md``."""
 
 from __future__ import annotations
 

@@ -1,14 +1,14 @@
-"""Clipped gradients on an integer grid: what one sample adds is bounded in integer arithmetic.
+"""Clip gradients to an integer grid: integer arithmetic bounds what one sample contributes.
 
-Everything up to the rounding is floating point, and may err: it is a function of one sample. What the promise
-rests on is exact: the comparison that lets a rounded sample pass, and the sums.
+Everything up to the rounding is floating point and may err, since it is a function of one sample only. The privacy
+guarantee rests on two exact computations: the comparison that accepts a rounded sample, and the sums.
 
 Sums are float64 multiples of the spacing ``gamma``, a power of two, so that float64 arithmetic on them is integer
-arithmetic below 2**53 steps. It stays below: a sample moves an element by at most ``C / gamma <= 2**26`` steps, a
-logical batch holds at most ``2**26`` samples, so no partial sum, in whatever order, exceeds ``2**52`` steps.
+arithmetic below 2**53 steps. They stay below: a sample changes an element by at most ``C / gamma <= 2**26`` steps, and
+a logical batch holds at most ``2**26`` samples, so no partial sum, in any order, exceeds ``2**52`` steps.
 
-Reference: Kairouz, Liu and Steinke 2021 (arXiv:2102.06387), with rounding to the nearest point instead of a random
-one, paid for by clipping to a smaller norm.
+Reference: Kairouz, Liu and Steinke 2021 (arXiv:2102.06387), but rounding is to the nearest point instead of random. To
+compensate, samples are clipped to a smaller norm.
 """
 
 from __future__ import annotations
@@ -25,19 +25,18 @@ from clipgrad import _validate
 from clipgrad.clipping import Automatic, Clipping, ClippingStrategy, PerLayer, Relation
 
 MOST_STEPS = 2**26
-_MOST_EXPONENT = (
-    900  # beyond, sums of many samples could overflow, or multiples lose bits to underflow
-)
+# With larger exponents sums of many samples could overflow, or multiples lose bits to underflow.
+_MOST_EXPONENT = 900
 
 
 @dataclass(frozen=True)
 class Grid:
-    """A grid of spacing ``gamma`` and the clipping onto it.
+    """This class describes a grid of spacing ``gamma`` and clips to it.
 
     Attributes:
         spacing: The distance of neighbouring grid points, ``gamma``.
         clipping: Groups and their norms C.
-        sizes: Per parameter, its number of elements.
+        sizes: Number of elements of each parameter.
     """
 
     spacing: float
@@ -57,15 +56,15 @@ class Grid:
     def clip(
         self, gradients: Sequence[Tensor], is_padding: Tensor | None
     ) -> tuple[list[Tensor], list[Tensor], Tensor]:
-        """Clip every sample to the grid and sum.
+        """Clip every sample to the grid and sum the samples.
 
         Args:
             gradients: Per-sample gradients, ``[B, *shape]`` for each parameter.
-            is_padding: Boolean ``[B]``; samples that contribute nothing.
+            is_padding: Boolean ``[B]``, true for samples that contribute nothing; or None.
 
         Returns:
-            The sum of each parameter in float64; the norms before clipping, ``[B]`` per group; and which samples
-            were dropped, boolean ``[B]``.
+            The sum of each parameter in float64; the norms before clipping, ``[B]`` per group; and which samples were
+            dropped, boolean ``[B]``.
         """
         rounded: list[Tensor] = [gradient[:0] for gradient in gradients]
         norms, kept = [], []
@@ -91,16 +90,16 @@ class Grid:
         return sums, norms, dropped
 
     def _in_steps(self, gradient: Tensor) -> Tensor:
-        """``[B, elements]``, a copy."""
+        """Return a copy in steps of the grid, ``[B, elements]``."""
         flat = gradient.reshape(gradient.shape[0], -1)
         return flat.to(torch.float64, copy=True).div_(self.spacing)
 
     def _target(self, group: int) -> float:
-        """The norm to clip to, in steps, so that rounding to the nearest point does not lead beyond C.
+        """Return the norm to clip to, in steps, so that rounding to the nearest point does not exceed C.
 
-        Rounding moves each of d elements by at most half a step, so the norm by at most ``sqrt(d) / 2``. The factor
-        before it covers what float64 errs by when it finds a norm of d elements and multiplies: less than
-        ``(d + 8) 2**-52``, whatever the order of the sum.
+        Rounding changes each of d elements by at most half a step, so the norm by at most ``sqrt(d) / 2``. The factor
+        covers the float64 error of a norm of d elements and of the scaling: less than ``(d + 8) 2**-52``, in any order
+        of the sum.
         """
         size = self._size(group)
         steps = self.clipping.norms[group] / self.spacing
@@ -111,11 +110,11 @@ class Grid:
 
 
 def within(rows: Sequence[Tensor], limit: int) -> Tensor:
-    """Whether the integers of each sample satisfy ``sum n^2 <= limit``: exact, boolean ``[B]``.
+    """Return whether the integers of each sample satisfy ``sum n^2 <= limit``, as an exact boolean ``[B]``.
 
-    Squares and their partial sums below 2**53 are exact in float64, in whatever order they are added. As rounding is
-    monotonic and no term is negative, a partial sum that reaches 2**53 is never rounded below it again, and is found
-    too large. A NaN fails every comparison.
+    Squares and their partial sums below 2**53 are exact in float64, in any order. Rounding is monotonic and no term is
+    negative. So a partial sum that reaches 2**53 never falls below it again, and exceeds the limit. A NaN fails every
+    comparison.
 
     Args:
         rows: Float64 integers ``[B, elements]``, the parts of one vector per sample.
@@ -126,15 +125,16 @@ def within(rows: Sequence[Tensor], limit: int) -> Tensor:
 
 
 def squared_limit(norm: float, spacing: float) -> int:
-    """The largest integer that is at most ``(norm / spacing)^2``, exactly."""
+    """Return the largest integer that is at most ``(norm / spacing)^2``, exactly."""
     return math.floor((Fraction(norm) / Fraction(spacing)) ** 2)
 
 
 def check_grid(grid: float, clipping: Clipping, strategy: ClippingStrategy) -> float:
-    """Refuse a spacing that is no power of two or too fine for the clipping norms, and strategies that are not exact.
+    """Return the spacing, or refuse it if it is no power of two or does not suit the norms or the strategy.
 
     Raises:
-        ValueError: With a spacing that works.
+        ValueError: If the strategy is not exact, or the spacing is no power of two or too fine for a norm. The message
+            names a spacing that works.
     """
     rules = strategy.values() if isinstance(strategy, Mapping) else [strategy]
     if any(isinstance(rule, Automatic | PerLayer) for rule in rules):
@@ -152,7 +152,7 @@ def check_grid(grid: float, clipping: Clipping, strategy: ClippingStrategy) -> f
     for norm in clipping.norms:
         if not 0 < norm < math.inf:
             raise ValueError(
-                f"grid needs a positive, finite max_grad_norm, got {norm}: it is rounded in units of it."
+                f"grid needs a positive, finite max_grad_norm, got {norm}: gradients are clipped below it and rounded."
             )
         if norm > MOST_STEPS * spacing:
             raise ValueError(
@@ -163,7 +163,7 @@ def check_grid(grid: float, clipping: Clipping, strategy: ClippingStrategy) -> f
 
 
 def exact_sensitivity(clipping: Clipping, relation: Relation) -> float:
-    """The smallest float that is at least ``sqrt(sum C_k^2)``, twice that for replace-one: never rounded down."""
+    """Return the smallest float that is at least ``sqrt(sum C_k^2)``, or twice that float for replace-one."""
     squared = sum(Fraction(norm) ** 2 for norm in clipping.norms)
     bound = math.hypot(*clipping.norms)
     while Fraction(bound) ** 2 < squared:
@@ -172,7 +172,7 @@ def exact_sensitivity(clipping: Clipping, relation: Relation) -> float:
 
 
 def exact_sigma(noise_multiplier: float, sensitivity: float) -> float:
-    """The smallest float that is at least their product."""
+    """Return the smallest float that is at least ``noise_multiplier * sensitivity``."""
     sigma = noise_multiplier * sensitivity
     if Fraction(sigma) < Fraction(noise_multiplier) * Fraction(sensitivity):
         return math.nextafter(sigma, math.inf)
@@ -186,7 +186,7 @@ def _norms(rows: Sequence[Tensor]) -> Tensor:
 
 
 def _power_of_two_below(value: float) -> float:
-    """The largest power of two that is at most ``value``."""
+    """Return the largest power of two that is at most ``value``."""
     return math.ldexp(1.0, math.frexp(value)[1] - 1)
 
 

@@ -1,4 +1,4 @@
-"""Discrete Gaussian noise on a grid: exact, where floating-point noise leaks through its least significant bits."""
+"""Discrete Gaussian noise on a grid is exact; floating-point noise leaks through its least significant bits."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from torch import Tensor
 from clipgrad.exact.sampler import MOST_SIGMA, discrete_gaussian
 from clipgrad.noise import checks
 
-# A sum within this is an exact integer, and so is what noise makes of it.
+# A sum of at most this many steps is an exact integer; the sum with noise, an int64, is one too.
 _LARGEST_SUM = 2**52
-# Noise of fewer steps would be rounded up to a whole number by more than one part in a hundred.
+# A smaller sigma would grow by more than one part in a hundred when it is rounded up to whole steps.
 _LEAST_SIGMA = 100
 
 
 class DiscreteGaussianNoise:
-    """The private noise of a grid: ``gamma`` times an integer drawn from the discrete Gaussian.
+    """This is the private noise of exact mode: ``gamma`` times an integer sampled from the discrete Gaussian.
 
-    An integer z has a probability proportional to ``exp(-z^2 / (2 S^2))`` with ``S = ceil(sigma / gamma)``, exactly:
-    the noise is never smaller than asked for, and larger by less than one part in S. Samples are drawn by integer
-    arithmetic from random bits of the operating system (Canonne, Kamath and Steinke 2020, arXiv:2004.00010), so
-    copies and forked children share nothing. How long it takes depends on what is drawn; see ``docs/exact.md``.
+    An integer z has a probability proportional to ``exp(-z^2 / (2 S^2))`` with ``S = ceil(sigma / gamma)``, exactly. So
+    the noise is never smaller than requested, and larger by less than one part in S. Samples come from integer
+    arithmetic on random bits of the operating system (Canonne, Kamath and Steinke 2020, arXiv:2004.00010), so copies
+    and forked children share nothing. The time depends on the sampled values; see ``docs/exact.md``.
 
     Args:
         grid: The spacing ``gamma``, a power of two.
@@ -50,14 +50,13 @@ class DiscreteGaussianNoise:
         """Add fresh, independent discrete Gaussian noise of parameter ``sigma`` in place.
 
         Args:
-            tensors: Dense float64 tensors of multiples of the grid, each once.
-            sigma: In effect the standard deviation, in the tensors' own unit; 0 adds and draws nothing.
+            tensors: Dense float64 tensors of multiples of the grid; no tensor may occur twice.
+            sigma: The standard deviation up to rounding, in the tensors' own unit. With 0 nothing is sampled or added.
 
         Raises:
-            ValueError: If a value is no multiple of the grid or beyond ``2**52`` steps of it; if ``sigma`` is negative,
-                not finite, or not between 100 and 2**28 steps; if a tensor is there twice. No tensor has got noise
-                then.
-            TypeError: If a tensor is not dense or not float64.
+            ValueError: If a value is no multiple of the grid or exceeds ``2**52`` steps; if ``sigma`` is negative, not
+                finite, or not between 100 and 2**28 steps; if a tensor occurs twice. No tensor is changed then.
+            TypeError: If a tensor is not dense or not float64. No tensor is changed then.
         """
         scale = checks.scale("sigma", sigma)
         if scale == 0.0:
@@ -69,27 +68,27 @@ class DiscreteGaussianNoise:
             sizes = [exact.numel() for exact in integers]
             noise = torch.from_numpy(discrete_gaussian(sum(sizes), steps)).split(sizes)
             for tensor, exact, drawn in zip(targets, integers, noise, strict=True):
-                # Beyond 2**53 the conversion rounds, but what it rounds is private already.
+                # Beyond 2**53 the conversion rounds, which is harmless: the sum with noise is private already.
                 total = (exact + drawn).to(torch.float64).mul_(self.grid)
                 tensor.copy_(total.view(tensor.shape))
 
     def state_dict(self) -> dict[str, Any]:
-        """A marker only: there is no state to keep."""
+        """Return a marker only: there is no state to keep."""
         return {"kind": "DiscreteGaussianNoise", "format": 1}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Check that ``state`` is of this class; there is nothing to restore.
+        """Check that ``state`` belongs to this class; there is nothing to restore.
 
         Raises:
-            ValueError: If ``state`` is another noise source's.
+            ValueError: If ``state`` comes from another noise source.
         """
         checks.state(state, "DiscreteGaussianNoise")
 
     def _integers(self, index: int, tensor: Tensor) -> Tensor:
-        """The tensor's values in steps, flat, on the CPU; exact."""
+        """Return the tensor's values in steps as a flat int64 tensor on the CPU, exactly."""
         if tensor.dtype is not torch.float64:
             raise TypeError(
-                f"tensors[{index}] must be float64, got {tensor.dtype}: a grid is kept in float64."
+                f"tensors[{index}] must be float64, got {tensor.dtype}: sums on a grid are float64."
             )
         steps = tensor.reshape(-1).cpu() / self.grid
         if not bool(((steps == steps.round()) & (steps.abs() <= _LARGEST_SUM)).all()):
@@ -101,15 +100,15 @@ class DiscreteGaussianNoise:
 
 
 def whole_steps(sigma: float, grid: float) -> int:
-    """``sigma / grid`` rounded up, exactly.
+    """Return ``sigma / grid`` rounded up to an integer, exactly.
 
     Raises:
-        ValueError: If there are too few or too many, with a grid that works.
+        ValueError: If the result is below 100 or above 2**28; the message names a grid that works.
     """
     steps = math.ceil(Fraction(sigma) / Fraction(grid))
     if not _LEAST_SIGMA <= steps <= MOST_SIGMA:
         raise ValueError(
-            f"sigma={sigma} is {steps} steps of grid={grid}, and noise on a grid has 100 to 2**28 of them; a grid "
-            f"near {2.0 ** round(math.log2(sigma) - 18)} gives 2**18."
+            f"sigma={sigma} is {steps} steps of grid={grid}, but must be between 100 and 2**28 steps. A grid near "
+            f"{2.0 ** round(math.log2(sigma) - 18)} gives 2**18 steps."
         )
     return steps

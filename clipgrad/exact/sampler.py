@@ -1,9 +1,9 @@
-"""Exact samples of the discrete Gaussian, many at a time: integers decide, and bits of the operating system.
+"""Sample the discrete Gaussian exactly, many values at a time, by integer arithmetic on the operating system's bits.
 
-Canonne, Kamath and Steinke 2020, "The Discrete Gaussian for Differential Privacy" (arXiv:2004.00010), algorithms 1
-to 3, for a parameter ``sigma`` that is a whole number S. Then their ``t`` may be S as well (any t is right; the choice
-changes how often a candidate is rejected), and all fractions have the denominators S and ``2 S^2``: arithmetic fits
-64 bits, except for candidates that turn up once in 8000 draws at most, which Python's integers serve.
+Canonne, Kamath and Steinke 2020, "The Discrete Gaussian for Differential Privacy" (arXiv:2004.00010), algorithms 1 to
+3, for a parameter ``sigma`` that is an integer S. Their ``t`` is S as well here. Any t is correct; the choice only
+changes how often a candidate is rejected. All fractions then have the denominators S and ``2 S^2``, and arithmetic fits
+64 bits. Larger candidates, at most one in 8000, are handled by Python's integers.
 
 An established library, OpenDP, samples any rational sigma; it took about ten times as long.
 """
@@ -21,17 +21,17 @@ Flags = np.ndarray[Any, np.dtype[np.bool_]]
 
 MOST_SIGMA = 2**28
 _WORD_BITS = 62
-# |candidate| - S below this has a square of less than 63 bits.
+# A distance | |candidate| - S | below this has a square of less than 63 bits.
 _MOST_DISTANCE = 2**31
-_AT_ONCE = 2**16  # values; a piece fits a cache, and the last few rejections of each cost little
+_AT_ONCE = 2**16  # values; they fit a cache, and the last few rejections among them cost little
 
 
 def discrete_gaussian(count: int, sigma: int) -> Integers:
-    """Independent integers, z with a probability proportional to ``exp(-z^2 / (2 sigma^2))``.
+    """Return independent integers z with a probability proportional to ``exp(-z^2 / (2 sigma^2))``.
 
     Args:
-        count: How many.
-        sigma: A whole number from 1 to 2**28; the standard deviation is less by no more than one part in a million.
+        count: Number of integers.
+        sigma: An integer from 1 to 2**28; the standard deviation is smaller by at most one part in a million.
 
     Raises:
         ValueError: If ``sigma`` is out of range.
@@ -51,7 +51,7 @@ def discrete_gaussian(count: int, sigma: int) -> Integers:
 
 
 def _accept(distance: Integers, sigma: int) -> Flags:
-    """Bernoulli(exp(-distance^2 / (2 sigma^2)))."""
+    """Sample Bernoulli(exp(-distance^2 / (2 sigma^2)))."""
     denominator = 2 * sigma**2
     far = np.abs(distance) >= _MOST_DISTANCE
     squared = np.where(far, 0, distance) ** 2
@@ -66,7 +66,7 @@ def _accept(distance: Integers, sigma: int) -> Flags:
 
 
 def _laplace(count: int, scale: int) -> Integers:
-    """Independent integers, z with a probability proportional to ``exp(-|z| / scale)``: algorithm 2."""
+    """Return independent integers z with a probability proportional to ``exp(-|z| / scale)``: algorithm 2."""
     out = np.empty(count, np.int64)
     waiting = np.arange(count)
     while len(waiting):
@@ -82,7 +82,7 @@ def _laplace(count: int, scale: int) -> Integers:
 
 
 def _geometric(count: int) -> Integers:
-    """How often Bernoulli(exp(-1)) says yes before it says no."""
+    """Count how often Bernoulli(exp(-1)) is true before it is false."""
     out = np.zeros(count, np.int64)
     going = np.arange(count)
     while len(going := going[_bernoulli_exp_of_minus_1(len(going))]):
@@ -91,14 +91,14 @@ def _geometric(count: int) -> Integers:
 
 
 def _bernoulli_exp(numerators: Integers, denominator: int) -> Flags:
-    """Bernoulli(exp(-numerator / denominator)) for fractions from 0 to 1: algorithm 1.
+    """Sample Bernoulli(exp(-numerator / denominator)) for fractions from 0 to 1: algorithm 1.
 
-    Its Bernoulli(x / k) is the conjunction of Bernoulli(x) and Bernoulli(1 / k).
+    The algorithm's Bernoulli(x / k) is the conjunction of Bernoulli(x) and Bernoulli(1 / k).
     """
     odd = np.zeros(len(numerators), np.bool_)
     going, k = np.arange(len(numerators)), 1
     while len(going):
-        odd[going] = k % 2 == 1  # for those that stop here
+        odd[going] = k % 2 == 1  # final for the elements that stop in this round
         going = going[_below(denominator, len(going)) < numerators[going]]
         going = going[_below(k, len(going)) == 0]
         k += 1
@@ -110,12 +110,11 @@ def _bernoulli_exp_of_minus_1(count: int) -> Flags:
 
 
 def _below(bound: int, count: int) -> Integers:
-    """Independent integers, uniform in ``range(bound)``."""
+    """Return independent integers, uniform in ``range(bound)``."""
     if bound == 1:
         return np.zeros(count, np.int64)
-    limit = (
-        2**_WORD_BITS - 2**_WORD_BITS % bound
-    )  # words beyond would make the first remainders likelier
+    # Words beyond the limit would make the smallest remainders more likely.
+    limit = 2**_WORD_BITS - 2**_WORD_BITS % bound
     words = _words(count)
     while len(again := np.flatnonzero(words >= limit)):
         words[again] = _words(len(again))
@@ -124,13 +123,12 @@ def _below(bound: int, count: int) -> Integers:
 
 
 def _words(count: int) -> Integers:
-    """Uniform integers of 62 bits."""
     raw = np.frombuffer(secrets.token_bytes(8 * count), np.uint64) >> np.uint64(64 - _WORD_BITS)
     return raw.view(np.int64)
 
 
 def _bernoulli_exp_exact(x: Fraction) -> bool:
-    """Bernoulli(exp(-x)) for any ``x >= 0``, one at a time, in Python's integers."""
+    """Sample Bernoulli(exp(-x)) for any ``x >= 0``, a single value, in Python's integers."""
     while x > 1:
         if not _bernoulli_exp_exact(Fraction(1)):
             return False

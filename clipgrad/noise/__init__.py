@@ -1,8 +1,7 @@
-"""Gaussian noise. Apart from :mod:`clipgrad.sampling`, the only place where randomness enters.
+"""This package makes Gaussian noise. Apart from :mod:`clipgrad.sampling` it is the only source of randomness.
 
-A :class:`NoiseSource` is the seam: the optimizer holds one and calls nothing else.
-:class:`SystemNoise` is the private default: a cipher keyed by the operating system.
-:class:`SeededNoise` is repeatable and not private.
+The optimizer holds a :class:`NoiseSource` and calls only its three methods. :class:`SystemNoise`, the private default,
+uses a cipher keyed by the operating system. :class:`SeededNoise` is repeatable and not private.
 """
 
 from __future__ import annotations

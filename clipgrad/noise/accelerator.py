@@ -1,4 +1,4 @@
-"""Noise on an accelerator: by a cipher that runs there and proved it, else made on the CPU and copied."""
+"""Noise for an accelerator is made there by a verified cipher, or else on the CPU and copied."""
 
 from __future__ import annotations
 
@@ -15,29 +15,29 @@ from clipgrad.noise.cpu import CpuNoise
 from clipgrad.noise.keys import Lineage
 from clipgrad.noise.pieces import flat, pieces
 
-_KEY_BYTES = 32  # ChaCha20 knows no other size
-_COPIED_AT_A_TIME = 2**22  # 16 MB of float32 on either side
+_KEY_BYTES = 32  # ChaCha20 has no other key size
+_COPIED_AT_A_TIME = 2**22  # 16 MB of float32, on the CPU and on the device
 _log = logging.getLogger("clipgrad")
 _told: set[str] = set()
 _telling = threading.Lock()
 
 
 class DeviceCipher(AddsGaussians, Protocol):
-    """What draws on the device itself."""
+    """This protocol describes a cipher that makes noise on the device itself."""
 
     def limit(self, draws: int) -> int:
-        """The most values that one key is good for."""
+        """Return the largest number of values that one key may be used for."""
         ...
 
 
 class AcceleratorNoise:
-    """Adds noise to tensors on one device. For one call at a time.
+    """Add noise to tensors on one device. Only one call may run at a time.
 
     Args:
-        device: Not the CPU.
-        lineage: Hands out the keys.
-        cpu: Makes the noise if the device cannot.
-        draws: Independent values of which each value of the noise is the scaled sum.
+        device: The device, not the CPU.
+        lineage: Derives the keys.
+        cpu: Makes the noise if the device has no verified cipher.
+        draws: Number of independent Gaussians that are summed and scaled for each value of the noise.
     """
 
     def __init__(self, device: torch.device, lineage: Lineage, cpu: CpuNoise, draws: int) -> None:
@@ -51,13 +51,13 @@ class AcceleratorNoise:
         divisor: float = 1.0,
         into: list[Tensor] | None = None,
     ) -> None:
-        """Add to tensors of the device, all drawn in one dtype and each contiguous, and divide the sums.
+        """Add noise to tensors of the device and divide the sums by ``divisor``.
 
         Args:
-            tensors: Used up, or left as they are.
+            tensors: Contiguous tensors whose noise has one dtype. Their values may be overwritten if ``into`` is given.
             sigma: Standard deviation, positive.
             divisor: A public constant.
-            into: Tensors alike that get the results; in place if None.
+            into: Tensors of the same shapes that receive the results; None works in place.
         """
         into = tensors if into is None else into
         if self._cipher is None:
@@ -81,10 +81,9 @@ class AcceleratorNoise:
 
 
 def proved_cipher(device: torch.device) -> DeviceCipher | None:
-    """The device's cipher, if it computes there what it must; None, and a warning, if not.
+    """Return the device's cipher if it passes its proof; else warn and return None.
 
-    Nothing but a cipher may take its place: the answer None means the CPU's, never a statistical
-    generator of the device.
+    None means that the CPU's cipher makes the noise. A statistical generator of the device must never replace it.
     """
     try:
         if device.type != "cuda":
@@ -93,7 +92,7 @@ def proved_cipher(device: torch.device) -> DeviceCipher | None:
 
         cipher = TritonChaCha(device)
         cipher.prove()
-    except Exception as error:  # a compiler may fail in any way; the CPU's noise is as private
+    except Exception as error:  # a compiler can raise any exception; the CPU's noise is as private
         _tell(device, error)
         return None
     return cipher

@@ -1,22 +1,21 @@
-"""Random bits to Gaussians, the same work for every value: Box and Muller (1958), branch-free.
+"""Turn random bits into Gaussians with the same work for every value: Box and Muller (1958), branch-free.
 
 A pair of values takes a 64-bit integer ``j`` and an integer ``k`` of ``w`` bits, both signed:
 
-* ``R = sqrt(-2 ln u)``, with ``u = 1/2 + j / 2^64 + 2^-53`` in float64, from 2^-53 to 1: radii reach
-  8.57, and those near 0 are resolved to 1e-8.
-* ``a = (k + 1/2) pi / 2^w``, between ``-pi/2`` and ``pi/2``, and the pair is ``R sin a``, ``R s cos a``:
-  the lowest bit of ``k`` is the sign ``s``, so that the point lies in any quadrant.
+* ``R = sqrt(-2 ln u)``, with ``u = 1/2 + j / 2^64 + 2^-53`` in float64, from 2^-53 to 1. Radii reach 8.57, and radii
+  near 0 are resolved to 1e-8.
+* ``a = (k + 1/2) pi / 2^w``, between ``-pi/2`` and ``pi/2``. The pair is ``R sin a`` and ``R s cos a``. The sign ``s``
+  is the lowest bit of ``k``, so the point lies in any quadrant.
 
-``cos a`` is computed as the sine of the complement to ``pi/2``, which is exact as an integer. So both
-values have the full relative precision of their dtype around 0 too, where ``cos`` of a rounded angle would
-not.
+``cos a`` is computed as the sine of the complement to ``pi/2``, which is exact as an integer. So both values have the
+full relative precision of their dtype around 0 too; ``cos`` of a rounded angle would not.
 
-``w`` is 32 for float32, which computes everything but the radius' logarithm in float32, and 64 for
-float64.
+``w`` is 32 for float32, which computes everything but the radius' logarithm in float32, and 64 for float64.
 
-Shared, all of it is torch's, which shares large operations out over its threads. Alone, logarithms, sines and
-integers are numpy's: torch would start its threads for a logarithm of more than 2048 values, and in a forked
-child they never answer. :mod:`clipgrad.noise.c_loop` does the same in one loop of C.
+With ``shared=True`` all functions are torch's, which run large operations on its threads. Otherwise logarithms, sines
+and integer operations are numpy's: torch would use its threads for a logarithm of more than 2048 values, and in a
+forked child those threads do not exist, so the call would hang. :mod:`clipgrad.noise.c_loop` does the same in one loop
+of C.
 """
 
 from __future__ import annotations
@@ -33,38 +32,35 @@ from clipgrad.noise.keystream import SLACK, Bits
 
 _Array = NDArray[Any]
 _INTEGERS = {torch.float32: torch.int32, torch.float64: torch.int64}
-_MOST_LAYOUTS = 8  # a training has two or three: full pieces and what is left over
+_MOST_LAYOUTS = 8  # a training run has two or three: full pieces and a remainder
 _RADIUS_BYTES = 8
 
 
 class _Layout(NamedTuple):
-    """Views of one memory for one number of values. Integers and the floats made of them share it."""
+    """This class holds views of one buffer for one number of values. Integers and the floats made of them share it."""
 
-    bits: memoryview  # where the keystream writes
-    zeros: memoryview  # what the cipher encrypts
+    bits: memoryview  # the keystream is written here
+    zeros: memoryview  # the cipher encrypts these
     radius_bits: Tensor  # [m] int64
     radius: Tensor  # [m] float64
-    log: _Array  # the same
-    last_radius: Tensor  # [m] in the target's dtype; for float64 it is the one above
-    root: _Array  # the same
+    log: _Array  # radius as an array
+    last_radius: Tensor  # [m] in the target's dtype; radius itself for float64
+    root: _Array  # last_radius as an array
     angle_bits: Tensor  # [2, m] int32 or int64
-    k: _Array  # its first row
-    complement: _Array  # its second row
-    angles: Tensor  # [2, m] float32 or float64, in the end the values
-    sines: _Array  # the same
-    values: Tensor  # [n] of the 2 m
+    k: _Array  # first row of angle_bits
+    complement: _Array  # second row of angle_bits
+    angles: Tensor  # [2, m] float32 or float64; finally the values
+    sines: _Array  # angles as an array
+    values: Tensor  # [n], the first n of the 2 m angles
 
 
 class BoxMuller:
-    """Gaussians in memory of its own, cache-sized and used by one thread at a time.
+    """Make Gaussians in a cache-sized buffer of its own. Only one thread may use an object at a time.
 
     Args:
         dtype: ``torch.float32`` or ``torch.float64``.
-        capacity: The most values asked for at a time, an even number.
+        capacity: The largest number of values per call, an even number; also an attribute.
         shared: Whether torch's threads may share the work.
-
-    Attributes:
-        capacity: As above.
     """
 
     def __init__(self, dtype: torch.dtype, capacity: int, *, shared: bool = False) -> None:
@@ -72,11 +68,12 @@ class BoxMuller:
         self._dtype, self._integer = dtype, _INTEGERS[dtype]
         bits = 8 * dtype.itemsize
         pairs = capacity // 2
-        with torch.inference_mode(False):  # else unusable outside of that mode
+        # Inference tensors could not be used outside of inference mode.
+        with torch.inference_mode(False):
             memory = bytearray(pairs * (_RADIUS_BYTES + 2 * dtype.itemsize) + SLACK)
             self._bytes = memoryview(memory)
             self._memory = torch.frombuffer(memory, dtype=torch.uint8)
-            # Whatever PyTorch's default device is.
+            # An explicit device, since PyTorch's default device may be another.
             self._small_radius = torch.empty(pairs, dtype=torch.float32, device="cpu")
             self._middle = torch.tensor(0.5 + 2.0**-53, dtype=torch.float64, device="cpu")
             half_step = math.pi / 2 ** (bits + 1)
@@ -89,13 +86,13 @@ class BoxMuller:
         self._layouts: dict[int, _Layout] = {}
 
     def draw(self, keystream: Bits, size: int) -> Tensor:
-        """``size`` values of N(0, 1), one dimension, valid until the next call."""
+        """Return ``size`` values of N(0, 1) as a flat tensor that is valid until the next call."""
         at = self._layouts.get(size) or self._layout(size)
         keystream.fill(at.bits, at.zeros)
         return self.transform(at)
 
     def transform(self, at: _Layout) -> Tensor:
-        """Turn the bits in memory into values, in place."""
+        """Turn the bits in the buffer into values, in place."""
         radius = at.radius.copy_(at.radius_bits)
         torch.add(self._middle, radius, alpha=2.0**-64, out=radius)
         if self._shared:
@@ -119,8 +116,8 @@ class BoxMuller:
         return at.values
 
     def _complement(self, at: _Layout) -> None:
-        # With all bits but the sign's inverted, k + 1/2 turns into sign(k) (2^(w-1) - |k + 1/2|), the angle that is
-        # left to pi/2; with all inverted, into its negative. The lowest bit decides whether to.
+        # Inverting all bits but the sign turns k + 1/2 into sign(k) (2^(w-1) - |k + 1/2|), the complement to pi/2.
+        # Inverting all bits gives its negative. The lowest bit of k selects which of the two.
         if self._shared:
             bits, rest = at.angle_bits
             torch.bitwise_left_shift(bits, self._bits - 1, out=rest)

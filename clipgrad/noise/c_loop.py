@@ -1,4 +1,4 @@
-"""Gaussians of float32 by one loop in C that proved itself, if there is a compiler."""
+"""Make float32 Gaussians by one loop in C, which is verified before use and needs a C compiler."""
 
 from __future__ import annotations
 
@@ -23,27 +23,27 @@ from clipgrad.noise.box_muller import BoxMuller
 from clipgrad.noise.keystream import SLACK, Bits
 
 Loop = Callable[[int, int, int, float, float, int], object]
-"""``(j, k, size, scale, divisor, target)`` with the addresses of three arrays; see ``float32_loop.c``."""
+"""Arguments are ``(j, k, size, scale, divisor, target)``, arrays by their addresses; see ``float32_loop.c``."""
 
-# A piece, its bits and the zeros that become them, 512 KiB, stay in the cache of one core.
+# A piece, its bits and the zeros for the cipher take 512 KiB and stay in the cache of one core.
 CAPACITY = 2**15
 SOURCE = Path(__file__).with_name("float32_loop.c")
 _COMPILERS = ("cc", "gcc", "clang")
-# The sum of a product is rounded once; no function sets errno, no operation traps: else nothing is vectorised.
+# Products and sums may fuse. The compiler vectorises the loop only if functions set no errno and nothing traps.
 _FLAGS = (
     "-O3", "-std=gnu11", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC",
 )  # fmt: skip
 _SECONDS = 60
-_BYTES = 4  # of a float32
+_BYTES = 4  # size of a float32
 _RADIUS_BYTES, _PAIR_BYTES = 8, 12
-_TOLERANCE = 1e-6  # relative; rounding makes 4e-7
+_TOLERANCE = 1e-6  # relative; rounding alone reaches 4e-7
 _log = logging.getLogger("clipgrad")
 _found: list[Loop | None] = []
 _compiling = threading.Lock()
 
 
 def _forked() -> None:
-    """A thread of the parent's may have held the lock, and is not there to let go of it."""
+    """Replace the lock: a thread of the parent that held it does not exist in the child."""
     global _compiling
     _compiling = threading.Lock()
 
@@ -53,13 +53,9 @@ if hasattr(os, "register_at_fork"):
 
 
 class LoopedBoxMuller:
-    """Gaussians of float32 in memory of its own, used by one thread at a time.
+    """Make float32 Gaussians in a buffer of its own, by the loop that :func:`compiled` returned.
 
-    Args:
-        loop: What :func:`compiled` returned.
-
-    Attributes:
-        capacity: The most values asked for at a time.
+    Only one thread may use an object at a time. ``capacity`` is the largest number of values per call of :meth:`draw`.
     """
 
     capacity = CAPACITY
@@ -69,32 +65,33 @@ class LoopedBoxMuller:
         memory = bytearray(_PAIR_BYTES * CAPACITY // 2 + SLACK)
         self._bits, self._zeros = memoryview(memory), memoryview(bytes(len(memory) - SLACK))
         self._address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
-        with torch.inference_mode(False):  # else unusable outside of that mode
+        # Inference tensors could not be used outside of inference mode.
+        with torch.inference_mode(False):
             self._values = torch.empty(CAPACITY, dtype=torch.float32, device="cpu")
 
     def draw(self, keystream: Bits, size: int) -> Tensor:
-        """``size`` values of N(0, 1), one dimension, valid until the next call."""
+        """Return ``size`` values of N(0, 1) as a flat tensor that is valid until the next call."""
         values = self._values[:size].zero_()
         self._add(keystream, size, 1.0, 1.0, values.data_ptr())
         return values
 
     def add(self, keystream: Bits, target: Tensor, scale: float, divisor: float = 1.0) -> None:
-        """Add ``scale * N(0, 1)`` to each value of a contiguous float32 tensor of any size, and divide the sum.
+        """Add ``scale * N(0, 1)`` to each value of a contiguous float32 tensor of any size, and divide the sums.
 
-        By address only, so that any thread may: tensor operations ask whether gradients are recorded, which each thread
-        says for itself.
+        The loop writes by address. A tensor operation would check the grad mode, which each thread has for itself; so
+        any thread may call this method.
         """
-        assert target.dtype is torch.float32, "the loop knows no other"
+        assert target.dtype is torch.float32, "the loop handles float32 only"
         size, address = target.numel(), target.data_ptr()
         for start in range(0, size, CAPACITY):
             some = min(CAPACITY, size - start)
             self._add(keystream, some, scale, divisor, address + _BYTES * start)
         if not target.is_inference():
-            # Autograd, and whoever else watches versions, does not see who writes by address.
+            # Autograd and other users of version counters do not notice a write by address.
             torch.autograd.graph.increment_version(target)
 
     def _add(self, keystream: Bits, size: int, scale: float, divisor: float, address: int) -> None:
-        assert 0 < size <= CAPACITY, "the loop would read and write beyond its memory"
+        assert 0 < size <= CAPACITY, "the loop would read and write beyond its buffer"
         pairs = (size + 1) // 2
         keystream.fill(
             self._bits[: pairs * _PAIR_BYTES + SLACK], self._zeros[: pairs * _PAIR_BYTES]
@@ -104,11 +101,10 @@ class LoopedBoxMuller:
 
 
 def looped(*, may_compile: bool) -> LoopedBoxMuller | None:
-    """What draws by the loop; None if there is no compiler or the loop is wrong, which is logged once.
+    """Return an object that uses the loop, or None if it cannot be compiled or is wrong; log the reason once.
 
-    Args:
-        may_compile: Whether it may be compiled and proved now, if it is not. The proof runs on torch's threads, which
-            do not exist in a forked child.
+    ``may_compile`` allows to compile and verify the loop now, if that has not been done. The verification runs on
+    torch's threads, which do not exist in a forked child.
     """
     with _compiling, torch.inference_mode(False), torch.no_grad():
         if not _found:
@@ -122,11 +118,11 @@ def _compile_and_prove() -> Loop | None:
     try:
         loop = compiled(SOURCE.read_text(encoding="utf-8"))
         prove(LoopedBoxMuller(loop))
-    except Exception as error:  # a compiler may fail in any way; the noise is as private without
+    except Exception as error:  # a compiler can fail in any way; uncompiled noise is as private
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         _log.info(
-            "Noise on the CPU is made without a C compiler's help, which is as private and slower: %s (%s). A compiler "
-            "is looked for in CC, then as %s.",
+            "Noise on the CPU is made without a C compiler, which is as private and slower: %s (%s). clipgrad takes "
+            "the compiler that CC names, or else the first that works of %s.",
             reason,
             type(error).__name__,
             ", ".join(_COMPILERS),
@@ -136,14 +132,11 @@ def _compile_and_prove() -> Loop | None:
 
 
 def compiled(source: str) -> Loop:
-    """The loop, compiled for this machine in a third of a second; nothing of it is left on disk.
-
-    Args:
-        source: Text of ``float32_loop.c``.
+    """Compile the text of ``float32_loop.c`` for this machine, in a third of a second, and leave nothing on disk.
 
     Raises:
-        RuntimeError: If no compiler takes it.
-        OSError: If what it made cannot be loaded.
+        RuntimeError: If no compiler accepts the source.
+        OSError: If the library cannot be loaded.
     """
     with tempfile.TemporaryDirectory(prefix="clipgrad-") as folder:
         text, library = Path(folder, "loop.c"), Path(folder, "loop.so")
@@ -168,7 +161,7 @@ def compiled(source: str) -> Loop:
 
 
 def _commands() -> Iterator[list[str]]:
-    """Compilers to try, for this very processor first."""
+    """Return compilers to try, first with the flag for this very processor."""
     chosen = shlex.split(os.environ.get("CC", ""))
     for command in [chosen] if chosen else [[name] for name in _COMPILERS]:
         if shutil.which(command[0]) is not None:
@@ -177,7 +170,7 @@ def _commands() -> Iterator[list[str]]:
 
 
 def prove(found: LoopedBoxMuller) -> None:
-    """Compare with :class:`BoxMuller` on public bits, random ones and those at every edge.
+    """Compare with :class:`BoxMuller` on public bits: pseudo-random bits and all edge cases.
 
     Raises:
         RuntimeError: If a value differs by more than rounding.
@@ -189,9 +182,8 @@ def prove(found: LoopedBoxMuller) -> None:
         values = target.double()
         added = BoxMuller(torch.float32, found.capacity).draw(bits, size).double() * scale
         expected = torch.cat(((added + start) / divisor, target.new_tensor([start])))
-        wrong = ~(
-            (values - expected).abs() <= _TOLERANCE * (expected.abs() + start)
-        )  # NaN is wrong too
+        # This form rejects NaN too.
+        wrong = ~((values - expected).abs() <= _TOLERANCE * (expected.abs() + start))
         if wrong.any():
             at = int(wrong.int().argmax())
             raise RuntimeError(
@@ -200,7 +192,7 @@ def prove(found: LoopedBoxMuller) -> None:
 
 
 class _Public:
-    """Bits that are no secret, and none of a cipher's."""
+    """This class provides public bits that do not come from a cipher."""
 
     def __init__(self, pairs: int) -> None:
         memory = bytearray(hashlib.shake_128(b"clipgrad.noise").digest(_PAIR_BYTES * pairs))
@@ -220,7 +212,7 @@ class _Public:
 
 
 def _edges(bits: int, powers: range) -> list[int]:
-    """0, the ends, and what lies a power of two from either, of both signs."""
+    """Return 0, both ends, and the integers a power of two away from either, of both signs."""
     top = 2 ** (bits - 1)
     near = {0, top - 1} | {2**k for k in powers} | {top - 2**k for k in powers}
     return sorted(near | {-1 - word for word in near})

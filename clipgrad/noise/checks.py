@@ -1,4 +1,4 @@
-"""What a source of noise may be asked for. Nothing here is random."""
+"""Check the arguments of noise sources. Nothing here is random."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Half types get their noise in float32 and round once, when it is added.
+# Noise for half types is sampled in float32 and rounded once, when it is added.
 DRAWN_IN = {
     torch.float64: torch.float64,
     torch.float32: torch.float32,
@@ -22,14 +22,14 @@ _PLAIN_TYPES = {Tensor, torch.nn.Parameter}
 
 
 def real(name: str, value: object) -> float:
-    """A Python float; a tensor is refused, since reading it would wait for its device."""
+    """Return a Python float. A tensor is refused, since reading it would wait for its device."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a real number, got {value!r}; pass float({name}).")
     return float(value)
 
 
 def scale(name: str, value: object) -> float:
-    """A finite number, at least 0."""
+    """Return a finite float, at least 0."""
     number = real(name, value)
     if not (math.isfinite(number) and number >= 0.0):
         raise ValueError(f"{name} must be finite and at least 0, got {number}; 0 means no noise.")
@@ -37,7 +37,7 @@ def scale(name: str, value: object) -> float:
 
 
 def count(name: str, value: object) -> int:
-    """An integer, at least 1."""
+    """Return an integer, at least 1."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{name} must be an integer, got {value!r}; 1 is the default.")
     if value < 1:
@@ -46,7 +46,7 @@ def count(name: str, value: object) -> int:
 
 
 def targets(tensors: Sequence[Tensor] | Tensor, sigma: float) -> list[Tensor]:
-    """The tensors as a list, all fit for noise: none may get noise if another one cannot."""
+    """Return the tensors as a list after checking all of them, so that no tensor gets noise if one is refused."""
     if isinstance(tensors, Tensor):
         raise TypeError("tensors must be a sequence of tensors, got one tensor; pass [tensor].")
     checked = list(tensors)
@@ -58,7 +58,7 @@ def targets(tensors: Sequence[Tensor] | Tensor, sigma: float) -> list[Tensor]:
 
 
 def _plain(tensors: list[Any], sigma: float) -> bool:
-    """Whether nothing can be wrong with any of them: a training's sums, which this asks in a few passes."""
+    """Return whether no tensor can be at fault, by a few fast passes that accept the sums of a usual training step."""
     if not set(map(type, tensors)) <= _PLAIN_TYPES or not all(map(Tensor.is_contiguous, tensors)):
         return False
     limits = [_LIMITS.get(dtype) for dtype in {tensor.dtype for tensor in tensors}]
@@ -78,7 +78,7 @@ def _refuse_twice(tensors: list[Tensor]) -> None:
         if key in seen and tensor.numel():
             raise ValueError(
                 f"tensors[{index}], of shape {tuple(tensor.shape)}, is in tensors twice and would "
-                "get twice the noise; pass it once."
+                "get noise twice; pass it once."
             )
         seen.add(key)
 
@@ -94,18 +94,18 @@ def _refuse_or_accept(name: str, tensor: object, sigma: float) -> None:
         )
     if not limits.tiny <= sigma <= limits.max:
         raise ValueError(
-            f"sigma = {sigma} cannot be represented in {tensor.dtype}, the dtype of {name}: its "
+            f"sigma = {sigma} cannot be represented in {tensor.dtype}, the dtype of {name}, so the "
             "noise would vanish or overflow. Keep the clipped sum in float32."
         )
     if 0 in tensor.stride() and not tensor.is_contiguous():
         raise ValueError(
-            f"{name} has strides {tensor.stride()}, several values in one place, and cannot get "
-            "independent noise; pass tensor.contiguous()."
+            f"{name} has strides {tensor.stride()}: several values share one memory location and cannot get "
+            "independent noise. Pass tensor.contiguous()."
         )
 
 
 def state(found: Mapping[str, Any], kind: str) -> None:
-    """A state dict of that kind, format 1."""
+    """Refuse a state dict of another kind of noise source or of a format other than 1."""
     got = (found.get("kind"), found.get("format"))
     if got != (kind, 1):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Noise made on the CPU: keystream, Gaussians, addition, piece by piece in cache-sized memory."""
+"""Make noise on the CPU piece by piece in cache-sized memory: keystream, Gaussians, addition."""
 
 from __future__ import annotations
 
@@ -18,39 +18,39 @@ from clipgrad.noise.keys import Lineage
 from clipgrad.noise.keystream import KEY_BYTES, Bits, Keystream
 from clipgrad.noise.pieces import pieces
 
-# Of more values than this torch shares an addition out over its threads; so few stay in this one.
+# torch runs an addition of more values than this on several threads; a piece of this size stays on the calling thread.
 PIECE = 2**15
-# What torch's threads work on together: large enough to be worth sharing, small enough for their caches.
+# A piece that torch's threads share: large enough to be worth it, small enough for their caches.
 SHARED_PIECE = 2**17
-# Smaller tensors get theirs together: each costs some operations more than the values themselves.
+# Smaller tensors are concatenated: the operations for each tensor would cost more than its values.
 _ALONE = 2**11
-# So many values of one call are shared by threads of Python's, which let go of its lock in the cipher and in the loop.
-# For fewer it does not pay: after a backward pass PyTorch's threads go on spinning for milliseconds.
+# Calls of at least this many values run on Python threads, since the cipher and the loop release the GIL. For fewer
+# values threads do not pay: after a backward pass PyTorch's threads keep spinning for milliseconds.
 _MANY, _MOST_THREADS = 2**22, 16
 _CPU = torch.device("cpu")
 _PID_AT_IMPORT = os.getpid()
 
 
 class Gaussians(Protocol):
-    """What makes independent values of N(0, 1) of bits."""
+    """This protocol describes an object that turns bits into independent values of N(0, 1)."""
 
     capacity: int
 
     def draw(self, keystream: Bits, size: int) -> Tensor:
-        """At most ``capacity`` values."""
+        """Return ``size`` values, at most ``capacity``."""
         ...
 
 
 class CpuNoise:
-    """What makes noise on the CPU of one process. For one call at a time.
+    """Make noise on the CPU of one process. Only one call may run at a time.
 
-    Uncompiled, large calls run on torch's own threads, which are awake anyway after a backward pass. Python's threads
-    took longer than one alone: they hand the interpreter's lock to and fro, and torch's keep spinning beside them.
+    Without the C loop, large calls run on torch's own threads, which are awake after a backward pass. Python threads
+    took longer than a single thread: they contend for the GIL while torch's threads keep spinning.
 
     Args:
-        lineage: Hands out the keys.
-        draws: Independent values of which each value of the noise is the scaled sum.
-        compiled: Whether float32 is made by a loop in C, if there is a compiler.
+        lineage: Derives the keys.
+        draws: Number of independent Gaussians that are summed and scaled for each value of the noise.
+        compiled: Whether a loop in C makes float32 noise, if there is a compiler.
     """
 
     def __init__(self, lineage: Lineage, draws: int, *, compiled: bool = True) -> None:
@@ -61,7 +61,7 @@ class CpuNoise:
         self._pool: ThreadPoolExecutor | None = None
 
     def add(self, flats: list[Tensor], sigma: float, divisor: float = 1.0) -> None:
-        """Add to flat tensors in the CPU's memory, all drawn in one dtype, and divide the sums."""
+        """Add noise to flat CPU tensors and divide the sums. The noise of all tensors must have one dtype."""
         dtype = checks.DRAWN_IN[flats[0].dtype]
         keystream = self._keystream()
         scale = sigma / math.sqrt(self._draws)
@@ -93,16 +93,15 @@ class CpuNoise:
                 torch._foreach_div_(piece, divisor)
 
     def _keystream(self) -> Keystream:
-        """Of a key of its own."""
         return Keystream(partial(self._lineage.key, _CPU, KEY_BYTES))
 
     def _add_in_threads(self, flats: list[Tensor], scale: float, divisor: float) -> None:
-        """Add to large tensors, each thread to its share of all values, with a key of its own."""
+        """Add noise to large tensors in threads. Each thread has its share of all values and a key of its own."""
         count = min(torch.get_num_threads(), _MOST_THREADS)
         shares = list(pieces(flats, math.ceil(sum(map(Tensor.numel, flats)) / count)))
         while len(self._loops) < len(shares):
             another = looped(may_compile=False)
-            assert another is not None, "there was one"
+            assert another is not None, "the loop was compiled before"
             self._loops.append(another)
         if self._pool is None:
             self._pool = ThreadPoolExecutor(_MOST_THREADS, "clipgrad-noise")
@@ -112,14 +111,14 @@ class CpuNoise:
                 stream = self._keystream()
                 waiting.append(self._pool.submit(_add_to_each, loop, stream, share, scale, divisor))
             _add_to_each(self._loops[0], self._keystream(), shares[0], scale, divisor)
-        finally:  # nobody may see a tensor that is still being written to
+        finally:  # the caller must not read a tensor that a thread still writes to
             wait(waiting)
         for future in waiting:
             future.result()
 
     def _for(self, dtype: torch.dtype, size: int) -> Gaussians:
-        """What makes so many values fastest."""
-        # In a forked child torch's threads do not exist and never answer.
+        """Return the object that makes ``size`` values fastest."""
+        # In a forked child torch's threads do not exist, so an operation that waits for them hangs.
         forked = self._lineage.process[0] != _PID_AT_IMPORT
         shared = not forked and torch.get_num_threads() > 1 and size > PIECE
         found = self._gaussians.get((dtype, shared))
@@ -132,7 +131,7 @@ class CpuNoise:
         return found
 
     def _draw(self, gaussians: Gaussians, keystream: Keystream, size: int) -> Tensor:
-        """A value of variance ``draws`` for each of the ``size``."""
+        """Return ``size`` values, each the sum of ``draws`` values of N(0, 1)."""
         values = gaussians.draw(keystream, size)
         if self._draws == 1:
             return values

@@ -1,16 +1,15 @@
-/* The transform of _box_muller.py for float32, in one loop: the same formulas, step by step, but for two functions that a
- * library takes several times as long for, the logarithm of a float64 between 2^-53 and 1, and the sine of an angle between
- * -pi/2 and pi/2. Here they have the precision of float32, relative and around their zeros too, and no more.
+/* The transform of box_muller.py for float32 in one loop, by the same formulas except for two functions: the logarithm of
+ * a float64 between 2^-53 and 1, and the sine of an angle between -pi/2 and pi/2. A library takes several times as long
+ * for them. Here they have the relative precision of float32, also near their zeros.
  *
- * Compiled on the machine that runs it and compared there with _box_muller.py before it is used: see _c_loop.py.
- */
+ * This file is compiled on the machine that runs it and compared there with box_muller.py before use: see c_loop.py. */
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
 
 #define AT_ONCE 1024
 #define STEP 7.314590396335798e-10f /* pi / 2^32 */
-#define ONE 0x3F800000u             /* the bits of 1 and of sqrt(1/2) */
+#define ONE 0x3F800000u             /* the bits of 1; below, those of sqrt(1/2) */
 #define ROOT_HALF 0x3F3504F3u
 
 static inline double double_of(uint64_t bits) {
@@ -31,17 +30,17 @@ static inline uint32_t bits_of(float value) {
     return bits;
 }
 
-/* j, rounded once. Both halves become mantissas, of exponents 2^84 and 2^52, for not every processor can convert
- * 64-bit integers several at a time. */
+/* Return j, rounded once. Both halves become mantissas, with exponents 2^84 and 2^52, because not every processor has
+ * vector instructions that convert 64-bit integers. */
 static inline double from_integer(int64_t j) {
     double high = double_of(((uint64_t)j >> 32) ^ 0x4530000080000000u);
     double low = double_of(((uint64_t)j & 0xFFFFFFFFu) | 0x4330000000000000u);
     return (high - (0x1p84 + 0x1p63 + 0x1p52)) + low;
 }
 
-/* u = 2^e (1 + f), with 1 + f between sqrt(1/2) and sqrt(2). f is exact in float64, then rounded relative to itself: nothing
- * is lost where u is close to 1. log(1 + f) = f - f^2/2 + f^3 P(f): Moshier, "Methods and Programs for Mathematical
- * Functions" (1989), Cephes' logf. Relative error 1e-8. */
+/* Return log u. u = 2^e (1 + f), with 1 + f between sqrt(1/2) and sqrt(2). f is exact in float64 and then rounded relative
+ * to itself, so no precision is lost where u is close to 1. log(1 + f) = f - f^2/2 + f^3 P(f): Moshier, "Methods and
+ * Programs for Mathematical Functions" (1989), Cephes' logf. The relative error is 1e-8. */
 static inline float logarithm(double u) {
     int32_t e = (int32_t)(bits_of((float)u) - ROOT_HALF) >> 23;
     float power = float_of(ONE - ((uint32_t)e << 23)); /* 2^-e */
@@ -59,8 +58,8 @@ static inline float logarithm(double u) {
     return (float)e * 0.693147180559945f + (f + square * (f * p - 0.5f));
 }
 
-/* a + a^3 Q(a^2) up to pi/2: Abramowitz and Stegun, "Handbook of Mathematical Functions" (1964), 4.3.97.
- * Relative error 2e-9. */
+/* Return sin a as a + a^3 Q(a^2), for |a| up to pi/2: Abramowitz and Stegun, "Handbook of Mathematical Functions" (1964),
+ * 4.3.97. The relative error is 2e-9. */
 static inline float sine(float a) {
     float square = a * a;
     float q = -2.39e-8f;
@@ -71,8 +70,8 @@ static inline float sine(float a) {
     return a + a * (square * q);
 }
 
-/* Add scale * N(0, 1) to each of `size` values and divide by `divisor`. j and k hold (size + 1) / 2 integers each; the first
- * half of the values are the sines of the pairs, the rest their cosines. */
+/* Add scale * N(0, 1) to each of `size` values and divide by `divisor`. j and k hold (size + 1) / 2 integers each. The
+ * first half of the values gets the sines of the pairs, the rest their cosines. */
 void clipgrad_add_gaussians(const int64_t *restrict j, const int32_t *restrict k, int64_t size, float scale,
                             float divisor, float *restrict sines) {
     int64_t pairs = (size + 1) / 2, cosine_count = size - pairs;

@@ -1,4 +1,4 @@
-"""Where every key comes from: one secret of the operating system's, and no key handed out twice."""
+"""Derive all keys from one secret of the operating system, and never return a key twice."""
 
 from __future__ import annotations
 
@@ -21,25 +21,25 @@ def _forked() -> None:
     _generation = next(_forks)
 
 
-if hasattr(os, "register_at_fork"):  # a pid can come back: a grandchild may have its ancestor's
+if hasattr(os, "register_at_fork"):  # pids are reused: a grandchild may have the pid of an ancestor
     os.register_at_fork(after_in_child=_forked)
 
 
 def process() -> tuple[int, int]:
-    """Differs between a process and its forked children, for a fork copies keys and counters."""
+    """Return an identifier that differs between a process and its forked children: a fork copies keys and counters."""
     return os.getpid(), _generation
 
 
 def new_master() -> bytes:
-    """A fresh secret of 256 bits."""
+    """Return a fresh secret of 256 bits."""
     return secrets.token_bytes(_MASTER_BYTES)
 
 
 class Lineage:
-    """A master key, born in this process, and the keys derived from it. Thread-safe.
+    """This class holds a master key, made in this process, and derives keys from it. It is thread-safe.
 
-    It is never copied, pickled or saved: whoever would need it makes a new one. So no two processes
-    (ranks, data loader workers) and no two copies of a noise source share a master key.
+    The master key is never copied, pickled or saved: a copy of a noise source makes a new master key. So no two
+    processes (ranks, data loader workers) and no two noise sources share one.
     """
 
     def __init__(self) -> None:
@@ -49,11 +49,11 @@ class Lineage:
         self._lock = threading.Lock()
 
     def key(self, device: torch.device, size: int) -> bytes:
-        """A key of ``size`` bytes that nobody has had, for one stream: one call's, on one device.
+        """Return a new key of ``size`` bytes for one stream, that is for one call on one device.
 
-        HKDF-Expand with SHA-256 (RFC 5869, section 2.3); the master key is uniform, so that the
-        extraction step may be left out (section 3.3). The running number alone makes each ``info``
-        differ from all others, the device says whose key it is.
+        HKDF-Expand with SHA-256 (RFC 5869, section 2.3) derives it. The master key is uniform, so that the extraction
+        step may be omitted (section 3.3). The running number alone makes every ``info`` unique; the device states what
+        the key is for.
         """
         with self._lock:
             number = self._handed_out
@@ -63,5 +63,5 @@ class Lineage:
 
 
 def _info(number: int, device: str) -> bytes:
-    """Fields of fixed width first, the one of free length last: no two inputs give the same."""
+    """Encode number and device without collisions: fields of fixed width come first, the field of free length last."""
     return b"clipgrad.noise/1" + number.to_bytes(8, "big") + device.encode()

@@ -1,4 +1,4 @@
-"""The noised mean: noise and the division by the expected batch size, in one pass where the source knows how."""
+"""Compute the noised mean: noise and division by the expected batch size, in one pass where the source allows it."""
 
 from __future__ import annotations
 
@@ -22,24 +22,25 @@ def noised_mean(
     *,
     elsewhere: bool = False,
 ) -> list[Tensor]:
-    """``(sums + N(0, sigma^2)) / divisor``, rounded after the addition and after the division. It uses ``sums`` up.
+    """Return ``(sums + N(0, sigma^2)) / divisor``, rounded after the addition and after the division.
 
-    On CUDA the division is a product with the divisor's rounded inverse, as PyTorch's own by a number.
+    On CUDA the division is a product with the divisor's rounded inverse, as is PyTorch's own division by a number.
 
     Args:
-        source: Draws the noise. One that is no ``SystemNoise``, or adds in a way of its own, is asked to add, and the
-            division is a pass of its own.
-        sums: Dense tensors, each once. Noise is added in place, but for what a kernel writes elsewhere at once.
+        source: The source of the noise. If it is no ``SystemNoise``, or overrides ``add_gaussian_``, the division is a
+            pass of its own.
+        sums: Dense tensors, each at most once. Their values are overwritten, unless a kernel writes its results to new
+            tensors.
         sigma: Standard deviation of the noise on the sums.
         divisor: A public constant.
-        elsewhere: Return other tensors; else those of ``sums``.
+        elsewhere: Return new tensors instead of the tensors of ``sums``.
 
     Raises:
-        ValueError: If the noise is refused; see :meth:`NoiseSource.add_gaussian_`. Nothing was written.
-        TypeError: Likewise.
+        ValueError: If the noise is refused; see :meth:`NoiseSource.add_gaussian_`. No tensor is changed.
+        TypeError: If a tensor is refused. No tensor is changed.
     """
     scale = checks.scale("sigma", sigma)
-    asked = getattr(source.add_gaussian_, "__func__", None)  # a subclass, or a wrapper, has its own
+    asked = getattr(source.add_gaussian_, "__func__", None)  # a subclass or wrapper has another one
     if scale != 0.0 and isinstance(source, SystemNoise) and asked is _PLAIN:
         return source._add(checks.targets(sums, scale), scale, divisor, elsewhere=elsewhere)
     source.add_gaussian_(sums, sigma)

@@ -1,4 +1,4 @@
-"""Cutting tensors into pieces. Nothing here is random."""
+"""Cut tensors into pieces. Nothing here is random."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from torch import Tensor
 def contiguous_targets(
     tensors: Sequence[Tensor],
 ) -> tuple[list[Tensor], list[tuple[Tensor, Tensor]]]:
-    """One contiguous tensor to write to for each, and what to add to which tensor afterwards.
+    """Return one contiguous tensor to write to for each tensor, and the additions that must follow.
 
-    A tensor whose memory has gaps has no contiguous view: it is written by way of dense zeros.
+    A tensor whose memory has gaps has no contiguous view: its noise is written to dense zeros, which are added to it.
+    The second list holds these pairs ``(tensor, zeros)``.
     """
     targets, detours = list(tensors), []
     if all(map(Tensor.is_contiguous, targets)):
@@ -28,7 +29,7 @@ def contiguous_targets(
 
 
 def _contiguous_view(tensor: Tensor) -> Tensor | None:
-    """The tensor's values in the order of memory; None if that memory has gaps."""
+    """Return the tensor's values in the order of memory, or None if that memory has gaps."""
     if tensor.is_contiguous():
         return tensor
     order = sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
@@ -37,12 +38,12 @@ def _contiguous_view(tensor: Tensor) -> Tensor | None:
 
 
 def flat(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Contiguous tensors as one axis each."""
+    """Return a flat view of each contiguous tensor."""
     return [tensor if tensor.dim() == 1 else tensor.view(-1) for tensor in tensors]
 
 
 def pieces(tensors: list[Tensor], limit: int) -> Iterator[list[Tensor]]:
-    """All values of contiguous tensors, in parts that together hold ``limit`` or, at the end, fewer."""
+    """Yield all values of contiguous tensors in parts of ``limit`` values; the last part may be smaller."""
     if 0 < sum(map(Tensor.numel, tensors)) <= limit:
         yield tensors
         return

@@ -1,4 +1,4 @@
-"""Noise from a ``torch.Generator``: repeatable, for experiments, and not private."""
+"""This module takes repeatable noise from a ``torch.Generator``, for experiments. It is not private."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from clipgrad.noise import checks
 
 
 class SeededNoise:
-    """Repeatable noise from your generator. INSECURE, NOT PRIVATE: for experiments only.
+    """This class takes repeatable noise from your generator. INSECURE, NOT PRIVATE: use it for experiments only.
 
-    Who knows the seed can subtract the noise, and who sees enough of it can find the seed:
-    PyTorch's generators (Mersenne Twister, Philox) are statistical, not cryptographic.
+    An adversary who knows the seed can subtract the noise, and one who sees enough noise can find the seed: PyTorch's
+    generators (Mersenne Twister, Philox) are statistical, not cryptographic.
 
-    Values are drawn tensor by tensor by one thread on the generator's device, so that the result
-    depends on nothing else. A forked child repeats its parent's stream.
+    Values are sampled tensor by tensor in one thread on the generator's device, so the result depends on the
+    generator's state and the tensors only. A forked child repeats its parent's stream.
 
     Args:
-        generator: Draws and advances; a tensor on another device gets its noise copied there.
+        generator: The generator, whose state advances. Noise for a tensor on another device is copied there.
 
     Raises:
         TypeError: If ``generator`` is not a ``torch.Generator``.
@@ -45,7 +45,7 @@ class SeededNoise:
         self._generator = generator
 
     def add_gaussian_(self, tensors: Sequence[Tensor], sigma: float) -> None:
-        """Add the next ``N(0, sigma^2)``: see :meth:`NoiseSource.add_gaussian_`."""
+        """Add the next ``N(0, sigma^2)``; see :meth:`NoiseSource.add_gaussian_`."""
         scale = checks.scale("sigma", sigma)
         if scale == 0.0:
             return
@@ -59,7 +59,7 @@ class SeededNoise:
                 tensor.add_(noise.to(tensor.device))
 
     def state_dict(self) -> dict[str, Any]:
-        """The generator's exact state: a restored run continues as if never interrupted."""
+        """Return the generator's exact state: a restored run continues as if it had never been interrupted."""
         device, state = self._generator.device.type, self._generator.get_state()
         return {"kind": "SeededNoise", "format": 1, "device": device, "generator": state}
 
@@ -67,16 +67,16 @@ class SeededNoise:
         """Continue exactly where ``state`` was saved.
 
         Args:
-            state: What :meth:`state_dict` returned, with a generator on the same type of device.
+            state: The result of :meth:`state_dict`, saved with a generator on the same type of device.
 
         Raises:
-            ValueError: If ``state`` is another noise source's or another device type's.
+            ValueError: If ``state`` comes from another noise source or another type of device.
         """
         checks.state(state, "SeededNoise")
         device = self._generator.device.type
         if state["device"] != device:
             raise ValueError(
-                f"state['device'] is {state['device']!r}, but the generator is on {device!r} and "
-                f"draws otherwise; build SeededNoise with torch.Generator({state['device']!r})."
+                f"state['device'] is {state['device']!r}, but the generator is on {device!r} and samples "
+                f"other values; build SeededNoise with torch.Generator({state['device']!r})."
             )
         self._generator.set_state(state["generator"].cpu())

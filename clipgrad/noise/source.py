@@ -1,4 +1,4 @@
-"""What a source of noise is, and how much noise there has to be. Nothing here is random."""
+"""Define what a noise source must do and how large the noise must be. Nothing here is random."""
 
 from __future__ import annotations
 
@@ -12,43 +12,43 @@ from clipgrad.noise import checks
 
 
 class NoiseSource(Protocol):
-    """What draws the noise: anything with these three methods."""
+    """This protocol describes a source of noise: any object with these three methods."""
 
     def add_gaussian_(self, tensors: Sequence[Tensor], sigma: float) -> None:
         """Add fresh, independent ``N(0, sigma^2)`` in place to every value of every tensor.
 
         Args:
-            tensors: Dense floating-point tensors of any shape, stride and device, each once.
-            sigma: Standard deviation in the tensors' own unit; 0 adds and draws nothing.
+            tensors: Dense floating-point tensors of any shape, stride and device; no tensor may occur twice.
+            sigma: Standard deviation in the tensors' own unit. With 0 nothing is sampled or added.
 
         Raises:
-            ValueError: If ``sigma`` is negative, infinite or NaN, or vanishes in a tensor's dtype;
-                if a tensor is there twice.
-            TypeError: If a tensor is not dense or not float64, float32, float16 or bfloat16.
+            ValueError: If ``sigma`` is negative, infinite or NaN, or vanishes in a tensor's dtype, or if a tensor
+                occurs twice.
+            TypeError: If a tensor is not dense, or its dtype is not float64, float32, float16 or bfloat16.
         """
         ...
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps: strings, integers and tensors only."""
+        """Return what a checkpoint keeps: strings, integers and tensors only."""
         ...
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take up a state that :meth:`state_dict` of the same class returned."""
+        """Restore a state that :meth:`state_dict` of the same class returned."""
         ...
 
 
 def gaussian_sigma(*, noise_multiplier: float, sensitivity: float) -> float:
-    """The standard deviation of the noise: ``noise_multiplier * sensitivity``, checked.
+    """Return the standard deviation of the noise, ``noise_multiplier * sensitivity``, after checking both.
 
-    This is the Gaussian mechanism: Dwork and Roth, "The Algorithmic Foundations of Differential
-    Privacy" (2014), appendix A.
+    This is the Gaussian mechanism: Dwork and Roth, "The Algorithmic Foundations of Differential Privacy" (2014),
+    appendix A.
 
     Args:
         noise_multiplier: Noise per unit of sensitivity, finite and at least 0.
-        sensitivity: The most by which one sample changes the sum (L2), in the sum's own unit.
+        sensitivity: The largest change of the sum by one sample (L2), in the sum's own unit.
 
     Returns:
-        Positive and finite; 0.0 if ``noise_multiplier`` is 0, whatever the sensitivity.
+        A positive, finite number; 0.0 if ``noise_multiplier`` is 0, for any sensitivity.
 
     Raises:
         ValueError: If no finite, positive noise of that size exists.
@@ -69,7 +69,7 @@ def gaussian_sigma(*, noise_multiplier: float, sensitivity: float) -> float:
             f"sensitivity must be positive and finite when noise_multiplier is {multiplier}, got "
             f"{bound}, so that sigma = {sigma}: "
             + (
-                "there is nothing to hide. "
+                "without sensitivity noise has no scale. "
                 if bound == 0
                 else "no noise hides an unbounded change. "
             )

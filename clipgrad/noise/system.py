@@ -1,4 +1,4 @@
-"""The private noise source: it finds out where the noise belongs and who makes it there."""
+"""This module is the private noise source. It determines on which device noise is needed and what makes it there."""
 
 from __future__ import annotations
 
@@ -16,42 +16,40 @@ from clipgrad.noise.cpu import CpuNoise
 from clipgrad.noise.keys import Lineage, process
 from clipgrad.noise.pieces import contiguous_targets, flat
 
-# To make a tensor takes the host a microsecond; one more pass over so many values takes a large GPU as long. Smaller
-# results are made by the division, all at once.
+# A new tensor costs the host a microsecond, as long as a large GPU takes for one more pass over this many values.
+# Smaller results are allocated by the division, all at once.
 _LARGE = 2**18
 
 
 class SystemNoise:
-    """The private default: from a cipher, keyed by the operating system, never the same twice.
+    """The private default takes noise from a cipher keyed by the operating system. It never repeats noise.
 
-    Random bits are the keystream of a cipher, AES-128 in counter mode on the CPU and ChaCha20 (RFC
-    8439) on a GPU with Triton, and a Box-Muller transform makes Gaussians of them. Who has seen any
-    amount of noise and can tell it from fresh noise has broken the cipher. On other devices, and
-    where the GPU's cipher is missing or does not compute what it should, noise is made on the CPU
-    and copied over; the logger ``clipgrad`` says so once.
+    Random bits are the keystream of a cipher: AES-128 in counter mode on the CPU, ChaCha20 (RFC 8439) on a GPU with
+    Triton. A Box-Muller transform turns them into Gaussians. An adversary who has seen any amount of noise and can tell
+    it from fresh noise has broken the cipher. On other devices, and where the GPU's cipher is missing or fails its
+    proof, noise is made on the CPU and copied; the logger ``clipgrad`` reports that once.
 
-    The master key, 256 bits, comes from :mod:`secrets`. From it each call
-    gets keys of its own (HKDF, RFC 5869), one a device, and no key meets a counter twice. Copies,
-    unpickled objects, forked children and restored checkpoints make a new master key: noise used twice
-    cancels in a difference. A checkpoint holds no key.
+    The master key, 256 bits, comes from :mod:`secrets`. Each call derives new keys from it (HKDF, RFC 5869), one per
+    device, and no key uses a counter twice. Copies, unpickled objects, forked children and restored checkpoints make a
+    new master key, since noise used twice cancels in a difference. A checkpoint holds no key.
 
-    Limits: noise is a rounded number, and the low bits of a sum tell of what was added (Mironov, "On
-    Significance of the Least Significant Bits for Differential Privacy", 2012); no value exceeds 8.57
-    sigma, 9.4 of float64 noise on a GPU (a Gaussian does with probability 1e-17); the time that it takes is not
-    promised to be constant.
+    Limits: noise is a rounded number, and the low bits of a sum reveal something about its terms (Mironov, "On
+    Significance of the Least Significant Bits for Differential Privacy", 2012). No value exceeds 8.57 sigma, or 9.4
+    sigma for float64 noise on a GPU (a Gaussian exceeds 8.57 sigma with probability 1e-17). Noise does not take
+    constant time.
 
     Args:
-        draws: Independent Gaussians of which each value is the sum, over ``sqrt(draws)``. With more
-            than one, an adversary who searches for the bits behind an exact value has to search
-            all of them at once (Holohan and Braghin, "Secure Random Sampling in Differential
-            Privacy", 2021, section 4). Noise takes ``draws`` times as long.
-        compile: Make float32 noise on the CPU by a loop in C, three times as fast. It is compiled at first use, in a
-            third of a second, once a process, and compared with the uncompiled transform before it is used. If they
-            differ, or there is no C compiler, noise is made uncompiled and the logger ``clipgrad`` says so once, as
-            information.
+        draws: Number of independent Gaussians whose sum, divided by ``sqrt(draws)``, is one value. With more than one,
+            an adversary who searches for the bits behind an exact value must search all of them at once (Holohan and
+            Braghin, "Secure Random Sampling in Differential Privacy", 2021, section 4). Noise takes ``draws`` times as
+            long.
+        compile: Make float32 noise on the CPU by a loop in C, three times as fast. The loop is compiled once per
+            process, at first use, in a third of a second, and compared with the uncompiled transform before it is used.
+            If they differ, or there is no C compiler, noise is made uncompiled, and the logger ``clipgrad`` reports
+            that once at level INFO.
 
     Raises:
-        TypeError: If ``draws`` is not an integer, or ``compile`` not a truth value.
+        TypeError: If ``draws`` is not an integer, or ``compile`` not a bool.
         ValueError: If ``draws`` is less than 1.
 
     Examples:
@@ -68,7 +66,7 @@ class SystemNoise:
         self._makers: _Makers | None = None
 
     def add_gaussian_(self, tensors: Sequence[Tensor], sigma: float) -> None:
-        """Add fresh, independent ``N(0, sigma^2)``: see :meth:`NoiseSource.add_gaussian_`."""
+        """Add fresh, independent ``N(0, sigma^2)``; see :meth:`NoiseSource.add_gaussian_`."""
         scale = checks.scale("sigma", sigma)
         if scale != 0.0:
             self._add(checks.targets(tensors, scale), scale)
@@ -81,35 +79,36 @@ class SystemNoise:
         *,
         elsewhere: bool = False,
     ) -> list[Tensor]:
-        """Add and divide, in one pass where that is possible; for :func:`clipgrad.noise.mean.noised_mean` too."""
+        """Add and divide, in one pass where possible; :func:`clipgrad.noise.mean.noised_mean` calls this method too."""
         makers = self._makers
-        if makers is None or makers.process != process():  # a forked child has its parent's
+        # A forked child has a copy of its parent's makers.
+        if makers is None or makers.process != process():
             makers = self._makers = _Makers(self._draws, self._compile)
         return makers.add(checked, sigma, divisor, elsewhere)
 
     def state_dict(self) -> dict[str, Any]:
-        """A marker only: with the key its reader could subtract the noise."""
+        """Return a marker without the key: with the key a reader of the checkpoint could subtract the noise."""
         return {"kind": "SystemNoise", "format": 1}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Make a new master key: a checkpoint restored twice must not use the same noise twice.
 
         Args:
-            state: What :meth:`state_dict` returned.
+            state: The result of :meth:`state_dict`.
 
         Raises:
-            ValueError: If ``state`` is another noise source's.
+            ValueError: If ``state`` comes from another noise source.
         """
         checks.state(state, "SystemNoise")
         self._makers = None
 
     def __reduce__(self) -> tuple[Callable[[], SystemNoise], tuple[()]]:
-        # For copy and pickle: a new source, never the same stream.
+        # A copied or unpickled object is a new source with another stream.
         return partial(SystemNoise, draws=self._draws, compile=self._compile), ()
 
 
 class _Makers:
-    """What makes noise in one process, from one master key. Thread-safe."""
+    """This class makes the noise of one process from one master key. It is thread-safe."""
 
     def __init__(self, draws: int, compiled: bool) -> None:
         self._lineage = Lineage()
@@ -122,7 +121,7 @@ class _Makers:
     def add(
         self, tensors: list[Tensor], sigma: float, divisor: float, elsewhere: bool
     ) -> list[Tensor]:
-        """``(tensors + N(0, sigma^2)) / divisor``: the tensors themselves, or others, which uses up the tensors."""
+        """Return ``(tensors + N(0, sigma^2)) / divisor``, in place or in new tensors; ``tensors`` may change anyway."""
         with self._lock, torch.no_grad():
             results = list(tensors)
             for device, indices in _drawn_together(tensors):
@@ -179,13 +178,13 @@ class _Makers:
 
 
 def _may_be_written_elsewhere(tensors: list[Tensor]) -> bool:
-    """Whether that is worth it, and memory holds the values themselves: a result has no bit for their sign."""
+    """Return whether new results are worth it and possible: they cannot represent a lazily negated tensor."""
     large = sum(map(Tensor.numel, tensors)) > _LARGE * len(tensors)
     return large and not any(map(Tensor.is_neg, tensors))
 
 
 def _drawn_together(tensors: list[Tensor]) -> list[tuple[torch.device, Sequence[int]]]:
-    """Which of the tensors have the same device and the same dtype that their noise is drawn in."""
+    """Group the tensors by device and by the dtype of their noise."""
     kinds = {(tensor.device, tensor.dtype) for tensor in tensors}
     if len(kinds) == 1:
         return [(tensors[0].device, range(len(tensors)))]
