@@ -21,6 +21,10 @@ ROOMS = ("engine", "rules", "clipping", "noise")
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if "CHOSEN" not in os.environ:
         return
+    import clipgrad
+
+    if not Path(clipgrad.__file__).is_relative_to(Path.cwd()):
+        raise pytest.UsageError(f"the tests would run {clipgrad.__file__}, not this copy")
     ids = Path(os.environ["CHOSEN"]).read_text(encoding="utf-8").split("\n")
     order = {name: index for index, name in enumerate(ids)}
     found = [(order.get(item.nodeid, order.get(item.nodeid.split("[")[0])), item) for item in items]
