@@ -11,7 +11,8 @@ first meets the quickest tests that reach its line: one of each function, then t
 A survivor meets what else reaches the line, as far as ``--seconds`` of tests go, and at last the nightly parameters
 of those functions. Each worker has a copy of the checkout. What runs far longer than without the fault counts as
 noticed. A run goes on where the one before stopped. ``check`` runs the tests that noticed something once more
-without any fault; a mutant whose test fails even then is reported as doubtful.
+without any fault; a mutant whose test fails even then is reported as doubtful. One whose file has changed since the
+sample was made is stale.
 """
 
 from __future__ import annotations
@@ -48,7 +49,11 @@ def run(options: argparse.Namespace) -> None:
     trees: SimpleQueue[Path] = SimpleQueue()
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(options.workers) as pool:
         for worker in range(options.workers):
-            trees.put(Path(shutil.copytree(".", Path(folder, str(worker)), ignore=LEFT_OUT)))
+            tree = Path(shutil.copytree(".", Path(folder, str(worker)), ignore=LEFT_OUT))
+            trees.put(tree)
+        status, printed = Run(reach["tests"][:1], [], 600).go(tree, 600)
+        if status:  # else every mutant would seem to be noticed
+            raise SystemExit(f"a test fails without any fault:\n{printed}")
 
         def one(mutant: Mutant) -> Mutant | None:
             if time.monotonic() > end:
@@ -72,6 +77,8 @@ def run(options: argparse.Namespace) -> None:
 def check(options: argparse.Namespace) -> None:
     results: list[Mutant] = read(options, "results")
     tests = sorted({m["by"] for m in results if re.match(r"(tests|clipgrad)/", m["by"])})
+    if not tests:
+        return
     _, printed = Run(tests, ["--nightly"], 0).go(Path.cwd(), 60 * options.minutes, "--maxfail=0")
     fail_anyway = set(failures(printed))
     for mutant in results:
@@ -90,7 +97,7 @@ def report(options: argparse.Namespace) -> None:
             stage = f" ({mutant['reached_by']} tests; {mutant['stage']})"
             print(f"{status}: {mutant['file']}:{mutant['line']}{stage}", *changed, sep="\n    ")
     for room, counts in [*sorted(rooms.items()), ("all", sum(rooms.values(), Counter()))]:
-        reached = sum(counts.values()) - counts["unreached"]
+        reached = sum(counts.values()) - counts["unreached"] - counts["stale"]
         score = sum(counts[status] for status in NOTICED) / max(reached, 1)
         print(f"{room:9} {score:6.1%} of {reached} that a test reaches; {dict(counts)}")
 

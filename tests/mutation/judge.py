@@ -22,7 +22,7 @@ def mutated(source: str, diff: str) -> str:
     """Apply a unified diff of one file.
 
     Raises:
-        ValueError: If the file is another one than the diff was made for.
+        ValueError: If the file has changed since the diff was made.
     """
     old, new, last = source.splitlines(keepends=True), [], 0
     for hunk in re.split(r"^(?=@@ )", diff, flags=re.MULTILINE)[1:]:
@@ -64,8 +64,12 @@ def judge(
         "status": "survived" if numbers else "unreached",
         "reached_by": len(numbers),
     }
-    result |= {"stage": "", "by": ""}
-    path.write_text(mutated(source, mutant["diff"]), encoding="utf-8")
+    result |= {"stage": "", "by": "", "seconds": 0.0}
+    try:
+        changed = mutated(source, mutant["diff"])
+    except ValueError:
+        return result | {"status": "stale"}
+    path.write_text(changed, encoding="utf-8")
     forget_bytecode(path)
     try:
         for stage, tests in stages(numbers, reach, options):
