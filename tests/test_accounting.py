@@ -15,7 +15,7 @@ from scipy import optimize, special
 
 from clipgrad import accounting
 from clipgrad.accounting import _dp, _pld, _rdp, _run, epsilon, noise_multiplier
-from tests.nightly import some
+from tests.nightly import rows, some, thinned
 
 # The run of Opacus' own tests of its accountants.
 OPACUS: dict[str, Any] = {"sample_rate": 0.04, "steps": 2249, "delta": 1e-5}
@@ -41,7 +41,7 @@ def gaussian_epsilon(mu: float, delta: float) -> float:
     return float(optimize.brentq(excess, 0, 200))
 
 
-@pytest.mark.parametrize("noise", [0.6, 1.0, 4.0])
+@pytest.mark.parametrize("noise", thinned([0.6, 1.0, 4.0], lambda noise: noise >= 1.0))
 def test_equals_dp_accounting(noise: float) -> None:
     assert epsilon(noise_multiplier=noise, **SHORT) == own_epsilon(
         pld.PLDAccountant(), noise, SHORT
@@ -61,7 +61,7 @@ def test_equals_published_figures() -> None:
 
 
 @pytest.mark.parametrize(
-    ("noise", "epochs", "published"), [(1.3, 15, 1.19), (1.1, 60, 3.01), (0.7, 45, 7.10)]
+    ("noise", "epochs", "published"), rows(2, [(1.3, 15, 1.19), (0.7, 45, 7.10), (1.1, 60, 3.01)])
 )
 def test_is_no_worse_than_the_mnist_tutorial(noise: float, epochs: int, published: float) -> None:
     """TensorFlow Privacy's table, by RDP of 2019: later bounds are tighter, by less than 30 %."""
@@ -108,7 +108,7 @@ def test_monotone_in_each_argument(accountant: accounting.Accountant) -> None:
         assert results[0] < results[-1], name
 
 
-@pytest.mark.parametrize(("noise", "steps", "finer"), [(0.3, 1000, 5e-4), (0.1, 10, 1e-3)])
+@pytest.mark.parametrize(("noise", "steps", "finer"), rows(2, [(0.3, 1000, 5e-4), (0.1, 10, 1e-3)]))
 def test_a_coarser_grid_stays_an_upper_bound(noise: float, steps: int, finer: float) -> None:
     run = {**SHORT, "steps": steps}
     fine = own_epsilon(pld.PLDAccountant(value_discretization_interval=finer), noise, run)

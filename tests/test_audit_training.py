@@ -19,6 +19,7 @@ from clipgrad import DPOptimizer, SeededNoise, accounting, poisson_loader
 from clipgrad.audit import AuditResult, Canaries, StepRecorder, canary_losses, lower_bound
 from clipgrad.engine import clip_and_sum
 from tests.audit_tools import ORDINARY, HalfNoise, ReusedNoise, Setting, repeated, train
+from tests.nightly import every
 
 # Every coin at once, and fewer canaries for what is read step by step.
 FULL = Setting(m=50_000, noise_multiplier=4.0, steps=4, delta=1e-7)
@@ -45,7 +46,7 @@ def audited(
 # ------------------------------------------------------------------ a sound training
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", every(3, range(3)))
 def test_full_batches_stay_below_the_claim(seed: int) -> None:
     setting = Setting(**{**vars(FULL), "seed": seed})
     found = audited("sound, full batches", setting, guesses=GUESSES)
@@ -54,14 +55,14 @@ def test_full_batches_stay_below_the_claim(seed: int) -> None:
         assert audited("sound, full batches", setting) <= setting.claim
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", every(3, range(3)))
 def test_poisson_batches_stay_below_the_claim(seed: int) -> None:
     setting = Setting(**{**vars(POISSON), "seed": seed})
     found = audited("sound, Poisson", setting)
     assert setting.claim / 4 < found <= setting.claim
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", every(3, range(3)))
 def test_the_gaussian_curve_stays_below_the_claim(seed: int) -> None:
     setting = Setting(**{**vars(GAUSSIAN), "seed": seed})
     found = audited("sound, full batches", setting, curve="gaussian")

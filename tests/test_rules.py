@@ -27,10 +27,18 @@ CASES: list[RuleCase] = [
 # PyTorch's own remarks on speed.
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize(
+    "microbatch_sizes",
+    [
+        pytest.param((3, None), id="parts"),
+        # Five passes for each strategy; what a rule makes of one sample, the batch of one shows as well.
+        pytest.param((1,), id="single", marks=pytest.mark.nightly),
+    ],
+)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.rule}-{case.name}")
-def test_rule(case: RuleCase) -> None:
-    # All strategies and microbatch sizes in one test: they share the costly part, the definition.
-    assert_rule_matches_reference(case)
+def test_rule(case: RuleCase, microbatch_sizes: tuple[int | None, ...]) -> None:
+    # All strategies in one test: they share the costly part, the definition.
+    assert_rule_matches_reference(case, microbatch_sizes=microbatch_sizes)
 
 
 @pytest.mark.parametrize("name", sorted({rule.name for rule in clipgrad.rules.rules().values()}))

@@ -8,7 +8,7 @@ import re
 import pytest
 
 from clipgrad.errors import NotPerSampleError
-from tests.architectures import ARCHITECTURES, REPRESENTATIVES, Architecture
+from tests.architectures import ARCHITECTURES, COMPILED, REPRESENTATIVES, Architecture
 from tests.nightly import chosen, every, pairs
 from tests.test_architectures import EXACT, optimizer_for
 
@@ -35,11 +35,17 @@ def test_every_set_of_rules_has_a_representative() -> None:
     covered = {sets[name] for name in REPRESENTATIVES if name in sets}
     missing = {rules: name for name, rules in sets.items() if rules not in covered}
     assert not missing, f"add to tests/architectures/_short.py: {sorted(missing.values())}"
+    traced = frozenset().union(*(sets[name] for name in COMPILED))
+    # What may be refused is compiled by no test; all others are, here or nightly.
+    served = frozenset().union(*(sets[a.name] for a in EXACT if not a.may_refuse))
+    untraced = served - traced
+    assert not untraced, f"COMPILED in tests/architectures/_short.py lacks a use of {untraced}"
 
 
 def test_representatives_exist() -> None:
     assert ARCHITECTURES.keys() >= REPRESENTATIVES
     assert 50 <= len(REPRESENTATIVES) <= 70
+    assert COMPILED < REPRESENTATIVES
 
 
 def test_pairs_hold_each_two_values_together() -> None:

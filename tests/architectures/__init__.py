@@ -19,8 +19,8 @@ from . import (  # noqa: F401  (importing a family registers its architectures)
     vision,
 )
 from ._base import REGISTRY, Architecture, cast
-from ._short import REPRESENTATIVES
+from ._short import COMPILED, REPRESENTATIVES
 
 ARCHITECTURES: dict[str, Architecture] = dict(REGISTRY)
 
-__all__ = ["ARCHITECTURES", "REPRESENTATIVES", "Architecture", "cast"]
+__all__ = ["ARCHITECTURES", "COMPILED", "REPRESENTATIVES", "Architecture", "cast"]

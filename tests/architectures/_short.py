@@ -1,5 +1,6 @@
 """The architectures that stand for all: one for each set of rules that serves a model's parameters.
 
+Compiled, a graph takes seconds to trace, so that there one for each rule stands for all.
 ``tests/test_short_set.py`` finds the sets anew and says which name is missing.
 """
 
@@ -65,6 +66,37 @@ REPRESENTATIVES = frozenset(
         "unet_with_time",
         "weight_cast_double",
         "weight_norm_convolution",
+        "weight_slices",
+    }
+)
+
+COMPILED = frozenset(
+    {
+        "addmm",
+        "batch_norm_eval",
+        "conv1d_grouped",
+        "conv2d_no_bias_rectangular",
+        "conv3d",
+        "conv_kernel_shared_with_transpose",
+        "conv_of_merged_frames",
+        "conv_transpose2d_depthwise",
+        "conv_transpose3d",
+        "ensemble_by_vmap",
+        "group_norm",
+        "gru",
+        "gru_cell_loop",
+        "instance_norm_running_eval",
+        "layer_norm_shared_weight_and_bias",
+        "loss_ignore_index",
+        "lstm_cell_loop",
+        "lstm_used_twice",
+        "matmul_method",
+        "nested_tuple_batch",
+        "parameter_dict",
+        "rnn_cell_loop",
+        "rnn_learned_start",
+        "rnn_relu",
+        "tied_embedding_functional",
         "weight_slices",
     }
 )

@@ -64,6 +64,7 @@ def test_compiled_equals_the_formula(case: str, graphs: Graphs) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.filterwarnings("ignore:.*is deprecated")
 def test_really_compiled_equals_the_formula() -> None:
     params, batch = make_params(), make_batch()

@@ -12,11 +12,11 @@ from torch import Tensor
 from clipgrad import Performance, clipped_grad
 from clipgrad.engine.reference import Params
 from clipgrad.errors import CompileError
-from tests.architectures import ARCHITECTURES, REPRESENTATIVES, Architecture
+from tests.architectures import ARCHITECTURES, COMPILED, Architecture
 from tests.compiled.conftest import Graphs
 from tests.dp_tools import trained
 from tests.hf_models import HF_MODELS
-from tests.nightly import chosen, every, some, thinned
+from tests.nightly import chosen, every, some
 from tests.oracle import clipped_sum, per_sample_gradients
 from tests.small_mlp import (
     B,
@@ -61,12 +61,7 @@ def check(architecture: Architecture, graphs: Graphs) -> None:
         assert error_of(total, sums[name], bound) <= slack, name
 
 
-# These take longest, and each of their rules is in a smaller model as well.
-LARGE = {"encoder_decoder", "resnet", "selective_scan", "transformer_decoder", "unet_with_time"}
-SHORT = {*REPRESENTATIVES, *REFUSED} - LARGE
-
-
-@pytest.mark.parametrize("name", thinned([a.name for a in EXACT], SHORT.__contains__))
+@pytest.mark.parametrize("name", chosen([a.name for a in EXACT], {*COMPILED, *REFUSED}))
 def test_architecture_equals_the_loop(name: str, graphs: Graphs) -> None:
     if name in REFUSED:
         with pytest.raises(CompileError, match=REFUSED[name]):
@@ -152,7 +147,7 @@ def test_other_arguments_are_inputs(graphs: Graphs) -> None:
         assert len(graphs) == expected
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", every(2, [torch.float32, torch.bfloat16]))
 def test_dtype_is_part_of_the_signature(dtype: torch.dtype, graphs: Graphs) -> None:
     params, (x, y) = make_params(), make_batch()
     compiled, eager = (clipped_grad(mlp, max_grad_norm=0.5, compile=c) for c in (True, False))
