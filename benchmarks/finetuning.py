@@ -1,0 +1,189 @@
+"""What clipping costs where language models are trained: padding masks, LoRA, one GPU.
+
+    python -m benchmarks.finetuning gpt2 llama-lora              # on a GPU, a few minutes each
+    python -m benchmarks.finetuning gpt2-tiny --device cpu       # a try of the script itself
+
+Models come from ``transformers`` configurations with random weights. Each row is the median of interleaved steps in one
+process: forward and backward pass, clipping, noise and AdamW for the private step, the same without clipping and noise,
+compiled by ``torch.compile``, for the ordinary one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+import clipgrad
+
+Batch = dict[str, Tensor]
+
+
+class Setting(NamedTuple):
+    """A model, how it is trained, and the batch."""
+
+    model: nn.Module
+    batch: Batch
+
+
+def text(vocabulary: int, size: int, length: int, device: str, *, masked: bool = True) -> Batch:
+    """Token ids with a padding mask; lengths lie evenly between half and all of ``length``."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, vocabulary, (size, length), generator=generator)
+    lengths = torch.linspace(length // 2, length, size).long() if masked else length
+    mask = (torch.arange(length) < torch.as_tensor(lengths).reshape(-1, 1)).long().expand(size, -1)
+    labels = ids.masked_fill(mask == 0, -100)
+    batch = {"input_ids": ids, "attention_mask": mask.contiguous(), "labels": labels}
+    return {name: value.to(device) for name, value in batch.items()}
+
+
+def gpt2(device: str, *, tiny: bool = False, masked: bool = True) -> Setting:
+    """GPT-2 small, all parameters trained, float32."""
+    import transformers
+
+    sizes = {"n_layer": 2, "n_embd": 32, "n_head": 4, "vocab_size": 512} if tiny else {}
+    config = transformers.GPT2Config(attn_pdrop=0.0, resid_pdrop=0.0, embd_pdrop=0.0, **sizes)
+    config.bos_token_id = config.eos_token_id = 1
+    model = transformers.GPT2LMHeadModel(config).to(device)
+    shape = (4, 16) if tiny else (16, 512)
+    return Setting(model, text(config.vocab_size, *shape, device, masked=masked))
+
+
+def llama_lora(device: str, *, tiny: bool = False) -> Setting:
+    """Llama of one billion parameters in bfloat16 with LoRA adapters of rank 16 in float32."""
+    import peft
+    import transformers
+
+    big = {
+        "vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "tie_word_embeddings": True,
+    }  # fmt: skip
+    small = {
+        "vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2,
+    }  # fmt: skip
+    config = transformers.LlamaConfig(**(small if tiny else big))
+    with torch.device(device):
+        model = transformers.LlamaForCausalLM(config).to(torch.bfloat16)
+    lora = peft.LoraConfig(
+        r=16, lora_alpha=32, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"]
+    )
+    model = peft.get_peft_model(model, lora)
+    shape = (4, 16) if tiny else (8, 512)
+    return Setting(model, text(config.vocab_size, *shape, device))
+
+
+SETTINGS: dict[str, Callable[[str], Setting]] = {
+    "gpt2": gpt2,
+    "gpt2-unmasked": lambda device: gpt2(device, masked=False),
+    "gpt2-tiny": lambda device: gpt2(device, tiny=True),
+    "llama-lora": llama_lora,
+    "llama-lora-tiny": lambda device: llama_lora(device, tiny=True),
+}
+
+
+def loss_fn(model: nn.Module, batch: Batch) -> Tensor:
+    """The model's own loss."""
+    loss: Tensor = model(**batch, use_cache=False).loss
+    return loss
+
+
+def adamw(model: nn.Module, device: str) -> torch.optim.AdamW:
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return torch.optim.AdamW(trained, lr=1e-5, fused=device != "cpu")
+
+
+def ordinary(setting: Setting, device: str, mode: str) -> Callable[[], None]:
+    model, batch = copy.deepcopy(setting.model), setting.batch
+    optimizer, compiled = adamw(model, device), torch.compile(loss_fn, mode=mode)
+
+    def step() -> None:
+        compiled(model, batch).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def private(setting: Setting, device: str, compile: bool | str) -> Callable[[], None]:
+    model, batch = copy.deepcopy(setting.model), setting.batch
+    size = len(batch["input_ids"])
+    optimizer = clipgrad.DPOptimizer(
+        adamw(model, device), model, loss_fn, max_grad_norm=1.0, noise_multiplier=1.0, expected_batch_size=size,
+        microbatch_size=size, compile=compile,
+    )  # fmt: skip
+
+    def step() -> None:
+        optimizer.backward(batch)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def milliseconds(step: Callable[[], None], device: str) -> float:
+    _wait(device)
+    start = time.perf_counter()
+    step()
+    _wait(device)
+    return 1e3 * (time.perf_counter() - start)
+
+
+def _wait(device: str) -> None:
+    if device != "cpu":
+        torch.cuda.synchronize()
+
+
+def measured(name: str, device: str, rounds: int, mode: str) -> dict[str, Any]:
+    """Milliseconds of each kind of step, seconds until its first one was done, and its peak memory."""
+    setting = SETTINGS[name](device)
+    makers = {
+        "ordinary": lambda: ordinary(setting, device, "default"),
+        "private, eager": lambda: private(setting, device, False),
+        "private, compiled": lambda: private(setting, device, mode),
+    }
+    steps, row = {}, {"setting": name}
+    for kind, make in makers.items():
+        started = time.perf_counter()
+        steps[kind] = make()
+        for _ in range(
+            10
+        ):  # several comparisons with the eager step, and the recording, among them
+            steps[kind]()
+        _wait(device)
+        row[f"{kind}: warmup s"] = round(time.perf_counter() - started, 1)
+        if device != "cpu":
+            torch.cuda.reset_peak_memory_stats()
+            steps[kind]()
+            row[f"{kind}: GiB"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
+    times: dict[str, list[float]] = {kind: [] for kind in steps}
+    for _ in range(rounds):
+        for kind, step in steps.items():
+            times[kind].append(milliseconds(step, device))
+    for kind, found in times.items():
+        row[f"{kind}: ms"] = round(statistics.median(found), 2)
+    for kind in ("private, eager", "private, compiled"):
+        row[f"{kind}: % of ordinary"] = round(100 * row["ordinary: ms"] / row[f"{kind}: ms"], 1)
+    return row
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("settings", nargs="+", choices=SETTINGS)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--rounds", type=int, default=24)
+    parser.add_argument("--mode", default="reduce-overhead", help="compile= of the private step")
+    args = parser.parse_args()
+    for name in args.settings:
+        print(json.dumps(measured(name, args.device, args.rounds, args.mode)), flush=True)
+
+
+if __name__ == "__main__":
+    main()
