@@ -130,7 +130,7 @@ def test_a_plan_says_what_it_promises() -> None:
         ({"noise_multiplier": "1"}, "noise_multiplier must be a number"),
         ({"relation": "other"}, "relation must be one of"),
         ({"accountant": "gdp"}, "accountant must be one of"),
-        ({"shuffled": True}, "one sample more moves others into other batches"),
+        ({"shuffled": True}, "an additional sample moves samples to other batches"),
         (
             {"shuffled": True, "relation": "replace_one", "max_batch_size": 9},
             "max_batch_size=9 cuts Poisson batches",

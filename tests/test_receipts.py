@@ -104,7 +104,7 @@ def test_a_batch_is_known_in_any_container() -> None:
     for batch in ((dict(third),), (first["x"],), (second["more"][0], second["more"][1]["y"])):
         optimizer.backward(*batch)
         optimizer.step()
-    with pytest.raises(UnaccountedBatchError, match="was stepped on already"):
+    with pytest.raises(UnaccountedBatchError, match="was used in a step already"):
         optimizer.backward(third["more"][0])
 
 
@@ -212,7 +212,9 @@ def test_one_batch_in_two_steps(hand: Callable[[Tensor], Tensor]) -> None:
     optimizer, batches = optimizer_of(a_plan), iter(loader_of(a_plan))
     (x,) = next(batches)
     step(optimizer, hand(x))
-    with pytest.raises(UnaccountedBatchError, match=r"stepped on already|step was taken already"):
+    with pytest.raises(
+        UnaccountedBatchError, match=r"used in a step already|step was taken already"
+    ):
         optimizer.backward(hand(x))
 
 
