@@ -88,7 +88,7 @@ def test_command(capsys: pytest.CaptureFixture[str]) -> None:
 def test_command_without_arguments(capsys: pytest.CaptureFixture[str]) -> None:
     command.main(["--rounds", "1", "--device", "cpu"])
     text = capsys.readouterr().out
-    assert text.startswith("An example")
+    assert text.startswith("This is an example")
     assert "batch of 32" in text
 
 
