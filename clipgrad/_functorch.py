@@ -55,10 +55,6 @@ def vmap_level(size: int, randomness: str) -> Iterator[int]:
     """Run the body under a ``vmap`` over ``size`` samples, and yield its level.
 
     ``per_sample`` brings tensors into the level, and ``all_samples`` brings them out.
-
-    Args:
-        size: Number of samples.
-        randomness: The option of ``torch.func.vmap``.
     """
     lazy_load_decompositions()
     level: int = _functorch._vmap_increment_nesting(size, randomness)

@@ -42,9 +42,6 @@ class phase:
 
     It is a class and not a generator, so that it costs half a microsecond without a listener, and Dynamo can trace it.
 
-    Args:
-        name: The phase.
-
     Examples:
         >>> with phase("norms"):
         ...     total = 1 + 1

@@ -85,10 +85,7 @@ def positions(
 def dense(what: str, leaves: Sequence[Any], find_paths: Callable[[], Sequence[Any]]) -> None:
     """Refuse sparse and nested tensors, which have no batch axis that ``vmap`` can hide.
 
-    Args:
-        what: ``"batch"`` or ``"params"``.
-        leaves: All leaves of ``what``.
-        find_paths: Returns the path of each leaf, for a message.
+    ``what`` is ``"batch"`` or ``"params"``, and ``find_paths`` returns the path of each leaf, for the message.
     """
     for index, leaf in enumerate(leaves):
         if isinstance(leaf, Tensor) and (leaf.layout is not torch.strided or leaf.is_nested):
@@ -101,12 +98,7 @@ def dense(what: str, leaves: Sequence[Any], find_paths: Callable[[], Sequence[An
 
 
 def batch_size(leaves: Sequence[Any], find_paths: Callable[[], Sequence[str]]) -> int:
-    """Return the common leading size of all tensors of a batch.
-
-    Args:
-        leaves: The leaves of the batch.
-        find_paths: Returns the path of each leaf, for a message.
-    """
+    """Return the common leading size of all tensors of a batch."""
     if leaves and all(isinstance(leaf, Tensor) and leaf.dim() for leaf in leaves):
         found = {leaf.shape[0] for leaf in leaves}
         if len(found) == 1:

@@ -542,9 +542,9 @@ def test_loaders_that_do_not_fit_the_plan() -> None:
         clipgrad.poisson_loader(dataset(), plan=plan(), steps=3)
     with pytest.raises(ValueError, match="for 64 users, but there are 2"):
         clipgrad.user_loader(dataset(3), [0, 0, 1], plan=plan(unit="user"))
-    with pytest.raises(ValueError, match=r"protects one sample.*draws users.*unit='user'"):
+    with pytest.raises(ValueError, match=r"protects one sample.*samples users.*unit='user'"):
         clipgrad.user_loader(dataset(64), range(64), plan=plan())
-    with pytest.raises(ValueError, match=r"protects one user.*draws samples.*user_loader"):
+    with pytest.raises(ValueError, match=r"protects one user.*samples samples.*user_loader"):
         clipgrad.poisson_loader(dataset(64), plan=plan(unit="user"))
     shuffled = plan(shuffled=True, relation="replace_one")
     with pytest.raises(ValueError, match="shuffled_loader"):

@@ -263,7 +263,7 @@ def test_a_plan_that_continues_another_ledger_is_another_run() -> None:
     assert optimizer_of(again).ledger is other
     assert optimizer.ledger is not other
     (x,) = next(iter(loader_of(again)))
-    with pytest.raises(UnaccountedBatchError, match="no loader of this plan drew"):
+    with pytest.raises(UnaccountedBatchError, match="no loader of this plan made"):
         optimizer.backward(x)
 
 
@@ -285,7 +285,7 @@ def test_batches_of_another_loader(loader: Any, own_loader_too: bool) -> None:
         for (x,) in loader_of(a_plan):
             step(optimizer, x)
     (x,) = next(iter(loader))
-    with pytest.raises(UnaccountedBatchError, match=r"no loader of this plan drew.*poisson_loader"):
+    with pytest.raises(UnaccountedBatchError, match=r"no loader of this plan made.*poisson_loader"):
         optimizer.backward(x)
 
 
@@ -294,10 +294,10 @@ def test_more_rows_than_were_drawn() -> None:
     optimizer = optimizer_of(a_plan)
     data = rows(1000)
     (x,) = next(iter(clipgrad.poisson_loader(data, plan=a_plan)))
-    with pytest.raises(UnaccountedBatchError, match=rf"100 rows.* drew {len(x)} rows"):
+    with pytest.raises(UnaccountedBatchError, match=rf"100 rows.* made batches of {len(x)} rows"):
         optimizer.backward(data.tensors[0][:100])
     with pytest.raises(
-        UnaccountedBatchError, match=rf"{2 * len(x)} rows of batch 0.* drew {len(x)}"
+        UnaccountedBatchError, match=rf"{2 * len(x)} rows of batch 0.* has {len(x)}"
     ):
         optimizer.backward((x, torch.cat([x, x]))[::-1])
 

@@ -22,11 +22,7 @@ def compile_graph(module: GraphModule, mode: str) -> Run:
 
     Random operations are PyTorch's own (``fallback_random``): they take the same random numbers from the global
     generator as the eager step, so a compiled loss with dropout can be compared with the eager loss. All options apply
-    to this graph only; no global option is changed.
-
-    Args:
-        module: A graph of plain operations.
-        mode: One of ``COMPILE_MODES``.
+    to this graph only; no global option is changed. ``mode`` is one of ``COMPILE_MODES``.
     """
     options: dict[str, Any] = dict(torch._inductor.list_mode_options(mode))
     options["fallback_random"] = True

@@ -41,14 +41,9 @@ def compare(
     clipping: Clipping,
     slack: float,
 ) -> None:
-    """Raise ``CompileMismatchError`` if the compiled result differs from the eager result by more than rounding.
+    """Raise ``CompileMismatchError`` if the compiled result differs from the eager result by more than ``slack``.
 
-    Args:
-        compiled: The result of the compiled graph.
-        eager: The result of the eager step on the same rows.
-        names: The names of the parameters.
-        clipping: The clipping that turned the eager norms into factors.
-        slack: The return value of ``tolerance``.
+    Both results are of the same rows; ``tolerance`` returns the slack.
     """
     counted = [norms * clipping.factors(norms, group) for group, norms in enumerate(eager.norms)]
     scale = float(torch.stack(counted).nan_to_num(0.0, 0.0, 0.0).sum())

@@ -34,11 +34,7 @@ def is_channels_last(leaf: Tensor) -> bool:
 def fitted(leaf: Tensor, size: int) -> Tensor:
     """Return a batch leaf with exactly ``size`` rows and the strides for which the graph was compiled.
 
-    Missing rows repeat existing rows; the loss of a row of zeros might not be finite.
-
-    Args:
-        leaf: ``[rows, ...]`` with ``1 <= rows <= size``.
-        size: Number of rows of the graph.
+    Missing rows repeat existing rows (at least one); the loss of a row of zeros might not be finite.
     """
     layout = _CHANNELS_LAST[leaf.dim()] if is_channels_last(leaf) else torch.contiguous_format
     rows = leaf.shape[0]
@@ -64,14 +60,7 @@ def fitted_batch(batch: Sequence[Any], size: int) -> list[Any]:
 
 
 def fitted_mask(mask: Tensor | None, rows: int, size: int, device: torch.device) -> Tensor:
-    """Return a cached boolean mask ``[size]`` of the caller's padding and of added rows; do not write to it.
-
-    Args:
-        mask: The caller's padding mask, ``[rows]``.
-        rows: Number of rows of the batch.
-        size: Number of rows of the graph.
-        device: The device of the result.
-    """
+    """Return a cached boolean mask ``[size]`` of the caller's padding and of added rows; do not write to it."""
     added = _added_rows(rows, size, device)
     if mask is None:
         return added

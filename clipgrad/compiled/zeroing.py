@@ -16,9 +16,6 @@ def zero_in_place(module: GraphModule) -> None:
 
     This is the compiler's own form for operations that write: a write to a copy. The compiler removes the copy if the
     graph itself made the tensor and neither returns it nor reads it again.
-
-    Args:
-        module: A traced graph, which is changed.
     """
     graph, operations = module.graph, torch.ops.clipgrad
     selections = graph.find_nodes(op="call_function", target=operations.selected_by_zeroing.default)

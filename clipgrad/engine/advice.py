@@ -185,14 +185,7 @@ def explained() -> Iterator[None]:
 def note_arguments(
     error: TypeError, loss: Callable[..., Any], arguments: Sequence[Any], call: str
 ) -> None:
-    """Add a note to a ``TypeError`` if the loss does not accept its arguments.
-
-    Args:
-        error: The error that the call raised.
-        loss: The loss.
-        arguments: The arguments of the call.
-        call: The call that passes a batch of several tensors: ``"backward(*batch)"``.
-    """
+    """Add a note to a ``TypeError`` if the loss does not accept its arguments; ``call`` shows the right call."""
     try:
         inspect.signature(loss).bind(*arguments)
     except TypeError:

@@ -50,12 +50,7 @@ def is_read(function: Callable[..., Any]) -> bool:
 
 
 def read(function: Callable[..., Any], tensor: Tensor, level: int) -> Any:
-    """Return the value of ``function(tensor)`` on which all samples agree.
-
-    Args:
-        function: A function for which ``is_read`` holds.
-        tensor: Its operand, as the loss holds it.
-        level: The transform's level.
+    """Return the value of ``function(tensor)`` on which all samples agree; ``is_read(function)`` must hold.
 
     Raises:
         Decline: If the tensor has no batch axis, so that all samples share it.

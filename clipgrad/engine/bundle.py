@@ -55,11 +55,7 @@ class Bundle:
 def bundled(gradients: Mapping[int, Tensor]) -> Bundle | None:
     """Bundle the small gradients of a clipping group that have the dtype and device of the first small gradient.
 
-    Args:
-        gradients: Kept per-sample gradients ``[B, *shape]`` by the parameter's index.
-
-    Returns:
-        The bundle, or None if fewer than two gradients qualify.
+    Return None if fewer than two gradients qualify.
     """
     small: dict[int, Tensor] = {}
     for index, gradient in gradients.items():

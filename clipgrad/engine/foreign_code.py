@@ -74,12 +74,7 @@ def _refuse_modes(modes: Iterable[Any], method: str) -> None:
 
 
 def refuse_subclasses(tensors: Iterable[Any], what: str) -> None:
-    """Raise ``NotPerSampleError`` for tensors of a subclass that has code of its own.
-
-    Args:
-        tensors: Any objects; objects that are not tensors are ignored.
-        what: The description of the tensors for the message.
-    """
+    """Raise ``NotPerSampleError`` for tensors of a subclass that has code of its own; ignore other objects."""
     kinds = set(map(type, tensors))
     if PLAIN.issuperset(kinds):
         return

@@ -40,8 +40,7 @@ class Gradients:
     def squared_norms(self, members: Sequence[int]) -> Tensor | None:
         """Return the squared norms over some parameters together, ``[B]``; None if no gradient reached any of them.
 
-        Args:
-            members: Indices of the parameters; each index may be in only one call.
+        Each parameter's index may be in only one call.
         """
         found = []
         # When a graph is traced, the compiler joins small operations itself.

@@ -31,14 +31,7 @@ _BYTES = 4
 
 @dataclass(frozen=True)
 class Choice:
-    """This class holds the strategy for one parameter and, for ``explain``, the reason.
-
-    Attributes:
-        strategy: The strategy.
-        reason: The reason, in a few words.
-        kept_bytes: Memory of the parameter's per-sample gradients.
-        factor_bytes: Memory of its factors.
-    """
+    """This class holds the strategy for one parameter, with the reason and the memory of both forms for ``explain``."""
 
     strategy: Strategy
     reason: str
@@ -107,7 +100,7 @@ def _preference(entry: Tracked, batch_size: int, forced: Strategy | None) -> Cho
     if not _has_choice(entry):
         return Choice(Strategy.KEPT, _why_kept(entry), kept_bytes, factor_bytes)
     if forced is not None:
-        return Choice(forced, "asked for", kept_bytes, factor_bytes)
+        return Choice(forced, "forced by strategy=", kept_bytes, factor_bytes)
     if any(extent.one_hot for extent in extents):
         return Choice(
             Strategy.GHOST,

@@ -97,12 +97,6 @@ def instead(
 
     An operation can fail because its batching rule is missing, because its kernel takes no broadcast memory, or because
     it is a Python function that computes with shapes.
-
-    Args:
-        function: The function as a ``TorchFunctionMode`` receives it.
-        args: Its positional arguments.
-        kwargs: Its keyword arguments.
-        error: The error that it raised under ``vmap``.
     """
     if isinstance(error, NotPerSampleError) or is_refusal(error):
         raise error

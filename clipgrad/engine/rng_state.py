@@ -43,11 +43,7 @@ class Generators:
 
 
 class Draws:
-    """This class detects whether the state of PyTorch's global generators has changed.
-
-    Args:
-        device: The device whose generator is watched, in addition to the CPU's.
-    """
+    """This class detects whether the global RNG state of the CPU or of ``device`` has changed."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device

@@ -18,9 +18,6 @@ class Parts:
 
     A loss may write to its batch (``x.mul_(2)``), and samples of a part may run more than once. So every run gets
     copies of the original values. ``write_back`` then writes to the batch what a single run would have written.
-
-    Args:
-        batch: The flattened batch.
     """
 
     def __init__(self, batch: Sequence[Any]) -> None:
@@ -51,11 +48,7 @@ class Parts:
         return torch.cat([index for index, _, _ in self._finished]).argsort()
 
     def write_back(self) -> None:
-        """Write to the batch what the loss wrote to its copies.
-
-        Raises:
-            NotPerSampleError: If the loss wrote to memory that two tensors of the batch share; copies share none.
-        """
+        """Write to the batch what the loss wrote to its copies; refuse writes to memory that two tensors share."""
         for index, rows, before in self._finished:
             both = zip(_tensors(self._batch), _tensors(rows), before, strict=True)
             for leaf, values, version in both:

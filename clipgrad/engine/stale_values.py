@@ -58,12 +58,7 @@ def remember(made: Iterable[weakref.ref[Tensor]]) -> None:
 
 
 def among(tensors: Iterable[Tensor], level: int) -> bool:
-    """Return whether a tensor was kept from an earlier forward pass.
-
-    Args:
-        tensors: The operands of an operation.
-        level: The level of the current pass. Tensors of inner transforms are unwrapped down to this level.
-    """
+    """Return whether a tensor was kept from an earlier pass; inner transforms are unwrapped down to ``level``."""
     return bool(_kept) and any(_is_kept(tensor, level) for tensor in tensors)
 
 

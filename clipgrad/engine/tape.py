@@ -93,8 +93,7 @@ class Tracked:
     def receive(self, use: Use, extent: Extent | None, rule: str) -> None:
         """Store the gradient of one use as soon as the backward pass has computed it.
 
-        Raises:
-            RuntimeError: If its shape is not the parameter's: the addition would broadcast, and norms would be wrong.
+        A gradient of another shape is an error: its addition would broadcast, and norms would be wrong.
         """
         if self.strategy is not Strategy.KEPT and extent is not None:
             if isinstance(use, Outer):
@@ -110,7 +109,7 @@ class Tracked:
             raise RuntimeError(
                 f"rule {rule!r} gave parameter {self.name!r} per-sample gradients of shape {tuple(shape)} where "
                 f"{tuple(self.leaf.shape)} is needed, samples first. The rule must raise Decline for operands that the "
-                "operation broadcasts; unregister_rule takes it out."
+                "operation broadcasts; unregister_rule removes it."
             )
 
     def settle(self) -> None:
@@ -202,7 +201,7 @@ class Tape:
             shared: The expression's value, with its graph.
             sources: The operands.
             level: The ``vmap`` level of the wrapper.
-            wide: If the expression only moves elements, the same expression of its operand's ``exact`` value.
+            wide: The same expression of its operand's ``exact`` value, if the expression only moves elements.
         """
         parameters = tuple(sorted({index for source in sources for index in source.parameters}))
         tracked = self._track(name, shared, parameters)
@@ -238,7 +237,7 @@ class Tape:
         held = [(tensor, tensor._version) for tensor in saved]
 
         def hook(gradient: Tensor) -> None:
-            assert waiting, "an output's gradient came twice"
+            assert waiting, "an output's gradient arrived twice"
             if any(tensor._version != version for tensor, version in held):
                 raise NotPerSampleError(
                     f"an input of {rule} was changed by an in-place operation after it was used, so the "

@@ -59,11 +59,7 @@ class Account:
         return self.plan.run.receipts.claim(claim, batch, rows)
 
     def check_step(self, claim: Claim, step: int) -> None:
-        """Refuse a step that is not planned; this changes no state.
-
-        Args:
-            claim: The claim of the logical batch.
-            step: Number of steps that the optimizer itself has taken.
+        """Refuse a step that is not planned; this changes no state. ``step`` counts the optimizer's own steps.
 
         Raises:
             PrivacyBudgetError: If all planned steps were taken, or the plan's schedule is at another step.
@@ -105,14 +101,11 @@ class Account:
         return {"run": self.plan.run.name, "ledger": self.ledger.state_dict()}
 
     def check(self, state: Mapping[str, Any] | None, step: int) -> None:
-        """Refuse a state that ``load_state_dict`` cannot load; this changes no state.
+        """Refuse a state that ``load_state_dict`` cannot load, or that would forget steps; this changes no state.
 
         Args:
             state: The part of the optimizer's state that holds ``account``.
             step: Number of steps that the optimizer itself has taken according to the same state.
-
-        Raises:
-            ValueError: If the state has no account, does not fit, or would forget steps.
         """
         if state is None or "account" not in state:
             raise ValueError(

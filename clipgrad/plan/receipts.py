@@ -85,11 +85,7 @@ class Receipts:
     def hand_out(self, iteration: int, index: int, rows: int, batch: Any) -> None:
         """Write a receipt for a batch that the training loop is about to receive.
 
-        Args:
-            iteration: The return value of ``begin_iteration``.
-            index: Position of the batch in the iteration.
-            rows: Number of samples in the batch, without padding.
-            batch: The batch as the loop receives it.
+        ``iteration`` is the return value of ``begin_iteration``, and ``rows`` does not count padding.
         """
         if iteration != self._iteration:
             return  # the batch comes from an iterator of an earlier iteration
@@ -101,12 +97,7 @@ class Receipts:
             self._known[key] = (weakref.ref(leaf, partial(self._forget, key)), alone)
 
     def claim(self, claim: Claim, batch: Any, rows: int) -> Claim:
-        """Add the rows of one ``backward`` to the claim of a logical batch.
-
-        Args:
-            claim: The claim of the logical batch so far.
-            batch: The batch, in any container.
-            rows: Number of its rows, without padding.
+        """Add the rows of one ``backward``, without padding, to the claim of a logical batch.
 
         Raises:
             UnaccountedBatchError: If the rows cannot be from one handed-out batch that no step has used yet.
@@ -126,7 +117,7 @@ class Receipts:
             raise UnaccountedBatchError(_SPENT.format(number=receipt.index))
         if total > receipt.rows:
             raise UnaccountedBatchError(
-                f"backward: {total} rows of batch {receipt.index} of the loader, which drew {receipt.rows}. "
+                f"backward received {total} rows of batch {receipt.index} of the loader, which has {receipt.rows}. "
                 + _ONE_STEP
             )
         return Claim(receipt, total)
@@ -198,11 +189,11 @@ class Receipts:
         waiting = self._in_order()
         if not waiting:
             return (
-                f"backward received a batch of {rows} rows that no loader of this plan drew for this step, or on which "
+                f"backward received a batch of {rows} rows that no loader of this plan made for this step, or on which "
                 "a step was taken already. " + _SOURCES
             )
         return (
-            f"a logical batch of {rows} rows, but the loader of this plan drew {_sizes(waiting)}. "
+            f"a logical batch of {rows} rows does not fit: the loader of this plan made batches of {_sizes(waiting)}. "
             + _ONE_STEP
         )
 

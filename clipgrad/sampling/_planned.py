@@ -25,7 +25,7 @@ def require_fit(plan: PrivacyPlan, unit: str, count: int, *, shuffled: bool) -> 
         raise TypeError(f"plan must be a clipgrad.PrivacyPlan, got {type(plan).__name__}.")
     if plan.unit != unit:
         raise ValueError(
-            f"plan protects one {plan.unit}, but this loader draws {unit}s; make the plan with unit={unit!r}, or use "
+            f"plan protects one {plan.unit}, but this loader samples {unit}s; make the plan with unit={unit!r}, or use "
             f"{'user_loader' if plan.unit == 'user' else 'poisson_loader'}."
         )
     if plan.num_samples != count:
@@ -38,7 +38,7 @@ def require_fit(plan: PrivacyPlan, unit: str, count: int, *, shuffled: bool) -> 
             ("shuffled_loader", "Poisson") if plan.shuffled else ("poisson_loader", "shuffled")
         )
         raise ValueError(
-            f"plan has shuffled={plan.shuffled}, but this loader draws {drawn} batches. Use "
+            f"plan has shuffled={plan.shuffled}, but this loader makes {drawn} batches. Use "
             f"clipgrad.{right}(dataset, plan=plan)."
         )
     if plan.declared_sampling is not None:
