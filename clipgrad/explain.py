@@ -42,7 +42,7 @@ class Explanation:
 
     @property
     def fallbacks(self) -> tuple[str, ...]:
-        """Names of the parameters with a use that no rule covers."""
+        """Return the names of the parameters with a use that no rule covers."""
         return tuple(row.parameter for row in self.rows if "fallback" in row.by)
 
     def __str__(self) -> str:

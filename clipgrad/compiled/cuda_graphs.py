@@ -124,7 +124,7 @@ class Replay:
 
     @property
     def lends(self) -> bool:
-        """Whether the last call returned the requested results without copying them."""
+        """Return whether the last call returned the requested results without copying them."""
         return self._separate
 
     def __call__(self, flat: Sequence[Tensor], lend: int = 0) -> list[Tensor]:

@@ -38,14 +38,14 @@ class Account:
 
     @property
     def ledger(self) -> Ledger:
-        """The ledger of all steps by optimizers of the plan, and of earlier runs that the plan continues."""
+        """Return the ledger of all steps by optimizers of the plan, and of earlier runs that the plan continues."""
         ledger = self.plan.run.ledger
         assert ledger is not None
         return ledger
 
     @property
     def done(self) -> int:
-        """The number of steps that all optimizers of the plan have taken."""
+        """Return the number of steps that all optimizers of the plan have taken."""
         return self.ledger.steps_of(self.plan.run.name)
 
     def claim(self, claim: Claim, batch: Any, rows: int) -> Claim:

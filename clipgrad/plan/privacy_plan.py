@@ -249,12 +249,12 @@ class PrivacyPlan:
 
     @property
     def sample_rate(self) -> float:
-        """Probability of each sample to be in a batch."""
+        """Return the probability of each sample to be in a batch."""
         return self.expected_batch_size / self.num_samples
 
     @property
     def sampling(self) -> Sampling:
-        """The sampling scheme, for the accountant."""
+        """Return the sampling scheme, for the accountant."""
         if self.shuffled:
             return FixedSize(self.num_samples, int(self.expected_batch_size))
         if self.max_batch_size is not None:
@@ -263,7 +263,7 @@ class PrivacyPlan:
 
     @property
     def noise_accounting(self) -> str:
-        """The kind of noise, for the accountant: each step has independent noise."""
+        """Return the kind of noise, for the accountant: each step has independent noise."""
         return "independent"
 
     def noise_at(self, step: int) -> float:

@@ -43,7 +43,7 @@ class StepProfile:
 
     @property
     def ratio(self) -> float:
-        """The clipped step's time divided by the standard step's time."""
+        """Return the clipped step's time divided by the standard step's time."""
         return self.clipped / self.standard
 
     def as_dict(self) -> dict[str, Any]:

@@ -57,12 +57,12 @@ class PrivateLoader:
 
     @property
     def batch_sampler(self) -> BatchSampler:
-        """The sampler of the batches."""
+        """Return the sampler of the batches."""
         return self._recorder.sampler
 
     @property
     def dataset(self) -> Dataset[Any]:
-        """The dataset."""
+        """Return the dataset."""
         return self._loader.dataset
 
     def __len__(self) -> int:

@@ -102,12 +102,12 @@ class PoissonSampler(Sampler[list[int]]):
 
     @property
     def sample_rate(self) -> float:
-        """Probability of each sample to be in a batch, before truncation."""
+        """Return the probability of each sample to be in a batch, before truncation."""
         return self._trials.rate
 
     @property
     def expected_batch_size(self) -> float:
-        """Mean size of a batch, of all ranks together and before truncation.
+        """Return the mean size of a batch, of all ranks together and before truncation.
 
         It is a public constant, so the sum of gradients may be divided by it.
         """
@@ -115,12 +115,12 @@ class PoissonSampler(Sampler[list[int]]):
 
     @property
     def max_batch_size(self) -> int | None:
-        """The largest number of samples in a batch; None without truncation."""
+        """Return the largest number of samples in a batch; None without truncation."""
         return self._most
 
     @property
     def sampling(self) -> Poisson | TruncatedPoisson:
-        """The sampling scheme, for the accountant."""
+        """Return the sampling scheme, for the accountant."""
         if self._most is None:
             return Poisson(sample_rate=self.sample_rate)
         return TruncatedPoisson(

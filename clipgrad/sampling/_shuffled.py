@@ -55,7 +55,7 @@ class ShuffledSampler(Sampler[list[int]]):
 
     @property
     def sampling(self) -> FixedSize:
-        """The sampling scheme, for the accountant."""
+        """Return the sampling scheme, for the accountant."""
         return FixedSize(self._num_samples, self._batch_size)
 
     def __len__(self) -> int:

@@ -93,37 +93,37 @@ class UserSampler(Sampler[list[list[int]]]):
 
     @property
     def num_users(self) -> int:
-        """The number of users."""
+        """Return the number of users."""
         return len(self._samples)
 
     @property
     def width(self) -> int:
-        """The largest number of samples of a user in a batch."""
+        """Return the largest number of samples of a user in a batch."""
         return self._width
 
     @property
     def sample_rate(self) -> float:
-        """Probability of each user to be in a batch, before truncation."""
+        """Return the probability of each user to be in a batch, before truncation."""
         return self._users.sample_rate
 
     @property
     def expected_batch_size(self) -> float:
-        """Mean number of users in a batch, by which the sum of the users' gradients is divided."""
+        """Return the mean number of users in a batch, by which the sum of the users' gradients is divided."""
         return self._users.expected_batch_size
 
     @property
     def max_batch_size(self) -> int | None:
-        """The largest number of users in a batch; None without truncation."""
+        """Return the largest number of users in a batch; None without truncation."""
         return self._users.max_batch_size
 
     @property
     def sampling(self) -> Poisson | TruncatedPoisson:
-        """The sampling scheme, for the accountant; its samples are users."""
+        """Return the sampling scheme, for the accountant; its samples are users."""
         return self._users.sampling
 
     @property
     def num_samples(self) -> int:
-        """The number of samples of all users together."""
+        """Return the number of samples of all users together."""
         return sum(map(len, self._samples))
 
     def first_user(self) -> list[int]:
