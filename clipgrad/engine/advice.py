@@ -192,7 +192,7 @@ def note_arguments(
         given = [type(argument).__name__ for argument in arguments]
         note = f"clipgrad: the loss was called with {len(given)} arguments ({', '.join(given)})"
         if isinstance(arguments[-1], tuple | list):
-            note += f", the last of which is a whole batch; pass its parts one by one: {call}"
+            note += f"; the last argument is a whole batch, so pass its parts one by one: {call}"
         error.add_note(f"{note}.")
     except ValueError:  # the loss has no signature
         pass

@@ -1,4 +1,4 @@
-"""Compute norms and clipped sums of the parameters from a settled tape, and pull back those of shared expressions."""
+"""Compute norms and clipped sums of the parameters from a settled tape, including uses through shared expressions."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 class Generators:
-    """This class saves the state of the random number generators that a step may use: of the CPU and of a device."""
+    """This class saves the RNG states that a step may change: of the CPU and of a device."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device

@@ -241,7 +241,7 @@ class PrivacyPlan:
         if found != wanted:
             raise ValueError(
                 f"ledger counts with relation and accountant {found}, the plan with {wanted}: their epsilons do not "
-                "add up. Make the plan with those of the ledger."
+                "add up. Make the plan with the relation and accountant of the ledger."
             )
         plan = self.with_noise(self.noise_multiplier)
         plan.run.ledger = ledger
