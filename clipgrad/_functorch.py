@@ -1,10 +1,10 @@
-"""The bridge between what user code holds under ``vmap`` and the physical, batched tensors below it.
+"""Convert between the per-sample tensors of user code under ``vmap`` and the physical, batched tensors below it.
 
-Inside ``vmap`` a per-sample tensor hides one axis, the *lane* axis. A rule needs the tensor with that axis
-visible, so that it can run one ordinary batched operation. The public way down is an ``autograd.Function``
-with a ``vmap`` static method; it costs about 130 microseconds a call, this one about 5. Likewise the level of a
-``vmap`` is opened here: ``torch.func.vmap`` takes its arguments and results apart at each call, which costs another
-200. Every use of functorch's private interface in the package is in this file.
+Inside ``vmap`` a per-sample tensor hides its batch axis. A rule needs the tensor with that axis visible, so that it can
+run one ordinary batched operation. The public interface for this is an ``autograd.Function`` with a ``vmap`` static
+method; it costs about 130 microseconds a call, and the private interface about 5. This file also opens a ``vmap`` level
+directly, because ``torch.func.vmap`` flattens its arguments and results at each call, which costs another 200. Every
+use of functorch's private interface in the package is in this file.
 """
 
 from __future__ import annotations
@@ -25,21 +25,24 @@ from torch._functorch.pyfunctorch import (
 from torch._functorch.vmap import lazy_load_decompositions  # type: ignore[attr-defined]
 
 FUNCTION_CALL: Any = custom_function_call
-"""What a ``TorchFunctionMode`` sees of ``autograd.Function.apply`` under a transform, the class as first argument."""
+"""The function that a ``TorchFunctionMode`` sees for ``autograd.Function.apply`` under a transform.
+
+Its first argument is the ``autograd.Function`` class.
+"""
 
 
 class Decline(Exception):
-    """Raised inside a rule that does not cover this call; the exact fallback runs instead."""
+    """A rule raises this exception if it does not cover a call; the exact fallback then runs instead."""
 
 
 def current_level() -> int:
-    """The innermost active functorch transform; 0 outside all of them."""
+    """Return the level of the innermost active functorch transform; 0 outside all transforms."""
     level: int | None = _functorch.maybe_current_level()
     return 0 if level is None else level
 
 
 def current_randomness() -> str:
-    """What the innermost ``vmap`` was told about random operations: different, same or error."""
+    """Return the ``randomness`` option of the innermost ``vmap``: different, same or error."""
     interpreter = retrieve_current_functorch_interpreter()
     if not isinstance(interpreter, VmapInterpreter):
         return "different"
@@ -49,13 +52,9 @@ def current_randomness() -> str:
 
 @contextmanager
 def vmap_level(size: int, randomness: str) -> Iterator[int]:
-    """Run the body under a ``vmap`` over ``size`` samples; yields its level.
+    """Run the body under a ``vmap`` over ``size`` samples, and yield its level.
 
-    Tensors enter it by ``per_sample`` and leave it by ``all_samples``.
-
-    Args:
-        size: Samples.
-        randomness: As ``torch.func.vmap`` takes it.
+    ``per_sample`` brings tensors into the level, and ``all_samples`` brings them out.
     """
     lazy_load_decompositions()
     level: int = _functorch._vmap_increment_nesting(size, randomness)
@@ -66,13 +65,13 @@ def vmap_level(size: int, randomness: str) -> Iterator[int]:
 
 
 def below_vmap() -> AbstractContextManager[Any]:
-    """Run the body as if no functorch transform were active; it may be so already."""
+    """Run the body as if no functorch transform were active, whether or not one is."""
     return temporarily_pop_interpreter_stack() if current_level() else nullcontext()
 
 
 @contextmanager
 def untraced() -> Iterator[None]:
-    """Run the body unseen by a trace that is being made, if one is."""
+    """Run the body without recording it in an active trace."""
     if not torch._C._len_torch_dispatch_stack():
         yield
         return
@@ -83,41 +82,41 @@ def untraced() -> Iterator[None]:
 
 
 def has_vmap_method(function: type[torch.autograd.Function]) -> bool:
-    """Whether the author of a custom function wrote a ``vmap`` rule for it."""
+    """Return whether a custom function defines a ``vmap`` rule of its own."""
     return bool(has_overridden_vmap_rule(function))
 
 
 def level_of(tensor: Tensor) -> int:
-    """The level of the functorch transform that made the tensor; negative if none did."""
+    """Return the level of the functorch transform that made the tensor; negative if no transform did."""
     level: int = _functorch.maybe_get_level(tensor)
     return level
 
 
 def is_wrapped(tensor: Tensor) -> bool:
-    """Whether a functorch transform made the tensor, so that it means something only inside of it."""
+    """Return whether a functorch transform made the tensor, so that it is valid only inside that transform."""
     return level_of(tensor) >= 0
 
 
 def unwrapped(tensor: Tensor) -> Tensor:
-    """What the outermost functorch transform wrapped."""
+    """Return the tensor under the outermost functorch wrapper."""
     inner: Tensor = _functorch.get_unwrapped(tensor)
     return inner
 
 
 def innermost(tensor: Tensor) -> Tensor:
-    """What is underneath every functorch wrapper of a tensor."""
+    """Return the tensor under all functorch wrappers."""
     while is_wrapped(tensor):
         tensor = unwrapped(tensor)
     return tensor
 
 
 def address(tensor: Tensor) -> int:
-    """Where the values of a tensor lie, underneath every functorch wrapper."""
+    """Return the memory address of a tensor's values, under all functorch wrappers."""
     return innermost(tensor).data_ptr()
 
 
 def is_broadcast(tensor: Tensor) -> bool:
-    """Whether all samples share the tensor's memory, although each has a value of its own."""
+    """Return whether a tensor has a batch axis, but all samples share its memory (stride 0)."""
     while is_wrapped(tensor):
         if not _functorch.is_batchedtensor(tensor):
             tensor = unwrapped(tensor)
@@ -131,11 +130,11 @@ def is_broadcast(tensor: Tensor) -> bool:
 
 
 def physical(tensor: Tensor, level: int) -> Tensor | None:
-    """The tensor with its lane axis moved to the front, or None when it has no lane axis.
+    """Return the tensor with its batch axis moved to the front, or None if it has no batch axis.
 
     Raises:
-        Decline: If the tensor belongs to another transform (a gradient inside the loss, say), where
-            folding its lane axis away would be wrong.
+        Decline: If the tensor belongs to another transform (a gradient inside the loss, say), where treating that axis
+            as the batch axis would be wrong.
     """
     owner = level_of(tensor)
     if owner < 0:
@@ -145,18 +144,18 @@ def physical(tensor: Tensor, level: int) -> Tensor | None:
     value: Tensor
     value, lane_axis = _functorch._unwrap_batched(tensor, level)
     if is_wrapped(value):
-        raise Decline  # our vmap runs inside somebody else's transform
+        raise Decline  # the vmap over samples runs inside another transform
     return value.movedim(lane_axis, 0) if lane_axis else value
 
 
 def per_sample(value: Tensor, level: int) -> Tensor:
-    """Hide the leading axis of a physical tensor as the lane axis."""
+    """Hide the leading axis of a physical tensor as the batch axis of a ``vmap`` level."""
     wrapped: Tensor = _functorch._add_batch_dim(value, 0, level)
     return wrapped
 
 
 def all_samples(tensor: Tensor, level: int, size: int) -> Tensor:
-    """The tensor with its lane axis in front; what is the same for all samples is broadcast."""
+    """Return the tensor with its batch axis in front; a tensor that all samples share is broadcast."""
     whole: Tensor = _functorch._remove_batch_dim(tensor, level, size, 0)
     return whole
 

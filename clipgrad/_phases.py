@@ -1,4 +1,4 @@
-"""Marks around the phases of a clipped step, for whoever wants to time them; free as long as nobody does."""
+"""Mark the phases of a clipped step so that a profiler can time them; without a listener the cost is negligible."""
 
 from __future__ import annotations
 
@@ -21,29 +21,26 @@ PHASES: tuple[Phase, ...] = get_args(Phase)
 
 
 class Listener(Protocol):
-    """What is told where phases begin and end. Phases nest; an exception ends them like anything else."""
+    """A listener is called when phases begin and end. Phases nest, and an exception also ends them."""
 
     def begin(self, phase: Phase) -> None:
-        """The phase begins, inside the one that is open."""
+        """Begin a phase inside the current phase."""
         ...
 
     def end(self) -> None:
-        """The innermost open phase ends."""
+        """End the innermost open phase."""
         ...
 
 
-# Not thread-local: on CUDA a backward pass, and with it our hooks, runs on a thread of autograd's own while the
-# caller's thread waits for it.
+# Not thread-local: on CUDA, autograd runs the backward pass and clipgrad's hooks on its own thread while the caller's
+# thread waits.
 _listener: Listener | None = None
 
 
 class phase:
     """Mark the body of a ``with`` statement as a phase of the step.
 
-    A class, not a generator: it costs half a microsecond while nobody listens, and Dynamo can trace it.
-
-    Args:
-        name: The phase.
+    It is a class and not a generator, so that it costs half a microsecond without a listener, and Dynamo can trace it.
 
     Examples:
         >>> with phase("norms"):
@@ -54,7 +51,7 @@ class phase:
 
     def __init__(self, name: Phase) -> None:
         self._name = name
-        # Who was told of the beginning is told of the end, whoever listens by then.
+        # The listener that receives begin() also receives end(), even if the global listener changes in between.
         self._listener = _listener
 
     def __enter__(self) -> None:
@@ -73,13 +70,10 @@ class phase:
 
 @contextmanager
 def listening(listener: Listener) -> Iterator[None]:
-    """Tell ``listener`` of the phases of every clipped step that the process runs meanwhile, on any thread.
-
-    Args:
-        listener: Told of each phase's beginning and end.
+    """Report phases of all clipped steps in this process, on any thread, to ``listener`` while the body runs.
 
     Raises:
-        RuntimeError: If somebody listens already.
+        RuntimeError: If another listener is active.
     """
     global _listener
     if _listener is not None:

@@ -1,4 +1,4 @@
-"""Checks of arguments; messages name the argument, its value and the remedy."""
+"""Check arguments; messages name the argument, its value and the remedy."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _PLAIN = (str, bytes, bool, int, float, complex)
 
 
 def number(name: str, value: object) -> float:
-    """A real number: not a bool, a string or a list."""
+    """Return a real number; refuse a bool, a string or a list."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise ValueError(f"{name} must be a number, got {value!r}.")
     return float(value)
@@ -53,7 +53,7 @@ def one_of(name: str, value: str, allowed: Sequence[str]) -> str:
 def positions(
     argnums: tuple[int, ...], batch_argnums: tuple[int, ...] | None, count: int
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Positions of parameters and of batch arguments among ``count`` arguments; -1 is the last."""
+    """Return the positions of parameters and of batch arguments among ``count`` arguments; -1 is the last."""
 
     def absolute(name: str, numbers: Sequence[int]) -> tuple[int, ...]:
         for number in numbers:
@@ -83,30 +83,22 @@ def positions(
 
 
 def dense(what: str, leaves: Sequence[Any], find_paths: Callable[[], Sequence[Any]]) -> None:
-    """Refuse tensors in a layout that has no axis of samples, or none that ``vmap`` could hide.
+    """Refuse sparse and nested tensors, which have no batch axis that ``vmap`` can hide.
 
-    Args:
-        what: ``"batch"`` or ``"params"``.
-        leaves: All of it.
-        find_paths: Tells where each of them stands, for a message.
+    ``what`` is ``"batch"`` or ``"params"``, and ``find_paths`` returns the path of each leaf, for the message.
     """
     for index, leaf in enumerate(leaves):
         if isinstance(leaf, Tensor) and (leaf.layout is not torch.strided or leaf.is_nested):
             layout = "nested" if leaf.is_nested else str(leaf.layout).removeprefix("torch.")
             remedy = "torch.nested.to_padded_tensor(x, 0.0)" if leaf.is_nested else "x.to_dense()"
             raise ValueError(
-                f"{what}{keystr(find_paths()[index])} is a {layout} tensor, of which no sample can be taken as others "
-                f"are. Pass an ordinary one: {remedy}."
+                f"{what}{keystr(find_paths()[index])} is a {layout} tensor, and vmap cannot split it into samples. "
+                f"Pass an ordinary tensor: {remedy}."
             )
 
 
 def batch_size(leaves: Sequence[Any], find_paths: Callable[[], Sequence[str]]) -> int:
-    """The common leading size of all tensors of a batch.
-
-    Args:
-        leaves: Of the batch.
-        find_paths: Tells where each of them stands, for a message.
-    """
+    """Return the common leading size of all tensors of a batch."""
     if leaves and all(isinstance(leaf, Tensor) and leaf.dim() for leaf in leaves):
         found = {leaf.shape[0] for leaf in leaves}
         if len(found) == 1:
@@ -146,7 +138,7 @@ def batch_size(leaves: Sequence[Any], find_paths: Callable[[], Sequence[str]]) -
 
 
 def _may_hold_samples(leaf: Any) -> bool:
-    """Whether something that is no tensor, and no container that PyTorch looks into, may hold several values."""
+    """Return whether an object that is neither a tensor nor a pytree container may hold several values."""
     if isinstance(leaf, (*_PLAIN, type, nn.Module)) or getattr(leaf, "shape", None) == ():
         return False
     if hasattr(leaf, "__len__") or hasattr(leaf, "__iter__"):
@@ -155,7 +147,7 @@ def _may_hold_samples(leaf: Any) -> bool:
 
 
 def no_python_samples(arguments: Sequence[Any], size: int) -> None:
-    """Refuse a list with one Python value per sample: it would reach every sample as a whole."""
+    """Refuse a list with one Python value per sample: every sample would see the whole list."""
     stack = [argument for argument in arguments if not isinstance(argument, Tensor)]
     while stack:
         value = stack.pop()
@@ -164,15 +156,15 @@ def no_python_samples(arguments: Sequence[Any], size: int) -> None:
         elif isinstance(value, list | tuple):
             if len(value) == size > 1 and all(map(_is_plain, value)):
                 raise ValueError(
-                    f"the batch holds a {type(value).__name__} of {size} Python values ({value[0]!r}, ...), one per "
-                    "sample as it seems, but every sample would see all of them. Pass a tensor: torch.as_tensor(...); "
+                    f"the batch holds a {type(value).__name__} of {size} Python values ({value[0]!r}, ...), apparently "
+                    "one per sample, but every sample would see all of them. Pass a tensor: torch.as_tensor(...); "
                     "close over constants in the loss."
                 )
             stack.extend(value)
 
 
 def _is_plain(value: Any) -> bool:
-    """Whether a value is a Python one, or made of such alone: nothing that has a batch axis."""
+    """Return whether a value is a plain Python value, or a container of such values: it has no batch axis."""
     if isinstance(value, Mapping):
         return bool(value) and all(map(_is_plain, value.values()))
     if isinstance(value, list | tuple):
@@ -181,11 +173,11 @@ def _is_plain(value: Any) -> bool:
 
 
 def differentiable(params: Sequence[Tensor], batch: Sequence[Any]) -> None:
-    """Refuse what autograd cannot record, before it says so in words of its own."""
+    """Refuse inference mode and inference tensors with a clear message, since autograd cannot record them."""
     if torch.is_inference_mode_enabled():
         raise ValueError(
-            "a gradient was asked for under torch.inference_mode(), which switches autograd off; leave it, or use "
-            "torch.no_grad(), which is no obstacle."
+            "a gradient is computed under torch.inference_mode(), which switches autograd off; leave it, or use "
+            "torch.no_grad(), which is allowed here."
         )
     tensors = [leaf for leaf in batch if isinstance(leaf, Tensor)]
     if any(map(Tensor.is_inference, params)) or any(map(Tensor.is_inference, tensors)):
@@ -219,7 +211,7 @@ def accumulate_dtype(dtype: torch.dtype | None) -> torch.dtype | None:
         )
     if not dtype.is_floating_point or dtype.itemsize < 4:
         raise ValueError(
-            f"accumulate_dtype must be a floating-point dtype of at least 32 bits, got {dtype}: rounded to "
-            "less, a sum moves by more than one sample may."
+            f"accumulate_dtype must be a floating-point dtype of at least 32 bits, got {dtype}: rounding to fewer bits "
+            "can change a sum by more than its sensitivity."
         )
     return dtype

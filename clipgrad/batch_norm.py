@@ -11,9 +11,9 @@ from torch.nn.utils import parametrize
 
 # He and Wu's default (arXiv:1803.08494, section 4.1), also the usual choice in differentially private training.
 _MOST_GROUPS = 32
-# A group of one channel would be an instance norm, which forgets every channel's mean, and on vectors everything.
+# A group of one channel is an instance norm, which removes every channel's mean, and on vectors all information.
 _CHANNELS_OF_IMAGES = 2
-# Vectors have no positions to average over: two values standardised together keep only which one is larger.
+# Vectors have no positions to average over: standardising two values together keeps only which value is larger.
 _CHANNELS_OF_VECTORS = 8
 
 _FORWARDS = (_BatchNorm.forward, nn.SyncBatchNorm.forward)
@@ -22,16 +22,16 @@ _FORWARDS = (_BatchNorm.forward, nn.SyncBatchNorm.forward)
 def replace_batch_norm(model: nn.Module, *, num_groups: int | None = None) -> nn.Module:
     """Replace every ``BatchNorm1d/2d/3d`` and ``SyncBatchNorm`` by a ``GroupNorm``, in place.
 
-    Batch norm mixes the samples of a batch, so one sample's gradient depends on the others; group norm takes its
-    statistics within one sample. The new layer takes over weight and bias (the very parameters, so ties and an
-    optimizer made before stay valid), ``eps``, and train or eval mode. Running statistics and hooks are not
-    taken over, so a trained model needs training again. A layer used in several places stays one layer.
+    Batch norm mixes the samples of a batch, so one sample's gradient depends on other samples; group norm computes its
+    statistics within one sample. The new layer keeps the same weight and bias parameters (so ties and existing
+    optimizers stay valid), ``eps``, and train or eval mode. It does not keep running statistics and hooks, so a trained
+    model needs training again. A layer that is used in several places stays one layer.
 
     Args:
-        model: Changed in place, unless it is itself a batch norm: use the returned module.
-        num_groups: Groups of every new layer; has to divide its channels. Default: per layer, the largest
-            divisor of its channels up to 32 that leaves at least 2 channels in a group (8 for
-            ``BatchNorm1d``, whose input may have no positions to average over), or else 1.
+        model: The model, which is changed in place, unless it is itself a batch norm: use the returned module.
+        num_groups: Number of groups of every new layer; it must divide the layer's channels. By default each layer gets
+            the largest divisor of its channels up to 32 that leaves at least 2 channels in a group (8 for
+            ``BatchNorm1d``, whose input may have no positions to average over), or otherwise 1.
 
     Returns:
         The model.
@@ -53,7 +53,7 @@ def replace_batch_norm(model: nn.Module, *, num_groups: int | None = None) -> nn
             f"num_groups must be a positive integer, or None for a divisor of each layer's channels, got "
             f"{num_groups!r}."
         )
-    # All of them are made before any is put in, so that an error leaves the model as it was.
+    # Make all replacements before inserting the first, so that an error leaves the model unchanged.
     replacements = {
         layer: _group_norm(layer, num_groups, name) for layer, name in _batch_norms(model)
     }
@@ -63,7 +63,7 @@ def replace_batch_norm(model: nn.Module, *, num_groups: int | None = None) -> nn
         for (
             name,
             child,
-        ) in parent._modules.items():  # named_children() would leave out repeated ones
+        ) in parent._modules.items():  # named_children() would skip repeated children
             if isinstance(child, _BatchNorm):
                 parent._modules[name] = replacements[child]
     return model
@@ -84,7 +84,7 @@ def _group_norm(layer: _BatchNorm, num_groups: int | None, name: str) -> nn.Grou
             f"num_groups={num_groups} does not divide the {channels} channels of layer {name!r}; leave num_groups out "
             "to have a divisor chosen for every layer."
         )
-    # Parameters are taken over, so none are made here.
+    # affine=False, since the layer's own parameters are used.
     replacement = nn.GroupNorm(groups, channels, eps=layer.eps, affine=False)
     replacement.affine = layer.affine
     replacement.weight, replacement.bias = layer.weight, layer.bias

@@ -1,4 +1,4 @@
-"""Checkpoints that survive a kill at any moment: one file, replaced as a whole or not at all."""
+"""Save and load checkpoints that survive a kill at any moment: one file, replaced as a whole or not at all."""
 
 from __future__ import annotations
 
@@ -15,32 +15,32 @@ _FORMAT = "clipgrad.checkpoint/1"
 
 
 class Stateful(Protocol):
-    """A model, an optimizer, a sampler, a scheduler: anything with these two methods."""
+    """A stateful object has these two methods: a model, an optimizer, a sampler or a scheduler."""
 
     def state_dict(self) -> Any:
-        """The state, of what ``torch.load`` reads with ``weights_only=True``."""
+        """Return the state, which ``torch.load`` must be able to read with ``weights_only=True``."""
         ...
 
     def load_state_dict(self, state_dict: Any, /) -> Any:
-        """Take up a state."""
+        """Load a state."""
         ...
 
 
 def save_checkpoint(path: str | os.PathLike[str], parts: Mapping[str, Stateful]) -> None:
     """Write the state of all parts to one file.
 
-    The file is written beside its place, flushed to the disk and then put there in one operation of the file system:
-    whoever reads ``path`` finds the old checkpoint or the new one, never half of one, wherever the process was killed.
-    One process at a time may write to it.
-    Save between ``step()`` and the next ``backward()``: a logical batch in progress is not part of it.
+    The data is written to a temporary file in the same folder, flushed to the disk, and renamed to ``path`` in one
+    operation of the file system. So ``path`` always holds the complete old or new checkpoint, even if the process is
+    killed. Only one process at a time may write to ``path``.
+    Save between ``step()`` and the next ``backward()``: the checkpoint does not contain an unfinished logical batch.
 
     Args:
-        path: Where to.
-        parts: By name, all that changes while training: model, ``DPOptimizer`` (its noise, its ledger and its adaptive
-            norm included), the loader or its sampler, learning-rate schedulers.
+        path: The path of the file.
+        parts: All objects that change during training, by name: model, ``DPOptimizer`` (its state includes noise,
+            ledger and adaptive norm), the loader or its sampler, learning-rate schedulers.
 
     Raises:
-        OSError: If the file cannot be written; an older checkpoint is still there.
+        OSError: If the file cannot be written; an older checkpoint is not changed.
 
     Examples:
         >>> import tempfile
@@ -66,7 +66,7 @@ def save_checkpoint(path: str | os.PathLike[str], parts: Mapping[str, Stateful])
         beside.unlink(missing_ok=True)
     _flush_folder(path.parent)
     for leftover in path.parent.glob(f".{glob.escape(path.name)}.{'[0-9a-f]' * 8}.part"):
-        leftover.unlink(missing_ok=True)  # of a process that was killed
+        leftover.unlink(missing_ok=True)  # a killed process left it behind
 
 
 def load_checkpoint(
@@ -77,21 +77,21 @@ def load_checkpoint(
 ) -> bool:
     """Restore all parts from a file that ``save_checkpoint`` wrote.
 
-    Noise and batches of a restored run are drawn afresh, so that no noise is used twice; only what was drawn from a
-    ``torch.Generator`` of your own is repeated.
+    A restored run samples new noise and new batches, so that no noise is used twice. Only random numbers from a
+    ``torch.Generator`` that you passed are repeated.
 
     Args:
-        path: Where from.
-        parts: As they were given to ``save_checkpoint``, under the same names.
-        map_location: Device to load tensors to, as for ``torch.load``; the parts copy them to where they live.
+        path: The path of the file.
+        parts: The same parts as for ``save_checkpoint``, with the same names.
+        map_location: Device to load tensors to, as for ``torch.load``; the parts copy them to their own device.
 
     Returns:
-        Whether there was a checkpoint; without one nothing changes, and the training starts at its beginning.
+        Whether the file exists. If it does not, no part is changed, and the training starts from the beginning.
 
     Raises:
-        ValueError: If the file is no such checkpoint or holds other parts; nothing was restored. What a part refuses by
-            itself comes out as it is. Optimizers are restored first, then the others in their order: do not go on
-            training with parts that were restored by then.
+        ValueError: If the file is no such checkpoint or holds other parts; no part is changed. Errors of a part's
+            ``load_state_dict`` are raised unchanged. Optimizers are restored first, then the other parts in their
+            order; after an error, do not continue training with parts that are restored already.
     """
     path = Path(path)
     if not path.exists():
@@ -100,15 +100,15 @@ def load_checkpoint(
     found = torch.load(path, map_location=map_location, weights_only=True)
     if not isinstance(found, dict) or found.get("format") != _FORMAT:
         raise ValueError(
-            f"path={str(path)!r} is no checkpoint of save_checkpoint; load it as it was saved."
+            f"path={str(path)!r} is no checkpoint of save_checkpoint; load it in the way it was saved."
         )
     saved, wanted = set(found["parts"]), set(parts)
     if saved != wanted:
         raise ValueError(
-            f"parts must be those that were saved, {sorted(saved)}, got {sorted(wanted)}: a part that is left out "
-            "would start anew, and noise, data or budget would be counted twice or not at all."
+            f"parts must be those that were saved, {sorted(saved)}, got {sorted(wanted)}: a missing part would start "
+            "from its beginning, and noise, data or budget would be counted twice or not at all."
         )
-    # Optimizers first: one with a plan refuses to forget steps, and then nothing else should have changed.
+    # Optimizers first: an optimizer with a plan may refuse a state that forgets steps, before other parts have changed.
     for name in sorted(parts, key=lambda name: not isinstance(parts[name], torch.optim.Optimizer)):
         parts[name].load_state_dict(found["parts"][name])
     return True
@@ -119,7 +119,7 @@ def _put(beside: Path, path: Path) -> None:
 
 
 def _flush_folder(folder: Path) -> None:
-    """Make the new name durable, where a folder can be opened (not on Windows)."""
+    """Flush the new name to the disk if the system can open a folder (Windows cannot)."""
     try:
         descriptor = os.open(folder, os.O_RDONLY)
     except OSError:

@@ -1,33 +1,33 @@
-"""The exceptions that clipgrad raises on purpose."""
+"""This file defines the exceptions of clipgrad."""
 
 from __future__ import annotations
 
 
 class NotPerSampleError(RuntimeError):
-    """The loss does something whose gradient cannot be attributed to single samples.
+    """The loss contains an operation whose gradient cannot be attributed to single samples.
 
-    The message names the operation and what to do instead. Nothing was clipped, and no gradient was written.
+    The message names the operation and a replacement. Nothing was clipped, and no gradient was written.
     """
 
 
 class EscapedParameterError(NotPerSampleError):
-    """A parameter entered the loss by a road that clipgrad does not control, so its gradient would escape."""
+    """A parameter entered the loss in a way that clipgrad does not control, so its gradient would escape clipping."""
 
 
 class UnclippedGradientError(RuntimeError):
-    """A step was asked for on a gradient that was not clipped by this optimizer."""
+    """A step was requested on a gradient that this optimizer did not clip."""
 
 
 class PrivacyBudgetError(RuntimeError):
-    """A step was asked for that the privacy plan does not hold; nothing was released."""
+    """A step was requested that the privacy plan does not include; nothing was released."""
 
 
 class UnaccountedBatchError(RuntimeError):
-    """A batch is not what the privacy plan accounts for; nothing was released."""
+    """The privacy plan does not account for a batch; nothing was released."""
 
 
 class CompileError(RuntimeError):
-    """The step cannot be compiled, or not any more; the message says why and what to do instead."""
+    """The step cannot be compiled, or can no longer be; the message says why and what to do instead."""
 
 
 class CompileMismatchError(CompileError):

@@ -1,4 +1,4 @@
-"""Why a loss is as fast as it is: one row per parameter, before anything is computed twice."""
+"""Explain the cost of a loss: one row per parameter, computed from a forward pass alone."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from clipgrad.engine.tape import Tracked
 
 @dataclass(frozen=True)
 class ExplanationRow:
-    """How the per-sample gradient of one parameter, or shared expression of parameters, is found.
+    """A row says how the per-sample gradient of one parameter, or expression of parameters, is computed.
 
     Attributes:
-        parameter: Name; an expression is written as its operation and operands.
-        shape: Its shape.
-        uses: How often the loss uses it.
-        by: The rules that serve the uses, and ``fallback: op`` for operations without a rule.
-        strategy: ``kept``, ``ghost``, ``recompute``, or ``-`` if nothing uses it.
-        reason: Why that strategy.
-        memory: Estimated bytes held for it between backward and sum.
+        parameter: The name; an expression is written as its operation and operands.
+        shape: The shape of the parameter.
+        uses: The number of uses in the loss.
+        by: The rules that handle the uses, and ``fallback: op`` for operations without a rule.
+        strategy: ``kept``, ``ghost``, ``recompute``, or ``-`` if the loss does not use the parameter.
+        reason: The reason for that strategy.
+        memory: Estimated bytes that are held for the parameter between backward pass and clipped sum.
     """
 
     parameter: str
@@ -35,14 +35,14 @@ class ExplanationRow:
 
 @dataclass(frozen=True)
 class Explanation:
-    """The table that ``explain`` returns; ``print`` it, or read ``rows``."""
+    """This class is the table that ``explain`` returns; ``print`` it, or read ``rows``."""
 
     rows: tuple[ExplanationRow, ...]
     microbatch_size: int
 
     @property
     def fallbacks(self) -> tuple[str, ...]:
-        """Names of the parameters with a use that no rule covers."""
+        """Return the names of the parameters with a use that no rule covers."""
         return tuple(row.parameter for row in self.rows if "fallback" in row.by)
 
     def __str__(self) -> str:
@@ -75,7 +75,7 @@ class Explanation:
 def make_explanation(
     entries: Sequence[Tracked], choices: Sequence[Choice], microbatch_size: int
 ) -> Explanation:
-    """Turn a planned tape into a table; expressions that nothing uses are left out."""
+    """Turn tracked entries and their choices into a table, without expressions that the loss does not use."""
     rows = []
     for entry, choice in zip(entries, choices, strict=True):
         uses = len(entry.expected) + len(entry.fallback)
@@ -101,7 +101,7 @@ def make_explanation(
 
 
 def _size(count: float) -> str:
-    """Bytes, as people read them."""
+    """Format a number of bytes with a unit."""
     for unit in ("B", "KiB", "MiB"):
         if count < 1024:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"

@@ -1,4 +1,4 @@
-"""For authors of rules: describe a use of an operation, and have it compared with the definition."""
+"""Test your own rules: describe a use of an operation, and compare the rule with the definition."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ _REPEATABLE = 1e-12
 
 @dataclass(frozen=True)
 class RuleCase:
-    """One way to call an operation that has a rule.
+    """A case is one way to call an operation that has a rule.
 
     Attributes:
         rule: The rule's name in the registry.
-        name: What is special about this case.
-        loss: ``loss(params, *batch) -> scalar``; sees a batch of one.
-        params: Makes the parameters, float64, by name. Called after seeding.
-        batch: From a batch size to the batch arguments. Called after seeding.
-        declines: The rule has to leave this call to the fallback.
+        name: A description of the case.
+        loss: ``loss(params, *batch) -> scalar``; it sees a batch of one.
+        params: Returns the parameters, float64, by name. It is called after seeding.
+        batch: Returns the batch arguments for a batch size. It is called after seeding.
+        declines: Whether the rule must leave this call to the fallback.
     """
 
     rule: str
@@ -55,27 +55,28 @@ def assert_rule_matches_reference(
     seed: int = 0,
     device: str = "cpu",
 ) -> None:
-    """Compare a rule with the definition: losses, norms and clipped sums, one sample at a time in float64.
+    """Compare losses, norms and clipped sums of a rule with the definition, one sample at a time in float64.
 
-    The clipping norm is the median of the norms, so that some samples are clipped and some are not. Also checked:
+    The clipping norm is the median of the norms, so that some samples are clipped and some are not. The function also
+    checks that
 
-    * the rule runs, instead of declining the call (or declines, where the case says so);
+    * the rule runs and does not decline the call (or declines, if the case says so);
     * every parameter of the case has a gradient;
-    * without the rule the result is the same, wherever ``vmap`` supports the operation;
-    * a padded sample contributes exactly nothing, whatever it holds;
-    * a sample of NaN leaves the sum of the others as it is.
+    * the result is the same without the rule, if ``vmap`` supports the operation;
+    * a padded sample contributes exactly nothing, whatever its values;
+    * a sample of NaN does not change the sum of the other samples.
 
     Args:
-        case: How to call the operation.
+        case: The call of the operation.
         batch_sizes: Numbers of samples to try.
-        strategies: Ways of finding norms to try.
-        microbatch_sizes: Pieces to try; one that does not divide the batch is worth having.
+        strategies: Norm strategies to try.
+        microbatch_sizes: Microbatch sizes to try; include a size that does not divide the batch.
         tolerance: Largest error, relative to the largest expected value (and absolute below one).
-        seed: For ``case.params`` and ``case.batch``.
-        device: Where to compare; what the case makes is moved there.
+        seed: The seed for ``case.params`` and ``case.batch``.
+        device: The device to compare on; tensors of the case are moved to it.
 
     Raises:
-        AssertionError: Naming rule, case, strategy, microbatch, what differs and by how much.
+        AssertionError: If results differ; the message names rule, case, strategy, microbatch, value and difference.
     """
     problems: list[str] = []
     for size in batch_sizes:
@@ -83,7 +84,7 @@ def assert_rule_matches_reference(
         problems += trial.unusable()
         for strategy in strategies:
             for microbatch in microbatch_sizes:
-                if microbatch is None or microbatch < size:  # else it is the whole batch again
+                if microbatch is None or microbatch < size:  # otherwise it is the whole batch again
                     problems += trial.compare(strategy, microbatch)
             if size > 1:
                 problems += trial.compare_padded(strategy) + trial.compare_poisoned(strategy)
@@ -98,7 +99,7 @@ def assert_rule_matches_reference(
 
 @dataclass(frozen=True)
 class _Trial:
-    """One case with drawn parameters and a drawn batch, and what the definition says about them."""
+    """A trial holds random parameters and a random batch of one case, with the results of the definition."""
 
     case: RuleCase
     params: Params
@@ -122,7 +123,7 @@ class _Trial:
         return cls(case, params, batch, size, tolerance, losses, gradients, float(norms.median()))
 
     def unusable(self) -> list[str]:
-        """What makes the case prove nothing."""
+        """Return the reasons for which the case proves nothing."""
         found = [
             f"the loss does not depend on parameter {name!r}; leave it out or use it"
             for name, gradient in self.gradients.items()
@@ -132,11 +133,11 @@ class _Trial:
         if self.size > 2 and not (norms > self.max_grad_norm).any():
             found.append(f"all samples have the same norm, {self.max_grad_norm}: vary the batch")
         if any(p.dtype is not torch.float64 for p in self.params.values()):
-            found.append("parameters must be float64: in less, rounding hides errors")
+            found.append("parameters must be float64: at lower precision, rounding hides errors")
         with _spied(self.case.rule) as taken:
             self.run("kept", None)
         if not taken and not self.case.declines:
-            found.append("the rule did not run: no call reached it, or it declined every one")
+            found.append("the rule did not run: no call reached it, or it declined every call")
         if taken and self.case.declines:
             found.append("the rule ran, but declines=True says that it must not")
         return found
@@ -168,7 +169,7 @@ class _Trial:
         return found + self._difference(f"{where}: norms", result.grad_norms, norms)
 
     def compare_padded(self, strategy: str) -> list[str]:
-        """The first sample is padding; then it holds what the last one does."""
+        """Compare with the first sample as padding, also after replacing its values by those of the last sample."""
         where = f"strategy {strategy}, batch of {self.size}, first sample padded"
         mask = torch.arange(self.size) == 0
         result = self.run(strategy, None, is_padding=mask)
@@ -185,7 +186,7 @@ class _Trial:
         return found
 
     def compare_poisoned(self, strategy: str) -> list[str]:
-        """The first sample is NaN wherever it can be."""
+        """Compare with NaN in all floating-point values of the first sample."""
         where = f"strategy {strategy}, batch of {self.size}, first sample NaN"
 
         def poison(leaf: Tensor) -> Tensor:
@@ -209,11 +210,13 @@ class _Trial:
         return found
 
     def compare_without_rule(self) -> list[str]:
-        """Take the rule away; also try the definition in its other form, ``vmap(grad)``."""
+        """Compare without the rule, and compare the two forms of the definition, the loop and ``vmap(grad)``."""
         sums, _ = reference.clipped_sum(self.gradients, self.max_grad_norm)
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # slow is no reason to skip
+                warnings.simplefilter(
+                    "ignore"
+                )  # a warning about slow operations is no reason to skip
                 gradients = reference.per_sample_gradients(self.case.loss, self.params, *self.batch)
         except (RuntimeError, NotImplementedError):
             return []  # vmap does not support the operation, so there is nothing to fall back to
@@ -271,7 +274,7 @@ def _removed(name: str) -> Iterator[None]:
 
 @contextmanager
 def _spied(name: str) -> Iterator[list[str]]:
-    """Collect the name of a rule each time that it runs to its end."""
+    """Collect the name of a rule each time that it returns without declining."""
     entries, taken = _entries(name), []
 
     def spy(apply: Callable[..., Any]) -> Callable[..., Any]:

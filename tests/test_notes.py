@@ -53,7 +53,7 @@ def test_arguments_that_do_not_fit_the_loss_get_a_note() -> None:
         ) as caught:
             call(pair)
         (note,) = caught.value.__notes__
-        assert "Sequential, tuple), the last of which is a whole batch" in note
+        assert "Sequential, tuple); the last argument is a whole batch" in note
         assert f"{call.__name__}(*batch)" in note
     with pytest.raises(TypeError) as caught:
         optimizer.backward(*pair, data())

@@ -130,7 +130,7 @@ def test_a_plan_says_what_it_promises() -> None:
         ({"noise_multiplier": "1"}, "noise_multiplier must be a number"),
         ({"relation": "other"}, "relation must be one of"),
         ({"accountant": "gdp"}, "accountant must be one of"),
-        ({"shuffled": True}, "one sample more moves others into other batches"),
+        ({"shuffled": True}, "an additional sample moves samples to other batches"),
         (
             {"shuffled": True, "relation": "replace_one", "max_batch_size": 9},
             "max_batch_size=9 cuts Poisson batches",
@@ -542,9 +542,9 @@ def test_loaders_that_do_not_fit_the_plan() -> None:
         clipgrad.poisson_loader(dataset(), plan=plan(), steps=3)
     with pytest.raises(ValueError, match="for 64 users, but there are 2"):
         clipgrad.user_loader(dataset(3), [0, 0, 1], plan=plan(unit="user"))
-    with pytest.raises(ValueError, match=r"protects one sample.*draws users.*unit='user'"):
+    with pytest.raises(ValueError, match=r"protects one sample.*samples users.*unit='user'"):
         clipgrad.user_loader(dataset(64), range(64), plan=plan())
-    with pytest.raises(ValueError, match=r"protects one user.*draws samples.*user_loader"):
+    with pytest.raises(ValueError, match=r"protects one user.*samples samples.*user_loader"):
         clipgrad.poisson_loader(dataset(64), plan=plan(unit="user"))
     shuffled = plan(shuffled=True, relation="replace_one")
     with pytest.raises(ValueError, match="shuffled_loader"):

@@ -206,7 +206,7 @@ def test_it_runs_under_no_grad() -> None:
 @pytest.mark.parametrize(
     ("call", "error", "words"),
     [
-        (lambda o: profile_step(o, data()[:0]), ValueError, ("batch", "0 samples", "pass one")),
+        (lambda o: profile_step(o, data()[:0]), ValueError, ("batch", "0 samples", "pass a batch")),
         (lambda o: profile_step(o), ValueError, ("the batch", "profile_step(optimizer, *batch)")),
         (lambda o: profile_step(o, 3), ValueError, ("no tensor", "batch axis", "pass")),
         (lambda o: profile_step(o, data(), rounds=0), ValueError, ("rounds", "positive", "got 0")),

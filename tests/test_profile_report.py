@@ -44,7 +44,7 @@ def test_table() -> None:
         "--------------------  -------  -----  --------  -----",
         "all phases              20.00  100 %     12.00   8.00",
         "whole step              19.50            12.00   7.50",
-        "milliseconds, medians of 10 interleaved steps of each kind; batch of 32 in one piece, cpu, 2 threads",
+        "milliseconds, medians of 10 interleaved steps of each kind; batch of 32 without microbatches, cpu, 2 threads",
         "the clipped step takes 1.62 times as long as the standard one: 62 % of its speed",
     ]
 
@@ -52,7 +52,7 @@ def test_table() -> None:
 def test_table_of_a_device_that_was_waited_for() -> None:
     text = str(dataclasses.replace(PROFILE, device="cuda:0", microbatch_size=8))
     assert "in microbatches of 8, cuda:0" in text
-    assert "waited for at every boundary" in text.split("\n")[-1]
+    assert "wait for cuda:0 at every boundary" in text.split("\n")[-1]
 
 
 def test_as_dict_is_json() -> None:
@@ -82,13 +82,13 @@ def test_command(capsys: pytest.CaptureFixture[str]) -> None:
     text = capsys.readouterr().out
     assert text.startswith("phase ")
     assert "medians of 2 interleaved steps" in text
-    assert "batch of 5 in one piece, cpu" in text
+    assert "batch of 5 without microbatches, cpu" in text
 
 
 def test_command_without_arguments(capsys: pytest.CaptureFixture[str]) -> None:
     command.main(["--rounds", "1", "--device", "cpu"])
     text = capsys.readouterr().out
-    assert text.startswith("An example")
+    assert text.startswith("This is an example")
     assert "batch of 32" in text
 
 

@@ -1,7 +1,7 @@
-"""Compare the compiled step with the eager one before its results are used.
+"""Compare the compiled step with the eager step before its results are used.
 
-What is compared: every clipped sum, loss, norm, finite flag and auxiliary output of the first microbatch of each
-signature, at the same state of the random number generators. What is not: later batches.
+The comparison covers every clipped sum, loss, norm, finite flag and auxiliary output of the first microbatch of each
+signature, at the same RNG state. It does not cover later batches.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from clipgrad.clipping import Clipping
 from clipgrad.engine.clip_and_sum import MicrobatchResult
 from clipgrad.errors import CompileMismatchError
 
-# Relative to what all samples contribute together. A unit whose input is zero up to rounding may fall on the other
-# side of a kink and change one sample by a thousandth; a sample left out or not clipped shows in norms or sums.
+# Relative to the sum of all samples' clipped norms. Rounding may move an input near zero across a kink of an activation
+# and change one sample by a thousandth. A sample that is left out or not clipped changes norms or sums by more.
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 _TF32 = 1e-2
 
 
 def tolerance(module: GraphModule, device: torch.device) -> float:
-    """How far two correct ways to run a graph may differ: rounding of its least precise dtype."""
+    """Return how much two correct runs of a graph may differ by rounding, given its least precise dtype."""
     values = tree_leaves([node.meta.get("val") for node in module.graph.nodes])
     dtypes = {value.dtype for value in values if isinstance(value, Tensor)}
     found = max(_TOLERANCE.get(dtype, 0.0) for dtype in dtypes)
@@ -41,17 +41,9 @@ def compare(
     clipping: Clipping,
     slack: float,
 ) -> None:
-    """Refuse a compiled result that is not the eager one.
+    """Raise ``CompileMismatchError`` if the compiled result differs from the eager result by more than ``slack``.
 
-    Args:
-        compiled: Of the compiled graph.
-        eager: Of the eager step on the same rows.
-        names: Names of the parameters.
-        clipping: What turned the eager norms into factors.
-        slack: See ``tolerance``.
-
-    Raises:
-        CompileMismatchError: If they differ by more than rounding.
+    Both results are of the same rows; ``tolerance`` returns the slack.
     """
     counted = [norms * clipping.factors(norms, group) for group, norms in enumerate(eager.norms)]
     scale = float(torch.stack(counted).nan_to_num(0.0, 0.0, 0.0).sum())
@@ -73,8 +65,8 @@ def compare(
     if wrong:
         raise CompileMismatchError(
             f"the compiled step differs from the eager one: {', '.join(wrong[:4])}"
-            f"{', ...' if len(wrong) > 4 else ''}. Nothing of it was used. Leave compile out, and please report the "
-            "loss. (A loss that rounds or chooses, argmax say, may differ on one batch for no other reason.)"
+            f"{', ...' if len(wrong) > 4 else ''}. Its result was not used. Leave compile out, and please report the "
+            "loss. (A loss with rounding or argmax may differ on one batch without a fault in the compiled step.)"
         )
 
 

@@ -1,8 +1,8 @@
-"""Record a compiled step as a CUDA graph, and replay it: one launch instead of one for each kernel.
+"""Record a compiled step as a CUDA graph, and replay it with one launch instead of one launch per kernel.
 
-PyTorch's own recordings (``triton.cudagraphs``) are turned off for it. They copy every parameter into memory of their
-own at each replay, and decide at each call which of many recordings is meant. Here parameters stay where they are, and
-there is one recording for each compiled step.
+PyTorch's own recordings (``triton.cudagraphs``) are switched off for the step. They copy every parameter into their own
+memory at each replay, and choose among many recordings at each call. Here parameters keep their memory, and each
+compiled step has one recording.
 """
 
 from __future__ import annotations
@@ -34,26 +34,26 @@ _ATTENTIONS = (
 
 
 class Recorder(Protocol):
-    """Takes down what a device does while a function runs."""
+    """A recorder records the work of a device while a function runs."""
 
     def record(self, function: Callable[[], Sequence[Tensor]]) -> Sequence[Tensor]:
-        """Run the function and note its work; what it returned lies in memory that every replay overwrites."""
+        """Run the function and record its work; every replay overwrites the memory of its results."""
         ...
 
     def wait(self) -> None:
-        """Let nothing that follows overtake the last replay."""
+        """Make later work on the current stream wait for the last replay."""
         ...
 
     def replay(self) -> None:
-        """Do the noted work again, on the same memory."""
+        """Repeat the recorded work on the same memory."""
         ...
 
 
 class CudaRecorder:
-    """A CUDA graph, with memory of its own.
+    """This recorder uses a CUDA graph with its own memory.
 
     Args:
-        device: Where everything lies.
+        device: The device of all tensors.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -66,7 +66,7 @@ class CudaRecorder:
             stream, now = torch.cuda.Stream(), torch.cuda.current_stream()
             stream.wait_stream(now)
             with torch.cuda.stream(stream):
-                function()  # libraries make their handles and workspaces for a stream at its first use
+                function()  # libraries create their handles and workspaces at the first use of a stream
             now.wait_stream(stream)
             with torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local"):
                 results = function()
@@ -75,7 +75,7 @@ class CudaRecorder:
     def wait(self) -> None:
         now = torch.cuda.current_stream(self._device)
         if self._last is not None and self._last != now:
-            now.wait_stream(self._last)  # which may still read or write the same memory
+            now.wait_stream(self._last)  # the last replay may still use the same memory
         self._last = now
 
     def replay(self) -> None:
@@ -83,13 +83,13 @@ class CudaRecorder:
 
 
 class Replay:
-    """A compiled step that is recorded at its first call and replayed at all others.
+    """This class records a compiled step at its first call and replays it at later calls.
 
     Args:
         run: The compiled step; it has run before.
-        resident: For each argument whether it stays where it is from call to call, as parameters do. One that is found
-            somewhere else is copied from then on, like all others.
-        recorder: Makes a recorder.
+        resident: For each argument, whether its memory address is the same at each call, as for parameters. If an
+            argument's address changes, the argument is copied from then on, as non-resident arguments are.
+        recorder: A function that makes a recorder.
     """
 
     def __init__(
@@ -99,40 +99,40 @@ class Replay:
         self._resident = list(resident)
         self._recorder: Recorder | None = None
         self._inputs: list[Tensor] = []
-        self._moved: list[Tensor] = []  # those of them that each call copies to
+        self._moved: list[Tensor] = []  # the inputs that each call overwrites by a copy
         self._results: Sequence[Tensor] = ()
         self._places: list[int] = []
         self._failed = False
         self._separate = False
 
     def settled(self, flat: Sequence[Tensor]) -> bool:
-        """Whether a call with these arguments would record nothing."""
+        """Return whether a call with these arguments would not record."""
         return self._failed or (self._recorder is not None and self._at(flat) == self._places)
 
     def fits(self, flat: Sequence[Tensor]) -> bool:
-        """Whether the recording can be replayed with these arguments, whatever else they mean.
+        """Return whether the recording can be replayed with these arguments.
 
-        What stays is alive as long as the recording, so that reading it is safe even if nobody else holds it any more.
+        The recording keeps resident arguments alive, so a replay may read them even if no other reference exists.
         """
         return (
             self._recorder is not None
             and len(flat) == len(self._resident)
-            and _PLAIN.issuperset(map(type, flat))  # others may have no address
+            and _PLAIN.issuperset(map(type, flat))  # tensors of subclasses may have no address
             and self._at(flat) == self._places
             and describe_all(self._moving(flat)) == describe_all(self._moved)
         )
 
     @property
     def lends(self) -> bool:
-        """Whether the last call lent what it was asked to lend."""
+        """Return whether the last call returned the requested results without copying them."""
         return self._separate
 
     def __call__(self, flat: Sequence[Tensor], lend: int = 0) -> list[Tensor]:
-        """What the step returns for these arguments, in fresh memory.
+        """Return the step's results for these arguments, in fresh memory.
 
         Args:
-            flat: Tensors of the shapes, strides and dtypes of every other call.
-            lend: How many of the first results may stay where they are instead, until the next call overwrites them.
+            flat: Tensors with the shapes, strides and dtypes of all other calls.
+            lend: How many of the first results may be returned without a copy; the next call overwrites them.
         """
         if not self.settled(flat):
             self._record(flat)
@@ -142,18 +142,14 @@ class Replay:
         return self.results(lend)
 
     def start(self, flat: Sequence[Tensor]) -> None:
-        """Replay for these arguments, which fit."""
+        """Replay for these arguments; ``fits`` must hold."""
         assert self._recorder is not None
         self._recorder.wait()
         torch._foreach_copy_(self._moved, self._moving(flat))
         self._recorder.replay()
 
     def results(self, lend: int) -> list[Tensor]:
-        """What was replayed last, as a call returns it.
-
-        Args:
-            lend: As for a call.
-        """
+        """Return the results of the last replay; see ``__call__`` for ``lend``."""
         if not self._separate:
             return copies(self._results)
         return [*self._results[:lend], *copies(self._results[lend:])]
@@ -162,7 +158,7 @@ class Replay:
         return [t for t, stays in zip(tensors, self._resident, strict=True) if not stays]
 
     def _at(self, flat: Sequence[Tensor]) -> list[int]:
-        """Addresses of what is taken to stay."""
+        """Return the addresses of resident arguments."""
         return [
             tensor.data_ptr() for tensor, stays in zip(flat, self._resident, strict=True) if stays
         ]
@@ -173,7 +169,7 @@ class Replay:
                 stays and tensor.data_ptr() == known.data_ptr()
                 for stays, tensor, known in zip(self._resident, flat, self._inputs, strict=True)
             ]
-        self._recorder, self._results = None, ()  # its memory serves the next one
+        self._recorder, self._results = None, ()  # frees memory for the next recording
         self._separate = False
         with torch.inference_mode(False):
             self._inputs = [
@@ -186,7 +182,7 @@ class Replay:
             self._results = recorder.record(lambda: self._run(*self._inputs))
             separate = _are_separate(self._results, self._inputs)
             self._separate = separate and _are_rewritten(self._results, recorder)
-        except Exception as error:  # whatever a kernel may do that cannot be recorded
+        except Exception as error:  # kernels that cannot be recorded raise errors of many types
             self._failed, self._inputs = True, []
             _log.warning(
                 "clipgrad: the compiled step runs without CUDA graphs, since it cannot be recorded (%s: %s).",
@@ -195,20 +191,20 @@ class Replay:
             )
             return
         finally:
-            generators.restore()  # a trial run draws random numbers, and none may be missing from the real one
+            generators.restore()  # the trial runs advance the RNG, and the real run must start from the same state
         self._recorder, self._places = recorder, self._at(flat)
         self._moved = self._moving(self._inputs)
 
 
 def _are_separate(results: Sequence[Tensor], inputs: Sequence[Tensor]) -> bool:
-    """Whether each result has memory of its own, so that somebody may write to it until it is overwritten."""
+    """Return whether no result shares memory with another tensor, so that callers may write to it."""
     results = [result for result in results if result.numel()]
     places = [tensor.untyped_storage().data_ptr() for tensor in (*results, *inputs)]
     return len(set(places[: len(results)]) - set(places[len(results) :])) == len(results)
 
 
 def _are_rewritten(results: Sequence[Tensor], recorder: Recorder) -> bool:
-    """Whether a replay writes all results, also those that are constant: what somebody wrote to would stay."""
+    """Return whether a replay writes all results; a caller's write to a constant result would otherwise persist."""
     floating = [result for result in results if result.is_floating_point() and result.numel()]
     before = copies(floating)
     for result in floating:
@@ -222,7 +218,7 @@ def _are_rewritten(results: Sequence[Tensor], recorder: Recorder) -> bool:
 
 
 def recordable(module: GraphModule, device: torch.device) -> bool:
-    """Whether a recording would hold all of a graph: what the CPU does is done once, and never repeated."""
+    """Return whether a recording would include the whole graph; a replay does not repeat work of the CPU."""
     return device.type == "cuda" and all(
         value.device == device
         for node in module.graph.nodes
@@ -233,16 +229,16 @@ def recordable(module: GraphModule, device: torch.device) -> bool:
 
 
 def _is_seed(node: Node) -> bool:
-    """Whether a node is a fused attention or a part of its result, among them the seed and the offset of its dropout.
+    """Return whether a node is a fused attention or one of its results, such as seed and offset of its dropout.
 
-    They lie on the CPU, unless a recording is made: then on the device, where each replay finds new ones.
+    Seed and offset are on the CPU, except during a recording: then they are on the device, with new values per replay.
     """
     source = node.args[0] if node.target is operator.getitem else node
     return isinstance(source, Node) and source.target in _ATTENTIONS
 
 
 def _same_layout(tensor: Tensor) -> Tensor:
-    """A copy with the same strides, which the compiled step was made for."""
+    """Return a copy with the same strides, for which the step was compiled."""
     made = torch.empty_strided(
         tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device
     )

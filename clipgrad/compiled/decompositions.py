@@ -1,4 +1,4 @@
-"""Operations that a traced graph holds under another name, since the compiler is slow with theirs."""
+"""Replace operations of a traced graph that the compiler handles slowly."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ def _format(gradient: Tensor) -> torch.memory_format:
 
 
 def _image(gradient: Tensor, height: int, width: int) -> Tensor:
-    """Memory, not even cleared, for the image that was pooled, laid out as the gradient is."""
+    """Return uninitialised memory for the image that was pooled, with the gradient's memory format."""
     shape = (*gradient.shape[:-2], height, width)
     return torch.empty(
         shape, dtype=gradient.dtype, device=gradient.device, memory_format=_format(gradient)
     )
 
 
-# With "flexible_layout" the compiler passes tensors as they lie, and learns from the fake how the result lies.
+# With "flexible_layout" the compiler passes tensors in their own layout, and takes the result's layout from the fake.
 @torch.library.custom_op(
     "clipgrad::max_pool2d_backward", mutates_args=(), tags=(torch.Tag.flexible_layout,)
 )
@@ -40,10 +40,10 @@ def max_pool2d_backward(
     dilation: Sequence[int],
     ceil_mode: bool,
 ) -> Tensor:
-    """PyTorch's own backward pass of a pooling over an image of this height and width.
+    """Run PyTorch's own backward kernel of max pooling over an image of this height and width.
 
-    The compiler takes it apart into a search for the places and a scatter, on the CPU 2.6 of a small CNN's 17 ms; the
-    kernel takes 0.5.
+    The compiler decomposes it into a search for indices and a scatter, which take 2.6 of a small CNN's 17 ms on the
+    CPU; the kernel takes 0.5 ms.
     """
     layout = _format(gradient)
     image = _image(gradient, height, width)  # only its shape and layout are read
@@ -79,10 +79,10 @@ def _pool_backward(
 def _product_with_bias(
     bias: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1
 ) -> Any:
-    """A linear layer as a product and a sum, which the compiler makes part of whatever reads it.
+    """Compute a linear layer as a product and a sum, so that the compiler can fuse the sum with its consumers.
 
-    PyTorch first copies the bias to every row of the result, which took 3.6 of a small transformer's 137 ms. With a
-    view between them the compiler does not make one operation of the two again.
+    PyTorch first copies the bias to every row of the result, which took 3.6 of a small transformer's 137 ms. The view
+    between product and sum prevents the compiler from combining them into one operation again.
     """
     if bias.device.type != "cpu" or bias.dim() != 1 or (beta, alpha) != (1, 1):
         return NotImplemented
@@ -103,16 +103,16 @@ def _input_gradient(
     groups: int,
     output_mask: Sequence[bool],
 ) -> Any:
-    """A convolution's input gradient alone, as the convolution that it is: that operation does not ask for the image.
+    """Compute a convolution's input gradient as a convolution, which does not take the image as an operand.
 
-    Nobody reads the image for it, but PyTorch copies one that is not laid out as the weight is: 24 of 220 ms of a
-    diffusion model's step.
+    The gradient does not depend on the image, but PyTorch copies an image whose layout differs from the weight's: 24 of
+    220 ms of a diffusion model's step.
     """
     if input.device.type != "cpu" or list(output_mask) != [True, False, False]:
         return NotImplemented
     axes = len(stride)
     left = [0] * axes
-    if not transposed:  # pixels behind the last place of the filter
+    if not transposed:  # pixels beyond the last position of the filter
         left = [
             size - ((count - 1) * step - 2 * pad + apart * (taps - 1) + 1)
             for size, count, taps, step, pad, apart in zip(
@@ -122,16 +122,16 @@ def _input_gradient(
     found = torch.ops.aten.convolution(
         gradient, weight, None, stride, padding, dilation, not transposed, left, groups
     )
-    if transposed:  # an output padding of more than a stride makes places that no pixel was at
+    if transposed:  # an output padding larger than a stride gives positions without a pixel
         for axis, size in enumerate(input.shape[2:], start=2):
             found = found.narrow(axis, 0, size)
     return found, None, None
 
 
 def _slope_later(operation: Any) -> Callable[..., Any]:
-    """The compiler's own decomposition of an activation's backward pass, begun when the gradient is there.
+    """Delay the compiler's decomposition of an activation's backward pass until the gradient is computed.
 
-    On the CPU the compiler holds a sigmoid or an exponential that is read twice, from the forward pass on.
+    Otherwise the compiler on the CPU keeps a sigmoid or an exponential that is read twice from the forward pass on.
     """
     (decomposed,) = get_decompositions([operation]).values()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 from torch import Tensor
@@ -20,6 +21,7 @@ from clipgrad.engine.inputs import Inputs
 from clipgrad.engine.microbatch import run
 from clipgrad.engine.rng_state import Generators
 from clipgrad.errors import CompileMismatchError
+from clipgrad.loss_graph import CannotCapture
 
 
 class MicrobatchRunner:
@@ -69,7 +71,7 @@ class MicrobatchRunner:
         started = None
         if self._entry is None or self._loss is None:
             started = self._ahead(padded, padding)
-            self._loss = self._graphs.of(self._inputs)
+            self._loss = self._captured(batch, mask)
         loss = self._loss
         given = self._given(padded, loss.tensors, padding)
         entry = self._entry = self._entry or self._look(padded, given)
@@ -106,6 +108,15 @@ class MicrobatchRunner:
         entry.tensors = loss.tensors
         return _first(result, count)
 
+    def _captured(self, batch: Sequence[Any], mask: Tensor | None) -> GraphOfLoss:
+        """The captured loss. Where PyTorch cannot capture it, what the eager step says of it is said first."""
+        try:
+            return self._graphs.of(self._inputs)
+        except CannotCapture:
+            with suppress(ValueReadError):
+                self._eagerly(batch, mask)
+            raise
+
     def _given(self, batch: Sequence[Any], read: Sequence[Tensor], padding: Tensor) -> list[Tensor]:
         tensors = [leaf for leaf in batch if isinstance(leaf, Tensor)]
         return [*self._inputs.params, *tensors, *read, padding, self._bounds]
@@ -130,10 +141,11 @@ class MicrobatchRunner:
     def _eagerly(self, batch: Sequence[Any], mask: Tensor | None) -> MicrobatchResult:
         """The eager step: of the user's Python, unless that asks for values of tensors."""
         inputs = self._inputs
-        assert self._loss is not None
         try:
             return run(inputs.loss, inputs.names, inputs.params, batch, mask, self._settings)
         except ValueReadError:
+            if self._loss is None:
+                raise
             loss = self._loss.loss()
             return run(loss, inputs.names, inputs.params, batch, mask, self._settings)
 

@@ -1,4 +1,4 @@
-"""One fixed number of rows for batches of every size: a compiled graph knows no other."""
+"""Pad batches of every size to one number of rows, since a compiled graph has a fixed size."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 def fixed_size(expected_batch_size: float) -> int:
-    """Rows of the compiled graph for Poisson batches of this mean, if the user named none.
+    """Return the default number of rows of the compiled graph for Poisson batches of this mean size.
 
-    Two standard deviations above the mean: 98 of 100 batches fit into one run of the graph. Smaller graphs waste
-    fewer rows on padding and as much on running several times; at a mean of 32 to 256 samples everything between an
-    eighth of the mean and this costs the same within a few percent (see ``docs/performance.md``).
+    It is two standard deviations above the mean, so that 98 of 100 batches fit into one run of the graph. Smaller
+    graphs need less padding but more runs. For means of 32 to 256 samples, all sizes between an eighth of the mean and
+    this size cost the same within a few percent (see ``docs/performance.md``).
     """
     return math.ceil(expected_batch_size + 2 * math.sqrt(expected_batch_size))
 
 
 def is_channels_last(leaf: Tensor) -> bool:
-    """Whether a batch leaf is laid out channels last, and not merely free of channels."""
+    """Return whether a batch leaf has channels-last layout and is not contiguous as well (as with one channel)."""
     layout = _CHANNELS_LAST.get(leaf.dim())
     return (
         layout is not None and not leaf.is_contiguous() and leaf.is_contiguous(memory_format=layout)
@@ -32,13 +32,9 @@ def is_channels_last(leaf: Tensor) -> bool:
 
 
 def fitted(leaf: Tensor, size: int) -> Tensor:
-    """A batch leaf with exactly ``size`` rows and the strides that the graph knows.
+    """Return a batch leaf with exactly ``size`` rows and the strides for which the graph was compiled.
 
-    Missing rows repeat the others: a row made of zeros might be one on which the loss is not finite.
-
-    Args:
-        leaf: ``[rows, ...]`` with ``1 <= rows <= size``.
-        size: Rows of the graph.
+    Missing rows repeat existing rows (at least one); the loss of a row of zeros might not be finite.
     """
     layout = _CHANNELS_LAST[leaf.dim()] if is_channels_last(leaf) else torch.contiguous_format
     rows = leaf.shape[0]
@@ -54,17 +50,17 @@ def fitted(leaf: Tensor, size: int) -> Tensor:
 
 @functools.lru_cache(maxsize=256)
 def _strides(shape: torch.Size, layout: torch.memory_format) -> tuple[int, ...]:
-    """Of a new tensor."""
+    """Return the strides of a new tensor."""
     return torch.empty(shape, device="meta", memory_format=layout).stride()
 
 
 def fitted_batch(batch: Sequence[Any], size: int) -> list[Any]:
-    """Every tensor of a flat batch with exactly ``size`` rows; constants stay."""
+    """Return a flat batch in which every tensor has exactly ``size`` rows; constants do not change."""
     return [fitted(leaf, size) if isinstance(leaf, Tensor) else leaf for leaf in batch]
 
 
 def fitted_mask(mask: Tensor | None, rows: int, size: int, device: torch.device) -> Tensor:
-    """Boolean ``[size]``: the samples that the caller marked, and the rows that were added; not to be written to."""
+    """Return a cached boolean mask ``[size]`` of the caller's padding and of added rows; do not write to it."""
     added = _added_rows(rows, size, device)
     if mask is None:
         return added
@@ -75,5 +71,5 @@ def fitted_mask(mask: Tensor | None, rows: int, size: int, device: torch.device)
 
 @functools.lru_cache(maxsize=256)
 def _added_rows(rows: int, size: int, device: torch.device) -> Tensor:
-    with torch.inference_mode(False):  # kept, and to be used outside of it
+    with torch.inference_mode(False):  # the cached tensor is also used outside inference mode
         return torch.arange(size, device=device) >= rows

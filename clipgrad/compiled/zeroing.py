@@ -1,4 +1,4 @@
-"""Let a compiler write to a tensor that samples are taken out of, if nobody reads it afterwards."""
+"""Let the compiler set rows of a tensor to zero in place, if no operation reads the tensor afterwards."""
 
 from __future__ import annotations
 
@@ -12,13 +12,10 @@ from clipgrad.kernels import selection  # noqa: F401 - registers the operations
 
 
 def zero_in_place(module: GraphModule) -> None:
-    """Say of every last selection that it is a copy of the tensor, to which an operation has written.
+    """Rewrite every selection by zeroing as a functionalized in-place operation.
 
-    That is the compiler's own way to hold an operation that writes. It decides whether the copy is needed: not for what
-    the graph made itself and neither returns nor reads again.
-
-    Args:
-        module: A traced graph, which is changed.
+    This is the compiler's own form for operations that write: a write to a copy. The compiler removes the copy if the
+    graph itself made the tensor and neither returns it nor reads it again.
     """
     graph, operations = module.graph, torch.ops.clipgrad
     selections = graph.find_nodes(op="call_function", target=operations.selected_by_zeroing.default)

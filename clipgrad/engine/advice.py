@@ -1,4 +1,4 @@
-"""What to do instead, where PyTorch's own message only says what it could not do."""
+"""Replace PyTorch's messages about ``vmap`` by messages that say what the user can do instead."""
 
 from __future__ import annotations
 
@@ -75,8 +75,8 @@ _ADVICE = (
     ),
     _Advice(
         ("inplace randomness",),
-        "the loss draws random numbers in place into a tensor that all samples share (torch.empty(shape).normal_(), as "
-        "torch.distributions.Normal.rsample does). Draw a tensor for each sample: mean + deviation * "
+        "the loss writes random numbers in place into a tensor that all samples share (torch.empty(shape).normal_(), "
+        "as torch.distributions.Normal.rsample does). Make a random tensor for each sample: mean + deviation * "
         "torch.randn_like(mean), torch.randn(shape), or torch.empty_like(x).normal_().",
     ),
     _Advice(
@@ -89,14 +89,14 @@ _ADVICE = (
             "doesn't match the broadcast shape",
             "on out= or view ops",
         ),
-        "the loss writes a per-sample value in place into a tensor that all samples share: one that it makes with "
-        "torch.zeros(...) or the like (x.new_zeros(...) and torch.zeros_like(x) make one for each sample), a buffer "
-        "such as running statistics, or a tensor made outside. Use the out-of-place form, compute the value outside "
+        "the loss writes a per-sample value in place into a tensor that all samples share: a tensor that it makes with "
+        "torch.zeros(...) or the like, a buffer such as running statistics, or a tensor made outside. Use the "
+        "out-of-place form or a tensor per sample (x.new_zeros(...), torch.zeros_like(x)), compute the value outside "
         "the loss, or put the layer in eval mode.",
     ),
     _Advice(
         ("randomness error mode", "randomness mode", "randomness='error'"),
-        'the loss is random, and randomness="error" forbids that; use randomness="different" (each sample its own '
+        'the loss is random, and randomness="error" forbids that; use randomness="different" (each sample gets its own '
         "dropout mask).",
     ),
     _Advice(
@@ -123,7 +123,7 @@ _ADVICE = (
     _Advice(
         _NO_RULE,
         "the loss calls an operation that PyTorch's vmap cannot batch; the error below names it. Write it with "
-        "elementary operations, or teach it to clipgrad with clipgrad.rules.register_decomposition.",
+        "elementary operations, or register such a form with clipgrad.rules.register_decomposition.",
     ),
     _Advice(
         (
@@ -138,7 +138,7 @@ _ADVICE = (
     ),
     _Advice(
         ("inside of vmap for memory_format",),
-        "the loss asks for a memory_format (channels_last) of one sample's tensor, which has no meaning there. Convert "
+        "the loss sets a memory_format (channels_last) on one sample's tensor, where it has no meaning. Convert "
         "the model and the batch before backward.",
     ),
     _Advice(
@@ -170,9 +170,9 @@ _ONE_SAMPLE = (
 
 @contextmanager
 def explained() -> Iterator[None]:
-    """Turn PyTorch's refusals into ``NotPerSampleError`` with a remedy; other errors pass.
+    """Turn PyTorch's refusals into ``NotPerSampleError`` with a remedy; let other errors pass.
 
-    One about sizes gets a note: what works for the whole batch may not for one sample.
+    An error about sizes gets a note, since code that works for the whole batch may fail for one sample.
     """
     try:
         yield
@@ -193,34 +193,27 @@ def explained() -> Iterator[None]:
 def note_arguments(
     error: TypeError, loss: Callable[..., Any], arguments: Sequence[Any], call: str
 ) -> None:
-    """Add to an error of a loss that does not take its arguments how it is called.
-
-    Args:
-        error: What calling it raised.
-        loss: The loss.
-        arguments: What it was called with.
-        call: How a batch in several parts is passed: ``"backward(*batch)"``.
-    """
+    """Add a note to a ``TypeError`` if the loss does not accept its arguments; ``call`` shows the right call."""
     try:
         inspect.signature(loss).bind(*arguments)
     except TypeError:
         given = [type(argument).__name__ for argument in arguments]
         note = f"clipgrad: the loss was called with {len(given)} arguments ({', '.join(given)})"
         if isinstance(arguments[-1], tuple | list):
-            note += f", the last of which is a whole batch; pass its parts one by one: {call}"
+            note += f"; the last argument is a whole batch, so pass its parts one by one: {call}"
         error.add_note(f"{note}.")
-    except ValueError:  # it tells no signature
+    except ValueError:  # the loss has no signature
         pass
 
 
 def is_refusal(error: Exception) -> bool:
-    """Whether an error says what a loss must not do, rather than what ``vmap`` cannot do."""
+    """Return whether an error reports a fault of the loss, rather than a missing batching rule."""
     message = str(error)
     return _advice(message) is not None and not any(words in message for words in _NO_RULE)
 
 
 def _advice(message: str) -> _Advice | None:
-    """The remedy for one of PyTorch's messages, or None."""
+    """Return the remedy for one of PyTorch's messages, or None."""
     for advice in _ADVICE:
         if any(fragment in message for fragment in advice.fragments):
             return advice

@@ -1,8 +1,8 @@
-"""Python branches on the values of samples: samples that take the same branch run together.
+"""Read per-sample values as Python numbers, and report samples that would take different branches.
 
-``if mask.all():`` asks one question of a whole microbatch, but each sample has an answer of its own. While the
-answers agree there is nothing to decide. Where they differ, the microbatch is split by answer and each part runs on
-its own, so every sample takes exactly the branch that it would take alone: the result is still the definition.
+``if mask.all():`` reads one value for a whole microbatch, but each sample has its own. While the values agree, the
+microbatch runs on. If they differ, it is split by value and each part runs separately. So every sample takes exactly
+the branch that it would take alone, and the result is still the definition.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from clipgrad._functorch import Decline, below_vmap, physical
 
-# What each way of reading a value makes of it; ``tolist`` and NumPy conversions stay refused.
+# Each way to read a value, with its conversion; ``tolist`` and NumPy conversions stay refused.
 _READS: MappingProxyType[Callable[..., Any], Callable[[Any], Any]] = MappingProxyType(
     {
         torch.Tensor.__bool__: bool,
@@ -29,10 +29,10 @@ _READS: MappingProxyType[Callable[..., Any], Callable[[Any], Any]] = MappingProx
 
 
 class Disagreement(Exception):
-    """Samples answer a question of the loss differently.
+    """This exception reports that a value which the loss reads differs between samples.
 
     Attributes:
-        agree: Boolean ``[B]``, on the CPU: the samples that answer as the first one does.
+        agree: Boolean ``[B]``, on the CPU: the samples whose value equals that of the first sample.
     """
 
     def __init__(self, agree: Tensor) -> None:
@@ -40,26 +40,21 @@ class Disagreement(Exception):
         self.agree = agree
 
     def parts(self) -> list[Tensor]:
-        """Indices of the samples on either side."""
+        """Return the indices of the samples that agree with the first sample, and of the others."""
         return [self.agree.nonzero()[:, 0], (~self.agree).nonzero()[:, 0]]
 
 
 def is_read(function: Callable[..., Any]) -> bool:
-    """Whether a call asks for the value of a tensor as a Python number."""
+    """Return whether a function reads the value of a tensor as a Python number."""
     return function in _READS
 
 
 def read(function: Callable[..., Any], tensor: Tensor, level: int) -> Any:
-    """The answer of all samples to ``function(tensor)``.
-
-    Args:
-        function: One for which ``is_read`` holds.
-        tensor: Its operand, as the loss holds it.
-        level: The transform's level.
+    """Return the value of ``function(tensor)`` on which all samples agree; ``is_read(function)`` must hold.
 
     Raises:
-        Decline: If the tensor does not differ from sample to sample.
-        Disagreement: If the answers differ.
+        Decline: If the tensor has no batch axis, so that all samples share it.
+        Disagreement: If the values differ.
     """
     value = physical(tensor, level)
     if value is None:

@@ -1,4 +1,4 @@
-"""Small per-sample gradients side by side in one matrix: one norm and one product where there were many."""
+"""Concatenate small per-sample gradients in one matrix, so that one norm and one product replace many."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from torch import Tensor
 from clipgrad.kernels.selection import select_rows
 from clipgrad.rules.canonical import PerSample, row_norms_squared
 
-# Elements of all samples up to which copying a gradient costs less than the five operations that it saves.
+# Up to this number of elements (of all samples), copying a gradient costs less than the five operations that it saves.
 SMALL = 1 << 16
 
 
 class Bundle:
-    """The per-sample gradients of several parameters of one clipping group.
+    """This class holds per-sample gradients of several parameters of one clipping group.
 
     Args:
-        gradients: ``[B, *shape]`` by index of the parameter; of one dtype, on one device.
+        gradients: ``[B, *shape]`` by the parameter's index, all of one dtype and on one device.
     """
 
     def __init__(self, gradients: Mapping[int, Tensor]) -> None:
@@ -28,21 +28,21 @@ class Bundle:
         self._sums: dict[int, Tensor] = {}
 
     def squared_norms(self) -> Tensor:
-        """Of everything in it together, ``[B]``."""
+        """Return the squared norms of all gradients together, ``[B]``."""
         return row_norms_squared(self._rows)
 
     @property
     def indices(self) -> list[int]:
-        """Of the parameters."""
+        """Return the indices of the parameters."""
         return list(self._shapes)
 
     def weighted_sum(self, index: int, factors: Tensor) -> Tensor:
-        """``sum_b factors[b] g_b`` of one parameter. The first call computes all, with its factors."""
+        """Return ``sum_b factors[b] g_b`` of one parameter. The first call computes all sums, with its factors."""
         if not self._sums:
             total = PerSample(self._rows).weighted_sum(factors)
             parts = total.split([prod(shape) for shape in self._shapes.values()])
             for (at, shape), part in zip(self._shapes.items(), parts, strict=True):
-                # Memory of its own: who saves one sum, or writes to it, shall not reach the others.
+                # Each sum gets its own memory, so that writing to or saving one sum does not affect the others.
                 self._sums[at] = part.clone().view(shape)
         return self._sums[index]
 
@@ -53,10 +53,9 @@ class Bundle:
 
 
 def bundled(gradients: Mapping[int, Tensor]) -> Bundle | None:
-    """The small ones among the gradients of a clipping group; None if there are not two of a kind.
+    """Bundle the small gradients of a clipping group that have the dtype and device of the first small gradient.
 
-    Args:
-        gradients: Kept per-sample gradients ``[B, *shape]`` by index of the parameter.
+    Return None if fewer than two gradients qualify.
     """
     small: dict[int, Tensor] = {}
     for index, gradient in gradients.items():

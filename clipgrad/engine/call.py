@@ -1,4 +1,4 @@
-"""What a rule receives: the operands of one operation, resolved against the tape."""
+"""This file holds ``BoundCall``, the object through which a rule reads operands and returns its output."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from clipgrad.rules.registry import Recipe
 
 
 class Pass(Protocol):
-    """The forward pass that a call is part of; ``Capture`` is one.
+    """This protocol says what a call needs from its forward pass; ``Capture`` implements it.
 
     Attributes:
         tape: The microbatch's tape.
-        level: Of the ``vmap`` over samples.
-        randomness: Whether samples draw ``"different"`` random numbers, the ``"same"``, or must not: ``"error"``.
-        table: What the loss holds for parameters and expressions of them, by id.
-        positions: Where the caller's own parameter tensors stand among the parameters, by id.
+        level: The level of the ``vmap`` over samples.
+        randomness: Whether samples get ``"different"`` or the ``"same"`` random numbers, or none: ``"error"``.
+        table: The tracked entry of each wrapper that the loss holds, by the wrapper's id.
+        positions: The index of each parameter tensor that the caller passed, by the tensor's id.
     """
 
     tape: Tape
@@ -32,12 +32,12 @@ class Pass(Protocol):
     positions: dict[int, int]
 
     def refuse_original(self, tensor: Tensor, operation: str) -> None:
-        """Raise if an operand is a tensor of the caller's, whose gradient would escape."""
+        """Raise if an operand is a parameter tensor that the caller passed: its gradient would escape clipping."""
         ...
 
 
 class BoundCall:
-    """The ``Call`` that a rule receives: operands of one operation, resolved against the tape."""
+    """This class is the ``Call`` that a rule receives; it resolves the operands of one operation with the tape."""
 
     def __init__(self, capture: Pass, rule: str) -> None:
         self._capture = capture
@@ -60,7 +60,7 @@ class BoundCall:
     def batched(self, tensor: Tensor) -> Tensor:
         tracked = self._capture.table.get(id(tensor))
         if tracked is not None:
-            # A parameter used as data: its per-sample copies carry the gradient.
+            # The operation uses the parameter as data, so the per-sample copies collect the gradient.
             tracked.fallback.append(self._rule)
             return tracked.leaf
         value = physical(tensor, self._capture.level)
@@ -113,10 +113,9 @@ class BoundCall:
         return output
 
     def check(self) -> None:
-        """After the rule: a parameter that it read detached and gave no recipe for has lost its gradient.
+        """Raise ``RuntimeError`` if the rule read a parameter detached and gave no recipe for it.
 
-        Raises:
-            RuntimeError: If there is one.
+        Without a recipe the gradient of that parameter is lost. Call this method after the rule has run.
         """
         for tracked in self._without_recipe.values():
             raise RuntimeError(

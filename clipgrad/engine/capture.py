@@ -1,4 +1,4 @@
-"""See every operation of the loss, recognise the parameters in it, and run a rule where one exists."""
+"""Intercept every operation of the loss, recognise parameters among its operands, and run a rule if there is one."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ from clipgrad.rules.registry import Decomposition, Rule, rules
 _RULES = rules()
 _DRAWN = (
     "samples branch apart by a value that depends on random numbers (dropout, torch.rand), and branches='split' would "
-    "draw again for each part: what a sample gets would depend on the other samples of its batch. Draw outside the "
-    "loss and pass it with the batch, or use torch.where in the place of the branch."
+    "generate new ones for each part: a sample's numbers would depend on the other samples of its batch. Generate them "
+    "outside the loss and pass them with the batch, or replace the branch by torch.where."
 )
 _REQUIRES_GRAD = torch.Tensor.requires_grad.__get__  # type: ignore[attr-defined]
 
@@ -45,7 +45,7 @@ def operation_name(function: Callable[..., Any]) -> str:
 
 
 def operands(args: Iterable[Any], kwargs: dict[str, Any]) -> Iterator[Tensor]:
-    """Every tensor among the arguments, lists and tuples of tensors included."""
+    """Yield every tensor among the arguments, also from lists and tuples."""
     for value in (*args, *kwargs.values()):
         if isinstance(value, Tensor):
             yield value
@@ -60,14 +60,15 @@ def tensors_in(result: Any) -> list[Tensor]:
 
 
 class Capture(TorchFunctionMode):
-    """Intercepts the operations of one forward pass under ``vmap``.
+    """This mode intercepts the operations of one forward pass under ``vmap``.
 
     Args:
         tape: The microbatch's tape.
-        wrappers: What the loss holds for each parameter, in the tape's order.
-        originals: The tensors that the caller passed; met inside the loss, they are a gradient that escapes.
-        drawn: Answer Python's questions about values, if need be by splitting the microbatch, but none that depend on
-            random numbers. None: answer none.
+        wrappers: The tensor that the loss holds for each parameter, in the tape's order.
+        originals: The parameter tensors that the caller passed; if the loss computes with one, its gradient would
+            escape clipping.
+        drawn: For ``branches="split"``: a record of which values depend on random numbers, which may not decide a
+            split. None refuses to read per-sample values.
     """
 
     def __init__(
@@ -90,7 +91,7 @@ class Capture(TorchFunctionMode):
             self.table[id(wrapper)] = tracked
         self.originals = {id(t): name.name for t, name in zip(originals, tape.tracked, strict=True)}
         self.positions = {id(t): index for index, t in enumerate(originals)}
-        # An id is only an identity while its object lives.
+        # An id identifies an object only while the object is alive.
         self._kept_alive = (list(wrappers), list(originals))
         self.made: list[weakref.ref[Tensor]] = []
 
@@ -118,7 +119,7 @@ class Capture(TorchFunctionMode):
                 raise stale_values.refuse(operation_name(func)) from error
             raise
         made = tensors_in(result)
-        if kept and made:  # asking for a shape is harmless
+        if kept and made:  # reading a shape is harmless
             raise stale_values.refuse(operation_name(func))
         if self.drawn is not None:
             self.drawn.after(operands(args, kwargs), made)
@@ -135,7 +136,7 @@ class Capture(TorchFunctionMode):
                 try:
                     return read(func, args[0], self.level)
                 except Decline:
-                    pass  # the same for all samples: read as it is
+                    pass  # all samples share the value, so an ordinary read is exact
                 except Disagreement:
                     if self.drawn.decides(args[0]):
                         raise NotPerSampleError(_DRAWN) from None
@@ -152,7 +153,7 @@ class Capture(TorchFunctionMode):
             if result is not NotImplemented:
                 return result
         if tracked and writes_to_first(func) and id(args[0]) in self.table:
-            # Some would go through and be noticed only afterwards, with the parameter changed.
+            # Refuse before the call: some calls succeed, and the parameter would be changed before an error is raised.
             entry = self.table[id(args[0])]
             message = written_expression_message if entry.derived else written_message
             raise NotPerSampleError(message(entry.name))
@@ -161,7 +162,7 @@ class Capture(TorchFunctionMode):
         result = self._under_vmap(func, args, kwargs)
         if custom_vmap.brings_vmap(func, args):
             backward_pass = any(map(self._requires_grad, tensors_in(result)))
-            if backward_pass or not native:  # an inner transform's own may be another
+            if backward_pass or not native:  # an inner transform may run a backward pass of its own
                 raise custom_vmap.refuse(func, args)
         if tracked and torch.is_grad_enabled() and tensors_in(result):
             for entry in tracked:
@@ -185,7 +186,7 @@ class Capture(TorchFunctionMode):
             return instead(func, args, kwargs, error)
 
     def _requires_grad(self, tensor: Tensor) -> bool:
-        """``vmap`` hides that autograd records below it; a loss that asks must get the true answer."""
+        """Return whether a tensor requires grad below ``vmap``, which hides this from a loss that branches on it."""
         if tensor.requires_grad:
             return True
         try:
@@ -212,7 +213,7 @@ class Capture(TorchFunctionMode):
             return NotImplemented
 
     def _classify(self, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[list[Tracked], bool]:
-        """The tracked operands, and whether there is any other tensor among the operands."""
+        """Return the tracked operands, and whether there are other tensors among the operands."""
         found: list[Tracked] = []
         foreign = False
         for operand in operands(args, kwargs):
@@ -232,7 +233,7 @@ class Capture(TorchFunctionMode):
         kwargs: dict[str, Any],
         sources: list[Tracked],
     ) -> Any:
-        """Run an operation on parameters alone once, and track its result."""
+        """Run an operation on parameters alone once for all samples, and track its result."""
 
         def run(read: Callable[[Tracked], Tensor]) -> Any:
             lowered = [_lower(value, self.table, read) for value in args]
@@ -274,15 +275,15 @@ class Capture(TorchFunctionMode):
     def _check_originals(
         self, func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], result: Any
     ) -> None:
-        """Reading a shape is harmless; computing with an original is a gradient that escapes."""
+        """Refuse originals among the operands if the result requires grad; reading a shape is harmless."""
         if any(tensor.requires_grad for tensor in tensors_in(result)):
             for operand in operands(args, kwargs):
                 self.refuse_original(operand, operation_name(func))
 
 
 def _lower(value: Any, table: dict[int, Tracked], read: Callable[[Tracked], Tensor]) -> Any:
-    """An argument with what ``read`` finds in the place of every tracked tensor."""
-    # Not nested in the method: a recursive closure is a reference cycle, and would keep the whole tape alive.
+    """Return an argument in which ``read`` replaces every tracked tensor."""
+    # This is not a nested function: a recursive closure is a reference cycle and would keep the whole tape alive.
     if isinstance(value, Tensor):
         return read(table[id(value)])
     if isinstance(value, list | tuple) and any(isinstance(item, Tensor) for item in value):
@@ -292,8 +293,8 @@ def _lower(value: Any, table: dict[int, Tracked], read: Callable[[Tracked], Tens
 
 def generator_message(operation: str) -> str:
     return (
-        f"{operation} draws from a generator of the loss's own, and under branches='split' nobody would see whether it "
-        "drew again where samples branch apart. Use PyTorch's default generator: leave generator= out."
+        f"{operation} uses a generator of the loss's own, and branches='split' cannot detect whether random numbers "
+        "from it decide how samples branch. Use PyTorch's default generator: leave generator= out."
     )
 
 

@@ -1,4 +1,4 @@
-"""Copies of many tensors at the price of one launch."""
+"""Copy many tensors with one kernel launch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _DTYPE = attrgetter("dtype")
 
 
 def copies(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Copies of all tensors, with a launch for each dtype and not for each tensor."""
+    """Return copies of all tensors, with one launch per dtype."""
     dtypes = set(map(_DTYPE, tensors))
     if len(dtypes) == 1:
         return _alike(tensors, *dtypes)
@@ -26,8 +26,8 @@ def copies(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _alike(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    """Copies of tensors of one dtype."""
+    """Return copies of tensors that have the same dtype."""
     if not dtype.is_floating_point:
         return [tensor.clone() for tensor in tensors]
-    # Times one is the value itself, NaN, infinities and the sign of zero included.
+    # Multiplication by one is exact, also for NaN, infinities and the sign of zero.
     return list(torch._foreach_mul(list(tensors), 1.0))

@@ -1,9 +1,9 @@
-"""Operations of the user's that bring a ``vmap`` rule of their own, whose backward pass would mix samples.
+"""Refuse user-defined operations that have a ``vmap`` rule of their own.
 
-Autograd records below our ``vmap``. So a rule that runs the operation once for all samples has its backward pass run
-once for all samples as well, on all output gradients: one that is not row by row (``grad / grad.norm()``) mixes them,
-where ``vmap(grad)``, which defines the result, runs it for each. Nothing tells the one kind from the other. With
-``generate_vmap_rule = True``, or without a rule, PyTorch runs both passes for each sample, and that is right.
+Autograd records below the ``vmap`` over samples. If a vmap rule runs the operation once for all samples, its backward
+pass also runs once, on the output gradients of all samples. A backward pass that does not treat rows separately
+(``grad / grad.norm()``) then mixes samples, while the definition ``vmap(grad)`` runs it for each sample. The two kinds
+cannot be distinguished. With ``generate_vmap_rule = True``, or without a rule, PyTorch runs both passes per sample.
 """
 
 from __future__ import annotations
@@ -19,18 +19,13 @@ from clipgrad.errors import NotPerSampleError
 
 _PYTORCHS_OWN = {"aten", "prims", "prim"}
 _MIXES = (
-    "Its backward pass would run on the gradients of all samples at once, and mix them if it does anything but treat "
-    "each row alone."
+    "Its backward pass would run on the gradients of all samples at once, and would mix samples unless it treats each "
+    "row alone."
 )
 
 
 def brings_vmap(function: Callable[..., Any], args: Sequence[Any]) -> bool:
-    """Whether a call under ``vmap`` runs a rule that PyTorch neither wrote nor derives.
-
-    Args:
-        function: As a ``TorchFunctionMode`` sees it.
-        args: Its positional arguments.
-    """
+    """Return whether a call under ``vmap`` runs a batching rule that PyTorch neither defines nor generates."""
     if function is FUNCTION_CALL:
         return has_vmap_method(args[0])
     if isinstance(function, OpOverload):
@@ -47,7 +42,7 @@ def brings_vmap(function: Callable[..., Any], args: Sequence[Any]) -> bool:
 
 
 def refuse(function: Callable[..., Any], args: Sequence[Any]) -> NotPerSampleError:
-    """What to raise where its backward pass would run."""
+    """Return the error to raise if the backward pass of such a call would run."""
     if function is FUNCTION_CALL:
         return NotPerSampleError(
             f"the loss calls {args[0].__name__}, an autograd.Function with a vmap method of its own. {_MIXES} Set "

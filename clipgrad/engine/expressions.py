@@ -1,12 +1,12 @@
-"""Which operations may run once on the parameters that all samples share, instead of once per sample.
+"""List the operations that may run once on the parameters that all samples share, instead of once per sample.
 
-``x @ w.t()``, a weight norm, a low-rank product ``a @ b`` or a slice of a packed projection compute something
-from parameters alone. Run on per-sample copies it costs ``B`` times the work and hides the weight from the
-rules. Run once, its result is tracked like a parameter, and the gradient is pulled back to the parameters
-through the ordinary vector-Jacobian product, which is linear and so commutes with the clipped sum.
+``w.t()`` in ``x @ w.t()``, a weight norm, a low-rank product ``a @ b`` or a slice of a packed projection depend on
+parameters alone. On per-sample copies such an expression costs ``B`` times the work and hides the weight from the
+rules. Run once, its result is tracked like a parameter. The gradient is pulled back to the parameters with the
+vector-Jacobian product, which is linear and so commutes with the clipped sum.
 
-The list is closed on purpose: an operation with randomness (dropout on a weight) must differ from sample to
-sample, so anything not listed here takes the exact per-sample road.
+The list is closed on purpose: a random operation (dropout on a weight) must differ from sample to sample. All
+operations that are not listed run on per-sample copies, which is exact.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def _functions(names: str) -> set[Callable[..., Any]]:
 VIEWS = _functions(_VIEWS)
 SHAREABLE = VIEWS | _functions(_ARITHMETIC)
 
-# ``expand`` repeats elements, so norms do not carry over; the other views only move them.
+# expand repeats elements, so norms do not carry over; the other views only move elements.
 _REPEATING = _functions("expand expand_as")
 _NOT_A_WRITE = {"requires_grad_", "share_memory_", "rename_"}
 _WRITING_OPERATORS = """
@@ -62,7 +62,7 @@ _WITH_INPLACE = {torch.nn.functional.relu, torch.nn.functional.silu}
 
 
 def is_injective(function: Callable[..., Any], source: Tensor, result: Tensor) -> bool:
-    """Whether ``result`` holds elements of ``source``, each at most once, and nothing else."""
+    """Return whether ``result`` holds elements of ``source``, each at most once, and nothing else."""
     if function not in VIEWS or function in _REPEATING:
         return False
     if result.dtype != source.dtype:
@@ -74,7 +74,7 @@ def is_injective(function: Callable[..., Any], source: Tensor, result: Tensor) -
 
 
 def writes_to_first(function: Callable[..., Any]) -> bool:
-    """Whether a function overwrites its first argument by its nature: ``clamp_``, ``+=``, ``w[0] = ...``."""
+    """Return whether a function always overwrites its first argument: ``clamp_``, ``+=``, ``w[0] = ...``."""
     name = getattr(function, "__name__", "")
     if name.startswith("__"):
         return name in _WRITING_OPERATORS.split()
@@ -84,9 +84,9 @@ def writes_to_first(function: Callable[..., Any]) -> bool:
 def writes_in_place(
     function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> bool:
-    """Whether a call asks to overwrite an operand: ``F.relu(w, inplace=True)``, ``out=``.
+    """Return whether a call has an argument that makes it write in place: ``F.relu(w, inplace=True)``, ``out=``.
 
-    Earlier uses of that operand would then be pulled back through what it became.
+    The gradient of an earlier use of that operand would then be pulled back through the overwritten value.
     """
     asked = kwargs.get("inplace", False) or kwargs.get("out") is not None
     return bool(asked or (function in _WITH_INPLACE and any(args[1:])))

@@ -1,7 +1,7 @@
-"""What happens to an operation that no rule covers: it runs under ``vmap`` on per-sample copies, exactly.
+"""Correct the operations for which ``vmap`` deviates from the operation's own definition.
 
-A parameter's copy is an expanded leaf, so autograd itself materialises the per-sample gradient. Nothing has to be
-written per operation, except where ``vmap`` deviates from the operation's own definition. Those places are here.
+An operation that no rule covers runs under ``vmap`` on per-sample copies of its parameters, which is exact. A copy is
+an expanded leaf, so autograd itself materialises the per-sample gradient, and most operations need no code here.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from clipgrad.rules.recurrent.definition import DEFINITIONS
 
 
 def _by_formula(attention: Callable[..., Any]) -> Callable[..., Any]:
-    """Fused kernels fail under ``vmap`` (a learned mask on CPU, alignment on CUDA); the formula does not."""
+    """Run attention by its formula: fused kernels fail under ``vmap`` (a learned mask on CPU, alignment on CUDA)."""
 
     def corrected(*args: Any, **kwargs: Any) -> Any:
         with sdpa_kernel(SDPBackend.MATH):
@@ -42,12 +42,12 @@ def _by_formula(attention: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _not_left_aligned(*args: Any, **kwargs: Any) -> bool:
-    """Asked by ``nn.TransformerEncoder`` in eval mode, on its way to a fused path that has no gradients."""
+    """Return False, so that ``nn.TransformerEncoder`` in eval mode avoids a fused path that has no gradients."""
     return False
 
 
 def _as_strided(input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """Its backward pass averages over what shares memory, so over samples where one copy stands for all."""
+    """Refuse broadcast inputs: the backward pass averages over elements that share memory, so over samples."""
     if is_broadcast(input):
         raise NotPerSampleError(
             "as_strided is applied to a value that all samples share (a parameter, or rows looked up with ids that are "
@@ -61,15 +61,15 @@ def _as_strided_copy(input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
 
 
 def _as_strided_in_place(input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """Under ``vmap`` its gradient is wrong even where no sample shares memory with another."""
+    """Refuse the operation: under ``vmap`` its gradient is wrong even if samples share no memory."""
     raise NotPerSampleError(
-        "as_strided_ gives a tensor other strides in place, where PyTorch's gradient is wrong under vmap. Use "
+        "as_strided_ changes the strides of a tensor in place, and PyTorch's gradient of that is wrong under vmap. Use "
         "transpose, unfold, reshape or indexing."
     )
 
 
 def _as_strided_scatter(*args: Any, **kwargs: Any) -> Tensor:
-    """No batching rule; and on one sample's part of a batch it would count from the start of all."""
+    """Refuse the operation: it has no batching rule, and on one row its offset counts from the start of the batch."""
     raise NotPerSampleError(
         "as_strided_scatter writes to memory by its address, which has no meaning for one sample. Use slice_scatter, "
         "select_scatter, scatter or index_put."
@@ -77,22 +77,22 @@ def _as_strided_scatter(*args: Any, **kwargs: Any) -> Tensor:
 
 
 def _roll(input: Tensor, shifts: Any, dims: Any = ()) -> Tensor:
-    """Under ``vmap`` a number of each sample has one axis, that of the samples, and is rolled along it."""
+    """Return a scalar unchanged: under ``vmap`` its only axis is the batch axis, and ``roll`` would roll along it."""
     return input.clone() if input.dim() == 0 else torch.roll(input, shifts, dims)
 
 
 def _select_scatter(input: Tensor, src: Tensor, dim: int, index: int) -> Tensor:
-    """Under ``vmap`` the gradient of ``src`` comes once for each entry of the axis; that of a slice is right."""
+    """Use ``slice_scatter``: under ``vmap`` the gradient of ``src`` is counted once per entry of the axis."""
     size = input.shape[dim]
     if not -size <= index < size:
-        return torch.select_scatter(input, src, dim, index)  # which says so
+        return torch.select_scatter(input, src, dim, index)  # raises PyTorch's own error
     return torch.slice_scatter(input, src.unsqueeze(dim), dim, index % size, index % size + 1)
 
 
 def _linear_cross_entropy(
     *args: Any, options: Any = None, weight: Tensor | None = None, **kwargs: Any
 ) -> Tensor:
-    """By its definition: in chunks it asks whether gradients are needed, and ``vmap`` answers that they are not."""
+    """Drop ``options``: in chunks the operation reads ``requires_grad``, which is False under ``vmap``."""
     if options is not None and weight is not None and is_wrapped(weight):
         raise NotPerSampleError(
             "linear_cross_entropy with options= gives no gradient to class weights, which differ per sample here. "
@@ -102,7 +102,7 @@ def _linear_cross_entropy(
 
 
 def _index_fill(input: Tensor, dim: int, index: Tensor, value: Any) -> Tensor:
-    """Torch 2.11 to 2.13: ``vmap`` writes a value that is a tensor through views, and loses its gradient."""
+    """Use ``torch.where`` if ``value`` is a tensor: ``vmap`` of torch 2.11 to 2.13 loses the gradient of ``value``."""
     if not isinstance(value, Tensor):
         return torch.index_fill(input, dim, index, value)
     where = torch.zeros(
@@ -123,7 +123,7 @@ def _index_fill_in_place(input: Tensor, dim: int, index: Tensor, value: Any) -> 
 
 
 def _one_by_one(function: Callable[..., Any]) -> Callable[..., Any]:
-    """An operation whose batching rule is wrong."""
+    """Run an operation whose batching rule is wrong on one sample after the other."""
 
     def corrected(*args: Any, **kwargs: Any) -> Any:
         return one_by_one(function, args, kwargs)
@@ -132,14 +132,14 @@ def _one_by_one(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _with_numbers(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A tensor that says where to cut: the same for all samples, or else shapes depend on the data."""
+    """Convert tensor arguments (lengths, positions) to numbers, and refuse tensors that differ between samples."""
 
     def number(value: Any) -> Any:
         if not isinstance(value, Tensor):
             return value
         if is_wrapped(value):
             raise NotPerSampleError(
-                f"{function.__name__} is told by a per-sample tensor where to cut, so shapes or positions depend on "
+                f"{function.__name__} takes from a per-sample tensor where to cut, so shapes or positions depend on "
                 "the data. Use Python numbers, or torch.gather with computed indices."
             )
         return value.tolist()
@@ -154,7 +154,7 @@ def _with_numbers(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _layer_norm(layer_norm: Callable[..., Any]) -> Callable[..., Any]:
-    """``vmap`` accepts a shape that reaches past a sample into the others; PyTorch itself would refuse it."""
+    """Refuse a normalized_shape with more axes than a sample: ``vmap`` would normalise over other samples as well."""
 
     def corrected(input: Tensor, normalized_shape: Sequence[int], *args: Any, **kwargs: Any) -> Any:
         shape = tuple(normalized_shape)
@@ -175,8 +175,8 @@ def _register_hook(*args: Any, **kwargs: Any) -> None:
     )
 
 
-# In torch 2.11 to 2.13 the batching rule of linalg.solve takes a matrix of right sides for a vector, or adds an axis,
-# if only one operand differs per sample. tensorsolve calls it in C++, where the capture does not see the call.
+# If only one operand differs per sample, the batching rule of linalg.solve in torch 2.11 to 2.13 treats a matrix of
+# right sides as a vector, or adds an axis. tensorsolve calls solve in C++, where the capture does not see the call.
 _SOLVERS = ("linalg_solve", "linalg_solve_ex", "_linalg_solve_ex", "linalg_tensorsolve")
 
 CORRECTIONS: Mapping[Callable[..., Any], Callable[..., Any]] = MappingProxyType(

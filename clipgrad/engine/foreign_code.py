@@ -1,8 +1,9 @@
-"""Code of the user's that PyTorch would run below our ``vmap``, on the tensors of all samples at once.
+"""Refuse user code that PyTorch would run below the ``vmap`` over samples, on the tensors of all samples at once.
 
-Autograd and the dispatcher call hooks, modes and tensor subclasses with physical tensors, ``[B, ...]``. What they
-compute of them (a quantisation by ``t.abs().max()``) would let one sample change the gradients of the others, which
-no clipping norm is charged for. PyTorch's own are let through: they watch or trace, and change no value.
+Autograd and the dispatcher call hooks, modes and tensor subclasses with physical tensors ``[B, ...]``. Such code (a
+quantisation by ``t.abs().max()``, say) would let one sample change the gradients of other samples, and clipping does
+not bound that influence. Hooks, modes and subclasses of PyTorch itself may run: they observe or trace, and change no
+value.
 """
 
 from __future__ import annotations
@@ -26,23 +27,19 @@ SAVED_TENSORS_HOOKS = (
     "them off (gradient_checkpointing_disable()): microbatch_size bounds the memory instead."
 )
 PLAIN: set[type] = {Tensor, nn.Parameter}
-"""Classes known to bring no code of their own."""
+"""Classes that are known to have no ``__torch_function__`` or ``__torch_dispatch__`` of their own."""
 dispatch_modes = torch._C._len_torch_dispatch_stack
-"""How many modes are active that see operations below ``vmap``. Asked at each operation, so not wrapped."""
+"""Return the number of active ``TorchDispatchMode``s. It is called for each operation, so it has no wrapper."""
 _DISABLED = torch._C._disabled_torch_function_impl
 
 
 def without_saved_tensors_hooks() -> AbstractContextManager[None]:
-    """Refuse saved tensors hooks while the body runs, those that are active already included."""
+    """Refuse saved tensors hooks while the body runs, including hooks that are already active."""
     return torch.autograd.graph.disable_saved_tensors_hooks(SAVED_TENSORS_HOOKS)
 
 
 def refuse_saved_tensors_hooks() -> None:
-    """Refuse those that are active around the step.
-
-    Raises:
-        NotPerSampleError: If there are any.
-    """
+    """Raise ``NotPerSampleError`` if saved tensors hooks are active around the step."""
     try:
         with without_saved_tensors_hooks():
             pass
@@ -51,21 +48,16 @@ def refuse_saved_tensors_hooks() -> None:
 
 
 def refuse_modes() -> None:
-    """Refuse modes of the user's that are active around the transform.
-
-    Raises:
-        NotPerSampleError: If there is one.
-    """
+    """Raise ``NotPerSampleError`` if a mode of the user is active around the transform."""
     if torch._C._len_torch_function_stack():
         _refuse_modes(_get_current_function_mode_stack(), "__torch_function__")
     refuse_dispatch_modes()
 
 
 def refuse_dispatch_modes() -> None:
-    """Refuse those that see operations below ``vmap``, also of the loss's own; a ``TorchFunctionMode`` there does not.
+    """Raise ``NotPerSampleError`` if a ``TorchDispatchMode`` of the user is active, inside the loss or around it.
 
-    Raises:
-        NotPerSampleError: If there is one.
+    A ``TorchFunctionMode`` inside the loss is harmless: it does not see operations below ``vmap``.
     """
     if dispatch_modes():
         _refuse_modes(_get_current_dispatch_mode_stack(), "__torch_dispatch__")
@@ -82,15 +74,7 @@ def _refuse_modes(modes: Iterable[Any], method: str) -> None:
 
 
 def refuse_subclasses(tensors: Iterable[Any], what: str) -> None:
-    """Refuse tensors of classes with code of their own.
-
-    Args:
-        tensors: Any objects; those that are no tensors are let be.
-        what: What they are, for the message.
-
-    Raises:
-        NotPerSampleError: If there is one.
-    """
+    """Raise ``NotPerSampleError`` for tensors of a subclass that has code of its own; ignore other objects."""
     kinds = set(map(type, tensors))
     if PLAIN.issuperset(kinds):
         return
@@ -100,7 +84,7 @@ def refuse_subclasses(tensors: Iterable[Any], what: str) -> None:
 
 
 def refuse_kind(kind: type, what: str) -> None:
-    """Refuse a subclass of ``Tensor`` with code of its own; see ``refuse_subclasses``."""
+    """Raise ``NotPerSampleError`` for a subclass of ``Tensor`` that has code of its own."""
     if kind in PLAIN:
         return
     for method in ("__torch_dispatch__", "__torch_function__"):
@@ -113,16 +97,16 @@ def refuse_kind(kind: type, what: str) -> None:
 
 
 def _is_pytorchs(kind: type, method: str) -> bool:
-    """Whether PyTorch, or this package, wrote a method of a class, or nobody did."""
+    """Return whether a method of a class is absent, or defined in PyTorch or in this package."""
     for base in kind.__mro__:
-        # PyTorch itself puts the second into every class that has a ``__torch_dispatch__``.
+        # PyTorch itself sets __torch_function__ to _DISABLED in every class that has a __torch_dispatch__.
         if vars(base).get(method, _DISABLED) is not _DISABLED:
             return base.__module__.partition(".")[0] in ("torch", "clipgrad")
     return True
 
 
 class _Node:
-    """What the loss is given for the node of autograd's graph that made a tensor; it can be compared with None only."""
+    """This class replaces ``grad_fn`` inside the loss: it can be compared with None, and nothing else."""
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -138,7 +122,7 @@ _NODE = _Node()
 
 
 def node_of(tensor: Tensor) -> Any:
-    """``tensor.grad_fn`` as the loss may see it: ``vmap`` hides the node, which holds all samples."""
+    """Return ``tensor.grad_fn``, or ``_NODE`` where ``vmap`` hides a node that holds all samples."""
     node = tensor.grad_fn
     return _NODE if node is None and innermost(tensor).grad_fn is not None else node
 

@@ -1,4 +1,4 @@
-"""From a settled tape to norms and clipped sums of the parameters, shared expressions pulled back included."""
+"""Compute norms and clipped sums of the parameters from a settled tape, including uses through shared expressions."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from clipgrad.rules.canonical import PerSample, added, row_norms_squared, widen
 
 
 class Gradients:
-    """Per-sample gradients of one microbatch, in whatever form is cheapest.
+    """This class holds the per-sample gradients of one microbatch, each in the form that its strategy chose.
 
-    A parameter's gradient has several parts: its own uses, and the uses of every expression made of it. While
-    the parts touch different elements (the three slices of a packed projection), squared norms add up. Else
+    A parameter's gradient has several parts: its own uses, and the uses of every expression computed from it. If the
+    parts touch different elements (the three slices of a packed projection), their squared norms are added. Otherwise
     the parts are pulled back and summed per sample first.
     """
 
@@ -38,13 +38,12 @@ class Gradients:
         self._bundled: dict[int, Bundle] = {}
 
     def squared_norms(self, members: Sequence[int]) -> Tensor | None:
-        """Squared norms of every sample's gradient of some parameters together, ``[B]``; None if nothing reached any.
+        """Return the squared norms over some parameters together, ``[B]``; None if no gradient reached any of them.
 
-        Args:
-            members: Indices of the parameters; each belongs to one call.
+        Each parameter's index may be in only one call.
         """
         found = []
-        # A compiler joins small operations itself.
+        # When a graph is traced, the compiler joins small operations itself.
         if get_proxy_mode() is None and len(members) > 1:
             bundle = bundled(self._kept_alone(members))
             if bundle is not None:
@@ -55,7 +54,7 @@ class Gradients:
         return _total(found)
 
     def _kept_alone(self, members: Sequence[int]) -> dict[int, Tensor]:
-        """Kept gradients of parameters that are reached in no other way."""
+        """Return kept gradients of parameters whose gradient has no other part."""
         found = {}
         for index in members:
             parts = self._parts[index]
@@ -72,7 +71,7 @@ class Gradients:
         return row_norms_squared(self.per_sample(index))
 
     def per_sample(self, index: int) -> Tensor:
-        """The per-sample gradients of one parameter, ``[B, *shape]``."""
+        """Return the per-sample gradients of one parameter, ``[B, *shape]``."""
         if index not in self._summed:
             total: Tensor | None = None
             for part in self._parts[index]:
@@ -86,7 +85,7 @@ class Gradients:
         return self._summed[index]
 
     def weighted_sum(self, index: int, factors: Tensor) -> Tensor | None:
-        """``sum_b factors[b] g_b`` of one parameter; None if nothing reached it."""
+        """Return ``sum_b factors[b] g_b`` of one parameter; None if no gradient reached it."""
         if index in self._bundled:
             return self._bundled[index].weighted_sum(index, factors)
         if index in self._summed:
@@ -116,7 +115,7 @@ class Gradients:
             bundle.select(keep)
         for entry in self._tape.tracked:
             entry.select(keep)
-        # What was summed per sample stays so: pulling back a sum instead would round it as the expression does.
+        # Keep the sums per sample: pulling back a clipped sum instead would round it to the expression's dtype.
         self._summed = {index: select_rows(total, keep) for index, total in self._summed.items()}
         self._pulled.clear()
 
@@ -138,14 +137,14 @@ class Gradients:
         return None if gradient is None else widen(gradient)
 
     def _disjoint(self, index: int) -> bool:
-        """Whether no element of the parameter is reached through two parts."""
+        """Return whether no element of the parameter is reached through two parts."""
         parts = self._parts[index]
         if len(parts) == 1:
             return True
         if any(not part.derived for part in parts):
             return False
         source = self._tape.tracked[index].shared
-        with untraced():  # the answer depends on shapes alone, so it may be baked into a graph
+        with untraced():  # the result depends on shapes alone, so it may be a constant of a graph
             touched = torch.zeros_like(source)
             for part in parts:
                 (image,) = torch.autograd.grad(
@@ -156,7 +155,7 @@ class Gradients:
 
 
 class Transformed:
-    """Per-sample gradients after ``pre_clipping_transform``; the materialised twin of ``Gradients``."""
+    """This class replaces ``Gradients`` after ``pre_clipping_transform``: its per-sample gradients are materialised."""
 
     def __init__(self, gradients: list[Tensor]) -> None:
         self._gradients = gradients

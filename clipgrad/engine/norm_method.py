@@ -1,4 +1,4 @@
-"""Choose, per parameter, how its per-sample norms are found. Costs only; results never depend on it.
+"""Choose for each parameter how its per-sample norms are computed. The choice changes costs, never results.
 
 With ``u = 2 B S I O`` FLOPs for one weight gradient (``S`` positions, ``I`` columns, ``O`` rows):
 
@@ -10,9 +10,9 @@ ghost       ``B S^2 (I + O)`` FLOPs (symmetry halves it)  the factors ``B S (I +
 recompute   ``u`` again                                  the factors ``B S (I + O)``
 ==========  ===========================================  ===================================
 
-Kept factors and kept gradients weigh the same at ``S = I O / (I + O)``. Beyond it keeping the gradients is
-cheaper in memory *and* in time, so recomputing pays only when neither fits. Below it the ghost norm costs less
-than ``u``; whether it beats keeping depends on arithmetic being cheaper than memory traffic.
+Kept factors and kept gradients take the same memory at ``S = I O / (I + O)``. For larger ``S``, keeping the gradients
+takes less memory *and* less time, so recomputing pays only if neither fits. For smaller ``S``, the ghost norm costs
+less than ``u``; whether it costs less than keeping depends on the ratio of arithmetic to memory bandwidth.
 """
 
 from __future__ import annotations
@@ -23,22 +23,15 @@ from dataclasses import dataclass
 from clipgrad.engine.tape import Strategy, Tracked
 from clipgrad.rules.registry import Extent
 
-# FLOPs that a machine does in the time of moving one byte. CPUs and GPUs in float32 lie between 5 and 15; the
-# choice is flat around the crossing, so one number serves both.
+# FLOPs that a machine computes in the time of moving one byte. CPUs and GPUs in float32 lie between 5 and 15. Near the
+# crossing both strategies cost about the same, so one number serves both kinds of device.
 _FLOPS_PER_BYTE = 10.0
 _BYTES = 4
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The strategy for one parameter and the reason, for ``explain``.
-
-    Attributes:
-        strategy: What to do.
-        reason: Why, in a few words.
-        kept_bytes: Memory of the parameter's per-sample gradients.
-        factor_bytes: Memory of its factors.
-    """
+    """This class holds the strategy for one parameter, with the reason and the memory of both forms for ``explain``."""
 
     strategy: Strategy
     reason: str
@@ -53,14 +46,14 @@ def choose(
     strategy: Strategy | None,
     memory_budget: float | None,
 ) -> list[Choice]:
-    """One choice per tracked entry, in order.
+    """Return one choice per tracked entry, in order.
 
     Args:
-        entries: Parameters and shared expressions with the uses that the forward pass met.
-        batch_size: Samples in the microbatch.
-        strategy: Force one strategy where it applies; None decides by cost.
-        memory_budget: Bytes that kept per-sample gradients may take beyond the factors they replace; None
-            allows a quarter of the memory that the parameters and factors take anyway.
+        entries: Parameters and shared expressions with the uses that the forward pass recorded.
+        batch_size: Number of samples in the microbatch.
+        strategy: A strategy to force where it applies; None decides by cost.
+        memory_budget: Bytes that kept per-sample gradients may take beyond the factors that they replace; None allows
+            a quarter of the memory that parameters (each counted four times) and factors take anyway.
     """
     choices = [_preference(entry, batch_size, strategy) for entry in entries]
     if strategy is not None:
@@ -86,14 +79,17 @@ def choose(
 
 
 def _has_choice(entry: Tracked) -> bool:
-    """Norms from factors need every use to be factored, and the gradient to reach the parameter unchanged."""
+    """Return whether norms can be computed from factors.
+
+    Every use must be factored, and the gradient must reach the parameter unchanged.
+    """
     layouts = {
         None if extent is None else (extent.rows, extent.columns, extent.groups)
         for extent in entry.extents
     }
-    # Factors of several uses are joined, so they must agree on what is a row and what a column.
+    # Factors of several uses are joined, so all uses must have the same rows, columns and groups.
     factored = len(layouts) == 1 and None not in layouts
-    # Of a parameter without elements, factors may be NaN where the gradient is nothing.
+    # If a parameter has no elements, its gradient is empty, but its factors may be NaN.
     return factored and not entry.fallback and entry.injective and entry.shared.numel() > 0
 
 
@@ -104,7 +100,7 @@ def _preference(entry: Tracked, batch_size: int, forced: Strategy | None) -> Cho
     if not _has_choice(entry):
         return Choice(Strategy.KEPT, _why_kept(entry), kept_bytes, factor_bytes)
     if forced is not None:
-        return Choice(forced, "asked for", kept_bytes, factor_bytes)
+        return Choice(forced, "forced by strategy=", kept_bytes, factor_bytes)
     if any(extent.one_hot for extent in extents):
         return Choice(
             Strategy.GHOST,

@@ -1,6 +1,6 @@
-"""An operation run on one sample after the other, below ``vmap``: exact whatever PyTorch's batching rule does.
+"""Run an operation on one sample after the other, below ``vmap``.
 
-It is slow, and is for operations whose batching rule is wrong or missing.
+This is slow and exact. It is for operations whose batching rule in PyTorch is wrong or missing.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ _is_alias_of: Callable[[Tensor, Tensor], bool] = torch._C._is_alias_of  # type: 
 
 
 def one_by_one(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    """Run an operation on each sample alone, with autograd, and stack what it returns.
+    """Run an operation on each sample alone, with autograd, and stack the results.
 
     Raises:
-        NotPerSampleError: Inside another ``torch.func`` transform, where single samples cannot be taken out; or if
-            results differ in shape, or share memory with an operand.
+        NotPerSampleError: Inside another ``torch.func`` transform, where single samples cannot be extracted; or if
+            results differ in structure, shape or dtype between samples, or share memory with an operand.
     """
     level = current_level()
     name = resolve_name(function) or getattr(function, "__name__", str(function))
@@ -36,8 +36,8 @@ def one_by_one(function: Callable[..., Any], args: Sequence[Any], kwargs: Mappin
         whole = [physical(leaf, level) if isinstance(leaf, Tensor) else None for leaf in flat]
     except Decline:
         raise NotPerSampleError(
-            f"{name} has no batching rule in PyTorch that is right, so it runs on one sample after the other. Inside "
-            "another torch.func transform (grad, vmap, jvp) it cannot. Write it with elementary operations there."
+            f"{name} has no correct batching rule in PyTorch, so it runs on one sample after the other. Inside another "
+            "torch.func transform (grad, vmap, jvp) it cannot do so. Write it with elementary operations there."
         ) from None
     size = next((value.shape[0] for value in whole if value is not None), None)
     if size is None:
@@ -93,16 +93,10 @@ def _differ(name: str) -> NotPerSampleError:
 def instead(
     function: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], error: Exception
 ) -> Any:
-    """What an operation returns that fails under ``vmap`` and not on single samples, or else its error.
+    """Run an operation that failed under ``vmap`` on single samples, or raise its error again.
 
-    Missing batching rules are one reason; others are kernels that take no broadcast memory, and Python functions that
-    compute with shapes.
-
-    Args:
-        function: As a ``TorchFunctionMode`` sees it.
-        args: Its positional arguments.
-        kwargs: Its keyword arguments.
-        error: What it raised under ``vmap``.
+    An operation can fail because its batching rule is missing, because its kernel takes no broadcast memory, or because
+    it is a Python function that computes with shapes.
     """
     if isinstance(error, NotPerSampleError) or is_refusal(error):
         raise error
@@ -120,8 +114,8 @@ def instead(
         result = one_by_one(function, args, kwargs)
     except Exception:
         raise error from None
-    # A Python value of the data would be branched on; random numbers would not follow the randomness= that was asked
-    # for; a write would happen once per sample.
+    # The loss could branch on a Python value computed from data. Random numbers would ignore the randomness= option.
+    # A write would happen once per sample.
     only_tensors = all(isinstance(leaf, Tensor) for leaf in tree_flatten(result)[0])
     written = before != [tensor._version for tensor in tensors]
     if not only_tensors or written or draws.since_last_asked():

@@ -1,8 +1,8 @@
-"""Which values of a forward pass may depend on random numbers, for ``branches="split"``.
+"""Record which values of a forward pass may depend on random numbers, for ``branches="split"``.
 
-Where samples branch apart, their parts run again and draw again. That is harmless as long as what they branch on is the
-same in every run. If it depends on what was drawn, a sample would end up with numbers that let it agree with its
-neighbours: they would have a part in what it contributes.
+Where samples take different branches, their parts run again, with new random numbers. That is harmless if the branch
+condition has the same value in every run. If the condition depends on random numbers, a sample ends up with numbers
+for which it agrees with its neighbours. Then other samples influence the sample's gradient.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from clipgrad.engine.rng_state import Draws, states_of_others
 
 
 class RandomValues:
-    """Follows random numbers from operation to operation, by the memory that they are in.
+    """This class follows random numbers from operation to operation, by the memory in which they are stored.
 
-    What no operation was seen to return (of a scripted function, say) counts as drawn.
+    A per-sample tensor that no intercepted operation returned (but a scripted function, say) counts as random.
 
     Args:
-        device: The parameters'.
+        device: The parameters' device.
         given: Parameters and rows of the batch, as the loss holds them.
     """
 
@@ -32,18 +32,18 @@ class RandomValues:
             self._draws = Draws(device)
         self._others = states_of_others()
         self._unseen = False
-        # As long as a weak reference is held, no other storage lies where that one did.
+        # While a weak reference to a storage exists, no other storage gets the same address.
         self._memory: dict[int, tuple[StorageWeakRef, bool]] = {}
         for tensor in given:
             self._note(tensor, False)
 
     def before(self) -> None:
-        """An operation begins."""
+        """Note random numbers that were generated outside of intercepted operations; call before each operation."""
         with below_vmap():
             self._unseen |= self._draws.since_last_asked()
 
     def after(self, operands: Iterable[Tensor], results: Iterable[Tensor]) -> None:
-        """It has ended."""
+        """Record whether the results of an operation depend on random numbers; call after each operation."""
         with below_vmap():
             drew = self._draws.since_last_asked()
         drawn = drew or any(map(self._is_drawn, operands))
@@ -51,7 +51,7 @@ class RandomValues:
             self._note(result, drawn or self._is_drawn(result, default=False))
 
     def decides(self, question: Tensor) -> bool:
-        """Whether the answer to a question about a value may depend on random numbers."""
+        """Return whether the value of a tensor may depend on random numbers."""
         return self._unseen or states_of_others() != self._others or self._is_drawn(question)
 
     def _is_drawn(self, tensor: Tensor, *, default: bool = True) -> bool:

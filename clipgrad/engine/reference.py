@@ -1,6 +1,6 @@
-"""The definition, written to be obviously right and nothing else: the oracle of every test.
+"""This file defines the result, in code that is written to be obviously right: it is the oracle of every test.
 
-Per sample: gradient, norm, clip; then the sum. Fast code never imports this file.
+For each sample it computes gradient, norm and clipping factor, and then the sum. Fast code never imports this file.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ Params = dict[str, Tensor]
 
 
 def per_sample_gradients(fn: Callable[..., Tensor], params: Params, *batch: Any) -> Params:
-    """``vmap(grad(fn))`` over the samples of ``batch``; ``fn`` sees a batch of one.
+    """Compute ``vmap(grad(fn))`` over the samples of ``batch``; ``fn`` sees a batch of one.
 
     Args:
         fn: ``fn(params, *batch) -> scalar``.
@@ -40,7 +40,7 @@ def per_sample_gradients(fn: Callable[..., Tensor], params: Params, *batch: Any)
 def per_sample_gradients_by_loop(
     fn: Callable[..., Tensor], params: Params, *batch: Any
 ) -> tuple[Tensor, Params]:
-    """The same by a plain loop, one backward pass per sample: also for operations that ``vmap`` does not know.
+    """Compute per-sample gradients in a plain loop, which also runs operations that ``vmap`` does not support.
 
     Args:
         fn: ``fn(params, *batch) -> scalar``.
@@ -65,7 +65,7 @@ def per_sample_gradients_by_loop(
 
 
 def clipped_sum(gradients: Params, max_grad_norm: float) -> tuple[Params, Tensor]:
-    """``sum_i min(1, C / ||g_i||) g_i`` and the norms ``||g_i||``, ``[B]``; one sample at a time."""
+    """Return ``sum_i min(1, C / ||g_i||) g_i`` and norms ``||g_i||``, ``[B]``; gradients with NaN or inf count as 0."""
     size = len(next(iter(gradients.values())))
     total = {name: torch.zeros_like(gradient[0]) for name, gradient in gradients.items()}
     norms = []
@@ -74,7 +74,7 @@ def clipped_sum(gradients: Params, max_grad_norm: float) -> tuple[Params, Tensor
         norms.append(norm)
         factor = 1.0 if norm <= max_grad_norm else max_grad_norm / norm
         if not torch.isfinite(norm):
-            continue  # contributes nothing
+            continue
         for name, gradient in gradients.items():
             total[name] += factor * gradient[i]
     return total, torch.stack(norms)

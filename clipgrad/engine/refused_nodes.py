@@ -1,7 +1,8 @@
-"""Nodes of the autograd graph whose operation PyTorch's ``vmap`` batches wrongly.
+"""Refuse nodes of the autograd graph whose operation PyTorch's ``vmap`` batches wrongly.
 
-The capture corrects these operations under every name. Where it does not see a call (``DisableTorchFunction``,
-TorchScript, a C++ extension, an operation inside of another), the graph shows it, and it is refused before it runs.
+The capture corrects these operations under every name. Some calls the capture does not see: under
+``DisableTorchFunction``, in TorchScript, in a C++ extension, or inside another operation. Their nodes are in the
+autograd graph, and are refused before the backward pass runs.
 """
 
 from __future__ import annotations
@@ -13,13 +14,13 @@ from clipgrad.errors import NotPerSampleError
 
 
 def _has_padding(node: Any) -> bool:
-    """Whether an embedding leaves rows out, or divides by counts: of all samples, under ``vmap``."""
+    """Return whether an embedding uses padding_idx or scale_grad_by_freq, which ``vmap`` applies to all samples."""
     unset = (-1, 2**64 - 1)
     return node._saved_padding_idx not in unset or node._saved_scale_grad_by_freq
 
 
 def _shares_memory(node: Any) -> bool:
-    """Whether the samples of an ``as_strided`` are one piece of memory; its gradient is right elsewhere."""
+    """Return whether the samples of an ``as_strided`` share memory; otherwise its gradient is right."""
     size, stride = node._saved_size, node._saved_stride
     return bool(size) and size[0] > 1 and stride[0] == 0
 
@@ -37,14 +38,12 @@ WRONG: dict[str, tuple[str, Callable[[Any], bool]]] = {
 
 
 def refuse(node: Any, corrected: Sequence[tuple[int, int]]) -> None:
-    """Refuse a node of a wrong operation that no correction and no rule has made.
+    """Raise ``NotPerSampleError`` for a node in ``WRONG``, unless a correction or a rule created it.
 
     Args:
-        node: Of the graph that is about to run, by a name in ``WRONG``.
-        corrected: Which of autograd's nodes they made, by number: first, and behind the last.
-
-    Raises:
-        NotPerSampleError: If it is one.
+        node: A node of the graph that is about to run, with a name in ``WRONG``.
+        corrected: Ranges of autograd's sequence numbers of nodes that corrections and rules created: first, and last
+            plus one.
     """
     operation, is_wrong = WRONG[type(node).__name__]
     if not is_wrong(node):

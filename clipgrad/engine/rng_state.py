@@ -1,4 +1,4 @@
-"""The state of random number generators, to be given back as it was, or to see whether somebody drew."""
+"""Save and restore RNG state, and detect whether it has changed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 class Generators:
-    """The state of the random number generators that a step may draw from."""
+    """This class saves the RNG states that a step may change: of the CPU and of a device."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -27,7 +27,7 @@ class Generators:
 
     @contextmanager
     def replayed(self) -> Iterator[None]:
-        """Run the body from this state, and leave the generators as they are now."""
+        """Run the body from the saved state, and then restore the state from before the call."""
         now = Generators(self._device)
         self.restore()
         with now.kept():
@@ -35,7 +35,7 @@ class Generators:
 
     @contextmanager
     def kept(self) -> Iterator[None]:
-        """Give the generators back as they are in this state, whatever the body draws."""
+        """Restore the saved state after the body."""
         try:
             yield
         finally:
@@ -43,24 +43,20 @@ class Generators:
 
 
 class Draws:
-    """Whether PyTorch's generators, which are global, were drawn from.
-
-    Args:
-        device: Whose generator is watched beside the CPU's.
-    """
+    """This class detects whether the global RNG state of the CPU or of ``device`` has changed."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._last = _states(device)
 
     def since_last_asked(self) -> bool:
-        """Whether any is in another state than when this was asked last, or at first."""
+        """Return whether a generator's state has changed since the last call, or since construction."""
         before, self._last = self._last, _states(self._device)
         return not all(map(torch.equal, before, self._last))
 
 
 def _states(device: torch.device) -> list[Tensor]:
-    """The state of the CPU's generator and, if that is another device, of the device's."""
+    """Return the state of the CPU's generator and, for another device, of the device's generator."""
     states = [torch.get_rng_state()]
     if device.type != "cpu":
         states.append(torch.get_device_module(device).get_rng_state(device))
@@ -68,6 +64,6 @@ def _states(device: torch.device) -> list[Tensor]:
 
 
 def states_of_others() -> Any:
-    """The states of Python's and NumPy's global generators, to be compared."""
-    kind, words, *rest = np.random.get_state()  # noqa: NPY002 - the user's
+    """Return the states of Python's and NumPy's global generators in a form that can be compared."""
+    kind, words, *rest = np.random.get_state()  # noqa: NPY002 - user code uses the global generator
     return random.getstate(), kind, np.asarray(words).tobytes(), rest

@@ -1,4 +1,4 @@
-"""The samples of a microbatch in parts that turn out while the loss runs, each as the caller passed them."""
+"""Run the loss on parts of a microbatch, if samples take different branches (``branches="split"``)."""
 
 from __future__ import annotations
 
@@ -14,14 +14,10 @@ from clipgrad.errors import NotPerSampleError
 
 
 class Parts:
-    """A microbatch to run the loss on, whole at first, then in parts where its samples branch apart.
+    """This class yields a microbatch whole at first, and then in parts if its samples take different branches.
 
-    A loss may write to its batch (``x.mul_(2)``). A part taken from what an earlier run left would be written
-    to again, so every run gets copies; ``write_back`` leaves in the batch what one run on all of it would
-    have left.
-
-    Args:
-        batch: Flat.
+    A loss may write to its batch (``x.mul_(2)``), and samples of a part may run more than once. So every run gets
+    copies of the original values. ``write_back`` then writes to the batch what a single run would have written.
     """
 
     def __init__(self, batch: Sequence[Any]) -> None:
@@ -32,7 +28,7 @@ class Parts:
         self._finished: list[tuple[Tensor, list[Any], list[int]]] = []
 
     def __iter__(self) -> Iterator[tuple[list[Any], Tensor]]:
-        """Rows to run on and their indices, until all ran; call ``split`` for those that did not come to an end."""
+        """Yield rows and their indices until all samples have run; call ``split`` if a run ends in a disagreement."""
         while self._waiting:
             index = self._running = self._waiting.pop()
             rows = self._copies(index)
@@ -41,22 +37,18 @@ class Parts:
             yield rows, index
 
     def split(self, disagreement: Disagreement) -> None:
-        """Run the samples of the present part again, those that agree together."""
+        """Run the current part's samples again in two parts: those that agree with its first sample, and the rest."""
         self._finished.pop()
         index = self._running
         self._waiting.extend(index[part] for part in reversed(disagreement.parts()))
 
     @property
     def order(self) -> Tensor:
-        """What brings the samples, as they ran, into the order of the batch."""
+        """Return the index that brings the samples from the order of the runs into the order of the batch."""
         return torch.cat([index for index, _, _ in self._finished]).argsort()
 
     def write_back(self) -> None:
-        """Leave in the batch what the loss wrote to its copies.
-
-        Raises:
-            NotPerSampleError: If it wrote to memory that two tensors of the batch share: its copies did not.
-        """
+        """Write to the batch what the loss wrote to its copies; refuse writes to memory that two tensors share."""
         for index, rows, before in self._finished:
             both = zip(_tensors(self._batch), _tensors(rows), before, strict=True)
             for leaf, values, version in both:
@@ -74,7 +66,7 @@ class Parts:
         if sum(leaf.untyped_storage()._cdata == memory for leaf in _tensors(self._batch)) > 1:
             raise NotPerSampleError(
                 "the loss writes in place to a tensor of the batch whose memory another tensor of the batch shares, "
-                "and branches='split' runs it on copies, which share none. Use the out-of-place form, "
+                "and branches='split' runs the loss on copies, which share none. Use the out-of-place form, "
                 "x = x.mul(2.0) instead of x.mul_(2.0), or pass x.clone()."
             )
 

@@ -1,10 +1,10 @@
-"""Values of single samples that outlive the forward pass they were computed in, and their use in a later one.
+"""Refuse per-sample values that a model keeps from one forward pass and uses in a later one.
 
-A model may keep an activation for inspection. Used in the next forward pass, lane ``i`` of the old batch would
-silently meet sample ``i`` of the new one: an old sample would influence gradients that its clipping norm was not
-charged for. ``vmap`` itself does not notice, since its levels are numbered by depth. What operations of the loss
-returned is remembered, by identity. What came out of a ``torch.func`` transform inside of it, a scripted function or a
-constructor is not seen.
+A model may keep an activation for inspection. In the next forward pass, row ``i`` of the old batch would silently be
+combined with sample ``i`` of the new batch: an old sample would influence gradients whose clipping does not bound that
+influence. ``vmap`` does not detect this, since its levels are numbered by depth. So this file remembers, by identity,
+the tensors that operations of the loss returned. It does not see tensors that a ``torch.func`` transform inside the
+loss, a scripted function or a constructor returned.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ _kept: dict[int, weakref.ref[Tensor]] = {}
 
 
 class _StaleValue(Tensor):
-    """What a per-sample value becomes when its forward pass is over: PyTorch's words for its use help nobody.
+    """This class replaces the class of a per-sample value after its forward pass, to give a clear error on its use.
 
-    As ``nn.UninitializedParameter`` does, the object changes its class, so that whoever kept it meets the message.
+    PyTorch's own error does not name the cause. ``nn.UninitializedParameter`` changes its class in the same way.
     """
 
     @classmethod
@@ -40,13 +40,13 @@ class _StaleValue(Tensor):
         except (RuntimeError, TypeError) as error:
             raise NotPerSampleError(
                 f"{getattr(func, '__name__', func)} received a value that the loss kept (in a list, an attribute or a "
-                f"logger, such as self.log) and that stands for all samples at once, so it is of no use {_OUTSIDE}"
+                f"logger, such as self.log) and that stands for all samples at once, so it cannot be used {_OUTSIDE}"
             ) from error
 
 
 def remember(made: Iterable[weakref.ref[Tensor]]) -> None:
-    """After a forward pass: those of its per-sample tensors that are still alive were kept by somebody."""
-    for key, reference in list(_kept.items()):  # a copy: another thread may add to it
+    """Remember the per-sample tensors of a finished forward pass that are still alive, so that user code kept them."""
+    for key, reference in list(_kept.items()):  # a copy, since another thread may add to _kept
         if reference() is None:
             _kept.pop(key, None)
     for reference in made:
@@ -58,12 +58,7 @@ def remember(made: Iterable[weakref.ref[Tensor]]) -> None:
 
 
 def among(tensors: Iterable[Tensor], level: int) -> bool:
-    """Whether any of the tensors was kept from an earlier forward pass.
-
-    Args:
-        tensors: What an operation is given.
-        level: Of the present pass. Tensors of transforms inside of it are looked into.
-    """
+    """Return whether a tensor was kept from an earlier pass; inner transforms are unwrapped down to ``level``."""
     return bool(_kept) and any(_is_kept(tensor, level) for tensor in tensors)
 
 
@@ -78,7 +73,7 @@ def _is_kept(tensor: Tensor, level: int) -> bool:
 
 
 def refuse(operation: str) -> NotPerSampleError:
-    """What to raise where a kept value is used."""
+    """Return the error to raise if a kept value is used."""
     return NotPerSampleError(
         f"{operation} received a per-sample value that the loss kept from an earlier batch or microbatch (in an "
         "attribute, a list or a cache), so old samples would influence the gradients of new ones. Compute it anew in "

@@ -1,4 +1,4 @@
-"""What one forward pass leaves behind: each parameter, its uses, and the gradients that arrive for them."""
+"""The tape records each parameter of one forward pass, its uses, and the gradients of these uses."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from clipgrad.rules.registry import Extent, Recipe
 
 
 class Strategy(Enum):
-    """How the norm of a parameter's per-sample gradient is found. A cost decision, never a semantic one."""
+    """The strategy says how the norm of a per-sample gradient is computed; it changes costs, never results."""
 
     KEPT = "kept"
     """Build each per-sample gradient during the backward pass and keep it until it is summed."""
     GHOST = "ghost"
-    """Keep input and output gradient; norms from Gram matrices."""
+    """Keep input and output gradient; compute norms from Gram matrices."""
     RECOMPUTE = "recompute"
     """Keep input and output gradient; build per-sample gradients a few at a time for the norm alone."""
 
 
 @dataclass(frozen=True)
 class Expected:
-    """A use seen in the forward pass, whose output gradient is still to come.
+    """This class records a use of the forward pass whose output gradient has not arrived yet.
 
-    It holds no recipe: recipes close over activations, and belong to the hook that uses them up.
+    It holds no recipe: recipes close over activations, and only the hook that uses a recipe may keep it alive.
     """
 
     rule: str
@@ -45,16 +45,16 @@ _RECOMPUTE_ELEMENTS = 1 << 24
 
 @dataclass(eq=False)
 class Tracked:
-    """A parameter, or an expression of parameters alone, as the loss sees it.
+    """This class holds a parameter, or an expression of parameters alone, and its gradients.
 
     Attributes:
         name: The parameter's name, or the expression's operation and operands.
-        shared: The value that all samples share. An expression carries its autograd graph.
-        leaf: ``shared`` expanded to ``[B, ...]`` with stride 0; collects the gradient of uses without a rule.
-        wrapper: What user code holds: ``leaf`` with its lane axis hidden.
-        parameters: Indices of the parameters it is made of; one and itself if it is a parameter.
-        injective: The expression only moves elements (a view), so norms carry over.
-        wide: See ``exact``.
+        shared: The value that all samples share. The value of an expression carries its autograd graph.
+        leaf: ``shared`` expanded to ``[B, ...]`` with stride 0; it collects the gradient of uses without a rule.
+        wrapper: The tensor that user code holds: ``leaf`` with its batch axis hidden by ``vmap``.
+        parameters: Indices of the parameters in the expression; for a parameter, its own index.
+        injective: Whether the expression only moves elements (a view), so that norms carry over.
+        wide: The cached value of ``exact``.
     """
 
     name: str
@@ -81,9 +81,9 @@ class Tracked:
 
     @property
     def exact(self) -> Tensor:
-        """``shared`` in at least float32, a view with a graph of its own; clipped sums are pulled back through it.
+        """Return ``shared`` in at least float32; clipped sums of a view are pulled back through it.
 
-        Rounded to the half precision of a parameter, a sum over samples would move by more than one sample may.
+        Rounding a sum over samples to half precision could change it by more than the sensitivity.
         """
         if self.wide is None:
             wide = widen(self.shared)
@@ -91,10 +91,9 @@ class Tracked:
         return self.wide
 
     def receive(self, use: Use, extent: Extent | None, rule: str) -> None:
-        """Take the gradient of one use as the backward pass delivers it.
+        """Store the gradient of one use as soon as the backward pass has computed it.
 
-        Raises:
-            RuntimeError: If it has not the parameter's shape: adding it would broadcast, and norms would be wrong.
+        A gradient of another shape is an error: its addition would broadcast, and norms would be wrong.
         """
         if self.strategy is not Strategy.KEPT and extent is not None:
             if isinstance(use, Outer):
@@ -110,11 +109,11 @@ class Tracked:
             raise RuntimeError(
                 f"rule {rule!r} gave parameter {self.name!r} per-sample gradients of shape {tuple(shape)} where "
                 f"{tuple(self.leaf.shape)} is needed, samples first. The rule must raise Decline for operands that the "
-                "operation broadcasts; unregister_rule takes it out."
+                "operation broadcasts; unregister_rule removes it."
             )
 
     def settle(self) -> None:
-        """After the backward pass: gradients of one parameter are either all factored or all materialised."""
+        """Materialise all gradients of the entry if one of them is materialised; call after the backward pass."""
         if self.leaf.grad is not None:
             self.kept = self.leaf.grad if self.kept is None else self.kept + self.leaf.grad
             self.leaf.grad = None
@@ -133,25 +132,25 @@ class Tracked:
         self.uses = [use.select(keep) for use in self.uses]
 
     def per_sample(self) -> Tensor:
-        """``[B, *shape]``."""
+        """Return per-sample gradients, ``[B, *shape]``."""
         if self.kept is not None:
             return widen(self.kept)
         return added([use.per_sample() for use in self.uses])
 
     def squared_norms(self) -> Tensor:
-        """``[B]``."""
+        """Return squared norms of the per-sample gradients, ``[B]``."""
         if self.kept is not None:
             return row_norms_squared(self.kept)
         factors = [outer for use in self.uses if (outer := use.outer()) is not None]
         if len(factors) < len(self.uses) or len({outer.groups for outer in factors}) > 1:
-            # A use without factors, or one convolution weight with two groupings: factors cannot be joined.
+            # Factors cannot be joined if a use has none, or if a convolution weight is used with two numbers of groups.
             return row_norms_squared(self.per_sample())
         if self.strategy is Strategy.RECOMPUTE:
             return _recomputed_norms(factors)
         return ghost_norms_squared(factors)
 
     def weighted_sum(self, factors: Tensor) -> Tensor:
-        """``sum_b factors[b] g_b``, in at least float32."""
+        """Return ``sum_b factors[b] g_b``, in at least float32."""
         if self.kept is not None:
             return PerSample(self.kept).weighted_sum(factors)
         return added([use.weighted_sum(factors) for use in self.uses])
@@ -169,13 +168,13 @@ def _recomputed_norms(factors: Sequence[Outer]) -> Tensor:
 
 
 class Tape:
-    """All parameters of one microbatch and the tracked expressions made of them."""
+    """The tape holds all parameters of one microbatch and the tracked expressions computed from them."""
 
     def __init__(self, names: Sequence[str], parameters: Sequence[Tensor], batch_size: int) -> None:
         self.batch_size = batch_size
         self.corrected: list[
             tuple[int, int]
-        ] = []  # of autograd's nodes, by number: first, and behind the last
+        ] = []  # ranges of autograd's sequence numbers: first, and last plus one
         self.tracked: list[Tracked] = []
         for index, (name, parameter) in enumerate(zip(names, parameters, strict=True)):
             shared = parameter.detach().requires_grad_()
@@ -195,14 +194,14 @@ class Tape:
         level: int,
         wide: Tensor | None,
     ) -> Tracked:
-        """Track an expression of parameters, computed once for all samples.
+        """Track an expression of parameters that is computed once for all samples.
 
         Args:
-            name: Shown by ``explain``.
+            name: The name that ``explain`` shows.
             shared: The expression's value, with its graph.
             sources: The operands.
-            level: Where the wrapper belongs.
-            wide: If the expression only moves elements, the same of its operand's ``exact`` value.
+            level: The ``vmap`` level of the wrapper.
+            wide: The same expression of its operand's ``exact`` value, if the expression only moves elements.
         """
         parameters = tuple(sorted({index for source in sources for index in source.parameters}))
         tracked = self._track(name, shared, parameters)
@@ -214,11 +213,11 @@ class Tape:
         return tracked
 
     def release(self) -> None:
-        """Let go of every factor, once the sums are there or the loss was refused.
+        """Free all factors and gradients after the sums are computed, or after the loss is refused.
 
-        Hooks reach the tracked entries, and the graph that holds the hooks may be kept by somebody (an exception's
-        traceback, a tensor that the loss returned). Recipes are never held here: a parameter used twice would
-        close a cycle through the graph, half of it in C++, where Python's garbage collector cannot see it.
+        Hooks refer to the tracked entries, and user code may keep the graph with the hooks alive (an exception's
+        traceback, a tensor that the loss returned). Entries hold no recipes: if a parameter is used twice, they would
+        form a reference cycle through the graph, partly in C++, where Python's garbage collector does not see it.
         """
         for entry in self.tracked:
             entry.expected.clear()
@@ -229,16 +228,16 @@ class Tape:
     def on_gradient(
         self, entries: Sequence[tuple[Tracked, Recipe]], saved: Sequence[Tensor], rule: str
     ) -> Callable[[Tensor], None]:
-        """The hook that turns an operation's output gradient into uses.
+        """Return the hook that turns an operation's output gradient into uses.
 
-        It lets go of the recipes, and with them of the activations that they close over, as soon as it has run:
-        the graph that holds the hook lives until the whole backward pass has ended.
+        The hook frees the recipes, and so the activations that they close over, as soon as it has run. The graph that
+        holds the hook lives until the end of the backward pass.
         """
         waiting = list(entries)
         held = [(tensor, tensor._version) for tensor in saved]
 
         def hook(gradient: Tensor) -> None:
-            assert waiting, "an output's gradient came twice"
+            assert waiting, "an output's gradient arrived twice"
             if any(tensor._version != version for tensor, version in held):
                 raise NotPerSampleError(
                     f"an input of {rule} was changed by an in-place operation after it was used, so the "
@@ -255,10 +254,10 @@ class Tape:
 
 
 class _Source(torch.autograd.Function):
-    """Put an output that needs no gradient on the autograd graph, without asking for an input gradient.
+    """This function puts an output that needs no gradient on the autograd graph, without an input gradient.
 
-    The first layer of a model receives data. Its output gradient is wanted, its input gradient is not, and
-    forcing one would cost a whole backward operation.
+    The first layer of a model receives data. Its rule needs the output gradient; an input gradient would cost a whole
+    backward operation for nothing.
     """
 
     @staticmethod
@@ -283,10 +282,10 @@ class _Source(torch.autograd.Function):
 
 
 def watch(output: Tensor, anchor: Tensor, hook: Callable[[Tensor], None]) -> Tensor:
-    """Have ``hook`` called with the gradient of ``output``, whatever happens to the output afterwards.
+    """Register ``hook`` so that it receives the gradient of ``output``, whatever is done to the output afterwards.
 
-    A hook on a view would be bypassed if the view were written to in place: autograd then rebuilds the view's
-    history from its base. So only fresh tensors are watched; a broadcast, which cannot be written to, is let be.
+    A hook on a view is bypassed if the view is written to in place: autograd then rebuilds the view's history from its
+    base. So a view is copied first, except for a broadcast, which cannot be written to.
     """
     broadcast = not output.requires_grad and 0 in output.stride()
     if output._is_view() and not broadcast:

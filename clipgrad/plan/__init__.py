@@ -1,4 +1,4 @@
-"""What a private run promises, and what was done of it: the plan, its batches, its ledger."""
+"""Plan a private run and keep its state: ``PrivacyPlan``, receipts for its batches, and its ledger."""
 
 from __future__ import annotations
 

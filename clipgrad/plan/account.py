@@ -1,4 +1,4 @@
-"""What the optimizers that were built from a plan have released so far, and whether they may go on."""
+"""Record what the optimizers of a plan have released, and refuse steps beyond the plan."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from clipgrad.plan.receipts import Claim
 
 
 class Account:
-    """A plan, and the ledger that its steps are written to. All optimizers of one plan share ledger and budget.
+    """This class connects a plan with the ledger of its steps. All optimizers of one plan share ledger and budget.
 
     Args:
-        plan: What is being carried out.
-        noise: How the noise of a step is to be accounted for: ``StepNoise.accounting``.
+        plan: The plan of the run.
+        noise: The accounting that the noise of a step needs: ``StepNoise.accounting``.
 
     Raises:
         ValueError: If the plan accounts for another kind of noise.
@@ -25,7 +25,7 @@ class Account:
     def __init__(self, plan: PrivacyPlan, noise: str) -> None:
         if noise != plan.noise_accounting:
             raise ValueError(
-                f"the plan accounts for {plan.noise_accounting} noise, but the optimizer would draw {noise} "
+                f"the plan accounts for {plan.noise_accounting} noise, but the optimizer would add {noise} "
                 "noise. Make a plan for it."
             )
         self.plan = plan
@@ -38,36 +38,32 @@ class Account:
 
     @property
     def ledger(self) -> Ledger:
-        """What was released, by all optimizers of the plan, and before."""
+        """Return the ledger of all steps by optimizers of the plan, and of earlier runs that the plan continues."""
         ledger = self.plan.run.ledger
         assert ledger is not None
         return ledger
 
     @property
     def done(self) -> int:
-        """Steps of the plan that were taken, by all of its optimizers."""
+        """Return the number of steps that all optimizers of the plan have taken."""
         return self.ledger.steps_of(self.plan.run.name)
 
     def claim(self, claim: Claim, batch: Any, rows: int) -> Claim:
-        """Add the rows of one ``backward`` to what the logical batch has claimed.
+        """Add the rows of one ``backward`` to the claim of the logical batch.
 
         Raises:
-            UnaccountedBatchError: If they are not of one batch that a loader of the plan drew.
+            UnaccountedBatchError: If the rows are not from one batch of a loader of the plan.
         """
         if self.plan.declared_sampling is not None:
             return Claim(None, claim.rows + rows)
         return self.plan.run.receipts.claim(claim, batch, rows)
 
     def check_step(self, claim: Claim, step: int) -> None:
-        """Refuse a step that was not planned; changes nothing.
-
-        Args:
-            claim: Of the logical batch.
-            step: How many steps the optimizer itself has taken.
+        """Refuse a step that is not planned; this changes no state. ``step`` counts the optimizer's own steps.
 
         Raises:
             PrivacyBudgetError: If all planned steps were taken, or the plan's schedule is at another step.
-            UnaccountedBatchError: If the logical batch is not one whole batch that a loader of the plan drew.
+            UnaccountedBatchError: If the logical batch is not one whole batch of a loader of the plan.
         """
         if self.done >= self.plan.steps:
             raise PrivacyBudgetError(
@@ -86,13 +82,13 @@ class Account:
             self.plan.run.receipts.to_spend(claim)
 
     def record(self, claim: Claim, noise_multiplier: float) -> None:
-        """Write down a step that was checked, before anything of it can be seen."""
+        """Record a step that ``check_step`` has accepted; call this before the step's result becomes visible."""
         run = self.plan.run
         if self.plan.declared_sampling is None:
             receipt = run.receipts.to_spend(claim)
             run.receipts.spend(receipt)
             if receipt.iteration != run.iteration:
-                self.ledger.begin()  # another iteration shuffles anew
+                self.ledger.begin()  # each iteration shuffles anew
                 run.iteration = receipt.iteration
         self.ledger.record(
             noise_multiplier,
@@ -105,14 +101,11 @@ class Account:
         return {"run": self.plan.run.name, "ledger": self.ledger.state_dict()}
 
     def check(self, state: Mapping[str, Any] | None, step: int) -> None:
-        """Refuse a state that ``load_state_dict`` could not take up; changes nothing.
+        """Refuse a state that ``load_state_dict`` cannot load, or that would forget steps; this changes no state.
 
         Args:
-            state: What the optimizer saved beside the wrapped optimizer's state, ``account`` among it.
-            step: Steps that the optimizer itself has taken, by the same state.
-
-        Raises:
-            ValueError: If there is no account in it, it does not fit, or it would forget steps.
+            state: The part of the optimizer's state that holds ``account``.
+            step: Number of steps that the optimizer itself has taken according to the same state.
         """
         if state is None or "account" not in state:
             raise ValueError(
@@ -128,18 +121,18 @@ class Account:
             )
         if self.done and found["run"] != self.plan.run.name:
             raise ValueError(
-                f"state_dict is of another run, but {self.done} steps of this plan were taken in this process, which "
-                "would not count any more. Load it into an optimizer of a new plan: dataclasses.replace(plan)."
+                f"state_dict is of another run, but {self.done} steps of this plan were taken in this process, and "
+                "loading it would forget them. Load it into an optimizer of a new plan: dataclasses.replace(plan)."
             )
         done = self.ledger.read(found["ledger"]).steps_of(found["run"])
         if done < step:
             raise ValueError(
                 f"state_dict: the optimizer has taken {step} steps, but the ledger holds {done} of this run. The state "
-                "was edited, or put together from two; load it as it was saved."
+                "was edited, or combined from two states; load it as it was saved."
             )
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue the count of a checkpoint that was checked, in the ledger that others may hold too."""
+        """Load a state that ``check`` has accepted into the ledger object that other optimizers may share."""
         self.ledger.load_state_dict(state["account"]["ledger"])
         self.ledger.begin()
         self.plan.run.name = state["account"]["run"]

@@ -1,4 +1,4 @@
-"""What a plan refuses: numbers out of range, and settings that exclude each other."""
+"""Check the settings of a plan: refuse numbers out of range, and settings that exclude each other."""
 
 from __future__ import annotations
 
@@ -18,11 +18,7 @@ def refuse_contradictions(
     accountant: str,
     grid: float | None,
 ) -> None:
-    """Refuse settings of a plan that exclude each other, or that no accountant covers together.
-
-    Raises:
-        ValueError: With the reason and a way out.
-    """
+    """Raise ``ValueError`` for settings that exclude each other, or that no accountant covers together."""
     if grid is not None and accountant != "rdp_integer":
         raise ValueError(
             f"grid={grid} has discrete Gaussian noise, for which accountant {accountant!r} is not "
@@ -42,7 +38,7 @@ def refuse_contradictions(
         return
     if max_batch_size is not None:
         raise ValueError(
-            f"max_batch_size={max_batch_size} cuts Poisson batches, but shuffled=True has batches of one "
+            f"max_batch_size={max_batch_size} cuts Poisson batches, but shuffled=True has batches of a fixed "
             "size; leave one of them out."
         )
     if expected_batch_size != math.floor(expected_batch_size):
@@ -51,9 +47,9 @@ def refuse_contradictions(
         )
     if relation is Relation.ADD_OR_REMOVE_ONE:
         raise ValueError(
-            "shuffled=True with relation 'add_or_remove_one': one sample more moves others into other batches, so "
-            "the batches of neighbouring datasets differ in more than that sample. Use relation 'replace_one' or "
-            "'replace_special', or Poisson batches (shuffled=False), which are amplified as well."
+            "shuffled=True excludes relation 'add_or_remove_one': an additional sample moves samples to other batches, "
+            "so the batches of neighbouring datasets differ in more than that sample. Use relation 'replace_one' or "
+            "'replace_special', or Poisson batches (shuffled=False), which also amplify privacy."
         )
 
 
@@ -65,7 +61,7 @@ def require_count(name: str, value: object) -> None:
 def steps_of(
     steps: int | None, epochs: float | None, num_samples: int, expected_batch_size: float
 ) -> int:
-    """Steps of a run, of which either they or the epochs are given."""
+    """Return the number of steps, given directly or computed from ``epochs``."""
     if (steps is None) == (epochs is None):
         raise ValueError(
             f"steps and epochs are {steps} and {epochs}; give exactly one of them, the other follows."

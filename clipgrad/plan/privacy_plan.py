@@ -1,4 +1,4 @@
-"""``PrivacyPlan``: one description of a private run, from which sampler, optimizer and accountant are built."""
+"""This file holds ``PrivacyPlan``, the description of a private run that sampler, optimizer and accountant share."""
 
 from __future__ import annotations
 
@@ -17,40 +17,40 @@ from clipgrad.plan.run import Run
 
 @dataclass(frozen=True, kw_only=True)
 class PrivacyPlan:
-    """What is sampled, clipped and noised, and how often: said once, so that no two parts can disagree.
+    """A plan describes once how a private run samples, clips and adds noise, so that no two parts can disagree.
 
-    ``poisson_loader(dataset, plan=plan)`` draws its batches; ``DPOptimizer(..., plan=plan)`` clips, adds the noise,
-    keeps the ledger and refuses to take more steps than planned. It also refuses batches that the plan does not
-    account for: those that no loader of this plan object drew, two in one step, one in two steps.
+    ``poisson_loader(dataset, plan=plan)`` makes its batches; ``DPOptimizer(..., plan=plan)`` clips, adds the noise,
+    keeps the ledger and refuses to take more steps than planned. It also refuses batches that the plan does not account
+    for: a batch of no loader of this plan object, two batches in one step, or one batch in two steps.
 
     One plan object is one run. All loaders and optimizers that share it share its budget and its ledger. For a second
     training make a second plan, ``dataclasses.replace(plan)``.
 
     Args:
-        num_samples: Size of the dataset; the number of users if batches are made of users.
-        expected_batch_size: Mean size of a batch, and the public constant that sums are divided by. At
-            ``num_samples`` every sample is in every batch.
-        steps: Noisy steps of the run, empty batches included.
-        delta: Probability with which epsilon may fail to hold; choose it well below ``1 / num_samples``. Above it
-            there is a warning.
-        noise_multiplier: Noise standard deviation per unit of sensitivity, or a function of the step, from 0 on.
+        num_samples: Size of the dataset; the number of users if batches consist of users.
+        expected_batch_size: Mean size of a batch, and the public constant by which sums are divided. If it is
+            ``num_samples``, every sample is in every batch.
+        steps: Number of noisy steps of the run, including empty batches.
+        delta: Probability with which epsilon may fail to hold; choose it well below ``1 / num_samples``.
+        noise_multiplier: Noise standard deviation per unit of sensitivity, or a function of the step, which counts
+            from 0.
         max_grad_norm: Clipping norm; see ``DPOptimizer``.
-        max_batch_size: Cut Poisson batches to this size, and account for it.
-        shuffled: Batches of a fixed size, each sample once an epoch, instead of Poisson batches. No amplification by
-            sampling is claimed (Chua et al. 2024, arXiv:2403.17673), so epsilon is much larger; only for the
-            relations ``REPLACE_ONE`` and ``REPLACE_SPECIAL``. ``shuffled_loader`` draws them.
-        unit: What is drawn, clipped and protected: ``"sample"``, or ``"user"`` with ``user_loader``.
-        declared_sampling: How batches are drawn, in your own words, if no loader of clipgrad draws them. Nothing checks
-            then that they are drawn as the plan says. The words become part of the ledger and of the printed sentence.
-        relation: Which datasets are neighbours.
-        accountant: ``"pld"`` (tight), ``"rdp"`` (quick, for a progress bar) or, with a grid, ``"rdp_integer"``.
-        grid: Exact mode: the spacing of an integer grid; see ``DPOptimizer``.
+        max_batch_size: Largest size of a Poisson batch; larger batches are truncated, and the accountant covers this.
+        shuffled: Whether batches have a fixed size, with each sample once an epoch, instead of Poisson batches. No
+            amplification by sampling is claimed (Chua et al. 2024, arXiv:2403.17673), so epsilon is much larger; only
+            for the relations ``REPLACE_ONE`` and ``REPLACE_SPECIAL``. ``shuffled_loader`` makes the batches.
+        unit: The unit that is sampled, clipped and protected: ``"sample"``, or ``"user"`` with ``user_loader``.
+        declared_sampling: A description of how batches are sampled, if no loader of clipgrad makes them. Nothing checks
+            then that batches are sampled as the plan says. The text becomes part of the ledger and of ``str(plan)``.
+        relation: The definition of neighbouring datasets.
+        accountant: ``"pld"`` (tight), ``"rdp"`` (fast, for a progress bar) or, with a grid, ``"rdp_integer"``.
+        grid: The spacing of the integer grid of exact mode; see ``DPOptimizer``.
 
     Raises:
         ValueError: If a number is out of range, or the settings exclude each other.
 
     Warns:
-        UserWarning: If ``delta >= 1 / num_samples``: publishing one whole sample would have as small a delta.
+        UserWarning: If ``delta >= 1 / num_samples``: a mechanism that publishes one whole sample has such a delta.
 
     Examples:
         >>> plan = PrivacyPlan.for_epsilon(
@@ -83,7 +83,7 @@ class PrivacyPlan:
     accountant: accounting.Accountant = "pld"
     grid: float | None = None
     run: Run = field(init=False, repr=False, compare=False)
-    """What was handed out and released so far; loaders and optimizers keep it."""
+    """The state of the run: batches handed out and steps released. Loaders and optimizers update it."""
 
     def __post_init__(self) -> None:
         for name in ("num_samples", "steps"):
@@ -108,8 +108,8 @@ class PrivacyPlan:
         declared: object = self.declared_sampling
         if declared is not None and not (isinstance(declared, str) and declared.strip()):
             raise ValueError(
-                f"declared_sampling must be a text that says how batches are drawn, got {declared!r}; 'each row with "
-                "probability q, by our data service', for example."
+                f"declared_sampling must be a text that says how batches are sampled, got {declared!r}; for example "
+                "'each row with probability q, by our data service'."
             )
         _validate.one_of("accountant", self.accountant, ("pld", "rdp", "rdp_integer"))
         object.__setattr__(self, "relation", relation_of(self.relation))
@@ -129,7 +129,7 @@ class PrivacyPlan:
         if self.delta >= 1 / self.num_samples:
             warnings.warn(
                 f"delta = {self.delta:g} is not below 1 / num_samples = {1 / self.num_samples:g}. A mechanism that "
-                f"publishes a {self.unit} at random has such a delta; choose it well below, a tenth of it for example.",
+                f"publishes a {self.unit} at random has such a delta; choose it much smaller, for example a tenth.",
                 stacklevel=3,
             )
 
@@ -152,33 +152,33 @@ class PrivacyPlan:
         accountant: accounting.Accountant = "pld",
         grid: float | None = None,
     ) -> PrivacyPlan:
-        """The plan with the least noise that stays within ``target_epsilon``.
+        """Return the plan with the least noise that stays within ``target_epsilon``.
 
         Args:
-            target_epsilon: The epsilon not to exceed, positive and finite.
-            num_samples: As for the plan, also for the rest.
-            expected_batch_size: Mean size of a batch.
-            delta: Probability with which epsilon may fail to hold.
-            steps: Noisy steps of the run; give them or ``epochs``.
-            epochs: How often each sample is drawn on average; the steps are
+            target_epsilon: The largest epsilon that is allowed, positive and finite.
+            num_samples: As for the plan.
+            expected_batch_size: As for the plan.
+            delta: As for the plan.
+            steps: Number of noisy steps of the run; give it or ``epochs``.
+            epochs: How often each sample is in a batch on average; the number of steps is
                 ``epochs * num_samples / expected_batch_size``, rounded, at least 1.
-            max_grad_norm: Clipping norm.
-            max_batch_size: Cut Poisson batches to this size.
-            shuffled: Shuffled batches of a fixed size.
-            unit: ``"sample"`` or ``"user"``.
-            declared_sampling: How batches are drawn, if no loader of clipgrad draws them.
-            relation: Which datasets are neighbours.
-            accountant: ``"pld"``, ``"rdp"`` or ``"rdp_integer"``.
-            grid: Exact mode.
+            max_grad_norm: As for the plan.
+            max_batch_size: As for the plan.
+            shuffled: As for the plan.
+            unit: As for the plan.
+            declared_sampling: As for the plan.
+            relation: As for the plan.
+            accountant: As for the plan.
+            grid: As for the plan.
 
         Raises:
-            ValueError: If no noise meets the target, or all noise does, or not exactly one of ``steps`` and ``epochs``
-                is given.
+            ValueError: If no noise multiplier meets the target, or every one does, or not exactly one of ``steps`` and
+                ``epochs`` is given.
             ImportError: If ``dp-accounting`` is not installed.
         """
         if target_epsilon == math.inf:
             raise ValueError(
-                "target_epsilon must be finite, got inf, which promises nothing. For a run without noise make "
+                "target_epsilon must be finite, got inf, which guarantees nothing. For a run without noise make "
                 "PrivacyPlan(noise_multiplier=0.0, ...)."
             )
         plan = cls(
@@ -207,19 +207,19 @@ class PrivacyPlan:
         return plan.with_noise(noise)
 
     def with_noise(self, noise_multiplier: float | Schedule) -> PrivacyPlan:
-        """A new plan that differs in its noise only."""
+        """Return a new plan that differs only in its noise."""
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # about delta, which was said of this plan
+            warnings.simplefilter("ignore", UserWarning)  # this plan has warned about delta already
             return replace(self, noise_multiplier=noise_multiplier)
 
     def continuing(self, ledger: Ledger) -> PrivacyPlan:
-        """A new run of this plan, whose steps are added to what an earlier training on the same data released.
+        """Return a new run of this plan whose steps are added to the ledger of an earlier training on the same data.
 
         Args:
-            ledger: Of the earlier training: ``optimizer.ledger``.
+            ledger: The ledger of the earlier training: ``optimizer.ledger``.
 
         Raises:
-            ValueError: If ledger and plan do not count alike.
+            ValueError: If ledger and plan differ in relation or accountant.
 
         Examples:
             >>> plan = PrivacyPlan(
@@ -234,14 +234,14 @@ class PrivacyPlan:
         """
         if not isinstance(ledger, Ledger):
             raise ValueError(
-                f"ledger must be a clipgrad.accounting.Ledger, got {type(ledger).__name__}; optimizer.ledger of the "
-                "earlier training, for example."
+                f"ledger must be a clipgrad.accounting.Ledger, got {type(ledger).__name__}; pass optimizer.ledger of "
+                "the earlier training, for example."
             )
         found, wanted = (ledger.relation, ledger.accountant), (self.relation.value, self.accountant)
         if found != wanted:
             raise ValueError(
                 f"ledger counts with relation and accountant {found}, the plan with {wanted}: their epsilons do not "
-                "add up. Make the plan with those of the ledger."
+                "add up. Make the plan with the relation and accountant of the ledger."
             )
         plan = self.with_noise(self.noise_multiplier)
         plan.run.ledger = ledger
@@ -249,12 +249,12 @@ class PrivacyPlan:
 
     @property
     def sample_rate(self) -> float:
-        """Probability of each sample to be in a batch."""
+        """Return the probability of each sample to be in a batch."""
         return self.expected_batch_size / self.num_samples
 
     @property
     def sampling(self) -> Sampling:
-        """How batches come about, as the accountant is told."""
+        """Return the sampling scheme, for the accountant."""
         if self.shuffled:
             return FixedSize(self.num_samples, int(self.expected_batch_size))
         if self.max_batch_size is not None:
@@ -263,17 +263,17 @@ class PrivacyPlan:
 
     @property
     def noise_accounting(self) -> str:
-        """How the accountant treats the noise: each step draws its own."""
+        """Return the kind of noise, for the accountant: each step has independent noise."""
         return "independent"
 
     def noise_at(self, step: int) -> float:
-        """The noise multiplier of a step, the first of which is step 0."""
+        """Return the noise multiplier of a step; the first step is step 0."""
         if callable(self.noise_multiplier):
             return _validate.number(f"noise_multiplier({step})", self.noise_multiplier(step))
         return float(self.noise_multiplier)
 
     def ledger(self, steps: int | None = None) -> Ledger:
-        """What the first steps release, by default all of the plan's."""
+        """Return the ledger of the first ``steps`` steps, by default of all steps of the plan."""
         ledger = Ledger(relation=self.relation, accountant=self.accountant)
         declared = self.declared_sampling or ""
         count = self.steps if steps is None else steps
@@ -288,7 +288,7 @@ class PrivacyPlan:
         return ledger
 
     def epsilon(self, steps: int | None = None) -> float:
-        """The epsilon of the first steps at the plan's delta, by default of all of them."""
+        """Return the epsilon of the first ``steps`` steps at the plan's delta, by default of all steps."""
         return self.ledger(steps).epsilon(self.delta)
 
     def __str__(self) -> str:
@@ -325,7 +325,7 @@ _RELATIONS: Mapping[Relation, str] = {
 
 
 def _rounded_up(epsilon: float) -> str:
-    """Three digits, never less than it is."""
+    """Return epsilon with three digits, rounded up."""
     if epsilon == 0 or math.isinf(epsilon):
         return f"{epsilon:g}"
     unit = 10.0 ** (math.floor(math.log10(epsilon)) - 2)

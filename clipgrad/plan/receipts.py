@@ -1,7 +1,7 @@
-"""Which batches the loaders of a plan handed out, and on which of them a step was taken.
+"""Record which batches the loaders of a plan have handed out, and which of them were used in a step.
 
-A sampling rate holds for one batch at a time: two batches added up, one batch stepped on twice, or rows that nobody
-drew have another. So each batch that a loader hands out gets a receipt, and each step spends one.
+The plan's sampling rate holds for one batch per step. It does not hold for the sum of two batches, for a batch that is
+used in two steps, or for other rows. So each batch that a loader hands out gets a receipt, and each step spends one.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from clipgrad.errors import UnaccountedBatchError
 
 @dataclass(frozen=True)
 class Receipt:
-    """One batch that a loader handed out.
+    """A receipt stands for one batch that a loader handed out.
 
     Attributes:
-        iteration: Counts the iterations of all loaders of the plan.
+        iteration: Number of the iteration, counted over all loaders of the plan.
         index: Position in its iteration, from 0.
-        rows: Samples (or users) that were drawn; padding is not among them.
+        rows: Number of samples (or users) in the batch, without padding.
     """
 
     iteration: int
@@ -34,11 +34,11 @@ class Receipt:
 
 
 class Claim(NamedTuple):
-    """What one logical batch has taken of the batches that were handed out.
+    """A claim says which rows of the handed-out batches a logical batch has used so far.
 
     Attributes:
-        receipt: Of the batch that its tensors are known to belong to; None if the loop made new ones of them.
-        rows: Rows so far, padding not counted.
+        receipt: The receipt of the batch that its tensors belong to; None if the loop made new tensors.
+        rows: Number of rows so far, without padding.
     """
 
     receipt: Receipt | None = None
@@ -46,15 +46,15 @@ class Claim(NamedTuple):
 
 
 class Receipts:
-    """The receipts of one run of a plan, shared by its loaders and optimizers.
+    """This class holds the receipts of one run of a plan; the plan's loaders and optimizers share it.
 
-    A batch is known by its tensors, also unpacked and in another container. If the loop made new tensors of them
-    (``x.to(device)``), rows are counted: they must be as many as in a batch that was handed out after the last one
-    that was stepped on.
+    A batch is identified by its tensors, also if they are unpacked or in another container. If the loop made new
+    tensors (``x.to(device)``), rows are counted instead: a batch with that number of rows must have been handed out
+    after the last batch that was used in a step.
 
     Args:
-        without_gaps: Whether batches must be stepped on in their order, and none be left out. If a shuffled batch is
-            left out, the following ones reach into another pass.
+        without_gaps: Whether steps must use all batches in their order. If a shuffled batch is left out, later steps
+            reach into another pass.
     """
 
     def __init__(self, *, without_gaps: bool = False) -> None:
@@ -62,11 +62,11 @@ class Receipts:
         self._iteration = 0
         self._unspent: dict[int, Receipt] = {}
         self._last_spent = -1
-        # id(tensor) -> the tensor, while it lives, and its batch.
+        # id(tensor) -> the tensor, while it is alive, and its batch.
         self._known: dict[int, tuple[weakref.ref[Tensor], Receipt | None]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        """For pickle: a receipt is worth something in the process in which its batch was drawn."""
+        """Pickle without receipts, which are valid only in the process in which the batch was sampled."""
         return vars(Receipts(without_gaps=self._without_gaps))
 
     def __copy__(self) -> Receipts:
@@ -76,40 +76,31 @@ class Receipts:
         return self
 
     def begin_iteration(self) -> int:
-        """A loader starts anew: what is left of its last iteration is worth nothing any more."""
+        """Begin an iteration of a loader, and invalidate the unspent receipts of the last iteration."""
         self._iteration += 1
         self._unspent.clear()
         self._last_spent = -1
         return self._iteration
 
     def hand_out(self, iteration: int, index: int, rows: int, batch: Any) -> None:
-        """Write a receipt for a batch that the training loop receives now.
+        """Write a receipt for a batch that the training loop is about to receive.
 
-        Args:
-            iteration: What ``begin_iteration`` returned.
-            index: Position of the batch in it.
-            rows: Samples that were drawn.
-            batch: As the loop receives it.
+        ``iteration`` is the return value of ``begin_iteration``, and ``rows`` does not count padding.
         """
         if iteration != self._iteration:
-            return  # an older iterator that somebody still holds
+            return  # the batch comes from an iterator of an earlier iteration
         receipt = self._unspent[index] = Receipt(iteration, index, rows)
         for leaf in _tensors(batch):
             key = id(leaf)
-            # A collate function may put one tensor into several batches; then it tells nothing.
+            # A collate function may put one tensor into several batches; such a tensor identifies none of them.
             alone = None if self._is_known(leaf) else receipt
             self._known[key] = (weakref.ref(leaf, partial(self._forget, key)), alone)
 
     def claim(self, claim: Claim, batch: Any, rows: int) -> Claim:
-        """Add the rows of one ``backward`` to what a logical batch has claimed.
-
-        Args:
-            claim: Of the logical batch so far.
-            batch: The batch, in any container.
-            rows: Its rows without padding.
+        """Add the rows of one ``backward``, without padding, to the claim of a logical batch.
 
         Raises:
-            UnaccountedBatchError: If they cannot be of one batch that was handed out and not stepped on yet.
+            UnaccountedBatchError: If the rows cannot be from one handed-out batch that no step has used yet.
         """
         found = {known for leaf in _tensors(batch) if (known := self._of(leaf)) is not None}
         if claim.receipt is not None:
@@ -126,17 +117,17 @@ class Receipts:
             raise UnaccountedBatchError(_SPENT.format(number=receipt.index))
         if total > receipt.rows:
             raise UnaccountedBatchError(
-                f"backward: {total} rows of batch {receipt.index} of the loader, which drew {receipt.rows}. "
+                f"backward received {total} rows of batch {receipt.index} of the loader, which has {receipt.rows}. "
                 + _ONE_STEP
             )
         return Claim(receipt, total)
 
     def to_spend(self, claim: Claim) -> Receipt:
-        """The receipt that a step on a logical batch would spend; spends nothing yet.
+        """Return the receipt that a step on a logical batch would spend, without spending it.
 
         Raises:
-            UnaccountedBatchError: If the logical batch is not all of one batch, if a step was taken on it, or if a
-                batch before it was left out that must not be.
+            UnaccountedBatchError: If the logical batch is not one whole batch, if a step has used that batch, or if an
+                earlier batch was left out that must not be.
         """
         receipt = claim.receipt
         if receipt is None:
@@ -149,13 +140,14 @@ class Receipts:
         if claim.rows != receipt.rows:
             raise UnaccountedBatchError(
                 f"step: the logical batch holds {claim.rows} of the {receipt.rows} rows of batch {receipt.index} of "
-                "the loader. Give all of them to backward, in one call or several; rows left out depend on the data."
+                "the loader; which rows are left out may depend on the data. Pass all rows to backward, in one call or "
+                "several."
             )
         self._refuse_left_out(receipt)
         return receipt
 
     def spend(self, receipt: Receipt) -> None:
-        """A step was taken on a batch."""
+        """Mark a batch as used in a step."""
         del self._unspent[receipt.index]
         self._last_spent = max(self._last_spent, receipt.index)
 
@@ -175,54 +167,55 @@ class Receipts:
         return self._unspent.get(receipt.index) is receipt
 
     def _in_order(self) -> list[Receipt]:
-        """Batches that were handed out after the last one that was stepped on, oldest first."""
+        """Return receipts of batches handed out after the last batch that was used in a step, oldest first."""
         return [receipt for index, receipt in self._unspent.items() if index > self._last_spent]
 
     def _refuse_left_out(self, receipt: Receipt) -> None:
-        """An empty batch would be left out because it was empty; a shuffled one changes how many passes there are."""
+        """Refuse a step after a left-out batch that was empty, which would reveal this, or after a gap in a pass."""
         for index, other in self._unspent.items():
             if index < receipt.index and other.rows == 0:
                 raise UnaccountedBatchError(
-                    f"step: batch {index} of the loader was empty, and no step was taken on it. Leaving it out tells "
-                    "that it was empty. Call backward and step for empty batches too; they get their noise."
+                    f"step: batch {index} of the loader was empty, and no step was taken on it. Leaving it out reveals "
+                    "that it was empty. Call backward and step for empty batches too; they get noise."
                 )
             if index < receipt.index and self._without_gaps:
                 raise UnaccountedBatchError(
-                    f"step: batch {index} of the shuffled loader was left out, or comes later. Then the steps reach "
-                    "into further passes, and a sample takes part more often than is accounted for. Step on every "
-                    "batch, in the loader's order."
+                    f"step: batch {index} of the shuffled loader was left out, or comes later. The steps would then "
+                    "need more passes, and a sample would be used more often than is accounted for. Take a step on "
+                    "every batch, in the loader's order."
                 )
 
     def _unknown(self, rows: int) -> str:
         waiting = self._in_order()
         if not waiting:
             return (
-                f"backward: a batch of {rows} rows that no loader of this plan drew for this step, or on which a step "
-                "was taken already. " + _SOURCES
+                f"backward received a batch of {rows} rows that no loader of this plan made for this step, or on which "
+                "a step was taken already. " + _SOURCES
             )
         return (
-            f"a logical batch of {rows} rows, but the loader of this plan drew {_sizes(waiting)}. "
+            f"a logical batch of {rows} rows does not fit: the loader of this plan made batches of {_sizes(waiting)}. "
             + _ONE_STEP
         )
 
 
 _ONE_STEP = (
-    "One batch of the loader is one step: split it over several backward calls if it is large, but do not add up "
-    "batches; for larger ones, plan a larger expected_batch_size. The sample axis must come first. A loader of the "
-    "plan that begins another iteration ends the last one."
+    "One batch of the loader is one step: split a large batch over several backward calls, but do not add up batches; "
+    "for larger batches, plan a larger expected_batch_size. The sample axis must come first. If a loader of the plan "
+    "begins an iteration, the iteration before it ends."
 )
 _SOURCES = (
-    "Under a plan, what is stepped on must be what the plan accounts for. Draw batches with "
+    "With a plan, steps must use batches that the plan accounts for. Make them with "
     "clipgrad.poisson_loader(dataset, plan=plan), user_loader or shuffled_loader, and with the optimizer's own plan "
-    "object. Or say how you draw them: PrivacyPlan(declared_sampling='...')."
+    "object. Or declare how you sample batches: PrivacyPlan(declared_sampling='...')."
 )
 _SEVERAL = (
-    "backward: rows of several batches of the loader, numbers {numbers}, in one step. " + _ONE_STEP
+    "backward received rows of several batches of the loader, numbers {numbers}, for one step. "
+    + _ONE_STEP
 )
 _SPENT = (
-    "batch {number} of the loader was stepped on already, or its iteration has ended: a second step would cost privacy "
-    "that is not accounted for. Take each batch from the loader once, for one optimizer. One DPOptimizer can wrap "
-    "several inner optimizers (docs/sampling.md)."
+    "batch {number} of the loader was used in a step already, or its iteration has ended. A second step on it would "
+    "cost privacy that is not accounted for. Use each batch of the loader once, for one optimizer. One DPOptimizer can "
+    "wrap several inner optimizers (docs/sampling.md)."
 )
 
 
@@ -230,7 +223,9 @@ def _tensors(batch: Any) -> Iterator[Tensor]:
     for leaf in tree_leaves(batch):
         if isinstance(leaf, Tensor):
             yield leaf
-        elif isinstance(leaf, Mapping):  # no pytree: Hugging Face's BatchEncoding, for example
+        elif isinstance(
+            leaf, Mapping
+        ):  # a mapping that is no pytree node, such as Hugging Face's BatchEncoding
             yield from _tensors(dict(leaf))
 
 

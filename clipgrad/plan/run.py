@@ -1,4 +1,4 @@
-"""One run of a plan: what its loaders handed out, and what its optimizers released."""
+"""This file holds ``Run``: which batches the loaders of a plan handed out, and what its optimizers released."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from clipgrad.plan.receipts import Receipts
 
 @dataclass(eq=False)
 class Run:
-    """The state of a plan that is carried out; every loader and optimizer of the plan shares it.
+    """This class holds the state of a plan's run; every loader and optimizer of the plan shares it.
 
-    A copy in the same process is the same run: a copied optimizer spends the same budget.
+    A copy in the same process is the same run, since a copied optimizer spends the same budget.
 
     Attributes:
-        name: Marks the run's steps in a ledger.
-        ledger: What the steps are written to; None before an optimizer was built, unless it continues an earlier one.
+        name: The name of the run's steps in a ledger.
+        ledger: The ledger of the steps; None before the first optimizer is built, unless the plan continues a ledger.
         carried_out: Whether an optimizer was built.
-        receipts: The batches that were handed out, and those that were stepped on.
-        iteration: Of the loader, which the last step was taken in.
+        receipts: The receipts of the run.
+        iteration: The loader's iteration in which the last step was taken.
     """
 
     name: str = field(default_factory=lambda: secrets.token_hex(8))

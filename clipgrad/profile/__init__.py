@@ -1,4 +1,4 @@
-"""Where the time of a clipped step goes, phase by phase, beside the standard step.
+"""Measure the time of each phase of a clipped step, and compare it with the standard step.
 
 ``profile_step(optimizer, *batch)`` measures; ``python -m clipgrad.profile`` prints its table.
 """

@@ -1,4 +1,4 @@
-"""``python -m clipgrad.profile``: the table of ``profile_step`` for a training script, or for an example."""
+"""Run ``python -m clipgrad.profile``: print the table of ``profile_step`` for a training script or an example."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from clipgrad.optimizer import DPOptimizer
 from clipgrad.profile import profile_step
 
-Factory = Callable[[], Any]  # the user's, so what it returns is looked at
+Factory = Callable[[], Any]  # users write it, so its return value is checked
 
 _EXAMPLE_BATCH = 32
 
@@ -35,7 +35,7 @@ Nothing that it returns is changed. The times are not private.
 
 
 def example() -> tuple[DPOptimizer, tuple[Tensor, Tensor]]:
-    """A small CNN with AdamW, and images of the shape ``[32, 3, 32, 32]``."""
+    """Return a small CNN with AdamW, and images of the shape ``[32, 3, 32, 32]``."""
     model = nn.Sequential(
         *(nn.Conv2d(3, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
         *(nn.Conv2d(32, 64, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
@@ -50,18 +50,18 @@ def example() -> tuple[DPOptimizer, tuple[Tensor, Tensor]]:
         expected_batch_size=_EXAMPLE_BATCH,
     )
     pixels = _EXAMPLE_BATCH * 3 * 32 * 32
-    images = torch.arange(pixels).sin().view(_EXAMPLE_BATCH, 3, 32, 32)  # any numbers will do
+    images = torch.arange(pixels).sin().view(_EXAMPLE_BATCH, 3, 32, 32)  # the values do not matter
     return optimizer, (images, torch.arange(_EXAMPLE_BATCH) % 10)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Parse ``arguments`` (default: the command line's), measure, and print the table.
+    """Parse ``arguments`` (default: those of the command line), measure, and print the table.
 
     Args:
-        arguments: As on the command line.
+        arguments: Arguments as on the command line.
 
     Raises:
-        SystemExit: With status 2 and a message if an argument does not fit.
+        SystemExit: With status 2 and a message, if an argument is invalid.
     """
     parser = _parser()
     given = parser.parse_args(arguments)
@@ -71,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         optimizer, batch = _made(parser, factory, given.factory)
     if given.factory is None:
         _write(
-            "An example, a small CNN on 32x32 images; --help tells how to profile your own step.\n"
+            "This is an example, a small CNN on 32x32 images; see --help to profile your own step.\n"
         )
     profile = profile_step(optimizer, *batch, rounds=given.rounds, warm_up=given.warm_up)
     _write(str(profile))
@@ -80,7 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m clipgrad.profile",
-        description="Show where the time of a clipped training step goes, beside the standard step.",
+        description="Show the time of each phase of a clipped training step, next to the standard step.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -94,7 +94,7 @@ def _parser() -> argparse.ArgumentParser:
         "--rounds", type=_count(1), default=10, help="steps of each kind (default: 10)"
     )
     parser.add_argument(
-        "--warm-up", type=_count(0), default=2, help="rounds before these (default: 2)"
+        "--warm-up", type=_count(0), default=2, help="rounds that are not measured (default: 2)"
     )
     parser.add_argument(
         "--device", help="PyTorch's default device while the factory runs, such as cuda"
@@ -130,7 +130,7 @@ def _load(parser: argparse.ArgumentParser, target: str) -> Factory:
         loaded = import_module(module)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{module}.".startswith(f"{error.name}."):
-            raise  # the module is there; one that it imports isn't
+            raise  # the module exists, but it imports a module that does not
         parser.error(
             f"{target!r}: there is no module {module!r} here; run from the folder that holds it"
         )
@@ -150,7 +150,7 @@ def _made(
         or not isinstance(made[1], tuple | list)
     ):
         parser.error(
-            f"{target!r} must return (optimizer, batch): a clipgrad.DPOptimizer and the tuple of what loss_fn takes "
+            f"{target!r} must return (optimizer, batch): a clipgrad.DPOptimizer and the tuple of arguments of loss_fn "
             f"after the model; it returned {_described(made)}"
         )
     return made

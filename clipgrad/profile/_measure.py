@@ -1,4 +1,4 @@
-"""Clipped and standard steps on copies, timed in turn."""
+"""Time clipped and standard steps on copies of an optimizer, in alternation."""
 
 from __future__ import annotations
 
@@ -26,23 +26,23 @@ STANDARD_PHASES: tuple[Phase, ...] = ("forward", "backward", "optimizer")
 def profile_step(
     optimizer: DPOptimizer, *batch: Any, rounds: int = 10, warm_up: int = 2
 ) -> StepProfile:
-    """Measure where the time of a clipped step goes, beside the standard step of the same model.
+    """Measure the time of each phase of a clipped step, and of the standard step of the same model.
 
-    Works on two deep copies of ``optimizer`` with its model, wrapped optimizer and noise source: the weights, states
-    and random streams of the originals stay as they are, and so does PyTorch's global generator. That takes
-    memory for two more models with their optimizer states. Every round runs four steps: each kind as in training, and
-    each kind phase by phase.
+    The steps run on two deep copies of ``optimizer`` with its model, wrapped optimizer and noise source. So weights,
+    states and RNG states of the originals do not change, nor does PyTorch's global generator. The copies take memory
+    for two more models with their optimizer states. Every round runs four steps: each kind as in training, and each
+    kind phase by phase.
 
     Times are **not private**: they can depend on the samples (``branches="split"``, a sample that is not finite), so
-    the table may not leave the trusted side, no more than ``optimizer.diagnostics``.
+    the table must be kept as confidential as ``optimizer.diagnostics``.
 
-    Meanwhile no other thread of the process may run a clipped step; its phases would be counted.
+    No other thread of the process may run a clipped step meanwhile, since its phases would be counted.
 
     Args:
-        optimizer: As in training, between two logical batches.
-        *batch: What ``optimizer.backward`` takes: at least one sample.
-        rounds: Steps of each kind to take medians of.
-        warm_up: Rounds that run before and are not counted; the first step of an optimizer makes its state.
+        optimizer: An optimizer as in training, between two logical batches.
+        *batch: The arguments of ``optimizer.backward``, with at least one sample.
+        rounds: Number of steps of each kind for the medians.
+        warm_up: Number of earlier rounds that are not counted; the first step of an optimizer creates its state.
 
     Returns:
         Medians in seconds; ``print`` them for a table.
@@ -50,8 +50,7 @@ def profile_step(
     Raises:
         ValueError: If an argument is out of range, or the batch is missing or empty.
         TypeError: If ``optimizer`` is not a ``DPOptimizer``.
-        RuntimeError: Inside an unfinished logical batch, if the optimizer cannot be copied, or if a profile is running
-            already.
+        RuntimeError: If a logical batch is unfinished, the optimizer cannot be copied, or a profile is running already.
 
     Examples:
         >>> import torch, clipgrad
@@ -79,7 +78,7 @@ def profile_step(
 def profile_with(
     clock: Clock, optimizer: DPOptimizer, batch: tuple[Any, ...], *, rounds: int, warm_up: int
 ) -> StepProfile:
-    """``profile_step`` by any clock, which need not be a real one."""
+    """Run ``profile_step`` with any clock; tests pass a simulated clock."""
     _check(optimizer, batch, rounds, warm_up)
     size = _batch_size(batch)
     device = next(p.device for group in optimizer.param_groups for p in group["params"])
@@ -111,11 +110,11 @@ def profile_with(
 
 
 class Stopwatch:
-    """Times steps as a whole or by phase; a phase inside another stops the outer one's time.
+    """This class times steps as a whole or by phase; the time of an inner phase does not count for the outer phase.
 
     Args:
-        clock: Tells the time in seconds.
-        device: Waited for before the clock is read: what was queued belongs to the phase that queued it.
+        clock: A function that returns the time in seconds.
+        device: The device to synchronise before the clock is read, so that each kernel counts for its own phase.
     """
 
     def __init__(self, clock: Clock, device: torch.device) -> None:
@@ -131,7 +130,7 @@ class Stopwatch:
         return self._now() - start
 
     def by_phase(self, step: Step) -> dict[Phase, float]:
-        """Seconds by phase; what no mark claims is bookkeeping."""
+        """Return seconds by phase; time outside all marked phases counts as bookkeeping."""
         self._open, self._seconds = [], {}
         with listening(self), phase("bookkeeping"):
             step()
@@ -171,7 +170,7 @@ def _standard_step(optimizer: DPOptimizer, batch: tuple[Any, ...]) -> Step:
     model, loss_fn, inner = optimizer.model, optimizer.loss_fn, optimizer.inner
     owned = {id(p) for group in inner.param_groups for p in group["params"]}
     for parameter in model.parameters():
-        if id(parameter) not in owned:  # a constant of the clipped step
+        if id(parameter) not in owned:  # the clipped step treats it as a constant
             parameter.requires_grad_(False)
 
     def step() -> None:
@@ -191,7 +190,7 @@ def _medians(names: Sequence[Phase], rounds: Sequence[dict[Phase, float]]) -> di
 
 
 def _random_streams_kept(device: torch.device) -> AbstractContextManager[None]:
-    """Dropout draws from PyTorch's global generators; training goes on as if nothing had been drawn."""
+    """Restore PyTorch's global RNG states afterwards, which dropout changes."""
     return torch.random.fork_rng([] if device.type == "cpu" else [device])
 
 
@@ -204,7 +203,7 @@ def _copied(optimizer: DPOptimizer) -> DPOptimizer:
             f"change the original: {error} Profile a fresh optimizer, before its first backward, or one without the "
             "part that refuses copy.deepcopy."
         ) from error
-    twin._account = None  # its steps release nothing, and the batch needs no receipt
+    twin._account = None  # steps of the copy release nothing, so the batch needs no receipt
     return twin
 
 
@@ -217,7 +216,7 @@ def _check(optimizer: object, batch: tuple[Any, ...], rounds: int, warm_up: int)
         raise ValueError(f"rounds must be a positive integer, got {rounds!r}.")
     if type(warm_up) is not int or warm_up < 0:
         raise ValueError(
-            f"warm_up must be a non-negative integer, got {warm_up!r}; 0 also counts what only a first step does."
+            f"warm_up must be a non-negative integer, got {warm_up!r}; with 0, the work of the first step is counted."
         )
     if not batch:
         raise ValueError(
@@ -225,13 +224,13 @@ def _check(optimizer: object, batch: tuple[Any, ...], rounds: int, warm_up: int)
         )
     if optimizer._pending.unfinished:
         raise RuntimeError(
-            "profile_step: optimizer is inside an unfinished logical batch, between backward and step, so a step of it "
-            "is no whole step. Call optimizer.step() or optimizer.zero_grad() first."
+            "profile_step: optimizer is inside an unfinished logical batch, between backward and step, so its next "
+            "step is not a whole step. Call optimizer.step() or optimizer.zero_grad() first."
         )
 
 
 def _batch_size(batch: tuple[Any, ...]) -> int:
-    """Of the first tensor; whatever else is wrong with a batch, ``backward`` says."""
+    """Return the batch size of the first tensor; ``backward`` checks the rest of the batch."""
     size = next((x.shape[0] for x in tree_leaves(batch) if isinstance(x, Tensor) and x.dim()), None)
     if size is None:
         raise ValueError(
@@ -239,7 +238,7 @@ def _batch_size(batch: tuple[Any, ...]) -> int:
         )
     if size == 0:
         raise ValueError(
-            "the batch holds 0 samples, whose step says nothing about others; pass one of the size that is expected in "
-            "training."
+            "the batch holds 0 samples, and its times would not represent other steps; pass a batch of the size that "
+            "training uses."
         )
     return int(size)

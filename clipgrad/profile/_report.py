@@ -1,4 +1,4 @@
-"""What a profile says, and how it is printed."""
+"""This file holds ``StepProfile``, the result of a measurement, and prints it as a table."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from clipgrad._phases import PHASES
 
 @dataclass(frozen=True)
 class StepProfile:
-    """What ``profile_step`` returns: medians over its rounds, in seconds. **Not private**; ``print`` it for a table.
+    """This class holds the medians over the rounds of ``profile_step``, in seconds. ``print`` it for a table.
 
-    Phases exclude each other, so those of one step add up to it. They come from steps that were stopped at every
-    boundary, ``clipped`` and ``standard`` from steps that ran as in training.
+    The times are **not private**. Phases exclude each other, so the phases of one step add up to its time. They come
+    from steps that wait for the device at every boundary; ``clipped`` and ``standard`` come from steps as in training.
 
     Attributes:
-        phases: Of the clipped step: ``forward`` (leaves, loss under ``vmap``, plan), ``backward`` (the backward pass
-            but for what clipgrad's hooks do in it), ``per-sample gradients`` (what they do), ``norms`` (and factors),
-            ``contraction`` (clipped sums), ``bookkeeping`` (checks, the copy that ``.grad`` shows, everything else),
-            ``noise``, ``optimizer`` (the wrapped one's ``step`` and ``zero_grad``).
-        standard_phases: Of the standard step: ``forward``, ``backward``, ``optimizer``.
-        clipped: The clipped step: ``backward``, ``step``, ``zero_grad``.
-        standard: ``loss_fn(model, *batch).backward()``, then ``step`` and ``zero_grad`` of the wrapped optimizer.
-        batch_size: Samples of the batch.
-        microbatch_size: Samples of a forward pass; None for the whole batch.
-        device: Where the parameters are, such as ``"cuda:0"``.
-        threads: What ``torch.get_num_threads()`` says.
-        rounds: Steps of each kind that were measured.
+        phases: Phases of the clipped step: ``forward`` (leaves, loss under ``vmap``, choice of strategies),
+            ``backward`` (the backward pass without clipgrad's hooks), ``per-sample gradients`` (clipgrad's hooks),
+            ``norms`` (with factors), ``contraction`` (clipped sums), ``bookkeeping`` (checks and everything else),
+            ``noise``, ``optimizer`` (``step`` and ``zero_grad`` of the wrapped optimizer).
+        standard_phases: Phases of the standard step: ``forward``, ``backward``, ``optimizer``.
+        clipped: Time of the clipped step: ``backward``, ``step``, ``zero_grad``.
+        standard: Time of ``loss_fn(model, *batch).backward()`` and the wrapped optimizer's ``step`` and ``zero_grad``.
+        batch_size: Number of samples in the batch.
+        microbatch_size: Number of samples in a forward pass; None for the whole batch.
+        device: The device of the parameters, such as ``"cuda:0"``.
+        threads: The value of ``torch.get_num_threads()``.
+        rounds: Number of measured steps of each kind.
     """
 
     phases: Mapping[str, float]
@@ -43,11 +43,11 @@ class StepProfile:
 
     @property
     def ratio(self) -> float:
-        """The clipped step's time in units of the standard step's."""
+        """Return the clipped step's time divided by the standard step's time."""
         return self.clipped / self.standard
 
     def as_dict(self) -> dict[str, Any]:
-        """All attributes and the ratio, in dictionaries, strings and numbers only."""
+        """Return all attributes and the ratio as dictionaries, strings and numbers."""
         return {**asdict(self), "ratio": self.ratio}
 
     def __str__(self) -> str:
@@ -73,7 +73,7 @@ class StepProfile:
 
     def _notes(self) -> list[str]:
         pieces = (
-            "in one piece"
+            "without microbatches"
             if self.microbatch_size is None
             else f"in microbatches of {self.microbatch_size}"
         )
@@ -83,8 +83,8 @@ class StepProfile:
         notes = [f"{measured}; {setting}", f"{verdict}: {100 / self.ratio:.0f} % of its speed"]
         if self.device != "cpu":
             notes.append(
-                f"phases come from steps in which {self.device} was waited for at every boundary, which the whole "
-                "step is spared: they add up to more"
+                f"phases come from steps that wait for {self.device} at every boundary, which the whole step does not: "
+                "they add up to more"
             )
         return notes
 
@@ -94,7 +94,7 @@ def _ms(seconds: float) -> str:
 
 
 def _aligned(table: Sequence[Sequence[str]]) -> list[str]:
-    """The first column to the left, numbers to the right, a rule under the head and one above the sums."""
+    """Align the first column left and numbers right, with a rule below the head and another above the sums."""
     widths = [max(len(line[column]) for line in table) for column in range(len(table[0]))]
     lines = [
         "  ".join(

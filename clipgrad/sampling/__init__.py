@@ -1,12 +1,12 @@
-"""Random batches: each sample, or each user, is in each batch with the same probability.
+"""Make random batches: each sample, or each user, is in each batch with the same probability.
 
-That is Poisson sampling, which privacy amplification and so :mod:`clipgrad.accounting` assumes
-(Abadi et al., "Deep Learning with Differential Privacy", 2016). Batches then differ in size, and
-some are empty: an empty batch is still a step and still gets its noise.
+This is Poisson sampling, which privacy amplification and so :mod:`clipgrad.accounting` assumes (Abadi et al., "Deep
+Learning with Differential Privacy", 2016). Batches differ in size, and some are empty: an empty batch is still a step
+and still gets its noise.
 
-:func:`poisson_loader` draws samples, :func:`user_loader` draws users with what is theirs. Either
-can have a largest size (truncated Poisson sampling), be padded to it, and be shared among ranks.
-:func:`shuffled_loader` draws the shuffled batches of a fixed size of a plan that claims no amplification.
+:func:`poisson_loader` samples single samples, and :func:`user_loader` samples users with their samples. Both can limit
+the batch size (truncated Poisson sampling), pad batches to that size, and split the dataset among ranks.
+:func:`shuffled_loader` makes shuffled batches of a fixed size, for a plan that claims no amplification.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Checks of the samplers' arguments; messages name the argument, its value and the remedy."""
+"""Check the samplers' arguments; messages name the argument, its value and the remedy."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sized
 
 
 def count(name: str, value: object, *, most: int | None = None) -> int:
-    """An integer of at least 1."""
+    """Return an integer of at least 1, and at most ``most``."""
     number = integer(name, value)
     if number < 1:
         raise ValueError(f"{name} must be at least 1, got {number}.")
@@ -17,14 +17,14 @@ def count(name: str, value: object, *, most: int | None = None) -> int:
 
 
 def integer(name: str, value: object) -> int:
-    """An integer, of any library, and no bool."""
+    """Return an integer; the value may have an integer type of any library, but not bool."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{name} must be an integer, got {value!r}.")
     return int(value)
 
 
 def within(name: str, value: object, most: int) -> float:
-    """A real number in ``(0, most]``."""
+    """Return a real number in ``(0, most]``."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a real number, got {value!r}.")
     number = float(value)
@@ -34,7 +34,7 @@ def within(name: str, value: object, most: int) -> float:
 
 
 def share(size: int, rank: object, num_replicas: object) -> range:
-    """What of ``range(size)`` belongs to a rank: every ``num_replicas``-th, all of it without ranks."""
+    """Return the part of ``range(size)`` that belongs to a rank: every ``num_replicas``-th, or all without ranks."""
     if rank is None and num_replicas is None:
         return range(size)
     if rank is None or num_replicas is None:
@@ -52,10 +52,10 @@ def share(size: int, rank: object, num_replicas: object) -> range:
 
 
 def length(dataset: object) -> int:
-    """The number of samples of a map-style dataset."""
+    """Return the number of samples of a map-style dataset."""
     if not isinstance(dataset, Sized):
         raise TypeError(
             f"dataset must have a length, got {type(dataset).__name__}; use a map-style dataset, "
-            "from which samples can be drawn by index."
+            "whose samples can be read by index."
         )
     return len(dataset)

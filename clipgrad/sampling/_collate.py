@@ -1,4 +1,4 @@
-"""From samples to batches: empty ones, padded ones, and those of users."""
+"""Collate samples into batches that can be empty, padded or grouped by user."""
 
 from __future__ import annotations
 
@@ -16,19 +16,18 @@ T = TypeVar("T")
 
 
 class EmptyBatchCollate:
-    """Collates as ``collate_fn`` does, and an empty batch into tensors of length 0.
+    """This class collates as ``collate_fn`` does, and collates an empty batch into tensors of length 0.
 
-    ``default_collate([])`` fails. What an empty batch looks like follows from how the example
-    collates once and twice: tensors and lists that grow by one get length 0, numbers and strings
-    stay.
+    ``default_collate([])`` fails. The structure of an empty batch is inferred from two batches, of the example once and
+    of the example twice: tensors and lists that differ by one entry get length 0, numbers and strings stay.
 
     Args:
         example: One sample, such as ``dataset[0]``.
-        collate_fn: Makes tensors whose first axis is the batch, in any nesting of mappings, tuples,
-            named tuples and lists.
+        collate_fn: Makes tensors whose first axis is the batch axis, in any nesting of mappings, tuples, named tuples
+            and lists.
 
     Raises:
-        TypeError: If ``collate_fn`` returns something of which no empty version is known.
+        TypeError: If ``collate_fn`` returns an object whose empty version is unknown.
 
     Examples:
         >>> import torch
@@ -44,15 +43,15 @@ class EmptyBatchCollate:
         self._empty = _emptied("", collate_fn([example]), collate_fn([example, example]))
 
     def __call__(self, samples: list[Any]) -> Any:
-        """The batch of these samples, of which there may be none."""
+        """Return the batch of these samples; the list may be empty."""
         return self._collate(samples) if samples else copy.deepcopy(self._empty)
 
 
 class PaddedBatch(NamedTuple):
-    """A batch with a fixed number of rows, and which of them do not count.
+    """This class holds a batch with a fixed number of rows, and marks the rows that are padding.
 
     Attributes:
-        batch: What ``collate_fn`` makes of the samples and of repetitions behind them.
+        batch: The batch that ``collate_fn`` makes of the samples, followed by repetitions of them.
         is_padding: Boolean ``[rows]``: True for the repetitions. Pass it to ``backward``.
     """
 
@@ -61,33 +60,33 @@ class PaddedBatch(NamedTuple):
 
 
 class PaddingCollate:
-    """Collates into a :class:`PaddedBatch` with ``size`` rows.
+    """This class collates into a :class:`PaddedBatch` with ``size`` rows.
 
-    Rows of padding repeat the others, or ``example`` where there are none: a row made of zeros
-    might be one on which the loss is not finite.
+    Padding repeats the samples of the batch, or ``example`` if the batch is empty. It is not zeros, because the loss of
+    a zero row might not be finite.
 
     Args:
         example: One sample.
         collate_fn: Makes a batch of at least one sample.
-        size: Rows of every batch.
+        size: Number of rows of every batch.
     """
 
     def __init__(self, example: Any, collate_fn: Callable[[list[Any]], Any], size: int) -> None:
         self._example, self._collate, self._size = example, collate_fn, size
 
     def __call__(self, samples: list[Any]) -> PaddedBatch:
-        """The batch of these samples, at most ``size`` of them."""
+        """Return the padded batch of at most ``size`` samples."""
         rows = _repeated(samples or [self._example], self._size)
         return PaddedBatch(self._collate(rows), torch.arange(self._size) >= len(samples))
 
 
 class UserCollate:
-    """Collates users, each a list of samples, into ``[users, width, ...]``.
+    """This class collates users, each a list of samples, into ``[users, width, ...]``.
 
     Args:
         example: One sample.
-        collate_fn: Makes tensors whose first axis is the batch, as for :class:`EmptyBatchCollate`.
-        width: Places for the samples of a user. Those left over repeat samples of the same user.
+        collate_fn: Makes tensors whose first axis is the batch axis, as for :class:`EmptyBatchCollate`.
+        width: Number of places for the samples of a user. Free places repeat samples of the same user.
 
     Raises:
         TypeError: If ``collate_fn`` returns something without a first axis.
@@ -97,7 +96,7 @@ class UserCollate:
         self._collate, self._width = EmptyBatchCollate(example, collate_fn), width
 
     def __call__(self, users: list[list[Any]]) -> tuple[Any, ...]:
-        """What ``collate_fn`` makes, and ``present``: boolean ``[users, width]``."""
+        """Return the tensors of ``collate_fn`` and, last, ``present``: boolean ``[users, width]``."""
         flat = self._collate([s for samples in users for s in _repeated(samples, self._width)])
         batch = tree_map(lambda leaf: self._split(leaf, len(users)), flat)
         sizes = torch.tensor([len(samples) for samples in users], dtype=torch.int64)
@@ -120,7 +119,7 @@ def _repeated(samples: Sequence[T], size: int) -> list[T]:
 
 
 def _emptied(path: str, one: Any, two: Any) -> Any:
-    """The batch of no samples, from the batches of one and of two."""
+    """Return the batch of no samples, inferred from the batches of one and of two samples."""
     kind: Any = type(one)
     if isinstance(one, Tensor):
         if one.dim() and two.dim() and (one.shape[0], two.shape[0]) == (1, 2):

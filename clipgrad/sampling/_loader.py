@@ -1,4 +1,4 @@
-"""``PrivateLoader``: a sampler and PyTorch's workers, how far the training loop is, and receipts for a plan."""
+"""This file holds ``PrivateLoader``, which combines a sampler, a ``DataLoader``, a position and a plan's receipts."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ BatchSampler = PoissonSampler | UserSampler | ShuffledSampler
 
 
 class PrivateLoader:
-    """Iterates over batches, and knows how many the training loop has received.
+    """This loader iterates over random batches and counts the batches that the training loop has received.
 
-    Made by :func:`poisson_loader`, :func:`user_loader` and :func:`shuffled_loader`. It wraps a ``DataLoader`` and is
-    none: tools that rebuild a ``DataLoader`` with a sampler of their own would end the privacy.
+    :func:`poisson_loader`, :func:`user_loader` and :func:`shuffled_loader` make it. It wraps a ``DataLoader`` and is no
+    subclass, because tools that rebuild a ``DataLoader`` with their own sampler would break the privacy guarantee.
 
     Args:
-        dataset: What the sampler's indices refer to.
-        sampler: Draws the batches.
-        collate_fn: Makes a batch of samples, of which there may be none.
-        num_workers: As in ``DataLoader``, also for the next two.
-        pin_memory: Whether batches are copied to page-locked memory.
-        persistent_workers: Whether workers outlive an iteration.
-        receipts: Of a plan, whose optimizers then know which batch is which.
+        dataset: The dataset that the sampler's indices refer to.
+        sampler: The sampler of the batches.
+        collate_fn: Makes a batch from a list of samples, which may be empty.
+        num_workers: As in ``DataLoader``.
+        pin_memory: As in ``DataLoader``.
+        persistent_workers: As in ``DataLoader``.
+        receipts: The receipts of a plan; the plan's optimizers use them to identify batches.
     """
 
     def __init__(
@@ -57,20 +57,20 @@ class PrivateLoader:
 
     @property
     def batch_sampler(self) -> BatchSampler:
-        """Draws the batches."""
+        """Return the sampler of the batches."""
         return self._recorder.sampler
 
     @property
     def dataset(self) -> Dataset[Any]:
-        """Where the samples come from."""
+        """Return the dataset."""
         return self._loader.dataset
 
     def __len__(self) -> int:
-        """Number of batches in one iteration."""
+        """Return the number of batches in one iteration."""
         return len(self._recorder)
 
     def __iter__(self) -> Iterator[Any]:
-        """One iteration, or, just after :meth:`load_state_dict`, what was left of the saved one."""
+        """Yield the batches of one iteration; right after :meth:`load_state_dict`, the rest of the saved iteration."""
         batches = iter(self._loader)
         drawn = self._recorder.drawn
         receipts = self._receipts
@@ -82,19 +82,18 @@ class PrivateLoader:
             yield batch
 
     def state_dict(self) -> dict[str, Any]:
-        """The sampler's state when it drew the batch that was handed out last.
+        """Return the sampler's state after the batch that the training loop received last.
 
-        Batches that wait in the queues of workers do not count, so that it may be saved in the
-        middle of an iteration: the batch at hand counts as used. It loads with
-        ``weights_only=True``.
+        Batches in the workers' queues do not count, so the state can be saved in the middle of an iteration. The
+        current batch counts as used. The state loads with ``weights_only=True``.
         """
         return self.batch_sampler.state_dict() if self._state is None else dict(self._state)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue a saved iteration: its remaining batches, drawn anew unless a generator was given.
+        """Continue a saved iteration; without a generator, its remaining batches are sampled anew.
 
         Args:
-            state: What :meth:`state_dict` of a loader with the same ``steps`` returned.
+            state: The :meth:`state_dict` of a loader with the same ``steps``.
 
         Raises:
             ValueError: If ``state`` does not fit: see :meth:`PoissonSampler.load_state_dict`.
@@ -104,7 +103,7 @@ class PrivateLoader:
 
 
 class _Recorder(Sampler[Any]):
-    """Draws what ``sampler`` draws, and keeps size and state of each batch until it is handed out."""
+    """This sampler yields the batches of ``sampler``, and keeps size and state of each until it is handed out."""
 
     def __init__(self, sampler: BatchSampler) -> None:
         self.sampler = sampler
@@ -114,7 +113,7 @@ class _Recorder(Sampler[Any]):
         return len(self.sampler)
 
     def __iter__(self) -> Iterator[Any]:
-        drawn = self.drawn = deque()  # an iteration that was left behind keeps its own
+        drawn = self.drawn = deque()  # an unfinished earlier iteration keeps its own queue
         return self._recorded(drawn)
 
     def _recorded(self, drawn: deque[tuple[int, dict[str, Any]]]) -> Iterator[Any]:

@@ -1,4 +1,4 @@
-"""``poisson_loader``, ``user_loader`` and ``shuffled_loader``: dataset, sampler and collate function together."""
+"""Make loaders: each function combines a dataset, a sampler and a collate function."""
 
 from __future__ import annotations
 
@@ -36,25 +36,25 @@ def poisson_loader(
     pin_memory: bool = False,
     persistent_workers: bool = False,
 ) -> PrivateLoader:
-    """A loader of Poisson batches, the empty ones included.
+    """Make a loader of Poisson batches, including empty batches.
 
     Args:
-        dataset: A map-style dataset; its first sample shows what an empty batch looks like.
-        plan: A :class:`clipgrad.PrivacyPlan` for this dataset, in place of the next three and ``steps``:
-            one iteration is then the whole run.
-        expected_batch_size: See :class:`PoissonSampler`, also for the next two.
+        dataset: A map-style dataset; its first sample determines the structure of an empty batch.
+        plan: A :class:`clipgrad.PrivacyPlan` for this dataset. It replaces ``expected_batch_size``, ``sample_rate``,
+            ``max_batch_size`` and ``steps``, and one iteration is then the whole run.
+        expected_batch_size: Mean size of a batch; see :class:`PoissonSampler`.
         sample_rate: Probability of each sample to be in a batch.
-        max_batch_size: The most samples in a batch.
-        pad: Whether to fill all batches up to ``max_batch_size`` rows and yield them as
-            :class:`PaddedBatch`, for graphs that know one size only.
-        steps: Batches per iteration; see :class:`PoissonSampler`, also for the next three.
-        rank: Which share of the dataset to draw from.
+        max_batch_size: The largest number of samples in a batch.
+        pad: Whether to fill all batches up to ``max_batch_size`` rows and yield :class:`PaddedBatch`, for graphs of one
+            fixed size.
+        steps: Batches per iteration; see :class:`PoissonSampler`.
+        rank: Index of the share of the dataset to sample from.
         num_replicas: Number of shares.
-        generator: For repeatable, NOT PRIVATE batches.
+        generator: A generator for repeatable, NOT PRIVATE batches.
         collate_fn: See :class:`EmptyBatchCollate`.
-        num_workers: As in ``DataLoader``, also for the next two.
-        pin_memory: Whether batches are copied to page-locked memory.
-        persistent_workers: Whether workers outlive an iteration.
+        num_workers: As in ``DataLoader``.
+        pin_memory: As in ``DataLoader``.
+        persistent_workers: As in ``DataLoader``.
 
     Returns:
         The loader; its ``batch_sampler`` is the :class:`PoissonSampler`.
@@ -123,41 +123,41 @@ def user_loader(
     pin_memory: bool = False,
     persistent_workers: bool = False,
 ) -> PrivateLoader:
-    """A loader of Poisson batches of users, for privacy of whole users.
+    """Make a loader of Poisson batches of users, for privacy of whole users.
 
-    A batch is a tuple: what ``collate_fn`` makes, each tensor ``[B, K, ...]`` for B users and K
-    places for their samples, and last ``present``, boolean ``[B, K]``. The places that a user
-    leaves over hold repetitions, which the loss must leave out; every user has at least one sample.
+    A batch is a tuple: the tensors of ``collate_fn``, each ``[B, K, ...]`` for B users with K places for samples, and
+    last ``present``, boolean ``[B, K]``. A user's free places hold repetitions, which the loss must leave out. Every
+    user has at least one sample.
 
     Args:
         dataset: A map-style dataset.
-        user_ids: Whose each sample is; see :class:`UserSampler`, also for ``samples_per_user``.
-        plan: A :class:`clipgrad.PrivacyPlan` whose ``num_samples`` is the number of users, in place
-            of the next two, ``max_users`` and ``steps``.
+        user_ids: The user of each sample; see :class:`UserSampler`.
+        plan: A :class:`clipgrad.PrivacyPlan` whose ``num_samples`` is the number of users. It replaces
+            ``expected_users``, ``sample_rate``, ``max_users`` and ``steps``.
         expected_users: Mean number of users in a batch.
         sample_rate: Probability of each user to be in a batch.
-        samples_per_user: K, a uniformly random choice of at most so many each time; None for all of
-            them, K then being the size of the largest user.
-        max_users: The most users in a batch.
+        samples_per_user: K, the largest number of samples of a user in a batch, chosen uniformly at random each time.
+            None takes all samples; K is then the size of the largest user.
+        max_users: The largest number of users in a batch.
         pad: Whether to fill all batches up to ``max_users`` and yield :class:`PaddedBatch`.
-        steps: As in :func:`poisson_loader`, also for the rest.
-        rank: Which share of the users to draw from.
+        steps: Batches per iteration.
+        rank: Index of the share of the users to sample from.
         num_replicas: Number of shares.
-        generator: For repeatable, NOT PRIVATE batches.
+        generator: A generator for repeatable, NOT PRIVATE batches.
         collate_fn: Collates the samples of all users of a batch at once.
-        num_workers: As in ``DataLoader``, also for the next two.
-        pin_memory: Whether batches are copied to page-locked memory.
-        persistent_workers: Whether workers outlive an iteration.
+        num_workers: As in ``DataLoader``.
+        pin_memory: As in ``DataLoader``.
+        persistent_workers: As in ``DataLoader``.
 
     Returns:
         The loader; its ``batch_sampler`` is the :class:`UserSampler`.
 
     Raises:
-        ValueError: If an argument is out of range, or there are not as many ids as samples.
+        ValueError: If an argument is out of range, or the number of ids differs from the number of samples.
         TypeError: If an argument has the wrong type.
 
     Examples:
-        Each user's gradient is that of the mean loss of its samples, clipped as a whole:
+        The gradient of a user's mean loss over its samples is clipped as a whole:
 
         >>> import clipgrad
         >>> data = torch.utils.data.TensorDataset(torch.randn(7, 3), torch.randn(7, 1))
@@ -182,7 +182,7 @@ def user_loader(
     """
     if plan is not None:
         given = (expected_users, sample_rate, max_users, steps)
-        # A sampler looks at the ids, and tells well what is wrong with them.
+        # The sampler checks the ids with clear messages.
         users = UserSampler(user_ids, sample_rate=1.0).num_users
         expected_users, max_users, steps = planned(plan, "user", users, given)
     sampler = UserSampler(
@@ -226,18 +226,18 @@ def shuffled_loader(
     pin_memory: bool = False,
     persistent_workers: bool = False,
 ) -> PrivateLoader:
-    """A loader of the shuffled batches of a plan with ``shuffled=True``, each sample at most once a pass.
+    """Make a loader of shuffled batches for a plan with ``shuffled=True``; each sample is used at most once a pass.
 
-    One iteration is the whole run, over as many passes as the plan's steps take.
+    One iteration is the whole run, over as many passes as the plan's steps need.
 
     Args:
         dataset: A map-style dataset.
         plan: A :class:`clipgrad.PrivacyPlan` for this dataset with ``shuffled=True``.
-        generator: For a repeatable order.
+        generator: A generator for a repeatable order.
         collate_fn: Makes a batch of samples.
-        num_workers: As in ``DataLoader``, also for the next two.
-        pin_memory: Whether batches are copied to page-locked memory.
-        persistent_workers: Whether workers outlive an iteration.
+        num_workers: As in ``DataLoader``.
+        pin_memory: As in ``DataLoader``.
+        persistent_workers: As in ``DataLoader``.
 
     Raises:
         ValueError: If the plan is for other batches or another dataset.
@@ -274,7 +274,7 @@ def shuffled_loader(
 
 
 class _ByUser(Dataset[list[Any]]):
-    """A dataset whose elements are lists of samples, found by lists of indices."""
+    """This dataset maps a list of indices to a list of samples."""
 
     def __init__(self, samples: Dataset[Any]) -> None:
         self._samples = samples

@@ -1,4 +1,4 @@
-"""Whether a plan accounts for what a loader draws."""
+"""Check that a plan accounts for the batches of a loader."""
 
 from __future__ import annotations
 
@@ -10,39 +10,39 @@ from clipgrad.plan import PrivacyPlan
 def planned(
     plan: PrivacyPlan, unit: str, count: int, given: tuple[Any, ...]
 ) -> tuple[float, int | None, int]:
-    """Expected size, largest size and steps of a plan that fits the data."""
+    """Return expected batch size, largest batch size and steps of a plan, after checking that it fits the data."""
     if any(value is not None for value in given):
         raise ValueError(
-            "plan says how large batches are and how many; leave out the other arguments about that."
+            "plan sets the size and number of batches; leave out the other arguments about them."
         )
     require_fit(plan, unit, count, shuffled=False)
     return plan.expected_batch_size, plan.max_batch_size, plan.steps
 
 
 def require_fit(plan: PrivacyPlan, unit: str, count: int, *, shuffled: bool) -> None:
-    """Refuse a plan that accounts for other batches than the loader draws."""
+    """Refuse a plan that accounts for other batches than those of the loader."""
     if not isinstance(plan, PrivacyPlan):
         raise TypeError(f"plan must be a clipgrad.PrivacyPlan, got {type(plan).__name__}.")
     if plan.unit != unit:
         raise ValueError(
-            f"plan protects one {plan.unit}, but this loader draws {unit}s; make the plan with unit={unit!r}, or use "
+            f"plan protects one {plan.unit}, but this loader samples {unit}s; make the plan with unit={unit!r}, or use "
             f"{'user_loader' if plan.unit == 'user' else 'poisson_loader'}."
         )
     if plan.num_samples != count:
         raise ValueError(
             f"plan is for {plan.num_samples} {unit}s, but there are {count}: the "
-            "sampling rate, and with it epsilon, would be another. Make the plan for this dataset."
+            "sampling rate, and so epsilon, would differ. Make the plan for this dataset."
         )
     if plan.shuffled != shuffled:
         right, drawn = (
             ("shuffled_loader", "Poisson") if plan.shuffled else ("poisson_loader", "shuffled")
         )
         raise ValueError(
-            f"plan has shuffled={plan.shuffled}, but this loader draws {drawn} batches. Use "
+            f"plan has shuffled={plan.shuffled}, but this loader makes {drawn} batches. Use "
             f"clipgrad.{right}(dataset, plan=plan)."
         )
     if plan.declared_sampling is not None:
         raise ValueError(
-            "plan has declared_sampling, for batches that no loader of clipgrad draws. Leave it out: what this "
-            "loader draws is checked."
+            "plan has declared_sampling, which is for batches that no loader of clipgrad makes. Leave it out: the "
+            "batches of this loader are checked."
         )

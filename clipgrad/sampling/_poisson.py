@@ -1,4 +1,4 @@
-"""``PoissonSampler``: batches of indices."""
+"""This file holds ``PoissonSampler``, which makes Poisson batches of indices."""
 
 from __future__ import annotations
 
@@ -15,43 +15,41 @@ from clipgrad.sampling._words import words_from
 
 
 class PoissonSampler(Sampler[list[int]]):
-    """Draws Poisson batches of indices; :func:`poisson_loader` makes it and a loader for it.
+    """This sampler makes Poisson batches of indices; :func:`poisson_loader` makes the sampler and a loader for it.
 
-    Instead of asking every index it walks from one that is in to the next, so that a batch costs
-    time in proportion to its own size. Whatever the other indices do, an index is in a batch with
-    probability ``q * (1 + e)``, where q is the float ``sample_rate`` and ``|e| <= 2**-57`` for
-    ``q >= 1e-9`` (0 for ``q >= 1/2``, below ``2**-51`` for every float).
+    It jumps from one sampled index to the next, so that the time for a batch is proportional to the batch's size.
+    Independently of other indices, an index is in a batch with probability ``q * (1 + e)``, where q is the float
+    ``sample_rate`` and ``|e| <= 2**-57`` for ``q >= 1e-9`` (0 for ``q >= 1/2``, below ``2**-51`` for every float).
 
-    Which samples were in a batch must stay secret. By default all randomness comes from the
-    operating system's cryptographic generator and none is kept, so that copies, forked children and
-    restored checkpoints have nothing in common.
+    It must stay secret which samples are in a batch. By default all randomness comes from the operating system's
+    cryptographic generator and no state is kept, so copies, forked children and restored checkpoints are independent.
 
-    **Truncated** (``max_batch_size``): where more were drawn, a uniformly random subset of that size
-    is kept. Then one sample may push out another, which the accountant must know of: see
-    :attr:`sampling`; Chua et al., "Scalable DP-SGD: Shuffling vs. Poisson Subsampling", 2024.
+    **Truncated** (``max_batch_size``): a uniformly random subset of that size replaces a larger batch. One sample may
+    then displace another, which the accountant must know: see :attr:`sampling` and Chua et al., "Scalable DP-SGD:
+    Shuffling vs. Poisson Subsampling", 2024.
 
-    **Across ranks** (``rank``, ``num_replicas``): rank r draws from its own share of the indices, ``r,
-    r + n, r + 2n, ...``. The shares are disjoint and make up the dataset, so the batches of all ranks
-    together are one Poisson sample of the whole with the same q, without any communication.
+    **Across ranks** (``rank``, ``num_replicas``): rank r samples from its own share of the indices, ``r, r + n,
+    r + 2n, ...``. The shares are disjoint and make up the dataset. So the batches of all ranks together are one Poisson
+    sample of the whole dataset with the same q, without any communication.
 
     Args:
         num_samples: Size of the dataset.
-        expected_batch_size: Mean size of a batch, ``q * num_samples``, of all ranks together and
-            before truncation; give it or ``sample_rate``.
+        expected_batch_size: Mean size of a batch, ``q * num_samples``, of all ranks together and before truncation;
+            give it or ``sample_rate``.
         sample_rate: Probability q of each sample to be in a batch, ``0 < q <= 1``.
-        max_batch_size: The most samples in a batch; not together with ranks, since the analysis
-            of truncation is that of one subset of the whole batch.
-        steps: Batches per iteration; by default as many as make ``num_samples`` draws on average.
-        rank: Which share to draw from, ``0 <= rank < num_replicas``.
-        num_replicas: Number of shares, on every rank the same.
-        whole_run: Whether one iteration is all there is, as with a plan: the state of a finished one is then restored
-            as finished, and yields no batch.
-        generator: A CPU generator for a repeatable and NOT PRIVATE choice; it advances. With ranks,
-            seed each rank's differently.
+        max_batch_size: The largest number of samples in a batch. It excludes ranks, since the analysis of truncation
+            holds for one subset of the whole batch.
+        steps: Batches per iteration; by default the number that samples ``num_samples`` indices on average.
+        rank: Index of the share to sample from, ``0 <= rank < num_replicas``.
+        num_replicas: Number of shares, the same on every rank.
+        whole_run: Whether the sampler is for one iteration only, as with a plan. The state of a finished iteration is
+            then restored as finished, and yields no batch.
+        generator: A CPU generator for repeatable and NOT PRIVATE batches; the sampler advances it. With ranks, seed
+            each rank's generator differently.
 
     Raises:
-        ValueError: If a number is out of range, not exactly one of the two rates is given, or
-            arguments exclude each other.
+        ValueError: If a number is out of range, not exactly one of the two rates is given, or arguments exclude each
+            other.
         TypeError: If an argument has the wrong type.
 
     Examples:
@@ -90,7 +88,7 @@ class PoissonSampler(Sampler[list[int]]):
         if max_batch_size is not None and self._share.step > 1:
             raise ValueError(
                 f"max_batch_size = {max_batch_size} and num_replicas = {num_replicas} exclude each "
-                "other: ranks that truncate each on its own are covered by no analysis. Leave "
+                "other: no analysis covers ranks that truncate separately. Leave "
                 "max_batch_size out, and bound memory by the optimizer's microbatch_size."
             )
         self._most = (
@@ -104,25 +102,25 @@ class PoissonSampler(Sampler[list[int]]):
 
     @property
     def sample_rate(self) -> float:
-        """Probability of each sample to be in a batch, before truncation."""
+        """Return the probability of each sample to be in a batch, before truncation."""
         return self._trials.rate
 
     @property
     def expected_batch_size(self) -> float:
-        """Mean size of a batch, of all ranks together and before truncation.
+        """Return the mean size of a batch, of all ranks together and before truncation.
 
-        A public constant, and so what the sum may be divided by.
+        It is a public constant, so the sum of gradients may be divided by it.
         """
         return self._expected
 
     @property
     def max_batch_size(self) -> int | None:
-        """The most samples in a batch; None without truncation."""
+        """Return the largest number of samples in a batch; None without truncation."""
         return self._most
 
     @property
     def sampling(self) -> Poisson | TruncatedPoisson:
-        """What the accountant has to know."""
+        """Return the sampling scheme, for the accountant."""
         if self._most is None:
             return Poisson(sample_rate=self.sample_rate)
         return TruncatedPoisson(
@@ -132,11 +130,11 @@ class PoissonSampler(Sampler[list[int]]):
         )
 
     def __len__(self) -> int:
-        """Number of batches in one iteration, on every rank the same."""
+        """Return the number of batches in one iteration, the same on every rank."""
         return self._steps
 
     def __iter__(self) -> Iterator[list[int]]:
-        """One iteration, or, just after :meth:`load_state_dict`, what was left of the saved one."""
+        """Yield the batches of one iteration; right after :meth:`load_state_dict`, the rest of the saved iteration."""
         first = self._done if self._resume else 0
         self._resume = False
         for step in range(first, self._steps):
@@ -152,10 +150,10 @@ class PoissonSampler(Sampler[list[int]]):
         return batch
 
     def state_dict(self) -> dict[str, Any]:
-        """How many batches of the iteration were drawn and, if a generator was given, its state.
+        """Return the number of batches of the iteration so far and, if a generator was given, its RNG state.
 
-        A loader with workers draws ahead of the training loop. Of what the loop has received,
-        :meth:`PrivateLoader.state_dict` tells, in the same format.
+        A loader with workers samples ahead of the training loop. :meth:`PrivateLoader.state_dict` returns the state
+        after the batch that the loop received last, in the same format.
         """
         state = {"kind": "PoissonSampler", "format": 1, "done": self._done}
         if not self._whole_run:
@@ -165,14 +163,13 @@ class PoissonSampler(Sampler[list[int]]):
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue a saved iteration: with a given generator exactly, else with fresh randomness.
+        """Continue a saved iteration: exactly if a generator is given, otherwise with fresh randomness.
 
         Args:
-            state: What ``state_dict`` of a sampler with the same ``steps``, or of its loader,
-                returned.
+            state: The ``state_dict`` of a sampler with the same ``steps``, or of its loader.
 
         Raises:
-            ValueError: If ``state`` is not a sampler's, or only one of the two has a generator.
+            ValueError: If ``state`` is not a sampler's, or only one of state and sampler has a generator.
         """
         if (state.get("kind"), state.get("format")) != ("PoissonSampler", 1):
             raise ValueError(
@@ -197,7 +194,7 @@ class PoissonSampler(Sampler[list[int]]):
 def _rates(
     num_samples: int, expected_batch_size: object, sample_rate: object
 ) -> tuple[float, float]:
-    """Expected batch size and sample rate, of which one is given."""
+    """Return expected batch size and sample rate, one of which is given."""
     if (expected_batch_size is None) == (sample_rate is None):
         raise ValueError(
             f"expected_batch_size and sample_rate are {expected_batch_size} and {sample_rate}; "

@@ -1,4 +1,4 @@
-"""``ShuffledSampler``: batches of a fixed size, each sample at most once a pass."""
+"""This file holds ``ShuffledSampler``, which makes batches of a fixed size, with each sample at most once a pass."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from clipgrad.sampling import _arguments as arguments
 
 
 class ShuffledSampler(Sampler[list[int]]):
-    """Shuffles all indices for each pass and cuts them into batches; :func:`shuffled_loader` makes it.
+    """This sampler shuffles all indices for each pass and cuts them into batches; :func:`shuffled_loader` makes it.
 
-    A last batch that would be smaller is left out. The order amplifies nothing, and need not be secret, so that
-    PyTorch's generator is good enough.
+    It leaves out a smaller last batch. The plan claims no amplification, so the order need not be secret, and PyTorch's
+    generator is sufficient.
 
     Args:
         num_samples: Size of the dataset.
-        batch_size: Samples in every batch.
-        steps: Batches per iteration, over as many passes as that takes.
+        batch_size: Number of samples in every batch.
+        steps: Batches per iteration, over as many passes as needed.
         generator: A CPU generator for a repeatable order.
 
     Raises:
@@ -55,15 +55,15 @@ class ShuffledSampler(Sampler[list[int]]):
 
     @property
     def sampling(self) -> FixedSize:
-        """What the accountant has to know."""
+        """Return the sampling scheme, for the accountant."""
         return FixedSize(self._num_samples, self._batch_size)
 
     def __len__(self) -> int:
-        """Number of batches in one iteration."""
+        """Return the number of batches in one iteration."""
         return self._steps
 
     def __iter__(self) -> Iterator[list[int]]:
-        """One iteration, or, just after :meth:`load_state_dict`, what was left, beginning with a new pass."""
+        """Yield the batches of one iteration; right after :meth:`load_state_dict`, the rest of it, with a new pass."""
         first = self._done if self._resume else 0
         self._resume = False
         per_pass = self._num_samples // self._batch_size
@@ -76,14 +76,14 @@ class ShuffledSampler(Sampler[list[int]]):
             yield order[at * self._batch_size : (at + 1) * self._batch_size]
 
     def state_dict(self) -> dict[str, Any]:
-        """How many batches of the iteration were drawn."""
+        """Return the number of batches of the iteration so far."""
         return {"kind": "ShuffledSampler", "format": 1, "done": self._done}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue a saved iteration with a new pass, which the ledger counts as one.
+        """Continue a saved iteration with a new pass, which the ledger counts as another pass.
 
         Args:
-            state: What ``state_dict`` of a sampler with the same ``steps``, or of its loader, returned.
+            state: The ``state_dict`` of a sampler with the same ``steps``, or of its loader.
 
         Raises:
             ValueError: If ``state`` is not a sampler's.

@@ -1,4 +1,4 @@
-"""``UserSampler``: batches of users, each with indices of its samples."""
+"""This file holds ``UserSampler``, which makes batches of users, each with indices of its samples."""
 
 from __future__ import annotations
 
@@ -17,27 +17,26 @@ from clipgrad.sampling._words import words_from
 
 
 class UserSampler(Sampler[list[list[int]]]):
-    """Draws Poisson batches of users; :func:`user_loader` makes it and a loader for it.
+    """This sampler makes Poisson batches of users; :func:`user_loader` makes the sampler and a loader for it.
 
-    Each user is in each batch with the same probability, independently of all others, and brings
-    all of its samples or a random few. An element of the batch is then a user, and so it is users
-    whose gradients are clipped and who are protected, however many samples they have;
-    ``clipgrad.DPOptimizer(..., keep_batch_dim=False)`` hands the loss one user's samples.
+    Each user is in each batch with the same probability, independently of all other users, with all of its samples or a
+    random subset. An element of the batch is a user, so each user's gradient is clipped and each user is protected,
+    whatever the number of its samples. ``clipgrad.DPOptimizer(..., keep_batch_dim=False)`` passes the loss one user's
+    samples.
 
     Args:
-        user_ids: Whose each sample is, in the order of the dataset: a tensor, an array or a sequence
-            of hashable values.
+        user_ids: The user of each sample, in the order of the dataset: a tensor, an array or a sequence of hashable
+            values.
         expected_users: Mean number of users in a batch; give it or ``sample_rate``.
         sample_rate: Probability q of each user to be in a batch, ``0 < q <= 1``.
-        samples_per_user: The most samples of a user in a batch, chosen anew each time, uniformly and
-            without replacement; None for all of them.
-        max_users: The most users in a batch: see ``max_batch_size`` of :class:`PoissonSampler`, also
-            for the rest.
-        steps: Batches per iteration.
-        rank: Which share of the users to draw from.
+        samples_per_user: The largest number of samples of a user in a batch, chosen anew each time, uniformly and
+            without replacement; None for all samples.
+        max_users: The largest number of users in a batch: see ``max_batch_size`` of :class:`PoissonSampler`.
+        steps: Batches per iteration; see :class:`PoissonSampler`.
+        rank: Index of the share of the users to sample from.
         num_replicas: Number of shares.
         whole_run: See :class:`PoissonSampler`.
-        generator: For repeatable, NOT PRIVATE batches.
+        generator: A generator for repeatable, NOT PRIVATE batches.
 
     Raises:
         ValueError: If a number is out of range, or a sample has no user.
@@ -94,49 +93,49 @@ class UserSampler(Sampler[list[list[int]]]):
 
     @property
     def num_users(self) -> int:
-        """How many users there are."""
+        """Return the number of users."""
         return len(self._samples)
 
     @property
     def width(self) -> int:
-        """The most samples that a user has in a batch."""
+        """Return the largest number of samples of a user in a batch."""
         return self._width
 
     @property
     def sample_rate(self) -> float:
-        """Probability of each user to be in a batch, before truncation."""
+        """Return the probability of each user to be in a batch, before truncation."""
         return self._users.sample_rate
 
     @property
     def expected_batch_size(self) -> float:
-        """Mean number of users in a batch: what the sum of the users' gradients is divided by."""
+        """Return the mean number of users in a batch, by which the sum of the users' gradients is divided."""
         return self._users.expected_batch_size
 
     @property
     def max_batch_size(self) -> int | None:
-        """The most users in a batch; None without truncation."""
+        """Return the largest number of users in a batch; None without truncation."""
         return self._users.max_batch_size
 
     @property
     def sampling(self) -> Poisson | TruncatedPoisson:
-        """What the accountant has to know; its samples are users."""
+        """Return the sampling scheme, for the accountant; its samples are users."""
         return self._users.sampling
 
     @property
     def num_samples(self) -> int:
-        """How many samples all users have together."""
+        """Return the number of samples of all users together."""
         return sum(map(len, self._samples))
 
     def first_user(self) -> list[int]:
-        """Indices of the samples of one user that may be together in a batch."""
+        """Return indices of samples of the first user, as many as a batch may hold."""
         return self._samples[0][: self._width]
 
     def __len__(self) -> int:
-        """Number of batches in one iteration, on every rank the same."""
+        """Return the number of batches in one iteration, the same on every rank."""
         return len(self._users)
 
     def __iter__(self) -> Iterator[list[list[int]]]:
-        """One iteration, or, just after :meth:`load_state_dict`, what was left of the saved one."""
+        """Yield the batches of one iteration; right after :meth:`load_state_dict`, the rest of the saved iteration."""
         for users in self._users:
             yield [self._some_of(self._samples[user]) for user in users]
 
@@ -147,16 +146,16 @@ class UserSampler(Sampler[list[list[int]]]):
         return [samples[i] for i in chosen.tolist()]
 
     def state_dict(self) -> dict[str, Any]:
-        """As :meth:`PoissonSampler.state_dict`."""
+        """Return the state, as :meth:`PoissonSampler.state_dict` does."""
         return self._users.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """As :meth:`PoissonSampler.load_state_dict`."""
+        """Continue a saved iteration, as :meth:`PoissonSampler.load_state_dict` does."""
         self._users.load_state_dict(state)
 
 
 def _by_user(user_ids: Any) -> list[list[int]]:
-    """Indices of each user's samples; users in the order in which they appear."""
+    """Return the indices of each user's samples, with users in the order in which they appear."""
     ids = user_ids.tolist() if hasattr(user_ids, "tolist") else list(user_ids)
     if not ids:
         raise ValueError("user_ids is empty; give the user of every sample of the dataset.")
@@ -164,7 +163,7 @@ def _by_user(user_ids: Any) -> list[list[int]]:
     for index, user in enumerate(ids):
         if user is None or user != user:  # each NaN would count as a user of its own
             raise ValueError(
-                f"user_ids[{index}] is {user}, so sample {index} belongs to nobody; give every "
+                f"user_ids[{index}] is {user}, so sample {index} belongs to no user; give every "
                 "sample a user, or leave it out of the dataset."
             )
         try:

@@ -1,4 +1,4 @@
-"""Random 64-bit words: all that the samplers draw."""
+"""Generate random 64-bit words, the only randomness that the samplers use."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import torch
 from numpy.typing import NDArray
 
 Words = Callable[[int], NDArray[np.uint64]]
-"""Draws so many words, each uniform on ``0 ... 2**64 - 1`` and independent of the others."""
+"""A function of a count that returns so many independent words, each uniform on ``0 ... 2**64 - 1``."""
 
 
 def words_from(generator: torch.Generator | None) -> Words:
-    """The operating system's words, or the repeatable and NOT PRIVATE ones of a generator.
+    """Return a source of words: the operating system, or a generator, whose words are repeatable and NOT PRIVATE.
 
     Raises:
         TypeError: If ``generator`` is not a generator on the CPU.
@@ -31,15 +31,15 @@ def words_from(generator: torch.Generator | None) -> Words:
 
 
 def system_words(count: int) -> NDArray[np.uint64]:
-    """From the operating system's cryptographic generator.
+    """Return words from the operating system's cryptographic generator.
 
-    This process keeps no state, so that nothing could be shared by a fork, a copy or a checkpoint.
+    The process keeps no state, so forks, copies and checkpoints share no randomness.
     """
     return np.frombuffer(secrets.token_bytes(8 * count), dtype=np.uint64)
 
 
 def seeded_words(generator: torch.Generator, count: int) -> NDArray[np.uint64]:
-    """The next words of a generator, which advances."""
+    """Return the next words of a generator, and advance it."""
     words = torch.empty(count, dtype=torch.int64, device="cpu")
     words.random_(-(2**63), None, generator=generator)
     return words.numpy().view(np.uint64)
