@@ -185,9 +185,8 @@ class BatchClipper:
                 try:
                     loss = self._graphs.of(inputs).loss()
                 except CannotCapture as reason:
-                    raise NotPerSampleError(
-                        f"{refusal} PyTorch has no other way: {reason}"
-                    ) from refusal
+                    where = f" It does so at {reason.where}." if reason.where else ""
+                    raise NotPerSampleError(f"{refusal}{where}") from reason
                 self._runs_as_graph = True
                 return body(loss)
         return body(self._graphs.of(inputs).loss())

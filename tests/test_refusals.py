@@ -135,7 +135,6 @@ LOSSES: dict[str, tuple[Loss, str]] = {
     "if parameter": (lambda m, x: m(x).sum() if m[0].weight.norm() < 9 else 0, BRANCH),
     "while": (_while, BRANCH),
     "isnan().any()": (lambda m, x: 0 if x.isnan().any() else m(x).sum(), BRANCH),
-    "max() of python": (lambda m, x: max(m(x).flatten().unbind()), BRANCH),
     "torch.equal": (lambda m, x: m(x).sum() if torch.equal(x, x) else 0, BRANCH),
     "torch.allclose": (lambda m, x: m(x).sum() if torch.allclose(x, x) else 0, BRANCH),
     "item": (lambda m, x: m(x).sum() * x.sum().item(), ITEM),

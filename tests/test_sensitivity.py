@@ -278,7 +278,7 @@ def test_neighbours_of_an_adaptive_norm(
     gradient = clipped_grad(model.loss, max_grad_norm=progress.max_grad_norm)
     for relation, one, other in (neighbours := Neighbours.make(model, gradient, **drawn)).pairs():
         z, stddev = progress.noise(relation, expected_batch_size=20)
-        counts = [progress.observed(result)[0] for result in (one, other)]
+        counts = [progress.observed(result.outcome)[0] for result in (one, other)]
         moved = distance(one.grads, other.grads) / (z * gradient.sensitivity(relation))
         count = float((counts[0] - counts[1]).abs()) / stddev
         slack = model.rounding * neighbours.size / z

@@ -100,9 +100,9 @@ class MicrobatchRunner:
                 self._compiler.forget()
                 self._graphs.forget()
                 raise CompileMismatchError(
-                    f"{error} Earlier batches agreed: what the loss does has changed in a way that PyTorch's guards do not "
-                    f"see, after microbatch {entry.runs // 2 or 1} of this graph and before the {entry.runs + 1}th. The "
-                    "next batch is compiled anew."
+                    f"{error} Earlier batches agreed, so the loss has changed in a way that PyTorch's guards do not "
+                    f"see, after microbatch {(entry.runs + 1) // 2} of this graph at the earliest. The next batch is "
+                    "compiled anew."
                 ) from None
         entry.runs += 1
         entry.tensors = loss.tensors

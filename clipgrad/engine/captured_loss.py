@@ -50,7 +50,9 @@ class LossGraphs:
         with call.context():
             try:
                 captured = _graph(self._capture, call, sample)
-            except CannotCapture:
+            except CannotCapture as error:
+                if not error.stores:
+                    raise
                 # The loss may make a cache or a buffer at its first call, which is no side effect of later calls.
                 with torch.enable_grad(), Generators(inputs.params[0].device).kept():
                     call.fn(*call.arguments([_copy(leaf) for leaf in sample]))

@@ -17,7 +17,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten
 from clipgrad.errors import NotPerSampleError
 from clipgrad.loss_graph.checks import refuse_side_effects, refuse_writes
 from clipgrad.loss_graph.graph import CapturedLoss, Place, forget_examples, pure, without_unused
-from clipgrad.loss_graph.reasons import cannot, explained
+from clipgrad.loss_graph.reasons import CannotCapture, explained
 from clipgrad.loss_graph.settings import GUARDS_ONLY, capture_settings, quiet
 
 GRAPHS = 16
@@ -71,7 +71,7 @@ class LossCapture:
             raise ValueError("parameters must require grad; pass p.detach().requires_grad_().")
         result = self._run(args)
         if self._served is None:
-            raise cannot(
+            raise CannotCapture(
                 "PyTorch captured no operation of it; it computes nothing, or torch.compile is switched off"
             )
         module, inputs, outputs = self._served
@@ -97,7 +97,7 @@ class LossCapture:
                 finally:
                     self._guards_only = False
             if len(self._graphs) >= GRAPHS:
-                raise cannot(
+                raise CannotCapture(
                     f"it has {GRAPHS} graphs already, and something that it reads changed again ({reason}); keep it "
                     "fixed, or make it a tensor"
                 )
@@ -186,7 +186,7 @@ def _constant(value: Any) -> Tensor | int:
     if isinstance(value, int):
         return value
     if type(value) not in _PLAIN:
-        raise cannot(f"it takes in {type(value).__name__}, which is no ordinary tensor")
+        raise CannotCapture(f"it takes in {type(value).__name__}, which is no ordinary tensor")
     if value.requires_grad:
         raise NotPerSampleError(
             f"the loss uses a tensor of shape {tuple(value.shape)} that requires grad and is not among the parameters, "
@@ -210,13 +210,13 @@ def _results(
         leaves, aux = tree_flatten(result[1])
         values = [result[0], *leaves]
     if not isinstance(values[0], Tensor):
-        raise cannot(
+        raise CannotCapture(
             f"it returns {type(values[0]).__name__} where a tensor, or a pair of one and more, is needed"
         )
     results = tuple(known.get(id(value), Place("value", value)) for value in values)
     returned = {place.index for place in results if place.kind == "output"}
     if len(returned) != len(outputs):
-        raise cannot(
+        raise CannotCapture(
             "the graph returns more than the loss does: something else is computed and stored"
         )
     return results, aux

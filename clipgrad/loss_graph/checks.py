@@ -12,7 +12,7 @@ from torch.fx import GraphModule, Interpreter, Node
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from clipgrad.loss_graph.reasons import cannot, line_in, line_of
+from clipgrad.loss_graph.reasons import CannotCapture, line_in, line_of
 from clipgrad.loss_graph.regions import all_left
 
 
@@ -35,13 +35,33 @@ def refuse_side_effects() -> None:
         for value in _stored(owner, effects.store_attr_mutations.get(owner, {})):
             source = value.source.name if value.source is not None else None
             source = source() if callable(source) else source
-            if source is None or not source.startswith((f"{place}[", f"{place}.")):
+            there = source is not None and source.startswith((f"{place}[", f"{place}."))
+            if not (there or _is_held(translator.output.root_tx, place, source)):
                 stacks = getattr(effects, "mutation_user_stacks", {}).get(owner)
                 where = line_of(stacks[-1]) if stacks else None
-                raise cannot(
+                raise CannotCapture(
                     f"it stores a tensor in {type_of(owner)}, where a later batch would find it",
                     where,
+                    stores=True,
                 )
+
+
+def _is_held(root: Any, place: str, source: str | None) -> bool:
+    """Whether a dictionary holds this very tensor before the loss runs; ``functional_call`` puts parameters back.
+
+    Args:
+        root: PyTorch's translator of the loss, with its variables.
+        place: PyTorch's expression for the dictionary.
+        source: PyTorch's expression for the tensor; None if the loss computed it.
+    """
+    if source is None:
+        return False
+    names = {"L": root.f_locals, "G": root.f_globals}
+    try:
+        container, tensor = (eval(text, names) for text in (place, source))
+    except Exception:  # an expression with functions of PyTorch's guards
+        return False
+    return isinstance(container, dict) and any(tensor is held for held in container.values())
 
 
 def type_of(owner: Any) -> str:
@@ -84,7 +104,7 @@ class _Writes(TorchDispatchMode):
         for value in _written(func, args, kwargs):
             if _memory(value) in self._memory:
                 where = line_in(self.node.meta.get("stack_trace")) if self.node else None
-                raise cannot(
+                raise CannotCapture(
                     f"it writes in place to a tensor that it was given ({func._schema.name})", where
                 )
         return func(*args, **kwargs)

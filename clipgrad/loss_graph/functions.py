@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
-from clipgrad.loss_graph.reasons import cannot
+from clipgrad.loss_graph.reasons import CannotCapture
 
 CUSTOM_FUNCTION = torch.ops.higher_order.autograd_function_apply
 
@@ -61,7 +61,7 @@ def _kept(forward: GraphModule) -> _Kept:
     inputs = list(forward.graph.find_nodes(op="placeholder"))
     nodes = [*outputs, *saved]
     if not all(isinstance(node, Node) for node in nodes) or set(outputs) & set(inputs):
-        raise cannot(
+        raise CannotCapture(
             "it uses a custom autograd.Function that keeps or returns something else than results"
         )
     return _Kept(outputs, saved, inputs)
@@ -119,7 +119,7 @@ def rebuild_custom_function(
         isinstance(arg, Node) and isinstance(arg.meta.get("example_value"), Tensor) for arg in args
     )
     if node.kwargs.get("dirty_idx") or not tensors:
-        raise cannot(
+        raise CannotCapture(
             "it uses a custom autograd.Function that takes numbers or writes to what it takes",
             where,
         )

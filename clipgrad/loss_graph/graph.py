@@ -14,7 +14,7 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils._pytree import TreeSpec, tree_unflatten
 
 from clipgrad.loss_graph.functions import CUSTOM_FUNCTION, rebuild_custom_function
-from clipgrad.loss_graph.reasons import cannot, line_in
+from clipgrad.loss_graph.reasons import CannotCapture, line_in
 from clipgrad.loss_graph.regions import all_left, rewrite_regions
 
 _CHECKPOINT = torch.ops.higher_order.tag_activation_checkpoint
@@ -144,13 +144,13 @@ def _refuse(module: GraphModule, node: Node) -> None:
         if isinstance(held, GraphModule):
             setattr(module, str(node.target), pure(held))
         else:
-            raise cannot(f"it holds {type(held).__name__} as a constant of the graph", where)
+            raise CannotCapture(f"it holds {type(held).__name__} as a constant of the graph", where)
     target: Any = node.target
     known = target is _CHECKPOINT or target is CUSTOM_FUNCTION
     if isinstance(target, torch._ops.HigherOrderOperator) and not known:
-        raise cannot(f"it uses {target.name()}, which does not run for each sample", where)
+        raise CannotCapture(f"it uses {target.name()}, which does not run for each sample", where)
     if free_unbacked_symbols(node.meta.get("example_value")):
-        raise cannot(
+        raise CannotCapture(
             "it reads the value of a tensor, or makes one whose shape depends on the data", where
         )
 

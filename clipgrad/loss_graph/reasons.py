@@ -27,17 +27,17 @@ class CannotCapture(CompileError):
     """PyTorch cannot capture this loss as one graph; the message gives the reason and the user's line.
 
     A caller that has another way to run the loss may take it: nothing was computed, and nothing was changed.
-    """
-
-
-def cannot(reason: str, where: str | None = None) -> CannotCapture:
-    """The error for a reason of our own.
 
     Args:
         reason: What the loss does, from its verb on.
         where: File and line, if they are known.
+        stores: Whether the loss stores a tensor, which it may do at its first call only (a cache, a lazy buffer).
     """
-    return CannotCapture(f"the loss cannot be captured as one graph: {_placed(reason, where)}.")
+
+    def __init__(self, reason: str, where: str | None = None, *, stores: bool = False) -> None:
+        super().__init__(f"the loss cannot be captured as one graph: {_placed(reason, where)}.")
+        self.where = where
+        self.stores = stores
 
 
 def explained(error: BaseException) -> CannotCapture:
@@ -54,7 +54,7 @@ def explained(error: BaseException) -> CannotCapture:
     text = str(error)
     stack = getattr(error, "real_stack", None)
     where = line_of(stack) if stack else None
-    return cannot(_reason(error, text), where or _last(_frames(text)))
+    return CannotCapture(_reason(error, text), where or _last(_frames(text)))
 
 
 def line_of(stack: Iterable[traceback.FrameSummary]) -> str | None:

@@ -12,7 +12,7 @@ from torch._functorch import predispatch
 from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
 from torch.fx import Graph, Node
 
-from clipgrad.loss_graph.reasons import cannot, line_in
+from clipgrad.loss_graph.reasons import CannotCapture, line_in
 
 # The position of the level among the arguments.
 _LEVELS = {"_add_batch_dim": 2, "_remove_batch_dim": 1}
@@ -93,7 +93,9 @@ def rewrite_regions(graph: Graph) -> None:
             assert isinstance(level, int)
             node.update_arg(_LEVELS[name], levels[level - 1])
         elif _is_transform(node) and name not in _HARMLESS:
-            raise cannot(f"it uses a transform of torch.func other than vmap ({name})", where)
+            raise CannotCapture(
+                f"it uses a transform of torch.func other than vmap ({name})", where
+            )
 
 
 def name_of(node: Node) -> str:
