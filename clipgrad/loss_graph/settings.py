@@ -52,10 +52,18 @@ def capture_settings(limit: int) -> contextlib.AbstractContextManager[Any]:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keep PyTorch's warnings about what it captures to itself; an error says what matters."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+    """Silence PyTorch's warnings about what it captures; an error says what matters.
+
+    torch 2.11 also logs an error of its own when it writes down the settings, since functions have no order.
+    """
+    log = logging.getLogger("torch._dynamo.metrics_context")
+    before, log.disabled = log.disabled, True
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        log.disabled = before
 
 
 def _logging_functions() -> Iterator[Callable[..., Any]]:
