@@ -17,7 +17,7 @@ from clipgrad.engine.advice import ValueReadError
 from clipgrad.engine.captured_loss import GraphOfLoss, LossGraphs
 from clipgrad.engine.clip_and_sum import MicrobatchResult, Settings
 from clipgrad.engine.foreign_code import refuse_saved_tensors_hooks
-from clipgrad.engine.inputs import Inputs
+from clipgrad.engine.inputs import Inputs, copied
 from clipgrad.engine.microbatch import run
 from clipgrad.engine.rng_state import Generators
 from clipgrad.errors import CompileMismatchError
@@ -114,7 +114,7 @@ class MicrobatchRunner:
             return self._graphs.of(self._inputs)
         except CannotCapture:
             with suppress(ValueReadError):
-                self._eagerly(batch, mask)
+                self._eagerly(copied(batch), mask)
             raise
 
     def _given(self, batch: Sequence[Any], read: Sequence[Tensor], padding: Tensor) -> list[Tensor]:

@@ -27,6 +27,7 @@ class LossGraphs:
         self._has_aux = has_aux
         self._fn: Any = None
         self._capture: LossCapture | None = None
+        self._captures = 0
 
     def forget(self) -> None:
         """Capture the loss anew at the next batch."""
@@ -45,6 +46,7 @@ class LossGraphs:
         call = inputs.sample_call()
         if self._capture is None or call.fn is not self._fn:
             self._fn, self._capture = call.fn, LossCapture(call.fn)
+            self._captures += 1
         first = 0 if not self._keep_batch_dim else slice(0, 1)
         sample = [leaf[first] if isinstance(leaf, Tensor) else leaf for leaf in inputs.batch]
         with call.context():
@@ -57,7 +59,7 @@ class LossGraphs:
                 with torch.enable_grad(), Generators(inputs.params[0].device).kept():
                     call.fn(*call.arguments([_copy(leaf) for leaf in sample]))
                 captured = _graph(self._capture, call, sample)
-        return GraphOfLoss(captured, self._has_aux)
+        return GraphOfLoss(captured, self._has_aux, self._captures)
 
 
 @dataclass(frozen=True)
@@ -67,10 +69,12 @@ class GraphOfLoss:
     Attributes:
         captured: The graph, and the tensors that it takes besides parameters and sample.
         has_aux: Whether the loss returns auxiliary values.
+        capture: Number of the capture; each counts its graphs from zero.
     """
 
     captured: CapturedLoss
     has_aux: bool
+    capture: int
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -81,7 +85,7 @@ class GraphOfLoss:
     def key(self) -> tuple[Any, ...]:
         """Equal for two calls exactly if the same graph serves both, with the same Python numbers."""
         numbers = [value for value in self.captured.constants if not isinstance(value, Tensor)]
-        return (self.captured.number, *numbers)
+        return (self.capture, self.captured.number, *numbers)
 
     def loss(self, tensors: Sequence[Tensor] | None = None) -> Loss:
         """The graph as a loss.

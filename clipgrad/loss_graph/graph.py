@@ -149,6 +149,10 @@ def _refuse(module: GraphModule, node: Node) -> None:
     known = target is _CHECKPOINT or target is CUSTOM_FUNCTION
     if isinstance(target, torch._ops.HigherOrderOperator) and not known:
         raise CannotCapture(f"it uses {target.name()}, which does not run for each sample", where)
+    if node.op == "call_method" and str(node.target).startswith("register_"):
+        raise CannotCapture(
+            f"it calls {node.target}; a hook would see the gradients of all samples at once", where
+        )
     if free_unbacked_symbols(node.meta.get("example_value")):
         raise CannotCapture(
             "it reads the value of a tensor, or makes one whose shape depends on the data", where

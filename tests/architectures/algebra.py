@@ -20,7 +20,9 @@ class Formula(nn.Module):
         self.weights = nn.ParameterList([normal(*shape) for shape in shapes])
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        return self.formula(*inputs, *self.weights)
+        # By index: torch 2.11 cannot capture an unpacked ParameterList.
+        weights = [self.weights[index] for index in range(len(self.weights))]
+        return self.formula(*inputs, *weights)
 
 
 def formula(

@@ -119,7 +119,6 @@ def owner(call: bool) -> tuple[Callable[..., Tensor], Callable[[float], None]]:
 PLACES: dict[str, Callable[[], tuple[Callable[..., Tensor], Callable[[float], None]]]] = {
     "global": lambda: (by_global, lambda value: globals().__setitem__("FACTOR", value)),
     "container": lambda: (by_table, lambda value: TABLE["factor"].__setitem__(0, value)),
-    "context variable": lambda: (by_context, lambda value: CURRENT.set(value) and None),
     "chain of attributes": lambda: (
         by_attributes, lambda value: setattr(SETTINGS.inner, "factor", value)
     ),
@@ -137,10 +136,14 @@ PLACES: dict[str, Callable[[], tuple[Callable[..., Tensor], Callable[[float], No
 }  # fmt: skip
 
 
+# torch 2.11 has no guard for it; the comparison with the eager step finds it.
+NOT_FOLLOWED = {"default"} if torch.__version__.startswith("2.11") else set()
+
+
 @pytest.mark.parametrize(
     "place",
     chosen(
-        PLACES,
+        {place: PLACES[place] for place in PLACES if place not in NOT_FOLLOWED},
         {"global", "container", "closure", "slot", "self"},
     ),
 )
@@ -201,7 +204,7 @@ CHANGES: dict[str, tuple[Callable[[DPOptimizer, Any], Any], int]] = {
     "forward hook": (lambda o, m: m.first.register_forward_hook(lambda s, i, out: 2 * out), 2),
     "buffer written": (lambda o, m: m.scale.fill_(3.0), 1),
     "buffer data": (lambda o, m: setattr(m.scale, "data", torch.full((), 3.0)), 1),
-    "buffer replaced": (lambda o, m: setattr(m, "scale", torch.full((), 3.0)), 2),
+    "buffer replaced": (lambda o, m: setattr(m, "scale", torch.full((), 3.0)), 1),
     "buffer of another dtype": (
         lambda o, m: setattr(m.scale, "data", torch.full((), 3.0).double()), 2
     ),
@@ -345,6 +348,7 @@ class Remembering:
 REFUSED: dict[str, tuple[Callable[..., Tensor], str]] = {
     "iterator": (lambda p, x, y: mlp(p, x, y) * next(ITERATOR), "differs from the eager one"),
     "array": (by_array, HERE),
+    "context variable": (by_context, HERE),
     "Python's random numbers": (lambda p, x, y: mlp(p, x, y) * random.random(), HERE),
     "NumPy's random numbers": (lambda p, x, y: mlp(p, x, y) * float(np.random.rand()), HERE),  # noqa: NPY002
     "item": (lambda p, x, y: mlp(p, x, y) * (1 + OUTSIDE.item()), "reads the value of a tensor"),

@@ -131,7 +131,12 @@ def value_of(capture: LossCapture, model: nn.Module, *args: Any) -> Tensor:
     return graph(params, args, graph.constants)[0]
 
 
-@pytest.mark.parametrize("place", PLACES)
+# torch 2.11 has no guard for these.
+OLD_TORCH = torch.__version__.startswith("2.11")
+UNSEEN_BEFORE = {"default", "class attribute"} if OLD_TORCH else set()
+
+
+@pytest.mark.parametrize("place", [place for place in PLACES if place not in UNSEEN_BEFORE])
 def test_change_of_a_value_is_followed(place: str) -> None:
     read, change = PLACES[place]()
     model, one = Small(), one_sample()
@@ -347,6 +352,7 @@ def environment_variable_that_appears() -> tuple[Read, Callable[[], Any]]:
     return lambda: 3.0 if os.getenv(name) else 1.0, lambda: os.environ.__setitem__(name, "1")
 
 
+@pytest.mark.skipif(OLD_TORCH, reason="the list is that of the newest torch")
 @pytest.mark.parametrize("case", UNSEEN)
 def test_what_guards_do_not_see(case: str) -> None:
     """A list of what ``docs/guarantees.md`` has to state; a case that PyTorch sees one day leaves it."""

@@ -81,8 +81,18 @@ def test_lengths_and_rates() -> None:
     ("ids", "arguments", "error", "message"),
     [
         ([], {"sample_rate": 0.5}, ValueError, "user_ids is empty"),
-        ([1, None], {"sample_rate": 0.5}, ValueError, r"user_ids\[1\] is None.*nobody"),
-        ([math.nan, 1], {"sample_rate": 0.5}, ValueError, r"user_ids\[0\] is nan.*nobody"),
+        (
+            [1, None],
+            {"sample_rate": 0.5},
+            ValueError,
+            r"user_ids\[1\] is None.*sample 1 belongs to no user",
+        ),
+        (
+            [math.nan, 1],
+            {"sample_rate": 0.5},
+            ValueError,
+            r"user_ids\[0\] is nan.*sample 0 belongs to no user",
+        ),
         ([[1], [2]], {"sample_rate": 0.5}, TypeError, r"user_ids\[0\] is a list.*hashable"),
         (IDS, {}, ValueError, "expected_users and sample_rate are None and None"),
         (IDS, {"expected_users": 5}, ValueError, "expected_users must be.*at most 4, got 5"),
