@@ -181,6 +181,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=24)
     parser.add_argument("--mode", default="reduce-overhead", help="compile= of the private step")
     args = parser.parse_args()
+    torch.set_float32_matmul_precision("high")  # TF32, as in ordinary training on such a GPU
     for name in args.settings:
         print(json.dumps(measured(name, args.device, args.rounds, args.mode)), flush=True)
 

@@ -1,39 +1,55 @@
-"""One row per family: ``python -m tests.families [name ...]``."""
+"""One row for each family: ``python -m tests.families [name ...] [--compile trace|inductor] [--markdown]``."""
 
 from __future__ import annotations
 
+import argparse
 import logging
-import sys
 import time
 import warnings
 
 from tests.families import FAMILIES
 from tests.families._measure import Row, measured
 
-HEADER = ("family", "eager today", "captured", "error", "on rules", "capture s", "reason")
+HEADER = ("family", "eager", "captured", "compiled", "error", "on rules", "capture s", "reason")
 
 
-def _line(row: Row) -> str:
-    return (
-        f"{row.name:28} {row.eager:11} {row.captured:8} {row.error:8} {row.on_rules:>8} {row.seconds:9.1f}  "
-        f"{row.reason}"
-    )
+def cells(row: Row) -> list[str]:
+    """The cells of a row, as text."""
+    seconds = f"{row.seconds:.1f}" if row.seconds else ""
+    return [
+        row.name, row.eager, row.captured, row.compiled, row.error, row.on_rules, seconds, row.reason
+    ]  # fmt: skip
 
 
-def main(names: list[str]) -> None:
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").strip())
+    parser.add_argument("names", nargs="*", metavar="name")
+    parser.add_argument("--compile", choices=("trace", "inductor"))
+    parser.add_argument("--markdown", action="store_true")
+    args = parser.parse_args()
     logging.disable(logging.ERROR)
     warnings.simplefilter("ignore")
-    print("{:28} {:11} {:8} {:8} {:>8} {:>9}  {}".format(*HEADER), flush=True)
+
+    def show(line: list[str]) -> None:
+        widths = (28, 8, 8, 8, 8, 8, 9, 0)
+        text = " | ".join(line) if args.markdown else " ".join(map(str.ljust, line, widths))
+        print(f"| {text} |" if args.markdown else text, flush=True)
+
+    show(list(HEADER))
+    if args.markdown:
+        show(["---"] * len(HEADER))
     start, rows = time.perf_counter(), []
-    for name in names or FAMILIES:
-        rows.append(measured(name, FAMILIES[name]))
-        print(_line(rows[-1]), flush=True)
-    exact = [sum(getattr(row, kind) == "exact" for row in rows) for kind in ("eager", "captured")]
-    print(
-        f"{len(rows)} families: {exact[0]} exact in eager mode today, {exact[1]} through the captured loss; "
-        f"{time.perf_counter() - start:.0f} s"
-    )
+    for name in args.names or FAMILIES:
+        rows.append(measured(name, FAMILIES[name], compile=args.compile))
+        show(cells(rows[-1]))
+    exact = {
+        kind: sum(getattr(row, kind) == "exact" for row in rows)
+        for kind in ("eager", "captured", "compiled")
+    }
+    found = ", ".join(f"{count} exact {kind}" for kind, count in exact.items())
+    print(f"\n{len(rows)} rows: {found}; {time.perf_counter() - start:.0f} s")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import _pytest.outcomes
 import torch
@@ -14,6 +16,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 import clipgrad
+from clipgrad.compiled import backend
 from clipgrad.loss_graph import LossCapture
 from tests.families._family import Batch, Family
 
@@ -28,14 +31,21 @@ class Row:
     name: str
     eager: str = ""
     captured: str = ""
+    compiled: str = ""
     error: str = ""
     on_rules: str = ""
     seconds: float = 0.0
     reason: str = ""
 
 
-def measured(name: str, family: Family) -> Row:
-    """The row of a family; what it raises is in the row."""
+def measured(name: str, family: Family, *, compile: str | None = None) -> Row:
+    """The row of a family; what it raises is in the row.
+
+    Args:
+        name: Of the family.
+        family: To build.
+        compile: ``"inductor"`` compiles the step, ``"trace"`` runs its traced graph as it is, None leaves it out.
+    """
     row = Row(name)
     try:
         model, batch = family.build(SIZE)
@@ -49,7 +59,14 @@ def measured(name: str, family: Family) -> Row:
         row.reason = f"no loop: {told(error)}"
         return row
     expected = norms, max_norm, sums
-    row.eager, _, reason = compared(functional(model, family), params, batch, expected, family)
+    whole = functional(model, family)
+    row.eager, _, reason = compared(whole, params, batch, expected, family)
+    if compile is not None:
+        with nullcontext() if compile == "inductor" else untouched_graphs():
+            row.compiled, _, reason_compiled = compared(
+                whole, params, batch, expected, family, compile=True
+            )
+        reason = reason or reason_compiled
     start = time.perf_counter()
     try:
         loss = captured(model, family, batch)
@@ -62,6 +79,11 @@ def measured(name: str, family: Family) -> Row:
     if row.captured == "exact":
         row.on_rules = share_on_rules(loss, params, batch)
     return row
+
+
+def untouched_graphs() -> AbstractContextManager[Any]:
+    """Run traced graphs operation by operation instead of compiling them, which takes a minute each."""
+    return mock.patch.object(backend, "compile_graph", lambda module, mode: module)
 
 
 def trained(model: nn.Module) -> dict[str, Tensor]:
@@ -135,12 +157,15 @@ def compared(
     batch: Batch,
     expected: tuple[Tensor, float, dict[str, Tensor]],
     family: Family,
+    *,
+    compile: bool = False,
 ) -> tuple[str, str, str]:
     """Verdict, largest relative error, and reason."""
     norms, max_norm, sums = expected
     try:
         copy = {name: value.clone() for name, value in batch.items()}
-        result = clipgrad.clipped_grad(loss, max_grad_norm=max_norm)(params, copy)
+        gradient = clipgrad.clipped_grad(loss, max_grad_norm=max_norm, compile=compile)
+        result = gradient(params, copy)
     except Exception as error:
         return "refused", "", told(error)
     assert isinstance(result.grad_norms, Tensor)
