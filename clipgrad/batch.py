@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from operator import attrgetter
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,10 +14,8 @@ from torch.utils._pytree import tree_flatten, tree_map
 from clipgrad import _validate
 from clipgrad.arithmetic import Arithmetic, FloatingPoint
 from clipgrad.clipping import ClippingStrategy, Relation, is_grouped
-from clipgrad.compiled import Compiler, MicrobatchRunner
 from clipgrad.engine.advice import ValueReadError
 from clipgrad.engine.branches import Disagreement
-from clipgrad.engine.captured_loss import LossGraphs
 from clipgrad.engine.clip_and_sum import MicrobatchResult, PreClipping, Settings, accumulate
 from clipgrad.engine.inputs import Inputs, Loss, Restore
 from clipgrad.engine.microbatch import forward, plan, run
@@ -27,13 +25,17 @@ from clipgrad.engine.tape import Tape
 from clipgrad.errors import NotPerSampleError
 from clipgrad.exact import OnGrid
 from clipgrad.explain import Explanation, make_explanation
-from clipgrad.loss_graph import CannotCapture
 from clipgrad.options import Options
 from clipgrad.ranks import OneProcess, Ranks
 from clipgrad.result import Outcome
 
 RunRows = Callable[[slice, Tensor | None], MicrobatchResult]
 """From rows of the batch, and which of them are padding, to their clipped sums."""
+
+# PyTorch's capture and compiler take seconds to import, so they are imported where they are first needed.
+if TYPE_CHECKING:
+    from clipgrad.compiled import Compiler
+    from clipgrad.engine.captured_loss import LossGraphs
 
 _DTYPE = attrgetter("dtype")
 _T = TypeVar("_T")
@@ -70,9 +72,8 @@ class BatchClipper:
         self.arithmetic: Arithmetic = (
             FloatingPoint(options) if options.grid is None else OnGrid(options.grid, options)
         )
-        mode = options.compile_mode
-        self._compiler = None if mode is None else Compiler(mode)
-        self._graphs = LossGraphs(keep_batch_dim=options.keep_batch_dim, has_aux=options.has_aux)
+        self._compiler: Compiler | None = None
+        self._graphs: LossGraphs | None = None
         self._runs_as_graph = False
         # Of the last call: parameters and norm rarely change from one to the next.
         self._resolved: tuple[Any, Settings] | None = None
@@ -112,9 +113,8 @@ class BatchClipper:
             return _empty(inputs, settings, groups)
         rows = self.arithmetic.rows_at_once(size)
         run_rows: RunRows = self._eagerly(inputs, settings)
-        if self._compiler is not None:
-            rows = self._compiler.rows(self.options.microbatch_size, size)
-            run_rows = MicrobatchRunner(self._compiler, self._graphs, inputs, settings, rows)
+        if self.options.compile_mode is not None:
+            rows, run_rows = self._compiled(inputs, settings)
         results: list[MicrobatchResult] = []
         sums: list[Tensor] | None = None
         aliases = False
@@ -176,20 +176,45 @@ class BatchClipper:
 
         return run_rows
 
+    def _compiled(self, inputs: Inputs, settings: Settings) -> tuple[int, RunRows]:
+        """Rows of the compiled graph, and what runs on it."""
+        from clipgrad.compiled import Compiler, MicrobatchRunner
+
+        mode = self.options.compile_mode
+        assert mode is not None
+        compiler = self._compiler = self._compiler or Compiler(mode)
+        rows = compiler.rows(self.options.microbatch_size, inputs.batch_size)
+        return rows, MicrobatchRunner(compiler, self._loss_graphs(), inputs, settings, rows)
+
+    def _loss_graphs(self) -> LossGraphs:
+        from clipgrad.engine.captured_loss import LossGraphs
+
+        if self._graphs is None:
+            self._graphs = LossGraphs(
+                keep_batch_dim=self.options.keep_batch_dim, has_aux=self.options.has_aux
+            )
+        return self._graphs
+
+    def _graph_loss(self, inputs: Inputs, refusal: ValueReadError) -> Loss:
+        """The captured loss; where PyTorch cannot capture it, the refusal stands."""
+        from clipgrad.loss_graph import CannotCapture
+
+        try:
+            return self._loss_graphs().of(inputs).loss()
+        except CannotCapture as reason:
+            where = f" It does so at {reason.where}." if reason.where else ""
+            raise NotPerSampleError(f"{refusal}{where}") from reason
+
     def _with_loss(self, inputs: Inputs, body: Callable[[Loss], _T]) -> _T:
         """Run ``body`` on the loss; where its Python asks for values of tensors, on the graph of one sample's loss."""
-        if not self._runs_as_graph:
-            try:
-                return body(inputs.loss)
-            except ValueReadError as refusal:
-                try:
-                    loss = self._graphs.of(inputs).loss()
-                except CannotCapture as reason:
-                    where = f" It does so at {reason.where}." if reason.where else ""
-                    raise NotPerSampleError(f"{refusal}{where}") from reason
-                self._runs_as_graph = True
-                return body(loss)
-        return body(self._graphs.of(inputs).loss())
+        if self._runs_as_graph:
+            return body(self._loss_graphs().of(inputs).loss())
+        try:
+            return body(inputs.loss)
+        except ValueReadError as refusal:
+            loss = self._graph_loss(inputs, refusal)
+            self._runs_as_graph = True
+            return body(loss)
 
     def _first_part(self, inputs: Inputs, batch: list[Any], settings: Settings) -> Tape:
         """The tape of a copy of a microbatch; of the samples that branch as the first one does, if it splits."""

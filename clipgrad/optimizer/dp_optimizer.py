@@ -16,7 +16,6 @@ from clipgrad._phases import phase
 from clipgrad.accounting import Ledger
 from clipgrad.batch import BatchClipper
 from clipgrad.clipping import ClippingStrategy, Progress, Relation, Schedule, make_clipping
-from clipgrad.compiled import fixed_size
 from clipgrad.engine.advice import note_arguments
 from clipgrad.engine.inputs import Inputs, of_model
 from clipgrad.errors import UnclippedGradientError
@@ -131,6 +130,8 @@ class DPOptimizer(OptimizerFacade):
         self._mechanism = chosen
         self._progress = Progress.start(chosen.max_grad_norm, chosen.noise_multiplier)
         if compile and microbatch_size is None:
+            from clipgrad.compiled import fixed_size  # PyTorch's compiler takes seconds to import
+
             microbatch_size = fixed_size(self.expected_batch_size)
         options = Options(
             keep_batch_dim=keep_batch_dim,
