@@ -80,4 +80,7 @@ _decoder(
 )  # fmt: skip
 _STATES = {**_TOKENS, "hidden_size": 16, "num_hidden_layers": 2, "state_size": 4}
 _decoder("mamba", "Mamba", _STATES)
-_decoder("mamba2", "Mamba2", _STATES, head_dim=8, num_heads=4, n_groups=2, chunk_size=4)
+_decoder(
+    "mamba2", "Mamba2", _STATES, head_dim=8, num_heads=4, n_groups=2, chunk_size=4,
+    tolerance=1e-6, note="its scan casts to float32, which a compiled step rounds in another order",
+)  # fmt: skip
