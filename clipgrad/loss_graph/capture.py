@@ -15,10 +15,14 @@ from torch.fx import GraphModule
 from torch.utils._pytree import TreeSpec, tree_flatten
 
 from clipgrad.errors import NotPerSampleError
-from clipgrad.loss_graph.checks import refuse_side_effects, refuse_writes
+from clipgrad.loss_graph.capture_settings import (
+    GUARDS_ONLY,
+    capture_settings,
+    quiet,
+)
 from clipgrad.loss_graph.graph import CapturedLoss, Place, forget_examples, pure, without_unused
 from clipgrad.loss_graph.reasons import CannotCapture, explained
-from clipgrad.loss_graph.settings import GUARDS_ONLY, capture_settings, quiet
+from clipgrad.loss_graph.side_effects import refuse_side_effects, refuse_writes
 
 GRAPHS = 16
 """How many graphs one loss may have: training and evaluation, a few lengths, a few values that change."""

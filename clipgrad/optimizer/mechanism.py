@@ -9,7 +9,7 @@ from clipgrad.arithmetic import Arithmetic
 from clipgrad.clipping import ClippingStrategy, Progress, Relation, Schedule
 from clipgrad.exact import DiscreteGaussianNoise
 from clipgrad.noise import NoiseSource
-from clipgrad.noise.independent import IndependentNoise, StepNoise
+from clipgrad.noise.step_noise import IndependentNoise, StepNoise
 from clipgrad.plan import PrivacyPlan
 
 
