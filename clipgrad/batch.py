@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -205,10 +206,18 @@ class BatchClipper:
             where = f" It does so at {reason.where}." if reason.where else ""
             raise NotPerSampleError(f"{refusal}{where}") from reason
 
+    def _graph_or_none(self, inputs: Inputs) -> Loss | None:
+        """The captured loss; None where PyTorch cannot capture what it does now, so that its Python has to run."""
+        from clipgrad.loss_graph import CannotCapture
+
+        with suppress(CannotCapture):
+            return self._loss_graphs().of(inputs).loss()
+        return None
+
     def _with_loss(self, inputs: Inputs, body: Callable[[Loss], _T]) -> _T:
         """Run ``body`` on the loss; where its Python asks for values of tensors, on the graph of one sample's loss."""
-        if self._runs_as_graph:
-            return body(self._loss_graphs().of(inputs).loss())
+        if self._runs_as_graph and (loss := self._graph_or_none(inputs)) is not None:
+            return body(loss)
         try:
             return body(inputs.loss)
         except ValueReadError as refusal:

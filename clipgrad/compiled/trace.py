@@ -29,7 +29,7 @@ from clipgrad.engine.captured_loss import GraphOfLoss
 from clipgrad.engine.clip_and_sum import MicrobatchResult, Settings
 from clipgrad.engine.inputs import Inputs
 from clipgrad.engine.microbatch import run
-from clipgrad.errors import CompileError
+from clipgrad.errors import CompileError, NotPerSampleError
 
 _READS = {
     getattr(torch.Tensor, name)
@@ -254,7 +254,7 @@ def _explained() -> Iterator[None]:
     """The eager step ran just before, so whatever fails here fails because of the trace."""
     try:
         yield
-    except CompileError:
+    except (CompileError, NotPerSampleError):
         raise
     except Exception as error:
         if isinstance(error.__cause__, CompileError):

@@ -6,12 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from clipgrad.engine.inputs import Inputs, Loss, SampleCall
-from clipgrad.engine.rng_state import Generators
-from clipgrad.loss_graph import CannotCapture, CapturedLoss, LossCapture
+from clipgrad.engine.inputs import Inputs, Loss
+from clipgrad.loss_graph import CapturedLoss, LossCapture
 
 
 class LossGraphs:
@@ -50,15 +48,7 @@ class LossGraphs:
         first = 0 if not self._keep_batch_dim else slice(0, 1)
         sample = [leaf[first] if isinstance(leaf, Tensor) else leaf for leaf in inputs.batch]
         with call.context():
-            try:
-                captured = _graph(self._capture, call, sample)
-            except CannotCapture as error:
-                if not error.stores:
-                    raise
-                # The loss may make a cache or a buffer at its first call, which is no side effect of later calls.
-                with torch.enable_grad(), Generators(inputs.params[0].device).kept():
-                    call.fn(*call.arguments([_copy(leaf) for leaf in sample]))
-                captured = _graph(self._capture, call, sample)
+            captured = self._capture.graph(call.arguments(sample), call.parameters, sample)
         return GraphOfLoss(captured, self._has_aux, self._captures)
 
 
@@ -104,11 +94,3 @@ class GraphOfLoss:
             return (value, aux) if self.has_aux or aux is not None else value
 
         return loss
-
-
-def _graph(capture: LossCapture, call: SampleCall, sample: Sequence[Any]) -> CapturedLoss:
-    return capture.graph(call.arguments(sample), call.parameters, sample)
-
-
-def _copy(leaf: Any) -> Any:
-    return leaf.clone() if isinstance(leaf, Tensor) else leaf

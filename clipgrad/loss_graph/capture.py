@@ -194,7 +194,8 @@ def _constant(value: Any) -> Tensor | int:
     if value.requires_grad:
         raise NotPerSampleError(
             f"the loss uses a tensor of shape {tuple(value.shape)} that requires grad and is not among the parameters, "
-            "so its gradient would not be clipped. Pass it as a parameter, or detach it."
+            "so its gradient would not be clipped. Train it with the others, or freeze it with requires_grad_(False), "
+            "also if the loss uses it under torch.no_grad() only."
         )
     tensor: Tensor = value
     return tensor

@@ -31,13 +31,11 @@ class CannotCapture(CompileError):
     Args:
         reason: What the loss does, from its verb on.
         where: File and line, if they are known.
-        stores: Whether the loss stores a tensor, which it may do at its first call only (a cache, a lazy buffer).
     """
 
-    def __init__(self, reason: str, where: str | None = None, *, stores: bool = False) -> None:
+    def __init__(self, reason: str, where: str | None = None) -> None:
         super().__init__(f"the loss cannot be captured as one graph: {_placed(reason, where)}.")
         self.where = where
-        self.stores = stores
 
 
 def explained(error: BaseException) -> CannotCapture:

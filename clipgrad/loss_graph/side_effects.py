@@ -40,9 +40,9 @@ def refuse_side_effects() -> None:
                 stacks = getattr(effects, "mutation_user_stacks", {}).get(owner)
                 where = line_of(stacks[-1]) if stacks else None
                 raise CannotCapture(
-                    f"it stores a tensor in {type_of(owner)}, where a later batch would find it",
+                    f"it stores a tensor in {type_of(owner)}, where a later batch would find it (if only its first "
+                    "call does so, run the model once before training, on a made-up batch)",
                     where,
-                    stores=True,
                 )
 
 
