@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from operator import attrgetter
@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 from clipgrad import _validate
 from clipgrad.arithmetic import Arithmetic, FloatingPoint
-from clipgrad.clipping import ClippingStrategy, Relation, is_grouped
+from clipgrad.clipping import ClippingStrategy, Relation, is_grouped, owned
 from clipgrad.engine.advice import ValueReadError
 from clipgrad.engine.branches import Disagreement
 from clipgrad.engine.clip_and_sum import MicrobatchResult, PreClipping, Settings, accumulate
@@ -124,10 +124,9 @@ class BatchClipper:
             result = run_rows(part, None if mask is None else mask[part])
             aliases = result.aliases_graph and may_alias and rows >= size
             sums = result.sums if aliases else accumulate(sums, result)
-            results.append(
-                replace(result, sums=[])
-            )  # else every microbatch's sums live to the end,
-            del result  # or these through the next one
+            # Else every microbatch's sums live to the end, or these through the next one.
+            results.append(replace(result, sums=[]))
+            del result
         assert sums is not None
         if self.options.normalize_by != 1.0:
             sums, aliases = [total.div_(self.options.normalize_by) for total in sums], False
@@ -162,7 +161,7 @@ class BatchClipper:
 
     def sensitivity(self, max_grad_norm: ClippingStrategy, relation: Relation) -> float:
         """The largest L2 change of the sums between neighbouring batches."""
-        key = _as_it_is_now(max_grad_norm), relation
+        key = owned(max_grad_norm), relation
         if self._sensitivity is None or self._sensitivity[0] != key:
             self._sensitivity = key, self.arithmetic.sensitivity(max_grad_norm, relation)
         return self._sensitivity[1]
@@ -249,7 +248,7 @@ class BatchClipper:
         self.arithmetic.check_batch_size(inputs.batch_size)
         sizes = tuple(map(Tensor.numel, inputs.params))
         dtypes = tuple(map(_DTYPE, inputs.params))
-        key = _as_it_is_now(max_grad_norm), inputs.names, sizes, dtypes
+        key = owned(max_grad_norm), inputs.names, sizes, dtypes
         if self._resolved is None or self._resolved[0] != key:
             clipping = self.arithmetic.clipping(max_grad_norm, inputs.names, sizes, dtypes)
             settings = Settings(
@@ -264,11 +263,6 @@ class BatchClipper:
         if transform is None:
             return self._resolved[1]
         return replace(self._resolved[1], pre_clipping=_on_leaves(transform, restore))
-
-
-def _as_it_is_now(strategy: ClippingStrategy) -> ClippingStrategy:
-    """A copy of a mapping, which its owner may write to."""
-    return dict(strategy) if isinstance(strategy, Mapping) else strategy
 
 
 def _on_leaves(transform: Callable[[Any], Any], restore: Restore) -> PreClipping:

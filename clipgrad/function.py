@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
 from clipgrad.batch import BatchClipper
-from clipgrad.clipping import ClippingStrategy, Relation, relation_of
+from clipgrad.clipping import ClippingStrategy, Relation, owned, relation_of
 from clipgrad.engine.inputs import of_arguments
 from clipgrad.explain import Explanation
 from clipgrad.options import Options, Performance
@@ -82,7 +82,7 @@ class ClippedGrad:
         self.clipper.arithmetic.check(max_grad_norm)
         return ClippedGrad(
             self.fn,
-            _owned(max_grad_norm),
+            owned(max_grad_norm),
             self.argnums,
             self.batch_argnums,
             self.options,
@@ -197,14 +197,9 @@ def clipped_grad(
         batch_argnums = (batch_argnums,)
     return ClippedGrad(
         fn,
-        _owned(max_grad_norm),
+        owned(max_grad_norm),
         argnums if isinstance(argnums, int) else tuple(argnums),
         None if batch_argnums is None else tuple(batch_argnums),
         options,
         clipper,
     )
-
-
-def _owned(max_grad_norm: ClippingStrategy) -> ClippingStrategy:
-    """A mapping as it is now, whatever its owner does to it later."""
-    return dict(max_grad_norm) if isinstance(max_grad_norm, Mapping) else max_grad_norm

@@ -26,6 +26,7 @@ from clipgrad.clipping._strategies import (
     PerLayer,
     Schedule,
     is_grouped,
+    owned,
 )
 from clipgrad.clipping._underflow import refuse_tiny_norms
 
@@ -40,6 +41,7 @@ __all__ = [
     "Schedule",
     "is_grouped",
     "make_clipping",
+    "owned",
     "refuse_tiny_norms",
     "relation_of",
     "sensitivity",

@@ -19,6 +19,7 @@ from clipgrad.clipping._strategies import (
     Norm,
     Schedule,
     is_grouped,
+    owned,
     with_norms,
 )
 from clipgrad.result import Outcome
@@ -50,8 +51,7 @@ class Progress:
         Raises:
             ValueError: If the noise multiplier is not a number, or ``AdaptiveQuantile`` is given per group.
         """
-        if isinstance(strategy, Mapping):
-            strategy = dict(strategy)
+        strategy = owned(strategy)
         _refuse_adaptive_groups(strategy)
         quantile = _adaptive(strategy)
         norm = None if quantile is None else float(quantile.initial_norm)

@@ -114,6 +114,11 @@ class PerLayer:
 ClippingStrategy: TypeAlias = Norm | Automatic | PerLayer | Mapping[str, Norm | Automatic]
 
 
+def owned(strategy: ClippingStrategy) -> ClippingStrategy:
+    """Return a copy of a mapping, which its owner may write to later; other strategies are constant."""
+    return dict(strategy) if isinstance(strategy, Mapping) else strategy
+
+
 def is_grouped(strategy: ClippingStrategy) -> bool:
     """Return whether the strategy has a norm per group, even if there is a single group."""
     return isinstance(strategy, Mapping | PerLayer)

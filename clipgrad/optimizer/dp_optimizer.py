@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from clipgrad._phases import phase
 from clipgrad.accounting import Ledger
 from clipgrad.batch import BatchClipper
-from clipgrad.clipping import ClippingStrategy, Progress, Relation, Schedule, make_clipping
+from clipgrad.clipping import ClippingStrategy, Progress, Relation, Schedule, make_clipping, owned
 from clipgrad.engine.advice import note_arguments
 from clipgrad.engine.inputs import Inputs, of_model
 from clipgrad.errors import UnclippedGradientError
@@ -345,8 +345,7 @@ class DPOptimizer(OptimizerFacade):
     @property
     def max_grad_norm(self) -> ClippingStrategy:
         """The clipping norm at the present step; every norm in it is a number."""
-        norm = self._norm()
-        return dict(norm) if isinstance(norm, Mapping) else norm
+        return owned(self._norm())
 
     @property
     def clipped_sums(self) -> dict[str, Tensor]:
