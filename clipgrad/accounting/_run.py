@@ -12,7 +12,14 @@ from . import _checks
 from ._backends import backend, epsilon_of
 from ._checks import Accountant
 from ._dp import imported
-from ._sampling import Poisson, Sampling, TruncatedPoisson, require_sampling, require_supported
+from ._sampling import (
+    CyclicPoisson,
+    Poisson,
+    Sampling,
+    TruncatedPoisson,
+    require_sampling,
+    require_supported,
+)
 from ._terms import LEAST_NOISE, Terms, terms_of
 
 _TOLERANCE = 1e-4  # relative error of a calibrated noise multiplier
@@ -314,6 +321,8 @@ class _Run:
             case Poisson(rate) | TruncatedPoisson(rate):
                 near = Poisson(min(1.0, rate * self.group_size))
                 return replace(renyi, sampling=near, relation="add_or_remove_one", group_size=1)
+            case CyclicPoisson():
+                return replace(renyi, relation="add_or_remove_one")
         return renyi
 
 

@@ -29,7 +29,9 @@ class BandedFactorisation:
         ValueError: If ``bands`` is no count, or the name is unknown.
 
     Examples:
-        >>> BandedFactorisation(bands=4, coefficients="square_root").first_column(steps=100).tolist()
+        >>> BandedFactorisation(bands=4, coefficients="square_root").first_column(
+        ...     steps=100
+        ... ).tolist()
         [1.0, 0.5, 0.375, 0.3125]
     """
 

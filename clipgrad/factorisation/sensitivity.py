@@ -1,7 +1,7 @@
 """Bound how far one sample moves ``C x``, for the ways of taking part for which a bound is proven.
 
-Row t of ``x`` is the clipped sum of step t. A sample that takes part in the steps S moves ``C x`` by the columns S of C,
-each times a row of norm 1 at most.
+Row t of ``x`` is the clipped sum of step t. A sample that takes part in the steps S moves ``C x`` by the columns S of
+C, each times a row of norm 1 at most.
 """
 
 from __future__ import annotations

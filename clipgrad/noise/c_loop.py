@@ -132,18 +132,28 @@ def _compile_and_prove() -> Loop | None:
 
 
 def compiled(source: str) -> Loop:
-    """Compile the text of ``float32_loop.c`` for this machine, in a third of a second, and leave nothing on disk.
+    """Compile the text of ``float32_loop.c``; see :func:`library`."""
+    loop: Loop = library(source).clipgrad_add_gaussians
+    loop.restype = None  # type: ignore[attr-defined]
+    loop.argtypes = [  # type: ignore[attr-defined]
+        ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_float, ctypes.c_void_p,
+    ]  # fmt: skip
+    return loop
+
+
+def library(source: str) -> ctypes.CDLL:
+    """Compile a text in C for this machine, in a third of a second, and leave nothing on disk.
 
     Raises:
         RuntimeError: If no compiler accepts the source.
         OSError: If the library cannot be loaded.
     """
     with tempfile.TemporaryDirectory(prefix="clipgrad-") as folder:
-        text, library = Path(folder, "loop.c"), Path(folder, "loop.so")
+        text, built = Path(folder, "loop.c"), Path(folder, "loop.so")
         text.write_text(source, encoding="utf-8")
         complaints = []
         for command in _commands():
-            full = [*command, *_FLAGS, str(text), "-o", str(library), "-lm"]
+            full = [*command, *_FLAGS, str(text), "-o", str(built), "-lm"]
             ran = subprocess.run(
                 full, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=_SECONDS
             )
@@ -152,12 +162,7 @@ def compiled(source: str) -> Loop:
             complaints.append(f"{shlex.join(command)}: {ran.stderr.strip()}")
         else:
             raise RuntimeError("; ".join(complaints) or "there is no C compiler")
-        loop: Loop = ctypes.CDLL(str(library)).clipgrad_add_gaussians
-    loop.restype = None  # type: ignore[attr-defined]
-    loop.argtypes = [  # type: ignore[attr-defined]
-        ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_float, ctypes.c_void_p,
-    ]  # fmt: skip
-    return loop
+        return ctypes.CDLL(str(built))
 
 
 def _commands() -> Iterator[list[str]]:

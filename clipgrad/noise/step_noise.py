@@ -17,19 +17,32 @@ class StepNoise(Protocol):
     Attributes:
         source: Where independent draws come from.
         accounting: Names how an accountant has to treat the steps. A plan refuses noise of another kind.
+        secret: Why a state must stay secret; empty if it need not.
     """
 
     source: NoiseSource
     accounting: str
+    secret: str
 
     def next(
-        self, sums: list[Tensor], step: int, *, sigma: float, divisor: float, in_place: bool
+        self,
+        sums: list[Tensor],
+        step: int,
+        *,
+        names: Sequence[str],
+        sigma: float,
+        divisor: float,
+        in_place: bool,
     ) -> list[Tensor]:
-        """``(sums + noise of this step) / divisor``; uses up ``sums``."""
+        """``(sums + noise of this step) / divisor``; uses up ``sums``, which belong to parameters with ``names``."""
         ...
 
     def count(self, counts: Sequence[Tensor], sigma: float) -> None:
         """Add independent noise to counts in place."""
+        ...
+
+    def change_source(self, source: NoiseSource) -> None:
+        """Take independent draws from another source."""
         ...
 
     def state_dict(self) -> dict[str, Any]:
@@ -49,18 +62,27 @@ class IndependentNoise:
     """
 
     accounting = "independent"
+    secret = ""
 
     def __init__(self, source: NoiseSource) -> None:
         self.source = source
 
     def next(
-        self, sums: list[Tensor], step: int, *, sigma: float, divisor: float, in_place: bool
+        self,
+        sums: list[Tensor],
+        step: int,
+        *,
+        names: Sequence[str],
+        sigma: float,
+        divisor: float,
+        in_place: bool,
     ) -> list[Tensor]:
-        """``(sums + N(0, sigma^2)) / divisor``, whatever the step.
+        """``(sums + N(0, sigma^2)) / divisor``, whatever the step and the names.
 
         Args:
             sums: Clipped sums, which are used up.
             step: Number of the step, from 0.
+            names: What the sums belong to.
             sigma: Standard deviation of the noise on the sums.
             divisor: A public constant.
             in_place: Return the tensors of ``sums``; else others, since ``sums`` alias memory of somebody else.
@@ -70,6 +92,10 @@ class IndependentNoise:
     def count(self, counts: Sequence[Tensor], sigma: float) -> None:
         """Add ``N(0, sigma^2)`` to counts in place."""
         self.source.add_gaussian_(counts, sigma)
+
+    def change_source(self, source: NoiseSource) -> None:
+        """Take draws from another source."""
+        self.source = source
 
     def state_dict(self) -> dict[str, Any]:
         """The source's state: no step depends on an earlier one."""

@@ -22,7 +22,12 @@ from clipgrad.errors import UnclippedGradientError
 from clipgrad.explain import Explanation
 from clipgrad.noise import NoiseSource
 from clipgrad.optimizer.facade import OptimizerFacade
-from clipgrad.optimizer.mechanism import mechanism, refuse_adaptive_on_grid, step_noise
+from clipgrad.optimizer.mechanism import (
+    mechanism,
+    noise_source,
+    refuse_adaptive_on_grid,
+    step_noise,
+)
 from clipgrad.optimizer.parameters import TrainedParameters
 from clipgrad.optimizer.pending import Pending, refuse_unnoised
 from clipgrad.optimizer.requirements import (
@@ -142,7 +147,7 @@ class DPOptimizer(OptimizerFacade):
         )
         self._clipper = BatchClipper(options)
         arithmetic = self._clipper.arithmetic
-        self._noise = step_noise(noise, arithmetic, self.expected_batch_size)
+        self._noise = step_noise(noise, arithmetic, self.expected_batch_size, plan)
         self._account = None if plan is None else Account(plan, self._noise.accounting)
         refuse_adaptive_on_grid(self._progress, arithmetic)
         arithmetic.check(self.max_grad_norm)
@@ -234,6 +239,7 @@ class DPOptimizer(OptimizerFacade):
                 means = self._noise.next(
                     ranks.own_share(sums),
                     self._progress.step,
+                    names=names,
                     sigma=sigma,
                     divisor=self.expected_batch_size,
                     in_place=not aliases_graph,
@@ -266,7 +272,8 @@ class DPOptimizer(OptimizerFacade):
 
     @noise.setter
     def noise(self, noise: NoiseSource) -> None:
-        self._noise = step_noise(noise, self._clipper.arithmetic, self.expected_batch_size)
+        arithmetic = self._clipper.arithmetic
+        self._noise.change_source(noise_source(noise, arithmetic, self.expected_batch_size))
 
     @property
     def expected_batch_size(self) -> float:
@@ -287,7 +294,9 @@ class DPOptimizer(OptimizerFacade):
     def sigma(self) -> float:
         """Standard deviation of the noise on the clipped sum, at the present step.
 
-        ``noise_multiplier * sensitivity``; with ``AdaptiveQuantile``, whose count needs noise too, a little more.
+        ``noise_multiplier * sensitivity``; with ``AdaptiveQuantile``, whose count needs noise too, a little more. Noise
+        of a ``BandedFactorisation`` is correlated over steps, and its deviation is that of the independent noise that
+        it is made of, for a strategy whose columns have norm 1.
         """
         return self._clipper.arithmetic.sigma(self._noises()[0], self.sensitivity)
 
@@ -404,6 +413,11 @@ class DPOptimizer(OptimizerFacade):
         if self._account is not None:
             own["account"] = self._account.state_dict()
         return {**self.inner.state_dict(), _STATE_KEY: own}
+
+    @property
+    def secret_state(self) -> str:
+        """Why :meth:`state_dict` must stay secret; empty if a reader learns nothing that is not public already."""
+        return self._noise.secret
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Restore; a plain optimizer's state dict loads too. An unfinished logical batch is dropped.

@@ -9,6 +9,7 @@ from clipgrad.arithmetic import Arithmetic
 from clipgrad.clipping import ClippingStrategy, Progress, Relation, Schedule
 from clipgrad.exact import DiscreteGaussianNoise
 from clipgrad.noise import NoiseSource
+from clipgrad.noise.correlated import CorrelatedNoise
 from clipgrad.noise.step_noise import IndependentNoise, StepNoise
 from clipgrad.plan import PrivacyPlan
 
@@ -78,9 +79,27 @@ def mechanism(
 
 
 def step_noise(
-    noise: NoiseSource | None, arithmetic: Arithmetic, expected_batch_size: float
+    noise: NoiseSource | None,
+    arithmetic: Arithmetic,
+    expected_batch_size: float,
+    plan: PrivacyPlan | None,
 ) -> StepNoise:
-    """The noise of a step from the source that was asked for; the operating system's by default.
+    """The noise of a step, correlated if a plan says so, from the source that was asked for.
+
+    Raises:
+        ValueError: If it is no source, or does not fit the arithmetic.
+    """
+    source = noise_source(noise, arithmetic, expected_batch_size)
+    if plan is None or plan.mechanism is None:
+        return IndependentNoise(source)
+    column = plan.mechanism.first_column(plan.steps)
+    return CorrelatedNoise(source, column.tolist(), plan.noise_accounting)
+
+
+def noise_source(
+    noise: NoiseSource | None, arithmetic: Arithmetic, expected_batch_size: float
+) -> NoiseSource:
+    """The source that was asked for; the operating system's by default.
 
     Raises:
         ValueError: If it is no source, or does not fit the arithmetic.
@@ -90,7 +109,7 @@ def step_noise(
             f"noise must be a NoiseSource such as clipgrad.SystemNoise(), got {noise!r}; how much of it there is "
             "says noise_multiplier."
         )
-    return IndependentNoise(arithmetic.noise_source(noise, expected_batch_size))
+    return arithmetic.noise_source(noise, expected_batch_size)
 
 
 def refuse_adaptive_on_grid(progress: Progress, arithmetic: Arithmetic) -> None:

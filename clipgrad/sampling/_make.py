@@ -13,7 +13,7 @@ from clipgrad.plan import PrivacyPlan
 from clipgrad.sampling import _arguments as arguments
 from clipgrad.sampling._collate import EmptyBatchCollate, PaddingCollate, UserCollate
 from clipgrad.sampling._loader import PrivateLoader
-from clipgrad.sampling._planned import planned, require_fit
+from clipgrad.sampling._planned import bands_of, planned, require_fit
 from clipgrad.sampling._poisson import PoissonSampler
 from clipgrad.sampling._shuffled import ShuffledSampler
 from clipgrad.sampling._users import UserSampler
@@ -84,6 +84,7 @@ def poisson_loader(
         expected_batch_size=expected_batch_size,
         sample_rate=sample_rate,
         max_batch_size=max_batch_size,
+        bands=bands_of(plan),
         steps=steps,
         rank=rank,
         num_replicas=num_replicas,
@@ -191,6 +192,7 @@ def user_loader(
         sample_rate=sample_rate,
         samples_per_user=samples_per_user,
         max_users=max_users,
+        bands=bands_of(plan),
         steps=steps,
         rank=rank,
         num_replicas=num_replicas,

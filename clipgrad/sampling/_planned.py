@@ -19,6 +19,11 @@ def planned(
     return plan.expected_batch_size, plan.max_batch_size, plan.steps
 
 
+def bands_of(plan: PrivacyPlan | None) -> int | None:
+    """Return the number of groups of a plan with correlated noise; None for plain Poisson batches."""
+    return None if plan is None or plan.mechanism is None else plan.mechanism.count()
+
+
 def require_fit(plan: PrivacyPlan, unit: str, count: int, *, shuffled: bool) -> None:
     """Refuse a plan that accounts for other batches than those of the loader."""
     if not isinstance(plan, PrivacyPlan):

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch.utils.data import Sampler
 
-from clipgrad.accounting import Poisson, TruncatedPoisson
+from clipgrad.accounting import CyclicPoisson, Poisson, TruncatedPoisson
 from clipgrad.sampling import _arguments as arguments
+from clipgrad.sampling._groups import Groups
 from clipgrad.sampling._trials import LARGEST, Trials, random_subset
 from clipgrad.sampling._words import words_from
 
@@ -32,6 +33,11 @@ class PoissonSampler(Sampler[list[int]]):
     r + 2n, ...``. The shares are disjoint and make up the dataset. So the batches of all ranks together are one Poisson
     sample of the whole dataset with the same q, without any communication.
 
+    **Cyclic** (``bands``): each index belongs to one of ``bands`` groups, drawn for each index on its own. The batch of
+    step t has indices of group ``t % bands`` only, each with probability ``q * bands``. So an index is in two batches
+    that are at least ``bands`` steps apart, as correlated noise needs it (:class:`clipgrad.BandedFactorisation`). The
+    groups are part of the state, and a restored sampler keeps them.
+
     Args:
         num_samples: Size of the dataset.
         expected_batch_size: Mean size of a batch, ``q * num_samples``, of all ranks together and before truncation;
@@ -39,6 +45,7 @@ class PoissonSampler(Sampler[list[int]]):
         sample_rate: Probability q of each sample to be in a batch, ``0 < q <= 1``.
         max_batch_size: The largest number of samples in a batch. It excludes ranks, since the analysis of truncation
             holds for one subset of the whole batch.
+        bands: Number of groups that have their turn one after the other; 1 for plain Poisson batches.
         steps: Batches per iteration; by default the number that samples ``num_samples`` indices on average.
         rank: Index of the share to sample from, ``0 <= rank < num_replicas``.
         num_replicas: Number of shares, the same on every rank.
@@ -72,6 +79,7 @@ class PoissonSampler(Sampler[list[int]]):
         expected_batch_size: float | None = None,
         sample_rate: float | None = None,
         max_batch_size: int | None = None,
+        bands: int | None = None,
         steps: int | None = None,
         rank: int | None = None,
         num_replicas: int | None = None,
@@ -96,14 +104,29 @@ class PoissonSampler(Sampler[list[int]]):
         )
         self._generator = generator
         self._words = words_from(generator)
+        self._rate = rate
+        self._groups: Groups | None = None
+        if bands is not None:
+            if self._most is not None:
+                raise ValueError(
+                    f"max_batch_size = {max_batch_size} and bands = {bands} exclude each other: no analysis covers "
+                    "cyclic batches that are cut. Leave max_batch_size out."
+                )
+            number = arguments.count("bands", bands)
+            self._groups = Groups.drawn(len(self._share), number, self._words)
+            rate = arguments.within(
+                "expected_batch_size * bands / num_samples",
+                self._expected * number / self._num_samples,
+                1,
+            )
         self._trials = Trials.of_rate(rate)
         self._done = 0
         self._resume = False
 
     @property
     def sample_rate(self) -> float:
-        """Return the probability of each sample to be in a batch, before truncation."""
-        return self._trials.rate
+        """Return the probability of each sample to be in a batch, before truncation and over all groups."""
+        return self._rate
 
     @property
     def expected_batch_size(self) -> float:
@@ -119,8 +142,10 @@ class PoissonSampler(Sampler[list[int]]):
         return self._most
 
     @property
-    def sampling(self) -> Poisson | TruncatedPoisson:
+    def sampling(self) -> Poisson | TruncatedPoisson | CyclicPoisson:
         """Return the sampling scheme, for the accountant."""
+        if self._groups is not None:
+            return CyclicPoisson(sample_rate=self._trials.rate, bands=self._groups.bands)
         if self._most is None:
             return Poisson(sample_rate=self.sample_rate)
         return TruncatedPoisson(
@@ -138,12 +163,16 @@ class PoissonSampler(Sampler[list[int]]):
         first = self._done if self._resume else 0
         self._resume = False
         for step in range(first, self._steps):
-            batch = self._draw()
+            batch = self._draw(step)
             self._done = step + 1
             yield batch
 
-    def _draw(self) -> list[int]:
-        drawn = self._trials.successes(len(self._share), self._words)
+    def _draw(self, step: int) -> list[int]:
+        if self._groups is None:
+            drawn = self._trials.successes(len(self._share), self._words)
+        else:
+            group = self._groups.of_step(step)
+            drawn = group[self._trials.successes(len(group), self._words)]
         if self._most is not None and len(drawn) > self._most:
             drawn = drawn[random_subset(len(drawn), self._most, self._words)]
         batch: list[int] = (self._share.start + self._share.step * drawn).tolist()
@@ -155,11 +184,13 @@ class PoissonSampler(Sampler[list[int]]):
         A loader with workers samples ahead of the training loop. :meth:`PrivateLoader.state_dict` returns the state
         after the batch that the loop received last, in the same format.
         """
-        state = {"kind": "PoissonSampler", "format": 1, "done": self._done}
+        state: dict[str, Any] = {"kind": "PoissonSampler", "format": 1, "done": self._done}
         if not self._whole_run:
             state["done"] = self._done % self._steps
         if self._generator is not None:
             state["generator"] = self._generator.get_state()
+        if self._groups is not None:
+            state["groups"] = self._groups.state()
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -186,6 +217,13 @@ class PoissonSampler(Sampler[list[int]]):
                 f"state is {state['done']} batches into an iteration, but steps is {self._steps}; "
                 "construct the sampler with the steps it was saved with."
             )
+        if ("groups" in state) != (self._groups is not None):
+            raise ValueError(
+                f"state {'has' if 'groups' in state else 'lacks'} the groups of cyclic batches, unlike this sampler; "
+                "construct it with the plan it was saved with."
+            )
+        if self._groups is not None:
+            self._groups = self._groups.restored(state["groups"])
         if self._generator is not None:
             self._generator.set_state(state["generator"].cpu())
         self._done, self._resume = int(state["done"]), True

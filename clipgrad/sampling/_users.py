@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
-from clipgrad.accounting import Poisson, TruncatedPoisson
+from clipgrad.accounting import CyclicPoisson, Poisson, TruncatedPoisson
 from clipgrad.sampling import _arguments as arguments
 from clipgrad.sampling._poisson import PoissonSampler
 from clipgrad.sampling._trials import random_subset
@@ -32,6 +32,7 @@ class UserSampler(Sampler[list[list[int]]]):
         samples_per_user: The largest number of samples of a user in a batch, chosen anew each time, uniformly and
             without replacement; None for all samples.
         max_users: The largest number of users in a batch: see ``max_batch_size`` of :class:`PoissonSampler`.
+        bands: Number of groups of users that have their turn one after the other; see :class:`PoissonSampler`.
         steps: Batches per iteration; see :class:`PoissonSampler`.
         rank: Index of the share of the users to sample from.
         num_replicas: Number of shares.
@@ -58,6 +59,7 @@ class UserSampler(Sampler[list[list[int]]]):
         sample_rate: float | None = None,
         samples_per_user: int | None = None,
         max_users: int | None = None,
+        bands: int | None = None,
         steps: int | None = None,
         rank: int | None = None,
         num_replicas: int | None = None,
@@ -84,6 +86,7 @@ class UserSampler(Sampler[list[list[int]]]):
             expected_batch_size=expected_users,
             sample_rate=sample_rate,
             max_batch_size=max_users,
+            bands=bands,
             steps=steps,
             rank=rank,
             num_replicas=num_replicas,
@@ -117,7 +120,7 @@ class UserSampler(Sampler[list[list[int]]]):
         return self._users.max_batch_size
 
     @property
-    def sampling(self) -> Poisson | TruncatedPoisson:
+    def sampling(self) -> Poisson | TruncatedPoisson | CyclicPoisson:
         """Return the sampling scheme, for the accountant; its samples are users."""
         return self._users.sampling
 
