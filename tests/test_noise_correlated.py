@@ -17,7 +17,7 @@ from torch import Tensor
 from clipgrad.errors import PrivacyBudgetError
 from clipgrad.factorisation.optimise import optimised
 from clipgrad.factorisation.toeplitz import column_norm, inverse, square_root
-from clipgrad.noise import NoiseSource, SystemNoise, rows
+from clipgrad.noise import NoiseSource, SystemNoise, cpu, keys, rows
 from clipgrad.noise.correlated import CorrelatedNoise
 from tests.dp_tools import through_a_file
 from tests.factorisation.oracle import matrix
@@ -162,21 +162,33 @@ def test_dtypes_and_layouts(dtype: torch.dtype) -> None:
 
 def test_rows_ahead_are_those_of_one_step_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever is drawn, rows follow from it: for widths that the loop cuts, and on either path."""
-    tail, size = square_root(7)[1:].tolist(), 1003
-    for ahead, at_once, compiled in [(1, 2**18, True), (4, 800, True), (6, 2**18, False)]:
-        monkeypatch.setattr(rows, "_AT_ONCE", at_once)
+    tail = square_root(7)[1:].tolist()
+    for ahead, size, compiled in [(1, 1003, True), (4, 64, True), (6, 7, True), (6, 1003, False)]:
         if not compiled:
             monkeypatch.setattr(rows, "_compiled", lambda: None)
         source = Recorded()
         made = rows.Rows(tail, [], size, torch.zeros(0), ahead)
         found = [made.next(source, 2.0).clone() for _ in range(4 * ahead)]
-        parts = [
-            part.view(ahead, -1) for part in source.drawn
-        ]  # of blocks of steps, cut along their width
-        per_block = len(parts) // 4
-        blocks = [torch.cat(parts[i : i + per_block], 1) for i in range(0, len(parts), per_block)]
-        expected = np.linalg.inv(matrix([1.0, *tail], 4 * ahead)) @ torch.cat(blocks).numpy()
+        expected = (
+            np.linalg.inv(matrix([1.0, *tail], 4 * ahead)) @ torch.stack(source.drawn).numpy()
+        )
         assert np.abs(torch.stack(found).double().numpy() - expected).max() < 1e-5
+
+
+@pytest.mark.parametrize("options", [{}, {"draws": 3}, {"compile": False}])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("many", [2**22, 1000])
+def test_noise_in_the_place_of_values_is_noise_added_to_zeros(
+    options: dict[str, Any], dtype: torch.dtype, many: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(keys, "new_master", lambda: bytes(range(32)))
+    monkeypatch.setattr(cpu, "_MANY", many)
+    shapes = [(70_000,), (3000,), (5000,)]
+    filled = [torch.full(shape, torch.nan, dtype=dtype) for shape in shapes]
+    added = [torch.zeros(shape, dtype=dtype) for shape in shapes]
+    SystemNoise(**options)._fill(filled, 2.0)
+    SystemNoise(**options).add_gaussian_(added, 2.0)
+    assert all(map(torch.equal, filled, added))
 
 
 def test_a_loop_that_is_wrong_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:

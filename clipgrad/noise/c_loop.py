@@ -81,10 +81,21 @@ class LoopedBoxMuller:
         The loop writes by address. A tensor operation would check the grad mode, which each thread has for itself; so
         any thread may call this method.
         """
+        self._add_pieces(keystream, target, scale, divisor, zeroed=False)
+
+    def fill(self, keystream: Bits, target: Tensor, scale: float) -> None:
+        """Replace each value by ``scale * N(0, 1)``; what is zeroed is still in the cache when the noise comes."""
+        self._add_pieces(keystream, target, scale, 1.0, zeroed=True)
+
+    def _add_pieces(
+        self, keystream: Bits, target: Tensor, scale: float, divisor: float, *, zeroed: bool
+    ) -> None:
         assert target.dtype is torch.float32, "the loop handles float32 only"
         size, address = target.numel(), target.data_ptr()
         for start in range(0, size, CAPACITY):
             some = min(CAPACITY, size - start)
+            if zeroed:
+                ctypes.memset(address + _BYTES * start, 0, _BYTES * some)
             self._add(keystream, some, scale, divisor, address + _BYTES * start)
         if not target.is_inference():
             # Autograd and other users of version counters do not notice a write by address.

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from clipgrad.noise.c_loop import library
 from clipgrad.noise.source import NoiseSource
+from clipgrad.noise.system import SystemNoise
 
 SOURCE = Path(__file__).with_name("recurrence.c")
-# Independent values that are drawn at once: they stay in the second cache until they are used.
-_AT_ONCE = 2**18
+_SMALL = 2**13  # values
 _PAGE, _PAD = 1024, 48  # values
 _log = logging.getLogger("clipgrad")
 _found: list[ctypes.CDLL | None] = []
@@ -71,29 +71,36 @@ class Rows:
         return [self._ring[index % len(self._ring)] for index in indices]
 
     def _make(self, source: NoiseSource, scale: float) -> None:
-        width = max(1, min(self._ring.shape[1], _AT_ONCE // self._ahead))
-        with torch.inference_mode(False):
-            values = self._ring.new_empty(self._ahead * width)
-        for start in range(0, self._ring.shape[1], width):
-            part = self._ring[:, start : start + width]
-            fresh = values[: self._ahead * part.shape[1]].zero_().view(self._ahead, -1)
-            source.add_gaussian_([fresh], scale)
-            compiled = _compiled() if _is_plain(fresh) else None
-            correlate = correlate_by_torch if compiled is None else Correlate(compiled)
-            correlate(part, fresh, self._tail, self._first, self._known)
+        count = len(self._ring)
+        fresh = [self._ring[(self._first + k) % count] for k in range(self._ahead)]
+        if self._ahead > 1 and isinstance(source, SystemNoise) and scale:
+            source._fill(fresh, scale)
+        else:
+            torch._foreach_zero_(fresh)
+            source.add_gaussian_(fresh, scale)
+        compiled = _compiled() if _is_plain(fresh[0]) else None
+        correlate = correlate_by_torch if compiled is None else Correlate(compiled)
+        correlate(self._ring, self._tail, self._first, self._ahead, self._known)
 
 
 def correlate_by_torch(
-    ring: Tensor, fresh: Tensor, tail: Sequence[float], first: int, known: int
+    ring: Tensor, tail: Sequence[float], first: int, ahead: int, known: int
 ) -> None:
-    """Write row k of ``fresh``, less the weighted rows before it, to row ``first + k`` of the ring.
+    """Take the weighted rows before it away from each of ``ahead`` rows, from row ``first`` of the ring on.
 
     These are additions of whole rows and no matrix product, whose precision PyTorch's settings may lower.
+
+    Args:
+        ring: The rows, ``[rows, values]``; row 0 follows on the last one.
+        tail: The weights, of the latest row first.
+        first: The first row to change.
+        ahead: How many rows to change.
+        known: How many rows before the first one count.
     """
-    for k, row in enumerate(fresh):
+    for k in range(ahead):
+        row = ring[(first + k) % len(ring)]
         for lag, weight in enumerate(tail[: k + known], start=1):
             row.add_(ring[(first + k - lag) % len(ring)], alpha=-weight)
-        ring[(first + k) % len(ring)].copy_(row)
 
 
 class Correlate:
@@ -103,26 +110,26 @@ class Correlate:
         self._loop = loops.clipgrad_correlate
 
     def __call__(
-        self, ring: Tensor, fresh: Tensor, tail: Sequence[float], first: int, known: int
+        self, ring: Tensor, tail: Sequence[float], first: int, ahead: int, known: int
     ) -> None:
-        """Write the rows; the loop writes by address."""
-        assert _is_plain(fresh)
+        """Change the rows; the loop writes by address."""
+        assert _is_plain(ring[0])
         assert ring.stride(1) == 1
-        weights = (ctypes.c_float * max(1, len(tail)))(*tail)
-        numbers = (ring.stride(0), len(ring), first, len(fresh), known, len(tail))
+        numbers = (ring.stride(0), len(ring), first, ahead, known, len(tail))
         self._loop(
             ctypes.c_void_p(ring.data_ptr()),
             *map(ctypes.c_int64, numbers),
-            weights,
-            ctypes.c_void_p(fresh.data_ptr()),
-            ctypes.c_int64(fresh.shape[1]),
+            (ctypes.c_float * max(1, len(tail)))(*tail),
+            ctypes.c_int64(ring.shape[1]),
         )
 
 
 def add_and_divide(sums: list[Tensor], noise: list[Tensor], divisor: float) -> None:
     """Compute ``(sums + noise) / divisor`` in place, rounded after each of the two."""
-    loops = _compiled() if all(map(_is_plain, sums)) and all(map(_is_plain, noise)) else None
-    if loops is None:
+    # For small tensors the calls cost more than a second pass.
+    large = sum(map(Tensor.numel, sums)) > _SMALL * len(sums)
+    loops = _compiled() if large and all(map(_is_plain, sums)) else None
+    if loops is None or not all(map(_is_plain, noise)):
         torch._foreach_add_(sums, noise)
         torch._foreach_div_(sums, divisor)
         return
@@ -174,9 +181,8 @@ def prove(loops: ctypes.CDLL) -> None:
     for first, known, width in ((0, 0, 700), (5, 4, 256), (3, 2, 1)):
         start = torch.arange(7 * (width + 3), dtype=torch.float32, device="cpu").remainder(11.0) - 5
         rings = [start.view(7, -1).clone() for _ in range(2)]
-        fresh = start[: 3 * width].flip(0).view(3, -1).contiguous()
-        correlate_by_torch(rings[0][:, 2 : 2 + width], fresh.clone(), tail, first, known)
-        Correlate(loops)(rings[1][:, 2 : 2 + width], fresh.clone(), tail, first, known)
+        correlate_by_torch(rings[0][:, 2 : 2 + width], tail, first, 3, known)
+        Correlate(loops)(rings[1][:, 2 : 2 + width], tail, first, 3, known)
         means = start.clone()
         loops.clipgrad_add_and_divide(
             ctypes.c_void_p(means.data_ptr()),

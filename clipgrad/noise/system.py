@@ -86,6 +86,13 @@ class SystemNoise:
             makers = self._makers = _Makers(self._draws, self._compile)
         return makers.add(checked, sigma, divisor, elsewhere)
 
+    def _fill(self, flats: list[Tensor], sigma: float) -> None:
+        """Replace the values of flat tensors of one dtype on the CPU by ``N(0, sigma^2)``."""
+        checked = checks.targets(flats, sigma)
+        if self._makers is None or self._makers.process != process():
+            self._makers = _Makers(self._draws, self._compile)
+        self._makers.fill(checked, sigma)
+
     def state_dict(self) -> dict[str, Any]:
         """Return a marker without the key: with the key a reader of the checkpoint could subtract the noise."""
         return {"kind": "SystemNoise", "format": 1}
@@ -130,6 +137,11 @@ class _Makers:
                 for index, result in zip(indices, found, strict=True):
                     results[index] = result
             return results
+
+    def fill(self, flats: list[Tensor], sigma: float) -> None:
+        """Replace the values of flat CPU tensors by noise."""
+        with self._lock, torch.no_grad():
+            self._cpu.fill(flats, sigma)
 
     def _add_to(
         self,
