@@ -167,8 +167,8 @@ def test_rows_ahead_are_those_of_one_step_at_a_time(monkeypatch: pytest.MonkeyPa
         if not compiled:
             monkeypatch.setattr(rows, "_compiled", lambda: None)
         source = Recorded()
-        made = rows.Rows(tail, [], size, torch.zeros(0), ahead)
-        found = [made.next(source, 2.0).clone() for _ in range(4 * ahead)]
+        made = rows.Rows(tail, [], [torch.Size([size])], torch.zeros(0), ahead)
+        found = [made.next(source, 2.0)[0].clone() for _ in range(4 * ahead)]
         expected = (
             np.linalg.inv(matrix([1.0, *tail], 4 * ahead)) @ torch.stack(source.drawn).numpy()
         )

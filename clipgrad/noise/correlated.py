@@ -113,9 +113,7 @@ class CorrelatedNoise:
         results = sums if in_place else [total.clone() for total in sums]
         for key, rows in self._rows.items():
             members = [results[index] for index in self._members[key]]
-            row = rows.next(self.source, scale).split([total.numel() for total in members])
-            noise = [part.view(total.shape) for part, total in zip(row, members, strict=True)]
-            add_and_divide(members, noise, divisor)
+            add_and_divide(members, rows.next(self.source, scale), divisor)
         return results
 
     def _require_continuation(self, step: int, coordinates: _Coordinates) -> None:
@@ -150,7 +148,7 @@ class CorrelatedNoise:
         tail = self._column[1:]
         for (device, dtype), indices in members.items():
             names = [self._coordinates.names[index] for index in indices]
-            size = sum(sums[index].numel() for index in indices)
+            shapes = [self._coordinates.shapes[index] for index in indices]
             flat: list[Tensor] = []
             if past:
                 parts = [past[name].to(device, dtype).flatten(1) for name in names]
@@ -158,7 +156,7 @@ class CorrelatedNoise:
             plain = _is_default(self.source) and device.type == "cpu"
             ahead = max(1, min(len(tail), _MOST_AHEAD)) if plain else 1
             like = torch.empty(0, device=device, dtype=dtype)
-            self._rows[device, dtype] = Rows(tail, flat, size, like, ahead)
+            self._rows[device, dtype] = Rows(tail, flat, shapes, like, ahead)
 
     def _past(self) -> dict[str, Tensor]:
         """Return the rows of past steps by name, oldest first: ``[rows, *shape]``."""

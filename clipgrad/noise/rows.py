@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import math
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ from clipgrad.noise.source import NoiseSource
 from clipgrad.noise.system import SystemNoise
 
 SOURCE = Path(__file__).with_name("recurrence.c")
-_SMALL = 2**13  # values
+_SMALL = 2**15  # values
 _PAGE, _PAD = 1024, 48  # values
 _log = logging.getLogger("clipgrad")
 _found: list[ctypes.CDLL | None] = []
@@ -32,15 +33,22 @@ class Rows:
     Args:
         tail: The coefficients after the first one, which is 1.
         past: Rows of past steps, oldest first, at most as many as ``tail`` has numbers.
-        size: Number of values of a row.
+        shapes: Shapes of the tensors that share a row, one after the other.
         like: A tensor with the device and dtype of the rows.
         ahead: Number of rows to make at once.
     """
 
     def __init__(
-        self, tail: Sequence[float], past: Sequence[Tensor], size: int, like: Tensor, ahead: int
+        self,
+        tail: Sequence[float],
+        past: Sequence[Tensor],
+        shapes: Sequence[torch.Size],
+        like: Tensor,
+        ahead: int,
     ) -> None:
-        self._tail, self._ahead = list(tail), ahead
+        self._tail, self._ahead, self._shapes = list(tail), ahead, list(shapes)
+        self._views: dict[int, list[Tensor]] = {}
+        size = sum(map(math.prod, shapes))
         with torch.inference_mode(False):
             # Rows a multiple of a page apart would compete for the same places in the cache.
             padded = size + (_PAD - size) % _PAGE
@@ -54,16 +62,25 @@ class Rows:
         self._left = 0
         """Rows that are made and not used."""
 
-    def next(self, source: NoiseSource, scale: float) -> Tensor:
-        """Return the row of the next step, valid until the call after it."""
+    def next(self, source: NoiseSource, scale: float) -> list[Tensor]:
+        """Return the row of the next step, cut into tensors that are valid until the call after it."""
         if not self._left:
             self._make(source, scale)
             self._left = self._ahead
-        row = self._ring[self._first]
+        row = self._cut(self._first)
         self._first = (self._first + 1) % len(self._ring)
         self._known = min(self._known + 1, len(self._tail))
         self._left -= 1
         return row
+
+    def _cut(self, index: int) -> list[Tensor]:
+        """Return views of a row; they are made once, since many small ones take long."""
+        if index not in self._views:
+            parts = self._ring[index].split([math.prod(shape) for shape in self._shapes])
+            self._views[index] = [
+                part.view(shape) for part, shape in zip(parts, self._shapes, strict=True)
+            ]
+        return self._views[index]
 
     def past(self) -> list[Tensor]:
         """Return the rows of past steps that further rows depend on, oldest first; rows made ahead are no part."""
