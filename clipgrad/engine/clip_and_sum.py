@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
 from clipgrad._phases import phase
 from clipgrad.arithmetic import SumRows
@@ -153,23 +152,3 @@ def accumulate(sums: list[Tensor] | None, piece: MicrobatchResult) -> list[Tenso
         return [total.contiguous() for total in more]
     torch._foreach_add_(sums, piece.sums)
     return sums
-
-
-def joined(pieces: Sequence[MicrobatchResult], order: Tensor) -> MicrobatchResult:
-    """The pieces of one microbatch as one, samples in their old order."""
-
-    def join(parts: Sequence[Tensor]) -> Tensor:
-        together = torch.cat(list(parts))
-        return together[order.to(together.device)]
-
-    sums: list[Tensor] | None = None
-    for piece in pieces:
-        sums = accumulate(sums, piece)
-    assert sums is not None
-    return MicrobatchResult(
-        sums,
-        join([piece.values for piece in pieces]),
-        [join(norms) for norms in zip(*(piece.norms for piece in pieces), strict=True)],
-        tree_map(lambda *leaves: join(leaves), *(piece.aux for piece in pieces)),
-        join([piece.nonfinite for piece in pieces]),
-    )

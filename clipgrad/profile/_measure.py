@@ -33,8 +33,8 @@ def profile_step(
     for two more models with their optimizer states. Every round runs four steps: each kind as in training, and each
     kind phase by phase.
 
-    Times are **not private**: they can depend on the samples (``branches="split"``, a sample that is not finite), so
-    the table must be kept as confidential as ``optimizer.diagnostics``.
+    Times are **not private**: they can depend on the samples (one whose gradient is not finite, for example), so the
+    table must be kept as confidential as ``optimizer.diagnostics``.
 
     No other thread of the process may run a clipped step meanwhile, since its phases would be counted.
 
