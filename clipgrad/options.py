@@ -11,7 +11,7 @@ import torch
 from clipgrad import _validate
 
 RANDOMNESS = ("different", "same", "error")
-STRATEGIES = ("auto", "kept", "ghost", "recompute")
+STRATEGIES = ("auto", "kept", "ghost")
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
 
@@ -20,8 +20,8 @@ class Performance:
     """How a step is computed: time, memory and rounding depend on it, what is computed does not.
 
     Args:
-        strategy: ``"auto"`` chooses for each parameter. ``"kept"``, ``"ghost"`` and ``"recompute"`` force one way to
-            find its norm, where that way exists; ``explain`` shows the choice.
+        strategy: ``"auto"`` chooses for each parameter. ``"kept"`` and ``"ghost"`` force one way to find its
+            norm, where that way exists; ``explain`` shows the choice.
         memory_budget: Bytes that kept per-sample gradients may take beyond the activations that they replace.
         randomness: ``"different"`` draws a dropout mask for each sample, ``"same"`` one for all of a microbatch, and
             ``"error"`` refuses a loss that draws random numbers.

@@ -21,7 +21,7 @@ from tests.dp_tools import data, mlp, private, squared
 pytestmark = pytest.mark.filterwarnings(
     "ignore:There is a performance drop", "ignore:.*prototype stage", "ignore:.*beta state"
 )
-STRATEGIES = ("kept", "ghost", "recompute")
+STRATEGIES = ("kept", "ghost")
 
 
 def normal(*shape: int) -> Tensor:
