@@ -275,6 +275,3 @@ def escape_message(name: str, operation: str) -> str:
         "attribute that is not a registered parameter), so its gradient would escape clipping. Read it through "
         "the model or the params argument inside the loss: register it as nn.Parameter or in nn.ParameterList."
     )
-
-
-__all__ = ["Capture", "escape_message", "operation_name", "tensors_in", "written_message"]

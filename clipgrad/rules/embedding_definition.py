@@ -121,13 +121,3 @@ def refuse_max_norm(max_norm: float | None) -> None:
             "for all samples at once, which is not private. Set max_norm=None, or bound the norm inside the "
             "loss: F.embedding(ids, F.normalize(weight))."
         )
-
-
-__all__ = [
-    "aten_embedding",
-    "aten_embedding_bag",
-    "embedding",
-    "embedding_bag",
-    "private_embedding_bag",
-    "refuse_max_norm",
-]
