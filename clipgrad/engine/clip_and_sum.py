@@ -13,7 +13,7 @@ from clipgrad._phases import phase
 from clipgrad.arithmetic import SumRows
 from clipgrad.clipping import Clipping
 from clipgrad.engine.copies import copies
-from clipgrad.engine.gradients import Gradients, Transformed
+from clipgrad.engine.gradients import Gradients
 from clipgrad.engine.tape import Strategy
 from clipgrad.options import Options
 from clipgrad.ranks import Ranks
@@ -79,7 +79,7 @@ class MicrobatchResult:
 
 
 def clip(
-    gradients: Gradients | Transformed,
+    gradients: Gradients,
     params: Sequence[Tensor],
     values: Tensor,
     aux: Any,
@@ -89,14 +89,13 @@ def clip(
     """Norms, factors and clipped sums of one microbatch whose backward pass has run."""
     clipping, nan_safe = settings.clipping, settings.options.nan_safe
     if settings.pre_clipping is not None or settings.sum_rows is not None:
-        assert isinstance(gradients, Gradients)
         rows = [gradients.per_sample(index) for index in range(len(params))]
         if settings.pre_clipping is not None:
             rows = settings.pre_clipping(rows)
         if settings.sum_rows is not None:
             exact, before, dropped = settings.sum_rows(rows, is_padding)
             return MicrobatchResult(exact, values, before, aux, dropped)
-        gradients = Transformed(rows)
+        gradients.replace(rows)
     norms = [
         settings.ranks.squared_norms(
             _or_zero(gradients.squared_norms(clipping.members(group)), values)
@@ -126,7 +125,7 @@ def clip(
 
 
 def _weighted_sums(
-    gradients: Gradients | Transformed,
+    gradients: Gradients,
     params: Sequence[Tensor],
     factors: Sequence[Tensor],
     settings: Settings,
