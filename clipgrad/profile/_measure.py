@@ -136,20 +136,17 @@ class Stopwatch:
             step()
         return self._seconds
 
-    def begin(self, phase: Phase) -> None:
-        self._credit()
-        self._open.append(phase)
-
-    def end(self) -> None:
-        self._credit()
-        self._open.pop()
-
-    def _credit(self) -> None:
+    def __call__(self, phase: Phase | None) -> None:
+        """Credit the running phase, and begin ``phase`` or, if it is None, end the running one."""
         now = self._now()
         if self._open:
             running = self._open[-1]
             self._seconds[running] = self._seconds.get(running, 0.0) + now - self._since
         self._since = now
+        if phase is None:
+            self._open.pop()
+        else:
+            self._open.append(phase)
 
     def _now(self) -> float:
         if self._device.type != "cpu":
