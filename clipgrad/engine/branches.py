@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clipgrad._functorch import Decline, below_vmap, physical
+from clipgrad._functorch import Decline, below_vmap, expose_batch_axis
 
 # Each way to read a value, with its conversion; ``tolist`` and NumPy conversions stay refused.
 _READS: MappingProxyType[Callable[..., Any], Callable[[Any], Any]] = MappingProxyType(
@@ -56,7 +56,7 @@ def read(function: Callable[..., Any], tensor: Tensor, level: int) -> Any:
         Decline: If the tensor has no batch axis, so that all samples share it.
         Disagreement: If the values differ.
     """
-    value = physical(tensor, level)
+    value = expose_batch_axis(tensor, level)
     if value is None:
         raise Decline
     convert = _READS[function]

@@ -11,7 +11,13 @@ from torch import Tensor
 from torch._C._autograd import _get_sequence_nr
 from torch.overrides import TorchFunctionMode, resolve_name
 
-from clipgrad._functorch import Decline, below_vmap, current_level, current_randomness, physical
+from clipgrad._functorch import (
+    Decline,
+    below_vmap,
+    current_level,
+    current_randomness,
+    expose_batch_axis,
+)
 from clipgrad.engine import custom_vmap, stale_values
 from clipgrad.engine.branches import Disagreement, is_read, read
 from clipgrad.engine.call import BoundCall
@@ -190,7 +196,7 @@ class Capture(TorchFunctionMode):
         if tensor.requires_grad:
             return True
         try:
-            value = physical(tensor, self.level)
+            value = expose_batch_axis(tensor, self.level)
         except Decline:
             return False
         return value is not None and value.requires_grad

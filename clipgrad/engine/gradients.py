@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
-from clipgrad._functorch import untraced
+from clipgrad._functorch import without_tracing
 from clipgrad.engine.bundle import Bundle, bundled
 from clipgrad.engine.tape import Tape, Tracked
 from clipgrad.kernels.selection import select_rows
-from clipgrad.rules.canonical import PerSample, added, row_norms_squared, widen
+from clipgrad.rules.canonical import PerSample, row_norms_squared, sum_of, widen
 
 
 class Gradients:
@@ -67,7 +67,7 @@ class Gradients:
         if not parts:
             return None
         if all(part.injective for part in parts) and self._disjoint(index):
-            return added([part.squared_norms() for part in parts])
+            return sum_of([part.squared_norms() for part in parts])
         return row_norms_squared(self.per_sample(index))
 
     def per_sample(self, index: int) -> Tensor:
@@ -144,7 +144,8 @@ class Gradients:
         if any(not part.derived for part in parts):
             return False
         source = self._tape.tracked[index].shared
-        with untraced():  # the result depends on shapes alone, so it may be a constant of a graph
+        # The result depends on shapes alone, so it may be a constant of a graph.
+        with without_tracing():
             touched = torch.zeros_like(source)
             for part in parts:
                 (image,) = torch.autograd.grad(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-from clipgrad._functorch import all_samples, per_sample, vmap_level
+from clipgrad._functorch import expose_or_broadcast, hide_batch_axis, vmap_level
 from clipgrad._phases import phase
 from clipgrad.engine import foreign_code, refused_nodes, stale_values
 from clipgrad.engine.advice import explained
@@ -52,16 +52,18 @@ def forward(
             foreign_code.without_saved_tensors_hooks(),
             vmap_level(size, settings.options.performance.randomness) as level,
         ):
-            leaves = [per_sample(entry.leaf, level) for entry in tape.tracked]
-            rows = [per_sample(leaf, level) if isinstance(leaf, Tensor) else leaf for leaf in batch]
+            leaves = [hide_batch_axis(entry.leaf, level) for entry in tape.tracked]
+            rows = [
+                hide_batch_axis(leaf, level) if isinstance(leaf, Tensor) else leaf for leaf in batch
+            ]
             drawn = None
             if settings.options.performance.branches == "split":
                 drawn = RandomValues(params[0].device, tensors_in([*leaves, *rows]))
             capture = Capture(tape, leaves, params, drawn=drawn)
             made = capture.made
             value, aux, structure = _one_sample(loss, capture, leaves, rows, settings)
-            values = all_samples(value, level, size)
-            aux = [all_samples(leaf, level, size).detach() for leaf in aux]
+            values = expose_or_broadcast(value, level, size)
+            aux = [expose_or_broadcast(leaf, level, size).detach() for leaf in aux]
         for name, param, version in zip(names, params, versions, strict=True):
             if param._version != version:
                 raise NotPerSampleError(written_message(name))

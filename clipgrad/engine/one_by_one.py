@@ -13,7 +13,14 @@ from torch import Tensor
 from torch.overrides import resolve_name
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from clipgrad._functorch import Decline, below_vmap, current_level, is_wrapped, per_sample, physical
+from clipgrad._functorch import (
+    Decline,
+    below_vmap,
+    current_level,
+    expose_batch_axis,
+    hide_batch_axis,
+    is_wrapped,
+)
 from clipgrad.engine.advice import is_refusal
 from clipgrad.engine.expressions import writes_in_place, writes_to_first
 from clipgrad.engine.rng_state import Draws
@@ -33,7 +40,9 @@ def one_by_one(function: Callable[..., Any], args: Sequence[Any], kwargs: Mappin
     name = resolve_name(function) or getattr(function, "__name__", str(function))
     flat, structure = tree_flatten((tuple(args), dict(kwargs)))
     try:
-        whole = [physical(leaf, level) if isinstance(leaf, Tensor) else None for leaf in flat]
+        whole = [
+            expose_batch_axis(leaf, level) if isinstance(leaf, Tensor) else None for leaf in flat
+        ]
     except Decline:
         raise NotPerSampleError(
             f"{name} has no correct batching rule in PyTorch, so it runs on one sample after the other. Inside another "
@@ -74,12 +83,12 @@ def _joined(name: str, results: Sequence[Any], operands: Sequence[Tensor], level
                 f"{name} returns a view of its operand, which PyTorch's vmap cannot batch. Use indexing, reshape or "
                 "transpose with Python numbers."
             )
-        outputs.append(per_sample(torch.stack(column), level))
+        outputs.append(hide_batch_axis(torch.stack(column), level))
     return tree_unflatten(outputs, structures[0])
 
 
 def _unbatched(tensor: Tensor, level: int) -> Tensor:
-    value = physical(tensor, level)
+    value = expose_batch_axis(tensor, level)
     return tensor if value is None else value
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from clipgrad._functorch import below_vmap, innermost, is_wrapped
+from clipgrad._functorch import below_vmap, is_wrapped, unwrap_all
 from clipgrad.engine.rng_state import Draws, states_of_others
 
 
@@ -56,14 +56,14 @@ class RandomValues:
 
     def _is_drawn(self, tensor: Tensor, *, default: bool = True) -> bool:
         with below_vmap():
-            known = self._memory.get(innermost(tensor).untyped_storage()._cdata)
+            known = self._memory.get(unwrap_all(tensor).untyped_storage()._cdata)
         if known is not None:
             return known[1]
         return default and is_wrapped(tensor)
 
     def _note(self, tensor: Tensor, drawn: bool) -> None:
         with below_vmap():
-            storage = innermost(tensor).untyped_storage()
+            storage = unwrap_all(tensor).untyped_storage()
             self._memory[storage._cdata] = StorageWeakRef(storage), drawn
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clipgrad._functorch import current_level, is_wrapped, level_of, unwrapped
+from clipgrad._functorch import current_level, is_wrapped, level_of, unwrap_once
 from clipgrad.errors import NotPerSampleError
 
 _OUTSIDE = (
@@ -69,7 +69,7 @@ def _is_kept(tensor: Tensor, level: int) -> bool:
             return True
         if level_of(tensor) <= level:
             return False
-        tensor = unwrapped(tensor)
+        tensor = unwrap_once(tensor)
 
 
 def refuse(operation: str) -> NotPerSampleError:

@@ -9,10 +9,10 @@ from enum import Enum
 import torch
 from torch import Tensor
 
-from clipgrad._functorch import per_sample
+from clipgrad._functorch import hide_batch_axis
 from clipgrad._phases import phase
 from clipgrad.errors import NotPerSampleError
-from clipgrad.rules.canonical import Outer, PerSample, Use, added, row_norms_squared, widen
+from clipgrad.rules.canonical import Outer, PerSample, Use, row_norms_squared, sum_of, widen
 from clipgrad.rules.ghost import ghost_norms_squared, lengths_of, never_underestimated
 from clipgrad.rules.registry import Extent, Recipe
 
@@ -135,7 +135,7 @@ class Tracked:
         """Return per-sample gradients, ``[B, *shape]``."""
         if self.kept is not None:
             return widen(self.kept)
-        return added([use.per_sample() for use in self.uses])
+        return sum_of([use.per_sample() for use in self.uses])
 
     def squared_norms(self) -> Tensor:
         """Return squared norms of the per-sample gradients, ``[B]``."""
@@ -153,7 +153,7 @@ class Tracked:
         """Return ``sum_b factors[b] g_b``, in at least float32."""
         if self.kept is not None:
             return PerSample(self.kept).weighted_sum(factors)
-        return added([use.weighted_sum(factors) for use in self.uses])
+        return sum_of([use.weighted_sum(factors) for use in self.uses])
 
 
 def _recomputed_norms(factors: Sequence[Outer]) -> Tensor:
@@ -162,7 +162,7 @@ def _recomputed_norms(factors: Sequence[Outer]) -> Tensor:
     pieces = []
     for start in range(0, samples, step):
         chunk = slice(start, min(start + step, samples))
-        total = added([outer.rows_of(chunk).per_sample() for outer in factors])
+        total = sum_of([outer.rows_of(chunk).per_sample() for outer in factors])
         pieces.append(row_norms_squared(total))
     return never_underestimated(torch.cat(pieces), lengths_of(factors), factors, materialised=True)
 
@@ -205,7 +205,7 @@ class Tape:
         """
         parameters = tuple(sorted({index for source in sources for index in source.parameters}))
         tracked = self._track(name, shared, parameters)
-        tracked.wrapper = per_sample(tracked.leaf, level)
+        tracked.wrapper = hide_batch_axis(tracked.leaf, level)
         tracked.derived = True
         tracked.injective = wide is not None
         tracked.wide = wide

@@ -59,7 +59,7 @@ class _ChannelAffine:
 
 def _images(call: Call, input: Tensor) -> tuple[Tensor, torch.Size]:
     """Return the input as ``[N, C, *positions]``, contiguous or channels last, and the input's original shape."""
-    if not call.has_lanes(input):
+    if not call.has_batch_axis(input):
         raise Decline
     x = call.batched(input)
     if x.dim() < 3 or not x.numel():

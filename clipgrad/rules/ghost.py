@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clipgrad.kernels.tensor_cores import convolutions_may, full_product
-from clipgrad.rules.canonical import OneHot, Outer, added, row_norms_squared, widen
+from clipgrad.rules.canonical import OneHot, Outer, row_norms_squared, sum_of, widen
 from clipgrad.rules.gram import Lengths, equal_id_sums, gram_sums
 
 # Rounding errors of a ghost norm stay below ``8 + sqrt(rows) + sqrt(columns)`` units in the last place of the norm
@@ -64,7 +64,7 @@ def ghost_norms_squared(uses: Sequence[Outer]) -> Tensor:
             parts.append(2 * _cross(hot, dense))
     assert parts, "a ghost norm of no uses"
     total = Lengths.total(lengths)
-    return never_underestimated(added(parts), total, uses, materialised=not by_gram)
+    return never_underestimated(sum_of(parts), total, uses, materialised=not by_gram)
 
 
 def never_underestimated(

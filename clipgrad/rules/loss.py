@@ -27,7 +27,10 @@ def cross_entropy(
     label_smoothing: float = 0.0,
 ) -> Tensor:
     """Run cross entropy with class indices; a sample has ``(C,)`` with ``()``, or ``(N, C, ...)`` with ``(N, ...)``."""
-    if not (call.has_lanes(input) and call.has_lanes(target)) or target.dtype is not torch.int64:
+    if (
+        not (call.has_batch_axis(input) and call.has_batch_axis(target))
+        or target.dtype is not torch.int64
+    ):
         raise Decline
     if weight is not None or label_smoothing or size_average is not None or reduce is not None:
         raise Decline
@@ -125,7 +128,7 @@ def _elementwise(
     *,
     plain: bool,
 ) -> Tensor:
-    if not (plain and call.has_lanes(input) and call.has_lanes(target)):
+    if not (plain and call.has_batch_axis(input) and call.has_batch_axis(target)):
         raise Decline
     x, t = call.batched(input), call.batched(target)
     if x.shape != t.shape or x.dtype != t.dtype or not x.is_floating_point():

@@ -70,7 +70,7 @@ def layer_norm(
     cudnn_enable: bool = True,
 ) -> Tensor:
     """Run layer norm; every position of a sample has its own mean and variance."""
-    if not call.has_lanes(input):
+    if not call.has_batch_axis(input):
         raise Decline
     x, w, b = call.batched(input), shared_or_none(call, weight), shared_or_none(call, bias)
     shape = tuple(normalized_shape)
@@ -109,7 +109,7 @@ def rms_norm(
     eps: float | None = None,
 ) -> Tensor:
     """Run RMS norm, a layer norm without mean and bias."""
-    if not call.has_lanes(input):
+    if not call.has_batch_axis(input):
         raise Decline
     x, w = call.batched(input), shared_or_none(call, weight)
     shape = tuple(normalized_shape)

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clipgrad._functorch import address
+from clipgrad._functorch import memory_address
 from clipgrad.errors import NotPerSampleError
 from clipgrad.rules.names import names_of
 
@@ -143,7 +143,7 @@ DEFINITIONS: Mapping[Callable[..., Any], Callable[..., Any]] = MappingProxyType(
     {
         **dict.fromkeys(names_of("_pack_padded_sequence"), _pack),
         **dict.fromkeys(names_of("_cudnn_rnn_flatten_weight"), _flatten),
-        torch.Tensor.data_ptr: address,
+        torch.Tensor.data_ptr: memory_address,
         **{alias: _sequence(name) for name in _STEPS for alias in names_of(name)},
         **{alias: _cell(name) for name in _STEPS for alias in names_of(f"{name}_cell")},
     }

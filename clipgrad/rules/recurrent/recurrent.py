@@ -112,7 +112,7 @@ def _step(
 def _adopt(call: Call, weight: Tensor) -> Tensor:
     """Return a weight that all samples share, and decline a weight that differs from sample to sample."""
     weight = call.adopt(weight)
-    if call.has_lanes(weight):
+    if call.has_batch_axis(weight):
         raise Decline
     return weight
 
