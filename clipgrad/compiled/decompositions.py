@@ -10,7 +10,7 @@ from torch import Tensor
 from torch._decomp import get_decompositions
 
 from clipgrad.compiled.shape import is_channels_last
-from clipgrad.kernels.delayed import after
+from clipgrad.kernels.delayed import delay_until
 
 
 def _format(gradient: Tensor) -> torch.memory_format:
@@ -114,8 +114,8 @@ def _input_gradient(
     left = [0] * axes
     if not transposed:  # pixels beyond the last position of the filter
         left = [
-            size - ((count - 1) * step - 2 * pad + apart * (taps - 1) + 1)
-            for size, count, taps, step, pad, apart in zip(
+            size - ((count - 1) * step - 2 * pad + tap_stride * (taps - 1) + 1)
+            for size, count, taps, step, pad, tap_stride in zip(
                 input.shape[2:], gradient.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True
             )
         ]  # fmt: skip
@@ -138,7 +138,7 @@ def _slope_later(operation: Any) -> Callable[..., Any]:
     def backward(gradient: Tensor, input: Tensor, *arguments: Any, **options: Any) -> Any:
         if input.device.type != "cpu":
             return NotImplemented
-        return decomposed(gradient, after(gradient, input), *arguments, **options)
+        return decomposed(gradient, delay_until(gradient, input), *arguments, **options)
 
     return backward
 

@@ -53,7 +53,7 @@ class SeededNoise:
         with torch.no_grad():
             for tensor in checks.targets(tensors, scale):
                 noise = torch.empty(
-                    tensor.shape, dtype=checks.DRAWN_IN[tensor.dtype], device=device
+                    tensor.shape, dtype=checks.NOISE_DTYPE[tensor.dtype], device=device
                 )
                 noise.normal_(0.0, scale, generator=self._generator)
                 tensor.add_(noise.to(tensor.device))

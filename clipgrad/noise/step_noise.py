@@ -65,7 +65,7 @@ class IndependentNoise:
             divisor: A public constant.
             in_place: Return the tensors of ``sums``; else others, since ``sums`` alias memory of somebody else.
         """
-        return noised_mean(self.source, sums, sigma, divisor, elsewhere=not in_place)
+        return noised_mean(self.source, sums, sigma, divisor, out_of_place=not in_place)
 
     def count(self, counts: Sequence[Tensor], sigma: float) -> None:
         """Add ``N(0, sigma^2)`` to counts in place."""

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
-from clipgrad.kernels.selection import for_each_row, select_last, select_rows
+from clipgrad.kernels.selection import reshape_to_broadcast, select_rows, select_rows_reusing
 
 BatchedProduct = Callable[[Tensor, Tensor], Tensor]
 
@@ -38,7 +38,7 @@ def widen(tensor: Tensor) -> Tensor:
 
 def scale_rows(tensor: Tensor, factors: Tensor) -> Tensor:
     """Return ``tensor[b, ...] * factors[b]``."""
-    return tensor * for_each_row(factors.to(tensor.dtype), tensor)
+    return tensor * reshape_to_broadcast(factors.to(tensor.dtype), tensor)
 
 
 def sum_of(tensors: Sequence[Tensor]) -> Tensor:
@@ -204,9 +204,9 @@ class Outer:
             return replace(self, right=select_rows(self.right, keep))
         # The next step scales one factor, which a compiler fuses with its selection; a product reads the other factor.
         if self._scales_left(self.left):
-            left, right = select_rows(self.left, keep), select_last(self.right, keep)
+            left, right = select_rows(self.left, keep), select_rows_reusing(self.right, keep)
         else:
-            left, right = select_last(self.left, keep), select_rows(self.right, keep)
+            left, right = select_rows_reusing(self.left, keep), select_rows(self.right, keep)
         return replace(self, left=left, right=right)
 
     def _scales_left(self, left: Tensor) -> bool:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clipgrad.kernels.tensor_cores import convolutions_may, full_product
+from clipgrad.kernels.tensor_cores import convolutions_allow_tf32, full_product
 from clipgrad.rules.canonical import OneHot, Outer, row_norms_squared, sum_of, widen
 from clipgrad.rules.gram import Lengths, equal_id_sums, gram_sums
 
@@ -112,7 +112,9 @@ def lengths_of(uses: Sequence[Outer]) -> Lengths:
 
 def _may_round_to_tf32(norms: Tensor) -> bool:
     """Return whether the weighted sum of the factors, a matrix product or a convolution, may run in TF32."""
-    return norms.device.type == "cuda" and norms.dtype is torch.float32 and convolutions_may()
+    return (
+        norms.device.type == "cuda" and norms.dtype is torch.float32 and convolutions_allow_tf32()
+    )
 
 
 def _lengths(vectors: Tensor) -> Tensor:
