@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 from clipgrad import _validate
 from clipgrad.arithmetic import Arithmetic, FloatingPoint
-from clipgrad.clipping import ClippingStrategy, Relation, is_grouped, owned
+from clipgrad.clipping import ClippingStrategy, Relation, copy_strategy, is_grouped
 from clipgrad.engine.advice import ValueReadError
 from clipgrad.engine.branches import Disagreement
 from clipgrad.engine.clip_and_sum import MicrobatchResult, PreClipping, Settings, accumulate
@@ -161,7 +161,7 @@ class BatchClipper:
 
     def sensitivity(self, max_grad_norm: ClippingStrategy, relation: Relation) -> float:
         """The largest L2 change of the sums between neighbouring batches."""
-        key = owned(max_grad_norm), relation
+        key = copy_strategy(max_grad_norm), relation
         if self._sensitivity is None or self._sensitivity[0] != key:
             self._sensitivity = key, self.arithmetic.sensitivity(max_grad_norm, relation)
         return self._sensitivity[1]
@@ -248,7 +248,7 @@ class BatchClipper:
         self.arithmetic.check_batch_size(inputs.batch_size)
         sizes = tuple(map(Tensor.numel, inputs.params))
         dtypes = tuple(map(_DTYPE, inputs.params))
-        key = owned(max_grad_norm), inputs.names, sizes, dtypes
+        key = copy_strategy(max_grad_norm), inputs.names, sizes, dtypes
         if self._resolved is None or self._resolved[0] != key:
             clipping = self.arithmetic.clipping(max_grad_norm, inputs.names, sizes, dtypes)
             settings = Settings(

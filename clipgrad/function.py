@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from clipgrad.batch import BatchClipper
-from clipgrad.clipping import ClippingStrategy, Relation, owned, relation_of
+from clipgrad.clipping import ClippingStrategy, Relation, copy_strategy, relation_of
 from clipgrad.engine.inputs import of_arguments
 from clipgrad.explain import Explanation
 from clipgrad.options import Options, Performance
@@ -82,7 +82,7 @@ class ClippedGrad:
         self.clipper.arithmetic.check(max_grad_norm)
         return ClippedGrad(
             self.fn,
-            owned(max_grad_norm),
+            copy_strategy(max_grad_norm),
             self.argnums,
             self.batch_argnums,
             self.options,
@@ -197,7 +197,7 @@ def clipped_grad(
         batch_argnums = (batch_argnums,)
     return ClippedGrad(
         fn,
-        owned(max_grad_norm),
+        copy_strategy(max_grad_norm),
         argnums if isinstance(argnums, int) else tuple(argnums),
         None if batch_argnums is None else tuple(batch_argnums),
         options,

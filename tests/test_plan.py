@@ -483,7 +483,7 @@ def test_a_pickled_optimizer_goes_on_with_what_was_released() -> None:
     optimizer = optimizer_of(declared(steps=3))
     take(optimizer, 2)
     account = pickle.loads(pickle.dumps(optimizer._account))
-    assert account.done == 2
+    assert account.steps_done == 2
     assert account.ledger.history == optimizer.ledger.history
 
 

@@ -15,7 +15,14 @@ from torch.optim import Optimizer
 from clipgrad._phases import phase
 from clipgrad.accounting import Ledger
 from clipgrad.batch import BatchClipper
-from clipgrad.clipping import ClippingStrategy, Progress, Relation, Schedule, make_clipping, owned
+from clipgrad.clipping import (
+    ClippingStrategy,
+    Relation,
+    Schedule,
+    StepState,
+    copy_strategy,
+    make_clipping,
+)
 from clipgrad.engine.advice import note_arguments
 from clipgrad.engine.inputs import Inputs, of_model
 from clipgrad.errors import UnclippedGradientError
@@ -128,7 +135,7 @@ class DPOptimizer(OptimizerFacade):
         self.model = model
         self.loss_fn = loss_fn
         self._mechanism = chosen
-        self._progress = Progress.start(chosen.max_grad_norm, chosen.noise_multiplier)
+        self._step_state = StepState.start(chosen.max_grad_norm, chosen.noise_multiplier)
         if compile and microbatch_size is None:
             from clipgrad.compiled import fixed_size  # PyTorch's compiler takes seconds to import
 
@@ -144,7 +151,7 @@ class DPOptimizer(OptimizerFacade):
         arithmetic = self._clipper.arithmetic
         self._noise = step_noise(noise, arithmetic, self.expected_batch_size)
         self._account = None if plan is None else Account(plan, self._noise.accounting)
-        refuse_adaptive_on_grid(self._progress, arithmetic)
+        refuse_adaptive_on_grid(self._step_state, arithmetic)
         arithmetic.check(self.max_grad_norm)
         self._start()
         names, sizes = self._trained.names, [p.numel() for p in self._trained.parameters]
@@ -192,7 +199,7 @@ class DPOptimizer(OptimizerFacade):
         self._pending.add(
             trained.parameters,
             found.sums,
-            self._progress.observed(found.outcome),
+            self._step_state.observed_sums(found.outcome),
             aliases_graph=found.aliases_graph,
         )
         self._claim = claim
@@ -219,7 +226,7 @@ class DPOptimizer(OptimizerFacade):
             )
         account = self._account
         if account is not None and self._pending.unfinished:
-            account.check_step(self._claim, self._progress.step)
+            account.check_step(self._claim, self._step_state.step)
         sigma, sigma_observed = self.sigma, self._noises()[1]
         names, parameters = self._trained.names, self._trained.parameters
         selected = set(map(id, parameters))
@@ -233,7 +240,7 @@ class DPOptimizer(OptimizerFacade):
             with phase("noise"):
                 means = self._noise.next(
                     ranks.own_share(sums),
-                    self._progress.step,
+                    self._step_state.step,
                     sigma=sigma,
                     divisor=self.expected_batch_size,
                     in_place=not aliases_graph,
@@ -244,7 +251,7 @@ class DPOptimizer(OptimizerFacade):
         # Those of a CUDA graph may have no noise: a traceback out of the wrapped optimizer must not hold them.
         del sums
         # Before the wrapped optimizer, which may raise: what was noised is public now, and this step is over.
-        self._progress = self._progress.advanced(observed, self.expected_batch_size)
+        self._step_state = self._step_state.next_step(observed, self.expected_batch_size)
         with phase("optimizer"):
             self.inner.step()
 
@@ -294,7 +301,7 @@ class DPOptimizer(OptimizerFacade):
     @property
     def noise_multiplier(self) -> float:
         """Noise per unit of sensitivity at the present step; set a number or a function of the step."""
-        return self._progress.noise_multiplier
+        return self._step_state.noise_multiplier
 
     @noise_multiplier.setter
     def noise_multiplier(self, noise_multiplier: float | Schedule) -> None:
@@ -304,7 +311,7 @@ class DPOptimizer(OptimizerFacade):
                 "of the step, or continue with another one: a new DPOptimizer with "
                 "plan=another_plan.continuing(optimizer.ledger)."
             )
-        self._progress = self._progress.with_noise_multiplier(noise_multiplier)
+        self._step_state = self._step_state.with_noise_multiplier(noise_multiplier)
 
     @property
     def accounted_noise_multiplier(self) -> float:
@@ -313,7 +320,7 @@ class DPOptimizer(OptimizerFacade):
         The step releases what one Gaussian mechanism of this noise multiplier would; for ``AdaptiveQuantile`` that is
         the clipped sum and the count together.
         """
-        return self._progress.noise_multiplier
+        return self._step_state.noise_multiplier
 
     @property
     def ledger(self) -> Ledger:
@@ -345,7 +352,7 @@ class DPOptimizer(OptimizerFacade):
     @property
     def max_grad_norm(self) -> ClippingStrategy:
         """The clipping norm at the present step; every norm in it is a number."""
-        return owned(self._norm())
+        return copy_strategy(self._norm())
 
     @property
     def clipped_sums(self) -> dict[str, Tensor]:
@@ -400,7 +407,7 @@ class DPOptimizer(OptimizerFacade):
 
         An unfinished logical batch is not part of it.
         """
-        own = {"noise": self._noise.state_dict(), "progress": self._progress.state_dict()}
+        own = {"noise": self._noise.state_dict(), "progress": self._step_state.state_dict()}
         if self._account is not None:
             own["account"] = self._account.state_dict()
         return {**self.inner.state_dict(), _STATE_KEY: own}
@@ -415,17 +422,17 @@ class DPOptimizer(OptimizerFacade):
             ValueError: If the state does not fit.
         """
         own = state_dict.get(_STATE_KEY)
-        progress = self._progress
+        step_state = self._step_state
         if own is not None and "progress" in own:
-            progress = progress.restored(own["progress"])
+            step_state = step_state.restored(own["progress"])
         if self._account is not None:
-            self._account.check(own, progress.step)
+            self._account.check(own, step_state.step)
         self.inner.load_state_dict(
             {key: value for key, value in state_dict.items() if key != _STATE_KEY}
         )
         if own is not None:
             self._noise.load_state_dict(own["noise"])
-        self._progress = progress
+        self._step_state = step_state
         if own is not None and self._account is not None:
             self._account.load_state_dict(own)
         self.zero_grad()
@@ -459,11 +466,11 @@ class DPOptimizer(OptimizerFacade):
             raise
 
     def _norm(self) -> ClippingStrategy:
-        return self._progress.max_grad_norm
+        return self._step_state.max_grad_norm
 
     def _noises(self) -> tuple[float, float]:
         """The gradients' noise multiplier, and the standard deviation of the noise on what the next norm depends on."""
-        return self._progress.noise(self.relation, self.expected_batch_size)
+        return self._step_state.noise(self.relation, self.expected_batch_size)
 
     def _start(self) -> None:
         self._trained = TrainedParameters(self.model, list(self._owned()))

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from clipgrad import _validate
 from clipgrad.arithmetic import Arithmetic
-from clipgrad.clipping import ClippingStrategy, Progress, Relation, Schedule
+from clipgrad.clipping import ClippingStrategy, Relation, Schedule, StepState
 from clipgrad.exact import DiscreteGaussianNoise
 from clipgrad.noise import NoiseSource
 from clipgrad.noise.step_noise import IndependentNoise, StepNoise
@@ -93,14 +93,14 @@ def step_noise(
     return IndependentNoise(arithmetic.noise_source(noise, expected_batch_size))
 
 
-def refuse_adaptive_on_grid(progress: Progress, arithmetic: Arithmetic) -> None:
+def refuse_adaptive_on_grid(step_state: StepState, arithmetic: Arithmetic) -> None:
     """Refuse a norm that follows a noised count where that noise would not be exact.
 
     Raises:
         ValueError: With the remedy.
     """
-    if not arithmetic.adapts and progress.norm is not None:
+    if not arithmetic.adapts and step_state.norm is not None:
         raise ValueError(
-            f"grid cannot be combined with max_grad_norm={progress.strategy!r}: the noise of its count would not be "
+            f"grid cannot be combined with max_grad_norm={step_state.strategy!r}: the noise of its count would not be "
             "exact. Give a norm, or a function of the step."
         )

@@ -29,7 +29,7 @@ def shared_or_none(call: Call, tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else call.shared(tensor)
 
 
-def precise(mean: Tensor, rstd: Tensor) -> Statistics | None:
+def statistics_or_none(mean: Tensor, rstd: Tensor) -> Statistics | None:
     """Return the detached statistics of the forward pass, or None if they must be recomputed.
 
     On CPU a half-precision norm layer returns half-precision statistics, which are too coarse. A hook that holds a
@@ -38,7 +38,7 @@ def precise(mean: Tensor, rstd: Tensor) -> Statistics | None:
     return (mean.detach(), rstd.detach()) if widen(mean[:0]).dtype == mean.dtype else None
 
 
-def autocasts(x: Tensor) -> bool:
+def is_autocast_on(x: Tensor) -> bool:
     """Return whether the composite operation must run, because autocast does not cover the native operations."""
     return torch.is_autocast_enabled(x.device.type)
 
@@ -79,11 +79,11 @@ def layer_norm(
         # ``vmap`` would mix the samples; on one sample the operation raises its own error.
         return F.layer_norm(x[0], shape, eps=eps)
     statistics: Statistics | None = None
-    if autocasts(x):
+    if is_autocast_on(x):
         y = F.layer_norm(x, shape, w, b, eps)
     else:
         y, mean, rstd = torch.native_layer_norm(x, shape, w, b, eps)
-        statistics = precise(mean, rstd)
+        statistics = statistics_or_none(mean, rstd)
 
     def make_weight(gradient: Tensor) -> PerSample:
         if statistics is None:
