@@ -34,10 +34,10 @@ class Arithmetic(Protocol):
     """What differs between floating-point sums and sums on a grid.
 
     Attributes:
-        adapts: Whether the clipping norm may depend on noised counts (``AdaptiveQuantile``).
+        allows_adaptive_norms: Whether the clipping norm may depend on noised counts (``AdaptiveQuantile``).
     """
 
-    adapts: bool
+    allows_adaptive_norms: bool
 
     def check(self, strategy: ClippingStrategy) -> Clipping:
         """Refuse a clipping norm out of range; the clipping without its parameters."""
@@ -97,7 +97,7 @@ class FloatingPoint:
         options: Of the user.
     """
 
-    adapts = True
+    allows_adaptive_norms = True
 
     def __init__(self, options: Options) -> None:
         self._options = options

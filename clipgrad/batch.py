@@ -19,12 +19,12 @@ from clipgrad.engine.advice import ValueReadError
 from clipgrad.engine.branches import Disagreement
 from clipgrad.engine.clip_and_sum import MicrobatchResult, PreClipping, Settings, accumulate
 from clipgrad.engine.inputs import Inputs, Loss, Restore
-from clipgrad.engine.microbatch import forward, plan, run
-from clipgrad.engine.rng_state import Generators
+from clipgrad.engine.microbatch import choose_strategies, forward, run
+from clipgrad.engine.rng_state import SavedRngState
 from clipgrad.engine.split import Parts
 from clipgrad.engine.tape import Tape
 from clipgrad.errors import NotPerSampleError
-from clipgrad.exact import OnGrid
+from clipgrad.exact import GridArithmetic
 from clipgrad.explain import Explanation, make_explanation
 from clipgrad.options import Options
 from clipgrad.ranks import OneProcess, Ranks
@@ -71,7 +71,9 @@ class BatchClipper:
         self.options = options
         self.ranks: Ranks = OneProcess() if ranks is None else ranks
         self.arithmetic: Arithmetic = (
-            FloatingPoint(options) if options.grid is None else OnGrid(options.grid, options)
+            FloatingPoint(options)
+            if options.grid is None
+            else GridArithmetic(options.grid, options)
         )
         self._compiler: Compiler | None = None
         self._graphs: LossGraphs | None = None
@@ -152,10 +154,12 @@ class BatchClipper:
             )
         settings = self._settings(inputs, max_grad_norm, restore)
         rows = slice(0, min(self.arithmetic.rows_at_once(size), size))
-        with torch.enable_grad(), Generators(inputs.params[0].device).kept():
+        with torch.enable_grad(), SavedRngState(inputs.params[0].device).restored_on_exit():
             tape = self._first_part(inputs, inputs.rows(rows), settings)
         try:
-            return make_explanation(tape.tracked, plan(tape, settings), tape.batch_size)
+            return make_explanation(
+                tape.tracked, choose_strategies(tape, settings), tape.batch_size
+            )
         finally:
             tape.release()
 
@@ -200,7 +204,7 @@ class BatchClipper:
         from clipgrad.loss_graph import CannotCapture
 
         try:
-            return self._loss_graphs().of(inputs).loss()
+            return self._loss_graphs().graph_for(inputs).loss()
         except CannotCapture as reason:
             where = f" It does so at {reason.where}." if reason.where else ""
             raise NotPerSampleError(f"{refusal}{where}") from reason
@@ -210,7 +214,7 @@ class BatchClipper:
         from clipgrad.loss_graph import CannotCapture
 
         with suppress(CannotCapture):
-            return self._loss_graphs().of(inputs).loss()
+            return self._loss_graphs().graph_for(inputs).loss()
         return None
 
     def _with_loss(self, inputs: Inputs, body: Callable[[Loss], _T]) -> _T:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from clipgrad.batch import BatchClipper
 from clipgrad.clipping import ClippingStrategy, Relation, copy_strategy, relation_of
-from clipgrad.engine.inputs import of_arguments
+from clipgrad.engine.inputs import inputs_of_arguments
 from clipgrad.explain import Explanation
 from clipgrad.options import Options, Performance
 from clipgrad.result import ClippedGradResult
@@ -46,7 +46,7 @@ class ClippedGrad:
             NotPerSampleError: If the loss does something that cannot be attributed to single samples.
             CompileError: If ``compile`` is asked for and the step cannot be compiled.
         """
-        inputs, restore = of_arguments(self.fn, self.argnums, self.batch_argnums, args)
+        inputs, restore = inputs_of_arguments(self.fn, self.argnums, self.batch_argnums, args)
         found = self.clipper.clip(inputs, self.max_grad_norm, is_padding, restore=restore)
         return ClippedGradResult(restore(found.sums), found.aux, found.outcome)
 
@@ -103,7 +103,7 @@ class ClippedGrad:
         Raises:
             ValueError: If the batch holds no sample.
         """
-        inputs, restore = of_arguments(self.fn, self.argnums, self.batch_argnums, args)
+        inputs, restore = inputs_of_arguments(self.fn, self.argnums, self.batch_argnums, args)
         return self.clipper.explain(inputs, self.max_grad_norm, restore=restore)
 
 

@@ -55,7 +55,7 @@ class Ledger:
         self._history: list[Entry] = []
         self._steps = 0
         self._segment = 0
-        self._forget()
+        self._clear_cache()
 
     @property
     def relation(self) -> str:
@@ -147,7 +147,7 @@ class Ledger:
             ImportError: If ``dp-accounting`` is not installed.
         """
         target = _checks.probability("delta", delta)
-        return self._answer("epsilon", target, group_size)
+        return self._query("epsilon", target, group_size)
 
     def delta(self, epsilon: float, *, group_size: int = 1) -> float:
         """Return the delta for which all recorded steps together are ``(epsilon, delta)`` differentially private.
@@ -163,9 +163,9 @@ class Ledger:
             ValueError: If a number is out of range, or the group cannot be accounted for.
             ImportError: If ``dp-accounting`` is not installed.
         """
-        return self._answer("delta", _checks.at_least_0("epsilon", epsilon), group_size)
+        return self._query("delta", _checks.at_least_0("epsilon", epsilon), group_size)
 
-    def _answer(self, asked: str, at: float, group_size: int) -> float:
+    def _query(self, asked: str, at: float, group_size: int) -> float:
         size = _checks.integer("group_size", group_size, least=1)
         steps, before = self._answers.get((asked, at, size), (0, 0.0))
         if steps == self._steps:
@@ -190,7 +190,7 @@ class Ledger:
         self._answers[asked, at, size] = (self._steps, answer)
         return answer
 
-    def _forget(self) -> None:
+    def _clear_cache(self) -> None:
         """Clear the caches: answers belong to one history, and the distributions behind them are large."""
         self._answers: dict[tuple[str, float, int], tuple[int, float]] = {}
         self._backends: dict[int, Backend] = {}
@@ -220,7 +220,7 @@ class Ledger:
         loaded = self.read(state)
         self._history, self._steps = loaded._history, loaded._steps
         self._segment = loaded._segment
-        self._forget()
+        self._clear_cache()
 
     def read(self, state: Mapping[str, Any]) -> Ledger:
         """Return the ledger that :meth:`load_state_dict` would make of this one, without changing this one.

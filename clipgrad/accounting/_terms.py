@@ -67,7 +67,9 @@ def terms_of(history: Sequence[Run], *, relation: str, group_size: int) -> Terms
     for (sampling, _), segment in groupby(history, key=lambda run: (run[1], run[3])):
         runs = [(noise, steps) for noise, _, steps, _ in segment]
         if isinstance(sampling, FixedSize):
-            precision += sum(count * noise**-2 for noise, count in _once_a_pass(sampling, runs))
+            precision += sum(
+                count * noise**-2 for noise, count in _worst_step_of_each_pass(sampling, runs)
+            )
             continue
         for noise, steps in runs:
             mechanism = _mechanism(sampling, noise, relation, group_size)
@@ -96,7 +98,7 @@ def _mechanism(
     raise AssertionError(f"no mechanism for {sampling!r}")
 
 
-def _once_a_pass(
+def _worst_step_of_each_pass(
     sampling: FixedSize, runs: Sequence[tuple[float, int]]
 ) -> Iterable[tuple[float, int]]:
     """Yield the noise of the mechanisms that the worst-placed sample takes part in, with their number.

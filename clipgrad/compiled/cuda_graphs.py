@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 from clipgrad.compiled.backend import Run
 from clipgrad.compiled.signature import describe_all
 from clipgrad.engine.copies import copies
-from clipgrad.engine.rng_state import Generators
+from clipgrad.engine.rng_state import SavedRngState
 
 _log = logging.getLogger("clipgrad")
 _PLAIN = {Tensor, nn.Parameter}
@@ -180,7 +180,7 @@ class Replay:
                 for stays, tensor in zip(self._resident, flat, strict=True)
             ]
         recorder = self._make_recorder()
-        generators = Generators(flat[0].device)
+        generators = SavedRngState(flat[0].device)
         try:
             self._results = recorder.record(lambda: self._run(*self._inputs))
             separate = _are_separate(self._results, self._inputs)

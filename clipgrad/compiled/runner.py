@@ -17,9 +17,9 @@ from clipgrad.engine.advice import ValueReadError
 from clipgrad.engine.captured_loss import GraphOfLoss, LossGraphs
 from clipgrad.engine.clip_and_sum import MicrobatchResult, Settings
 from clipgrad.engine.foreign_code import refuse_saved_tensors_hooks
-from clipgrad.engine.inputs import Inputs, copied
+from clipgrad.engine.inputs import Inputs, copy_samples
 from clipgrad.engine.microbatch import run
-from clipgrad.engine.rng_state import Generators
+from clipgrad.engine.rng_state import SavedRngState
 from clipgrad.errors import CompileMismatchError
 from clipgrad.loss_graph import CannotCapture
 
@@ -80,7 +80,7 @@ class MicrobatchRunner:
         in_time = (
             started is not None and started[0] is entry and _are_identical(started[1], loss.tensors)
         )
-        generators = None if in_time or entry.is_trusted(flat) else Generators(self._device)
+        generators = None if in_time or entry.is_trusted(flat) else SavedRngState(self._device)
         result = entry.call(flat, started=in_time)
         dropping = entry.graph.needs_finite_check and (
             settings.options.nan_safe or mask is not None or count < size
@@ -91,7 +91,7 @@ class MicrobatchRunner:
             entry.runs += entry.runs > 0
             return self._eagerly(batch, mask)
         if generators is not None:
-            with generators.replayed():
+            with generators.temporarily_restored():
                 eager = self._eagerly(padded, padding)
             slack = tolerance(entry.graph.module, self._device)
             try:
@@ -113,10 +113,10 @@ class MicrobatchRunner:
     def _capture_loss(self, batch: Sequence[Any], mask: Tensor | None) -> GraphOfLoss:
         """The captured loss. Where PyTorch cannot capture it, what the eager step says of it is said first."""
         try:
-            return self._graphs.of(self._inputs)
+            return self._graphs.graph_for(self._inputs)
         except CannotCapture:
             with suppress(ValueReadError):
-                self._eagerly(copied(batch), mask)
+                self._eagerly(copy_samples(batch), mask)
             raise
 
     def _graph_inputs(

@@ -19,7 +19,7 @@ from clipgrad.compiled.trace import TracedStep, trace
 from clipgrad.engine.captured_loss import GraphOfLoss
 from clipgrad.engine.clip_and_sum import MicrobatchResult, Settings
 from clipgrad.engine.inputs import Inputs
-from clipgrad.engine.rng_state import Generators
+from clipgrad.engine.rng_state import SavedRngState
 from clipgrad.errors import CompileError
 
 LIMIT = 8
@@ -179,7 +179,7 @@ class Compiler:
             padding.shape[0],
             f" again, since this changed: {reason}" if reason else "",
         )
-        generators = Generators(padding.device)
+        generators = SavedRngState(padding.device)
         try:
             graph = trace(inputs, loss, batch, padding, bounds, settings)
         finally:

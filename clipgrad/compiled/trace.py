@@ -166,7 +166,10 @@ def trace(
             *_, mask, norms = flat
             clipping = settings.clipping.with_bounds(norms)
             now = replace(
-                settings, deferred=True, selects=not needs_finite_check, clipping=clipping
+                settings,
+                defers_finite_check=True,
+                always_selects=not needs_finite_check,
+                clipping=clipping,
             )
             piece = run(function, inputs.names, flat[: len(given)], rows, mask, now)
         layout, results = Layout.flatten(piece)

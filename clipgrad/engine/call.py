@@ -10,11 +10,11 @@ from torch import Tensor
 
 from clipgrad._functorch import Decline, expose_batch_axis, hide_batch_axis
 from clipgrad.engine.foreign_code import refuse_kind
-from clipgrad.engine.tape import Expected, Tape, Tracked, watch
+from clipgrad.engine.tape import ExpectedUse, Tape, Tracked, hook_output
 from clipgrad.rules.registry import Recipe
 
 
-class Pass(Protocol):
+class ForwardPass(Protocol):
     """This protocol says what a call needs from its forward pass; ``Capture`` implements it.
 
     Attributes:
@@ -39,7 +39,7 @@ class Pass(Protocol):
 class BoundCall:
     """This class is the ``Call`` that a rule receives; it resolves the operands of one operation with the tape."""
 
-    def __init__(self, capture: Pass, rule: str) -> None:
+    def __init__(self, capture: ForwardPass, rule: str) -> None:
         self._capture = capture
         self._rule = rule
         self._without_recipe: dict[int, Tracked] = {}
@@ -107,9 +107,11 @@ class BoundCall:
                     entries.append((tracked, recipe))
         if entries:
             for tracked, recipe in entries:
-                tracked.expected.append(Expected(self._rule, recipe.extent))
+                tracked.expected.append(ExpectedUse(self._rule, recipe.extent))
             tape = self._capture.tape
-            output = watch(output, tape.anchor, tape.on_gradient(entries, saved, self._rule))
+            output = hook_output(
+                output, tape.anchor, tape.gradient_hook(entries, saved, self._rule)
+            )
         return output
 
     def check(self) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from clipgrad._functorch import without_tracing
-from clipgrad.engine.bundle import Bundle, bundled
+from clipgrad.engine.bundle import Bundle, make_bundle
 from clipgrad.engine.tape import Tape, Tracked
 from clipgrad.kernels.selection import select_rows
 from clipgrad.rules.canonical import PerSample, row_norms_squared, sum_of, widen
@@ -27,10 +27,10 @@ class Gradients:
         self._tape = tape
         self._batch_size = tape.batch_size
         for entry in tape.tracked:
-            entry.settle()
+            entry.merge_kept_gradients()
         self._parts: list[list[Tracked]] = [[] for _ in range(parameters)]
         for entry in tape.tracked:
-            if entry.reached:
+            if entry.has_gradient:
                 for index in entry.parameters:
                     self._parts[index].append(entry)
         self._summed: dict[int, Tensor] = {}
@@ -45,7 +45,7 @@ class Gradients:
         found = []
         # When a graph is traced, the compiler joins small operations itself.
         if get_proxy_mode() is None and len(members) > 1:
-            bundle = bundled(self._kept_alone(members))
+            bundle = make_bundle(self._kept_alone(members))
             if bundle is not None:
                 self._bundled.update(dict.fromkeys(bundle.indices, bundle))
                 found.append(bundle.squared_norms())
@@ -155,7 +155,7 @@ class Gradients:
             return bool((touched <= 1).all())
 
 
-class Transformed:
+class TransformedGradients:
     """This class replaces ``Gradients`` after ``pre_clipping_transform``: its per-sample gradients are materialised."""
 
     def __init__(self, gradients: list[Tensor]) -> None:

@@ -22,7 +22,7 @@ from clipgrad.engine.advice import note_arguments
 from clipgrad.engine.foreign_code import refuse_subclasses
 
 
-def take(batch: Sequence[Any], index: slice | Tensor) -> list[Any]:
+def select_samples(batch: Sequence[Any], index: slice | Tensor) -> list[Any]:
     """The samples of a flat batch at ``index``; constants stay."""
 
     def pick(leaf: Tensor) -> Tensor:
@@ -31,7 +31,7 @@ def take(batch: Sequence[Any], index: slice | Tensor) -> list[Any]:
     return [pick(leaf) if isinstance(leaf, Tensor) else leaf for leaf in batch]
 
 
-def copied(batch: Sequence[Any]) -> list[Any]:
+def copy_samples(batch: Sequence[Any]) -> list[Any]:
     """All samples of a flat batch, in memory of their own; constants stay."""
     return [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in batch]
 
@@ -126,10 +126,10 @@ class Inputs:
     def rows(self, index: slice) -> list[Any]:
         """The leaves of some of the samples."""
         whole = index.start == 0 and index.stop == self.batch_size
-        return list(self.batch) if whole else take(self.batch, index)
+        return list(self.batch) if whole else select_samples(self.batch, index)
 
 
-def of_model(
+def inputs_of_model(
     loss_fn: Callable[..., Any],
     model: nn.Module,
     names: list[str],
@@ -171,7 +171,7 @@ def of_model(
     return Inputs(names, params, leaves, size, loss, sample_call)
 
 
-def of_arguments(
+def inputs_of_arguments(
     fn: Callable[..., Any],
     argnums: int | tuple[int, ...],
     batch_argnums: tuple[int, ...] | None,

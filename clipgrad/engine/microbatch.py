@@ -14,7 +14,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 from clipgrad._functorch import expose_or_broadcast, hide_batch_axis, vmap_level
 from clipgrad._phases import phase
 from clipgrad.engine import foreign_code, refused_nodes, stale_values
-from clipgrad.engine.advice import explained
+from clipgrad.engine.advice import explain_vmap_errors
 from clipgrad.engine.branches import Disagreement
 from clipgrad.engine.capture import Capture, escape_message, tensors_in, written_message
 from clipgrad.engine.clip_and_sum import (
@@ -48,7 +48,7 @@ def forward(
     made: list[weakref.ref[Tensor]] = []
     try:
         with (
-            explained(),
+            explain_vmap_errors(),
             foreign_code.without_saved_tensors_hooks(),
             vmap_level(size, settings.options.performance.randomness) as level,
         ):
@@ -85,7 +85,7 @@ def _one_sample(
     capture.made.extend(weakref.ref(leaf) for leaf in sample if isinstance(leaf, Tensor))
     with capture:
         result = loss(leaves, sample)
-    value, aux = _split(result, settings.options.has_aux)
+    value, aux = _value_and_aux(result, settings.options.has_aux)
     flat, structure = tree_flatten(aux)
     for leaf in flat:
         if not isinstance(leaf, Tensor):
@@ -136,7 +136,7 @@ def _finish(
     """Backward pass, norms and clipped sums after the forward pass of one microbatch."""
     try:
         with phase("forward"):
-            plan(tape, settings)
+            choose_strategies(tape, settings)
         with torch.enable_grad():
             _backward(tape, values, params)
         with torch.no_grad(), _without_autocast(values.device):
@@ -148,7 +148,7 @@ def _finish(
         tape.release()
 
 
-def plan(tape: Tape, settings: Settings) -> list[Choice]:
+def choose_strategies(tape: Tape, settings: Settings) -> list[Choice]:
     """Decide a strategy for every tracked entry, and tell the entries."""
     choices = choose(
         tape.tracked,
@@ -161,7 +161,7 @@ def plan(tape: Tape, settings: Settings) -> list[Choice]:
     return choices
 
 
-def _split(result: Any, has_aux: bool) -> tuple[Tensor, Any]:
+def _value_and_aux(result: Any, has_aux: bool) -> tuple[Tensor, Any]:
     if has_aux:
         if not (isinstance(result, tuple) and len(result) == 2):
             raise NotPerSampleError(
@@ -195,7 +195,7 @@ def _backward(tape: Tape, values: Tensor, params: Sequence[Tensor]) -> None:
             "Compute the loss from the model's output, and let the gradient through."
         )
     _refuse_escapes(tape, values, params)
-    with phase("backward"), _without_autocast(values.device), explained():
+    with phase("backward"), _without_autocast(values.device), explain_vmap_errors():
         values.sum().backward()
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from clipgrad._functorch import below_vmap, is_wrapped, unwrap_all
-from clipgrad.engine.rng_state import Draws, states_of_others
+from clipgrad.engine.rng_state import RngChanges, python_rng_states
 
 
 class RandomValues:
@@ -29,8 +29,8 @@ class RandomValues:
 
     def __init__(self, device: torch.device, given: Iterable[Tensor]) -> None:
         with below_vmap():
-            self._draws = Draws(device)
-        self._others = states_of_others()
+            self._draws = RngChanges(device)
+        self._others = python_rng_states()
         self._unseen = False
         # While a weak reference to a storage exists, no other storage gets the same address.
         self._memory: dict[int, tuple[StorageWeakRef, bool]] = {}
@@ -40,19 +40,19 @@ class RandomValues:
     def before(self) -> None:
         """Note random numbers that were generated outside of intercepted operations; call before each operation."""
         with below_vmap():
-            self._unseen |= self._draws.since_last_asked()
+            self._unseen |= self._draws.since_last_call()
 
     def after(self, operands: Iterable[Tensor], results: Iterable[Tensor]) -> None:
         """Record whether the results of an operation depend on random numbers; call after each operation."""
         with below_vmap():
-            drew = self._draws.since_last_asked()
+            drew = self._draws.since_last_call()
         drawn = drew or any(map(self._is_drawn, operands))
         for result in results:
             self._note(result, drawn or self._is_drawn(result, default=False))
 
     def decides(self, question: Tensor) -> bool:
         """Return whether the value of a tensor may depend on random numbers."""
-        return self._unseen or states_of_others() != self._others or self._is_drawn(question)
+        return self._unseen or python_rng_states() != self._others or self._is_drawn(question)
 
     def _is_drawn(self, tensor: Tensor, *, default: bool = True) -> bool:
         with below_vmap():

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from clipgrad.engine.branches import Disagreement
-from clipgrad.engine.inputs import copied, take
+from clipgrad.engine.inputs import copy_samples, select_samples
 from clipgrad.errors import NotPerSampleError
 
 
@@ -58,8 +58,8 @@ class Parts:
 
     def _copies(self, index: Tensor) -> list[Any]:
         if len(index) < self._size:
-            return take(self._batch, index)
-        return copied(self._batch)
+            return select_samples(self._batch, index)
+        return copy_samples(self._batch)
 
     def _refuse_shared(self, written: Tensor) -> None:
         memory = written.untyped_storage()._cdata

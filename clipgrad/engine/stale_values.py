@@ -57,12 +57,12 @@ def remember(made: Iterable[weakref.ref[Tensor]]) -> None:
                 tensor.__class__ = _StaleValue
 
 
-def among(tensors: Iterable[Tensor], level: int) -> bool:
+def contains_stale(tensors: Iterable[Tensor], level: int) -> bool:
     """Return whether a tensor was kept from an earlier pass; inner transforms are unwrapped down to ``level``."""
-    return bool(_kept) and any(_is_kept(tensor, level) for tensor in tensors)
+    return bool(_kept) and any(_is_stale(tensor, level) for tensor in tensors)
 
 
-def _is_kept(tensor: Tensor, level: int) -> bool:
+def _is_stale(tensor: Tensor, level: int) -> bool:
     while True:
         kept = _kept.get(id(tensor))
         if kept is not None and kept() is tensor:
@@ -72,7 +72,7 @@ def _is_kept(tensor: Tensor, level: int) -> bool:
         tensor = unwrap_once(tensor)
 
 
-def refuse(operation: str) -> NotPerSampleError:
+def stale_value_error(operation: str) -> NotPerSampleError:
     """Return the error to raise if a kept value is used."""
     return NotPerSampleError(
         f"{operation} received a per-sample value that the loss kept from an earlier batch or microbatch (in an "
@@ -81,4 +81,4 @@ def refuse(operation: str) -> NotPerSampleError:
     )
 
 
-__all__ = ["among", "refuse", "remember"]
+__all__ = ["contains_stale", "remember", "stale_value_error"]

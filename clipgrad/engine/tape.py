@@ -13,7 +13,7 @@ from clipgrad._functorch import hide_batch_axis
 from clipgrad._phases import phase
 from clipgrad.errors import NotPerSampleError
 from clipgrad.rules.canonical import Outer, PerSample, Use, row_norms_squared, sum_of, widen
-from clipgrad.rules.ghost import ghost_norms_squared, lengths_of, never_underestimated
+from clipgrad.rules.ghost import ghost_norms_squared, lengths_of, raised_to_rounding_bound
 from clipgrad.rules.registry import Extent, Recipe
 
 
@@ -29,7 +29,7 @@ class Strategy(Enum):
 
 
 @dataclass(frozen=True)
-class Expected:
+class ExpectedUse:
     """This class records a use of the forward pass whose output gradient has not arrived yet.
 
     It holds no recipe: recipes close over activations, and only the hook that uses a recipe may keep it alive.
@@ -65,7 +65,7 @@ class Tracked:
     derived: bool = False
     injective: bool = True
     wide: Tensor | None = None
-    expected: list[Expected] = field(default_factory=list)
+    expected: list[ExpectedUse] = field(default_factory=list)
     fallback: list[str] = field(default_factory=list)
     strategy: Strategy = Strategy.KEPT
     kept: Tensor | None = None
@@ -112,7 +112,7 @@ class Tracked:
                 "operation broadcasts; unregister_rule removes it."
             )
 
-    def settle(self) -> None:
+    def merge_kept_gradients(self) -> None:
         """Materialise all gradients of the entry if one of them is materialised; call after the backward pass."""
         if self.leaf.grad is not None:
             self.kept = self.leaf.grad if self.kept is None else self.kept + self.leaf.grad
@@ -123,7 +123,7 @@ class Tracked:
             self.uses = []
 
     @property
-    def reached(self) -> bool:
+    def has_gradient(self) -> bool:
         return self.kept is not None or bool(self.uses)
 
     def select(self, keep: Tensor) -> None:
@@ -164,7 +164,9 @@ def _recomputed_norms(factors: Sequence[Outer]) -> Tensor:
         chunk = slice(start, min(start + step, samples))
         total = sum_of([outer.rows_of(chunk).per_sample() for outer in factors])
         pieces.append(row_norms_squared(total))
-    return never_underestimated(torch.cat(pieces), lengths_of(factors), factors, materialised=True)
+    return raised_to_rounding_bound(
+        torch.cat(pieces), lengths_of(factors), factors, materialised=True
+    )
 
 
 class Tape:
@@ -225,7 +227,7 @@ class Tape:
             entry.kept = None
             entry.leaf.grad = None
 
-    def on_gradient(
+    def gradient_hook(
         self, entries: Sequence[tuple[Tracked, Recipe]], saved: Sequence[Tensor], rule: str
     ) -> Callable[[Tensor], None]:
         """Return the hook that turns an operation's output gradient into uses.
@@ -253,7 +255,7 @@ class Tape:
         return hook
 
 
-class _Source(torch.autograd.Function):
+class _OutputNode(torch.autograd.Function):
     """This function puts an output that needs no gradient on the autograd graph, without an input gradient.
 
     The first layer of a model receives data. Its rule needs the output gradient; an input gradient would cost a whole
@@ -281,7 +283,7 @@ class _Source(torch.autograd.Function):
         return None, None, None
 
 
-def watch(output: Tensor, anchor: Tensor, hook: Callable[[Tensor], None]) -> Tensor:
+def hook_output(output: Tensor, anchor: Tensor, hook: Callable[[Tensor], None]) -> Tensor:
     """Register ``hook`` so that it receives the gradient of ``output``, whatever is done to the output afterwards.
 
     A hook on a view is bypassed if the view is written to in place: autograd then rebuilds the view's history from its
@@ -293,5 +295,5 @@ def watch(output: Tensor, anchor: Tensor, hook: Callable[[Tensor], None]) -> Ten
     if output.requires_grad:
         output.register_hook(hook)
         return output
-    watched: Tensor = _Source.apply(anchor, output, hook)
+    watched: Tensor = _OutputNode.apply(anchor, output, hook)
     return watched

@@ -1,4 +1,4 @@
-"""``OnGrid``: everything that exact mode does differently from floating point."""
+"""``GridArithmetic``: everything that exact mode does differently from floating point."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from clipgrad.options import Options
 _MOST_SAMPLES = 2**26
 
 
-class OnGrid:
+class GridArithmetic:
     """The arithmetic of sums that are integer multiples of ``grid``; see ``clipgrad.arithmetic.Arithmetic``.
 
     Args:
@@ -34,7 +34,7 @@ class OnGrid:
         ValueError: If an option cannot be exact together with a grid.
     """
 
-    adapts = False
+    allows_adaptive_norms = False
 
     def __init__(self, grid: float, options: Options) -> None:
         self.grid = grid

@@ -24,19 +24,19 @@ from clipgrad.clipping import (
     make_clipping,
 )
 from clipgrad.engine.advice import note_arguments
-from clipgrad.engine.inputs import Inputs, of_model
+from clipgrad.engine.inputs import Inputs, inputs_of_model
 from clipgrad.errors import UnclippedGradientError
 from clipgrad.explain import Explanation
 from clipgrad.noise import NoiseSource
 from clipgrad.optimizer.facade import OptimizerFacade
-from clipgrad.optimizer.mechanism import mechanism, refuse_adaptive_on_grid, step_noise
+from clipgrad.optimizer.mechanism import make_mechanism, make_step_noise, refuse_adaptive_on_grid
 from clipgrad.optimizer.parameters import TrainedParameters
-from clipgrad.optimizer.pending import Pending, refuse_unnoised
+from clipgrad.optimizer.pending import Pending, unnoised_step_hook
 from clipgrad.optimizer.requirements import (
     check_batch,
     check_parts,
+    count_rows,
     refuse_foreign_parameters,
-    rows_in,
 )
 from clipgrad.options import Options, Performance
 from clipgrad.plan import PrivacyPlan
@@ -110,7 +110,7 @@ class DPOptimizer(OptimizerFacade):
     _trained: TrainedParameters
     _pending: Pending
     _claim: Claim
-    _last: Outcome | None
+    _last_outcome: Outcome | None
 
     def __init__(
         self,
@@ -130,7 +130,7 @@ class DPOptimizer(OptimizerFacade):
     ) -> None:
         # Optimizer.__init__ is not called: param_groups, state and hooks are the wrapped optimizer's.
         check_parts(optimizer, model, loss_fn)
-        chosen = mechanism(plan, max_grad_norm, noise_multiplier, expected_batch_size, noise)
+        chosen = make_mechanism(plan, max_grad_norm, noise_multiplier, expected_batch_size, noise)
         self.inner = optimizer
         self.model = model
         self.loss_fn = loss_fn
@@ -149,11 +149,11 @@ class DPOptimizer(OptimizerFacade):
         )
         self._clipper = BatchClipper(options)
         arithmetic = self._clipper.arithmetic
-        self._noise = step_noise(noise, arithmetic, self.expected_batch_size)
+        self._noise = make_step_noise(noise, arithmetic, self.expected_batch_size)
         self._account = None if plan is None else Account(plan, self._noise.accounting)
         refuse_adaptive_on_grid(self._step_state, arithmetic)
         arithmetic.check(self.max_grad_norm)
-        self._start()
+        self._start_batch()
         names, sizes = self._trained.names, [p.numel() for p in self._trained.parameters]
         # Noise that cannot exist is refused here, not at the first step.
         arithmetic.check_noise(make_clipping(self.max_grad_norm, names, sizes), sizes, self.sigma)
@@ -188,10 +188,10 @@ class DPOptimizer(OptimizerFacade):
             inside = batch[0].batch
             batch = tuple(inside) if isinstance(inside, tuple | list) else (inside,)
         check_batch(batch)
-        trained = self._look_again()
+        trained = self._find_trained_parameters()
         claim = self._claim
         if self._account is not None:
-            claim = self._account.claim(claim, batch, rows_in(batch, is_padding))
+            claim = self._account.claim(claim, batch, count_rows(batch, is_padding))
         self._pending.before_backward(trained.names, trained.parameters)
         with self._explained_arguments(batch, "backward(*batch)"), trained.resident() as parameters:
             inputs = self._inputs(trained, parameters, batch)
@@ -203,7 +203,7 @@ class DPOptimizer(OptimizerFacade):
             aliases_graph=found.aliases_graph,
         )
         self._claim = claim
-        self._last = found.outcome
+        self._last_outcome = found.outcome
         return found.outcome.mean_loss
 
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -227,10 +227,10 @@ class DPOptimizer(OptimizerFacade):
         account = self._account
         if account is not None and self._pending.unfinished:
             account.check_step(self._claim, self._step_state.step)
-        sigma, sigma_observed = self.sigma, self._noises()[1]
+        sigma, sigma_observed = self.sigma, self._noise_levels()[1]
         names, parameters = self._trained.names, self._trained.parameters
         selected = set(map(id, parameters))
-        others = [p for p in self._owned() if id(p) not in selected]
+        others = [p for p in self._owned_parameters() if id(p) not in selected]
         sums, observed, aliases_graph = self._pending.take(names, parameters, others)
         claim, self._claim = self._claim, Claim()
         if account is not None:
@@ -261,7 +261,7 @@ class DPOptimizer(OptimizerFacade):
             self.inner.zero_grad(set_to_none)
         usual = getattr(self.inner.zero_grad, "__func__", None) is Optimizer.zero_grad
         nothing_left = set_to_none and usual
-        self._pending.clear(() if nothing_left else self._owned())
+        self._pending.clear(() if nothing_left else self._owned_parameters())
         self._claim = Claim()
 
     # ------------------------------------------------------------------ what it promises
@@ -273,7 +273,7 @@ class DPOptimizer(OptimizerFacade):
 
     @noise.setter
     def noise(self, noise: NoiseSource) -> None:
-        self._noise = step_noise(noise, self._clipper.arithmetic, self.expected_batch_size)
+        self._noise = make_step_noise(noise, self._clipper.arithmetic, self.expected_batch_size)
 
     @property
     def expected_batch_size(self) -> float:
@@ -296,7 +296,7 @@ class DPOptimizer(OptimizerFacade):
 
         ``noise_multiplier * sensitivity``; with ``AdaptiveQuantile``, whose count needs noise too, a little more.
         """
-        return self._clipper.arithmetic.sigma(self._noises()[0], self.sensitivity)
+        return self._clipper.arithmetic.sigma(self._noise_levels()[0], self.sensitivity)
 
     @property
     def noise_multiplier(self) -> float:
@@ -370,7 +370,7 @@ class DPOptimizer(OptimizerFacade):
         Raises:
             RuntimeError: Before the first ``backward``.
         """
-        last = self._last
+        last = self._last_outcome
         if last is None:
             raise RuntimeError("diagnostics: no backward has run yet; call backward(*batch) first.")
         return diagnostics_of(last)
@@ -378,7 +378,7 @@ class DPOptimizer(OptimizerFacade):
     def explain(self, *batch: Any) -> Explanation:
         """Tell how each parameter's per-sample gradient is found for such a batch; changes nothing."""
         check_batch(batch)
-        trained = self._look_again()
+        trained = self._find_trained_parameters()
         with self._explained_arguments(batch, "explain(*batch)"), trained.resident() as parameters:
             inputs = self._inputs(trained, parameters, batch)
             return self._clipper.explain(inputs, self._norm())
@@ -387,14 +387,14 @@ class DPOptimizer(OptimizerFacade):
 
     def __getstate__(self) -> dict[str, Any]:
         # ``step`` may be a scheduler's wrapper, bound to this very object. The logical batch in progress stays here.
-        left_out = ("step", "_pending", "_claim", "_last", "_trained")
+        left_out = ("step", "_pending", "_claim", "_last_outcome", "_trained")
         return {key: value for key, value in self.__dict__.items() if key not in left_out}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         # A shallow copy's graphs are bound to its original.
         self._clipper = BatchClipper(self._clipper.options, self._clipper.ranks)
-        self._start()
+        self._start_batch()
 
     def __repr__(self) -> str:
         return (
@@ -454,7 +454,7 @@ class DPOptimizer(OptimizerFacade):
         self, trained: TrainedParameters, parameters: list[Tensor], batch: tuple[Any, ...]
     ) -> Inputs:
         holding = trained.slots.holding
-        return of_model(self.loss_fn, self.model, trained.names, parameters, holding, batch)
+        return inputs_of_model(self.loss_fn, self.model, trained.names, parameters, holding, batch)
 
     @contextmanager
     def _explained_arguments(self, batch: tuple[Any, ...], call: str) -> Iterator[None]:
@@ -468,24 +468,24 @@ class DPOptimizer(OptimizerFacade):
     def _norm(self) -> ClippingStrategy:
         return self._step_state.max_grad_norm
 
-    def _noises(self) -> tuple[float, float]:
+    def _noise_levels(self) -> tuple[float, float]:
         """The gradients' noise multiplier, and the standard deviation of the noise on what the next norm depends on."""
         return self._step_state.noise(self.relation, self.expected_batch_size)
 
-    def _start(self) -> None:
-        self._trained = TrainedParameters(self.model, list(self._owned()))
+    def _start_batch(self) -> None:
+        self._trained = TrainedParameters(self.model, list(self._owned_parameters()))
         self._pending = Pending()
         self._claim = Claim()
-        self._last = None
-        self.inner.register_step_pre_hook(refuse_unnoised(weakref.ref(self._pending)))
+        self._last_outcome = None
+        self.inner.register_step_pre_hook(unnoised_step_hook(weakref.ref(self._pending)))
 
-    def _owned(self) -> Iterator[Tensor]:
+    def _owned_parameters(self) -> Iterator[Tensor]:
         """Every parameter that the wrapped optimizer steps if it has a gradient."""
         return (p for group in self.inner.param_groups for p in group["params"])
 
-    def _look_again(self) -> TrainedParameters:
+    def _find_trained_parameters(self) -> TrainedParameters:
         """Find the parameters to train now: the optimizer's, in the model's order, that require grad."""
-        owned = list(self._owned())
+        owned = list(self._owned_parameters())
         before = self._trained
         if before.holds(self.model, owned):
             return before

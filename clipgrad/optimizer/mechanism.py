@@ -23,7 +23,7 @@ class Mechanism(NamedTuple):
     grid: float | None
 
 
-def mechanism(
+def make_mechanism(
     plan: PrivacyPlan | None,
     max_grad_norm: ClippingStrategy | None,
     noise_multiplier: float | Schedule | None,
@@ -77,7 +77,7 @@ def mechanism(
     )
 
 
-def step_noise(
+def make_step_noise(
     noise: NoiseSource | None, arithmetic: Arithmetic, expected_batch_size: float
 ) -> StepNoise:
     """The noise of a step from the source that was asked for; the operating system's by default.
@@ -99,7 +99,7 @@ def refuse_adaptive_on_grid(step_state: StepState, arithmetic: Arithmetic) -> No
     Raises:
         ValueError: With the remedy.
     """
-    if not arithmetic.adapts and step_state.norm is not None:
+    if not arithmetic.allows_adaptive_norms and step_state.norm is not None:
         raise ValueError(
             f"grid cannot be combined with max_grad_norm={step_state.strategy!r}: the noise of its count would not be "
             "exact. Give a norm, or a function of the step."

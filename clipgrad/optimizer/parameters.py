@@ -51,7 +51,7 @@ class TrainedParameters:
         self._modules = list(model.modules())
         self._recurrent = [m for m in self._modules if isinstance(m, nn.RNNBase)]
         usual = all(map(_is_walked_as_usual, self._modules))
-        self._seen = self._look() if usual else None
+        self._seen = self._snapshot() if usual else None
 
     @contextmanager
     def resident(self) -> Iterator[list[Tensor]]:
@@ -67,12 +67,12 @@ class TrainedParameters:
             self._seen is not None
             and model is self._model
             and _identical(owned, self._owned)
-            and (now := self._look()) is not None
+            and (now := self._snapshot()) is not None
             and now.lengths == self._seen.lengths
             and _identical(now.objects, self._seen.objects)
         )
 
-    def _look(self) -> _Look | None:
+    def _snapshot(self) -> _Snapshot | None:
         """What the survey depends on, as it is now; None if it has hooks, or tables that cannot be read like this."""
         training, parameters, children, hooks, pre_hooks = zip(
             *map(_OF_MODULES, self._modules), strict=True
@@ -89,7 +89,7 @@ class TrainedParameters:
             for module in self._recurrent
             for name in module._flat_weights_names
         ]
-        return _Look(
+        return _Snapshot(
             list(map(len, tables)),
             [
                 *map(type, self._modules),
@@ -102,7 +102,7 @@ class TrainedParameters:
         )
 
 
-class _Look(NamedTuple):
+class _Snapshot(NamedTuple):
     """Everything that a survey depends on, in a row."""
 
     lengths: list[int]

@@ -13,7 +13,7 @@ from clipgrad.engine.copies import copies
 from clipgrad.errors import UnclippedGradientError
 
 
-class Taken(NamedTuple):
+class FinishedSums(NamedTuple):
     """The sums of a finished logical batch.
 
     Attributes:
@@ -39,7 +39,7 @@ class Pending:
         self._others: list[Tensor] = []
         self._aliases_graph = False
         # id(gradient) -> gradient: those that hold noise or zeros. Their ids mean something while they live.
-        self._harmless: dict[int, Tensor] = {}
+        self._allowed_gradients: dict[int, Tensor] = {}
 
     @property
     def unfinished(self) -> bool:
@@ -66,7 +66,7 @@ class Pending:
             parameters: Those that may have a ``.grad`` now.
         """
         self._sums = None
-        self._harmless = {id(p.grad): p.grad for p in parameters if p.grad is not None}
+        self._allowed_gradients = {id(p.grad): p.grad for p in parameters if p.grad is not None}
 
     def before_backward(self, names: Sequence[str], parameters: Sequence[Tensor]) -> None:
         """Clear ``.grad``, and make sure that the sums outlive what follows.
@@ -95,14 +95,14 @@ class Pending:
             aliases_graph: Whether the next batch overwrites ``sums``.
         """
         if self._sums is None:
-            self._sums = [_laid_out_like(p, s) for p, s in zip(parameters, sums, strict=True)]
+            self._sums = [_with_strides_of(p, s) for p, s in zip(parameters, sums, strict=True)]
             self._others, self._aliases_graph = list(others), aliases_graph
         else:
             torch._foreach_add_([*self._sums, *self._others], [*sums, *others])
 
     def take(
         self, names: Sequence[str], parameters: Sequence[Tensor], others: Iterable[Tensor]
-    ) -> Taken:
+    ) -> FinishedSums:
         """The sums of the finished logical batch, which nobody else sees.
 
         Args:
@@ -120,13 +120,13 @@ class Pending:
             )
         self._clear_gradients(names, parameters)
         for parameter in others:
-            if parameter.grad is not None and id(parameter.grad) not in self._harmless:
+            if parameter.grad is not None and id(parameter.grad) not in self._allowed_gradients:
                 raise UnclippedGradientError(
                     f"a parameter of shape {tuple(parameter.shape)} was not trained by backward (it is frozen, or was "
                     "until then), but holds a .grad that was not clipped here, and the wrapped optimizer would step "
                     "on it. Clear it with optimizer.zero_grad() before backward."
                 )
-        taken = Taken(self._sums, self._others, self._aliases_graph)
+        taken = FinishedSums(self._sums, self._others, self._aliases_graph)
         self._sums, self._others = None, []
         return taken
 
@@ -135,12 +135,12 @@ class Pending:
         for parameter, mean in zip(parameters, means, strict=True):
             gradient = mean if mean.dtype is parameter.dtype else mean.to(parameter.dtype)
             parameter.grad = gradient
-            self._harmless[id(gradient)] = gradient
+            self._allowed_gradients[id(gradient)] = gradient
 
     def _clear_gradients(self, names: Sequence[str], parameters: Sequence[Tensor]) -> None:
         found = [(n, p, p.grad) for n, p in zip(names, parameters, strict=True)]
         for name, _, gradient in found:
-            if gradient is not None and id(gradient) not in self._harmless:
+            if gradient is not None and id(gradient) not in self._allowed_gradients:
                 raise UnclippedGradientError(
                     f"parameter {name!r}: its .grad was written by somebody else (loss.backward(), an assignment), and "
                     "was not clipped. Let only DPOptimizer write gradients: .grad is None from backward to step, which "
@@ -148,11 +148,11 @@ class Pending:
                 )
         for _, parameter, gradient in found:
             if gradient is not None:
-                del self._harmless[id(gradient)]
+                del self._allowed_gradients[id(gradient)]
                 parameter.grad = None
 
 
-def refuse_unnoised(pending: weakref.ref[Pending]) -> Callable[..., None]:
+def unnoised_step_hook(pending: weakref.ref[Pending]) -> Callable[..., None]:
     """A hook of the wrapped optimizer: stepping it while sums wait is a mistake, and would do nothing."""
 
     def refuse(*_: object) -> None:
@@ -166,7 +166,7 @@ def refuse_unnoised(pending: weakref.ref[Pending]) -> Callable[..., None]:
     return refuse
 
 
-def _laid_out_like(parameter: Tensor, total: Tensor) -> Tensor:
+def _with_strides_of(parameter: Tensor, total: Tensor) -> Tensor:
     """``total`` with the parameter's strides: fused optimizers walk both as flat memory."""
     if total.stride() == parameter.stride():
         return total

@@ -124,7 +124,7 @@ def check_batch(batch: tuple[Any, ...]) -> None:
             )
 
 
-def rows_in(batch: tuple[Any, ...], is_padding: Tensor | None) -> int:
+def count_rows(batch: tuple[Any, ...], is_padding: Tensor | None) -> int:
     """Rows of a batch that are no padding, by its first tensor; 0 if it holds none."""
     first = next((leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)), None)
     if first is None or first.dim() == 0:

@@ -68,18 +68,18 @@ class ParameterSlots:
         Raises:
             NotPerSampleError: If the body wrote to a buffer.
         """
-        before = [_buffers(module) for module in self._modules if module._buffers]
+        before = [_save_buffers(module) for module in self._modules if module._buffers]
         without = [module for module in self._modules if not module._buffers]
         flat = [list(module._flat_weights) for module, _ in self._flat]
         try:
             self._place(tensors)
             yield
-            for buffers in (*before, *_made_in(without)):
-                _check(buffers)
+            for buffers in (*before, *_new_buffers(without)):
+                _check_buffers(buffers)
         finally:
             self._restore(flat)
-            for buffers in (*before, *_made_in(without)):
-                _put_back(buffers)
+            for buffers in (*before, *_new_buffers(without)):
+                _restore_buffers(buffers)
 
     def _place(self, tensors: Sequence[Tensor]) -> None:
         for module, name, index in self._slots:
@@ -105,7 +105,7 @@ def _constant(weight: Tensor | None) -> Tensor | None:
     return None if weight is None else weight.detach()
 
 
-def _buffers(module: nn.Module) -> _Buffers:
+def _save_buffers(module: nn.Module) -> _Buffers:
     tensors = dict(module._buffers)
     versions = {
         name: buffer._version
@@ -115,12 +115,12 @@ def _buffers(module: nn.Module) -> _Buffers:
     return _Buffers(module, tensors, versions)
 
 
-def _made_in(modules: Iterable[nn.Module]) -> list[_Buffers]:
+def _new_buffers(modules: Iterable[nn.Module]) -> list[_Buffers]:
     """What was before in those of the modules without buffers that have some now."""
     return [_Buffers(module, {}, {}) for module in modules if module._buffers]
 
 
-def _check(before: _Buffers) -> None:
+def _check_buffers(before: _Buffers) -> None:
     """Refuse a buffer that was written, replaced, or filled with values of single samples."""
     now = before.module._buffers
     for name in before.tensors.keys() | now.keys():
@@ -139,7 +139,7 @@ def _check(before: _Buffers) -> None:
             )
 
 
-def _put_back(before: _Buffers) -> None:
+def _restore_buffers(before: _Buffers) -> None:
     now = before.module._buffers
     if now.keys() != before.tensors.keys() or any(
         now[name] is not buffer for name, buffer in before.tensors.items()

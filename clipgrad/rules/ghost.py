@@ -64,10 +64,10 @@ def ghost_norms_squared(uses: Sequence[Outer]) -> Tensor:
             parts.append(2 * _cross(hot, dense))
     assert parts, "a ghost norm of no uses"
     total = Lengths.total(lengths)
-    return never_underestimated(sum_of(parts), total, uses, materialised=not by_gram)
+    return raised_to_rounding_bound(sum_of(parts), total, uses, materialised=not by_gram)
 
 
-def never_underestimated(
+def raised_to_rounding_bound(
     norms: Tensor, lengths: Lengths, uses: Sequence[Outer], *, materialised: bool
 ) -> Tensor:
     """Raise squared norms ``[B]`` to the largest error with which they can be computed from the factors.

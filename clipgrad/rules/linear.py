@@ -18,7 +18,7 @@ def positions_first(tensor: Tensor) -> Tensor:
     return tensor if tensor.dim() == 3 else tensor.flatten(1, -2)
 
 
-def summed_over_positions(gradient: Tensor) -> PerSample:
+def sum_over_positions(gradient: Tensor) -> PerSample:
     """Return the use of a bias: the output gradient summed over positions, ``[B, features]``."""
     if gradient.dim() == 2:
         return PerSample(gradient)
@@ -43,7 +43,7 @@ def linear(call: Call, input: Tensor, weight: Tensor, bias: Tensor | None = None
             lambda g: Outer(g.reshape(*factor.shape[:2], w.shape[0]), factor, w.shape),
             Extent(factor.shape[1], *w.shape),
         ),
-        Recipe(bias, lambda g: summed_over_positions(g.reshape(*factor.shape[:2], w.shape[0]))),
+        Recipe(bias, lambda g: sum_over_positions(g.reshape(*factor.shape[:2], w.shape[0]))),
         saved=(x,),
         view=lambda y: y.view(*x.shape[:-1], w.shape[0]),
     )
@@ -143,7 +143,7 @@ def addmm(
     return call.finish(
         y,
         Recipe(mat2, lambda g: Outer(x, gradient(g, alpha), w.shape), Extent(x.shape[1], *w.shape)),
-        Recipe(input, lambda g: summed_over_positions(gradient(g, beta))),
+        Recipe(input, lambda g: sum_over_positions(gradient(g, beta))),
         saved=(x,),
         view=lambda y: y.view(*x.shape[:2], w.shape[1]),
     )

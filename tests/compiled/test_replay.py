@@ -25,7 +25,7 @@ from clipgrad.compiled.trace import TracedStep, trace
 from clipgrad.engine.captured_loss import LossGraphs
 from clipgrad.engine.clip_and_sum import Settings
 from clipgrad.engine.copies import copies
-from clipgrad.engine.inputs import of_arguments
+from clipgrad.engine.inputs import inputs_of_arguments
 from clipgrad.errors import CompileMismatchError
 from clipgrad.options import Options
 from clipgrad.ranks import OneProcess
@@ -306,7 +306,7 @@ def test_nothing_that_draws_runs_ahead(graphs: Graphs, recorders: list[Recorder]
 
 def graph_of(function: Callable[..., Tensor]) -> TracedStep:
     weight, rows = torch.ones(3), torch.ones(2, 3)
-    inputs, _ = of_arguments(function, 0, None, (weight, rows))
+    inputs, _ = inputs_of_arguments(function, 0, None, (weight, rows))
     loss = LossGraphs(keep_batch_dim=True, has_aux=False).of(inputs)
     settings = Settings(Options(), make_clipping(1.0, ["w"], [3]), (torch.float32,), OneProcess())
     mask, bounds = torch.zeros(2, dtype=torch.bool), torch.ones(1, dtype=torch.float64)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from clipgrad.errors import EscapedParameterError
 from clipgrad.rules.canonical import Outer, Use
-from clipgrad.rules.linear import summed_over_positions
+from clipgrad.rules.linear import sum_over_positions
 from clipgrad.rules.recurrent import cudnn, recurrence
 from clipgrad.rules.recurrent.recurrence import GRU, Cell, Trace, Weights
 from clipgrad.rules.registry import Call, Extent, Recipe
@@ -131,8 +131,8 @@ def _recipes(weights: Mapping[str, Tensor], x: Tensor, factors: Factors) -> list
     makers: dict[str, Callable[[Tensor, torch.Size], Use]] = {
         "w_ih": lambda g, shape: Outer(factors.input_side(g), factors.positions(x), shape),
         "w_hh": factors.recurrent,
-        "b_ih": lambda g, shape: summed_over_positions(factors.input_side(g)),
-        "b_hh": lambda g, shape: summed_over_positions(factors.hidden_side(g)),
+        "b_ih": lambda g, shape: sum_over_positions(factors.input_side(g)),
+        "b_hh": lambda g, shape: sum_over_positions(factors.hidden_side(g)),
         "w_hr": factors.projection,
     }
 
