@@ -155,7 +155,7 @@ class BatchClipper:
         settings = self._settings(inputs, max_grad_norm, restore)
         rows = slice(0, min(self.arithmetic.rows_at_once(size), size))
         with torch.enable_grad(), SavedRngState(inputs.params[0].device).restored_on_exit():
-            tape = self._first_part(inputs, inputs.rows(rows), settings)
+            tape = self._record_first_part(inputs, inputs.rows(rows), settings)
         try:
             return make_explanation(
                 tape.tracked, choose_strategies(tape, settings), tape.batch_size
@@ -228,7 +228,7 @@ class BatchClipper:
             self._runs_as_graph = True
             return body(loss)
 
-    def _first_part(self, inputs: Inputs, batch: list[Any], settings: Settings) -> Tape:
+    def _record_first_part(self, inputs: Inputs, batch: list[Any], settings: Settings) -> Tape:
         """The tape of a copy of a microbatch; of the samples that branch as the first one does, if it splits."""
 
         def record(samples: Sequence[Any]) -> Tape:
@@ -310,15 +310,15 @@ def _outcome(
     return Outcome(
         # A copy, also of a single one: the loss may have returned a view of something large.
         torch.cat([result.values for result in results]),
-        [_joined(norms) for norms in zip(*(result.norms for result in results), strict=True)],
+        [_concatenate(norms) for norms in zip(*(result.norms for result in results), strict=True)],
         settings.clipping.norms,
         groups,
-        _joined([result.nonfinite for result in results]),
+        _concatenate([result.nonfinite for result in results]),
         mask,
         size - (0 if mask is None else int(mask.sum())),
     )
 
 
-def _joined(parts: Sequence[Tensor]) -> Tensor:
+def _concatenate(parts: Sequence[Tensor]) -> Tensor:
     """Per-sample values of all microbatches, which nothing else holds."""
     return parts[0] if len(parts) == 1 else torch.cat(list(parts))

@@ -190,7 +190,7 @@ def inputs_of_arguments(
     """
     single = isinstance(argnums, int)
     argnums = (argnums,) if isinstance(argnums, int) else argnums
-    argnums, batch_argnums = _validate.positions(argnums, batch_argnums, len(args))
+    argnums, batch_argnums = _validate.argument_positions(argnums, batch_argnums, len(args))
     trainable = tuple(args[i] for i in argnums)
     parameters = _flat(trainable[0] if single else trainable)
     _check_parameters(parameters.leaves, parameters.paths)
@@ -232,7 +232,7 @@ def inputs_of_arguments(
 
 
 def _check_parameters(params: Sequence[Any], paths: Callable[[], list[tuple[Any, ...]]]) -> None:
-    _validate.dense("params", params, paths)
+    _validate.require_dense("params", params, paths)
     refuse_subclasses(params, "a parameter")
 
 
@@ -240,7 +240,7 @@ def _checked_batch(
     samples: _Flat, trees: Sequence[Any], params: Sequence[Tensor]
 ) -> tuple[list[Any], int]:
     """The leaves of a batch, detached, and how many samples there are."""
-    _validate.dense("batch", samples.leaves, samples.paths)
+    _validate.require_dense("batch", samples.leaves, samples.paths)
     refuse_subclasses(samples.leaves, "the batch")
     batch = [leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in samples.leaves]
 
@@ -248,8 +248,8 @@ def _checked_batch(
         return list(map(keystr, samples.paths()))
 
     size = _validate.batch_size(batch, batch_paths)
-    _validate.differentiable(params, batch)
-    _validate.no_python_samples(trees, size)
+    _validate.require_differentiable(params, batch)
+    _validate.refuse_python_samples(trees, size)
     return batch, size
 
 

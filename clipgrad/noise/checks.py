@@ -104,7 +104,7 @@ def _refuse_or_accept(name: str, tensor: object, sigma: float) -> None:
         )
 
 
-def state(found: Mapping[str, Any], kind: str) -> None:
+def require_state(found: Mapping[str, Any], kind: str) -> None:
     """Refuse a state dict of another kind of noise source or of a format other than 1."""
     got = (found.get("kind"), found.get("format"))
     if got != (kind, 1):

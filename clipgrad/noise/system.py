@@ -97,9 +97,9 @@ class SystemNoise:
             state: The result of :meth:`state_dict`.
 
         Raises:
-            ValueError: If ``state`` comes from another noise source.
+            ValueError: If ``require_state`` comes from another noise source.
         """
-        checks.state(state, "SystemNoise")
+        checks.require_state(state, "SystemNoise")
         self._process_noise = None
 
     def __reduce__(self) -> tuple[Callable[[], SystemNoise], tuple[()]]:

@@ -79,13 +79,13 @@ class Account:
                 "take all steps of a plan with a schedule."
             )
         if self.plan.declared_sampling is None:
-            self.plan.run.receipts.to_spend(claim)
+            self.plan.run.receipts.receipt_to_spend(claim)
 
     def record(self, claim: Claim, noise_multiplier: float) -> None:
         """Record a step that ``check_step`` has accepted; call this before the step's result becomes visible."""
         run = self.plan.run
         if self.plan.declared_sampling is None:
-            receipt = run.receipts.to_spend(claim)
+            receipt = run.receipts.receipt_to_spend(claim)
             run.receipts.spend(receipt)
             if receipt.iteration != run.iteration:
                 self.ledger.begin()  # each iteration shuffles anew
