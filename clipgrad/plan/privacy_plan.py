@@ -300,8 +300,8 @@ class PrivacyPlan:
         )
         text = (
             f"(epsilon = {_round_up(self.epsilon())}, delta = {self.delta:g})-differentially private towards "
-            f"{_RELATIONS[self.relation].format(unit=self.unit)}: {self.steps} steps on {self._describe_batches()}, {noise}, "
-            f"clipping norm {self.max_grad_norm}, accountant {self.accountant}."
+            f"{_RELATIONS[self.relation].format(unit=self.unit)}: {self.steps} steps on {self._describe_batches()}, "
+            f"{noise}, clipping norm {self.max_grad_norm}, accountant {self.accountant}."
         )
         if self.declared_sampling is None:
             return text
