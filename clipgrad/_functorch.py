@@ -158,24 +158,3 @@ def expose_or_broadcast(tensor: Tensor, level: int, size: int) -> Tensor:
     """Return the tensor with its batch axis in front; a tensor that all samples share is broadcast."""
     whole: Tensor = _functorch._remove_batch_dim(tensor, level, size, 0)
     return whole
-
-
-__all__ = [
-    "FUNCTION_CALL",
-    "Decline",
-    "below_vmap",
-    "current_level",
-    "current_randomness",
-    "expose_batch_axis",
-    "expose_or_broadcast",
-    "has_vmap_method",
-    "hide_batch_axis",
-    "is_broadcast",
-    "is_wrapped",
-    "level_of",
-    "memory_address",
-    "unwrap_all",
-    "unwrap_once",
-    "vmap_level",
-    "without_tracing",
-]

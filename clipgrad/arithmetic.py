@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -19,18 +19,8 @@ from clipgrad.clipping import (
 from clipgrad.noise import NoiseSource, SystemNoise, gaussian_sigma
 from clipgrad.options import Options
 
-
-class SumRows(Protocol):
-    """This function clips and sums materialised per-sample gradients."""
-
-    def __call__(
-        self, gradients: Sequence[Tensor], is_padding: Tensor | None
-    ) -> tuple[list[Tensor], list[Tensor], Tensor]:
-        """Return the sums, the norms ``[B]`` of each group and the dropped samples ``[B]``.
-
-        ``gradients`` are ``[B, *shape]`` for each parameter.
-        """
-        ...
+SumRows = Callable[[Sequence[Tensor], Tensor | None], tuple[list[Tensor], list[Tensor], Tensor]]
+"""A function of gradients ``[B, *shape]`` and padding; returns sums, norms ``[B]`` of each group, dropped samples."""
 
 
 class Arithmetic(Protocol):

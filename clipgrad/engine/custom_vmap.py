@@ -53,6 +53,3 @@ def custom_vmap_error(function: Callable[..., Any], args: Sequence[Any]) -> NotP
         f"the loss calls {function}, an operation with a vmap rule of its own (torch.library.register_vmap). {_MIXES} "
         "Leave the vmap rule out, or register a rule for the operation with clipgrad.rules.register_rule."
     )
-
-
-__all__ = ["custom_vmap_error", "has_custom_vmap"]

@@ -134,6 +134,3 @@ def retry_one_by_one(
     if not only_tensors or written or rng_changes.since_last_call():
         raise error
     return result
-
-
-__all__ = ["one_by_one", "retry_one_by_one"]

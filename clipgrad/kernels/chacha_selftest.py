@@ -25,9 +25,12 @@ _RELATIVE = {torch.float64: 1e-11, torch.float32: 1e-6}
 _Floats = NDArray[np.float64]
 
 
-class AddsGaussians(Protocol):
-    """This protocol adds noise on a device; ``clipgrad.kernels.chacha_launch`` documents the arguments."""
+class DeviceCipher(Protocol):
+    """This protocol adds noise on a device; ``clipgrad.kernels.chacha_launch`` documents the methods."""
 
+    def limit(self, draws: int) -> int: ...
+    def blocks(self, key: bytes, nonce: bytes, first: int) -> bytes: ...
+    def pairs(self, words: NDArray[np.uint32]) -> NDArray[np.float32]: ...
     def add_gaussian_(
         self,
         tensors: list[Tensor],
@@ -36,19 +39,10 @@ class AddsGaussians(Protocol):
         key: bytes,
         divisor: float = 1.0,
         into: list[Tensor] | None = None,
-    ) -> None:
-        """Add noise from a key that is used for nothing else, and divide; the tensors' memory has no gaps."""
-        ...
+    ) -> None: ...
 
 
-class CipherUnderTest(AddsGaussians, Protocol):
-    """This protocol is required by ``verify``; ``clipgrad.kernels.chacha_launch`` documents the methods."""
-
-    def blocks(self, key: bytes, nonce: bytes, first: int) -> bytes: ...
-    def pairs(self, words: NDArray[np.uint32]) -> NDArray[np.float32]: ...
-
-
-def verify(cipher: CipherUnderTest, device: torch.device) -> None:
+def verify(cipher: DeviceCipher, device: torch.device) -> None:
     """Raise RuntimeError unless the device agrees with RFC 8439, the CPU's keystream and Gaussians of the same bits."""
     if cipher.blocks(RFC_KEY, RFC_NONCE, 1)[:64] != RFC_BLOCK:
         raise RuntimeError("the device's ChaCha20 fails the test vector of RFC 8439, 2.3.2")

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import logging
 import threading
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from clipgrad.kernels.chacha_selftest import AddsGaussians
+from clipgrad.kernels.chacha_selftest import DeviceCipher
 from clipgrad.noise import checks
 from clipgrad.noise.cpu import CpuNoise
 from clipgrad.noise.keys import KeyDeriver
@@ -20,14 +19,6 @@ _COPIED_AT_A_TIME = 2**22  # 16 MB of float32, on the CPU and on the device
 _log = logging.getLogger("clipgrad")
 _warned_devices: set[str] = set()
 _warning_lock = threading.Lock()
-
-
-class DeviceCipher(AddsGaussians, Protocol):
-    """This protocol describes a cipher that makes noise on the device itself."""
-
-    def limit(self, draws: int) -> int:
-        """Return the largest number of values that one key may be used for."""
-        ...
 
 
 class AcceleratorNoise:

@@ -307,7 +307,7 @@ def test_nothing_that_draws_runs_ahead(graphs: Graphs, recorders: list[Recorder]
 def graph_of(function: Callable[..., Tensor]) -> TracedStep:
     weight, rows = torch.ones(3), torch.ones(2, 3)
     inputs, _ = inputs_of_arguments(function, 0, None, (weight, rows))
-    loss = LossGraphs(keep_batch_dim=True, has_aux=False).of(inputs)
+    loss = LossGraphs(keep_batch_dim=True, has_aux=False).graph_for(inputs)
     settings = Settings(Options(), make_clipping(1.0, ["w"], [3]), (torch.float32,), OneProcess())
     mask, bounds = torch.zeros(2, dtype=torch.bool), torch.ones(1, dtype=torch.float64)
     return trace(inputs, loss, [rows], mask, bounds, settings)
