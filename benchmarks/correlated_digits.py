@@ -1,7 +1,7 @@
-"""Digits, learnt with independent and with correlated noise at the same epsilon: ``python -m benchmarks.correlated_digits``.
+"""Digits, learnt with independent and with correlated noise at one epsilon: ``python -m benchmarks.correlated_digits``.
 
 For each epsilon both trainings have the same model, steps, batch size, clipping norm, learning rate and seeds, and only
-the plan's mechanism differs. It writes a table, and a picture to ``benchmarks/results/correlated-digits.png``. Noise and
+the plan's mechanism differs. It prints a table, and writes ``benchmarks/results/correlated-digits.png``. Noise and
 batches are repeatable and so not private. Epsilon is what it would be.
 """
 
@@ -64,7 +64,11 @@ def plan_of(epsilon: float, mechanism: BandedFactorisation | None, samples: int)
 
 
 def accuracy(
-    plan: PrivacyPlan, seed: int, data: tuple[TensorDataset, Tensor, Tensor], rate: float, momentum: float
+    plan: PrivacyPlan,
+    seed: int,
+    data: tuple[TensorDataset, Tensor, Tensor],
+    rate: float,
+    momentum: float,
 ) -> float:
     """The test accuracy of one training."""
     train, images, labels = data
@@ -93,7 +97,9 @@ def plot(found: dict[str, list[list[float]]], epsilons: list[float], path: Path)
         means = [statistics.mean(row) for row in rows]
         errors = [statistics.stdev(row) / len(row) ** 0.5 for row in rows]
         places = [epsilon * (1 + shift) for epsilon in epsilons]
-        axes.errorbar(places, means, yerr=[2 * e for e in errors], marker="o", capsize=3, label=name)
+        axes.errorbar(
+            places, means, yerr=[2 * e for e in errors], marker="o", capsize=3, label=name
+        )
     axes.set_xscale("log", base=2)
     axes.set_xticks(epsilons, [f"{epsilon:g}" for epsilon in epsilons])
     axes.set_xlabel(f"epsilon (delta = {DELTA:g})")

@@ -68,7 +68,7 @@ def save_checkpoint(path: str | os.PathLike[str], parts: Mapping[str, Stateful])
             torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())
-        _put(beside, path)
+        _replace_file(beside, path)
     finally:
         beside.unlink(missing_ok=True)
     _flush_folder(path.parent)
@@ -140,7 +140,7 @@ def _created(beside: Path, path: Path, parts: Mapping[str, Stateful]) -> int:
     return os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), mode)
 
 
-def _put(beside: Path, path: Path) -> None:
+def _replace_file(beside: Path, path: Path) -> None:
     beside.replace(path)
 
 

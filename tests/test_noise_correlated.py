@@ -193,7 +193,7 @@ def test_noise_in_the_place_of_values_is_noise_added_to_zeros(
 
 def test_a_loop_that_is_wrong_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     real = rows.SOURCE.read_text(encoding="utf-8")
-    rows.prove(rows.library(real))
+    rows.prove(rows.compile_library(real))
     wrong = {
         "-= weight": "+= weight",
         "sum -= tail[i]": "sum -= 1.01f * tail[i]",
@@ -204,7 +204,7 @@ def test_a_loop_that_is_wrong_is_not_used(monkeypatch: pytest.MonkeyPatch) -> No
     for right, other in wrong.items():
         assert right in real
         with pytest.raises(RuntimeError, match="something else"):
-            rows.prove(rows.library(real.replace(right, other)))
+            rows.prove(rows.compile_library(real.replace(right, other)))
 
 
 # ------------------------------------------------------------------------------- state

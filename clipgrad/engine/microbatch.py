@@ -11,23 +11,19 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-from clipgrad._functorch import all_samples, per_sample, vmap_level
+from clipgrad._functorch import expose_or_broadcast, hide_batch_axis, vmap_level
 from clipgrad._phases import phase
 from clipgrad.engine import foreign_code, refused_nodes, stale_values
-from clipgrad.engine.advice import explained
-from clipgrad.engine.branches import Disagreement
-from clipgrad.engine.capture import Capture, escape_message, tensors_in, written_message
+from clipgrad.engine.advice import explain_vmap_errors
+from clipgrad.engine.capture import Capture, escape_message, written_message
 from clipgrad.engine.clip_and_sum import (
     MicrobatchResult,
     Settings,
     clip,
-    joined,
 )
 from clipgrad.engine.gradients import Gradients
 from clipgrad.engine.inputs import Loss
 from clipgrad.engine.norm_method import Choice, choose
-from clipgrad.engine.random_values import RandomValues
-from clipgrad.engine.split import Parts
 from clipgrad.engine.tape import Tape
 from clipgrad.errors import EscapedParameterError, NotPerSampleError
 
@@ -48,20 +44,19 @@ def forward(
     made: list[weakref.ref[Tensor]] = []
     try:
         with (
-            explained(),
+            explain_vmap_errors(),
             foreign_code.without_saved_tensors_hooks(),
             vmap_level(size, settings.options.performance.randomness) as level,
         ):
-            leaves = [per_sample(entry.leaf, level) for entry in tape.tracked]
-            rows = [per_sample(leaf, level) if isinstance(leaf, Tensor) else leaf for leaf in batch]
-            drawn = None
-            if settings.options.performance.branches == "split":
-                drawn = RandomValues(params[0].device, tensors_in([*leaves, *rows]))
-            capture = Capture(tape, leaves, params, drawn=drawn)
+            leaves = [hide_batch_axis(entry.leaf, level) for entry in tape.tracked]
+            rows = [
+                hide_batch_axis(leaf, level) if isinstance(leaf, Tensor) else leaf for leaf in batch
+            ]
+            capture = Capture(tape, leaves, params)
             made = capture.made
             value, aux, structure = _one_sample(loss, capture, leaves, rows, settings)
-            values = all_samples(value, level, size)
-            aux = [all_samples(leaf, level, size).detach() for leaf in aux]
+            values = expose_or_broadcast(value, level, size)
+            aux = [expose_or_broadcast(leaf, level, size).detach() for leaf in aux]
         for name, param, version in zip(names, params, versions, strict=True):
             if param._version != version:
                 raise NotPerSampleError(written_message(name))
@@ -83,7 +78,7 @@ def _one_sample(
     capture.made.extend(weakref.ref(leaf) for leaf in sample if isinstance(leaf, Tensor))
     with capture:
         result = loss(leaves, sample)
-    value, aux = _split(result, settings.options.has_aux)
+    value, aux = _value_and_aux(result, settings.options.has_aux)
     flat, structure = tree_flatten(aux)
     for leaf in flat:
         if not isinstance(leaf, Tensor):
@@ -101,52 +96,24 @@ def run(
     is_padding: Tensor | None,
     settings: Settings,
 ) -> MicrobatchResult:
-    """Clipped sums of one microbatch; where samples branch apart, of its parts."""
-
-    def together(rows: Sequence[Any], padding: Tensor | None) -> MicrobatchResult:
-        """Of samples that take the same branches; raises ``Disagreement`` if they do not."""
-        with phase("forward"), torch.enable_grad():
-            tape, values, aux = forward(loss, names, params, rows, settings)
-        return _finish(tape, values, aux, params, padding, settings)
-
-    if settings.options.performance.branches != "split":
-        return together(batch, is_padding)
-    parts = Parts(batch)
-    pieces: list[MicrobatchResult] = []
-    for rows, index in parts:
-        padding = None if is_padding is None else is_padding[index.to(is_padding.device)]
-        try:
-            pieces.append(together(rows, padding))
-        except Disagreement as disagreement:
-            parts.split(disagreement)
-    parts.write_back()
-    return pieces[0] if len(pieces) == 1 else joined(pieces, parts.order)
-
-
-def _finish(
-    tape: Tape,
-    values: Tensor,
-    aux: Any,
-    params: Sequence[Tensor],
-    is_padding: Tensor | None,
-    settings: Settings,
-) -> MicrobatchResult:
-    """Backward pass, norms and clipped sums after the forward pass of one microbatch."""
+    """Forward pass, backward pass, norms and clipped sums of one microbatch."""
+    with phase("forward"), torch.enable_grad():
+        tape, values, aux = forward(loss, names, params, batch, settings)
     try:
         with phase("forward"):
-            plan(tape, settings)
+            choose_strategies(tape, settings)
         with torch.enable_grad():
             _backward(tape, values, params)
         with torch.no_grad(), _without_autocast(values.device):
             with phase("per-sample gradients"):
-                gradients = Gradients(tape, len(params))
+                gradients = Gradients(tape)
             with phase("norms"):
-                return clip(gradients, params, values.detach(), aux, is_padding, settings)
+                return clip(gradients, values.detach(), aux, is_padding, settings)
     finally:
         tape.release()
 
 
-def plan(tape: Tape, settings: Settings) -> list[Choice]:
+def choose_strategies(tape: Tape, settings: Settings) -> list[Choice]:
     """Decide a strategy for every tracked entry, and tell the entries."""
     choices = choose(
         tape.tracked,
@@ -159,7 +126,7 @@ def plan(tape: Tape, settings: Settings) -> list[Choice]:
     return choices
 
 
-def _split(result: Any, has_aux: bool) -> tuple[Tensor, Any]:
+def _value_and_aux(result: Any, has_aux: bool) -> tuple[Tensor, Any]:
     if has_aux:
         if not (isinstance(result, tuple) and len(result) == 2):
             raise NotPerSampleError(
@@ -193,7 +160,7 @@ def _backward(tape: Tape, values: Tensor, params: Sequence[Tensor]) -> None:
             "Compute the loss from the model's output, and let the gradient through."
         )
     _refuse_escapes(tape, values, params)
-    with phase("backward"), _without_autocast(values.device), explained():
+    with phase("backward"), _without_autocast(values.device), explain_vmap_errors():
         values.sum().backward()
 
 

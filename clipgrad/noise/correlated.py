@@ -142,7 +142,7 @@ class CorrelatedNoise:
         self._kinds = kinds
         members: dict[tuple[torch.device, torch.dtype], list[int]] = {}
         for index, total in enumerate(sums):
-            members.setdefault((total.device, checks.DRAWN_IN[total.dtype]), []).append(index)
+            members.setdefault((total.device, checks.NOISE_DTYPE[total.dtype]), []).append(index)
         past = self._loaded or self._past()
         self._rows, self._members, self._loaded = {}, members, {}
         tail = self._column[1:]
@@ -219,7 +219,7 @@ class CorrelatedNoise:
         Raises:
             ValueError: If the state is of other noise, or incomplete.
         """
-        checks.state(state, "CorrelatedNoise")
+        checks.require_state(state, "CorrelatedNoise")
         if state["accounting"] != self.accounting or len(state["column"]) != len(self._column):
             raise ValueError(
                 f"state is of {state['accounting']} noise, but the plan has {self.accounting} noise. Build the plan "

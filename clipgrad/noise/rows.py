@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from clipgrad.noise.c_loop import library
+from clipgrad.noise.c_loop import compile_library
 from clipgrad.noise.source import NoiseSource
 from clipgrad.noise.system import SystemNoise
 
@@ -175,7 +175,7 @@ def _compiled() -> ctypes.CDLL | None:
     with _compiling, torch.inference_mode(False), torch.no_grad():
         if not _found:
             try:
-                loops = library(SOURCE.read_text(encoding="utf-8"))
+                loops = compile_library(SOURCE.read_text(encoding="utf-8"))
                 prove(loops)
                 _found.append(loops)
             except (

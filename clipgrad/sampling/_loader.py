@@ -11,9 +11,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from clipgrad.plan.receipts import Receipts
 from clipgrad.sampling._poisson import PoissonSampler
 from clipgrad.sampling._shuffled import ShuffledSampler
-from clipgrad.sampling._users import UserSampler
 
-BatchSampler = PoissonSampler | UserSampler | ShuffledSampler
+BatchSampler = PoissonSampler | ShuffledSampler
 
 
 class PrivateLoader:
@@ -114,9 +113,9 @@ class _Recorder(Sampler[Any]):
 
     def __iter__(self) -> Iterator[Any]:
         drawn = self.drawn = deque()  # an unfinished earlier iteration keeps its own queue
-        return self._recorded(drawn)
+        return self._record(drawn)
 
-    def _recorded(self, drawn: deque[tuple[int, dict[str, Any]]]) -> Iterator[Any]:
+    def _record(self, drawn: deque[tuple[int, dict[str, Any]]]) -> Iterator[Any]:
         for batch in self.sampler:
             drawn.append((len(batch), self.sampler.state_dict()))
             yield batch
