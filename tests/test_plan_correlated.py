@@ -177,7 +177,11 @@ def test_a_plan_says_what_it_promises() -> None:
         ({"max_grad_norm": clipgrad.Automatic(lambda t: 1.0)}, "max_grad_norm must be constant"),
         ({"max_grad_norm": clipgrad.PerLayer(lambda t: 1.0)}, "max_grad_norm must be constant"),
         ({"max_batch_size": 20, "accountant": "pld"}, "max_batch_size=20 excludes mechanism="),
-        ({"shuffled": True, "relation": "replace_one"}, "shuffled=True excludes mechanism="),
+        ({"shuffled": True}, "shuffled=True excludes relation 'add_or_remove_one'"),
+        (
+            {"shuffled": True, "relation": "replace_one", "mechanism": BandedFactorisation(11)},
+            r"bands must be at most .* = 10, got 11",
+        ),
         ({"declared_sampling": "by hand"}, "declared_sampling='by hand' excludes mechanism="),
         ({"grid": 0.125, "accountant": "rdp_integer"}, "grid=0.125 excludes mechanism="),
     ],
@@ -439,6 +443,61 @@ def test_a_loader_that_begins_anew_is_noticed(tmp_path: Path) -> None:
     loaded(run, state, ("optimizer",))
     with pytest.raises(UnaccountedBatchError, match="step 3: batch 0 of the loader is of another"):
         run.go(1)
+
+
+SHUFFLED: dict[str, Any] = {"shuffled": True, "relation": "replace_special"}
+
+
+def test_shuffled_batches_keep_one_order_over_passes_and_restarts() -> None:
+    a_plan = plan(steps=44, expected_batch_size=7, mechanism=BandedFactorisation(8), **SHUFFLED)
+    run = {"noise_multiplier": 1.5, "delta": 1e-3, "accountant": "rdp"}
+    passes = accounting.epsilon(sampling=accounting.FullBatch(), steps=6, **run)  # type: ignore[arg-type]
+    assert a_plan.epsilon() == pytest.approx(passes, rel=1e-12)
+    assert "in one order for all passes" in str(a_plan)
+    loader, seen = clipgrad.shuffled_loader(dataset(), plan=a_plan), []
+    saved: dict[str, Any] = {}
+    for t, (_, row) in enumerate(loader):
+        seen.append([int(r) for r in row.flatten()])
+        if t == 18:
+            saved = through_a_file(loader.state_dict())
+            break
+    other = clipgrad.shuffled_loader(dataset(), plan=a_plan)
+    other.load_state_dict(saved)
+    seen += [[int(r) for r in row.flatten()] for _, row in other]
+    assert [len(batch) for batch in seen] == [7] * 44
+    assert set(gaps(seen)) == {8}  # 60 // 7 steps a pass
+    assert seen[:8] == seen[8:16] == seen[32:40]
+    plain = clipgrad.shuffled_loader(dataset(), plan=plan(mechanism=None, **SHUFFLED))
+    with pytest.raises(ValueError, match="has a fixed order, unlike this sampler"):
+        plain.load_state_dict(saved)
+    with pytest.raises(ValueError, match="lacks a fixed order"):
+        other.load_state_dict(plain.state_dict())
+    with pytest.raises(ValueError, match="has an order of 59 samples"):
+        other.load_state_dict({**saved, "order": saved["order"][1:]})
+
+
+def test_a_shuffled_training_has_the_noise_of_its_matrix() -> None:
+    a_plan = plan(**SHUFFLED, mechanism=BandedFactorisation(8))
+    model = mlp()
+    optimizer = DPOptimizer(sgd(model, lr=0.1), model, loss, plan=a_plan, noise=seeded())
+    for x, row in clipgrad.shuffled_loader(dataset(), plan=a_plan):
+        optimizer.backward(x, row)
+        optimizer.step()
+        optimizer.zero_grad()
+    past = optimizer.state_dict()["clipgrad"]["noise"]["past"]
+    assert {len(kept) for kept in past.values()} == {7}
+    assert optimizer.epsilon() == pytest.approx(a_plan.epsilon(), rel=1e-12)
+
+
+def test_auto_takes_many_bands_where_they_cost_nothing() -> None:
+    run: dict[str, Any] = {"num_samples": 600, "expected_batch_size": 30, "steps": 60}
+    run |= {"delta": 1e-4, "accountant": "rdp", **SHUFFLED}
+    found = PrivacyPlan.for_epsilon(2.0, mechanism=BandedFactorisation(), **run)
+    independent = PrivacyPlan.for_epsilon(2.0, **run)
+    assert found.mechanism is not None
+    assert found.mechanism.count() >= 12
+    assert found.noise_multiplier == independent.noise_multiplier
+    assert found.expected_error() < 0.6 * independent.expected_error()
 
 
 def test_groups_of_other_data_are_refused() -> None:

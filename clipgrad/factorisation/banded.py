@@ -21,7 +21,7 @@ class BandedFactorisation:
 
     Args:
         bands: Number of diagonals; 1 is independent noise. ``"auto"`` lets ``PrivacyPlan.for_epsilon`` choose the
-            number with the least error.
+            number with the least error, up to 64.
         coefficients: ``"optimised"`` for the length of the run, which needs SciPy, or ``"square_root"``, a closed form
             with some percent more error.
 

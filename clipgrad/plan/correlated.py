@@ -8,21 +8,31 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from clipgrad import _validate, accounting
-from clipgrad.accounting import CyclicPoisson
+from clipgrad.accounting import CyclicPoisson, FixedSize
 from clipgrad.clipping import AdaptiveQuantile, ClippingStrategy, Schedule, with_norms
 from clipgrad.factorisation import BandedFactorisation
 from clipgrad.factorisation.toeplitz import prefix_sum_error
 
+_MOST_BANDS = 64
+
 _WHY_NOT = {
     "max_batch_size": "no amplification is proven for cyclic batches that are cut",
-    "shuffled": "shuffled batches let a sample take part in two steps that are closer than the bands",
     "declared_sampling": "nothing would check that each group of samples keeps its turn",
     "grid": "correlated noise is not an integer multiple of a grid",
 }
 
 
-def cyclic(bands: int, expected_batch_size: float, num_samples: int) -> CyclicPoisson:
-    """Return the sampling of a plan with this many bands."""
+def sampling_of(
+    bands: int, expected_batch_size: float, num_samples: int, shuffled: bool
+) -> CyclicPoisson | FixedSize:
+    """Return the sampling of a plan with this many bands.
+
+    In passes with one order for all of them, a sample takes part once a pass, and passes have at least ``bands`` steps.
+    So the columns of its steps have no row in common, and each pass costs it one Gaussian mechanism, as for independent
+    noise (Choquette-Choo et al., "Multi-Epoch Matrix Factorization Mechanisms", 2023). No amplification is claimed.
+    """
+    if shuffled:
+        return FixedSize(num_samples, int(expected_batch_size))
     return CyclicPoisson(expected_batch_size * bands / num_samples, bands)
 
 
@@ -95,24 +105,27 @@ def best_bands(
     expected_batch_size: float,
     steps: int,
     delta: float,
+    shuffled: bool,
 ) -> BandedFactorisation:
     """Return the mechanism with the number of bands whose prefix sums have the least error at ``target_epsilon``.
 
     The noise is that of Renyi accounting, which is quick and orders mechanisms as tight accounting does, or nearly so.
-    Numbers of bands are powers of two and three halves of them.
+    Numbers of bands are powers of two and three halves of them, and at most 64: each band is a copy of the model.
     """
     size = _validate.positive("expected_batch_size", expected_batch_size)
-    most = min(steps, math.floor(num_samples / size))
+    most = min(steps, math.floor(num_samples / size), _MOST_BANDS)
     errors: dict[int, float] = {}
 
     def error(bands: int) -> float:
         if bands not in errors:
             noise = accounting.noise_multiplier(
                 target_epsilon=target_epsilon,
-                sampling=cyclic(bands, size, num_samples),
+                sampling=sampling_of(bands, size, num_samples, shuffled),
                 steps=steps,
                 delta=delta,
                 accountant="rdp",
+                # With replace_one all noise counts twice, in units that are twice as large.
+                relation="replace_special",
             )
             errors[bands] = error_of(mechanism.with_bands(bands), [noise] * steps)
         return errors[bands]

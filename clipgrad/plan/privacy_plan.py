@@ -20,7 +20,7 @@ from clipgrad.accounting import (
 from clipgrad.clipping import ClippingStrategy, Relation, Schedule, relation_of
 from clipgrad.factorisation import BandedFactorisation
 from clipgrad.plan.checks import refuse_contradictions, require_count, steps_of
-from clipgrad.plan.correlated import best_bands, cyclic, error_of, refuse_uncorrelatable
+from clipgrad.plan.correlated import best_bands, error_of, refuse_uncorrelatable, sampling_of
 from clipgrad.plan.receipts import Receipts
 from clipgrad.plan.run import Run
 
@@ -144,7 +144,6 @@ class PrivacyPlan:
             max_grad_norm=self.max_grad_norm,
             others={
                 "max_batch_size": self.max_batch_size,
-                "shuffled": self.shuffled or None,
                 "declared_sampling": self.declared_sampling,
                 "grid": self.grid,
             },
@@ -221,6 +220,7 @@ class PrivacyPlan:
                 expected_batch_size=expected_batch_size,
                 steps=count,
                 delta=delta,
+                shuffled=shuffled,
             )
         plan = cls(
             num_samples=num_samples,
@@ -298,7 +298,9 @@ class PrivacyPlan:
     def sampling(self) -> Sampling:
         """Return the sampling scheme, for the accountant."""
         if self.mechanism is not None:
-            return cyclic(self.mechanism.count(), self.expected_batch_size, self.num_samples)
+            return sampling_of(
+                self.mechanism.count(), self.expected_batch_size, self.num_samples, self.shuffled
+            )
         if self.shuffled:
             return FixedSize(self.num_samples, int(self.expected_batch_size))
         if self.max_batch_size is not None:
@@ -371,7 +373,8 @@ class PrivacyPlan:
     def _describe_batches(self) -> str:
         size, units = f"{self.expected_batch_size:g}", f"{self.num_samples} {self.unit}s"
         if self.shuffled:
-            return f"shuffled batches of {size} of {units}"
+            once = "" if self.mechanism is None else ", in one order for all passes"
+            return f"shuffled batches of {size} of {units}{once}"
         if isinstance(self.sampling, FullBatch):
             return f"batches of all {units}"
         if isinstance(self.sampling, CyclicPoisson):

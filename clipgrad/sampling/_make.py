@@ -230,7 +230,8 @@ def shuffled_loader(
 ) -> PrivateLoader:
     """Make a loader of shuffled batches for a plan with ``shuffled=True``; each sample is used at most once a pass.
 
-    One iteration is the whole run, over as many passes as the plan's steps need.
+    One iteration is the whole run, over as many passes as the plan's steps need. If the plan has a ``mechanism``, all
+    passes have the same order, which is drawn once.
 
     Args:
         dataset: A map-style dataset.
@@ -262,7 +263,11 @@ def shuffled_loader(
     count = arguments.length(dataset)
     require_fit(plan, "sample", count, shuffled=True)
     sampler = ShuffledSampler(
-        count, batch_size=int(plan.expected_batch_size), steps=plan.steps, generator=generator
+        count,
+        batch_size=int(plan.expected_batch_size),
+        steps=plan.steps,
+        fixed_order=plan.mechanism is not None,
+        generator=generator,
     )
     return PrivateLoader(
         dataset,
