@@ -22,8 +22,8 @@ from torch.utils.data import TensorDataset
 from clipgrad import BandedFactorisation, DPOptimizer, PrivacyPlan, SeededNoise, poisson_loader
 
 EPSILONS = (1.0, 2.0, 4.0, 8.0)
-STEPS, BATCH, DELTA = 300, 32, 1e-4
-LEARNING_RATE, MOMENTUM = 0.5, 0.9
+STEPS, BATCH, DELTA = 300, 16, 1e-4
+LEARNING_RATE, MOMENTUM = 0.02, 0.9
 PICTURE = Path(__file__).parent / "results" / "correlated-digits.png"
 
 
