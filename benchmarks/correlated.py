@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from clipgrad import BandedFactorisation, PrivacyPlan, SystemNoise
+from clipgrad.factorisation.strategy import banded
 from clipgrad.factorisation.toeplitz import square_root
 from clipgrad.noise.correlated import CorrelatedNoise
 from clipgrad.noise.step_noise import IndependentNoise, StepNoise
@@ -79,7 +80,6 @@ def steps_of(
 
 
 def time_table(device: str, bands: int, rounds: int) -> None:
-    column = square_root(bands).tolist()
     print(
         f"{device}, {torch.get_num_threads()} threads: microseconds of a step's noise, {bands} bands, float32"
     )
@@ -95,7 +95,7 @@ def time_table(device: str, bands: int, rounds: int) -> None:
         takers = []
         for noise in (
             IndependentNoise(SystemNoise()),
-            CorrelatedNoise(SystemNoise(), column, "benchmark"),
+            CorrelatedNoise(SystemNoise(), banded(square_root(bands)), "benchmark"),
         ):
             sums = [torch.zeros(size, device=device)]
             takers.append(steps_of(noise, sums, clock))

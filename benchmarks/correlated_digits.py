@@ -1,13 +1,14 @@
 """Digits, learnt with independent and with correlated noise at one epsilon: ``python -m benchmarks.correlated_digits``.
 
 For each epsilon both trainings have the same model, steps, batch size, clipping norm, learning rate and seeds, and only
-the plan's mechanism differs. It prints a table, and writes ``benchmarks/results/correlated-digits.png``. Noise and
+the plan's mechanism differs. It prints a table, and draws ``benchmarks/results/correlated-digits.png``. Noise and
 batches are repeatable and so not private. Epsilon is what it would be.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 from pathlib import Path
 
@@ -24,7 +25,10 @@ from clipgrad import BandedFactorisation, DPOptimizer, PrivacyPlan, SeededNoise,
 EPSILONS = (1.0, 2.0, 4.0, 8.0)
 STEPS, BATCH, DELTA = 300, 16, 1e-4
 LEARNING_RATE, MOMENTUM = 0.02, 0.9
-PICTURE = Path(__file__).parent / "results" / "correlated-digits.png"
+RESULTS = Path(__file__).parent / "results" / "correlated-digits.json"
+NAMES = ("independent noise", "correlated noise")
+# Epsilon, then the name of the noise: mean accuracy and its standard error.
+Results = dict[str, dict[str, tuple[float, float]]]
 
 
 def data() -> tuple[TensorDataset, Tensor, Tensor]:
@@ -90,16 +94,15 @@ def accuracy(
         return float((model(images).argmax(1) == labels).float().mean())
 
 
-def plot(found: dict[str, list[list[float]]], epsilons: list[float], path: Path) -> None:
+def plot(found: Results, path: Path) -> None:
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
-    for shift, (name, rows) in zip((-0.015, 0.015), found.items(), strict=True):
-        means = [statistics.mean(row) for row in rows]
-        errors = [statistics.stdev(row) / len(row) ** 0.5 for row in rows]
+    epsilons = sorted(float(epsilon) for epsilon in found)
+    for shift, name in zip((-0.015, 0.015), NAMES, strict=True):
+        means, errors = zip(*(found[f"{epsilon:g}"][name] for epsilon in epsilons), strict=True)
         places = [epsilon * (1 + shift) for epsilon in epsilons]
-        axes.errorbar(
-            places, means, yerr=[2 * e for e in errors], marker="o", capsize=3, label=name
-        )
+        bars = [2 * error for error in errors]
+        axes.errorbar(places, means, yerr=bars, marker="o", capsize=3, label=name)
     axes.set_xscale("log", base=2)
     axes.set_xticks(epsilons, [f"{epsilon:g}" for epsilon in epsilons])
     axes.set_xlabel(f"epsilon (delta = {DELTA:g})")
@@ -118,23 +121,29 @@ def main() -> None:
     parser.add_argument("--epsilons", type=float, nargs="+", default=list(EPSILONS))
     parser.add_argument("--lr", type=float, default=LEARNING_RATE)
     parser.add_argument("--momentum", type=float, default=MOMENTUM)
-    parser.add_argument("--output", type=Path, default=PICTURE)
+    parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args()
     torch.set_num_threads(1)
     digits = data()
-    found: dict[str, list[list[float]]] = {"independent noise": [], "correlated noise": []}
     for epsilon in args.epsilons:
-        line = f"epsilon {epsilon:g}:"
-        for name, mechanism in zip(found, (None, BandedFactorisation()), strict=True):
+        line, row = f"epsilon {epsilon:g}:", {}
+        for name, mechanism in zip(NAMES, (None, BandedFactorisation()), strict=True):
             plan = plan_of(epsilon, mechanism, len(digits[0]))
             seeds = range(args.first_seed, args.first_seed + args.seeds)
-            row = [accuracy(plan, seed, digits, args.lr, args.momentum) for seed in seeds]
-            found[name].append(row)
-            bands = "" if plan.mechanism is None else f", {plan.mechanism.count()} bands"
-            spread = statistics.stdev(row) / len(row) ** 0.5
-            line += f"  {name} {statistics.mean(row):.2%} +- {spread:.2%} (error {plan.expected_error():.3f}{bands})"
+            accuracies = [accuracy(plan, seed, digits, args.lr, args.momentum) for seed in seeds]
+            mean, error = (
+                statistics.mean(accuracies),
+                statistics.stdev(accuracies) / args.seeds**0.5,
+            )
+            row[name] = (mean, error)
+            bands = "" if plan.mechanism is None else f", {plan.mechanism}"
+            line += f"  {name} {mean:.2%} +- {error:.2%} (error {plan.expected_error():.3f}{bands})"
         print(line, flush=True)
-    plot(found, args.epsilons, args.output)
+        # Several runs of this command, for an epsilon each, may share the file.
+        known: Results = json.loads(args.results.read_text()) if args.results.exists() else {}
+        known[f"{epsilon:g}"] = row
+        args.results.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n")
+        plot(json.loads(args.results.read_text()), args.results.with_suffix(".png"))
 
 
 if __name__ == "__main__":

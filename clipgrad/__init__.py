@@ -16,7 +16,7 @@ from clipgrad.batch_norm import replace_batch_norm
 from clipgrad.checkpoint import load_checkpoint, save_checkpoint
 from clipgrad.clipping import AdaptiveQuantile, Automatic, PerLayer, Relation
 from clipgrad.exact.noise import DiscreteGaussianNoise
-from clipgrad.factorisation import BandedFactorisation
+from clipgrad.factorisation import BandedFactorisation, BufferedToeplitz
 from clipgrad.function import clipped_grad
 from clipgrad.noise import SeededNoise, SystemNoise
 from clipgrad.optimizer import DPOptimizer
@@ -31,6 +31,7 @@ __all__ = [
     "AdaptiveQuantile",
     "Automatic",
     "BandedFactorisation",
+    "BufferedToeplitz",
     "DPOptimizer",
     "DiscreteGaussianNoise",
     "PerLayer",

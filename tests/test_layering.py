@@ -23,7 +23,7 @@ ROOMS: dict[str, set[str]] = {
     "loss_graph": {"errors"},
     "result": set(),
     "rules": {"_functorch", "errors", "kernels"},
-    "noise": {"errors", "kernels"},
+    "noise": {"errors", "factorisation", "kernels"},
     "clipping": {"_validate", "result"},
     "options": {"_validate"},
     "ranks": set(),

@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 
 from clipgrad.errors import PrivacyBudgetError
+from clipgrad.factorisation.buffered import BufferedToeplitz
 from clipgrad.factorisation.optimise import optimised
+from clipgrad.factorisation.strategy import banded
 from clipgrad.factorisation.toeplitz import column_norm, inverse, square_root
 from clipgrad.noise import NoiseSource, SystemNoise, cpu, keys, rows
 from clipgrad.noise.correlated import CorrelatedNoise
@@ -48,7 +50,7 @@ class Recorded:
 
 
 def noise_of(source: NoiseSource, column: Sequence[float]) -> CorrelatedNoise:
-    return CorrelatedNoise(source, column, f"{len(column)}-banded")
+    return CorrelatedNoise(source, banded(np.array(column)), f"{len(column)}-banded")
 
 
 def step(
@@ -155,6 +157,47 @@ def test_dtypes_and_layouts(dtype: torch.dtype) -> None:
                 assert mean.dtype is total.dtype
                 deviation = mean.double().std().item() / spreads[t]
                 assert abs(deviation - 1) < 8 / np.sqrt(2 * mean.numel())
+
+
+BUFFERED = BufferedToeplitz(2).strategy(30, 8)
+
+
+@pytest.mark.parametrize("saved_after", [0, 1, 5, 17])
+def test_buffers_give_the_inverse_of_their_matrix(saved_after: int) -> None:
+    """Without bands: each row against dense matrices, also after a restart."""
+    source = Recorded()
+    first = CorrelatedNoise(source, BUFFERED, "buffered")
+    found = (
+        [run(first, range(saved_after), 20, sigma=1.5, dtype=torch.float64)] if saved_after else []
+    )
+    second = CorrelatedNoise(source, BUFFERED, "buffered")
+    state = through_a_file(first.state_dict())
+    generator = source.inner.state_dict()
+    second.load_state_dict(state)
+    source.inner.load_state_dict(generator)
+    found.append(run(second, range(saved_after, 30), 20, sigma=1.5, dtype=torch.float64))
+    drawn = torch.stack(source.drawn).numpy()
+    expected = np.linalg.inv(matrix(BUFFERED.column, 30)) @ drawn
+    assert np.abs(torch.cat(found).numpy() - expected).max() < 1e-9
+    assert np.std(drawn) == pytest.approx(1.5 * BUFFERED.scale, rel=0.2)
+    kept = state["past"].get("p0", torch.zeros(0, 20))
+    assert kept.shape == ((2, 20) if saved_after else (0, 20))
+
+
+def test_the_covariance_of_buffered_noise_is_that_of_the_inverse() -> None:
+    found = run(CorrelatedNoise(SystemNoise(), BUFFERED, "buffered"), range(30), 20_000).double()
+    white = torch.from_numpy(matrix(BUFFERED.column, 30)) @ found / BUFFERED.scale
+    assert (white @ white.T / 20_000 - torch.eye(30)).abs().max() < 12 / np.sqrt(20_000)
+
+
+def test_a_state_of_another_strategy_is_refused() -> None:
+    buffered = CorrelatedNoise(seeded(), BUFFERED, "same name")
+    run(buffered, range(3), 4)
+    plain = CorrelatedNoise(seeded(), banded(square_root(3)), "same name")
+    run(plain, range(3), 4)
+    for one, other in ((buffered, plain), (plain, buffered)):
+        with pytest.raises(ValueError, match="Build the plan as it was"):
+            one.load_state_dict(other.state_dict())
 
 
 # ------------------------------------------------------------------------------- loops in C

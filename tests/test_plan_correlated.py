@@ -20,6 +20,7 @@ import clipgrad
 from clipgrad import (
     AdaptiveQuantile,
     BandedFactorisation,
+    BufferedToeplitz,
     DiscreteGaussianNoise,
     DPOptimizer,
     PrivacyPlan,
@@ -166,7 +167,10 @@ def test_a_plan_says_what_it_promises() -> None:
         ),
         ({"mechanism": BandedFactorisation(11)}, r"bands must be at most .* = 10, got 11"),
         ({"expected_batch_size": 60}, r"bands must be at most .* = 1, got 4"),
-        ({"mechanism": "banded"}, "mechanism must be a clipgrad.BandedFactorisation, got 'banded'"),
+        (
+            {"mechanism": "banded"},
+            "mechanism must be a .*BandedFactorisation or BufferedToeplitz, got 'banded'",
+        ),
         (
             {"noise_multiplier": lambda t: 1.0},
             "noise_multiplier must be a number with correlated noise",
@@ -487,6 +491,39 @@ def test_a_shuffled_training_has_the_noise_of_its_matrix() -> None:
     past = optimizer.state_dict()["clipgrad"]["noise"]["past"]
     assert {len(kept) for kept in past.values()} == {7}
     assert optimizer.epsilon() == pytest.approx(a_plan.epsilon(), rel=1e-12)
+
+
+def test_a_plan_with_buffers() -> None:
+    mechanism = BufferedToeplitz(2)
+    with pytest.raises(ValueError, match="needs shuffled=True: its matrix has no bands"):
+        plan(mechanism=mechanism)
+    a_plan = plan(mechanism=mechanism, expected_batch_size=10, steps=13, **SHUFFLED)
+    assert (
+        a_plan.epsilon()
+        == plan(mechanism=None, expected_batch_size=10, steps=13, **SHUFFLED).epsilon()
+    )
+    strategy = a_plan.strategy
+    assert strategy is not None
+    assert strategy == mechanism.strategy(13, 6)
+    model = mlp()
+    optimizer = DPOptimizer(sgd(model, lr=0.1), model, loss, plan=a_plan, noise=seeded())
+    added = []
+    for x, row in clipgrad.shuffled_loader(dataset(), plan=a_plan):
+        sums, _ = clipped(model, x)
+        optimizer.backward(x, row)
+        optimizer.step()
+        noise = [p.grad * 10 - sums[name] for name, p in model.named_parameters()]
+        added.append(torch.cat([part.flatten() for part in noise]))
+        optimizer.zero_grad()
+    white = matrix(strategy.column, 13) @ torch.stack(added).numpy()
+    drawn = seeded()
+    for t in range(13):
+        total = torch.zeros(white.shape[1], dtype=torch.float64)
+        drawn.add_gaussian_([total], 1.5 * strategy.scale)
+        assert np.abs(white[t] - total.numpy()).max() < 1e-9
+    assert "correlated over all steps" in str(a_plan)
+    independent = plan(mechanism=None, expected_batch_size=10, steps=13, **SHUFFLED)
+    assert a_plan.expected_error() < 0.8 * independent.expected_error()
 
 
 def test_auto_takes_many_bands_where_they_cost_nothing() -> None:

@@ -3,5 +3,6 @@
 from __future__ import annotations
 
 from clipgrad.factorisation.banded import BandedFactorisation
+from clipgrad.factorisation.buffered import BufferedToeplitz
 
-__all__ = ["BandedFactorisation"]
+__all__ = ["BandedFactorisation", "BufferedToeplitz"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from clipgrad.factorisation.optimise import is_stable, optimised
+from clipgrad.factorisation.strategy import Strategy, banded
 from clipgrad.factorisation.toeplitz import Array, square_root
 
 _KINDS = ("square_root", "optimised")
@@ -71,6 +72,15 @@ class BandedFactorisation:
         assert column[0] == 1.0
         assert is_stable(column), "rounding errors of the noise would grow"
         return column
+
+    def strategy(self, steps: int, separation: int) -> Strategy:
+        """Return the matrix of a run whose samples take part in steps that are at least ``separation`` apart."""
+        if self.count() > separation:
+            raise ValueError(
+                f"bands must be at most {separation}, the number of steps between two steps of a sample, got "
+                f"{self.count()}: no sensitivity is proven. Use fewer bands."
+            )
+        return banded(self.first_column(steps))
 
     def with_bands(self, bands: int) -> BandedFactorisation:
         """Return the same choice with a number of bands."""

@@ -61,6 +61,11 @@ def prefix_sum_error(coefficients: Array, steps: int) -> float:
         >>> prefix_sum_error(np.ones(1), 3) == math.sqrt((1 + 2 + 3) / 3)
         True
     """
+    return column_norm(coefficients) * prefix_sum_norm(coefficients, steps)
+
+
+def prefix_sum_norm(coefficients: Array, steps: int) -> float:
+    """Return the same for a first column that begins with 1, whatever its norm."""
     summed = np.cumsum(inverse(coefficients, steps))
     rows = np.arange(steps, 0, -1)
-    return column_norm(coefficients) * math.sqrt(float(rows @ summed**2) / steps)
+    return math.sqrt(float(rows @ summed**2) / steps)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -10,7 +9,9 @@ import torch
 from torch import Tensor
 
 from clipgrad.errors import PrivacyBudgetError
+from clipgrad.factorisation.strategy import Strategy
 from clipgrad.noise import checks
+from clipgrad.noise.buffers import Buffers
 from clipgrad.noise.keys import process
 from clipgrad.noise.rows import Rows, add_and_divide
 from clipgrad.noise.source import NoiseSource
@@ -34,25 +35,25 @@ class _Coordinates(NamedTuple):
 
 
 class CorrelatedNoise:
-    """Step t adds row t of ``C^-1 Z``, where Z is independent Gaussian noise and C a banded Toeplitz matrix.
+    """Step t adds row t of ``C^-1 Z``, where Z is independent Gaussian noise and C a lower-triangular Toeplitz matrix.
 
-    Row t is ``z_t - c_1 row_{t-1} - ... - c_{b-1} row_{t-b+1}``, so the noise keeps the rows of the last ``b - 1``
-    steps. Whoever knows them can subtract the noise of these steps. They are part of :meth:`state_dict`, which is
-    secret for that reason. Copies, unpickled objects and forked children begin without them, and refuse to continue
-    a run.
+    For b bands row t is ``z_t - c_1 row_{t-1} - ... - c_{b-1} row_{t-b+1}``, so the noise keeps the rows of the last
+    ``b - 1`` steps; without bands it keeps some decaying sums of all rows. Whoever knows them can subtract noise that
+    was published. They are part of :meth:`state_dict`, which is secret for that reason. Copies, unpickled objects and
+    forked children begin without them, and refuse to continue a run.
 
     Args:
         source: Where independent draws come from.
-        column: First column of C; it begins with 1.
+        strategy: How rows follow from earlier rows, and how large Z is.
         accounting: Names how an accountant has to treat the steps.
     """
 
     secret = "the noise of past steps, with which a reader can subtract it from what those steps published"
 
-    def __init__(self, source: NoiseSource, column: Sequence[float], accounting: str) -> None:
+    def __init__(self, source: NoiseSource, strategy: Strategy, accounting: str) -> None:
         self.source, self.accounting = source, accounting
-        self._column = [float(value) for value in column]
-        assert self._column[0] == 1.0
+        self._strategy = strategy
+        assert strategy.column[0] == 1.0
         self._forget()
 
     def _forget(self) -> None:
@@ -60,7 +61,7 @@ class CorrelatedNoise:
         """Steps so far; None if a step failed halfway, so that nobody knows what it added."""
         self._sigma = 0.0
         self._coordinates = _Coordinates((), ())
-        self._rows: dict[tuple[torch.device, torch.dtype], Rows] = {}
+        self._rows: dict[tuple[torch.device, torch.dtype], Rows | Buffers] = {}
         self._members: dict[tuple[torch.device, torch.dtype], list[int]] = {}
         self._kinds: list[tuple[torch.device, torch.dtype]] = []
         self._loaded: dict[str, Tensor] = {}
@@ -91,7 +92,7 @@ class CorrelatedNoise:
             PrivacyBudgetError: If the noise of the steps before is not known, so that this run cannot go on.
             ValueError: If the parameters or ``sigma`` are others than in the steps before.
         """
-        scale = checks.scale("sigma", sigma) * math.sqrt(math.fsum(c * c for c in self._column))
+        scale = checks.scale("sigma", sigma) * self._strategy.scale
         targets = checks.targets(sums, scale) if scale else list(sums)
         self._require_continuation(step, _Coordinates(tuple(names), tuple(t.shape for t in sums)))
         if step and sigma != self._sigma:
@@ -145,7 +146,6 @@ class CorrelatedNoise:
             members.setdefault((total.device, checks.NOISE_DTYPE[total.dtype]), []).append(index)
         past = self._loaded or self._past()
         self._rows, self._members, self._loaded = {}, members, {}
-        tail = self._column[1:]
         for (device, dtype), indices in members.items():
             names = [self._coordinates.names[index] for index in indices]
             shapes = [self._coordinates.shapes[index] for index in indices]
@@ -153,10 +153,18 @@ class CorrelatedNoise:
             if past:
                 parts = [past[name].to(device, dtype).flatten(1) for name in names]
                 flat = list(torch.cat(parts, 1))
-            plain = _is_default(self.source) and device.type == "cpu"
-            ahead = max(1, min(len(tail), _MOST_AHEAD)) if plain else 1
-            like = torch.empty(0, device=device, dtype=dtype)
-            self._rows[device, dtype] = Rows(tail, flat, shapes, like, ahead)
+            self._rows[device, dtype] = self._made(
+                flat, shapes, torch.empty(0, device=device, dtype=dtype)
+            )
+
+    def _made(self, past: list[Tensor], shapes: list[torch.Size], like: Tensor) -> Rows | Buffers:
+        column, _, weights, decays = self._strategy
+        if weights:
+            return Buffers(weights, decays, past, shapes, like)
+        tail = column[1:]
+        plain = _is_default(self.source) and like.device.type == "cpu"
+        ahead = max(1, min(len(tail), _MOST_AHEAD)) if plain else 1
+        return Rows(tail, past, shapes, like, ahead)
 
     def _past(self) -> dict[str, Tensor]:
         """Return the rows of past steps by name, oldest first: ``[rows, *shape]``."""
@@ -204,7 +212,7 @@ class CorrelatedNoise:
             "kind": "CorrelatedNoise",
             "format": 1,
             "accounting": self.accounting,
-            "column": list(self._column),
+            "strategy": _state_of(self._strategy),
             "step": self._step,
             "sigma": self._sigma,
             "names": list(self._coordinates.names),
@@ -220,14 +228,17 @@ class CorrelatedNoise:
             ValueError: If the state is of other noise, or incomplete.
         """
         checks.require_state(state, "CorrelatedNoise")
-        if state["accounting"] != self.accounting or len(state["column"]) != len(self._column):
+        strategy = _strategy_from(state["strategy"], self._strategy)
+        if state["accounting"] != self.accounting or strategy is None:
             raise ValueError(
                 f"state is of {state['accounting']} noise, but the plan has {self.accounting} noise. Build the plan "
                 "as it was when it was saved."
             )
         names, step = list(state["names"]), int(state["step"])
         past: dict[str, Tensor] = dict(state["past"])
-        wanted = min(step, len(self._column) - 1)
+        wanted = min(step, self._strategy.kept)
+        if self._strategy.weights and step:
+            wanted = self._strategy.kept
         shapes = [torch.Size(shape) for shape in state["shapes"]]
         expected = [(wanted, *shape) for shape in shapes] if wanted else []
         if [tuple(past[name].shape) for name in names if name in past] != expected:
@@ -238,18 +249,33 @@ class CorrelatedNoise:
         self._forget()
         self.source.load_state_dict(state["source"])
         # The coefficients of the noise so far, which another version of SciPy may not find to the last digit.
-        self._column = [float(value) for value in state["column"]]
+        self._strategy = strategy
         self._step, self._sigma = step, float(state["sigma"])
         self._coordinates = _Coordinates(tuple(names), tuple(shapes))
         self._loaded = {name: tensor.clone() for name, tensor in past.items()}
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the state for copy and pickle, without the rows: two runs must not share them."""
-        return {"source": self.source, "accounting": self.accounting, "_column": self._column}
+        return {"source": self.source, "accounting": self.accounting, "_strategy": self._strategy}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._forget()
+
+
+def _state_of(strategy: Strategy) -> list[Any]:
+    """Return what defines the noise: the column only if it has bands, since it is as long as the run otherwise."""
+    column = [] if strategy.weights else list(strategy.column)
+    return [column, strategy.scale, list(strategy.weights), list(strategy.decays)]
+
+
+def _strategy_from(state: Any, own: Strategy) -> Strategy | None:
+    """Return a saved strategy of the same form as ``own``, or None."""
+    column, scale, weights, decays = state
+    bands = 0 if own.weights else len(own.column)
+    if [len(column), len(weights), len(decays)] != [bands, len(own.weights), len(own.decays)]:
+        return None
+    return Strategy(tuple(column or own.column), float(scale), tuple(weights), tuple(decays))
 
 
 def _is_default(source: NoiseSource) -> bool:

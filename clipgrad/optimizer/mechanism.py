@@ -90,10 +90,10 @@ def make_step_noise(
         ValueError: If ``noise`` is no noise source, or does not fit the arithmetic.
     """
     source = check_source(noise, arithmetic, expected_batch_size)
-    if plan is None or plan.mechanism is None:
+    strategy = None if plan is None else plan.strategy
+    if plan is None or strategy is None:
         return IndependentNoise(source)
-    column = plan.mechanism.first_column(plan.steps)
-    return CorrelatedNoise(source, column.tolist(), plan.noise_accounting)
+    return CorrelatedNoise(source, strategy, plan.noise_accounting)
 
 
 def check_source(

@@ -10,9 +10,11 @@ import numpy as np
 from clipgrad import _validate, accounting
 from clipgrad.accounting import CyclicPoisson, FixedSize
 from clipgrad.clipping import AdaptiveQuantile, ClippingStrategy, Schedule, with_norms
-from clipgrad.factorisation import BandedFactorisation
-from clipgrad.factorisation.toeplitz import prefix_sum_error
+from clipgrad.factorisation import BandedFactorisation, BufferedToeplitz
+from clipgrad.factorisation.strategy import Strategy
+from clipgrad.factorisation.toeplitz import prefix_sum_norm
 
+Mechanism = BandedFactorisation | BufferedToeplitz
 _MOST_BANDS = 64
 
 _WHY_NOT = {
@@ -23,22 +25,26 @@ _WHY_NOT = {
 
 
 def sampling_of(
-    bands: int, expected_batch_size: float, num_samples: int, shuffled: bool
+    mechanism: Mechanism, expected_batch_size: float, num_samples: int, shuffled: bool
 ) -> CyclicPoisson | FixedSize:
-    """Return the sampling of a plan with this many bands.
+    """Return the sampling of a plan with correlated noise.
 
     In passes with one order for all of them, a sample takes part once a pass, and passes have at least ``bands`` steps.
     So the columns of its steps have no row in common, and each pass costs it one Gaussian mechanism, as for independent
-    noise (Choquette-Choo et al., "Multi-Epoch Matrix Factorization Mechanisms", 2023). No amplification is claimed.
+    noise (Choquette-Choo et al., "Multi-Epoch Matrix Factorization Mechanisms", 2023). No amplification is claimed. The
+    noise of a matrix without bands is larger, so that each number of passes costs no more than that either.
     """
     if shuffled:
         return FixedSize(num_samples, int(expected_batch_size))
+    assert isinstance(mechanism, BandedFactorisation)
+    bands = mechanism.count()
     return CyclicPoisson(expected_batch_size * bands / num_samples, bands)
 
 
 def refuse_uncorrelatable(
-    mechanism: BandedFactorisation | None,
+    mechanism: Mechanism | None,
     *,
+    shuffled: bool,
     num_samples: int,
     expected_batch_size: float,
     noise_multiplier: float | Schedule,
@@ -49,6 +55,7 @@ def refuse_uncorrelatable(
 
     Args:
         mechanism: How noise is correlated, if it is.
+        shuffled: As in the plan.
         num_samples: As in the plan.
         expected_batch_size: As in the plan.
         noise_multiplier: As in the plan.
@@ -57,11 +64,17 @@ def refuse_uncorrelatable(
     """
     if mechanism is None:
         return
-    if not isinstance(mechanism, BandedFactorisation):
+    if not isinstance(mechanism, Mechanism):
         raise TypeError(
-            f"mechanism must be a clipgrad.BandedFactorisation, got {mechanism!r}; None is independent noise."
+            f"mechanism must be a clipgrad.BandedFactorisation or BufferedToeplitz, got {mechanism!r}; None is "
+            "independent noise."
         )
-    bands = mechanism.count()
+    if isinstance(mechanism, BufferedToeplitz) and not shuffled:
+        raise ValueError(
+            f"mechanism={mechanism!r} needs shuffled=True: its matrix has no bands, so no amplification by sampling "
+            "is proven. Use BandedFactorisation for Poisson batches."
+        )
+    bands = mechanism.count() if isinstance(mechanism, BandedFactorisation) else 1
     most = math.floor(num_samples / expected_batch_size)
     if bands > most:
         raise ValueError(
@@ -90,10 +103,11 @@ def refuse_uncorrelatable(
     with_norms(max_grad_norm, constant)
 
 
-def error_of(mechanism: BandedFactorisation | None, noise: Sequence[float]) -> float:
+def error_of(strategy: Strategy | None, noise: Sequence[float]) -> float:
     """Return the root mean square of the noise in prefix sums, for the noise multiplier of each step."""
-    if mechanism is not None:
-        return noise[0] * prefix_sum_error(mechanism.first_column(len(noise)), len(noise))
+    if strategy is not None:
+        spread = prefix_sum_norm(np.array(strategy.column), len(noise))
+        return noise[0] * strategy.scale * spread
     return math.sqrt(float(np.cumsum(np.square(noise)).mean()))
 
 
@@ -120,14 +134,15 @@ def best_bands(
         if bands not in errors:
             noise = accounting.noise_multiplier(
                 target_epsilon=target_epsilon,
-                sampling=sampling_of(bands, size, num_samples, shuffled),
+                sampling=sampling_of(mechanism.with_bands(bands), size, num_samples, shuffled),
                 steps=steps,
                 delta=delta,
                 accountant="rdp",
                 # With replace_one all noise counts twice, in units that are twice as large.
                 relation="replace_special",
             )
-            errors[bands] = error_of(mechanism.with_bands(bands), [noise] * steps)
+            strategy = mechanism.with_bands(bands).strategy(steps, most)
+            errors[bands] = error_of(strategy, [noise] * steps)
         return errors[bands]
 
     bands = 1

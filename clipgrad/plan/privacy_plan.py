@@ -19,8 +19,15 @@ from clipgrad.accounting import (
 )
 from clipgrad.clipping import ClippingStrategy, Relation, Schedule, relation_of
 from clipgrad.factorisation import BandedFactorisation
+from clipgrad.factorisation.strategy import Strategy
 from clipgrad.plan.checks import refuse_contradictions, require_count, steps_of
-from clipgrad.plan.correlated import best_bands, error_of, refuse_uncorrelatable, sampling_of
+from clipgrad.plan.correlated import (
+    Mechanism,
+    best_bands,
+    error_of,
+    refuse_uncorrelatable,
+    sampling_of,
+)
 from clipgrad.plan.receipts import Receipts
 from clipgrad.plan.run import Run
 
@@ -56,7 +63,8 @@ class PrivacyPlan:
         accountant: ``"pld"`` (tight), ``"rdp"`` (fast, for a progress bar) or, with a grid, ``"rdp_integer"``.
         grid: The spacing of the integer grid of exact mode; see ``DPOptimizer``.
         mechanism: ``BandedFactorisation(bands=...)`` correlates the noise over steps, so that at the same epsilon sums
-            of gradients have less noise. None is independent noise. See ``docs/noise.md`` for what serves which run,
+            of gradients have less noise, and so does ``BufferedToeplitz`` for shuffled passes. None is independent
+            noise. See ``docs/noise.md`` for what serves which run,
             and what it excludes.
 
     Raises:
@@ -95,7 +103,7 @@ class PrivacyPlan:
     relation: Relation = Relation.ADD_OR_REMOVE_ONE
     accountant: accounting.Accountant = "pld"
     grid: float | None = None
-    mechanism: BandedFactorisation | None = None
+    mechanism: Mechanism | None = None
     run: Run = field(init=False, repr=False, compare=False)
     """The state of the run: batches handed out and steps released. Loaders and optimizers update it."""
 
@@ -138,6 +146,7 @@ class PrivacyPlan:
         )
         refuse_uncorrelatable(
             self.mechanism,
+            shuffled=self.shuffled,
             num_samples=self.num_samples,
             expected_batch_size=self.expected_batch_size,
             noise_multiplier=self.noise_multiplier,
@@ -178,7 +187,7 @@ class PrivacyPlan:
         relation: Relation = Relation.ADD_OR_REMOVE_ONE,
         accountant: accounting.Accountant = "pld",
         grid: float | None = None,
-        mechanism: BandedFactorisation | None = None,
+        mechanism: Mechanism | None = None,
     ) -> PrivacyPlan:
         """Return the plan with the least noise that stays within ``target_epsilon``.
 
@@ -212,7 +221,7 @@ class PrivacyPlan:
                 "PrivacyPlan(noise_multiplier=0.0, ...)."
             )
         count = steps_of(steps, epochs, num_samples, expected_batch_size)
-        if mechanism is not None and mechanism.bands == "auto":
+        if isinstance(mechanism, BandedFactorisation) and mechanism.bands == "auto":
             mechanism = best_bands(
                 mechanism,
                 target_epsilon,
@@ -299,7 +308,7 @@ class PrivacyPlan:
         """Return the sampling scheme, for the accountant."""
         if self.mechanism is not None:
             return sampling_of(
-                self.mechanism.count(), self.expected_batch_size, self.num_samples, self.shuffled
+                self.mechanism, self.expected_batch_size, self.num_samples, self.shuffled
             )
         if self.shuffled:
             return FixedSize(self.num_samples, int(self.expected_batch_size))
@@ -310,7 +319,13 @@ class PrivacyPlan:
     @property
     def noise_accounting(self) -> str:
         """Return the kind of noise, for the accountant: independent in each step, or correlated over some steps."""
-        return "independent" if self.mechanism is None else f"{self.mechanism.count()}-banded"
+        return "independent" if self.mechanism is None else str(self.mechanism)
+
+    @property
+    def strategy(self) -> Strategy | None:
+        """Return the matrix of correlated noise; None for independent noise."""
+        separation = math.floor(self.num_samples / self.expected_batch_size)
+        return None if self.mechanism is None else self.mechanism.strategy(self.steps, separation)
 
     def noise_at(self, step: int) -> float:
         """Return the noise multiplier of a step; the first step is step 0."""
@@ -345,7 +360,7 @@ class PrivacyPlan:
         moves by this sum. Momentum and adaptive optimizers weigh steps otherwise, and profit less or more.
         """
         noise = [self.noise_at(step) for step in range(self.steps)]
-        return error_of(self.mechanism, noise) / self.expected_batch_size
+        return error_of(self.strategy, noise) / self.expected_batch_size
 
     def __str__(self) -> str:
         kind = "Gaussian" if self.grid is None else "discrete Gaussian"
@@ -355,7 +370,8 @@ class PrivacyPlan:
             else f"{kind} noise of {self.noise_multiplier:.2f} sensitivities"
         )
         if self.mechanism is not None:
-            noise += f", correlated over {self.mechanism.count()} steps"
+            bands = getattr(self.mechanism, "bands", "all")
+            noise += f", correlated over {bands} steps"
         text = (
             f"(epsilon = {_round_up(self.epsilon())}, delta = {self.delta:g})-differentially private towards "
             f"{_RELATIONS[self.relation].format(unit=self.unit)}: {self.steps} steps on {self._describe_batches()}, "

@@ -9,9 +9,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from clipgrad.factorisation import BandedFactorisation
+from clipgrad.factorisation import BandedFactorisation, BufferedToeplitz
+from clipgrad.factorisation.buffered import _inverse_of
 from clipgrad.factorisation.optimise import _found, is_stable, optimised
-from clipgrad.factorisation.toeplitz import column_norm, inverse, prefix_sum_error, square_root
+from clipgrad.factorisation.toeplitz import (
+    column_norm,
+    inverse,
+    prefix_sum_error,
+    prefix_sum_norm,
+    square_root,
+)
 from tests.factorisation.oracle import matrix
 
 COLUMNS = [[1.0], [1.0, 0.5], [1.0, 0.9, 0.3], [1.0, -0.4, 0.2, 0.1], square_root(6).tolist()]
@@ -82,6 +89,34 @@ def test_other_arguments_that_are_none() -> None:
         BandedFactorisation(2, "best")
     with pytest.raises(ValueError, match=r"Use PrivacyPlan\.for_epsilon"):
         BandedFactorisation().count()
+
+
+@pytest.mark.parametrize(("steps", "separation"), [(40, 10), (60, 7), (30, 30), (5, 1)])
+def test_buffers_find_a_good_matrix(steps: int, separation: int) -> None:
+    found = BufferedToeplitz(2).strategy(steps, separation)
+    column = np.array(found.column)
+    assert len(column) == steps
+    assert (column > 0).all()
+    assert (np.diff(column) <= 0).all()
+    error = found.scale * prefix_sum_norm(column, steps)
+    assert error <= prefix_sum_error(np.ones(1), steps) * (1 + 1e-3)  # independent noise
+    if separation >= 10:
+        assert error < 1.2 * prefix_sum_error(optimised(min(10, separation), steps), steps)
+    one = BufferedToeplitz(1).strategy(steps, separation)
+    assert error <= 1.001 * one.scale * prefix_sum_norm(np.array(one.column), steps)
+    weights, decays = map(np.array, (found.weights, found.decays))
+    product, total = _inverse_of(weights, decays)
+    # product / total is the inverse of C, as a power series.
+    assert (
+        np.abs(np.convolve(total, inverse(column, steps))[:steps][: len(product)] - product).max()
+        < 1e-12
+    )
+
+
+@pytest.mark.parametrize("buffers", [0, 5, 2.0, True, None])
+def test_buffers_that_are_none(buffers: Any) -> None:
+    with pytest.raises(ValueError, match="buffers must be an integer from 1 to 4"):
+        BufferedToeplitz(buffers)
 
 
 def test_without_scipy_the_closed_form_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ import itertools
 import numpy as np
 import pytest
 
+from clipgrad.factorisation.buffered import BufferedToeplitz
 from clipgrad.factorisation.optimise import optimised
 from clipgrad.factorisation.sensitivity import separated
 from clipgrad.factorisation.toeplitz import column_norm, square_root
@@ -77,3 +78,20 @@ def test_random_rows_never_reach_beyond() -> None:
             drawn = generator.standard_normal((len(chosen), 2))
             rows[chosen] = drawn / np.linalg.norm(drawn, axis=1, keepdims=True)
             assert np.linalg.norm(strategy @ rows) <= bound + 1e-12
+
+
+@pytest.mark.parametrize(("steps", "separation"), [(9, 3), (9, 4), (8, 2), (9, 1), (9, 9)])
+def test_passes_of_a_matrix_without_bands_cost_what_is_counted(steps: int, separation: int) -> None:
+    """At every end of the run: k begun passes cost at most k mechanisms of the scale that the noise has."""
+    found = BufferedToeplitz(2).strategy(steps, separation)
+    strategy = matrix(found.column, steps)
+    quotients = []
+    for end in range(1, steps + 1):
+        passes = -(-end // separation)
+        worst = most(strategy[:end, :end], separated_sets(end, separation))
+        quotients.append(worst / np.sqrt(passes))
+    assert max(quotients) <= found.scale + 1e-12
+    assert max(quotients) == pytest.approx(found.scale, rel=1e-9)
+    # The norm of one column would not do where columns overlap.
+    overlap = separation < steps and sum(found.weights) > 0.01
+    assert not overlap or found.scale > column_norm(np.array(found.column)) * 1.001
