@@ -28,12 +28,24 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from clipgrad.kernels.selection import for_each_row, select_last, select_rows
 
+_LOWERED = (torch.float32, torch.float16, torch.bfloat16)  # autocast leaves float64 alone
 BatchedProduct = Callable[[Tensor, Tensor], Tensor]
 
 
 def widen(tensor: Tensor) -> Tensor:
     """Convert half precision to float32, because norms and sums of half-precision factors cancel."""
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+
+
+def lowered(tensor: Tensor) -> Tensor:
+    """Return an operand as autocast rounds it for a product, so that a rule records what is multiplied.
+
+    This is for operations that autocast lowers on every device: ``linear``, ``matmul``, ``addmm``, convolutions.
+    """
+    device = tensor.device.type
+    if not torch.is_autocast_enabled(device) or tensor.dtype not in _LOWERED:
+        return tensor
+    return tensor.to(torch.get_autocast_dtype(device))
 
 
 def scale_rows(tensor: Tensor, factors: Tensor) -> Tensor:
