@@ -11,6 +11,7 @@ from torch import Tensor
 from clipgrad._functorch import Decline, per_sample, physical
 from clipgrad.engine.foreign_code import refuse_kind
 from clipgrad.engine.tape import Expected, Tape, Tracked, watch
+from clipgrad.kernels.half_products import multiplies
 from clipgrad.rules.registry import Recipe
 
 
@@ -106,8 +107,9 @@ class BoundCall:
                     self._without_recipe.pop(id(recipe.parameter), None)
                     entries.append((tracked, recipe))
         if entries:
+            half = multiplies(output, output)
             for tracked, recipe in entries:
-                tracked.expected.append(Expected(self._rule, recipe.extent))
+                tracked.expected.append(Expected(self._rule, recipe.extent, half))
             tape = self._capture.tape
             output = watch(output, tape.anchor, tape.on_gradient(entries, saved, self._rule))
         return output

@@ -26,7 +26,9 @@ from clipgrad.rules.registry import Extent
 # FLOPs that a machine computes in the time of moving one byte. CPUs and GPUs in float32 lie between 5 and 15. Near the
 # crossing both strategies cost about the same, so one number serves both kinds of device.
 _FLOPS_PER_BYTE = 10.0
-_BYTES = 4
+# The same for half precision where a device multiplies it without widening: tensor cores of an H100 or H200.
+_HALF_FLOPS_PER_BYTE = 75.0
+_BYTES, _HALF_BYTES = 4, 2
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,9 @@ def _has_choice(entry: Tracked) -> bool:
 def _preference(entry: Tracked, batch_size: int, forced: Strategy | None) -> Choice:
     kept_bytes = batch_size * entry.shared.numel() * _BYTES
     extents = [extent for extent in entry.extents if extent is not None]
-    factor_bytes = sum(_factor_bytes(extent, batch_size) for extent in extents)
+    half = bool(extents) and all(expected.half for expected in entry.expected)
+    size = _HALF_BYTES if half else _BYTES
+    factor_bytes = sum(_factor_bytes(extent, batch_size, size) for extent in extents)
     if not _has_choice(entry):
         return Choice(Strategy.KEPT, _why_kept(entry), kept_bytes, factor_bytes)
     if forced is not None:
@@ -114,7 +118,8 @@ def _preference(entry: Tracked, batch_size: int, forced: Strategy | None) -> Cho
         return Choice(
             Strategy.GHOST, "one position: |input|^2 |output gradient|^2", kept_bytes, factor_bytes
         )
-    ghost = groups * positions**2 * (rows + columns) / _FLOPS_PER_BYTE
+    flops_per_byte = _HALF_FLOPS_PER_BYTE if half else _FLOPS_PER_BYTE
+    ghost = groups * positions**2 * (rows + columns) / flops_per_byte
     kept = 3 * groups * rows * columns * _BYTES
     crossing = f"{positions} positions against {rows}x{columns}"
     if kept_bytes <= factor_bytes:
@@ -138,9 +143,9 @@ def _why_kept(entry: Tracked) -> str:
     return "one sum over positions" if entry.expected else "not used"
 
 
-def _factor_bytes(extent: Extent, batch_size: int) -> int:
+def _factor_bytes(extent: Extent, batch_size: int, size: int) -> int:
     width = extent.columns + (2 if extent.one_hot else extent.rows)
-    return batch_size * extent.groups * extent.positions * width * _BYTES
+    return batch_size * extent.groups * extent.positions * width * size
 
 
 def _mebibytes(size: float) -> str:

@@ -37,6 +37,8 @@ class Expected:
 
     rule: str
     extent: Extent | None
+    half: bool = False
+    """Whether products read the factors in half precision."""
 
 
 # Per-sample gradients that the recompute strategy holds at a time, in elements.

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
+from clipgrad.kernels.half_products import multiplies, product, weighted_product
 from clipgrad.kernels.selection import for_each_row, select_last, select_rows
 
 _LOWERED = (torch.float32, torch.float16, torch.bfloat16)  # autocast leaves float64 alone
@@ -104,7 +105,10 @@ class Use(Protocol):
         ...
 
     def select(self, keep: Tensor) -> Use:
-        """Return this use with exactly zero gradients for all samples outside the boolean mask ``keep``."""
+        """Return this use with exactly zero gradients for all samples outside the boolean mask ``keep``.
+
+        A use whose weighted sum skips samples with a zero factor may return itself: factors outside the mask are zero.
+        """
         ...
 
 
@@ -172,23 +176,32 @@ class Outer:
     def samples(self) -> int:
         return self.right.shape[0] // self.groups
 
+    @property
+    def stays_half(self) -> bool:
+        """Return whether products read the factors in half precision, as they are."""
+        return isinstance(self.left, Tensor) and multiplies(self.left, self.right)
+
     def outer(self) -> Outer:
         return self
 
-    def per_sample(self, batched_product: BatchedProduct = torch.bmm) -> Tensor:
-        right = widen(self.right)
+    def per_sample(self, batched_product: BatchedProduct = product) -> Tensor:
         if isinstance(self.left, OneHot):
-            return _scatter_rows(self.left, right).view(self.samples, *self.shape)
-        left = widen(self.left)
-        if left.shape[1] == 1:  # a broadcast product is faster than bmm with one position
-            product = left.transpose(1, 2) * right
+            rows = _scatter_rows(self.left, widen(self.right))
+            return rows.view(self.samples, *self.shape)
+        if self.left.shape[1] == 1:  # a broadcast product is faster than bmm with one position
+            found = widen(self.left).transpose(1, 2) * widen(self.right)
+        elif self.stays_half:
+            found = batched_product(self.left.transpose(1, 2), self.right)
         else:
-            product = batched_product(left.transpose(1, 2), right)
-        return product.view(self.samples, *self.shape)
+            found = batched_product(widen(self.left).transpose(1, 2), widen(self.right))
+        return found.view(self.samples, *self.shape)
 
     def weighted_sum(self, factors: Tensor) -> Tensor:
         if self.groups > 1:
             return PerSample(self.per_sample()).weighted_sum(factors)
+        if self._skips_zeros:
+            assert isinstance(self.left, Tensor)
+            return weighted_product(self.left, self.right, factors).view(self.shape)
         right = widen(self.right)
         if isinstance(self.left, OneHot):
             rows = scale_rows(right, factors).flatten(0, 1)
@@ -210,6 +223,8 @@ class Outer:
         return replace(self, left=left, right=self.right[rows])
 
     def select(self, keep: Tensor) -> Outer:
+        if self._skips_zeros:
+            return self  # the weighted sum reads no sample whose factor is zero
         if self.groups > 1:
             keep = keep.repeat_interleave(self.groups)
         if isinstance(self.left, OneHot):
@@ -220,6 +235,11 @@ class Outer:
         else:
             left, right = select_last(self.left, keep), select_rows(self.right, keep)
         return replace(self, left=left, right=right)
+
+    @property
+    def _skips_zeros(self) -> bool:
+        """Return whether the weighted sum scales products in float32, and skips samples whose factor is zero."""
+        return self.groups == 1 and self.stays_half
 
     def _scales_left(self, left: Tensor) -> bool:
         """Return whether a weighted sum scales the left factor, because it is the narrower factor."""

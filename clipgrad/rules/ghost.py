@@ -42,11 +42,10 @@ def ghost_norms_squared(uses: Sequence[Outer]) -> Tensor:
     lengths: list[Lengths] = []
     if dense is not None:
         assert isinstance(dense.left, Tensor)
-        left, right = widen(dense.left), widen(dense.right)
-        if hot is None and left.shape[1] == 1:
-            norms = _one_position(left, right)
+        if hot is None and dense.left.shape[1] == 1:
+            norms = _one_position(widen(dense.left), widen(dense.right))
             return norms.view(dense.samples, dense.groups).sum(1)
-        norms, found = gram_sums(left, right)
+        norms, found = gram_sums(dense.left, dense.right)
         parts.append(norms.view(dense.samples, dense.groups).sum(1))
         lengths.append(found)
     by_gram = dense is not None
@@ -167,7 +166,7 @@ def _cross(hot: Outer, dense: Outer) -> Tensor:
     assert isinstance(dense.left, Tensor)
     assert isinstance(hot.left, OneHot)
     ids = hot.left.ids[:, None, :].expand(-1, dense.left.shape[1], -1)
-    picked = widen(dense.left).gather(2, ids)
+    picked = widen(dense.left.gather(2, ids))
     products = full_product(widen(dense.right), widen(hot.right).transpose(1, 2))
     products_summed: Tensor = torch.linalg.vecdot(picked.flatten(1), products.flatten(1))
     return products_summed

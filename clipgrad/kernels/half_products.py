@@ -1,0 +1,111 @@
+"""Products of half-precision factors with float32 sums, without widening the factors first.
+
+A product of two bfloat16 or two float16 numbers has at most 22 binary digits, so float32 holds it exactly. Tensor cores
+multiply half precision and add in float32. So the result is that of widening the factors first, up to the order of
+additions, in a fraction of the time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from importlib.util import find_spec
+from types import ModuleType
+
+import torch
+from torch import Tensor
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
+
+from clipgrad.kernels.selection import select_rows
+
+HALF = (torch.float16, torch.bfloat16)
+# On these devices PyTorch multiplies half precision with float32 results; elsewhere factors are widened.
+_DEVICES = {"cuda"}
+
+
+def multiplies(a: Tensor, b: Tensor) -> bool:
+    """Return whether two factors are of one half-precision dtype, on a device that multiplies them without widening."""
+    return a.dtype is b.dtype and a.dtype in HALF and a.device.type in _DEVICES
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """Return ``torch.bmm(a, b)``; in float32 if both factors are of one half-precision dtype."""
+    if a.dtype is not b.dtype or a.dtype not in HALF:
+        return torch.bmm(a, b)
+    if a.device.type not in _DEVICES:
+        return torch.bmm(a.float(), b.float())
+    if get_proxy_mode() is None:
+        return _half_product(a, b)
+    found: Tensor = half_product(a, b)
+    return found
+
+
+def _half_product(a: Tensor, b: Tensor) -> Tensor:
+    if a.device.type != "cuda":
+        return torch.bmm(a.float(), b.float())
+    with _sums_in_float32(a.dtype):
+        return torch.bmm(a, b, out_dtype=torch.float32)
+
+
+# A custom operation keeps the setting for sums inside one node of a traced graph.
+@torch.library.custom_op("clipgrad::half_product", mutates_args=())
+def half_product(a: Tensor, b: Tensor) -> Tensor:
+    """Return the float32 product of two half-precision tensors ``[B, N, K]`` and ``[B, K, M]``."""
+    return _half_product(a, b)
+
+
+@half_product.register_fake
+def _(a: Tensor, b: Tensor) -> Tensor:
+    return a.new_empty(a.shape[0], a.shape[1], b.shape[2], dtype=torch.float32)
+
+
+@torch.library.custom_op("clipgrad::weighted_product", mutates_args=())
+def weighted_product(left: Tensor, right: Tensor, factors: Tensor) -> Tensor:
+    """Return ``sum_b factors[b] left[b]^T right[b]`` in float32; factors scale products, not their operands.
+
+    Scaling an operand would round it to half precision. A sample whose factor is zero contributes nothing, whatever its
+    values are, also a NaN.
+
+    Args:
+        left: ``[B, S, rows]``, half precision.
+        right: ``[B, S, columns]``, of the same dtype.
+        factors: ``[B]``, float32.
+    """
+    launcher = _launcher() if left.device.type == "cuda" else None
+    if launcher is not None:
+        found: Tensor | None = launcher.weighted_product(left, right, factors)
+        if found is not None:
+            return found
+    counts = factors != 0
+    scaled = select_rows(left, counts).float() * factors[:, None, None]
+    return scaled.flatten(0, 1).t() @ select_rows(right, counts).float().flatten(0, 1)
+
+
+@weighted_product.register_fake
+def _(left: Tensor, right: Tensor, factors: Tensor) -> Tensor:
+    return factors.new_empty(left.shape[2], right.shape[2])
+
+
+@contextmanager
+def _sums_in_float32(dtype: torch.dtype) -> Iterator[None]:
+    """Forbid float16 sums inside of float16 products, which a process may allow for its own products."""
+    matmul = torch.backends.cuda.matmul
+    if dtype is not torch.float16 or not matmul.allow_fp16_accumulation:
+        yield
+        return
+    matmul.allow_fp16_accumulation = False
+    try:
+        yield
+    finally:
+        matmul.allow_fp16_accumulation = True
+
+
+@cache
+def _launcher() -> ModuleType | None:
+    """Return the module that launches the kernel, or None without Triton; cached, since a failed search is slow."""
+    if find_spec("triton") is None:
+        return None
+    from clipgrad.kernels import weighted_launch
+
+    return weighted_launch
