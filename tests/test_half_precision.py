@@ -1,0 +1,176 @@
+"""Half-precision factors: products, norms and clipped sums, and what one sample may contribute.
+
+A GPU multiplies half-precision factors as they are. On the CPU a fixture takes the same way, with widened products at
+its end.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from clipgrad import Performance, clipped_grad
+from clipgrad.kernels import half_products
+from clipgrad.kernels.half_products import HALF, half_product, product, weighted_product
+from clipgrad.rules.canonical import Outer
+from clipgrad.rules.ghost import ghost_norms_squared
+from tests.compiled.conftest import Graphs, graphs  # noqa: F401 - a fixture
+from tests.kernels import interpreted, needs_triton
+from tests.test_sensitivity import KINDS
+
+STRATEGIES = ("auto", "kept", "ghost", "recompute")
+Params = dict[str, Tensor]
+
+
+@pytest.fixture(params=["widened", "as on a GPU"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Both ways to multiply half-precision factors."""
+    if request.param == "as on a GPU":
+        monkeypatch.setattr(half_products, "_DEVICES", {"cuda", "cpu"})
+    return str(request.param)
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_products_lose_nothing(dtype: torch.dtype, way: str) -> None:
+    torch.manual_seed(0)
+    a, b = torch.randn(3, 5, 70).to(dtype), torch.randn(3, 70, 4).to(dtype)
+    for found in (product(a, b), half_product(a, b)):
+        assert found.dtype is torch.float32
+        torch.testing.assert_close(found.double(), a.double() @ b.double(), rtol=1e-5, atol=1e-5)
+
+
+def test_products_of_other_pairs() -> None:
+    a, b = torch.randn(2, 3, 4), torch.randn(2, 4, 5)
+    assert torch.equal(product(a, b), torch.bmm(a, b))
+    assert product(a.double(), b.double()).dtype is torch.float64
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_a_weighted_product_skips_samples_of_factor_zero(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    left, right = torch.randn(4, 6, 3).to(dtype), torch.randn(4, 6, 5).to(dtype)
+    factors = torch.tensor([0.3, 0.0, 1e-3, 0.0])
+    counts = factors.double()[:, None, None]
+    expected = ((left.double() * counts).mT @ right.double()).sum(0)
+    left[1], right[3], right[1] = torch.nan, torch.inf, -torch.inf
+    found = weighted_product(left, right, factors)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-6)
+    factors[1] = torch.nan
+    assert weighted_product(left, right, factors).isnan().all()
+
+
+@pytest.mark.parametrize("shape", [(3, 1, 4, 5), (3, 7, 4, 5), (1, 2, 1, 1), (0, 3, 4, 5)])
+@pytest.mark.parametrize("dtype", HALF)
+def test_uses_equal_the_definition(shape: tuple[int, ...], dtype: torch.dtype, way: str) -> None:
+    """Per-sample gradients, weighted sum and norms of one pair of factors, in float64 by hand."""
+    torch.manual_seed(0)
+    samples, positions, rows, columns = shape
+    left = torch.randn(samples, positions, rows).to(dtype)
+    right = torch.randn(samples, positions, columns).to(dtype)
+    factors = torch.rand(samples)
+    use = Outer(left, right, torch.Size([rows, columns]))
+    each = left.double().mT @ right.double()
+    close = {"rtol": 1e-5, "atol": 1e-5}
+    torch.testing.assert_close(use.per_sample().double(), each, **close)
+    total = (each * factors.double()[:, None, None]).sum(0)
+    torch.testing.assert_close(use.weighted_sum(factors).double(), total, **close)
+    norms = each.square().sum((1, 2))
+    torch.testing.assert_close(ghost_norms_squared([use]).double(), norms, **close)
+
+
+def network(p: Params, x: Tensor) -> Tensor:
+    """Two layers with a norm between, a bias, and a weight that is used twice."""
+    h = F.layer_norm(F.linear(x, p["in"], p["bias"]), (4,), p["gain"])
+    return (F.linear(h, p["out"]).float().square() + F.linear(h.flip(1), p["out"]).float()).sum()
+
+
+SHAPES = {"in": (4, 6), "bias": (4,), "gain": (4,), "out": (3, 4)}
+
+
+def make(dtype: torch.dtype, samples: int) -> tuple[Params, Tensor]:
+    torch.manual_seed(0)
+    params = {name: torch.randn(*shape).to(dtype) for name, shape in SHAPES.items()}
+    return params, torch.randn(samples, 5, 6).to(dtype)
+
+
+@pytest.mark.parametrize("poison", [torch.nan, torch.inf, 6e4])
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("strategy", ["kept", "ghost"])
+def test_a_dropped_sample_leaves_no_trace(
+    strategy: str,
+    compiled: bool,
+    poison: float,
+    way: str,
+    graphs: Graphs,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A NaN, an inf or a float16 overflow; the graph does as on a GPU and asks nobody whether there is one."""
+    if way == "as on a GPU":
+        monkeypatch.setattr("clipgrad.compiled.trace.worth_asking", lambda device: False)
+    params, x = make(torch.float16, 4)
+    x[2] = poison
+    gradient = clipped_grad(
+        network, max_grad_norm=1.0, compile=compiled, performance=Performance(strategy=strategy)
+    )
+    found = gradient(params, x)
+    assert found.num_nonfinite == 1
+    others = gradient(params, x, is_padding=torch.arange(4) == 2)
+    for name, total in found.grads.items():
+        assert total.isfinite().all()
+        assert torch.equal(total, others.grads[name])
+        assert total.any()
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("autocast", [False, True])
+def test_one_sample_contributes_at_most_the_norm(
+    kind: str, dtype: torch.dtype, autocast: bool, way: str
+) -> None:
+    """To one part in 1e5: factors are exact, and norms and sums are float32's."""
+    params, x = make(torch.float32 if autocast else dtype, 1)
+    x = KINDS[kind](x[0].float()).to(x.dtype)[None]
+    for norm in (1e-3, 1.0, 100.0):
+        for strategy in STRATEGIES:
+            gradient = clipped_grad(
+                network, max_grad_norm=norm, performance=Performance(strategy=strategy)
+            )
+            with torch.autocast("cpu", dtype, enabled=autocast):
+                sums = gradient(params, x).grads
+            total = torch.cat([each.double().flatten() for each in sums.values()]).norm()
+            assert total <= norm * (1 + 1e-5), strategy
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("gap", [0, 1, 3])
+@pytest.mark.parametrize("size", [1.0, 100.0])
+def test_cancelling_positions(
+    size: float, gap: int, strategy: str, dtype: torch.dtype, way: str
+) -> None:
+    """Two positions differ in the last digits of a few elements, and their gradients all but cancel."""
+    generator = torch.Generator().manual_seed(0)
+    first = (size * torch.randn(10, 64, generator=generator)).to(dtype)
+    last = first.clone()
+    step = torch.finfo(dtype).eps * last[:, :gap].abs()
+    last[:, :gap] = last[:, :gap] + step
+    x = torch.stack([first, last], 1)
+    params = {"w": torch.randn(64, 64, generator=generator).to(dtype)}
+
+    def loss(p: Params, x: Tensor) -> Tensor:
+        return F.linear(x, p["w"]).float().diff(dim=1).sum()
+
+    gradient = clipped_grad(loss, max_grad_norm=1e-2, performance=Performance(strategy=strategy))
+    for i in range(len(x)):
+        found = gradient(params, x[i : i + 1])
+        exact = 8 * (last[i].double() - first[i].double()).norm()  # 64 rows of the same difference
+        assert found.grad_norms[0].double() >= exact * (1 - 1e-5)
+        assert found.grads["w"].double().norm() <= 1e-2 * (1 + 1e-5)
+
+
+@pytest.mark.slow
+@needs_triton
+def test_the_kernel_in_the_interpreter() -> None:
+    assert interpreted("tests.weighted_kernels") == ["shapes", "values", "choice", "proof"]
