@@ -107,7 +107,7 @@ class BoundCall:
                     self._without_recipe.pop(id(recipe.parameter), None)
                     entries.append((tracked, recipe))
         if entries:
-            half = multiplies(output, output)
+            half = output.dtype if multiplies(output, output) else None
             for tracked, recipe in entries:
                 tracked.expected.append(Expected(self._rule, recipe.extent, half))
             tape = self._capture.tape

@@ -9,24 +9,28 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
-from importlib.util import find_spec
-from types import ModuleType
 
 import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
-from clipgrad.kernels.selection import select_rows
-
 HALF = (torch.float16, torch.bfloat16)
 # On these devices PyTorch multiplies half precision with float32 results; elsewhere factors are widened.
 _DEVICES = {"cuda"}
+# A product reads rows fast that start at multiples of this many bytes.
+_ALIGNMENT = 16
 
 
 def multiplies(a: Tensor, b: Tensor) -> bool:
     """Return whether two factors are of one half-precision dtype, on a device that multiplies them without widening."""
     return a.dtype is b.dtype and a.dtype in HALF and a.device.type in _DEVICES
+
+
+def missing_to_alignment(factor: Tensor) -> int:
+    """Return how many elements the last axis needs, so that a product on the factor's device reads it fast."""
+    if factor.device.type not in _DEVICES or not factor.is_floating_point():
+        return 0
+    return -factor.shape[-1] % max(1, _ALIGNMENT // factor.element_size())
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
@@ -60,31 +64,10 @@ def _(a: Tensor, b: Tensor) -> Tensor:
     return a.new_empty(a.shape[0], a.shape[1], b.shape[2], dtype=torch.float32)
 
 
-@torch.library.custom_op("clipgrad::weighted_product", mutates_args=())
-def weighted_product(left: Tensor, right: Tensor, factors: Tensor) -> Tensor:
-    """Return ``sum_b factors[b] left[b]^T right[b]`` in float32; factors scale products, not their operands.
-
-    Scaling an operand would round it to half precision. A sample whose factor is zero contributes nothing, whatever its
-    values are, also a NaN.
-
-    Args:
-        left: ``[B, S, rows]``, half precision.
-        right: ``[B, S, columns]``, of the same dtype.
-        factors: ``[B]``, float32.
-    """
-    launcher = _launcher() if left.device.type == "cuda" else None
-    if launcher is not None:
-        found: Tensor | None = launcher.weighted_product(left, right, factors)
-        if found is not None:
-            return found
-    counts = factors != 0
-    scaled = select_rows(left, counts).float() * factors[:, None, None]
-    return scaled.flatten(0, 1).t() @ select_rows(right, counts).float().flatten(0, 1)
-
-
-@weighted_product.register_fake
-def _(left: Tensor, right: Tensor, factors: Tensor) -> Tensor:
-    return factors.new_empty(left.shape[2], right.shape[2])
+def two_terms(wide: Tensor) -> tuple[Tensor, Tensor]:
+    """Return two bfloat16 tensors whose sum is the float32 tensor, up to ``2^-16`` of each element."""
+    high = wide.bfloat16()
+    return high, (wide - high.float()).bfloat16()
 
 
 @contextmanager
@@ -99,13 +82,3 @@ def _sums_in_float32(dtype: torch.dtype) -> Iterator[None]:
         yield
     finally:
         matmul.allow_fp16_accumulation = True
-
-
-@cache
-def _launcher() -> ModuleType | None:
-    """Return the module that launches the kernel, or None without Triton; cached, since a failed search is slow."""
-    if find_spec("triton") is None:
-        return None
-    from clipgrad.kernels import weighted_launch
-
-    return weighted_launch
