@@ -124,7 +124,7 @@ def _preference(entry: Tracked, batch_size: int, forced: Strategy | None) -> Cho
         return Choice(
             Strategy.KEPT, f"{crossing}: smaller than its factors", kept_bytes, factor_bytes
         )
-    elements = groups * rows * columns
+    elements = float(groups * rows * columns)
     kept = 3 * elements * kept_size
     if half is not None:
         # The clipped sum of two terms is two products, and that of kept gradients is none.
