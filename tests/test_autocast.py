@@ -21,7 +21,7 @@ from clipgrad.result import ClippedGradResult
 
 B = 3
 HALVES = (torch.bfloat16, torch.float16)
-STRATEGIES = ("auto", "kept", "ghost", "recompute")
+STRATEGIES = ("auto", "kept", "ghost")
 Params = dict[str, Tensor]
 Use = Callable[[Params, Tensor], Tensor]
 

@@ -8,13 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
 from clipgrad._phases import phase
 from clipgrad.arithmetic import SumRows
 from clipgrad.clipping import Clipping
 from clipgrad.engine.copies import copies
-from clipgrad.engine.gradients import Gradients, Transformed
+from clipgrad.engine.gradients import Gradients
 from clipgrad.engine.tape import Strategy
 from clipgrad.options import Options
 from clipgrad.ranks import Ranks
@@ -80,8 +79,7 @@ class MicrobatchResult:
 
 
 def clip(
-    gradients: Gradients | Transformed,
-    params: Sequence[Tensor],
+    gradients: Gradients,
     values: Tensor,
     aux: Any,
     is_padding: Tensor | None,
@@ -90,14 +88,13 @@ def clip(
     """Norms, factors and clipped sums of one microbatch whose backward pass has run."""
     clipping, nan_safe = settings.clipping, settings.options.nan_safe
     if settings.pre_clipping is not None or settings.sum_rows is not None:
-        assert isinstance(gradients, Gradients)
-        rows = [gradients.per_sample(index) for index in range(len(params))]
+        rows = [gradients.per_sample(index) for index in range(len(settings.dtypes))]
         if settings.pre_clipping is not None:
             rows = settings.pre_clipping(rows)
         if settings.sum_rows is not None:
             exact, before, dropped = settings.sum_rows(rows, is_padding)
             return MicrobatchResult(exact, values, before, aux, dropped)
-        gradients = Transformed(rows)
+        gradients.replace(rows)
     norms = [
         settings.ranks.squared_norms(
             _or_zero(gradients.squared_norms(clipping.members(group)), values)
@@ -114,29 +111,25 @@ def clip(
         if settings.selects:
             gradients.select(keep)
     with phase("contraction"):
-        sums = _weighted_sums(gradients, params, factors, settings)
+        sums = _weighted_sums(gradients, factors, settings)
     # Asked only now: on a GPU the answer takes as long as all that is queued, and the sums are queued already.
     if dropping and not settings.deferred and not bool(finite.all()):
         # A zero factor does not silence an inf; such samples are taken out of the factors themselves.
         gradients.select(keep)
         with phase("contraction"):
-            sums = _weighted_sums(gradients, params, factors, settings)
+            sums = _weighted_sums(gradients, factors, settings)
     nonfinite = ~finite if is_padding is None else ~finite & ~is_padding
     all_finite = finite.all() if settings.deferred else None
     return MicrobatchResult(sums, values, norms, aux, nonfinite, all_finite)
 
 
 def _weighted_sums(
-    gradients: Gradients | Transformed,
-    params: Sequence[Tensor],
-    factors: Sequence[Tensor],
-    settings: Settings,
+    gradients: Gradients, factors: Sequence[Tensor], settings: Settings
 ) -> list[Tensor]:
-    sums = []
-    for index, (param, dtype) in enumerate(zip(params, settings.dtypes, strict=True)):
-        total = gradients.weighted_sum(index, factors[settings.clipping.assignment[index]])
-        sums.append(torch.zeros_like(param, dtype=dtype) if total is None else total.to(dtype))
-    return sums
+    return [
+        gradients.weighted_sum(index, factors[settings.clipping.assignment[index]]).to(dtype)
+        for index, dtype in enumerate(settings.dtypes)
+    ]
 
 
 def _or_zero(squared: Tensor | None, values: Tensor) -> Tensor:
@@ -153,23 +146,3 @@ def accumulate(sums: list[Tensor] | None, piece: MicrobatchResult) -> list[Tenso
         return [total.contiguous() for total in more]
     torch._foreach_add_(sums, piece.sums)
     return sums
-
-
-def joined(pieces: Sequence[MicrobatchResult], order: Tensor) -> MicrobatchResult:
-    """The pieces of one microbatch as one, samples in their old order."""
-
-    def join(parts: Sequence[Tensor]) -> Tensor:
-        together = torch.cat(list(parts))
-        return together[order.to(together.device)]
-
-    sums: list[Tensor] | None = None
-    for piece in pieces:
-        sums = accumulate(sums, piece)
-    assert sums is not None
-    return MicrobatchResult(
-        sums,
-        join([piece.values for piece in pieces]),
-        [join(norms) for norms in zip(*(piece.norms for piece in pieces), strict=True)],
-        tree_map(lambda *leaves: join(leaves), *(piece.aux for piece in pieces)),
-        join([piece.nonfinite for piece in pieces]),
-    )

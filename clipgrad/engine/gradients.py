@@ -23,12 +23,12 @@ class Gradients:
     the parts are pulled back and summed per sample first.
     """
 
-    def __init__(self, tape: Tape, parameters: int) -> None:
+    def __init__(self, tape: Tape) -> None:
         self._tape = tape
         self._batch_size = tape.batch_size
         for entry in tape.tracked:
             entry.settle()
-        self._parts: list[list[Tracked]] = [[] for _ in range(parameters)]
+        self._parts: list[list[Tracked]] = [[] for entry in tape.tracked if not entry.derived]
         for entry in tape.tracked:
             if entry.reached:
                 for index in entry.parameters:
@@ -66,6 +66,8 @@ class Gradients:
 
     def _squared_norms(self, index: int) -> Tensor | None:
         parts = self._parts[index]
+        if index in self._summed:
+            return row_norms_squared(self._summed[index])
         if not parts:
             return None
         if all(part.injective for part in parts) and self._disjoint(index):
@@ -86,8 +88,13 @@ class Gradients:
             self._summed[index] = total
         return self._summed[index]
 
-    def weighted_sum(self, index: int, factors: Tensor) -> Tensor | None:
-        """Return ``sum_b factors[b] g_b`` of one parameter; None if no gradient reached it."""
+    def replace(self, gradients: Sequence[Tensor]) -> None:
+        """Put other per-sample gradients, ``[B, *shape]``, in the place of all parameters' own."""
+        self._summed = dict(enumerate(gradients))
+        self._parts = [[] for _ in gradients]
+
+    def weighted_sum(self, index: int, factors: Tensor) -> Tensor:
+        """Return ``sum_b factors[b] g_b`` of one parameter; zeros if no gradient reached it."""
         if index in self._bundled:
             return self._bundled[index].weighted_sum(index, factors)
         if index in self._summed:
@@ -109,7 +116,7 @@ class Gradients:
                 )
             if gradient is not None:
                 total = gradient if total is None else total + gradient
-        return total
+        return torch.zeros_like(self._tape.tracked[index].value) if total is None else total
 
     def select(self, keep: Tensor) -> None:
         """Make the gradient of every sample outside the mask exactly zero."""
@@ -154,22 +161,6 @@ class Gradients:
                 )
                 touched += image
             return bool((touched <= 1).all())
-
-
-class Transformed:
-    """This class replaces ``Gradients`` after ``pre_clipping_transform``: its per-sample gradients are materialised."""
-
-    def __init__(self, gradients: list[Tensor]) -> None:
-        self._gradients = gradients
-
-    def squared_norms(self, members: Sequence[int]) -> Tensor | None:
-        return _total([row_norms_squared(self._gradients[index]) for index in members])
-
-    def weighted_sum(self, index: int, factors: Tensor) -> Tensor:
-        return PerSample(self._gradients[index]).weighted_sum(factors)
-
-    def select(self, keep: Tensor) -> None:
-        self._gradients = [select_rows(gradient, keep) for gradient in self._gradients]
 
 
 def _total(norms: Sequence[Tensor]) -> Tensor | None:

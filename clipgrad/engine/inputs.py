@@ -22,15 +22,6 @@ from clipgrad.engine.advice import note_arguments
 from clipgrad.engine.foreign_code import refuse_subclasses
 
 
-def take(batch: Sequence[Any], index: slice | Tensor) -> list[Any]:
-    """The samples of a flat batch at ``index``; constants stay."""
-
-    def pick(leaf: Tensor) -> Tensor:
-        return leaf[index if isinstance(index, slice) else index.to(leaf.device)]
-
-    return [pick(leaf) if isinstance(leaf, Tensor) else leaf for leaf in batch]
-
-
 def copied(batch: Sequence[Any]) -> list[Any]:
     """All samples of a flat batch, in memory of their own; constants stay."""
     return [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in batch]
@@ -126,7 +117,9 @@ class Inputs:
     def rows(self, index: slice) -> list[Any]:
         """The leaves of some of the samples."""
         whole = index.start == 0 and index.stop == self.batch_size
-        return list(self.batch) if whole else take(self.batch, index)
+        if whole:
+            return list(self.batch)
+        return [leaf[index] if isinstance(leaf, Tensor) else leaf for leaf in self.batch]
 
 
 def of_model(
@@ -153,12 +146,23 @@ def of_model(
     _check_parameters(params, lambda: [(MappingKey(name),) for name in names])
     for name, param in zip(names, params, strict=True):
         _refuse_integers(name, param)
+    if not batch:
+        raise ValueError(
+            "backward needs the batch, as loss_fn takes it after the model; it computes the loss itself."
+        )
     samples = _flat(batch)
+    for leaf in samples.leaves:
+        if isinstance(leaf, Tensor) and leaf.requires_grad:
+            raise ValueError(
+                f"the batch holds a tensor of shape {tuple(leaf.shape)} that requires grad, but no gradient flows "
+                "through the batch. Compute it inside loss_fn, or detach it if nothing before it is trained."
+            )
     leaves, size = _checked_batch(samples, batch, params)
 
     def loss(parameters: Sequence[Tensor], sample: Sequence[Any]) -> Any:
+        given = (model, *samples.restore(sample))
         with holding(parameters):
-            return loss_fn(model, *samples.restore(sample))
+            return _called(loss_fn, given, "backward(*batch)")
 
     def sample_call() -> SampleCall:
         return SampleCall(
@@ -213,12 +217,7 @@ def of_arguments(
         return full
 
     def loss(leaves: Sequence[Tensor], sample: Sequence[Any]) -> Any:
-        given = full(leaves, sample)
-        try:
-            return fn(*given)
-        except TypeError as error:
-            note_arguments(error, fn, given, "gradient(params, *batch)")
-            raise
+        return _called(fn, full(leaves, sample), "gradient(params, *batch)")
 
     def sample_call() -> SampleCall:
         usual = [p.requires_grad and p.is_leaf for p in parameters.leaves]
@@ -231,6 +230,15 @@ def of_arguments(
     return Inputs(names, parameters.leaves, batch, size, loss, sample_call), parameters.restore
 
 
+def _called(fn: Callable[..., Any], given: Sequence[Any], call: str) -> Any:
+    """The value of the user's function; arguments that do not fit are explained by the right ``call``."""
+    try:
+        return fn(*given)
+    except TypeError as error:
+        note_arguments(error, fn, given, call)
+        raise
+
+
 def _check_parameters(params: Sequence[Any], paths: Callable[[], list[tuple[Any, ...]]]) -> None:
     _validate.dense("params", params, paths)
     refuse_subclasses(params, "a parameter")
@@ -240,9 +248,9 @@ def _checked_batch(
     samples: _Flat, trees: Sequence[Any], params: Sequence[Tensor]
 ) -> tuple[list[Any], int]:
     """The leaves of a batch, detached, and how many samples there are."""
-    _validate.dense("batch", samples.leaves, samples.paths)
     refuse_subclasses(samples.leaves, "the batch")
     batch = [leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in samples.leaves]
+    _validate.dense("batch", batch, samples.paths)
 
     def batch_paths() -> list[str]:
         return list(map(keystr, samples.paths()))

@@ -21,12 +21,7 @@ from clipgrad.rules.canonical import (
     row_norms_squared,
     widen,
 )
-from clipgrad.rules.ghost import (
-    ghost_norms_squared,
-    lengths_of,
-    never_underestimated,
-    norms_squared_with_rows,
-)
+from clipgrad.rules.ghost import ghost_norms_squared, norms_squared_with_rows
 from clipgrad.rules.registry import Extent, Recipe
 
 
@@ -37,8 +32,6 @@ class Strategy(Enum):
     """Build each per-sample gradient during the backward pass and keep it until it is summed."""
     GHOST = "ghost"
     """Keep input and output gradient; compute norms from Gram matrices."""
-    RECOMPUTE = "recompute"
-    """Keep input and output gradient; build per-sample gradients a few at a time for the norm alone."""
 
 
 @dataclass(frozen=True)
@@ -52,10 +45,6 @@ class Expected:
     extent: Extent | None
     half: torch.dtype | None = None
     """The half-precision dtype in which products read the factors as they are; None if they are widened first."""
-
-
-# Per-sample gradients that the recompute strategy holds at a time, in elements.
-_RECOMPUTE_ELEMENTS = 1 << 24
 
 
 @dataclass(eq=False)
@@ -170,25 +159,12 @@ class Tracked:
             return row_norms_squared(self.per_sample())
         if self.kept is not None:
             return norms_squared_with_rows(self.kept, factors)
-        if self.strategy is Strategy.RECOMPUTE:
-            return _recomputed_norms(factors)
         return ghost_norms_squared(factors)
 
     def weighted_sum(self, factors: Tensor) -> Tensor:
         """Return ``sum_b factors[b] g_b``, in at least float32."""
         kept = [] if self.kept is None else [PerSample(self.kept).weighted_sum(factors)]
         return added([*kept, *(use.weighted_sum(factors) for use in self.uses)])
-
-
-def _recomputed_norms(factors: Sequence[Outer]) -> Tensor:
-    samples = factors[0].samples
-    step = max(1, _RECOMPUTE_ELEMENTS // max(1, factors[0].shape.numel()))
-    pieces = []
-    for start in range(0, samples, step):
-        chunk = slice(start, min(start + step, samples))
-        total = added([outer.rows_of(chunk).per_sample() for outer in factors])
-        pieces.append(row_norms_squared(total))
-    return never_underestimated(torch.cat(pieces), lengths_of(factors), factors, materialised=True)
 
 
 class Tape:

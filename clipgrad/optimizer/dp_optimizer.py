@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,7 +15,6 @@ from clipgrad._phases import phase
 from clipgrad.accounting import Ledger
 from clipgrad.batch import BatchClipper
 from clipgrad.clipping import ClippingStrategy, Progress, Relation, Schedule, make_clipping, owned
-from clipgrad.engine.advice import note_arguments
 from clipgrad.engine.inputs import Inputs, of_model
 from clipgrad.errors import UnclippedGradientError
 from clipgrad.explain import Explanation
@@ -25,12 +23,7 @@ from clipgrad.optimizer.facade import OptimizerFacade
 from clipgrad.optimizer.mechanism import mechanism, refuse_adaptive_on_grid, step_noise
 from clipgrad.optimizer.parameters import TrainedParameters
 from clipgrad.optimizer.pending import Pending, refuse_unnoised
-from clipgrad.optimizer.requirements import (
-    check_batch,
-    check_parts,
-    refuse_foreign_parameters,
-    rows_in,
-)
+from clipgrad.optimizer.requirements import check_parts, refuse_foreign_parameters
 from clipgrad.options import Options, Performance
 from clipgrad.plan import PrivacyPlan
 from clipgrad.plan.account import Account
@@ -180,13 +173,11 @@ class DPOptimizer(OptimizerFacade):
             is_padding = batch[0].is_padding
             inside = batch[0].batch
             batch = tuple(inside) if isinstance(inside, tuple | list) else (inside,)
-        check_batch(batch)
-        trained = self._look_again()
-        claim = self._claim
+        trained, claim = self._look_again(), self._claim
         if self._account is not None:
-            claim = self._account.claim(claim, batch, rows_in(batch, is_padding))
+            claim = self._account.claim(claim, batch, is_padding)
         self._pending.before_backward(trained.names, trained.parameters)
-        with self._explained_arguments(batch, "backward(*batch)"), trained.resident() as parameters:
+        with trained.resident() as parameters:
             inputs = self._inputs(trained, parameters, batch)
             found = self._clipper.clip(inputs, self._norm(), is_padding, may_alias=True)
         self._pending.add(
@@ -370,9 +361,8 @@ class DPOptimizer(OptimizerFacade):
 
     def explain(self, *batch: Any) -> Explanation:
         """Tell how each parameter's per-sample gradient is found for such a batch; changes nothing."""
-        check_batch(batch)
         trained = self._look_again()
-        with self._explained_arguments(batch, "explain(*batch)"), trained.resident() as parameters:
+        with trained.resident() as parameters:
             inputs = self._inputs(trained, parameters, batch)
             return self._clipper.explain(inputs, self._norm())
 
@@ -448,15 +438,6 @@ class DPOptimizer(OptimizerFacade):
     ) -> Inputs:
         holding = trained.slots.holding
         return of_model(self.loss_fn, self.model, trained.names, parameters, holding, batch)
-
-    @contextmanager
-    def _explained_arguments(self, batch: tuple[Any, ...], call: str) -> Iterator[None]:
-        """Say of a batch that does not fit ``loss_fn`` what would."""
-        try:
-            yield
-        except TypeError as error:
-            note_arguments(error, self.loss_fn, (self.model, *batch), call)
-            raise
 
     def _norm(self) -> ClippingStrategy:
         return self._progress.max_grad_norm

@@ -1,4 +1,4 @@
-"""What ``DPOptimizer`` asks of a model and of a batch, beyond what the loss shows when it runs."""
+"""What ``DPOptimizer`` asks of a model, beyond what the loss shows when it runs."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
-from torch.utils._pytree import tree_leaves
 
 from clipgrad.errors import NotPerSampleError
 from clipgrad.optimizer.facade import OptimizerFacade
@@ -103,37 +102,6 @@ def refuse_batch_norm(model: nn.Module) -> None:
             "clipgrad.replace_batch_norm(model), which puts GroupNorm in its place, before making the optimizer; or "
             "freeze the statistics with .eval()."
         )
-
-
-def check_batch(batch: tuple[Any, ...]) -> None:
-    """Refuse a batch that is missing, or whose gradient the caller would expect to flow on.
-
-    Raises:
-        ValueError: If it does not fit.
-    """
-    if not batch:
-        raise ValueError(
-            "backward needs the batch, as loss_fn takes it after the model; it computes the loss itself."
-        )
-    leaves = batch if all(type(part) is Tensor for part in batch) else tree_leaves(batch)
-    for leaf in leaves:
-        if isinstance(leaf, Tensor) and leaf.requires_grad:
-            raise ValueError(
-                f"the batch holds a tensor of shape {tuple(leaf.shape)} that requires grad, but no gradient flows "
-                "through the batch. Compute it inside loss_fn, or detach it if nothing before it is trained."
-            )
-
-
-def rows_in(batch: tuple[Any, ...], is_padding: Tensor | None) -> int:
-    """Rows of a batch that are no padding, by its first tensor; 0 if it holds none."""
-    first = next((leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)), None)
-    if first is None or first.dim() == 0:
-        return 0
-    usable = (
-        isinstance(is_padding, Tensor) and not is_padding.is_meta
-    )  # what else it is, is said later
-    padding = int(is_padding.sum()) if usable else 0  # type: ignore[union-attr]
-    return first.shape[0] - padding
 
 
 def parameters_to_train(

@@ -265,14 +265,6 @@ class Outer:
         total = added([_over_all(*(pair if scales_left else pair[::-1])) for pair in terms])
         return self._shaped(total[None], 1)[0]
 
-    def rows_of(self, samples: slice) -> Outer:
-        rows = slice(samples.start * self.groups, samples.stop * self.groups)
-        if isinstance(self.left, OneHot):
-            left: Tensor | OneHot = OneHot(self.left.ids[rows], self.left.width)
-        else:
-            left = self.left[rows]
-        return replace(self, left=left, right=self.right[rows])
-
     def select(self, keep: Tensor) -> Outer:
         if self.groups > 1:
             keep = keep.repeat_interleave(self.groups)
