@@ -14,8 +14,8 @@ from torch import Tensor
 from clipgrad import Performance, clipped_grad
 from clipgrad.engine.reference import clipped_sum, per_sample_gradients_by_loop
 from clipgrad.kernels import half_products
-from clipgrad.kernels.half_products import HALF, half_product, product, two_terms
-from clipgrad.rules.canonical import Outer
+from clipgrad.kernels.half_products import HALF, half_product, in_terms, product
+from clipgrad.rules.canonical import Outer, PerSample
 from clipgrad.rules.ghost import ghost_norms_squared
 from tests.compiled.conftest import Graphs, graphs  # noqa: F401 - a fixture
 from tests.test_sensitivity import KINDS
@@ -47,13 +47,25 @@ def test_products_of_other_pairs() -> None:
     assert product(a.double(), b.double()).dtype is torch.float64
 
 
-def test_two_terms_hold_sixteen_digits() -> None:
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_terms_hold_eight_digits_each(count: int) -> None:
     torch.manual_seed(0)
     wide = torch.randn(10_000) * torch.logspace(-20, 20, 10_000)
-    high, low = two_terms(wide)
-    assert high.dtype is low.dtype is torch.bfloat16
-    error = (high.double() + low.double() - wide.double()).abs()
-    assert bool((error <= 2.0**-16 * wide.double().abs()).all())
+    terms = in_terms(wide, count)
+    assert {term.dtype for term in terms} == {torch.bfloat16}
+    error = (sum(term.double() for term in terms) - wide.double()).abs()
+    assert bool((error <= 2.0 ** (-8 * count) * wide.double().abs()).all())
+
+
+@pytest.mark.parametrize("shape", [(4,), (4, 3), (4, 2, 3, 5)])
+def test_a_weighted_sum_of_bfloat16_gradients(shape: tuple[int, ...], way: str) -> None:
+    torch.manual_seed(0)
+    gradient, factors = torch.randn(shape).bfloat16(), torch.rand(4)
+    expected = (gradient.double() * factors.double().view(-1, *[1] * (len(shape) - 1))).sum(0)
+    for layout in (gradient, gradient.mT.contiguous().mT if len(shape) > 2 else gradient):
+        found = PerSample(layout).weighted_sum(factors)
+        assert found.dtype is torch.float32
+        torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("shape", [(3, 1, 4, 5), (3, 7, 4, 5), (1, 2, 1, 1), (0, 3, 4, 5)])

@@ -64,10 +64,13 @@ def _(a: Tensor, b: Tensor) -> Tensor:
     return a.new_empty(a.shape[0], a.shape[1], b.shape[2], dtype=torch.float32)
 
 
-def two_terms(wide: Tensor) -> tuple[Tensor, Tensor]:
-    """Return two bfloat16 tensors whose sum is the float32 tensor, up to ``2^-16`` of each element."""
-    high = wide.bfloat16()
-    return high, (wide - high.float()).bfloat16()
+def in_terms(wide: Tensor, count: int) -> list[Tensor]:
+    """Return ``count`` bfloat16 tensors whose sum is the float32 tensor, up to ``2^(-8 count)`` of each element."""
+    terms = []
+    for _ in range(count):
+        terms.append(wide.bfloat16())
+        wide = wide - terms[-1].float()
+    return terms
 
 
 @contextmanager

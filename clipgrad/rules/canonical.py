@@ -29,10 +29,10 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from clipgrad.kernels.half_products import (
     HALF,
+    in_terms,
     missing_to_alignment,
     multiplies,
     product,
-    two_terms,
 )
 from clipgrad.kernels.selection import for_each_row, select_last, select_rows
 
@@ -130,10 +130,19 @@ class PerSample:
         return self.gradient
 
     def weighted_sum(self, factors: Tensor) -> Tensor:
-        wide = widen(self.gradient)
+        gradient = self.gradient
         if get_proxy_mode() is not None:
             # A compiler fuses this sum with the operations before it, in any layout; it does not fuse a matrix product.
-            return scale_rows(wide, factors).sum(0)
+            return scale_rows(widen(gradient), factors).sum(0)
+        if gradient.dtype is torch.bfloat16 and multiplies(gradient, gradient):
+            # Three terms hold all digits of the factors, and the gradients are not widened.
+            terms = torch.stack(in_terms(factors, 3))
+            return (
+                product(terms[None], gradient.reshape(1, len(gradient), -1))[0]
+                .sum(0)
+                .view(gradient.shape[1:])
+            )
+        wide = widen(gradient)
         if wide.dim() == 1:
             return factors.to(wide.dtype) @ wide
         lying, axes = as_it_lies(wide)
@@ -259,7 +268,7 @@ class Outer:
         scaled = scale_rows(widen(scaled), factors)
         if self.in_two_terms:
             # A scaled factor has more digits than bfloat16 holds.
-            terms = [(term, other) for term in two_terms(scaled)]
+            terms = [(term, other) for term in in_terms(scaled, 2)]
         else:
             terms = [(scaled, widen(other))]
         total = added([_over_all(*(pair if scales_left else pair[::-1])) for pair in terms])
