@@ -122,7 +122,7 @@ def test_a_dropped_sample_leaves_no_trace(
 ) -> None:
     """A NaN, an inf or a float16 overflow; the graph does as on a GPU and asks nobody whether there is one."""
     if way == "as on a GPU":
-        monkeypatch.setattr("clipgrad.compiled.trace.worth_asking", lambda device: False)
+        monkeypatch.setattr("clipgrad.compiled.trace.checks_finite_on_host", lambda device: False)
     params, x = make(torch.float16, 4)
     x[2] = poison
     gradient = clipped_grad(

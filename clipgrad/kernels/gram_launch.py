@@ -17,7 +17,7 @@ _DEPTH, _SMALLER_DEPTH, _ROOMY = 64, 32, 128 * 1024
 # With less work, batched products, which split a sample, use more of the device.
 _FEWEST_POSITIONS, _FEWEST_BLOCKS = 16, 32
 _LARGEST_OFFSET = 2**31  # the kernel's offsets within a sample have 32 bits
-_PROVED = 1e-5  # the largest relative error of three TF32 products on an H100 was 7e-7
+_SELF_TEST_TOLERANCE = 1e-5  # the largest relative error of three TF32 products on an H100 was 7e-7
 _UNIT = 8  # elements: 16 bytes of half precision
 _log = logging.getLogger("clipgrad")
 _usable: dict[tuple[torch.device, torch.dtype], bool] = {}
@@ -71,7 +71,7 @@ def _in_units(factor: Tensor, unit: int) -> tuple[int, ...]:
     return sample // unit, position // unit, element
 
 
-def proved(device: torch.device, dtype: torch.dtype = torch.float32) -> bool:
+def passes_self_test(device: torch.device, dtype: torch.dtype = torch.float32) -> bool:
     """Return whether the kernel agrees with float64 for full and partial tiles, and dense rows and columns."""
     for positions, rows, columns in ((64, 64, 32), (67, 5, 40), (200, 33, 7), (67, 200, 130)):
         count = 3 * positions * (rows + columns)
@@ -86,7 +86,7 @@ def proved(device: torch.device, dtype: torch.dtype = torch.float32) -> bool:
             [expected, *(length.sum(1) for length in lengths), (lengths[0] * lengths[1]).sum(1)]
         )
         error = (launch(left.to(dtype), right.to(dtype)).double() - wanted).abs() / wanted
-        if not bool((error < _PROVED).all()):
+        if not bool((error < _SELF_TEST_TOLERANCE).all()):
             return False
     return True
 
@@ -96,7 +96,7 @@ def _usable_on(device: torch.device, dtype: torch.dtype) -> bool:
     if key not in _usable:
         reason = "its self-test differs from float64"
         try:
-            _usable[key] = torch.version.hip is None and proved(device, dtype)
+            _usable[key] = torch.version.hip is None and passes_self_test(device, dtype)
         except Exception as error:  # compilers and drivers raise errors of many types
             _usable[key] = False
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
