@@ -80,7 +80,6 @@ class MicrobatchResult:
 
 def clip(
     gradients: Gradients,
-    params: Sequence[Tensor],
     values: Tensor,
     aux: Any,
     is_padding: Tensor | None,
@@ -89,7 +88,7 @@ def clip(
     """Compute norms, factors and clipped sums of one microbatch after its backward pass."""
     clipping, nan_safe = settings.clipping, settings.options.nan_safe
     if settings.pre_clipping is not None or settings.sum_rows is not None:
-        rows = [gradients.per_sample(index) for index in range(len(params))]
+        rows = [gradients.per_sample(index) for index in range(len(settings.dtypes))]
         if settings.pre_clipping is not None:
             rows = settings.pre_clipping(rows)
         if settings.sum_rows is not None:
@@ -112,29 +111,25 @@ def clip(
         if settings.always_selects:
             gradients.select(keep)
     with phase("contraction"):
-        sums = _weighted_sums(gradients, params, factors, settings)
+        sums = _weighted_sums(gradients, factors, settings)
     # The check comes last, because on a GPU it waits for all queued work, and the sums are queued by now.
     if dropping and not settings.defers_finite_check and not bool(finite.all()):
         # ``0 * inf`` is NaN, so such samples must be zeroed in the factors.
         gradients.select(keep)
         with phase("contraction"):
-            sums = _weighted_sums(gradients, params, factors, settings)
+            sums = _weighted_sums(gradients, factors, settings)
     nonfinite = ~finite if is_padding is None else ~finite & ~is_padding
     all_finite = finite.all() if settings.defers_finite_check else None
     return MicrobatchResult(sums, values, norms, aux, nonfinite, all_finite)
 
 
 def _weighted_sums(
-    gradients: Gradients,
-    params: Sequence[Tensor],
-    factors: Sequence[Tensor],
-    settings: Settings,
+    gradients: Gradients, factors: Sequence[Tensor], settings: Settings
 ) -> list[Tensor]:
-    sums = []
-    for index, (param, dtype) in enumerate(zip(params, settings.dtypes, strict=True)):
-        total = gradients.weighted_sum(index, factors[settings.clipping.assignment[index]])
-        sums.append(torch.zeros_like(param, dtype=dtype) if total is None else total.to(dtype))
-    return sums
+    return [
+        gradients.weighted_sum(index, factors[settings.clipping.assignment[index]]).to(dtype)
+        for index, dtype in enumerate(settings.dtypes)
+    ]
 
 
 def _or_zero(squared: Tensor | None, values: Tensor) -> Tensor:

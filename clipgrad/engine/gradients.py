@@ -23,12 +23,12 @@ class Gradients:
     the parts are pulled back and summed per sample first.
     """
 
-    def __init__(self, tape: Tape, parameters: int) -> None:
+    def __init__(self, tape: Tape) -> None:
         self._tape = tape
         self._batch_size = tape.batch_size
         for entry in tape.tracked:
             entry.merge_kept_gradients()
-        self._parts: list[list[Tracked]] = [[] for _ in range(parameters)]
+        self._parts: list[list[Tracked]] = [[] for entry in tape.tracked if not entry.derived]
         for entry in tape.tracked:
             if entry.has_gradient:
                 for index in entry.parameters:
@@ -91,8 +91,8 @@ class Gradients:
         self._summed = dict(enumerate(gradients))
         self._parts = [[] for _ in gradients]
 
-    def weighted_sum(self, index: int, factors: Tensor) -> Tensor | None:
-        """Return ``sum_b factors[b] g_b`` of one parameter; None if no gradient reached it."""
+    def weighted_sum(self, index: int, factors: Tensor) -> Tensor:
+        """Return ``sum_b factors[b] g_b`` of one parameter; zeros if no gradient reached it."""
         if index in self._bundled:
             return self._bundled[index].weighted_sum(index, factors)
         if index in self._summed:
@@ -114,7 +114,7 @@ class Gradients:
                 )
             if gradient is not None:
                 total = gradient if total is None else total + gradient
-        return total
+        return torch.zeros_like(self._tape.tracked[index].value) if total is None else total
 
     def select(self, keep: Tensor) -> None:
         """Make the gradient of every sample outside the mask exactly zero."""

@@ -106,9 +106,9 @@ def run(
             _backward(tape, values, params)
         with torch.no_grad(), _without_autocast(values.device):
             with phase("per-sample gradients"):
-                gradients = Gradients(tape, len(params))
+                gradients = Gradients(tape)
             with phase("norms"):
-                return clip(gradients, params, values.detach(), aux, is_padding, settings)
+                return clip(gradients, values.detach(), aux, is_padding, settings)
     finally:
         tape.release()
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,7 +17,6 @@ from clipgrad.clipping import (
     Schedule,
     make_clipping,
 )
-from clipgrad.engine.advice import note_arguments
 from clipgrad.engine.inputs import Inputs, inputs_of_model
 from clipgrad.explain import Explanation
 from clipgrad.noise import NoiseSource
@@ -26,12 +24,7 @@ from clipgrad.optimizer.mechanism import make_mechanism
 from clipgrad.optimizer.parameters import TrainedParameters
 from clipgrad.optimizer.pending import Pending, unnoised_step_hook
 from clipgrad.optimizer.privacy_state import PrivacyState
-from clipgrad.optimizer.requirements import (
-    check_batch,
-    check_parts,
-    count_rows,
-    refuse_foreign_parameters,
-)
+from clipgrad.optimizer.requirements import check_parts, refuse_foreign_parameters
 from clipgrad.options import Options, Performance
 from clipgrad.plan import PrivacyPlan
 from clipgrad.plan.receipts import Claim
@@ -168,13 +161,11 @@ class DPOptimizer(PrivacyState):
             is_padding = batch[0].is_padding
             inside = batch[0].batch
             batch = tuple(inside) if isinstance(inside, tuple | list) else (inside,)
-        check_batch(batch)
-        trained = self._find_trained_parameters()
-        claim = self._claim
+        trained, claim = self._find_trained_parameters(), self._claim
         if self._account is not None:
-            claim = self._account.claim(claim, batch, count_rows(batch, is_padding))
+            claim = self._account.claim(claim, batch, is_padding)
         self._pending.before_backward(trained.names, trained.parameters)
-        with self._explained_arguments(batch, "backward(*batch)"), trained.resident() as parameters:
+        with trained.resident() as parameters:
             inputs = self._inputs(trained, parameters, batch)
             found = self._clipper.clip(inputs, self._norm(), is_padding, may_alias=True)
         self._pending.add(
@@ -270,9 +261,8 @@ class DPOptimizer(PrivacyState):
 
     def explain(self, *batch: Any) -> Explanation:
         """Return a table of how each parameter's norm is computed for such a batch; this changes no state."""
-        check_batch(batch)
         trained = self._find_trained_parameters()
-        with self._explained_arguments(batch, "explain(*batch)"), trained.resident() as parameters:
+        with trained.resident() as parameters:
             inputs = self._inputs(trained, parameters, batch)
             return self._clipper.explain(inputs, self._norm())
 
@@ -313,15 +303,6 @@ class DPOptimizer(PrivacyState):
     ) -> Inputs:
         holding = trained.slots.holding
         return inputs_of_model(self.loss_fn, self.model, trained.names, parameters, holding, batch)
-
-    @contextmanager
-    def _explained_arguments(self, batch: tuple[Any, ...], call: str) -> Iterator[None]:
-        """Add a note to a ``TypeError`` if ``loss_fn`` does not accept the batch."""
-        try:
-            yield
-        except TypeError as error:
-            note_arguments(error, self.loss_fn, (self.model, *batch), call)
-            raise
 
     def _start_batch(self) -> None:
         self._trained = TrainedParameters(self.model, list(self._owned_parameters()))

@@ -7,7 +7,6 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
-from torch.utils._pytree import tree_leaves
 
 from clipgrad.errors import NotPerSampleError
 from clipgrad.optimizer.facade import OptimizerFacade
@@ -103,36 +102,6 @@ def refuse_batch_norm(model: nn.Module) -> None:
             "clipgrad.replace_batch_norm(model), which puts GroupNorm in its place, before making the optimizer; or "
             "freeze the statistics with .eval()."
         )
-
-
-def check_batch(batch: tuple[Any, ...]) -> None:
-    """Refuse a missing batch, and a batch that requires grad.
-
-    Raises:
-        ValueError: If the batch is missing or requires grad.
-    """
-    if not batch:
-        raise ValueError(
-            "backward needs the batch, the arguments of loss_fn after the model; it computes the loss itself."
-        )
-    leaves = batch if all(type(part) is Tensor for part in batch) else tree_leaves(batch)
-    for leaf in leaves:
-        if isinstance(leaf, Tensor) and leaf.requires_grad:
-            raise ValueError(
-                f"the batch holds a tensor of shape {tuple(leaf.shape)} that requires grad, but no gradient flows "
-                "through the batch. Compute it inside loss_fn, or detach it if nothing before it is trained."
-            )
-
-
-def count_rows(batch: tuple[Any, ...], is_padding: Tensor | None) -> int:
-    """Return the number of rows that are not padding, from the batch's first tensor; 0 if there is no tensor."""
-    first = next((leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)), None)
-    if first is None or first.dim() == 0:
-        return 0
-    # Another ``is_padding`` is refused later.
-    usable = isinstance(is_padding, Tensor) and not is_padding.is_meta
-    padding = int(is_padding.sum()) if usable else 0  # type: ignore[union-attr]
-    return first.shape[0] - padding
 
 
 def parameters_to_train(

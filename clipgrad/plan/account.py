@@ -8,7 +8,7 @@ from typing import Any
 from clipgrad.accounting import Ledger
 from clipgrad.errors import PrivacyBudgetError
 from clipgrad.plan import PrivacyPlan
-from clipgrad.plan.receipts import Claim
+from clipgrad.plan.receipts import Claim, rows_in
 
 
 class Account:
@@ -48,12 +48,13 @@ class Account:
         """Return the number of steps that all optimizers of the plan have taken."""
         return self.ledger.steps_of(self.plan.run.name)
 
-    def claim(self, claim: Claim, batch: Any, rows: int) -> Claim:
-        """Add the rows of one ``backward`` to the claim of the logical batch.
+    def claim(self, claim: Claim, batch: Any, is_padding: Any) -> Claim:
+        """Add the rows of one ``backward`` that are no padding to the claim of the logical batch.
 
         Raises:
             UnaccountedBatchError: If the rows are not from one batch of a loader of the plan.
         """
+        rows = rows_in(batch, is_padding)
         if self.plan.declared_sampling is not None:
             return Claim(None, claim.rows + rows)
         return self.plan.run.receipts.claim(claim, batch, rows)

@@ -221,6 +221,16 @@ _SPENT = (
 )
 
 
+def rows_in(batch: Any, is_padding: Any) -> int:
+    """Return the rows of a batch that are no padding, by its first tensor; 0 if it holds none."""
+    first = next(_tensors(batch), None)
+    if first is None or first.dim() == 0:
+        return 0
+    # A mask that is none is refused later, with its own message.
+    usable = isinstance(is_padding, Tensor) and not is_padding.is_meta
+    return first.shape[0] - (int(is_padding.sum()) if usable else 0)
+
+
 def _tensors(batch: Any) -> Iterator[Tensor]:
     for leaf in tree_leaves(batch):
         if isinstance(leaf, Tensor):
