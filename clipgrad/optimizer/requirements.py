@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 
+from clipgrad.batch_norm import batch_norm_error
 from clipgrad.errors import NotPerSampleError
 from clipgrad.optimizer.facade import OptimizerFacade
 
@@ -82,26 +83,20 @@ def refuse_hooks(model: nn.Module, parameters: Iterable[tuple[str, Tensor]]) -> 
             )
 
 
-def _batch_norms(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    for name, module in model.named_modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            yield name, module
-
-
 def refuse_batch_norm(model: nn.Module) -> None:
     """Refuse BatchNorm in training mode before it updates its buffers.
 
     Raises:
         NotPerSampleError: If there is such a layer.
     """
-    names = [name or "the model itself" for name, module in _batch_norms(model) if module.training]
+    names = [
+        name or "the model itself"
+        for name, module in model.named_modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training
+    ]
     if names:
-        raise NotPerSampleError(
-            f"BatchNorm in training mode ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''}) normalises a "
-            "sample with statistics of the others, so no gradient belongs to one sample. Use "
-            "clipgrad.replace_batch_norm(model), which puts GroupNorm in its place, before making the optimizer; or "
-            "freeze the statistics with .eval()."
-        )
+        listed = f"{', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
+        raise batch_norm_error(f"in training mode ({listed})")
 
 
 def parameters_to_train(
