@@ -117,8 +117,8 @@ class FloatingPoint:
         return clipping
 
     def sum_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        asked = self._options.performance.accumulate_dtype
-        return asked or torch.promote_types(dtype, torch.float32)
+        requested = self._options.performance.accumulate_dtype
+        return requested or torch.promote_types(dtype, torch.float32)
 
     def rows_at_once(self, size: int) -> int:
         return self._options.microbatch_size or size

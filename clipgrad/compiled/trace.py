@@ -268,8 +268,8 @@ def _explain_trace_errors() -> Iterator[None]:
     except Exception as error:
         if isinstance(error.__cause__, CompileError):
             raise error.__cause__ from None
-        told = f"{error} {error.__cause__}"
-        if "get value out of a tracing tensor" in told:
+        message = f"{error} {error.__cause__}"
+        if "get value out of a tracing tensor" in message:
             raise CompileError(_VALUE_READ) from error
         raise CompileError(
             f"the step runs, but cannot be traced to a graph ({type(error).__name__}: {error}). Leave compile out for "

@@ -50,8 +50,8 @@ class Settings:
         """Return the strategy that is forced on every parameter; None if each has its own."""
         if self.pre_clipping is not None or self.sum_rows is not None:
             return Strategy.KEPT
-        asked = self.options.performance.strategy
-        return None if asked == "auto" else Strategy(asked)
+        requested = self.options.performance.strategy
+        return None if requested == "auto" else Strategy(requested)
 
 
 @dataclass(frozen=True)

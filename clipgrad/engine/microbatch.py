@@ -169,7 +169,7 @@ def _refuse_escapes(tape: Tape, values: Tensor, params: Sequence[Tensor]) -> Non
 
     The capture does not see every operation on them (in a custom ``autograd.Function``, in a C++ extension).
     """
-    ours = {id(entry.leaf) for entry in tape.tracked} | {id(tape.anchor)}
+    leaf_ids = {id(entry.leaf) for entry in tape.tracked} | {id(tape.anchor)}
     seen = set()
     stack = [values.grad_fn]
     while stack:
@@ -181,7 +181,7 @@ def _refuse_escapes(tape: Tape, values: Tensor, params: Sequence[Tensor]) -> Non
         if kind in refused_nodes.WRONG:
             refused_nodes.refuse(node, tape.corrected)
         variable = node.variable if kind == "AccumulateGrad" else None  # type: ignore[attr-defined]
-        if variable is not None and id(variable) not in ours:
+        if variable is not None and id(variable) not in leaf_ids:
             for entry, original in zip(tape.tracked, params, strict=False):
                 if variable is original:
                     raise EscapedParameterError(escape_message(entry.name, "the loss"))

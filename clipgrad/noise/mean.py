@@ -40,8 +40,8 @@ def noised_mean(
         TypeError: If a tensor is refused. No tensor is changed.
     """
     scale = checks.scale("sigma", sigma)
-    asked = getattr(source.add_gaussian_, "__func__", None)  # a subclass or wrapper has another one
-    if scale != 0.0 and isinstance(source, SystemNoise) and asked is _PLAIN:
+    method = getattr(source.add_gaussian_, "__func__", None)  # another one in a subclass or wrapper
+    if scale != 0.0 and isinstance(source, SystemNoise) and method is _PLAIN:
         return source._add(checks.targets(sums, scale), scale, divisor, out_of_place=out_of_place)
     source.add_gaussian_(sums, sigma)
     if out_of_place:

@@ -52,12 +52,12 @@ def refuse_foreign_parameters(owned: Iterable[Tensor], known: Iterable[Tensor]) 
     Raises:
         ValueError: If there is such a parameter.
     """
-    ours = set(map(id, known))
-    strangers = [tuple(getattr(p, "shape", ())) for p in owned if id(p) not in ours]
-    if strangers:
+    known_ids = set(map(id, known))
+    foreign = [tuple(getattr(p, "shape", ())) for p in owned if id(p) not in known_ids]
+    if foreign:
         raise ValueError(
-            f"optimizer holds {len(strangers)} parameter(s) that are not in the model, so their gradients could "
-            f"not be clipped; the first has shape {strangers[0]}. Build it from model.parameters()."
+            f"optimizer holds {len(foreign)} parameter(s) that are not in the model, so their gradients could "
+            f"not be clipped; the first has shape {foreign[0]}. Build it from model.parameters()."
         )
 
 
@@ -114,8 +114,8 @@ def parameters_to_train(
     """
     named = list(model.named_parameters())
     refuse_foreign_parameters(owned, (p for _, p in named))
-    ours = set(map(id, owned))
-    selection = tuple((name, p) for name, p in named if id(p) in ours and p.requires_grad)
+    owned_ids = set(map(id, owned))
+    selection = tuple((name, p) for name, p in named if id(p) in owned_ids and p.requires_grad)
     if not selection:
         raise ValueError(
             "optimizer holds no parameter of the model that requires grad; there is nothing to train."
