@@ -79,7 +79,7 @@ class ClippedGrad:
         Raises:
             ValueError: If it is out of range.
         """
-        self.clipper.arithmetic.check(max_grad_norm)
+        self.clipper.arithmetic.clipping(max_grad_norm)
         return ClippedGrad(
             self.fn,
             owned(max_grad_norm),
@@ -191,7 +191,7 @@ def clipped_grad(
         performance=Performance() if performance is None else performance,
     )
     clipper = BatchClipper(options)
-    clipper.arithmetic.check(max_grad_norm)
+    clipper.arithmetic.clipping(max_grad_norm)
     if isinstance(batch_argnums, int):
         batch_argnums = (batch_argnums,)
     return ClippedGrad(

@@ -40,11 +40,6 @@ class OnGrid:
         self.grid = grid
         _check_options(options)
 
-    def check(self, strategy: ClippingStrategy) -> Clipping:
-        clipping = make_clipping(strategy)
-        check_grid(self.grid, clipping, strategy)
-        return clipping
-
     def check_batch_size(self, size: int) -> None:
         _check_samples(size, "batch size")
 
@@ -56,9 +51,9 @@ class OnGrid:
     def clipping(
         self,
         strategy: ClippingStrategy,
-        names: Sequence[str],
-        sizes: Sequence[int],
-        dtypes: Sequence[torch.dtype],
+        names: Sequence[str] | None = None,
+        sizes: Sequence[int] | None = None,
+        dtypes: Sequence[torch.dtype] = (),
     ) -> Clipping:
         clipping = make_clipping(strategy, names, sizes)
         check_grid(self.grid, clipping, strategy)
@@ -86,7 +81,7 @@ class OnGrid:
         return Grid(self.grid, clipping, sizes).clip
 
     def sensitivity(self, strategy: ClippingStrategy, relation: Relation) -> float:
-        return exact_sensitivity(self.check(strategy), relation)
+        return exact_sensitivity(self.clipping(strategy), relation)
 
     def sigma(self, noise_multiplier: float, sensitivity: float) -> float:
         return exact_sigma(noise_multiplier, sensitivity)

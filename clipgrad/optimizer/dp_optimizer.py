@@ -138,7 +138,7 @@ class DPOptimizer(OptimizerFacade):
         self._noise = step_noise(noise, arithmetic, self.expected_batch_size)
         self._account = None if plan is None else Account(plan, self._noise.accounting)
         refuse_adaptive_on_grid(self._progress, arithmetic)
-        arithmetic.check(self.max_grad_norm)
+        arithmetic.clipping(self.max_grad_norm)
         self._start()
         names, sizes = self._trained.names, [p.numel() for p in self._trained.parameters]
         # Noise that cannot exist is refused here, not at the first step.
