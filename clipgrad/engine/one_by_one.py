@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from clipgrad._functorch import Decline, below_vmap, current_level, is_wrapped, per_sample, physical
 from clipgrad.engine.advice import is_refusal
 from clipgrad.engine.expressions import writes_in_place, writes_to_first
-from clipgrad.engine.rng_state import Draws
+from clipgrad.engine.rng_state import Generators
 from clipgrad.errors import NotPerSampleError
 
 _is_alias_of: Callable[[Tensor, Tensor], bool] = torch._C._is_alias_of  # type: ignore[attr-defined]
@@ -109,7 +109,7 @@ def instead(
     if not any(map(is_wrapped, tensors)):
         raise error
     before = [tensor._version for tensor in tensors]
-    draws = Draws(tensors[0].device)
+    generators = Generators(tensors[0].device)
     try:
         result = one_by_one(function, args, kwargs)
     except Exception:
@@ -118,6 +118,6 @@ def instead(
     # A write would happen once per sample.
     only_tensors = all(isinstance(leaf, Tensor) for leaf in tree_flatten(result)[0])
     written = before != [tensor._version for tensor in tensors]
-    if not only_tensors or written or draws.since_last_asked():
+    if not only_tensors or written or generators.changed():
         raise error
     return result

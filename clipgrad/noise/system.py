@@ -79,7 +79,7 @@ class SystemNoise:
         *,
         elsewhere: bool = False,
     ) -> list[Tensor]:
-        """Add and divide, in one pass where possible; :func:`clipgrad.noise.mean.noised_mean` calls this method too."""
+        """Add and divide, in one pass where possible; ``step_noise.noised_mean`` calls this method too."""
         makers = self._makers
         # A forked child has a copy of its parent's makers.
         if makers is None or makers.process != process():
