@@ -108,8 +108,7 @@ class FloatingPoint:
         sizes: Sequence[int] | None = None,
         dtypes: Sequence[torch.dtype] = (),
     ) -> Clipping:
-        rescale = self._options.rescale_to_unit_norm
-        clipping = make_clipping(strategy, names, sizes, rescale=rescale)
+        clipping = make_clipping(strategy, names, sizes)
         refuse_tiny_norms(clipping, dtypes)
         return clipping
 

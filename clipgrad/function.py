@@ -60,7 +60,6 @@ class ClippedGrad:
         groups, norms C_k  ``sqrt(sum C_k^2)``    divided by ``normalize_by``
         PerLayer, norm C   ``C``                  divided by ``normalize_by``
         Automatic, norm C  that of norm C         a sample contributes less than C
-        rescaled           ``sqrt(groups)``       divided by ``normalize_by``
         ``C = inf``        ``inf``                no clipping, no guarantee
         not ``nan_safe``   ``inf``                one NaN sample could turn the whole sum into NaN
         =================  =====================  ===============================================
@@ -116,7 +115,6 @@ def clipped_grad(
     has_aux: bool = False,
     keep_batch_dim: bool = True,
     normalize_by: float = 1.0,
-    rescale_to_unit_norm: bool = False,
     pre_clipping_transform: Callable[[Any], Any] | None = None,
     microbatch_size: int | None = None,
     nan_safe: bool = True,
@@ -143,7 +141,6 @@ def clipped_grad(
             is removed; if the elements of the batch are groups of samples (all samples of a user), this clips per
             group.
         normalize_by: Divide the sum by this public constant, usually the expected batch size.
-        rescale_to_unit_norm: Divide clipped gradients by their clipping norm, so that the bound is 1.
         pre_clipping_transform: Per-sample gradients (the structure of params, ``[B, *shape]``) to gradients of the
             same structure, before norms are taken. Forces per-sample gradients to be materialised, which costs
             ``B`` times the parameters' memory.
@@ -182,7 +179,6 @@ def clipped_grad(
         has_aux=has_aux,
         keep_batch_dim=keep_batch_dim,
         normalize_by=normalize_by,
-        rescale_to_unit_norm=rescale_to_unit_norm,
         pre_clipping_transform=pre_clipping_transform,
         microbatch_size=microbatch_size,
         nan_safe=nan_safe,

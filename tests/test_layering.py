@@ -183,7 +183,7 @@ def test_every_room_has_its_place_and_rooms_have_no_circle() -> None:
         ("rules/canonical.py", "from .registry import Rule"),
         ("optimizer/dp_optimizer.py", "from clipgrad import rules"),
         ("clipping/_groups.py", "def f():\n    from ..rules import linear"),
-        ("clipping/_factors.py", "from clipgrad.engine.clip_and_sum import MicrobatchResult"),
+        ("clipping/_groups.py", "from clipgrad.engine.clip_and_sum import MicrobatchResult"),
         ("clipping/_schedule.py", "from clipgrad.optimizer import DPOptimizer"),
         ("clipping/_adaptive.py", "noise = torch.randn(())"),
         ("plan/privacy_plan.py", "from clipgrad.optimizer import DPOptimizer"),

@@ -119,10 +119,6 @@ def _check_options(options: Options) -> None:
             options.normalize_by != 1.0,
             "divide after the noise was added",
         ),
-        "rescale_to_unit_norm=True": (
-            options.rescale_to_unit_norm,
-            "choose max_grad_norm=1.0 instead",
-        ),
         f"accumulate_dtype={dtype}": (
             dtype not in (None, torch.float64),
             "leave it out: sums on a grid are float64",
