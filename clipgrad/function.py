@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
@@ -79,14 +79,7 @@ class ClippedGrad:
             ValueError: If it is out of range.
         """
         self.clipper.arithmetic.clipping(max_grad_norm)
-        return ClippedGrad(
-            self.fn,
-            owned(max_grad_norm),
-            self.argnums,
-            self.batch_argnums,
-            self.options,
-            self.clipper,
-        )
+        return replace(self, max_grad_norm=owned(max_grad_norm))
 
     def explain(self, *args: Any) -> Explanation:
         """Run the forward pass of one microbatch and tell how each parameter's norm would be found.

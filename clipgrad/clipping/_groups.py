@@ -38,12 +38,9 @@ class Clipping:
     gammas: tuple[float | None, ...]
     bounds: Tensor | None = field(default=None, compare=False, repr=False)
 
-    def members(self, group: int) -> list[int]:
-        """Return the indices of the parameters that ``group`` clips together."""
-        return self._members[group]
-
     @cached_property
-    def _members(self) -> list[list[int]]:
+    def members(self) -> list[list[int]]:
+        """Return for each group the indices of the parameters that it clips together."""
         members: list[list[int]] = [[] for _ in self.groups]
         for index, owner in enumerate(self.assignment):
             members[owner].append(index)

@@ -96,8 +96,8 @@ def clip(
             return MicrobatchResult(exact, values, before, aux, dropped)
         gradients.replace(rows)
     norms = [
-        settings.ranks.squared_norms(gradients.squared_norms(clipping.members(group))).sqrt()
-        for group in range(len(clipping.groups))
+        settings.ranks.squared_norms(gradients.squared_norms(members)).sqrt()
+        for members in clipping.members
     ]
     finite = torch.stack(norms).isfinite().all(0)
     keep = finite if is_padding is None else finite & ~is_padding

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -82,19 +82,17 @@ def refuse_hooks(model: nn.Module, parameters: Iterable[tuple[str, Tensor]]) -> 
             )
 
 
-def _batch_norms(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    for name, module in model.named_modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            yield name, module
-
-
 def refuse_batch_norm(model: nn.Module) -> None:
     """Refuse BatchNorm in training mode before it counts the batch in its buffers.
 
     Raises:
         NotPerSampleError: If there is one.
     """
-    names = [name or "the model itself" for name, module in _batch_norms(model) if module.training]
+    names = [
+        name or "the model itself"
+        for name, module in model.named_modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training
+    ]
     if names:
         raise NotPerSampleError(
             f"BatchNorm in training mode ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''}) normalises a "
