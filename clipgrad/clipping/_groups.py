@@ -67,7 +67,7 @@ class Clipping:
         gamma = self.gammas[group]
         return (bound / norms).clamp(max=1.0) if gamma is None else bound / (norms + gamma)
 
-    def reading(self, bounds: Tensor) -> Clipping:
+    def with_bounds(self, bounds: Tensor) -> Clipping:
         """Return a copy that reads ``bounds`` instead of ``norms``; valid for all norms with the same ``structure``."""
         return replace(self, bounds=bounds)
 

@@ -32,8 +32,8 @@ class Settings:
         ranks: The processes that hold the parameters.
         pre_clipping: The user's transform of per-sample gradients, on leaves.
         sum_rows: Clips and sums per-sample gradients in the place of the rules; None if the rules do it.
-        deferred: Leave the question whether every norm is finite to the caller: a traced graph cannot ask it.
-        selects: Take dropped samples out of the activations whether there is one or not: then nobody has to ask.
+        defers_finite_check: Leave it to the caller to check that every norm is finite; a traced graph cannot do so.
+        always_selects: Take dropped samples out of the factors without a check whether there are any.
     """
 
     options: Options
@@ -42,8 +42,8 @@ class Settings:
     ranks: Ranks
     pre_clipping: PreClipping | None = None
     sum_rows: SumRows | None = None
-    deferred: bool = False
-    selects: bool = False
+    defers_finite_check: bool = False
+    always_selects: bool = False
 
     @property
     def strategy(self) -> Strategy | None:
@@ -106,18 +106,18 @@ def clip(
     if dropping:
         keep = keep if nan_safe else ~is_padding  # type: ignore[operator]
         factors = [torch.where(keep, factor, 0.0) for factor in factors]
-        if settings.selects:
+        if settings.always_selects:
             gradients.select(keep)
     with phase("contraction"):
         sums = _weighted_sums(gradients, factors, settings)
     # Asked only now: on a GPU the answer takes as long as all that is queued, and the sums are queued already.
-    if dropping and not settings.deferred and not bool(finite.all()):
+    if dropping and not settings.defers_finite_check and not bool(finite.all()):
         # A zero factor does not silence an inf; such samples are taken out of the factors themselves.
         gradients.select(keep)
         with phase("contraction"):
             sums = _weighted_sums(gradients, factors, settings)
     nonfinite = ~finite if is_padding is None else ~finite & ~is_padding
-    all_finite = finite.all() if settings.deferred else None
+    all_finite = finite.all() if settings.defers_finite_check else None
     return MicrobatchResult(sums, values, norms, aux, nonfinite, all_finite)
 
 

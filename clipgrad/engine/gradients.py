@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
-from clipgrad._functorch import untraced
-from clipgrad.engine.bundle import Bundle, bundled
+from clipgrad._functorch import without_tracing
+from clipgrad.engine.bundle import Bundle, make_bundle
 from clipgrad.engine.tape import Tape, Tracked
 from clipgrad.kernels.selection import select_rows
-from clipgrad.rules.canonical import PerSample, added, row_norms_squared, widen
+from clipgrad.rules.canonical import PerSample, row_norms_squared, sum_of, widen
 
 
 class Gradients:
@@ -27,10 +27,10 @@ class Gradients:
         self._tape = tape
         self._batch_size = tape.batch_size
         for entry in tape.tracked:
-            entry.settle()
+            entry.merge_kept_gradients()
         self._parts: list[list[Tracked]] = [[] for entry in tape.tracked if not entry.derived]
         for entry in tape.tracked:
-            if entry.reached:
+            if entry.has_gradient:
                 for index in entry.parameters:
                     self._parts[index].append(entry)
         self._summed: dict[int, Tensor] = {}
@@ -45,7 +45,7 @@ class Gradients:
         found = []
         # When a graph is traced, the compiler joins small operations itself.
         if get_proxy_mode() is None and len(members) > 1:
-            bundle = bundled(self._kept_alone(members))
+            bundle = make_bundle(self._kept_alone(members))
             if bundle is not None:
                 self._bundled.update(dict.fromkeys(bundle.indices, bundle))
                 found.append(bundle.squared_norms())
@@ -71,7 +71,7 @@ class Gradients:
         if not parts:
             return None
         if all(part.injective for part in parts) and self._disjoint(index):
-            return added([part.squared_norms() for part in parts])
+            return sum_of([part.squared_norms() for part in parts])
         return row_norms_squared(self.per_sample(index))
 
     def per_sample(self, index: int) -> Tensor:
@@ -153,7 +153,8 @@ class Gradients:
         if any(not part.derived for part in parts):
             return False
         source = self._tape.tracked[index].shared
-        with untraced():  # the result depends on shapes alone, so it may be a constant of a graph
+        # The result depends on shapes alone, so it may be a constant of a graph.
+        with without_tracing():
             touched = torch.zeros_like(source)
             for part in parts:
                 (image,) = torch.autograd.grad(

@@ -22,7 +22,7 @@ from clipgrad.engine.advice import note_arguments
 from clipgrad.engine.foreign_code import refuse_subclasses
 
 
-def copied(batch: Sequence[Any]) -> list[Any]:
+def copy_samples(batch: Sequence[Any]) -> list[Any]:
     """All samples of a flat batch, in memory of their own; constants stay."""
     return [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in batch]
 
@@ -122,7 +122,7 @@ class Inputs:
         return [leaf[index] if isinstance(leaf, Tensor) else leaf for leaf in self.batch]
 
 
-def of_model(
+def inputs_of_model(
     loss_fn: Callable[..., Any],
     model: nn.Module,
     names: list[str],
@@ -175,7 +175,7 @@ def of_model(
     return Inputs(names, params, leaves, size, loss, sample_call)
 
 
-def of_arguments(
+def inputs_of_arguments(
     fn: Callable[..., Any],
     argnums: int | tuple[int, ...],
     batch_argnums: tuple[int, ...] | None,
@@ -194,7 +194,7 @@ def of_arguments(
     """
     single = isinstance(argnums, int)
     argnums = (argnums,) if isinstance(argnums, int) else argnums
-    argnums, batch_argnums = _validate.positions(argnums, batch_argnums, len(args))
+    argnums, batch_argnums = _validate.argument_positions(argnums, batch_argnums, len(args))
     trainable = tuple(args[i] for i in argnums)
     parameters = _flat(trainable[0] if single else trainable)
     _check_parameters(parameters.leaves, parameters.paths)
@@ -240,7 +240,7 @@ def _called(fn: Callable[..., Any], given: Sequence[Any], call: str) -> Any:
 
 
 def _check_parameters(params: Sequence[Any], paths: Callable[[], list[tuple[Any, ...]]]) -> None:
-    _validate.dense("params", params, paths)
+    _validate.require_dense("params", params, paths)
     refuse_subclasses(params, "a parameter")
 
 
@@ -250,11 +250,11 @@ def _checked_batch(
     """The leaves of a batch, detached, and how many samples there are."""
     refuse_subclasses(samples.leaves, "the batch")
     batch = [leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in samples.leaves]
-    _validate.dense("batch", batch, samples.paths)
+    _validate.require_dense("batch", batch, samples.paths)
 
     size = _validate.batch_size(batch, lambda: list(map(keystr, samples.paths())))
-    _validate.differentiable(params, batch)
-    _validate.no_python_samples(trees, size)
+    _validate.require_differentiable(params, batch)
+    _validate.refuse_python_samples(trees, size)
     return batch, size
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 
-class Generators:
+class SavedRngState:
     """This class saves the RNG states that a step may change: of the CPU and of a device."""
 
     def __init__(self, device: torch.device) -> None:
@@ -27,15 +27,15 @@ class Generators:
         return not all(map(torch.equal, self._states, _states(self._device)))
 
     @contextmanager
-    def replayed(self) -> Iterator[None]:
+    def temporarily_restored(self) -> Iterator[None]:
         """Run the body from the saved state, and then restore the state from before the call."""
-        now = Generators(self._device)
+        now = SavedRngState(self._device)
         self.restore()
-        with now.kept():
+        with now.restored_on_exit():
             yield
 
     @contextmanager
-    def kept(self) -> Iterator[None]:
+    def restored_on_exit(self) -> Iterator[None]:
         """Restore the saved state after the body."""
         try:
             yield

@@ -1,4 +1,4 @@
-"""What ``DPOptimizer`` asks of a model, beyond what the loss shows when it runs."""
+"""This module checks the arguments, the model and the batch of a ``DPOptimizer`` before the loss runs."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 
 
 def check_parts(optimizer: Any, model: Any, loss_fn: Any) -> None:
-    """Refuse what cannot be wrapped, trained or differentiated.
+    """Refuse an optimizer, model or loss that is not supported.
 
     Raises:
-        ValueError: If one of the three does not fit.
+        ValueError: If one of the three is not supported.
     """
     if isinstance(optimizer, OptimizerFacade) or not isinstance(optimizer, Optimizer):
         raise ValueError(
@@ -27,7 +27,7 @@ def check_parts(optimizer: Any, model: Any, loss_fn: Any) -> None:
     if isinstance(optimizer, LBFGS):
         raise ValueError(
             "optimizer is LBFGS, which evaluates the loss again within a step: its gradients would be neither clipped "
-            "nor noised. Use one that steps on .grad alone, such as SGD or AdamW."
+            "nor noised. Use an optimizer that reads .grad alone, such as SGD or AdamW."
         )
     if not isinstance(model, nn.Module):
         raise ValueError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
@@ -49,7 +49,7 @@ def refuse_foreign_parameters(owned: Iterable[Tensor], known: Iterable[Tensor]) 
     """Refuse parameters of the optimizer that the model does not have.
 
     Raises:
-        ValueError: If there is one.
+        ValueError: If there is such a parameter.
     """
     ours = set(map(id, known))
     strangers = [tuple(getattr(p, "shape", ())) for p in owned if id(p) not in ours]
@@ -61,16 +61,16 @@ def refuse_foreign_parameters(owned: Iterable[Tensor], known: Iterable[Tensor]) 
 
 
 def refuse_hooks(model: nn.Module, parameters: Iterable[tuple[str, Tensor]]) -> None:
-    """Refuse hooks on gradients of parameters and modules, which would not run, without a word.
+    """Refuse hooks on gradients of parameters and modules, because they would silently not run.
 
     Raises:
-        NotPerSampleError: If there is one.
+        NotPerSampleError: If there is such a hook.
     """
     for name, parameter in parameters:
         if parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None):
             raise NotPerSampleError(
-                f"parameter {name!r} has a gradient hook, which cannot run: its gradient exists only per sample, and "
-                "clipped and noised in .grad. Remove the hook; change .grad in a step hook "
+                f"parameter {name!r} has a gradient hook, which cannot run: its gradient exists per sample, and then "
+                "only clipped and with noise in .grad. Remove the hook; change .grad in a step hook "
                 "(register_step_pre_hook), which runs after the noise."
             )
     for module in model.modules():
@@ -83,10 +83,10 @@ def refuse_hooks(model: nn.Module, parameters: Iterable[tuple[str, Tensor]]) -> 
 
 
 def refuse_batch_norm(model: nn.Module) -> None:
-    """Refuse BatchNorm in training mode before it counts the batch in its buffers.
+    """Refuse BatchNorm in training mode before it updates its buffers.
 
     Raises:
-        NotPerSampleError: If there is one.
+        NotPerSampleError: If there is such a layer.
     """
     names = [
         name or "the model itself"
@@ -105,15 +105,15 @@ def refuse_batch_norm(model: nn.Module) -> None:
 def parameters_to_train(
     model: nn.Module, owned: Sequence[Tensor]
 ) -> tuple[tuple[str, nn.Parameter], ...]:
-    """The optimizer's parameters that require grad, in the model's order, of a model that can be trained.
+    """Return the optimizer's parameters that require grad, in the model's order, after checks of the model.
 
     Args:
         model: The model.
         owned: All parameters of the optimizer.
 
     Raises:
-        ValueError: If a parameter is not the model's, or none is left.
-        NotPerSampleError: For BatchNorm in training mode, and for gradient hooks.
+        ValueError: If a parameter is not the model's, or no parameter requires grad.
+        NotPerSampleError: If the model has BatchNorm in training mode, or hooks on gradients.
     """
     named = list(model.named_parameters())
     refuse_foreign_parameters(owned, (p for _, p in named))

@@ -82,8 +82,8 @@ def profile_with(
     size = _batch_size(batch)
     device = next(p.device for group in optimizer.param_groups for p in group["params"])
     watch = Stopwatch(clock, device)
-    standard = _standard_step(_copied(optimizer), batch)
-    clipped = _clipped_step(_copied(optimizer), batch)
+    standard = _standard_step(_copy_optimizer(optimizer), batch)
+    clipped = _clipped_step(_copy_optimizer(optimizer), batch)
     whole: dict[Step, list[float]] = {standard: [], clipped: []}
     parts: dict[Step, list[dict[Phase, float]]] = {standard: [], clipped: []}
     # Dropout changes PyTorch's global RNG states.
@@ -186,7 +186,7 @@ def _medians(names: Sequence[Phase], rounds: Sequence[dict[Phase, float]]) -> di
     return {name: median(seconds.get(name, 0.0) for seconds in rounds) for name in names}
 
 
-def _copied(optimizer: DPOptimizer) -> DPOptimizer:
+def _copy_optimizer(optimizer: DPOptimizer) -> DPOptimizer:
     try:
         twin = copy.deepcopy(optimizer)
     except Exception as error:
