@@ -114,21 +114,12 @@ def _check_samples(count: float, what: str) -> None:
 def _check_options(options: Options) -> None:
     """Refuse options that prevent exact sums."""
     dtype = options.performance.accumulate_dtype
-    refused = {
-        f"normalize_by={options.normalize_by}": (
-            options.normalize_by != 1.0,
-            "divide after the noise was added",
-        ),
-        f"accumulate_dtype={dtype}": (
-            dtype not in (None, torch.float64),
-            "leave it out: sums on a grid are float64",
-        ),
-        "nan_safe=False": (not options.nan_safe, "leave it out: a grid has no place for NaN"),
-        f"compile={options.compile!r}": (
-            bool(options.compile),
-            "leave it out: each sample is computed alone",
-        ),
-    }
-    for option, (given, remedy) in refused.items():
+    refused = (
+        (options.normalize_by != 1.0, f"normalize_by={options.normalize_by}", "divide after the noise was added"),
+        (dtype not in (None, torch.float64), f"accumulate_dtype={dtype}", "leave it out: sums on a grid are float64"),
+        (not options.nan_safe, "nan_safe=False", "leave it out: a grid has no place for NaN"),
+        (bool(options.compile), f"compile={options.compile!r}", "leave it out: each sample is computed alone"),
+    )  # fmt: skip
+    for given, option, remedy in refused:
         if given:
             raise ValueError(f"grid cannot be combined with {option}; {remedy}.")
