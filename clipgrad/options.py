@@ -62,7 +62,6 @@ class Options:
     has_aux: bool = False
     keep_batch_dim: bool = True
     normalize_by: float = 1.0
-    rescale_to_unit_norm: bool = False
     pre_clipping_transform: Callable[[Any], Any] | None = None
     microbatch_size: int | None = None
     nan_safe: bool = True
@@ -71,7 +70,7 @@ class Options:
     performance: Performance = field(default_factory=Performance)
 
     def __post_init__(self) -> None:
-        for name in ("has_aux", "keep_batch_dim", "rescale_to_unit_norm", "nan_safe"):
+        for name in ("has_aux", "keep_batch_dim", "nan_safe"):
             _validate.flag(name, getattr(self, name))
         _validate.positive("normalize_by", self.normalize_by)
         _validate.positive_int_or_none("microbatch_size", self.microbatch_size)
