@@ -48,7 +48,7 @@ class ClippedBatch:
 
     Attributes:
         sums: Of each parameter, in its order.
-        aux: Per-sample auxiliary output, or None.
+        aux: Per-sample auxiliary output; None or ``()`` if there is none.
         outcome: What became of each sample.
         aliases_graph: Whether ``sums`` alias the memory of a CUDA graph, which the next batch overwrites.
     """
@@ -79,6 +79,7 @@ class BatchClipper:
         # Of the last call: parameters and norm rarely change from one to the next.
         self._resolved: tuple[Any, Settings] | None = None
         self._sensitivity: tuple[Any, float] | None = None
+        self._aux_of_none: Any = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return BatchClipper, (self.options, self.ranks)  # a copy compiles for itself
@@ -111,7 +112,7 @@ class BatchClipper:
         settings = self._settings(inputs, max_grad_norm, restore)
         groups = settings.clipping.groups if is_grouped(max_grad_norm) else None
         if size == 0:
-            return _empty(inputs, settings, groups)
+            return _empty(inputs, settings, groups, self._empty_aux(inputs, settings))
         rows = self.arithmetic.rows_at_once(size)
         run_rows: RunRows = self._eagerly(inputs, settings)
         if self.options.compile_mode is not None:
@@ -131,8 +132,10 @@ class BatchClipper:
         if self.options.normalize_by != 1.0:
             sums, aliases = [total.div_(self.options.normalize_by) for total in sums], False
         aux = None
-        if self.options.has_aux:
+        if self.options.has_aux is not False:
             aux = tree_map(lambda *leaves: torch.cat(leaves), *(result.aux for result in results))
+            if self._aux_of_none is None:
+                self._aux_of_none = tree_map(lambda leaf: leaf[:0].clone(), aux)
         return ClippedBatch(sums, aux, _outcome(results, settings, groups, mask, size), aliases)
 
     def explain(
@@ -158,6 +161,30 @@ class BatchClipper:
             return make_explanation(tape.tracked, plan(tape, settings), tape.batch_size)
         finally:
             tape.release()
+
+    def _empty_aux(self, inputs: Inputs, settings: Settings) -> Any:
+        """The auxiliary output of no samples: that of an earlier batch, else of one row of zeros, without its values."""
+        if self.options.has_aux is False:
+            return None
+        if self._aux_of_none is None:
+            row = [
+                leaf.new_zeros((1, *leaf.shape[1:])) if isinstance(leaf, Tensor) else leaf
+                for leaf in inputs.batch
+            ]
+
+            def aux_of_row(loss: Loss) -> Any:
+                tape, _, aux = forward(loss, inputs.names, inputs.params, row, settings)
+                tape.release()
+                return aux
+
+            try:
+                with torch.enable_grad(), Generators(inputs.params[0].device).kept():
+                    aux = self._with_loss(inputs, aux_of_row)
+            except Exception:
+                # A loss that takes no zeros: nothing is known of its metrics yet, and most losses have none.
+                return ()
+            self._aux_of_none = tree_map(lambda leaf: leaf[:0].clone(), aux)
+        return tree_map(torch.clone, self._aux_of_none)
 
     def sensitivity(self, max_grad_norm: ClippingStrategy, relation: Relation) -> float:
         """The largest L2 change of the sums between neighbouring batches."""
@@ -284,7 +311,9 @@ def _on_leaves(transform: Callable[[Any], Any], restore: Restore) -> PreClipping
     return apply
 
 
-def _empty(inputs: Inputs, settings: Settings, groups: Sequence[str] | None) -> ClippedBatch:
+def _empty(
+    inputs: Inputs, settings: Settings, groups: Sequence[str] | None, aux: Any
+) -> ClippedBatch:
     """Zeros: what a batch without samples adds up to."""
     sums = [
         torch.zeros_like(p, dtype=dtype)
@@ -293,7 +322,7 @@ def _empty(inputs: Inputs, settings: Settings, groups: Sequence[str] | None) -> 
     none = torch.zeros(0, dtype=settings.dtypes[0], device=inputs.params[0].device)
     norms = [none for _ in settings.clipping.groups]
     outcome = Outcome(none, norms, settings.clipping.norms, groups, none.bool(), None, 0)
-    return ClippedBatch(sums, None, outcome)
+    return ClippedBatch(sums, aux, outcome)
 
 
 def _outcome(

@@ -66,7 +66,8 @@ class Options:
         ValueError: If a value is out of range, or two exclude each other.
     """
 
-    has_aux: bool = False
+    # None: whether the loss returns (loss, aux) is found from what it returns.
+    has_aux: bool | None = False
     keep_batch_dim: bool = True
     normalize_by: float = 1.0
     rescale_to_unit_norm: bool = False
@@ -78,8 +79,10 @@ class Options:
     performance: Performance = field(default_factory=Performance)
 
     def __post_init__(self) -> None:
-        for name in ("has_aux", "keep_batch_dim", "rescale_to_unit_norm", "nan_safe"):
+        for name in ("keep_batch_dim", "rescale_to_unit_norm", "nan_safe"):
             _validate.flag(name, getattr(self, name))
+        if self.has_aux is not None:
+            _validate.flag("has_aux", self.has_aux)
         _validate.positive("normalize_by", self.normalize_by)
         _validate.positive_int_or_none("microbatch_size", self.microbatch_size)
         if not isinstance(self.performance, Performance):

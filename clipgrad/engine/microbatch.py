@@ -88,7 +88,8 @@ def _one_sample(
     for leaf in flat:
         if not isinstance(leaf, Tensor):
             raise NotPerSampleError(
-                f"aux may hold tensors only, got {type(leaf).__name__}; return constants outside the loss."
+                f"aux may hold tensors only, got {type(leaf).__name__}. Of (loss, aux) return metrics as tensors of "
+                "the one sample, and keep constants outside the loss."
             )
     return value, flat, structure
 
@@ -159,7 +160,9 @@ def plan(tape: Tape, settings: Settings) -> list[Choice]:
     return choices
 
 
-def _split(result: Any, has_aux: bool) -> tuple[Tensor, Any]:
+def _split(result: Any, has_aux: bool | None) -> tuple[Tensor, Any]:
+    if has_aux is None:
+        has_aux = isinstance(result, tuple) and len(result) == 2
     if has_aux:
         if not (isinstance(result, tuple) and len(result) == 2):
             raise NotPerSampleError(
@@ -176,7 +179,7 @@ def _split(result: Any, has_aux: bool) -> tuple[Tensor, Any]:
         )
         raise NotPerSampleError(
             f"the loss must return a scalar tensor for one sample, got {got}. Reduce it with .mean() or .sum(); "
-            "to return more, use clipgrad.clipped_grad with has_aux=True."
+            "to return more, return (loss, metrics) to DPOptimizer, or use clipgrad.clipped_grad with has_aux=True."
         )
     if not value.is_floating_point():
         raise NotPerSampleError(

@@ -6,11 +6,13 @@ import math
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Generic, cast
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils._pytree import tree_map
+from typing_extensions import TypeVar
 
 from clipgrad._phases import phase
 from clipgrad.accounting import Ledger
@@ -35,13 +37,15 @@ from clipgrad.options import Options, Performance
 from clipgrad.plan import PrivacyPlan
 from clipgrad.plan.account import Account
 from clipgrad.plan.receipts import Claim
-from clipgrad.result import Diagnostics, Outcome, diagnostics_of
+from clipgrad.result import Diagnostics, NotPrivate, Outcome, diagnostics_of
 from clipgrad.sampling import PaddedBatch
 
 _STATE_KEY = "clipgrad"
+Returned = TypeVar("Returned", default=Any)
+"""What the loss returns: a tensor, or a pair of a tensor and metrics."""
 
 
-class DPOptimizer(OptimizerFacade):
+class DPOptimizer(OptimizerFacade, Generic[Returned]):
     """Wraps any ``torch.optim.Optimizer`` for differentially private training (DP-SGD, Abadi et al. 2016).
 
     Each ``backward`` adds to the clipped sums of per-sample gradients. ``step`` adds Gaussian noise of standard
@@ -53,7 +57,8 @@ class DPOptimizer(OptimizerFacade):
         optimizer: The optimizer to wrap. It owns the parameters to train.
         model: The model. Its trainable parameters that ``optimizer`` does not own are constants.
         loss_fn: ``loss_fn(model, *batch) -> scalar``, the function a non-private loop calls on a whole batch. Here
-            it sees a batch of one, so ``mean`` and ``sum`` reductions both work.
+            it sees a batch of one, so ``mean`` and ``sum`` reductions both work. It may return ``(scalar, metrics)``,
+            with any pytree of tensors as metrics of the one sample.
         plan: A ``PrivacyPlan``, in place of the next three. Every step is then written to ``ledger``, ``epsilon()``
             tells what it cost so far, and a step beyond the plan is refused. So is a batch that no loader of this plan
             drew, unless the plan declares how batches are drawn.
@@ -109,7 +114,7 @@ class DPOptimizer(OptimizerFacade):
         self,
         optimizer: Optimizer,
         model: nn.Module,
-        loss_fn: Callable[..., Tensor],
+        loss_fn: Callable[..., Returned],
         *,
         plan: PrivacyPlan | None = None,
         max_grad_norm: ClippingStrategy | None = None,
@@ -134,6 +139,7 @@ class DPOptimizer(OptimizerFacade):
 
             microbatch_size = fixed_size(self.expected_batch_size)
         options = Options(
+            has_aux=None,
             keep_batch_dim=keep_batch_dim,
             microbatch_size=microbatch_size,
             compile=compile,
@@ -153,7 +159,7 @@ class DPOptimizer(OptimizerFacade):
 
     # ------------------------------------------------------------------ the training loop
 
-    def backward(self, *batch: Any, is_padding: Tensor | None = None) -> Tensor:
+    def backward(self, *batch: Any, is_padding: Tensor | None = None) -> Returned:
         """Add the batch's clipped per-sample gradients to the sums that ``step`` will noise; see ``clipped_sums``.
 
         Several calls before one ``step`` are one logical batch. One batch of the loader is one step: split it over
@@ -167,7 +173,9 @@ class DPOptimizer(OptimizerFacade):
             is_padding: Boolean ``[B]``; samples marked True contribute exactly nothing.
 
         Returns:
-            The mean per-sample loss, detached; NaN for a batch of no samples. Not private.
+            The mean per-sample loss, detached; NaN for a batch of no samples. If the loss returns
+            ``(loss, metrics)``, a named pair ``NotPrivate(loss, metrics)``: the mean loss, and the metrics of each
+            sample that is not padding, stacked on a leading axis. Not private.
 
         Raises:
             ValueError: If the batch is malformed or requires grad, which would end at its edge.
@@ -197,7 +205,7 @@ class DPOptimizer(OptimizerFacade):
         )
         self._claim = claim
         self._last = found.outcome
-        return found.outcome.mean_loss
+        return cast(Returned, _returned(found.outcome, found.aux))
 
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Add noise to the clipped sums, divide by ``expected_batch_size``, step the wrapped optimizer.
@@ -492,3 +500,13 @@ class DPOptimizer(OptimizerFacade):
             )
         self._trained = trained
         return trained
+
+
+def _returned(outcome: Outcome, aux: Any) -> Tensor | NotPrivate:
+    """What ``backward`` returns; ``()`` stands for a loss that returns no metrics."""
+    if isinstance(aux, tuple) and not aux:
+        return outcome.mean_loss
+    if outcome.is_padding is not None:
+        kept = ~outcome.is_padding
+        aux = tree_map(lambda leaf: leaf[kept.to(leaf.device)], aux)
+    return NotPrivate(outcome.mean_loss, aux)

@@ -38,7 +38,7 @@ class Pending:
         self._sums: list[Tensor] | None = None
         self._others: list[Tensor] = []
         self._aliases_graph = False
-        # id(gradient) -> gradient: those that hold noise or zeros. Their ids mean something while they live.
+        # id(parameter) -> its gradient, if that holds noise or zeros. A loop may clear .grad without telling us.
         self._harmless: dict[int, Tensor] = {}
 
     @property
@@ -66,7 +66,7 @@ class Pending:
             parameters: Those that may have a ``.grad`` now.
         """
         self._sums = None
-        self._harmless = {id(p.grad): p.grad for p in parameters if p.grad is not None}
+        self._harmless = {id(p): p.grad for p in parameters if p.grad is not None}
 
     def before_backward(self, names: Sequence[str], parameters: Sequence[Tensor]) -> None:
         """Clear ``.grad``, and make sure that the sums outlive what follows.
@@ -120,7 +120,7 @@ class Pending:
             )
         self._clear_gradients(names, parameters)
         for parameter in others:
-            if parameter.grad is not None and id(parameter.grad) not in self._harmless:
+            if parameter.grad is not None and not self._is_harmless(parameter, parameter.grad):
                 raise UnclippedGradientError(
                     f"a parameter of shape {tuple(parameter.shape)} was not trained by backward (it is frozen, or was "
                     "until then), but holds a .grad that was not clipped here, and the wrapped optimizer would step "
@@ -135,21 +135,24 @@ class Pending:
         for parameter, mean in zip(parameters, means, strict=True):
             gradient = mean if mean.dtype is parameter.dtype else mean.to(parameter.dtype)
             parameter.grad = gradient
-            self._harmless[id(gradient)] = gradient
+            self._harmless[id(parameter)] = gradient
 
     def _clear_gradients(self, names: Sequence[str], parameters: Sequence[Tensor]) -> None:
         found = [(n, p, p.grad) for n, p in zip(names, parameters, strict=True)]
-        for name, _, gradient in found:
-            if gradient is not None and id(gradient) not in self._harmless:
+        for name, parameter, gradient in found:
+            if gradient is not None and not self._is_harmless(parameter, gradient):
                 raise UnclippedGradientError(
                     f"parameter {name!r}: its .grad was written by somebody else (loss.backward(), an assignment), and "
                     "was not clipped. Let only DPOptimizer write gradients: .grad is None from backward to step, which "
                     "shows the noised mean. Clear it with optimizer.zero_grad()."
                 )
         for _, parameter, gradient in found:
+            self._harmless.pop(id(parameter), None)
             if gradient is not None:
-                del self._harmless[id(gradient)]
                 parameter.grad = None
+
+    def _is_harmless(self, parameter: Tensor, gradient: Tensor) -> bool:
+        return self._harmless.get(id(parameter)) is gradient
 
 
 def refuse_unnoised(pending: weakref.ref[Pending]) -> Callable[..., None]:
