@@ -163,7 +163,7 @@ class BatchClipper:
             tape.release()
 
     def _empty_aux(self, inputs: Inputs, settings: Settings) -> Any:
-        """The auxiliary output of no samples: that of an earlier batch, else of one row of zeros, without its values."""
+        """The auxiliary output of no samples: an earlier batch's, else that of a row of zeros, without values."""
         if self.options.has_aux is False:
             return None
         if self._aux_of_none is None:

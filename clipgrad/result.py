@@ -61,7 +61,7 @@ class Outcome:
 
 
 class NotPrivate(NamedTuple):
-    """What ``backward`` returns if the loss returns ``(loss, metrics)``. **Not private**: both depend on single samples.
+    """What ``backward`` returns if the loss returns ``(loss, metrics)``. **Not private**, neither of them.
 
     Attributes:
         loss: The mean loss of the samples that are not padding, detached.
