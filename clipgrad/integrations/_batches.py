@@ -62,6 +62,45 @@ class LogicalBatches(IterableDataset[Any]):
             yield from cut(batch, self._pieces, self._rows)
 
 
+class EpochLoader:
+    """The batches of a plan, an epoch at a time; its state is the position in the run.
+
+    Args:
+        loader: The loader of the plan, one iteration of which is the whole run.
+        epoch: Batches of an epoch.
+    """
+
+    def __init__(self, loader: PrivateLoader, epoch: int) -> None:
+        self.loader, self._epoch, self._left = loader, epoch, epoch
+        self._batches: Iterator[Any] | None = None
+
+    def __len__(self) -> int:
+        """Return the number of batches of an epoch."""
+        return self._epoch
+
+    def __iter__(self) -> Iterator[Any]:
+        """Yield the batches of the next epoch, or the rest of an interrupted one."""
+        if self._batches is None:
+            self._batches = iter(self.loader)
+        count, self._left = self._left, self._epoch
+        return islice(self._batches, count)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the position of the loader."""
+        return self.loader.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue a saved run with batches that are drawn afresh."""
+        self.loader.load_state_dict(state)
+        self._batches = None
+        self._left = self._epoch - int(state["done"]) % self._epoch
+
+
+def epoch_of(num_samples: int, expected_batch_size: float) -> int:
+    """Return the number of steps of an epoch."""
+    return max(1, round(num_samples / expected_batch_size))
+
+
 def loader_of(
     plan: PrivacyPlan,
     dataset: Any,

@@ -12,8 +12,8 @@ from torch.utils.data import DataLoader
 
 from clipgrad.accounting import Ledger
 from clipgrad.errors import PrivacyBudgetError
-from clipgrad.integrations._batches import LogicalBatches, loader_of, rows_of
-from clipgrad.integrations._trainer_arguments import epoch_of, plan_and_users, refuse_conflicts
+from clipgrad.integrations._batches import LogicalBatches, epoch_of, loader_of, rows_of
+from clipgrad.integrations._huggingface_arguments import plan_and_users, refuse_conflicts
 from clipgrad.noise import NoiseSource
 from clipgrad.optimizer import DPOptimizer
 from clipgrad.options import Performance
@@ -227,8 +227,7 @@ class PrivateTraining:
 class DPTrainer(PrivateTraining, Trainer):
     """A ``transformers.Trainer`` that trains with differential privacy; see ``PrivateTraining`` for its arguments.
 
-    Everything else is as usual: collators, evaluation, schedulers, callbacks, checkpoints, ``resume_from_checkpoint``
-    and PEFT models. ``TrainingArguments`` that conflict with the plan are refused by name.
+    Collators, evaluation, schedulers, callbacks, checkpoints, resuming and PEFT models are as usual.
     """
 
 

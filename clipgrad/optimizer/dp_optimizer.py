@@ -223,7 +223,8 @@ class DPOptimizer(OptimizerFacade, Generic[Returned]):
         if closure is not None:
             raise ValueError(
                 "step: a closure would compute gradients again after the noise was added, unclipped. Call "
-                "backward(*batch) and then step(); optimizers that need a closure (LBFGS) cannot be private here."
+                "backward(*batch) and then step(). Lightning passes a closure: use "
+                "clipgrad.integrations.lightning.DPModule. Optimizers that need one (LBFGS) cannot be private here."
             )
         account = self._account
         if account is not None and self._pending.unfinished:

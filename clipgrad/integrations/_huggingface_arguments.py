@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from clipgrad.integrations._batches import epoch_of
 from clipgrad.plan import PrivacyPlan
 
 
@@ -108,11 +109,6 @@ def refuse_conflicts(args: Any) -> None:
 def logical_batch_size(args: Any) -> int:
     """Return the expected batch size that the arguments describe."""
     return int(args.per_device_train_batch_size * args.gradient_accumulation_steps)
-
-
-def epoch_of(num_samples: int, expected_batch_size: float) -> int:
-    """Return the number of steps of an epoch."""
-    return max(1, round(num_samples / expected_batch_size))
 
 
 def steps_wanted(args: Any, epoch: int) -> int:
