@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from clipgrad import Performance, PrivacyPlan, poisson_loader
+from clipgrad import PrivacyPlan, poisson_loader
 from clipgrad.errors import NotPerSampleError
 from clipgrad.result import NotPrivate
 from clipgrad.sampling import PaddedBatch
@@ -41,10 +41,9 @@ def assert_metrics(found: Any, model: nn.Module, x: Tensor) -> None:
     [
         {},
         {"microbatch_size": 2},
-        {"performance": Performance(branches="split")},
         {"compile": True, "microbatch_size": 3},
     ],
-    ids=["whole", "microbatches", "split", "compiled"],
+    ids=["whole", "microbatches", "compiled"],
 )
 def test_metrics_of_each_sample_and_the_same_sums(options: dict[str, Any]) -> None:
     model, x = mlp(), data(5)

@@ -80,6 +80,3 @@ def refuse(operation: str) -> NotPerSampleError:
         "every call, and keep nothing of one call for the next; to log metrics, return (loss, metrics) (clipped_grad: "
         "has_aux=True), or read optimizer.diagnostics."
     )
-
-
-__all__ = ["among", "refuse", "remember"]

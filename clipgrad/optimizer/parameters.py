@@ -121,6 +121,3 @@ def _is_walked_as_usual(module: nn.Module) -> bool:
         getattr(getattr(module, name), "__func__", None) is getattr(nn.Module, name)
         for name in _WALKS
     )
-
-
-__all__ = ["TrainedParameters"]

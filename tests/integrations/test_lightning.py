@@ -25,8 +25,12 @@ from clipgrad.integrations.lightning import DPModule, private_loader  # noqa: E4
 NORM = 0.5
 # What Lightning says of a small machine, of loops without a logger, and of itself.
 pytestmark = pytest.mark.filterwarnings(
-    "ignore:.*does not have many workers", "ignore:.*LeafSpec", "ignore:.*isinstance.treespec",
-    "ignore:Be aware that when using `ckpt_path`", "ignore:You defined a `validation_step`", "ignore:The number of training batches", "ignore:.*exists and is not empty",
+    "ignore:.*does not have many workers", "ignore:.*LeafSpec",
+    "ignore:.*isinstance.treespec",
+    "ignore:Be aware that when using `ckpt_path`",
+    "ignore:You defined a `validation_step`",
+    "ignore:The number of training batches",
+    "ignore:.*exists and is not empty",
 )  # fmt: skip
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 
