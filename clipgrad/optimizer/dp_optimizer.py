@@ -23,6 +23,7 @@ from clipgrad.engine.inputs import Inputs, of_model
 from clipgrad.errors import UnclippedGradientError
 from clipgrad.explain import Explanation
 from clipgrad.noise import NoiseSource
+from clipgrad.optimizer.batch_parts import by_name, parts_of
 from clipgrad.optimizer.facade import OptimizerFacade
 from clipgrad.optimizer.mechanism import mechanism, refuse_adaptive_on_grid, step_noise
 from clipgrad.optimizer.parameters import TrainedParameters
@@ -109,6 +110,7 @@ class DPOptimizer(OptimizerFacade, Generic[Returned]):
     _pending: Pending
     _claim: Claim
     _last: Outcome | None
+    _loss_by_name: tuple[Callable[..., Any], Callable[..., Any]] | None
 
     def __init__(
         self,
@@ -159,7 +161,7 @@ class DPOptimizer(OptimizerFacade, Generic[Returned]):
 
     # ------------------------------------------------------------------ the training loop
 
-    def backward(self, *batch: Any, is_padding: Tensor | None = None) -> Returned:
+    def backward(self, *batch: Any, is_padding: Tensor | None = None, **named: Any) -> Returned:
         """Add the batch's clipped per-sample gradients to the sums that ``step`` will noise; see ``clipped_sums``.
 
         Several calls before one ``step`` are one logical batch. One batch of the loader is one step: split it over
@@ -169,8 +171,10 @@ class DPOptimizer(OptimizerFacade, Generic[Returned]):
 
         Args:
             *batch: What ``loss_fn`` takes after the model: pytrees of tensors, batch axis first. A batch of no
-                samples is legal. Or one ``PaddedBatch``, as a loader with ``pad=True`` yields it.
+                samples is legal. Or one ``PaddedBatch``, as a loader with ``pad=True`` yields it. Mappings such as
+                Hugging Face's ``BatchEncoding`` reach the loss as dictionaries, without columns of strings.
             is_padding: Boolean ``[B]``; samples marked True contribute exactly nothing.
+            **named: What ``loss_fn`` takes by name: ``backward(**batch)`` calls ``loss_fn(model, **batch)``.
 
         Returns:
             The mean per-sample loss, detached; NaN for a batch of no samples. If the loss returns
@@ -188,6 +192,7 @@ class DPOptimizer(OptimizerFacade, Generic[Returned]):
             is_padding = batch[0].is_padding
             inside = batch[0].batch
             batch = tuple(inside) if isinstance(inside, tuple | list) else (inside,)
+        batch = parts_of(batch, named)
         check_batch(batch)
         trained = self._look_again()
         claim = self._claim
@@ -195,7 +200,7 @@ class DPOptimizer(OptimizerFacade, Generic[Returned]):
             claim = self._account.claim(claim, batch, rows_in(batch, is_padding))
         self._pending.before_backward(trained.names, trained.parameters)
         with self._explained_arguments(batch, "backward(*batch)"), trained.resident() as parameters:
-            inputs = self._inputs(trained, parameters, batch)
+            inputs = self._inputs(trained, parameters, batch, bool(named))
             found = self._clipper.clip(inputs, self._norm(), is_padding, may_alias=True)
         self._pending.add(
             trained.parameters,
@@ -377,19 +382,20 @@ class DPOptimizer(OptimizerFacade, Generic[Returned]):
             raise RuntimeError("diagnostics: no backward has run yet; call backward(*batch) first.")
         return diagnostics_of(last)
 
-    def explain(self, *batch: Any) -> Explanation:
+    def explain(self, *batch: Any, **named: Any) -> Explanation:
         """Tell how each parameter's per-sample gradient is found for such a batch; changes nothing."""
+        batch = parts_of(batch, named)
         check_batch(batch)
         trained = self._look_again()
         with self._explained_arguments(batch, "explain(*batch)"), trained.resident() as parameters:
-            inputs = self._inputs(trained, parameters, batch)
+            inputs = self._inputs(trained, parameters, batch, bool(named))
             return self._clipper.explain(inputs, self._norm())
 
     # ------------------------------------------------------------------ torch.optim.Optimizer
 
     def __getstate__(self) -> dict[str, Any]:
         # ``step`` may be a scheduler's wrapper, bound to this very object. The logical batch in progress stays here.
-        left_out = ("step", "_pending", "_claim", "_last", "_trained")
+        left_out = ("step", "_pending", "_claim", "_last", "_trained", "_loss_by_name")
         return {key: value for key, value in self.__dict__.items() if key not in left_out}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -453,10 +459,20 @@ class DPOptimizer(OptimizerFacade, Generic[Returned]):
     # ------------------------------------------------------------------ inside
 
     def _inputs(
-        self, trained: TrainedParameters, parameters: list[Tensor], batch: tuple[Any, ...]
+        self,
+        trained: TrainedParameters,
+        parameters: list[Tensor],
+        batch: tuple[Any, ...],
+        named: bool,
     ) -> Inputs:
         holding = trained.slots.holding
-        return of_model(self.loss_fn, self.model, trained.names, parameters, holding, batch)
+        loss_fn: Callable[..., Any] = self.loss_fn
+        if named:
+            # The same function in each step, since what was captured of it is kept by its identity.
+            if self._loss_by_name is None or self._loss_by_name[0] is not loss_fn:
+                self._loss_by_name = loss_fn, by_name(loss_fn)
+            loss_fn = self._loss_by_name[1]
+        return of_model(loss_fn, self.model, trained.names, parameters, holding, batch)
 
     @contextmanager
     def _explained_arguments(self, batch: tuple[Any, ...], call: str) -> Iterator[None]:
@@ -479,6 +495,7 @@ class DPOptimizer(OptimizerFacade, Generic[Returned]):
         self._pending = Pending()
         self._claim = Claim()
         self._last = None
+        self._loss_by_name = None
         self.inner.register_step_pre_hook(refuse_unnoised(weakref.ref(self._pending)))
 
     def _owned(self) -> Iterator[Tensor]:
