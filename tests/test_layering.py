@@ -45,6 +45,7 @@ ROOMS: dict[str, set[str]] = {
         "_functorch", "_phases", "_validate", "accounting", "arithmetic", "batch", "clipping", "compiled", "engine",
         "errors", "exact", "explain", "noise", "options", "plan", "result", "sampling",
     },
+    "attached_loop": {"errors", "noise", "optimizer", "options", "plan"},
     "profile": {"_phases", "optimizer"},
     "audit": {"clipping", "optimizer"},
     "testing": {"engine", "function", "options", "result", "rules"},
