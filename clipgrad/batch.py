@@ -14,14 +14,14 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 from clipgrad import _validate
 from clipgrad.arithmetic import Arithmetic, FloatingPoint
-from clipgrad.clipping import ClippingStrategy, Relation, is_grouped, owned
+from clipgrad.clipping import ClippingStrategy, Relation, copy_strategy, is_grouped
 from clipgrad.engine.advice import ValueReadError
 from clipgrad.engine.clip_and_sum import MicrobatchResult, PreClipping, Settings, accumulate
-from clipgrad.engine.inputs import Inputs, Loss, Restore, copied
-from clipgrad.engine.microbatch import forward, plan, run
-from clipgrad.engine.rng_state import Generators
+from clipgrad.engine.inputs import Inputs, Loss, Restore, copy_samples
+from clipgrad.engine.microbatch import choose_strategies, forward, run
+from clipgrad.engine.rng_state import SavedRngState
 from clipgrad.errors import NotPerSampleError
-from clipgrad.exact import OnGrid
+from clipgrad.exact import GridArithmetic
 from clipgrad.explain import Explanation, make_explanation
 from clipgrad.options import Options
 from clipgrad.ranks import OneProcess, Ranks
@@ -68,7 +68,9 @@ class BatchClipper:
         self.options = options
         self.ranks: Ranks = OneProcess() if ranks is None else ranks
         self.arithmetic: Arithmetic = (
-            FloatingPoint(options) if options.grid is None else OnGrid(options.grid, options)
+            FloatingPoint(options)
+            if options.grid is None
+            else GridArithmetic(options.grid, options)
         )
         self._compiler: Compiler | None = None
         self._graphs: LossGraphs | None = None
@@ -152,14 +154,16 @@ class BatchClipper:
             )
         settings = self._settings(inputs, max_grad_norm, restore)
         rows = slice(0, min(self.arithmetic.rows_at_once(size), size))
-        samples = copied(inputs.rows(rows))
-        with torch.enable_grad(), Generators(inputs.params[0].device).kept():
+        samples = copy_samples(inputs.rows(rows))
+        with torch.enable_grad(), SavedRngState(inputs.params[0].device).restored_on_exit():
             tape, _, _ = self._with_loss(
                 inputs,
                 lambda loss: forward(loss, inputs.names, inputs.params, samples, settings),
             )
         try:
-            return make_explanation(tape.tracked, plan(tape, settings), tape.batch_size)
+            return make_explanation(
+                tape.tracked, choose_strategies(tape, settings), tape.batch_size
+            )
         finally:
             tape.release()
 
@@ -179,7 +183,7 @@ class BatchClipper:
                 return aux
 
             try:
-                with torch.enable_grad(), Generators(inputs.params[0].device).kept():
+                with torch.enable_grad(), SavedRngState(inputs.params[0].device).restored_on_exit():
                     aux = self._with_loss(inputs, aux_of_row)
             except Exception:
                 # A loss that takes no zeros: nothing is known of its metrics yet, and most losses have none.
@@ -189,7 +193,7 @@ class BatchClipper:
 
     def sensitivity(self, max_grad_norm: ClippingStrategy, relation: Relation) -> float:
         """The largest L2 change of the sums between neighbouring batches."""
-        key = owned(max_grad_norm), relation
+        key = copy_strategy(max_grad_norm), relation
         if self._sensitivity is None or self._sensitivity[0] != key:
             self._sensitivity = key, self.arithmetic.sensitivity(max_grad_norm, relation)
         return self._sensitivity[1]
@@ -228,7 +232,7 @@ class BatchClipper:
         from clipgrad.loss_graph import CannotCapture
 
         try:
-            return self._loss_graphs().of(inputs).loss()
+            return self._loss_graphs().graph_for(inputs).loss()
         except CannotCapture as reason:
             where = f" It does so at {reason.where}." if reason.where else ""
             raise NotPerSampleError(f"{refusal}{where}") from reason
@@ -238,7 +242,7 @@ class BatchClipper:
         from clipgrad.loss_graph import CannotCapture
 
         with suppress(CannotCapture):
-            return self._loss_graphs().of(inputs).loss()
+            return self._loss_graphs().graph_for(inputs).loss()
         return None
 
     def _with_loss(self, inputs: Inputs, body: Callable[[Loss], _T]) -> _T:
@@ -259,7 +263,7 @@ class BatchClipper:
         self.arithmetic.check_batch_size(inputs.batch_size)
         sizes = tuple(map(Tensor.numel, inputs.params))
         dtypes = tuple(map(_DTYPE, inputs.params))
-        key = owned(max_grad_norm), inputs.names, sizes, dtypes
+        key = copy_strategy(max_grad_norm), inputs.names, sizes, dtypes
         if self._resolved is None or self._resolved[0] != key:
             clipping = self.arithmetic.clipping(max_grad_norm, inputs.names, sizes, dtypes)
             settings = Settings(
@@ -319,15 +323,15 @@ def _outcome(
     return Outcome(
         # A copy, also of a single one: the loss may have returned a view of something large.
         torch.cat([result.values for result in results]),
-        [_joined(norms) for norms in zip(*(result.norms for result in results), strict=True)],
+        [_concatenate(norms) for norms in zip(*(result.norms for result in results), strict=True)],
         settings.clipping.norms,
         groups,
-        _joined([result.nonfinite for result in results]),
+        _concatenate([result.nonfinite for result in results]),
         mask,
         size - (0 if mask is None else int(mask.sum())),
     )
 
 
-def _joined(parts: Sequence[Tensor]) -> Tensor:
+def _concatenate(parts: Sequence[Tensor]) -> Tensor:
     """Per-sample values of all microbatches, which nothing else holds."""
     return parts[0] if len(parts) == 1 else torch.cat(list(parts))

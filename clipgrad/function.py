@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from clipgrad.batch import BatchClipper
-from clipgrad.clipping import ClippingStrategy, Relation, owned, relation_of
-from clipgrad.engine.inputs import of_arguments
+from clipgrad.clipping import ClippingStrategy, Relation, copy_strategy, relation_of
+from clipgrad.engine.inputs import inputs_of_arguments
 from clipgrad.explain import Explanation
 from clipgrad.options import Options, Performance
 from clipgrad.result import ClippedGradResult
@@ -46,7 +46,7 @@ class ClippedGrad:
             NotPerSampleError: If the loss does something that cannot be attributed to single samples.
             CompileError: If ``compile`` is asked for and the step cannot be compiled.
         """
-        inputs, restore = of_arguments(self.fn, self.argnums, self.batch_argnums, args)
+        inputs, restore = inputs_of_arguments(self.fn, self.argnums, self.batch_argnums, args)
         found = self.clipper.clip(inputs, self.max_grad_norm, is_padding, restore=restore)
         return ClippedGradResult(restore(found.sums), found.aux, found.outcome)
 
@@ -82,7 +82,7 @@ class ClippedGrad:
         self.clipper.arithmetic.check(max_grad_norm)
         return ClippedGrad(
             self.fn,
-            owned(max_grad_norm),
+            copy_strategy(max_grad_norm),
             self.argnums,
             self.batch_argnums,
             self.options,
@@ -103,7 +103,7 @@ class ClippedGrad:
         Raises:
             ValueError: If the batch holds no sample.
         """
-        inputs, restore = of_arguments(self.fn, self.argnums, self.batch_argnums, args)
+        inputs, restore = inputs_of_arguments(self.fn, self.argnums, self.batch_argnums, args)
         return self.clipper.explain(inputs, self.max_grad_norm, restore=restore)
 
 
@@ -196,7 +196,7 @@ def clipped_grad(
         batch_argnums = (batch_argnums,)
     return ClippedGrad(
         fn,
-        owned(max_grad_norm),
+        copy_strategy(max_grad_norm),
         argnums if isinstance(argnums, int) else tuple(argnums),
         None if batch_argnums is None else tuple(batch_argnums),
         options,

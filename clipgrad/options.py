@@ -1,4 +1,4 @@
-"""What a user may choose about how clipped sums are computed; each choice is checked once, here."""
+"""This module holds the user's options for clipped sums, and checks each option once."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-
 
 @dataclass(frozen=True, kw_only=True)
 class Performance:
-    """How a step is computed: time, memory and rounding depend on it, what is computed does not.
+    """These options change time, memory and rounding of a step, and nothing else.
 
     Args:
-        strategy: ``"auto"`` chooses for each parameter. ``"kept"`` and ``"ghost"`` force one way to find its
-            norm, where that way exists; ``explain`` shows the choice.
+        strategy: ``"auto"`` chooses for each parameter how its norm is computed. ``"kept"`` and ``"ghost"``
+            force one strategy where it exists; ``explain`` shows the choice.
         memory_budget: Bytes that kept per-sample gradients may take beyond the activations that they replace.
-        randomness: ``"different"`` draws a dropout mask for each sample, ``"same"`` one for all of a microbatch, and
-            ``"error"`` refuses a loss that draws random numbers.
-        accumulate_dtype: Dtype of the clipped sums. The default is the parameter's own, at least float32.
+        randomness: ``"different"`` samples a dropout mask for each sample, ``"same"`` one for the microbatch.
+            ``"error"`` refuses a loss that uses random numbers.
+        accumulate_dtype: Dtype of the clipped sums. The default is the parameter's dtype, at least float32.
 
     Raises:
         ValueError: If a value is out of range.
@@ -53,10 +53,10 @@ class Performance:
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Everything that decides what is computed of a batch, besides loss and clipping norm; see ``clipped_grad``.
+    """This class holds all options of a computation but loss and clipping norm; see ``clipped_grad``.
 
     Raises:
-        ValueError: If a value is out of range, or two exclude each other.
+        ValueError: If a value is out of range, or two options exclude each other.
     """
 
     # None: whether the loss returns (loss, aux) is found from what it returns.
@@ -88,7 +88,7 @@ class Options:
 
     @property
     def compile_mode(self) -> str | None:
-        """The mode of ``torch.compile``; None without compilation."""
+        """Return the mode of ``torch.compile``; None without compilation."""
         if self.compile is False:
             return None
         return "default" if self.compile is True else str(self.compile)

@@ -134,7 +134,7 @@ class _Trial:
             found.append(f"all samples have the same norm, {self.max_grad_norm}: vary the batch")
         if any(p.dtype is not torch.float64 for p in self.params.values()):
             found.append("parameters must be float64: at lower precision, rounding hides errors")
-        with _spied(self.case.rule) as taken:
+        with _record_calls(self.case.rule) as taken:
             self.run("kept", None)
         if not taken and not self.case.declines:
             found.append("the rule did not run: no call reached it, or it declined every call")
@@ -229,7 +229,7 @@ class _Trial:
         ]
         if found:
             return found
-        with _removed(self.case.rule), warnings.catch_warnings():
+        with _without_rule(self.case.rule), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             result = self.run("auto", None)
         return self._differences(f"batch of {self.size}, rule removed", result, sums)
@@ -261,7 +261,7 @@ def _entries(name: str) -> dict[Callable[..., Any], registry.Rule | registry.Dec
 
 
 @contextmanager
-def _removed(name: str) -> Iterator[None]:
+def _without_rule(name: str) -> Iterator[None]:
     """Run the body without one rule."""
     entries = _entries(name)
     for operation in entries:
@@ -273,7 +273,7 @@ def _removed(name: str) -> Iterator[None]:
 
 
 @contextmanager
-def _spied(name: str) -> Iterator[list[str]]:
+def _record_calls(name: str) -> Iterator[list[str]]:
     """Collect the name of a rule each time that it returns without declining."""
     entries, taken = _entries(name), []
 

@@ -11,7 +11,7 @@ from functools import lru_cache
 from . import _checks
 from ._backends import backend, epsilon_of
 from ._checks import Accountant
-from ._dp import imported
+from ._dp import load_module
 from ._sampling import Poisson, Sampling, TruncatedPoisson, require_sampling, require_supported
 from ._terms import LEAST_NOISE, Terms, terms_of
 
@@ -64,7 +64,7 @@ def epsilon(
         >>> epsilon(noise_multiplier=0.0, **run)
         inf
     """
-    run = _Run.checked(sample_rate, sampling, steps, delta, accountant, relation, group_size)
+    run = _Run.from_arguments(sample_rate, sampling, steps, delta, accountant, relation, group_size)
     return run.epsilon(_checks.at_least_0("noise_multiplier", noise_multiplier))
 
 
@@ -106,14 +106,14 @@ def noise_multiplier(
         >>> round(sigma, 2), epsilon(noise_multiplier=sigma, **run) <= 2.0
         (1.02, True)
     """
-    run = _Run.checked(sample_rate, sampling, steps, delta, accountant, relation, group_size)
+    run = _Run.from_arguments(sample_rate, sampling, steps, delta, accountant, relation, group_size)
     target = _target(target_epsilon)
     if run.steps == 0 or target == math.inf:
         return 0.0
     if run.accountant != "pld":
         return _smallest_noise(run, target, start=1.0, factor=2.0)
     # Renyi accounting gives a close first guess in a fraction of the time.
-    start = _smallest_noise(run.near(), target, start=1.0, factor=2.0)
+    start = _smallest_noise(run.renyi_estimate(), target, start=1.0, factor=2.0)
     return _smallest_noise_by_slope(run, target, start)
 
 
@@ -154,14 +154,14 @@ def steps(
         >>> epsilon(steps=most, **run) <= 2.0 < epsilon(steps=most + 1, **run)
         True
     """
-    run = _Run.checked(sample_rate, sampling, 1, delta, accountant, relation, group_size)
+    run = _Run.from_arguments(sample_rate, sampling, 1, delta, accountant, relation, group_size)
     target = _target(target_epsilon)
     noise = _checks.at_least_0("noise_multiplier", noise_multiplier)
     if target == math.inf:
         raise ValueError("target_epsilon must be finite, got inf, which any number of steps meets.")
     start = 1
     if run.accountant == "pld":
-        near = run.near()
+        near = run.renyi_estimate()
         start = max(1, _most_steps(lambda count: near.with_steps(count).epsilon(noise), target, 1))
     return _most_steps(lambda count: run.with_steps(count).epsilon(noise), target, start)
 
@@ -216,7 +216,7 @@ def _smallest_noise(run: _Run, target: float, *, start: float, factor: float) ->
         return math.log(min(max(run.epsilon(noise), 1e-12), 1e12) / target)
 
     tolerance = _TOLERANCE / 4 * lower
-    root: float = imported("scipy.optimize").brentq(gap, lower, upper, xtol=tolerance)
+    root: float = load_module("scipy.optimize").brentq(gap, lower, upper, xtol=tolerance)
     while root < upper and run.epsilon(root) > target:  # the root may lie on either side
         root += tolerance
     return min(root, upper)
@@ -273,7 +273,7 @@ class _Run:
     """Factor on the interval of the grid of privacy losses; epsilon stays an upper bound."""
 
     @classmethod
-    def checked(
+    def from_arguments(
         cls,
         sample_rate: float | None,
         sampling: Sampling | None,
@@ -307,7 +307,7 @@ class _Run:
     def with_steps(self, steps: int) -> _Run:
         return replace(self, steps=steps)
 
-    def near(self) -> _Run:
+    def renyi_estimate(self) -> _Run:
         """Return a run with about the same epsilon that Renyi accounting supports."""
         renyi = replace(self, accountant="rdp")
         match self.sampling:

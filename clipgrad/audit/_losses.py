@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from clipgrad.audit._undisturbed import evaluating, undisturbed
+from clipgrad.audit._undisturbed import eval_mode, rng_restored
 
 
 def canary_losses(model: nn.Module, loss_fn: Callable[..., Tensor], *canaries: Any) -> torch.Tensor:
@@ -38,7 +38,7 @@ def canary_losses(model: nn.Module, loss_fn: Callable[..., Tensor], *canaries: A
         torch.Size([5])
     """
     m = count(canaries)
-    with torch.no_grad(), undisturbed(model), evaluating(model):
+    with torch.no_grad(), rng_restored(model), eval_mode(model):
         losses = [
             loss_fn(model, *tree_map(lambda leaf, i=i: leaf[i : i + 1], canaries)) for i in range(m)
         ]

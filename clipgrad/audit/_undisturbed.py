@@ -10,7 +10,7 @@ from torch import nn
 
 
 @contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
+def rng_restored(model: nn.Module) -> Iterator[None]:
     """Restore the state of the random number generators on exit, since dropout changes it."""
     cuda = {p.device for p in model.parameters() if p.device.type == "cuda"}
     with torch.random.fork_rng(devices=sorted(cuda, key=str), device_type="cuda"):
@@ -18,7 +18,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
+def eval_mode(model: nn.Module) -> Iterator[None]:
     """Switch to ``model.eval()`` and restore each module's own flag on exit."""
     flags = {module: module.training for module in model.modules()}
     model.eval()

@@ -19,14 +19,14 @@ from clipgrad.clipping._groups import (
     sensitivity,
 )
 from clipgrad.clipping._relation import Relation, relation_of
-from clipgrad.clipping._schedule import Progress
+from clipgrad.clipping._schedule import StepState
 from clipgrad.clipping._strategies import (
     Automatic,
     ClippingStrategy,
     PerLayer,
     Schedule,
+    copy_strategy,
     is_grouped,
-    owned,
 )
 from clipgrad.clipping._underflow import refuse_tiny_norms
 
@@ -36,12 +36,12 @@ __all__ = [
     "Clipping",
     "ClippingStrategy",
     "PerLayer",
-    "Progress",
     "Relation",
     "Schedule",
+    "StepState",
+    "copy_strategy",
     "is_grouped",
     "make_clipping",
-    "owned",
     "refuse_tiny_norms",
     "relation_of",
     "sensitivity",

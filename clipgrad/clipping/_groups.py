@@ -75,7 +75,7 @@ class Clipping:
             bound = self.bounds[group]
         return self.rules[group].factors(norms, bound, self.rescale)
 
-    def reading(self, bounds: Tensor) -> Clipping:
+    def with_bounds(self, bounds: Tensor) -> Clipping:
         """Return a copy that reads ``bounds`` instead of ``norms``; valid for all norms with the same ``structure``."""
         return replace(self, bounds=bounds)
 

@@ -42,7 +42,7 @@ def _describe_rows(leaf: Any) -> tuple[Any, ...]:
     return ("constant",)
 
 
-def _flags(kinds: Sequence[str]) -> tuple[Any, ...]:
+def _global_settings(kinds: Sequence[str]) -> tuple[Any, ...]:
     """Global settings that change which operations run, or what they compute."""
     cuda, cudnn = torch.backends.cuda, torch.backends.cudnn
     return (
@@ -84,7 +84,7 @@ def signature(inputs: Inputs, loss: GraphOfLoss, size: int, clipping: Clipping) 
         ("shape, dtype, device or layout of the batch", tuple(map(_describe_rows, inputs.batch))),
         ("something that the loss reads", loss.key),
         ("a tensor that the loss reads", describe_all(loss.tensors)),
-        ("autocast, default dtype or device, determinism or precision settings", _flags(kinds)),
+        ("autocast, default dtype or device, determinism or precision settings", _global_settings(kinds)),
         ("clipping groups or rules, or a norm that became or was 0 or inf", clipping.structure),
         ("registered rules", tuple(rules().values())),
     )  # fmt: skip

@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from clipgrad.compiled.decompositions import TABLE
+from clipgrad.compiled.decompositions import DECOMPOSITIONS
 from clipgrad.compiled.zeroing import zero_in_place
 from clipgrad.engine.captured_loss import GraphOfLoss
 from clipgrad.engine.clip_and_sum import MicrobatchResult, Settings
@@ -81,22 +81,22 @@ class Layout:
 
 
 @dataclass(frozen=True)
-class Graph:
+class TracedStep:
     """A traced step.
 
     Attributes:
         module: ``module(*params, *batch tensors, *tensors read, is_padding, bounds, *constants)`` returns a flat list.
         layout: What the list holds.
         constants: Tensors that the loss made of Python numbers (``torch.tensor(...)``).
-        asks: Whether somebody has to ask if all norms were finite, for else the sums are worthless.
-        forgettable: Whether a run leaves nothing behind but its results, so that one in vain does not matter.
+        needs_finite_check: Whether somebody has to ask if all norms were finite, for else the sums are worthless.
+        has_no_side_effects: Whether a run leaves nothing behind but its results, so that one in vain does not matter.
     """
 
     module: GraphModule
     layout: Layout
     constants: tuple[Tensor, ...]
-    asks: bool
-    forgettable: bool
+    needs_finite_check: bool
+    has_no_side_effects: bool
 
 
 class _RefuseReads(TorchFunctionMode):
@@ -122,7 +122,7 @@ class _RefuseScalars(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def worth_asking(device: torch.device) -> bool:
+def checks_finite_on_host(device: torch.device) -> bool:
     """Whether to ask after each run if all norms were finite. Elsewhere the answer waits for all that is queued.
 
     Without the question the graph has to take samples out of the factors themselves, which costs a pass over them.
@@ -137,7 +137,7 @@ def trace(
     is_padding: Tensor,
     bounds: Tensor,
     settings: Settings,
-) -> Graph:
+) -> TracedStep:
     """Run the eager step on real tensors and write down what it does.
 
     Args:
@@ -156,7 +156,7 @@ def trace(
     read = [tensor.detach() for tensor in loss.tensors]
     tensors = [leaf.detach() for leaf in batch if isinstance(leaf, Tensor)]
     layouts: list[Layout] = []
-    asks = worth_asking(is_padding.device)
+    needs_finite_check = checks_finite_on_host(is_padding.device)
 
     def step(*flat: Tensor) -> list[Tensor]:
         left = iter(flat[len(given) :])
@@ -164,27 +164,34 @@ def trace(
         function = loss.loss([next(left) for _ in read])
         with _RefuseScalars():
             *_, mask, norms = flat
-            clipping = settings.clipping.reading(norms)
-            now = replace(settings, deferred=True, selects=not asks, clipping=clipping)
+            clipping = settings.clipping.with_bounds(norms)
+            now = replace(
+                settings,
+                defers_finite_check=True,
+                always_selects=not needs_finite_check,
+                clipping=clipping,
+            )
             piece = run(function, inputs.names, flat[: len(given)], rows, mask, now)
         layout, results = Layout.flatten(piece)
         layouts.append(layout)
         return results
 
-    with _RefuseReads(), _explained(), torch.autograd.set_multithreading_enabled(False):
-        module = make_fx(step, decomposition_table=TABLE)(
+    with _RefuseReads(), _explain_trace_errors(), torch.autograd.set_multithreading_enabled(False):
+        module = make_fx(step, decomposition_table=DECOMPOSITIONS)(
             *given, *tensors, *read, is_padding, bounds
         )
     constants = _lift_constants(module)
-    forgettable = not any(_draws(node) or _writes_outside(node) for node in module.graph.nodes)
+    has_no_side_effects = not any(
+        _may_be_random(node) or _writes_outside(node) for node in module.graph.nodes
+    )
     zero_in_place(module)
-    return Graph(module, layouts[0], constants, asks, forgettable)
+    return TracedStep(module, layouts[0], constants, needs_finite_check, has_no_side_effects)
 
 
 _KNOWN = {"aten", "prims", "clipgrad"}
 
 
-def _draws(node: Node) -> bool:
+def _may_be_random(node: Node) -> bool:
     """Whether a node may draw random numbers. Operations of others do not have to say so."""
     if node.op != "call_function" or node.target is operator.getitem:
         return False
@@ -196,17 +203,20 @@ def _draws(node: Node) -> bool:
 
 def _writes_outside(node: Node) -> bool:
     """Whether a node writes to an argument of the graph, or to a view of one."""
-    return any(_root(argument).op == "placeholder" for argument in _shared(node, written=True))
+    return any(
+        _view_base(argument).op == "placeholder"
+        for argument in _aliased_arguments(node, written=True)
+    )
 
 
-def _root(node: Node) -> Node:
+def _view_base(node: Node) -> Node:
     """What a view is a view of."""
-    while bases := _shared(node, written=False):
+    while bases := _aliased_arguments(node, written=False):
         node = bases[0]
     return node
 
 
-def _shared(node: Node, *, written: bool) -> list[Node]:
+def _aliased_arguments(node: Node, *, written: bool) -> list[Node]:
     """The arguments that an operation writes to, or whose memory its result may share."""
     if not isinstance(node.target, OpOverload):
         return list(node.args[:1]) if node.target is operator.getitem and not written else []  # type: ignore[arg-type]
@@ -250,7 +260,7 @@ def _lift_constants(module: GraphModule) -> tuple[Tensor, ...]:
 
 
 @contextmanager
-def _explained() -> Iterator[None]:
+def _explain_trace_errors() -> Iterator[None]:
     """The eager step ran just before, so whatever fails here fails because of the trace."""
     try:
         yield

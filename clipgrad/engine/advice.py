@@ -169,7 +169,7 @@ _ONE_SAMPLE = (
 
 
 @contextmanager
-def explained() -> Iterator[None]:
+def explain_vmap_errors() -> Iterator[None]:
     """Turn PyTorch's refusals into ``NotPerSampleError`` with a remedy; let other errors pass.
 
     An error about sizes gets a note, since code that works for the whole batch may fail for one sample.

@@ -31,7 +31,7 @@ class LossGraphs:
         """Capture the loss anew at the next batch."""
         self._capture = None
 
-    def of(self, inputs: Inputs) -> GraphOfLoss:
+    def graph_for(self, inputs: Inputs) -> GraphOfLoss:
         """The graph that serves a batch.
 
         Args:

@@ -32,8 +32,8 @@ class Settings:
         ranks: The processes that hold the parameters.
         pre_clipping: The user's transform of per-sample gradients, on leaves.
         sum_rows: Clips and sums per-sample gradients in the place of the rules; None if the rules do it.
-        deferred: Leave the question whether every norm is finite to the caller: a traced graph cannot ask it.
-        selects: Take dropped samples out of the activations whether there is one or not: then nobody has to ask.
+        defers_finite_check: Leave it to the caller to check that every norm is finite; a traced graph cannot do so.
+        always_selects: Take dropped samples out of the factors without a check whether there are any.
     """
 
     options: Options
@@ -42,8 +42,8 @@ class Settings:
     ranks: Ranks
     pre_clipping: PreClipping | None = None
     sum_rows: SumRows | None = None
-    deferred: bool = False
-    selects: bool = False
+    defers_finite_check: bool = False
+    always_selects: bool = False
 
     @property
     def strategy(self) -> Strategy | None:
@@ -80,7 +80,6 @@ class MicrobatchResult:
 
 def clip(
     gradients: Gradients,
-    params: Sequence[Tensor],
     values: Tensor,
     aux: Any,
     is_padding: Tensor | None,
@@ -89,7 +88,7 @@ def clip(
     """Norms, factors and clipped sums of one microbatch whose backward pass has run."""
     clipping, nan_safe = settings.clipping, settings.options.nan_safe
     if settings.pre_clipping is not None or settings.sum_rows is not None:
-        rows = [gradients.per_sample(index) for index in range(len(params))]
+        rows = [gradients.per_sample(index) for index in range(len(settings.dtypes))]
         if settings.pre_clipping is not None:
             rows = settings.pre_clipping(rows)
         if settings.sum_rows is not None:
@@ -109,32 +108,28 @@ def clip(
     if dropping:
         keep = keep if nan_safe else ~is_padding  # type: ignore[operator]
         factors = [torch.where(keep, factor, 0.0) for factor in factors]
-        if settings.selects:
+        if settings.always_selects:
             gradients.select(keep)
     with phase("contraction"):
-        sums = _weighted_sums(gradients, params, factors, settings)
+        sums = _weighted_sums(gradients, factors, settings)
     # Asked only now: on a GPU the answer takes as long as all that is queued, and the sums are queued already.
-    if dropping and not settings.deferred and not bool(finite.all()):
+    if dropping and not settings.defers_finite_check and not bool(finite.all()):
         # A zero factor does not silence an inf; such samples are taken out of the factors themselves.
         gradients.select(keep)
         with phase("contraction"):
-            sums = _weighted_sums(gradients, params, factors, settings)
+            sums = _weighted_sums(gradients, factors, settings)
     nonfinite = ~finite if is_padding is None else ~finite & ~is_padding
-    all_finite = finite.all() if settings.deferred else None
+    all_finite = finite.all() if settings.defers_finite_check else None
     return MicrobatchResult(sums, values, norms, aux, nonfinite, all_finite)
 
 
 def _weighted_sums(
-    gradients: Gradients,
-    params: Sequence[Tensor],
-    factors: Sequence[Tensor],
-    settings: Settings,
+    gradients: Gradients, factors: Sequence[Tensor], settings: Settings
 ) -> list[Tensor]:
-    sums = []
-    for index, (param, dtype) in enumerate(zip(params, settings.dtypes, strict=True)):
-        total = gradients.weighted_sum(index, factors[settings.clipping.assignment[index]])
-        sums.append(torch.zeros_like(param, dtype=dtype) if total is None else total.to(dtype))
-    return sums
+    return [
+        gradients.weighted_sum(index, factors[settings.clipping.assignment[index]]).to(dtype)
+        for index, dtype in enumerate(settings.dtypes)
+    ]
 
 
 def _or_zero(squared: Tensor | None, values: Tensor) -> Tensor:

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
-from clipgrad._functorch import untraced
-from clipgrad.engine.bundle import Bundle, bundled
+from clipgrad._functorch import without_tracing
+from clipgrad.engine.bundle import Bundle, make_bundle
 from clipgrad.engine.tape import Tape, Tracked
 from clipgrad.kernels.selection import select_rows
-from clipgrad.rules.canonical import PerSample, added, row_norms_squared, widen
+from clipgrad.rules.canonical import PerSample, row_norms_squared, sum_of, widen
 
 
 class Gradients:
@@ -23,14 +23,14 @@ class Gradients:
     the parts are pulled back and summed per sample first.
     """
 
-    def __init__(self, tape: Tape, parameters: int) -> None:
+    def __init__(self, tape: Tape) -> None:
         self._tape = tape
         self._batch_size = tape.batch_size
         for entry in tape.tracked:
-            entry.settle()
-        self._parts: list[list[Tracked]] = [[] for _ in range(parameters)]
+            entry.merge_kept_gradients()
+        self._parts: list[list[Tracked]] = [[] for entry in tape.tracked if not entry.derived]
         for entry in tape.tracked:
-            if entry.reached:
+            if entry.has_gradient:
                 for index in entry.parameters:
                     self._parts[index].append(entry)
         self._summed: dict[int, Tensor] = {}
@@ -45,7 +45,7 @@ class Gradients:
         found = []
         # When a graph is traced, the compiler joins small operations itself.
         if get_proxy_mode() is None and len(members) > 1:
-            bundle = bundled(self._kept_alone(members))
+            bundle = make_bundle(self._kept_alone(members))
             if bundle is not None:
                 self._bundled.update(dict.fromkeys(bundle.indices, bundle))
                 found.append(bundle.squared_norms())
@@ -69,7 +69,7 @@ class Gradients:
         if not parts:
             return None
         if all(part.injective for part in parts) and self._disjoint(index):
-            return added([part.squared_norms() for part in parts])
+            return sum_of([part.squared_norms() for part in parts])
         return row_norms_squared(self.per_sample(index))
 
     def per_sample(self, index: int) -> Tensor:
@@ -91,8 +91,8 @@ class Gradients:
         self._summed = dict(enumerate(gradients))
         self._parts = [[] for _ in gradients]
 
-    def weighted_sum(self, index: int, factors: Tensor) -> Tensor | None:
-        """Return ``sum_b factors[b] g_b`` of one parameter; None if no gradient reached it."""
+    def weighted_sum(self, index: int, factors: Tensor) -> Tensor:
+        """Return ``sum_b factors[b] g_b`` of one parameter; zeros if no gradient reached it."""
         if index in self._bundled:
             return self._bundled[index].weighted_sum(index, factors)
         if index in self._summed:
@@ -114,7 +114,7 @@ class Gradients:
                 )
             if gradient is not None:
                 total = gradient if total is None else total + gradient
-        return total
+        return torch.zeros_like(self._tape.tracked[index].value) if total is None else total
 
     def select(self, keep: Tensor) -> None:
         """Make the gradient of every sample outside the mask exactly zero."""
@@ -151,7 +151,8 @@ class Gradients:
         if any(not part.derived for part in parts):
             return False
         source = self._tape.tracked[index].shared
-        with untraced():  # the result depends on shapes alone, so it may be a constant of a graph
+        # The result depends on shapes alone, so it may be a constant of a graph.
+        with without_tracing():
             touched = torch.zeros_like(source)
             for part in parts:
                 (image,) = torch.autograd.grad(

@@ -22,7 +22,7 @@ from clipgrad.engine.advice import note_arguments
 from clipgrad.engine.foreign_code import refuse_subclasses
 
 
-def copied(batch: Sequence[Any]) -> list[Any]:
+def copy_samples(batch: Sequence[Any]) -> list[Any]:
     """All samples of a flat batch, in memory of their own; constants stay."""
     return [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in batch]
 
@@ -122,7 +122,7 @@ class Inputs:
         return [leaf[index] if isinstance(leaf, Tensor) else leaf for leaf in self.batch]
 
 
-def of_model(
+def inputs_of_model(
     loss_fn: Callable[..., Any],
     model: nn.Module,
     names: list[str],
@@ -146,12 +146,23 @@ def of_model(
     _check_parameters(params, lambda: [(MappingKey(name),) for name in names])
     for name, param in zip(names, params, strict=True):
         _refuse_integers(name, param)
+    if not batch:
+        raise ValueError(
+            "backward needs the batch, as loss_fn takes it after the model; it computes the loss itself."
+        )
     samples = _flat(batch)
+    for leaf in samples.leaves:
+        if isinstance(leaf, Tensor) and leaf.requires_grad:
+            raise ValueError(
+                f"the batch holds a tensor of shape {tuple(leaf.shape)} that requires grad, but no gradient flows "
+                "through the batch. Compute it inside loss_fn, or detach it if nothing before it is trained."
+            )
     leaves, size = _checked_batch(samples, batch, params)
 
     def loss(parameters: Sequence[Tensor], sample: Sequence[Any]) -> Any:
+        given = (model, *samples.restore(sample))
         with holding(parameters):
-            return loss_fn(model, *samples.restore(sample))
+            return _called(loss_fn, given, "backward(*batch)")
 
     def sample_call() -> SampleCall:
         return SampleCall(
@@ -164,7 +175,7 @@ def of_model(
     return Inputs(names, params, leaves, size, loss, sample_call)
 
 
-def of_arguments(
+def inputs_of_arguments(
     fn: Callable[..., Any],
     argnums: int | tuple[int, ...],
     batch_argnums: tuple[int, ...] | None,
@@ -183,7 +194,7 @@ def of_arguments(
     """
     single = isinstance(argnums, int)
     argnums = (argnums,) if isinstance(argnums, int) else argnums
-    argnums, batch_argnums = _validate.positions(argnums, batch_argnums, len(args))
+    argnums, batch_argnums = _validate.argument_positions(argnums, batch_argnums, len(args))
     trainable = tuple(args[i] for i in argnums)
     parameters = _flat(trainable[0] if single else trainable)
     _check_parameters(parameters.leaves, parameters.paths)
@@ -206,12 +217,7 @@ def of_arguments(
         return full
 
     def loss(leaves: Sequence[Tensor], sample: Sequence[Any]) -> Any:
-        given = full(leaves, sample)
-        try:
-            return fn(*given)
-        except TypeError as error:
-            note_arguments(error, fn, given, "gradient(params, *batch)")
-            raise
+        return _called(fn, full(leaves, sample), "gradient(params, *batch)")
 
     def sample_call() -> SampleCall:
         usual = [p.requires_grad and p.is_leaf for p in parameters.leaves]
@@ -224,8 +230,17 @@ def of_arguments(
     return Inputs(names, parameters.leaves, batch, size, loss, sample_call), parameters.restore
 
 
+def _called(fn: Callable[..., Any], given: Sequence[Any], call: str) -> Any:
+    """The value of the user's function; arguments that do not fit are explained by the right ``call``."""
+    try:
+        return fn(*given)
+    except TypeError as error:
+        note_arguments(error, fn, given, call)
+        raise
+
+
 def _check_parameters(params: Sequence[Any], paths: Callable[[], list[tuple[Any, ...]]]) -> None:
-    _validate.dense("params", params, paths)
+    _validate.require_dense("params", params, paths)
     refuse_subclasses(params, "a parameter")
 
 
@@ -233,16 +248,16 @@ def _checked_batch(
     samples: _Flat, trees: Sequence[Any], params: Sequence[Tensor]
 ) -> tuple[list[Any], int]:
     """The leaves of a batch, detached, and how many samples there are."""
-    _validate.dense("batch", samples.leaves, samples.paths)
     refuse_subclasses(samples.leaves, "the batch")
     batch = [leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in samples.leaves]
+    _validate.require_dense("batch", batch, samples.paths)
 
     def batch_paths() -> list[str]:
         return list(map(keystr, samples.paths()))
 
     size = _validate.batch_size(batch, batch_paths)
-    _validate.differentiable(params, batch)
-    _validate.no_python_samples(trees, size)
+    _validate.require_differentiable(params, batch)
+    _validate.refuse_python_samples(trees, size)
     return batch, size
 
 

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-from clipgrad._functorch import all_samples, per_sample, vmap_level
+from clipgrad._functorch import expose_or_broadcast, hide_batch_axis, vmap_level
 from clipgrad._phases import phase
 from clipgrad.engine import foreign_code, refused_nodes, stale_values
-from clipgrad.engine.advice import explained
+from clipgrad.engine.advice import explain_vmap_errors
 from clipgrad.engine.capture import Capture, escape_message, written_message
 from clipgrad.engine.clip_and_sum import (
     MicrobatchResult,
@@ -44,17 +44,19 @@ def forward(
     made: list[weakref.ref[Tensor]] = []
     try:
         with (
-            explained(),
+            explain_vmap_errors(),
             foreign_code.without_saved_tensors_hooks(),
             vmap_level(size, settings.options.performance.randomness) as level,
         ):
-            leaves = [per_sample(entry.leaf, level) for entry in tape.tracked]
-            rows = [per_sample(leaf, level) if isinstance(leaf, Tensor) else leaf for leaf in batch]
+            leaves = [hide_batch_axis(entry.leaf, level) for entry in tape.tracked]
+            rows = [
+                hide_batch_axis(leaf, level) if isinstance(leaf, Tensor) else leaf for leaf in batch
+            ]
             capture = Capture(tape, leaves, params)
             made = capture.made
             value, aux, structure = _one_sample(loss, capture, leaves, rows, settings)
-            values = all_samples(value, level, size)
-            aux = [all_samples(leaf, level, size).detach() for leaf in aux]
+            values = expose_or_broadcast(value, level, size)
+            aux = [expose_or_broadcast(leaf, level, size).detach() for leaf in aux]
         for name, param, version in zip(names, params, versions, strict=True):
             if param._version != version:
                 raise NotPerSampleError(written_message(name))
@@ -76,7 +78,7 @@ def _one_sample(
     capture.made.extend(weakref.ref(leaf) for leaf in sample if isinstance(leaf, Tensor))
     with capture:
         result = loss(leaves, sample)
-    value, aux = _split(result, settings.options.has_aux)
+    value, aux = _value_and_aux(result, settings.options.has_aux)
     flat, structure = tree_flatten(aux)
     for leaf in flat:
         if not isinstance(leaf, Tensor):
@@ -100,19 +102,19 @@ def run(
         tape, values, aux = forward(loss, names, params, batch, settings)
     try:
         with phase("forward"):
-            plan(tape, settings)
+            choose_strategies(tape, settings)
         with torch.enable_grad():
             _backward(tape, values, params)
         with torch.no_grad(), _without_autocast(values.device):
             with phase("per-sample gradients"):
-                gradients = Gradients(tape, len(params))
+                gradients = Gradients(tape)
             with phase("norms"):
-                return clip(gradients, params, values.detach(), aux, is_padding, settings)
+                return clip(gradients, values.detach(), aux, is_padding, settings)
     finally:
         tape.release()
 
 
-def plan(tape: Tape, settings: Settings) -> list[Choice]:
+def choose_strategies(tape: Tape, settings: Settings) -> list[Choice]:
     """Decide a strategy for every tracked entry, and tell the entries."""
     choices = choose(
         tape.tracked,
@@ -125,7 +127,7 @@ def plan(tape: Tape, settings: Settings) -> list[Choice]:
     return choices
 
 
-def _split(result: Any, has_aux: bool | None) -> tuple[Tensor, Any]:
+def _value_and_aux(result: Any, has_aux: bool | None) -> tuple[Tensor, Any]:
     if has_aux is None:
         has_aux = isinstance(result, tuple) and len(result) == 2
     if has_aux:
@@ -161,7 +163,7 @@ def _backward(tape: Tape, values: Tensor, params: Sequence[Tensor]) -> None:
             "Compute the loss from the model's output, and let the gradient through."
         )
     _refuse_escapes(tape, values, params)
-    with phase("backward"), _without_autocast(values.device), explained():
+    with phase("backward"), _without_autocast(values.device), explain_vmap_errors():
         values.sum().backward()
 
 

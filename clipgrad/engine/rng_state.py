@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 
-class Generators:
+class SavedRngState:
     """This class saves the RNG states that a step may change: of the CPU and of a device."""
 
     def __init__(self, device: torch.device) -> None:
@@ -23,15 +23,15 @@ class Generators:
             torch.get_device_module(self._device).set_rng_state(state, self._device)
 
     @contextmanager
-    def replayed(self) -> Iterator[None]:
+    def temporarily_restored(self) -> Iterator[None]:
         """Run the body from the saved state, and then restore the state from before the call."""
-        now = Generators(self._device)
+        now = SavedRngState(self._device)
         self.restore()
-        with now.kept():
+        with now.restored_on_exit():
             yield
 
     @contextmanager
-    def kept(self) -> Iterator[None]:
+    def restored_on_exit(self) -> Iterator[None]:
         """Restore the saved state after the body."""
         try:
             yield
@@ -39,14 +39,14 @@ class Generators:
             self.restore()
 
 
-class Draws:
+class RngChanges:
     """This class detects whether the global RNG state of the CPU or of ``device`` has changed."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._last = _states(device)
 
-    def since_last_asked(self) -> bool:
+    def since_last_call(self) -> bool:
         """Return whether a generator's state has changed since the last call, or since construction."""
         before, self._last = self._last, _states(self._device)
         return not all(map(torch.equal, before, self._last))

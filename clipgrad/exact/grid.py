@@ -76,7 +76,7 @@ class Grid:
             rows = [row.mul_(factors).round_().add_(0.0) for row in rows]  # no negative zeros
             limit = squared_limit(self.clipping.norms[group], self.spacing)
             norms.append(norm * self.spacing)
-            kept.append(norm.isfinite() & within(rows, limit))
+            kept.append(norm.isfinite() & squares_within(rows, limit))
             for index, row in zip(members, rows, strict=True):
                 rounded[index] = row
         keep = torch.stack(kept).all(0)
@@ -109,7 +109,7 @@ class Grid:
         return max(1, sum(self.sizes[index] for index in self.clipping.members(group)))
 
 
-def within(rows: Sequence[Tensor], limit: int) -> Tensor:
+def squares_within(rows: Sequence[Tensor], limit: int) -> Tensor:
     """Return whether the integers of each sample satisfy ``sum n^2 <= limit``, as an exact boolean ``[B]``.
 
     Squares and their partial sums below 2**53 are exact in float64, in any order. Rounding is monotonic and no term is

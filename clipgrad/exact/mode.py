@@ -1,4 +1,4 @@
-"""``OnGrid``: everything that exact mode does differently from floating point."""
+"""This module holds ``GridArithmetic``: all that exact mode does differently from floating point."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ from clipgrad.options import Options
 _MOST_SAMPLES = 2**26
 
 
-class OnGrid:
-    """The arithmetic of sums that are integer multiples of ``grid``; see ``clipgrad.arithmetic.Arithmetic``.
+class GridArithmetic:
+    """This arithmetic makes sums that are integer multiples of ``grid``; see ``clipgrad.arithmetic.Arithmetic``.
 
     Args:
         grid: The spacing, a power of two.
-        options: Of the user.
+        options: The user's options.
 
     Raises:
-        ValueError: If an option cannot be exact together with a grid.
+        ValueError: If an option prevents exact sums.
     """
 
-    adapts = False
+    allows_adaptive_norms = False
 
     def __init__(self, grid: float, options: Options) -> None:
         self.grid = grid
@@ -72,10 +72,10 @@ class OnGrid:
         return 1
 
     def samples(self, batch: Sequence[Any]) -> Sequence[Any]:
-        """One sample's leaves in memory of their own, laid out and aligned as any other sample's.
+        """Return copies of one sample's leaves, contiguous and aligned like every other sample's.
 
-        Matrix products round differently for other batch sizes, and some for other alignments. Each sample passes
-        alone and in fresh memory, so that its gradient does not depend on who else is in the batch.
+        Matrix products round differently for other batch sizes, and some for other alignments. So each sample runs
+        alone and in new memory, and its gradient does not depend on the other samples of the batch.
         """
         return [
             leaf.clone(memory_format=torch.contiguous_format) if isinstance(leaf, Tensor) else leaf
@@ -92,10 +92,10 @@ class OnGrid:
         return exact_sigma(noise_multiplier, sensitivity)
 
     def noise_source(self, source: NoiseSource | None, expected_batch_size: float) -> NoiseSource:
-        """The noise source for sums on the grid.
+        """Return the noise source for sums on the grid.
 
         Raises:
-            ValueError: If another one is given: its noise would leave the grid.
+            ValueError: If ``source`` has another grid or none, because its noise would leave the grid.
         """
         _check_samples(2 * expected_batch_size, "twice the expected_batch_size")
         if source is None:
@@ -109,7 +109,7 @@ class OnGrid:
 
 
 def _check_samples(count: float, what: str) -> None:
-    """Refuse a logical batch whose sums could leave the range of exact integers."""
+    """Refuse a logical batch whose sums could exceed the range of exact integers."""
     if count > _MOST_SAMPLES:
         raise ValueError(
             f"{what}={count} is more than the 2**26 samples whose sum on a grid is certain to be exact."
@@ -117,7 +117,7 @@ def _check_samples(count: float, what: str) -> None:
 
 
 def _check_options(options: Options) -> None:
-    """Refuse what cannot be exact together with a grid."""
+    """Refuse options that prevent exact sums."""
     dtype = options.performance.accumulate_dtype
     refused = {
         f"normalize_by={options.normalize_by}": (

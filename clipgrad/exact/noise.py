@@ -77,12 +77,12 @@ class DiscreteGaussianNoise:
         return {"kind": "DiscreteGaussianNoise", "format": 1}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Check that ``state`` belongs to this class; there is nothing to restore.
+        """Check that ``require_state`` belongs to this class; there is nothing to restore.
 
         Raises:
-            ValueError: If ``state`` comes from another noise source.
+            ValueError: If ``require_state`` comes from another noise source.
         """
-        checks.state(state, "DiscreteGaussianNoise")
+        checks.require_state(state, "DiscreteGaussianNoise")
 
     def _integers(self, index: int, tensor: Tensor) -> Tensor:
         """Return the tensor's values in steps as a flat int64 tensor on the CPU, exactly."""

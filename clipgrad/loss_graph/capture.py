@@ -18,10 +18,16 @@ from clipgrad.errors import NotPerSampleError
 from clipgrad.loss_graph.capture_settings import (
     GUARDS_ONLY,
     capture_settings,
-    quiet,
+    silence_pytorch,
 )
-from clipgrad.loss_graph.graph import CapturedLoss, Place, forget_examples, pure, without_unused
-from clipgrad.loss_graph.reasons import CannotCapture, explained
+from clipgrad.loss_graph.graph import (
+    CapturedLoss,
+    Place,
+    forget_examples,
+    make_pure,
+    remove_unused_inputs,
+)
+from clipgrad.loss_graph.reasons import CannotCapture, capture_error
 from clipgrad.loss_graph.side_effects import refuse_side_effects, refuse_writes
 
 GRAPHS = 16
@@ -52,8 +58,8 @@ class LossCapture:
         self._graphs: list[GraphModule] = []
         self._seen: dict[Any, int] = {}
         self._served: tuple[GraphModule, tuple[Any, ...], list[Tensor]] | None = None
-        self._guards_only = self._gone = False
-        self._call = torch.compile(_of_its_own(fn), backend=self._backend, fullgraph=True)
+        self._guards_only = self._graphs_lost = False
+        self._call = torch.compile(_with_own_code(fn), backend=self._backend, fullgraph=True)
 
     def graph(
         self, args: Sequence[Any], parameters: Sequence[Tensor], leaves: Sequence[Any]
@@ -84,7 +90,7 @@ class LossCapture:
 
     def _run(self, args: Sequence[Any]) -> Any:
         """Evaluate the guards; capture where they say so."""
-        self._served, self._gone = None, False
+        self._served, self._graphs_lost = None, False
         self._guards_only = bool(self._graphs)
         reason = None
         with torch.enable_grad():
@@ -93,10 +99,10 @@ class LossCapture:
                     with GUARDS_ONLY:
                         return self._call(_global_hooks(), *args)
                 except RecompileError as error:
-                    reason = _changed(str(error))
+                    reason = _first_failed_guard(str(error))
                 except Exception as error:
-                    if not self._gone:
-                        raise explained(error) from error
+                    if not self._graphs_lost:
+                        raise capture_error(error) from error
                     reason = "what it was captured with exists no more"
                 finally:
                     self._guards_only = False
@@ -107,20 +113,20 @@ class LossCapture:
                 )
             _log.info("capturing the loss%s", f" again: {reason}" if reason else "")
             try:
-                with quiet(), capture_settings(GRAPHS):
+                with silence_pytorch(), capture_settings(GRAPHS):
                     return self._call(_global_hooks(), *args)
             except Exception as error:
-                raise explained(error) from error
+                raise capture_error(error) from error
 
     def _backend(self, module: GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         """What PyTorch calls with a new graph; the loss itself is never run."""
         if self._guards_only:  # PyTorch forgot every graph, with a model that was deleted
-            self._gone = True
+            self._graphs_lost = True
             raise RuntimeError("no graph is left")
         refuse_side_effects()
-        module = pure(module)
+        module = make_pure(module)
         refuse_writes(module)
-        kept = without_unused(module)
+        kept = remove_unused_inputs(module)
         forget_examples(module)
         self._graphs.append(module)
         (output,) = module.graph.find_nodes(op="output")
@@ -150,7 +156,7 @@ class LossCapture:
             place = known.get(id(value))
             if place is None or not isinstance(value, Tensor):
                 place = Place("constant", len(constants))
-                constants.append(_constant(value))
+                constants.append(_check_constant(value))
             known.setdefault(id(value), place)
             places.append(place)
         known |= {id(value): Place("output", i) for i, value in enumerate(outputs)}
@@ -160,7 +166,7 @@ class LossCapture:
         return CapturedLoss(module, number, tuple(places), results, aux, constants)
 
 
-def _of_its_own(fn: Callable[..., Any]) -> Callable[..., Any]:
+def _with_own_code(fn: Callable[..., Any]) -> Callable[..., Any]:
     """``fn`` as a function with code of its own, to which PyTorch ties graphs and what it knows of lengths."""
 
     def loss(hooks: str, *args: Any) -> Any:
@@ -186,7 +192,7 @@ def _global_hooks() -> str:
     )
 
 
-def _constant(value: Any) -> Tensor | int:
+def _check_constant(value: Any) -> Tensor | int:
     if isinstance(value, int):
         return value
     if type(value) not in _PLAIN:
@@ -227,7 +233,7 @@ def _results(
     return results, aux
 
 
-def _changed(text: str) -> str:
+def _first_failed_guard(text: str) -> str:
     """What PyTorch says of the first guard that failed, in one line."""
     for line in text.splitlines():
         line = line.strip()

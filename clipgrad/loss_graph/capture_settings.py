@@ -51,7 +51,7 @@ def capture_settings(limit: int) -> contextlib.AbstractContextManager[Any]:
 
 
 @contextlib.contextmanager
-def quiet() -> Iterator[None]:
+def silence_pytorch() -> Iterator[None]:
     """Silence PyTorch's warnings about what it captures; an error says what matters.
 
     torch 2.11 also logs an error of its own when it writes down the settings, since functions have no order.

@@ -27,17 +27,17 @@ class CustomFunction(nn.Module):
         self, forward: GraphModule, backward: GraphModule, differentiable: Sequence[bool]
     ) -> None:
         super().__init__()
-        self.kept = _kept(forward)
+        self.saved_values = _saved_values(forward)
         self.forward_graph, self.backward_graph = forward, backward
-        self._function = _function(forward, backward, self.kept, differentiable)
+        self._function = _make_function(forward, backward, self.saved_values, differentiable)
 
     def forward(self, *args: Any) -> tuple[Any, ...]:
         """As the graph calls the function."""
         outputs: tuple[Any, ...] = self._function.apply(*args)
-        return outputs[: len(self.kept.outputs)]
+        return outputs[: len(self.saved_values.outputs)]
 
 
-class _Kept:
+class _SavedValues:
     """Where each value comes from that the backward direction takes: an argument, an output, or one that is made."""
 
     def __init__(
@@ -55,7 +55,7 @@ class _Kept:
         return [known[node] for node in self.saved]
 
 
-def _kept(forward: GraphModule) -> _Kept:
+def _saved_values(forward: GraphModule) -> _SavedValues:
     (output,) = forward.graph.find_nodes(op="output")
     outputs, saved = output.args[0]
     inputs = list(forward.graph.find_nodes(op="placeholder"))
@@ -64,16 +64,16 @@ def _kept(forward: GraphModule) -> _Kept:
         raise CannotCapture(
             "it uses a custom autograd.Function that keeps or returns something else than results"
         )
-    return _Kept(outputs, saved, inputs)
+    return _SavedValues(outputs, saved, inputs)
 
 
-def _function(
+def _make_function(
     forward_graph: GraphModule,
     backward_graph: GraphModule,
-    kept: _Kept,
+    saved_values: _SavedValues,
     differentiable: Sequence[bool],
 ) -> type[torch.autograd.Function]:
-    count = len(kept.outputs)
+    count = len(saved_values.outputs)
 
     class Captured(torch.autograd.Function):
         generate_vmap_rule = True
@@ -84,8 +84,8 @@ def _function(
                 torch.is_grad_enabled()
             ):  # which the graph sets, and not back
                 outputs, saved = forward_graph(*args)
-            by_node = dict(zip(kept.saved, saved, strict=True))
-            return (*outputs, *(by_node[node] for node in kept.made))
+            by_node = dict(zip(saved_values.saved, saved, strict=True))
+            return (*outputs, *(by_node[node] for node in saved_values.made))
 
         @staticmethod
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
@@ -96,9 +96,9 @@ def _function(
         @staticmethod
         def backward(ctx: Any, *gradients: Any) -> Any:
             values = ctx.saved_tensors
-            inputs, outputs = values[: len(kept.inputs)], values[len(kept.inputs) :]
+            inputs, outputs = values[: len(saved_values.inputs)], values[len(saved_values.inputs) :]
             with torch.set_grad_enabled(torch.is_grad_enabled()):
-                found = backward_graph(*gradients[:count], *kept.values(inputs, outputs))
+                found = backward_graph(*gradients[:count], *saved_values.values(inputs, outputs))
             return found if isinstance(found, tuple | list) else (found,)
 
     return Captured
@@ -125,7 +125,7 @@ def rebuild_custom_function(
         )
     bodies = [getattr(module, str(body.target)) for body in (forward, backward)]
     hidden = node.kwargs["non_differentiable_idx"]
-    count = len(_kept(bodies[0]).outputs)
+    count = len(_saved_values(bodies[0]).outputs)
     name = f"custom_function_{node.name}"
     module.add_module(
         name,

@@ -15,7 +15,7 @@ from torch.utils._pytree import TreeSpec, tree_unflatten
 
 from clipgrad.loss_graph.functions import CUSTOM_FUNCTION, rebuild_custom_function
 from clipgrad.loss_graph.reasons import CannotCapture, line_in
-from clipgrad.loss_graph.regions import all_left, rewrite_regions
+from clipgrad.loss_graph.regions import close_regions, rewrite_regions
 
 _CHECKPOINT = torch.ops.higher_order.tag_activation_checkpoint
 
@@ -70,7 +70,7 @@ class CapturedLoss:
             The loss, and what was returned beside it or None.
         """
         given = {"parameter": parameters, "leaf": leaves, "constant": constants}
-        with all_left():
+        with close_regions():
             outputs = self.module(*(given[kind][index] for kind, index in self.inputs))
         given["output"] = outputs
         values = [given[kind][index] if kind in given else index for kind, index in self.results]
@@ -78,7 +78,7 @@ class CapturedLoss:
         return values[0], aux
 
 
-def pure(module: GraphModule) -> GraphModule:
+def make_pure(module: GraphModule) -> GraphModule:
     """The graph in a form that runs under ``vmap``; PyTorch still reads its own, which stays.
 
     Raises:
@@ -100,7 +100,7 @@ def pure(module: GraphModule) -> GraphModule:
     return module
 
 
-def without_unused(module: GraphModule) -> tuple[int, ...]:
+def remove_unused_inputs(module: GraphModule) -> tuple[int, ...]:
     """Remove the inputs that a graph does not use; returns the positions of those that stay."""
     places = list(module.graph.find_nodes(op="placeholder"))
     for place in places:
@@ -142,7 +142,7 @@ def _refuse(module: GraphModule, node: Node) -> None:
         for name in str(node.target).split("."):
             held = getattr(held, name)
         if isinstance(held, GraphModule):
-            setattr(module, str(node.target), pure(held))
+            setattr(module, str(node.target), make_pure(held))
         else:
             raise CannotCapture(f"it holds {type(held).__name__} as a constant of the graph", where)
     target: Any = node.target
@@ -170,7 +170,7 @@ def _lengths_from_tensors(graph: torch.fx.Graph) -> None:
             value = owner.meta.get("example_value")
             if not isinstance(value, Tensor):
                 continue
-            same = [axis for axis, size in enumerate(value.shape) if _is(size, symbol)]
+            same = [axis for axis, size in enumerate(value.shape) if _is_length(size, symbol)]
             if same and place.users:
                 with graph.inserting_after(places[-1]):
                     length = graph.call_method("size", (owner, same[0]))
@@ -179,5 +179,5 @@ def _lengths_from_tensors(graph: torch.fx.Graph) -> None:
                 break
 
 
-def _is(size: Any, symbol: torch.SymInt) -> bool:
+def _is_length(size: Any, symbol: torch.SymInt) -> bool:
     return isinstance(size, torch.SymInt) and bool(size.node.expr == symbol.node.expr)

@@ -34,11 +34,11 @@ class CannotCapture(CompileError):
     """
 
     def __init__(self, reason: str, where: str | None = None) -> None:
-        super().__init__(f"the loss cannot be captured as one graph: {_placed(reason, where)}.")
+        super().__init__(f"the loss cannot be captured as one graph: {_with_place(reason, where)}.")
         self.where = where
 
 
-def explained(error: BaseException) -> CannotCapture:
+def capture_error(error: BaseException) -> CannotCapture:
     """The error for an exception of PyTorch's capture.
 
     Args:
@@ -95,5 +95,5 @@ def _is_the_users(file: str) -> bool:
     return True
 
 
-def _placed(reason: str, where: str | None) -> str:
+def _with_place(reason: str, where: str | None) -> str:
     return f"{reason}, at {where}" if where else reason

@@ -55,7 +55,7 @@ _CLOSES = {"_vmap_decrement_nesting", "_exit_autocast"}
 
 
 @contextlib.contextmanager
-def all_left() -> Iterator[None]:
+def close_regions() -> Iterator[None]:
     """However the body ends, the regions that it entered are left, and the gradient mode is as before."""
     before = len(_open.closers)
     with torch.set_grad_enabled(torch.is_grad_enabled()):
@@ -81,11 +81,11 @@ def rewrite_regions(graph: Graph) -> None:
         name = name_of(node)
         where = line_in(node.meta.get("stack_trace")) or where
         if name in _OPENS:
-            new = _replaced(graph, node, _OPENS[name], node.args)
+            new = _replace_node(graph, node, _OPENS[name], node.args)
             if _OPENS[name] is enter_vmap:
                 levels.append(new)
         elif name in _CLOSES:
-            _replaced(graph, node, leave, ())
+            _replace_node(graph, node, leave, ())
             if name == "_vmap_decrement_nesting":
                 levels.pop()
         elif name in _LEVELS:
@@ -103,7 +103,7 @@ def name_of(node: Node) -> str:
     return getattr(node.target, "__name__", "") if node.op == "call_function" else ""
 
 
-def _replaced(graph: Graph, node: Node, function: Callable[..., Any], args: Any) -> Node:
+def _replace_node(graph: Graph, node: Node, function: Callable[..., Any], args: Any) -> Node:
     with graph.inserting_before(node):
         new = graph.call_function(function, args)
     new.meta = dict(node.meta)

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from clipgrad.loss_graph.reasons import CannotCapture, line_in, line_of
-from clipgrad.loss_graph.regions import all_left
+from clipgrad.loss_graph.regions import close_regions
 
 
 def refuse_side_effects() -> None:
@@ -153,5 +153,5 @@ def refuse_writes(module: GraphModule) -> None:
     if not modes:
         return
     writes = _Writes(examples)
-    with torch.enable_grad(), modes[0], writes, all_left():
+    with torch.enable_grad(), modes[0], writes, close_regions():
         _Run(module, writes).run(*examples, enable_io_processing=False)

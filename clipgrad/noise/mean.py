@@ -20,7 +20,7 @@ def noised_mean(
     sigma: float,
     divisor: float,
     *,
-    elsewhere: bool = False,
+    out_of_place: bool = False,
 ) -> list[Tensor]:
     """Return ``(sums + N(0, sigma^2)) / divisor``, rounded after the addition and after the division.
 
@@ -33,7 +33,7 @@ def noised_mean(
             tensors.
         sigma: Standard deviation of the noise on the sums.
         divisor: A public constant.
-        elsewhere: Return new tensors instead of the tensors of ``sums``.
+        out_of_place: Return new tensors instead of the tensors of ``sums``.
 
     Raises:
         ValueError: If the noise is refused; see :meth:`NoiseSource.add_gaussian_`. No tensor is changed.
@@ -42,9 +42,9 @@ def noised_mean(
     scale = checks.scale("sigma", sigma)
     asked = getattr(source.add_gaussian_, "__func__", None)  # a subclass or wrapper has another one
     if scale != 0.0 and isinstance(source, SystemNoise) and asked is _PLAIN:
-        return source._add(checks.targets(sums, scale), scale, divisor, elsewhere=elsewhere)
+        return source._add(checks.targets(sums, scale), scale, divisor, out_of_place=out_of_place)
     source.add_gaussian_(sums, sigma)
-    if elsewhere:
+    if out_of_place:
         return list(torch._foreach_div(list(sums), divisor))
     torch._foreach_div_(list(sums), divisor)
     return list(sums)

@@ -1,4 +1,4 @@
-"""Noise that is drawn afresh at every step; the seam for noise that remembers earlier steps."""
+"""This module makes the noise of a step. Noise that depends on earlier steps can be added here."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from clipgrad.noise.source import NoiseSource
 
 
 class StepNoise(Protocol):
-    """What makes the noise of one step out of independent draws, and may keep state from step to step.
+    """This protocol makes the noise of one step from independent noise, and may keep state from step to step.
 
     Attributes:
-        source: Where independent draws come from.
-        accounting: Names how an accountant has to treat the steps. A plan refuses noise of another kind.
+        source: The source of independent noise.
+        accounting: Name of the accounting that the steps need. A plan refuses noise of another kind.
     """
 
     source: NoiseSource
@@ -25,7 +25,7 @@ class StepNoise(Protocol):
     def next(
         self, sums: list[Tensor], step: int, *, sigma: float, divisor: float, in_place: bool
     ) -> list[Tensor]:
-        """``(sums + noise of this step) / divisor``; uses up ``sums``."""
+        """Return ``(sums + noise of this step) / divisor``; ``sums`` may be overwritten."""
         ...
 
     def count(self, counts: Sequence[Tensor], sigma: float) -> None:
@@ -33,19 +33,19 @@ class StepNoise(Protocol):
         ...
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps, the source's state included."""
+        """Return the state for a checkpoint, including the source's state."""
         ...
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue after a saved step."""
+        """Continue after the step at which the state was saved."""
         ...
 
 
 class IndependentNoise:
-    """Every step draws its own ``N(0, sigma^2)``: the Gaussian mechanism, step by step.
+    """This class adds independent ``N(0, sigma^2)`` at each step: the Gaussian mechanism.
 
     Args:
-        source: Where the draws come from.
+        source: The source of the noise.
     """
 
     accounting = "independent"
@@ -56,23 +56,23 @@ class IndependentNoise:
     def next(
         self, sums: list[Tensor], step: int, *, sigma: float, divisor: float, in_place: bool
     ) -> list[Tensor]:
-        """``(sums + N(0, sigma^2)) / divisor``, whatever the step.
+        """Return ``(sums + N(0, sigma^2)) / divisor``.
 
         Args:
-            sums: Clipped sums, which are used up.
-            step: Number of the step, from 0.
+            sums: Clipped sums, which may be overwritten.
+            step: Number of the step, from 0; it has no effect.
             sigma: Standard deviation of the noise on the sums.
             divisor: A public constant.
-            in_place: Return the tensors of ``sums``; else others, since ``sums`` alias memory of somebody else.
+            in_place: Return the tensors of ``sums``; otherwise new tensors, if ``sums`` alias a CUDA graph's memory.
         """
-        return noised_mean(self.source, sums, sigma, divisor, elsewhere=not in_place)
+        return noised_mean(self.source, sums, sigma, divisor, out_of_place=not in_place)
 
     def count(self, counts: Sequence[Tensor], sigma: float) -> None:
         """Add ``N(0, sigma^2)`` to counts in place."""
         self.source.add_gaussian_(counts, sigma)
 
     def state_dict(self) -> dict[str, Any]:
-        """The source's state: no step depends on an earlier one."""
+        """Return the source's state; no step depends on an earlier step."""
         return self.source.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

@@ -116,9 +116,9 @@ class _Recorder(Sampler[Any]):
 
     def __iter__(self) -> Iterator[Any]:
         drawn = self.drawn = deque()  # an unfinished earlier iteration keeps its own queue
-        return self._recorded(drawn)
+        return self._record(drawn)
 
-    def _recorded(self, drawn: deque[tuple[int, dict[str, Any]]]) -> Iterator[Any]:
+    def _record(self, drawn: deque[tuple[int, dict[str, Any]]]) -> Iterator[Any]:
         for batch in self.sampler:
             drawn.append((len(batch), self.sampler.state_dict()))
             yield batch

@@ -7,7 +7,7 @@ from typing import Any
 from clipgrad.plan import PrivacyPlan
 
 
-def planned(
+def numbers_of_plan(
     plan: PrivacyPlan, unit: str, count: int, given: tuple[Any, ...]
 ) -> tuple[float, int | None, int]:
     """Return expected batch size, largest batch size and steps of a plan, after checking that it fits the data."""

@@ -167,7 +167,7 @@ def test_norms_in_a_tensor_give_the_same_factors(rule: Any, rescale: bool) -> No
     norms = torch.tensor([0.0, 1e-9, 0.29, 0.31, 7.0, math.nan])
     for dtype in (torch.float32, torch.float64):
         constant = make_clipping(rule, rescale=rescale)
-        read = constant.reading(torch.tensor([0.3], dtype=torch.float64))
+        read = constant.with_bounds(torch.tensor([0.3], dtype=torch.float64))
         one, other = (c.factors(norms.to(dtype), 0) for c in (constant, read))
         close(one, other, equal_nan=True)
         assert other.dtype == dtype
