@@ -41,7 +41,7 @@ def attach(
     criterion: Criterion | None = None,
     *,
     plan: PrivacyPlan,
-    microbatch_size: int | None = None,
+    microbatch_size: int | str | None = None,
     noise: NoiseSource | None = None,
     compile: bool | str = False,
     performance: Performance | None = None,

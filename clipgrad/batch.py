@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -19,6 +20,7 @@ from clipgrad.engine.advice import ValueReadError
 from clipgrad.engine.clip_and_sum import MicrobatchResult, PreClipping, Settings, accumulate
 from clipgrad.engine.inputs import Inputs, Loss, Restore, copy_samples
 from clipgrad.engine.microbatch import choose_strategies, forward, run
+from clipgrad.engine.microbatch_size import FixedRows, growing_rows, run_or_shrink
 from clipgrad.engine.rng_state import SavedRngState
 from clipgrad.errors import NotPerSampleError
 from clipgrad.exact import GridArithmetic
@@ -79,6 +81,7 @@ class BatchClipper:
         self._resolved: tuple[Any, Settings] | None = None
         self._sensitivity: tuple[Any, float] | None = None
         self._aux_of_none: Any = None
+        self._growing: FixedRows | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return BatchClipper, (self.options, self.ranks)  # a copy compiles for itself
@@ -112,21 +115,23 @@ class BatchClipper:
         groups = settings.clipping.groups if is_grouped(max_grad_norm) else None
         if size == 0:
             return _empty(inputs, settings, groups, self._empty_aux(inputs, settings))
-        rows = self.arithmetic.rows_at_once(size)
-        run_rows: RunRows = self._eagerly(inputs, settings)
-        if self.options.compile_mode is not None:
-            rows, run_rows = self._compiled(inputs, settings)
+        sizes, run_rows = self._rows_at_once(inputs, settings)
         results: list[MicrobatchResult] = []
         sums: list[Tensor] | None = None
-        aliases = False
-        for start in range(0, size, rows):
-            part = slice(start, min(start + rows, size))
-            result = run_rows(part, None if mask is None else mask[part])
-            aliases = result.aliases_graph and may_alias and rows >= size
+        aliases, start = False, 0
+        while start < size:
+            part = slice(start, min(start + sizes.rows, size))
+            padding = None if mask is None else mask[part]
+            result = run_or_shrink(partial(run_rows, part, padding), part.stop - start, sizes)
+            if result is None:
+                continue
+            start = part.stop
+            aliases = result.aliases_graph and may_alias and part == slice(0, size)
             sums = result.sums if aliases else accumulate(sums, result)
             # Else every microbatch's sums live to the end, or these through the next one.
             results.append(replace(result, sums=[]))
             del result
+        sizes.tell()
         assert sums is not None
         if self.options.normalize_by != 1.0:
             sums, aliases = [total.div_(self.options.normalize_by) for total in sums], False
@@ -198,6 +203,17 @@ class BatchClipper:
             self._sensitivity = key, self.arithmetic.sensitivity(max_grad_norm, relation)
         return self._sensitivity[1]
 
+    def _rows_at_once(self, inputs: Inputs, settings: Settings) -> tuple[FixedRows, RunRows]:
+        """How many samples run together, and what runs them."""
+        if self.options.compile_mode is not None:
+            rows, run_rows = self._compiled(inputs, settings)
+            return FixedRows(rows), run_rows
+        if self.options.microbatch_size == "auto" and self.options.grid is None:
+            self._growing = self._growing or growing_rows(inputs.params[0].device)
+            return self._growing, self._eagerly(inputs, settings)
+        rows = self.arithmetic.rows_at_once(inputs.batch_size)
+        return FixedRows(rows), self._eagerly(inputs, settings)
+
     def _eagerly(self, inputs: Inputs, settings: Settings) -> RunRows:
         def run_rows(rows: slice, mask: Tensor | None) -> MicrobatchResult:
             samples = self.arithmetic.samples(inputs.rows(rows))
@@ -215,7 +231,9 @@ class BatchClipper:
         mode = self.options.compile_mode
         assert mode is not None
         compiler = self._compiler = self._compiler or Compiler(mode)
-        rows = compiler.rows(self.options.microbatch_size, inputs.batch_size)
+        size = self.options.microbatch_size
+        assert not isinstance(size, str)
+        rows = compiler.rows(size, inputs.batch_size)
         return rows, MicrobatchRunner(compiler, self._loss_graphs(), inputs, settings, rows)
 
     def _loss_graphs(self) -> LossGraphs:

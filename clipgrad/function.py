@@ -118,7 +118,7 @@ def clipped_grad(
     normalize_by: float = 1.0,
     rescale_to_unit_norm: bool = False,
     pre_clipping_transform: Callable[[Any], Any] | None = None,
-    microbatch_size: int | None = None,
+    microbatch_size: int | str | None = None,
     nan_safe: bool = True,
     compile: bool | str = False,
     grid: float | None = None,
@@ -147,7 +147,9 @@ def clipped_grad(
         pre_clipping_transform: Per-sample gradients (the structure of params, ``[B, *shape]``) to gradients of the
             same structure, before norms are taken. Forces per-sample gradients to be materialised, which costs
             ``B`` times the parameters' memory.
-        microbatch_size: Process the batch in pieces of this size. Peak memory follows it, results do not.
+        microbatch_size: Process the batch in pieces of this size. Peak memory follows it, results do not. ``"auto"``
+            doubles it from 1 during the first batch as long as half of the free memory suffices, and halves it if
+            memory runs out; the logger ``clipgrad`` tells the number.
         nan_safe: A sample whose gradient norm is not finite contributes exactly nothing and is counted.
         compile: True, or a mode of ``torch.compile`` (``"reduce-overhead"`` uses CUDA graphs, ``"max-autotune"``):
             the whole step of a microbatch runs as one compiled graph. Compiling takes seconds to minutes, at the

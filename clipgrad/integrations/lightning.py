@@ -48,7 +48,7 @@ class DPModule(LightningModule):
         optimizer: Optimizer,
         *,
         plan: PrivacyPlan,
-        microbatch_size: int | None = None,
+        microbatch_size: int | str | None = None,
         keep_batch_dim: bool = True,
         noise: NoiseSource | None = None,
         compile: bool | str = False,

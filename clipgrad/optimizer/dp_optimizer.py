@@ -63,6 +63,7 @@ class DPOptimizer(PrivacyState, Generic[Returned]):
         expected_batch_size: The public constant by which sums are divided: sampling rate times dataset size, not the
             size of the present batch, which is private.
         microbatch_size: Number of samples that are processed at a time. It bounds memory and changes no result.
+            ``"auto"`` finds a number that fits; see ``clipped_grad``.
         keep_batch_dim: If False, ``loss_fn`` sees an element of the batch without a batch axis of one. With
             ``user_loader`` an element is a user with K samples, ``[K, ...]``, and users are clipped and protected.
         noise: The noise source. The default, ``SystemNoise()``, is seeded by the operating system.
@@ -112,7 +113,7 @@ class DPOptimizer(PrivacyState, Generic[Returned]):
         max_grad_norm: ClippingStrategy | None = None,
         noise_multiplier: float | Schedule | None = None,
         expected_batch_size: float | None = None,
-        microbatch_size: int | None = None,
+        microbatch_size: int | str | None = None,
         keep_batch_dim: bool = True,
         noise: NoiseSource | None = None,
         compile: bool | str = False,
