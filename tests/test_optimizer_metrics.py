@@ -130,10 +130,13 @@ class Accuracy(nn.Module):
 
 
 PYTHON_METRICS = {
-    "a number returned": (lambda m, x: (squared(m.layer, x), 0.5), "float.*metrics as tensors"),
+    "a number returned": (
+        lambda m, x: (squared(m.layer, x), 0.5),
+        "float.*metrics that are tensors",
+    ),
     "a name returned": (
         lambda m, x: (squared(m.layer, x), {"what": "mean", "of": x.mean()}),
-        "str.*metrics as tensors",
+        "str.*metrics that are tensors",
     ),
     "item returned": (
         lambda m, x: (squared(m.layer, x), {"mean": x.mean().item()}),

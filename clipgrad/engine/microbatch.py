@@ -83,8 +83,8 @@ def _one_sample(
     for leaf in flat:
         if not isinstance(leaf, Tensor):
             raise NotPerSampleError(
-                f"aux may hold tensors only, got {type(leaf).__name__}. Of (loss, aux) return metrics as tensors of "
-                "the one sample, and keep constants outside the loss."
+                f"aux may hold tensors only, got {type(leaf).__name__}. Return (loss, metrics) with metrics that are "
+                "tensors of the one sample, and keep constants outside the loss."
             )
     return value, flat, structure
 
