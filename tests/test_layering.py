@@ -45,9 +45,13 @@ ROOMS: dict[str, set[str]] = {
         "_functorch", "_phases", "_validate", "accounting", "arithmetic", "batch", "batch_norm", "clipping", "compiled",
         "engine", "errors", "exact", "explain", "noise", "options", "plan", "result", "sampling",
     },
+    "attached_loop": {"errors", "noise", "optimizer", "options", "plan"},
     "profile": {"_phases", "optimizer"},
     "audit": {"clipping", "optimizer"},
     "testing": {"engine", "function", "options", "result", "rules"},
+    "integrations": {
+        "accounting", "errors", "noise", "optimizer", "options", "plan", "result", "sampling",
+    },
 }  # fmt: skip
 # An audit shares no code with what it audits: of the rooms below it, it may use what they export.
 EXPORTED = {"optimizer": {"DPOptimizer"}, "clipping": {"Relation"}}
