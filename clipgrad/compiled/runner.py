@@ -1,4 +1,4 @@
-"""``MicrobatchRunner`` runs the microbatches of a call on compiled graphs, and compares those not trusted yet."""
+"""This module runs microbatches on compiled graphs, and compares some runs with the eager step."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from clipgrad.loss_graph import CannotCapture
 
 
 class MicrobatchRunner:
-    """Runs the microbatches of one call; looks at guards and signature once.
+    """This class runs the microbatches of one call, and evaluates guards and signature once.
 
     Args:
-        compiler: Keeps the compiled steps.
-        graphs: Keeps the graphs of the loss.
+        compiler: Holds the compiled steps.
+        graphs: Holds the graphs of the loss.
         inputs: The arguments of the call.
-        settings: Of the batch.
-        size: Rows of the compiled graph.
+        settings: The resolved options.
+        size: Number of rows of the compiled graph.
     """
 
     def __init__(
@@ -53,15 +53,15 @@ class MicrobatchRunner:
         self._loss: GraphOfLoss | None = None
 
     def __call__(self, rows: slice, mask: Tensor | None) -> MicrobatchResult:
-        """Norms and clipped sums of one microbatch.
+        """Compute norms and clipped sums of one microbatch.
 
         Args:
-            rows: Which samples.
-            mask: Boolean, of these samples: those that are padding. None if none is.
+            rows: The samples of the microbatch.
+            mask: Boolean mask of these samples, true for padding; None without padding.
 
         Raises:
             CompileError: If the step cannot be compiled, or was compiled for too many signatures.
-            CompileMismatchError: If the compiled step does not compute what the eager one does.
+            CompileMismatchError: If the compiled step and the eager step have different results.
         """
         settings, size = self._settings, self._size
         batch = self._inputs.rows(rows)
@@ -86,8 +86,7 @@ class MicrobatchRunner:
             settings.options.nan_safe or mask is not None or count < size
         )
         if (dropping or generators is not None) and not bool(result.all_finite):
-            # Rare: a sample has to be taken out of the activations, which this graph does not do; and a batch
-            # with one proves little.
+            # This is rare. The graph cannot zero a sample's factors, and such a batch is a weak comparison.
             entry.runs += entry.runs > 0
             return self._eagerly(batch, mask)
         if generators is not None:
@@ -111,7 +110,7 @@ class MicrobatchRunner:
         return _without_added_rows(result, count)
 
     def _capture_loss(self, batch: Sequence[Any], mask: Tensor | None) -> GraphOfLoss:
-        """The captured loss. Where PyTorch cannot capture it, what the eager step says of it is said first."""
+        """Return the captured loss. If PyTorch cannot capture it, an error of the eager step is raised first."""
         try:
             return self._graphs.graph_for(self._inputs)
         except CannotCapture:
@@ -143,7 +142,7 @@ class MicrobatchRunner:
         )
 
     def _eagerly(self, batch: Sequence[Any], mask: Tensor | None) -> MicrobatchResult:
-        """The eager step: of the user's Python, unless that asks for values of tensors."""
+        """Run the eager step on the user's Python, or on the captured loss if the Python reads values of tensors."""
         inputs = self._inputs
         try:
             return run(inputs.loss, inputs.names, inputs.params, batch, mask, self._settings)
@@ -159,7 +158,7 @@ def _are_identical(one: Sequence[Tensor], other: Sequence[Tensor]) -> bool:
 
 
 def _without_added_rows(result: MicrobatchResult, count: int) -> MicrobatchResult:
-    """The result without the rows that were added."""
+    """Return the result without the rows that were added."""
     if result.values.shape[0] == count:
         return result
     return MicrobatchResult(

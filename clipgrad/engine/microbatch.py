@@ -1,4 +1,4 @@
-"""One microbatch: forward under ``vmap``, one ordinary backward, norms, clipped sums."""
+"""This module runs one microbatch: forward pass under ``vmap``, ordinary backward pass, norms, clipped sums."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def forward(
     batch: Sequence[Any],
     settings: Settings,
 ) -> tuple[Tape, Tensor, Any]:
-    """Run the loss on every sample at once and record the uses of the parameters."""
+    """Run the loss on all samples at once and record the uses of the parameters."""
     foreign_code.refuse_modes()
     size = next(leaf.shape[0] for leaf in batch if isinstance(leaf, Tensor))
     tape = Tape(names, params, size)
@@ -61,10 +61,10 @@ def forward(
             if param._version != version:
                 raise NotPerSampleError(written_message(name))
     except BaseException:
-        stale_values.remember(made)  # the loss may have kept some before it failed
+        stale_values.remember(made)  # the loss may have stored values before it failed
         tape.release()
         raise
-    del leaves, rows, value, capture  # what only this function held was kept by nobody
+    del leaves, rows, value, capture  # these references must not count as stored values
     stale_values.remember(made)
     return tape, values, tree_unflatten(aux, structure)
 
@@ -72,7 +72,7 @@ def forward(
 def _one_sample(
     loss: Loss, capture: Capture, leaves: list[Tensor], sample: list[Any], settings: Settings
 ) -> tuple[Tensor, list[Tensor], TreeSpec]:
-    """Value, auxiliary tensors and their structure of the loss as every sample sees it."""
+    """Return the loss of one sample, its auxiliary tensors and their structure."""
     if settings.options.keep_batch_dim:
         sample = [leaf[None] if isinstance(leaf, Tensor) else leaf for leaf in sample]
     capture.made.extend(weakref.ref(leaf) for leaf in sample if isinstance(leaf, Tensor))
@@ -83,7 +83,8 @@ def _one_sample(
     for leaf in flat:
         if not isinstance(leaf, Tensor):
             raise NotPerSampleError(
-                f"aux may hold tensors only, got {type(leaf).__name__}; return constants outside the loss."
+                f"aux may hold tensors only, got {type(leaf).__name__}. Return (loss, metrics) with metrics that are "
+                "tensors of the one sample, and keep constants outside the loss."
             )
     return value, flat, structure
 
@@ -96,7 +97,7 @@ def run(
     is_padding: Tensor | None,
     settings: Settings,
 ) -> MicrobatchResult:
-    """Forward pass, backward pass, norms and clipped sums of one microbatch."""
+    """Run forward and backward pass of one microbatch, and compute norms and clipped sums."""
     with phase("forward"), torch.enable_grad():
         tape, values, aux = forward(loss, names, params, batch, settings)
     try:
@@ -114,7 +115,7 @@ def run(
 
 
 def choose_strategies(tape: Tape, settings: Settings) -> list[Choice]:
-    """Decide a strategy for every tracked entry, and tell the entries."""
+    """Choose a strategy for every tracked entry, and store it in the entry."""
     choices = choose(
         tape.tracked,
         tape.batch_size,
@@ -126,7 +127,9 @@ def choose_strategies(tape: Tape, settings: Settings) -> list[Choice]:
     return choices
 
 
-def _value_and_aux(result: Any, has_aux: bool) -> tuple[Tensor, Any]:
+def _value_and_aux(result: Any, has_aux: bool | None) -> tuple[Tensor, Any]:
+    if has_aux is None:
+        has_aux = isinstance(result, tuple) and len(result) == 2
     if has_aux:
         if not (isinstance(result, tuple) and len(result) == 2):
             raise NotPerSampleError(
@@ -143,7 +146,7 @@ def _value_and_aux(result: Any, has_aux: bool) -> tuple[Tensor, Any]:
         )
         raise NotPerSampleError(
             f"the loss must return a scalar tensor for one sample, got {got}. Reduce it with .mean() or .sum(); "
-            "to return more, use clipgrad.clipped_grad with has_aux=True."
+            "to return more, return (loss, metrics) to DPOptimizer, or use clipgrad.clipped_grad with has_aux=True."
         )
     if not value.is_floating_point():
         raise NotPerSampleError(
@@ -165,12 +168,11 @@ def _backward(tape: Tape, values: Tensor, params: Sequence[Tensor]) -> None:
 
 
 def _refuse_escapes(tape: Tape, values: Tensor, params: Sequence[Tensor]) -> None:
-    """Walk the graph that is about to run: a leaf that is not ours would receive an unclipped gradient.
+    """Refuse unknown leaves of the graph before it runs, because they would receive an unclipped gradient.
 
-    The capture sees operations; this sees what reached the graph by any other road (a custom
-    ``autograd.Function``, a C++ extension).
+    The capture does not see every operation on them (in a custom ``autograd.Function``, in a C++ extension).
     """
-    ours = {id(entry.leaf) for entry in tape.tracked} | {id(tape.anchor)}
+    leaf_ids = {id(entry.leaf) for entry in tape.tracked} | {id(tape.anchor)}
     seen = set()
     stack = [values.grad_fn]
     while stack:
@@ -182,7 +184,7 @@ def _refuse_escapes(tape: Tape, values: Tensor, params: Sequence[Tensor]) -> Non
         if kind in refused_nodes.WRONG:
             refused_nodes.refuse(node, tape.corrected)
         variable = node.variable if kind == "AccumulateGrad" else None  # type: ignore[attr-defined]
-        if variable is not None and id(variable) not in ours:
+        if variable is not None and id(variable) not in leaf_ids:
             for entry, original in zip(tape.tracked, params, strict=False):
                 if variable is original:
                     raise EscapedParameterError(escape_message(entry.name, "the loss"))
@@ -195,7 +197,7 @@ def _refuse_escapes(tape: Tape, values: Tensor, params: Sequence[Tensor]) -> Non
 
 
 def _without_autocast(device: torch.device) -> AbstractContextManager[Any]:
-    """Norms and sums keep their precision whatever the caller's autocast says."""
+    """Switch the caller's autocast off, so that norms and sums keep their precision."""
     if torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()

@@ -1,4 +1,4 @@
-"""A captured graph, made a pure function of parameters, the sample's leaves and every other tensor."""
+"""This module makes a captured graph a pure function of parameters, the sample's leaves and all other tensors."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ _CHECKPOINT = torch.ops.higher_order.tag_activation_checkpoint
 
 
 class Place(NamedTuple):
-    """Where a value comes from.
+    """This tuple says where a value comes from.
 
     Attributes:
         kind: parameter, leaf, constant, output or value.
-        index: Its position there; the value itself for the last kind.
+        index: Position among the values of this kind; for the kind "value", the value itself.
     """
 
     kind: str
@@ -34,15 +34,15 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True)
 class CapturedLoss:
-    """The graph that serves a call, and the tensors that it takes besides parameters and the sample.
+    """This class holds the graph for a call, and the present values of its other inputs.
 
     Attributes:
-        module: Takes one value for each of ``inputs``; returns a tuple of tensors.
+        module: A function from one value for each of ``inputs`` to a tuple of tensors.
         number: Equal for two calls exactly if module, inputs and results are the same.
-        inputs: Where each input of the graph comes from.
-        results: Where the loss, and then each leaf of what it returned beside it, comes from.
-        aux: How what was returned beside the loss is nested; None if there is nothing.
-        constants: Each input that is neither parameter nor leaf, as it is now: a tensor, or an integer that changes.
+        inputs: Place of each input of the graph.
+        results: Place of the loss, and then of each leaf of the auxiliary output.
+        aux: Structure of the auxiliary output; None if there is none.
+        constants: Present value of each input that is neither parameter nor leaf: a tensor, or an integer.
     """
 
     module: GraphModule
@@ -61,13 +61,12 @@ class CapturedLoss:
         """Run the graph; under ``torch.func.vmap`` each argument may differ from sample to sample.
 
         Args:
-            parameters: In the order in which they were given to the capture; a parameter that the graph does not take
-                is not read.
-            leaves: Likewise, of one sample.
-            constants: Likewise; usually ``self.constants``.
+            parameters: Parameters in the order of the capture; those that the graph does not need are not read.
+            leaves: Leaves of one sample, in the order of the capture.
+            constants: Usually ``self.constants``.
 
         Returns:
-            The loss, and what was returned beside it or None.
+            The loss, and the auxiliary output or None.
         """
         given = {"parameter": parameters, "leaf": leaves, "constant": constants}
         with close_regions():
@@ -101,7 +100,7 @@ def make_pure(module: GraphModule) -> GraphModule:
 
 
 def remove_unused_inputs(module: GraphModule) -> tuple[int, ...]:
-    """Remove the inputs that a graph does not use; returns the positions of those that stay."""
+    """Remove unused inputs of a graph, and return the positions of the others."""
     places = list(module.graph.find_nodes(op="placeholder"))
     for place in places:
         if not place.users:
@@ -112,7 +111,7 @@ def remove_unused_inputs(module: GraphModule) -> tuple[int, ...]:
 
 
 def forget_examples(module: GraphModule) -> None:
-    """Drop the tensors that PyTorch noted at the nodes; lines for messages stay."""
+    """Drop the example tensors that PyTorch stored at the nodes, and keep source lines for messages."""
     for child in module.modules():
         if isinstance(child, GraphModule):
             for node in child.graph.nodes:
@@ -148,7 +147,7 @@ def _refuse(module: GraphModule, node: Node) -> None:
     target: Any = node.target
     known = target is _CHECKPOINT or target is CUSTOM_FUNCTION
     if isinstance(target, torch._ops.HigherOrderOperator) and not known:
-        raise CannotCapture(f"it uses {target.name()}, which does not run for each sample", where)
+        raise CannotCapture(f"it uses {target.name()}, which cannot run per sample", where)
     if node.op == "call_method" and str(node.target).startswith("register_"):
         raise CannotCapture(
             f"it calls {node.target}; a hook would see the gradients of all samples at once", where
@@ -160,7 +159,7 @@ def _refuse(module: GraphModule, node: Node) -> None:
 
 
 def _lengths_from_tensors(graph: torch.fx.Graph) -> None:
-    """Read lengths that differ from call to call from the tensors that have them, where they come as inputs."""
+    """Replace inputs that are changing lengths by the size of an input tensor with this length."""
     places = list(graph.find_nodes(op="placeholder"))
     for place in places:
         symbol = place.meta.get("example_value")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 
+from clipgrad.batch_norm import batch_norm_error
 from clipgrad.errors import NotPerSampleError
 from clipgrad.optimizer.facade import OptimizerFacade
 
@@ -22,7 +23,8 @@ def check_parts(optimizer: Any, model: Any, loss_fn: Any) -> None:
     """
     if isinstance(optimizer, OptimizerFacade) or not isinstance(optimizer, Optimizer):
         raise ValueError(
-            f"optimizer must be an ordinary torch.optim.Optimizer, got {type(optimizer).__name__}."
+            f"optimizer must be an ordinary torch.optim.Optimizer, got {type(optimizer).__name__}. Pass an instance "
+            "such as torch.optim.AdamW(model.parameters()), and of a DPOptimizer what it wraps: optimizer.inner."
         )
     if isinstance(optimizer, LBFGS):
         raise ValueError(
@@ -51,12 +53,12 @@ def refuse_foreign_parameters(owned: Iterable[Tensor], known: Iterable[Tensor]) 
     Raises:
         ValueError: If there is such a parameter.
     """
-    ours = set(map(id, known))
-    strangers = [tuple(getattr(p, "shape", ())) for p in owned if id(p) not in ours]
-    if strangers:
+    known_ids = set(map(id, known))
+    foreign = [tuple(getattr(p, "shape", ())) for p in owned if id(p) not in known_ids]
+    if foreign:
         raise ValueError(
-            f"optimizer holds {len(strangers)} parameter(s) that are not in the model, so their gradients could "
-            f"not be clipped; the first has shape {strangers[0]}. Build it from model.parameters()."
+            f"optimizer holds {len(foreign)} parameter(s) that are not in the model, so their gradients could "
+            f"not be clipped; the first has shape {foreign[0]}. Build it from model.parameters()."
         )
 
 
@@ -82,26 +84,20 @@ def refuse_hooks(model: nn.Module, parameters: Iterable[tuple[str, Tensor]]) -> 
             )
 
 
-def _batch_norms(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    for name, module in model.named_modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            yield name, module
-
-
 def refuse_batch_norm(model: nn.Module) -> None:
     """Refuse BatchNorm in training mode before it updates its buffers.
 
     Raises:
         NotPerSampleError: If there is such a layer.
     """
-    names = [name or "the model itself" for name, module in _batch_norms(model) if module.training]
+    names = [
+        name or "the model itself"
+        for name, module in model.named_modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training
+    ]
     if names:
-        raise NotPerSampleError(
-            f"BatchNorm in training mode ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''}) normalises a "
-            "sample with statistics of the others, so no gradient belongs to one sample. Use "
-            "clipgrad.replace_batch_norm(model), which puts GroupNorm in its place, before making the optimizer; or "
-            "freeze the statistics with .eval()."
-        )
+        listed = f"{', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
+        raise batch_norm_error(f"in training mode ({listed})")
 
 
 def parameters_to_train(
@@ -119,11 +115,12 @@ def parameters_to_train(
     """
     named = list(model.named_parameters())
     refuse_foreign_parameters(owned, (p for _, p in named))
-    ours = set(map(id, owned))
-    selection = tuple((name, p) for name, p in named if id(p) in ours and p.requires_grad)
+    owned_ids = set(map(id, owned))
+    selection = tuple((name, p) for name, p in named if id(p) in owned_ids and p.requires_grad)
     if not selection:
         raise ValueError(
-            "optimizer holds no parameter of the model that requires grad; there is nothing to train."
+            "optimizer holds no parameter of the model that requires grad; there is nothing to train. "
+            "Switch gradients on for some of them before: parameter.requires_grad_()."
         )
     refuse_batch_norm(model)
     refuse_hooks(model, selection)
