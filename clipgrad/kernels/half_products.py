@@ -15,20 +15,20 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 HALF = (torch.float16, torch.bfloat16)
-# On these devices PyTorch multiplies half precision with float32 results; elsewhere factors are widened.
-_DEVICES = {"cuda"}
+# On CUDA PyTorch multiplies half precision with float32 results; elsewhere factors are widened. Tests set this.
+_ON_EVERY_DEVICE = False
 # A product reads rows fast that start at multiples of this many bytes.
 _ALIGNMENT = 16
 
 
 def multiplies(a: Tensor, b: Tensor) -> bool:
     """Return whether two factors are of one half-precision dtype, on a device that multiplies them without widening."""
-    return a.dtype is b.dtype and a.dtype in HALF and a.device.type in _DEVICES
+    return a.dtype is b.dtype and a.dtype in HALF and (a.is_cuda or _ON_EVERY_DEVICE)
 
 
 def missing_to_alignment(factor: Tensor) -> int:
     """Return how many elements the last axis needs, so that a product on the factor's device reads it fast."""
-    if factor.device.type not in _DEVICES or not factor.is_floating_point():
+    if not (factor.is_cuda or _ON_EVERY_DEVICE):
         return 0
     return -factor.shape[-1] % max(1, _ALIGNMENT // factor.element_size())
 
@@ -37,7 +37,7 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     """Return ``torch.bmm(a, b)``; in float32 if both factors are of one half-precision dtype."""
     if a.dtype is not b.dtype or a.dtype not in HALF:
         return torch.bmm(a, b)
-    if a.device.type not in _DEVICES:
+    if not multiplies(a, b):
         return torch.bmm(a.float(), b.float())
     if get_proxy_mode() is None:
         return _half_product(a, b)
@@ -46,7 +46,7 @@ def product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _half_product(a: Tensor, b: Tensor) -> Tensor:
-    if a.device.type != "cuda":
+    if not a.is_cuda:
         return torch.bmm(a.float(), b.float())
     with _sums_in_float32(a.dtype):
         return torch.bmm(a, b, out_dtype=torch.float32)

@@ -50,6 +50,10 @@ def lowered(tensor: Tensor) -> Tensor:
 
     This is for operations that autocast lowers on every device: ``linear``, ``matmul``, ``addmm``, convolutions.
     """
+    if (
+        not torch._C._is_any_autocast_enabled()
+    ):  # most of the time; asking for the device takes a microsecond more
+        return tensor
     device = tensor.device.type
     if not torch.is_autocast_enabled(device) or tensor.dtype not in _LOWERED:
         return tensor
