@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -19,6 +20,7 @@ from clipgrad.engine.advice import ValueReadError
 from clipgrad.engine.clip_and_sum import MicrobatchResult, PreClipping, Settings, accumulate
 from clipgrad.engine.inputs import Inputs, Loss, Restore, copy_samples
 from clipgrad.engine.microbatch import choose_strategies, forward, run
+from clipgrad.engine.microbatch_size import FixedRows, growing_rows, run_or_shrink
 from clipgrad.engine.rng_state import SavedRngState
 from clipgrad.errors import NotPerSampleError
 from clipgrad.exact import GridArithmetic
@@ -45,7 +47,7 @@ class ClippedBatch:
 
     Attributes:
         sums: The sum of each parameter, in order.
-        aux: Per-sample auxiliary output, or None.
+        aux: Per-sample auxiliary output; None or ``()`` if there is none.
         outcome: Norm, loss and flags of each sample.
         aliases_graph: Whether ``sums`` alias the memory of a CUDA graph, which the next batch overwrites.
     """
@@ -78,6 +80,8 @@ class BatchClipper:
         # Settings of the last call, because parameters and norm rarely change between calls.
         self._resolved: tuple[Any, Settings] | None = None
         self._sensitivity: tuple[Any, float] | None = None
+        self._aux_of_none: Any = None
+        self._growing: FixedRows | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return BatchClipper, (self.options, self.ranks)  # a copy has its own compiled graphs
@@ -110,28 +114,32 @@ class BatchClipper:
         settings = self._settings(inputs, max_grad_norm, restore)
         groups = settings.clipping.groups if is_grouped(max_grad_norm) else None
         if size == 0:
-            return _empty(inputs, settings, groups)
-        rows = self.arithmetic.rows_at_once(size)
-        run_rows: RunRows = self._eagerly(inputs, settings)
-        if self.options.compile_mode is not None:
-            rows, run_rows = self._compiled(inputs, settings)
+            return _empty(inputs, settings, groups, self._empty_aux(inputs, settings))
+        sizes, run_rows = self._rows_at_once(inputs, settings)
         results: list[MicrobatchResult] = []
         sums: list[Tensor] | None = None
-        aliases = False
-        for start in range(0, size, rows):
-            part = slice(start, min(start + rows, size))
-            result = run_rows(part, None if mask is None else mask[part])
-            aliases = result.aliases_graph and may_alias and rows >= size
+        aliases, start = False, 0
+        while start < size:
+            part = slice(start, min(start + sizes.rows, size))
+            padding = None if mask is None else mask[part]
+            result = run_or_shrink(partial(run_rows, part, padding), part.stop - start, sizes)
+            if result is None:
+                continue
+            start = part.stop
+            aliases = result.aliases_graph and may_alias and part == slice(0, size)
             sums = result.sums if aliases else accumulate(sums, result)
             # Without this, the sums of all microbatches would stay in memory.
             results.append(replace(result, sums=[]))
             del result
+        sizes.tell()
         assert sums is not None
         if self.options.normalize_by != 1.0:
             sums, aliases = [total.div_(self.options.normalize_by) for total in sums], False
         aux = None
-        if self.options.has_aux:
+        if self.options.has_aux is not False:
             aux = tree_map(lambda *leaves: torch.cat(leaves), *(result.aux for result in results))
+            if self._aux_of_none is None:
+                self._aux_of_none = tree_map(lambda leaf: leaf[:0].clone(), aux)
         return ClippedBatch(sums, aux, _outcome(results, settings, groups, mask, size), aliases)
 
     def explain(
@@ -164,12 +172,47 @@ class BatchClipper:
         finally:
             tape.release()
 
+    def _empty_aux(self, inputs: Inputs, settings: Settings) -> Any:
+        """The auxiliary output of no samples: an earlier batch's, else that of a row of zeros, without values."""
+        if self.options.has_aux is False:
+            return None
+        if self._aux_of_none is None:
+            row = [
+                leaf.new_zeros((1, *leaf.shape[1:])) if isinstance(leaf, Tensor) else leaf
+                for leaf in inputs.batch
+            ]
+
+            def aux_of_row(loss: Loss) -> Any:
+                tape, _, aux = forward(loss, inputs.names, inputs.params, row, settings)
+                tape.release()
+                return aux
+
+            try:
+                with torch.enable_grad(), SavedRngState(inputs.params[0].device).restored_on_exit():
+                    aux = self._with_loss(inputs, aux_of_row)
+            except Exception:
+                # A loss that takes no zeros: nothing is known of its metrics yet, and most losses have none.
+                return ()
+            self._aux_of_none = tree_map(lambda leaf: leaf[:0].clone(), aux)
+        return tree_map(torch.clone, self._aux_of_none)
+
     def sensitivity(self, max_grad_norm: ClippingStrategy, relation: Relation) -> float:
         """Return the largest L2 change of the sums between neighbouring batches."""
         key = copy_strategy(max_grad_norm), relation
         if self._sensitivity is None or self._sensitivity[0] != key:
             self._sensitivity = key, self.arithmetic.sensitivity(max_grad_norm, relation)
         return self._sensitivity[1]
+
+    def _rows_at_once(self, inputs: Inputs, settings: Settings) -> tuple[FixedRows, RunRows]:
+        """How many samples run together, and what runs them."""
+        if self.options.compile_mode is not None:
+            rows, run_rows = self._compiled(inputs, settings)
+            return FixedRows(rows), run_rows
+        if self.options.microbatch_size == "auto" and self.options.grid is None:
+            self._growing = self._growing or growing_rows(inputs.params[0].device)
+            return self._growing, self._eagerly(inputs, settings)
+        rows = self.arithmetic.rows_at_once(inputs.batch_size)
+        return FixedRows(rows), self._eagerly(inputs, settings)
 
     def _eagerly(self, inputs: Inputs, settings: Settings) -> RunRows:
         def run_rows(rows: slice, mask: Tensor | None) -> MicrobatchResult:
@@ -188,7 +231,9 @@ class BatchClipper:
         mode = self.options.compile_mode
         assert mode is not None
         compiler = self._compiler = self._compiler or Compiler(mode)
-        rows = compiler.rows(self.options.microbatch_size, inputs.batch_size)
+        size = self.options.microbatch_size
+        assert not isinstance(size, str)
+        rows = compiler.rows(size, inputs.batch_size)
         return rows, MicrobatchRunner(compiler, self._loss_graphs(), inputs, settings, rows)
 
     def _loss_graphs(self) -> LossGraphs:
@@ -272,7 +317,9 @@ def _on_leaves(transform: Callable[[Any], Any], restore: Restore) -> PreClipping
     return apply
 
 
-def _empty(inputs: Inputs, settings: Settings, groups: Sequence[str] | None) -> ClippedBatch:
+def _empty(
+    inputs: Inputs, settings: Settings, groups: Sequence[str] | None, aux: Any
+) -> ClippedBatch:
     """Return the zero sums of a batch without samples."""
     sums = [
         torch.zeros_like(p, dtype=dtype)
@@ -281,7 +328,7 @@ def _empty(inputs: Inputs, settings: Settings, groups: Sequence[str] | None) -> 
     none = torch.zeros(0, dtype=settings.dtypes[0], device=inputs.params[0].device)
     norms = [none for _ in settings.clipping.groups]
     outcome = Outcome(none, norms, settings.clipping.norms, groups, none.bool(), None, 0)
-    return ClippedBatch(sums, None, outcome)
+    return ClippedBatch(sums, aux, outcome)
 
 
 def _outcome(

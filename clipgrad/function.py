@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
@@ -60,7 +60,6 @@ class ClippedGrad:
         groups, norms C_k  ``sqrt(sum C_k^2)``    divided by ``normalize_by``
         PerLayer, norm C   ``C``                  divided by ``normalize_by``
         Automatic, norm C  as for norm C          a sample contributes less than C
-        rescaled           ``sqrt(groups)``       divided by ``normalize_by``
         ``C = inf``        ``inf``                no clipping, no guarantee
         not ``nan_safe``   ``inf``                one NaN sample could turn the whole sum into NaN
         =================  =====================  ===============================================
@@ -79,15 +78,8 @@ class ClippedGrad:
         Raises:
             ValueError: If the norm is out of range.
         """
-        self.clipper.arithmetic.check(max_grad_norm)
-        return ClippedGrad(
-            self.fn,
-            copy_strategy(max_grad_norm),
-            self.argnums,
-            self.batch_argnums,
-            self.options,
-            self.clipper,
-        )
+        self.clipper.arithmetic.clipping(max_grad_norm)
+        return replace(self, max_grad_norm=copy_strategy(max_grad_norm))
 
     def explain(self, *args: Any) -> Explanation:
         """Run the forward pass of one microbatch and return how each parameter's norm would be computed.
@@ -116,9 +108,8 @@ def clipped_grad(
     has_aux: bool = False,
     keep_batch_dim: bool = True,
     normalize_by: float = 1.0,
-    rescale_to_unit_norm: bool = False,
     pre_clipping_transform: Callable[[Any], Any] | None = None,
-    microbatch_size: int | None = None,
+    microbatch_size: int | str | None = None,
     nan_safe: bool = True,
     compile: bool | str = False,
     grid: float | None = None,
@@ -142,11 +133,12 @@ def clipped_grad(
         keep_batch_dim: If True, ``fn`` sees a batch of one, so an ordinary loss works unchanged. If False, ``fn`` sees
             no batch axis. If an element of the batch is a group of samples (all samples of a user), groups are clipped.
         normalize_by: Divide the sum by this public constant, usually the expected batch size.
-        rescale_to_unit_norm: Divide clipped gradients by their clipping norm, so that the bound is 1.
         pre_clipping_transform: A function that changes per-sample gradients (structure of the parameters,
             ``[B, *shape]``) before norms are computed. All per-sample gradients are then materialised, which takes
             ``B`` times the parameters' memory.
         microbatch_size: Number of samples that are processed at a time. It bounds memory and changes no result.
+            ``"auto"`` doubles it from 1 during the first batch as long as half of the free memory suffices, and halves
+            it if memory runs out; the logger ``clipgrad`` reports the number.
         nan_safe: Whether a sample whose gradient norm is not finite contributes exactly nothing, and is counted.
         compile: True, or a mode of ``torch.compile`` (``"reduce-overhead"`` uses CUDA graphs, ``"max-autotune"``):
             the step of a microbatch runs as one compiled graph. Compilation takes seconds to minutes, at the first
@@ -181,7 +173,6 @@ def clipped_grad(
         has_aux=has_aux,
         keep_batch_dim=keep_batch_dim,
         normalize_by=normalize_by,
-        rescale_to_unit_norm=rescale_to_unit_norm,
         pre_clipping_transform=pre_clipping_transform,
         microbatch_size=microbatch_size,
         nan_safe=nan_safe,
@@ -190,7 +181,7 @@ def clipped_grad(
         performance=Performance() if performance is None else performance,
     )
     clipper = BatchClipper(options)
-    clipper.arithmetic.check(max_grad_norm)
+    clipper.arithmetic.clipping(max_grad_norm)
     if isinstance(batch_argnums, int):
         batch_argnums = (batch_argnums,)
     return ClippedGrad(

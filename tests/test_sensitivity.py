@@ -134,7 +134,6 @@ ways: dict[str, st.SearchStrategy[Any]] = {
 clippings: st.SearchStrategy[dict[str, Any]] = st.fixed_dictionaries(
     {
         "max_grad_norm": st.sampled_from([1e-3, 0.1, 1.0, 30.0, "grouped"]),
-        "rescale_to_unit_norm": st.booleans(),
         **ways,
     }
 )

@@ -17,10 +17,10 @@ class LossGraphs:
 
     Args:
         keep_batch_dim: Whether the loss sees a batch axis of one.
-        has_aux: Whether the loss also returns auxiliary values.
+        has_aux: Whether the loss also returns auxiliary values; None if that shows when it runs.
     """
 
-    def __init__(self, *, keep_batch_dim: bool, has_aux: bool) -> None:
+    def __init__(self, *, keep_batch_dim: bool, has_aux: bool | None) -> None:
         self._keep_batch_dim = keep_batch_dim
         self._has_aux = has_aux
         self._fn: Any = None
@@ -63,7 +63,7 @@ class GraphOfLoss:
     """
 
     captured: CapturedLoss
-    has_aux: bool
+    has_aux: bool | None
     capture: int
 
     @property

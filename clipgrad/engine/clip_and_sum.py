@@ -96,10 +96,8 @@ def clip(
             return MicrobatchResult(exact, values, before, aux, dropped)
         gradients.replace(rows)
     norms = [
-        settings.ranks.squared_norms(
-            _or_zero(gradients.squared_norms(clipping.members(group)), values)
-        ).sqrt()
-        for group in range(len(clipping.groups))
+        settings.ranks.squared_norms(gradients.squared_norms(members)).sqrt()
+        for members in clipping.members
     ]
     finite = torch.stack(norms).isfinite().all(0)
     keep = finite if is_padding is None else finite & ~is_padding
@@ -130,12 +128,6 @@ def _weighted_sums(
         gradients.weighted_sum(index, factors[settings.clipping.assignment[index]]).to(dtype)
         for index, dtype in enumerate(settings.dtypes)
     ]
-
-
-def _or_zero(squared: Tensor | None, values: Tensor) -> Tensor:
-    if squared is not None:
-        return squared
-    return torch.zeros_like(values, dtype=torch.promote_types(values.dtype, torch.float32))
 
 
 def accumulate(sums: list[Tensor] | None, piece: MicrobatchResult) -> list[Tensor]:

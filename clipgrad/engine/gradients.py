@@ -37,8 +37,8 @@ class Gradients:
         self._pulled: dict[int, list[Tensor | None]] = {}
         self._bundled: dict[int, Bundle] = {}
 
-    def squared_norms(self, members: Sequence[int]) -> Tensor | None:
-        """Return the squared norms over some parameters together, ``[B]``; None if no gradient reached any of them.
+    def squared_norms(self, members: Sequence[int]) -> Tensor:
+        """Return the squared norms over some parameters together, ``[B]``; zeros if no gradient reached any of them.
 
         Each parameter's index may be in only one call.
         """
@@ -51,7 +51,9 @@ class Gradients:
                 found.append(bundle.squared_norms())
         alone = (self._squared_norms(index) for index in members if index not in self._bundled)
         found += [norms for norms in alone if norms is not None]
-        return _total(found)
+        if not found:
+            return widen(self._tape.anchor).new_zeros(self._batch_size)
+        return torch.stack(found).sum(0) if len(found) > 1 else found[0]
 
     def _kept_alone(self, members: Sequence[int]) -> dict[int, Tensor]:
         """Return kept gradients of parameters whose gradient has no other part."""
@@ -160,9 +162,3 @@ class Gradients:
                 )
                 touched += image
             return bool((touched <= 1).all())
-
-
-def _total(norms: Sequence[Tensor]) -> Tensor | None:
-    if len(norms) > 1:
-        return torch.stack(list(norms)).sum(0)
-    return norms[0] if norms else None

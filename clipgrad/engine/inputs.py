@@ -252,10 +252,7 @@ def _checked_batch(
     batch = [leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in samples.leaves]
     _validate.require_dense("batch", batch, samples.paths)
 
-    def batch_paths() -> list[str]:
-        return list(map(keystr, samples.paths()))
-
-    size = _validate.batch_size(batch, batch_paths)
+    size = _validate.batch_size(batch, lambda: list(map(keystr, samples.paths())))
     _validate.require_differentiable(params, batch)
     _validate.refuse_python_samples(trees, size)
     return batch, size

@@ -83,7 +83,8 @@ def _one_sample(
     for leaf in flat:
         if not isinstance(leaf, Tensor):
             raise NotPerSampleError(
-                f"aux may hold tensors only, got {type(leaf).__name__}; return constants outside the loss."
+                f"aux may hold tensors only, got {type(leaf).__name__}. Return (loss, metrics) with metrics that are "
+                "tensors of the one sample, and keep constants outside the loss."
             )
     return value, flat, structure
 
@@ -126,7 +127,9 @@ def choose_strategies(tape: Tape, settings: Settings) -> list[Choice]:
     return choices
 
 
-def _value_and_aux(result: Any, has_aux: bool) -> tuple[Tensor, Any]:
+def _value_and_aux(result: Any, has_aux: bool | None) -> tuple[Tensor, Any]:
+    if has_aux is None:
+        has_aux = isinstance(result, tuple) and len(result) == 2
     if has_aux:
         if not (isinstance(result, tuple) and len(result) == 2):
             raise NotPerSampleError(
@@ -143,7 +146,7 @@ def _value_and_aux(result: Any, has_aux: bool) -> tuple[Tensor, Any]:
         )
         raise NotPerSampleError(
             f"the loss must return a scalar tensor for one sample, got {got}. Reduce it with .mean() or .sum(); "
-            "to return more, use clipgrad.clipped_grad with has_aux=True."
+            "to return more, return (loss, metrics) to DPOptimizer, or use clipgrad.clipped_grad with has_aux=True."
         )
     if not value.is_floating_point():
         raise NotPerSampleError(

@@ -50,7 +50,7 @@ class PrivacyState(OptimizerFacade):
         self._noise = make_step_noise(noise, clipper.arithmetic, mechanism.expected_batch_size)
         self._account = None if plan is None else Account(plan, self._noise.accounting)
         refuse_adaptive_on_grid(self._step_state, clipper.arithmetic)
-        clipper.arithmetic.check(self.max_grad_norm)
+        clipper.arithmetic.clipping(self.max_grad_norm)
 
     @property
     def noise(self) -> NoiseSource:

@@ -23,7 +23,8 @@ def check_parts(optimizer: Any, model: Any, loss_fn: Any) -> None:
     """
     if isinstance(optimizer, OptimizerFacade) or not isinstance(optimizer, Optimizer):
         raise ValueError(
-            f"optimizer must be an ordinary torch.optim.Optimizer, got {type(optimizer).__name__}."
+            f"optimizer must be an ordinary torch.optim.Optimizer, got {type(optimizer).__name__}. Pass an instance "
+            "such as torch.optim.AdamW(model.parameters()), and of a DPOptimizer what it wraps: optimizer.inner."
         )
     if isinstance(optimizer, LBFGS):
         raise ValueError(
@@ -118,7 +119,8 @@ def parameters_to_train(
     selection = tuple((name, p) for name, p in named if id(p) in owned_ids and p.requires_grad)
     if not selection:
         raise ValueError(
-            "optimizer holds no parameter of the model that requires grad; there is nothing to train."
+            "optimizer holds no parameter of the model that requires grad; there is nothing to train. "
+            "Switch gradients on for some of them before: parameter.requires_grad_()."
         )
     refuse_batch_norm(model)
     refuse_hooks(model, selection)

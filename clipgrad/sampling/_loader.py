@@ -28,6 +28,7 @@ class PrivateLoader:
         num_workers: As in ``DataLoader``.
         pin_memory: As in ``DataLoader``.
         persistent_workers: As in ``DataLoader``.
+        prefetch_factor: As in ``DataLoader``.
         receipts: The receipts of a plan; the plan's optimizers use them to identify batches.
     """
 
@@ -41,6 +42,7 @@ class PrivateLoader:
         num_workers: int = 0,
         pin_memory: bool = False,
         persistent_workers: bool = False,
+        prefetch_factor: int | None = None,
     ) -> None:
         self._recorder = _Recorder(sampler)
         self._receipts = receipts
@@ -52,6 +54,7 @@ class PrivateLoader:
             num_workers=num_workers,
             pin_memory=pin_memory,
             persistent_workers=persistent_workers,
+            prefetch_factor=prefetch_factor,
         )
 
     @property

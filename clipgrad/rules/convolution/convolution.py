@@ -107,16 +107,8 @@ def _register(axes: int) -> None:
         padding: Any = 0, dilation: Any = 1, groups: int = 1,
     ) -> Tensor:  # fmt: skip
         return _convolve(
-            call,
-            axes,
-            input,
-            weight,
-            bias,
-            stride=stride,
-            padding=padding,
-            dilation=dilation,
-            groups=groups,
-        )
+            call, axes, input, weight, bias, stride=stride, padding=padding, dilation=dilation, groups=groups
+        )  # fmt: skip
 
     @register_rule(
         transposed,
