@@ -12,7 +12,7 @@ from clipgrad.errors import NotPerSampleError
 
 
 class ValueReadError(NotPerSampleError):
-    """The loss asks for the value of a tensor. A graph of the loss of one sample may do without the question."""
+    """The loss reads the value of a tensor. The captured graph of the loss may run without that value."""
 
 
 class _Advice(NamedTuple):
