@@ -181,7 +181,7 @@ class DPOptimizer(PrivacyState, Generic[Returned]):
             claim = self._account.claim(claim, batch, is_padding)
         self._pending.before_backward(trained.names, trained.parameters)
         with trained.resident() as parameters:
-            inputs = self._inputs(trained, parameters, batch, bool(named))
+            inputs = self._inputs(trained, parameters, batch, bool(named), "backward(*batch)")
             found = self._clipper.clip(inputs, self._norm(), is_padding, may_alias=True)
         self._pending.add(
             trained.parameters,
@@ -280,7 +280,7 @@ class DPOptimizer(PrivacyState, Generic[Returned]):
         batch = parts_of(batch, named)
         trained = self._find_trained_parameters()
         with trained.resident() as parameters:
-            inputs = self._inputs(trained, parameters, batch, bool(named))
+            inputs = self._inputs(trained, parameters, batch, bool(named), "explain(*batch)")
             return self._clipper.explain(inputs, self._norm())
 
     # ------------------------------------------------------------------ torch.optim.Optimizer
@@ -321,6 +321,7 @@ class DPOptimizer(PrivacyState, Generic[Returned]):
         parameters: list[Tensor],
         batch: tuple[Any, ...],
         named: bool,
+        call: str,
     ) -> Inputs:
         holding = trained.slots.holding
         loss_fn: Callable[..., Any] = self.loss_fn
@@ -329,7 +330,7 @@ class DPOptimizer(PrivacyState, Generic[Returned]):
             if self._loss_by_name is None or self._loss_by_name[0] is not loss_fn:
                 self._loss_by_name = loss_fn, by_name(loss_fn)
             loss_fn = self._loss_by_name[1]
-        return inputs_of_model(loss_fn, self.model, trained.names, parameters, holding, batch)
+        return inputs_of_model(loss_fn, self.model, trained.names, parameters, holding, batch, call)
 
     def _start_batch(self) -> None:
         self._trained = TrainedParameters(self.model, list(self._owned_parameters()))
