@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from operator import attrgetter
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -15,15 +14,14 @@ from torch.utils._pytree import tree_flatten, tree_map
 from clipgrad import _validate
 from clipgrad.arithmetic import Arithmetic, FloatingPoint
 from clipgrad.clipping import ClippingStrategy, Relation, is_grouped, owned
-from clipgrad.engine.advice import ValueReadError
+from clipgrad.engine.batch_loss import LossRoads
 from clipgrad.engine.branches import Disagreement
 from clipgrad.engine.clip_and_sum import MicrobatchResult, PreClipping, Settings, accumulate
-from clipgrad.engine.inputs import Inputs, Loss, Restore
+from clipgrad.engine.inputs import Inputs, Restore
 from clipgrad.engine.microbatch import forward, plan, run
 from clipgrad.engine.rng_state import Generators
 from clipgrad.engine.split import Parts
 from clipgrad.engine.tape import Tape
-from clipgrad.errors import NotPerSampleError
 from clipgrad.exact import OnGrid
 from clipgrad.explain import Explanation, make_explanation
 from clipgrad.options import Options
@@ -36,10 +34,8 @@ RunRows = Callable[[slice, Tensor | None], MicrobatchResult]
 # PyTorch's capture and compiler take seconds to import, so they are imported where they are first needed.
 if TYPE_CHECKING:
     from clipgrad.compiled import Compiler
-    from clipgrad.engine.captured_loss import LossGraphs
 
 _DTYPE = attrgetter("dtype")
-_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -74,8 +70,7 @@ class BatchClipper:
             FloatingPoint(options) if options.grid is None else OnGrid(options.grid, options)
         )
         self._compiler: Compiler | None = None
-        self._graphs: LossGraphs | None = None
-        self._runs_as_graph = False
+        self._roads = LossRoads(keep_batch_dim=options.keep_batch_dim, has_aux=options.has_aux)
         # Of the last call: parameters and norm rarely change from one to the next.
         self._resolved: tuple[Any, Settings] | None = None
         self._sensitivity: tuple[Any, float] | None = None
@@ -167,11 +162,12 @@ class BatchClipper:
         return self._sensitivity[1]
 
     def _eagerly(self, inputs: Inputs, settings: Settings) -> RunRows:
+        batch_loss = self._roads.of(inputs)
+
         def run_rows(rows: slice, mask: Tensor | None) -> MicrobatchResult:
             samples = self.arithmetic.samples(inputs.rows(rows))
-            return self._with_loss(
-                inputs,
-                lambda loss: run(loss, inputs.names, inputs.params, samples, mask, settings),
+            return batch_loss.run(
+                lambda loss: run(loss, inputs.names, inputs.params, samples, mask, settings)
             )
 
         return run_rows
@@ -184,53 +180,15 @@ class BatchClipper:
         assert mode is not None
         compiler = self._compiler = self._compiler or Compiler(mode)
         rows = compiler.rows(self.options.microbatch_size, inputs.batch_size)
-        return rows, MicrobatchRunner(compiler, self._loss_graphs(), inputs, settings, rows)
-
-    def _loss_graphs(self) -> LossGraphs:
-        from clipgrad.engine.captured_loss import LossGraphs
-
-        if self._graphs is None:
-            self._graphs = LossGraphs(
-                keep_batch_dim=self.options.keep_batch_dim, has_aux=self.options.has_aux
-            )
-        return self._graphs
-
-    def _graph_loss(self, inputs: Inputs, refusal: ValueReadError) -> Loss:
-        """The captured loss; where PyTorch cannot capture it, the refusal stands."""
-        from clipgrad.loss_graph import CannotCapture
-
-        try:
-            return self._loss_graphs().of(inputs).loss()
-        except CannotCapture as reason:
-            where = f" It does so at {reason.where}." if reason.where else ""
-            raise NotPerSampleError(f"{refusal}{where}") from reason
-
-    def _graph_or_none(self, inputs: Inputs) -> Loss | None:
-        """The captured loss; None where PyTorch cannot capture what it does now, so that its Python has to run."""
-        from clipgrad.loss_graph import CannotCapture
-
-        with suppress(CannotCapture):
-            return self._loss_graphs().of(inputs).loss()
-        return None
-
-    def _with_loss(self, inputs: Inputs, body: Callable[[Loss], _T]) -> _T:
-        """Run ``body`` on the loss; where its Python asks for values of tensors, on the graph of one sample's loss."""
-        if self._runs_as_graph and (loss := self._graph_or_none(inputs)) is not None:
-            return body(loss)
-        try:
-            return body(inputs.loss)
-        except ValueReadError as refusal:
-            loss = self._graph_loss(inputs, refusal)
-            self._runs_as_graph = True
-            return body(loss)
+        return rows, MicrobatchRunner(compiler, self._roads.graphs, inputs, settings, rows)
 
     def _first_part(self, inputs: Inputs, batch: list[Any], settings: Settings) -> Tape:
         """The tape of a copy of a microbatch; of the samples that branch as the first one does, if it splits."""
+        batch_loss = self._roads.of(inputs)
 
         def record(samples: Sequence[Any]) -> Tape:
-            return self._with_loss(
-                inputs,
-                lambda loss: forward(loss, inputs.names, inputs.params, samples, settings)[0],
+            return batch_loss.run(
+                lambda loss: forward(loss, inputs.names, inputs.params, samples, settings)[0]
             )
 
         parts = Parts(batch)

@@ -13,13 +13,14 @@ from clipgrad.compiled.check import compare, tolerance
 from clipgrad.compiled.shape import fitted_batch, fitted_mask
 from clipgrad.compiled.signature import refuse_modes, signature
 from clipgrad.compiled.step import Compiler, Entry
-from clipgrad.engine.advice import ValueReadError
+from clipgrad.engine.advice import NeedsGraphError, ValueReadError
 from clipgrad.engine.captured_loss import GraphOfLoss, LossGraphs
 from clipgrad.engine.clip_and_sum import MicrobatchResult, Settings
 from clipgrad.engine.foreign_code import refuse_saved_tensors_hooks
 from clipgrad.engine.inputs import Inputs, copied
 from clipgrad.engine.microbatch import run
 from clipgrad.engine.rng_state import Generators
+from clipgrad.engine.sample_loop import in_a_loop
 from clipgrad.errors import CompileMismatchError
 from clipgrad.loss_graph import CannotCapture
 
@@ -90,7 +91,7 @@ class MicrobatchRunner:
             return self._eagerly(batch, mask)
         if generators is not None:
             with generators.replayed():
-                eager = self._eagerly(padded, padding)
+                eager = self._expected(padded, padding)
             slack = tolerance(entry.graph.module, self._device)
             try:
                 compare(result, eager, self._inputs.names, settings.clipping, slack)
@@ -139,15 +140,32 @@ class MicrobatchRunner:
         )
 
     def _eagerly(self, batch: Sequence[Any], mask: Tensor | None) -> MicrobatchResult:
-        """The eager step: of the user's Python, unless that asks for values of tensors."""
-        inputs = self._inputs
+        """The eager step: of the user's Python, or of the graph where that cannot run on all samples at once."""
         try:
-            return run(inputs.loss, inputs.names, inputs.params, batch, mask, self._settings)
-        except ValueReadError:
+            return self._of_python(batch, mask)
+        except NeedsGraphError:
             if self._loss is None:
                 raise
-            loss = self._loss.loss()
-            return run(loss, inputs.names, inputs.params, batch, mask, self._settings)
+            return self._of_graph(self._loss, batch, mask)
+
+    def _expected(self, batch: Sequence[Any], mask: Tensor | None) -> MicrobatchResult:
+        """What the compiled step has to compute, by the user's Python as long as that is possible."""
+        assert self._loss is not None
+        try:
+            return self._of_python(batch, mask)
+        except NeedsGraphError:
+            found = in_a_loop(self._inputs, batch, mask, self._settings)
+        return self._of_graph(self._loss, batch, mask) if found is None else found
+
+    def _of_python(self, batch: Sequence[Any], mask: Tensor | None) -> MicrobatchResult:
+        inputs = self._inputs
+        return run(inputs.loss, inputs.names, inputs.params, batch, mask, self._settings)
+
+    def _of_graph(
+        self, loss: GraphOfLoss, batch: Sequence[Any], mask: Tensor | None
+    ) -> MicrobatchResult:
+        inputs = self._inputs
+        return run(loss.loss(), inputs.names, inputs.params, batch, mask, self._settings)
 
 
 def _same(one: Sequence[Tensor], other: Sequence[Tensor]) -> bool:

@@ -90,7 +90,6 @@ def clip(
     """Norms, factors and clipped sums of one microbatch whose backward pass has run."""
     clipping, nan_safe = settings.clipping, settings.options.nan_safe
     if settings.pre_clipping is not None or settings.sum_rows is not None:
-        assert isinstance(gradients, Gradients)
         rows = [gradients.per_sample(index) for index in range(len(params))]
         if settings.pre_clipping is not None:
             rows = settings.pre_clipping(rows)

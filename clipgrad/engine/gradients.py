@@ -160,6 +160,10 @@ class Transformed:
     def __init__(self, gradients: list[Tensor]) -> None:
         self._gradients = gradients
 
+    def per_sample(self, index: int) -> Tensor:
+        """Return the per-sample gradients of one parameter, ``[B, *shape]``."""
+        return self._gradients[index]
+
     def squared_norms(self, members: Sequence[int]) -> Tensor | None:
         return _total([row_norms_squared(self._gradients[index]) for index in members])
 

@@ -41,6 +41,7 @@ def forward(
 ) -> tuple[Tape, Tensor, Any]:
     """Run the loss on every sample at once and record the uses of the parameters."""
     foreign_code.refuse_modes()
+    foreign_code.refuse_saved_tensors_hooks()
     size = next(leaf.shape[0] for leaf in batch if isinstance(leaf, Tensor))
     tape = Tape(names, params, size)
 

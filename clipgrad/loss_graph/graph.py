@@ -149,6 +149,12 @@ def _refuse(module: GraphModule, node: Node) -> None:
     known = target is _CHECKPOINT or target is CUSTOM_FUNCTION
     if isinstance(target, torch._ops.HigherOrderOperator) and not known:
         raise CannotCapture(f"it uses {target.name()}, which does not run for each sample", where)
+    if target is _CHECKPOINT and node.kwargs.get("use_reentrant") and not _takes_gradients(node):
+        raise CannotCapture(
+            "no input of its checkpoint requires grad, so PyTorch would lose the gradients of all parameters inside; "
+            "pass use_reentrant=False",
+            where,
+        )
     if node.op == "call_method" and str(node.target).startswith("register_"):
         raise CannotCapture(
             f"it calls {node.target}; a hook would see the gradients of all samples at once", where
@@ -157,6 +163,13 @@ def _refuse(module: GraphModule, node: Node) -> None:
         raise CannotCapture(
             "it reads the value of a tensor, or makes one whose shape depends on the data", where
         )
+
+
+def _takes_gradients(node: Node) -> bool:
+    """Whether an argument that the loss computed requires grad."""
+    computed = [arg for arg in node.all_input_nodes if arg.op not in ("placeholder", "get_attr")]
+    examples = [arg.meta.get("example_value") for arg in computed]
+    return any(isinstance(value, Tensor) and value.requires_grad for value in examples)
 
 
 def _lengths_from_tensors(graph: torch.fx.Graph) -> None:

@@ -27,6 +27,8 @@ def refuse_side_effects() -> None:
     """
     translator = InstructionTranslator.current_tx()
     effects = translator.output.side_effects
+    if effects.tensor_hooks:
+        raise CannotCapture("it registers a hook on a tensor that it was given")
     for owner in effects._get_modified_vars():
         if owner.source is None:
             continue  # made by the loss itself
