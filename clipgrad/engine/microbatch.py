@@ -13,23 +13,24 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from clipgrad._functorch import all_samples, per_sample, vmap_level
 from clipgrad._phases import phase
-from clipgrad.engine import foreign_code, refused_nodes, stale_values
+from clipgrad.engine import foreign_code, stale_values
 from clipgrad.engine.advice import explained
 from clipgrad.engine.branches import Disagreement
-from clipgrad.engine.capture import Capture, escape_message, tensors_in, written_message
+from clipgrad.engine.capture import Capture, tensors_in, written_message
 from clipgrad.engine.clip_and_sum import (
     MicrobatchResult,
     Settings,
     clip,
     joined,
 )
+from clipgrad.engine.escapes import refuse_escapes
 from clipgrad.engine.gradients import Gradients
 from clipgrad.engine.inputs import Loss
 from clipgrad.engine.norm_method import Choice, choose
 from clipgrad.engine.random_values import RandomValues
 from clipgrad.engine.split import Parts
 from clipgrad.engine.tape import Tape
-from clipgrad.errors import EscapedParameterError, NotPerSampleError
+from clipgrad.errors import NotPerSampleError
 
 
 def forward(
@@ -193,39 +194,9 @@ def _backward(tape: Tape, values: Tensor, params: Sequence[Tensor]) -> None:
             "inference_mode, or made of other tensors), so there is no gradient to clip. "
             "Compute the loss from the model's output, and let the gradient through."
         )
-    _refuse_escapes(tape, values, params)
+    refuse_escapes(tape, [values], params)
     with phase("backward"), _without_autocast(values.device), explained():
         values.sum().backward()
-
-
-def _refuse_escapes(tape: Tape, values: Tensor, params: Sequence[Tensor]) -> None:
-    """Walk the graph that is about to run: a leaf that is not ours would receive an unclipped gradient.
-
-    The capture sees operations; this sees what reached the graph by any other road (a custom
-    ``autograd.Function``, a C++ extension).
-    """
-    ours = {id(entry.leaf) for entry in tape.tracked} | {id(tape.anchor)}
-    seen = set()
-    stack = [values.grad_fn]
-    while stack:
-        node = stack.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        kind = type(node).__name__
-        if kind in refused_nodes.WRONG:
-            refused_nodes.refuse(node, tape.corrected)
-        variable = node.variable if kind == "AccumulateGrad" else None  # type: ignore[attr-defined]
-        if variable is not None and id(variable) not in ours:
-            for entry, original in zip(tape.tracked, params, strict=False):
-                if variable is original:
-                    raise EscapedParameterError(escape_message(entry.name, "the loss"))
-            raise EscapedParameterError(
-                f"the loss depends on a tensor of shape {tuple(variable.shape)} that requires grad and is not "
-                "among the parameters, so its gradient would escape clipping. Pass it with the parameters, "
-                "register it in the model, or detach it."
-            )
-        stack.extend(following for following, _ in node.next_functions)
 
 
 def _without_autocast(device: torch.device) -> AbstractContextManager[Any]:
