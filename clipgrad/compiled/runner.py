@@ -90,8 +90,7 @@ class MicrobatchRunner:
             entry.runs += entry.runs > 0
             return self._eagerly(batch, mask)
         if generators is not None:
-            with generators.replayed():
-                eager = self._expected(padded, padding)
+            eager = self._expected(padded, padding, generators)
             slack = tolerance(entry.graph.module, self._device)
             try:
                 compare(result, eager, self._inputs.names, settings.clipping, slack)
@@ -148,14 +147,27 @@ class MicrobatchRunner:
                 raise
             return self._of_graph(self._loss, batch, mask)
 
-    def _expected(self, batch: Sequence[Any], mask: Tensor | None) -> MicrobatchResult:
-        """What the compiled step has to compute, by the user's Python as long as that is possible."""
+    def _expected(
+        self, batch: Sequence[Any], mask: Tensor | None, generators: Generators
+    ) -> MicrobatchResult:
+        """What the compiled step has to compute, by the user's Python as long as that is possible.
+
+        Args:
+            batch: Rows of one microbatch.
+            mask: Which of them are padding.
+            generators: Where the random numbers of the step start; every attempt starts there.
+        """
         assert self._loss is not None
         try:
-            return self._of_python(batch, mask)
+            with generators.replayed():
+                return self._of_python(batch, mask)
         except NeedsGraphError:
-            found = in_a_loop(self._inputs, batch, mask, self._settings)
-        return self._of_graph(self._loss, batch, mask) if found is None else found
+            with generators.replayed():
+                found = in_a_loop(self._inputs, batch, mask, self._settings)
+        if found is None:
+            with generators.replayed():
+                found = self._of_graph(self._loss, batch, mask)
+        return found
 
     def _of_python(self, batch: Sequence[Any], mask: Tensor | None) -> MicrobatchResult:
         inputs = self._inputs
