@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import threading
 import types
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -21,6 +22,7 @@ from clipgrad.loss_graph.capture_settings import (
     quiet,
 )
 from clipgrad.loss_graph.graph import CapturedLoss, Place, forget_examples, pure, without_unused
+from clipgrad.loss_graph.numbers import take_numbers
 from clipgrad.loss_graph.reasons import CannotCapture, explained
 from clipgrad.loss_graph.side_effects import refuse_side_effects, refuse_writes
 
@@ -29,6 +31,8 @@ GRAPHS = 16
 
 _log = logging.getLogger("clipgrad")
 _numbers = itertools.count()
+# PyTorch's capture keeps state for the process, and two threads at once break it.
+_ONE_AT_A_TIME = threading.RLock()
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
@@ -51,8 +55,8 @@ class LossCapture:
     def __init__(self, fn: Callable[..., Any]) -> None:
         self._graphs: list[GraphModule] = []
         self._seen: dict[Any, int] = {}
-        self._served: tuple[GraphModule, tuple[Any, ...], list[Tensor]] | None = None
-        self._guards_only = self._gone = False
+        self._served: tuple[GraphModule, list[Any], dict[int, bool], list[Tensor]] | None = None
+        self._guards_only = False
         self._call = torch.compile(_of_its_own(fn), backend=self._backend, fullgraph=True)
 
     def graph(
@@ -73,18 +77,18 @@ class LossCapture:
         """
         if not all(parameter.requires_grad for parameter in parameters):
             raise ValueError("parameters must require grad; pass p.detach().requires_grad_().")
-        result = self._run(args)
-        if self._served is None:
+        with _ONE_AT_A_TIME:
+            result = self._run(args)
+            served, self._served = self._served, None
+        if served is None:
             raise CannotCapture(
                 "PyTorch captured no operation of it; it computes nothing, or torch.compile is switched off"
             )
-        module, inputs, outputs = self._served
-        self._served = None
-        return self._captured(module, inputs, outputs, result, parameters, leaves)
+        return self._captured(*served, result, parameters, leaves)
 
     def _run(self, args: Sequence[Any]) -> Any:
         """Evaluate the guards; capture where they say so."""
-        self._served, self._gone = None, False
+        self._served = None
         self._guards_only = bool(self._graphs)
         reason = None
         with torch.enable_grad():
@@ -94,9 +98,8 @@ class LossCapture:
                         return self._call(_global_hooks(), *args)
                 except RecompileError as error:
                     reason = _changed(str(error))
-                except Exception as error:
-                    if not self._gone:
-                        raise explained(error) from error
+                except Exception:
+                    # PyTorch forgot every graph, and captures under settings that are not ours.
                     reason = "what it was captured with exists no more"
                 finally:
                     self._guards_only = False
@@ -115,12 +118,14 @@ class LossCapture:
     def _backend(self, module: GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         """What PyTorch calls with a new graph; the loss itself is never run."""
         if self._guards_only:  # PyTorch forgot every graph, with a model that was deleted
-            self._gone = True
             raise RuntimeError("no graph is left")
         refuse_side_effects()
         module = pure(module)
+        numbers = take_numbers(module)
         refuse_writes(module)
         kept = without_unused(module)
+        places = module.graph.find_nodes(op="placeholder")
+        lifted = {index: numbers[place] for index, place in enumerate(places) if place in numbers}
         forget_examples(module)
         self._graphs.append(module)
         (output,) = module.graph.find_nodes(op="output")
@@ -128,7 +133,10 @@ class LossCapture:
         outputs = [torch.zeros(()) for _ in output.args[0]]
 
         def served(*inputs: Any) -> list[Tensor]:
-            self._served = module, tuple(inputs[position] for position in kept), outputs
+            taken = [inputs[position] for position in kept]
+            for index in lifted:
+                taken[index] = float(taken[index])
+            self._served = module, taken, lifted, outputs
             return outputs
 
         return served
@@ -136,7 +144,8 @@ class LossCapture:
     def _captured(
         self,
         module: GraphModule,
-        inputs: tuple[Any, ...],
+        inputs: list[Any],
+        numbers: dict[int, bool],
         outputs: list[Tensor],
         result: Any,
         parameters: Sequence[Tensor],
@@ -144,20 +153,25 @@ class LossCapture:
     ) -> CapturedLoss:
         known = {id(value): Place("leaf", i) for i, value in enumerate(leaves)}
         known |= {id(value): Place("parameter", i) for i, value in enumerate(parameters)}
-        constants: list[Tensor | int] = []
+        constants: list[Tensor | int | float] = []
+        lifted = set()
         places = []
-        for value in inputs:
+        for index, value in enumerate(inputs):
             place = known.get(id(value))
             if place is None or not isinstance(value, Tensor):
                 place = Place("constant", len(constants))
                 constants.append(_constant(value))
+                if numbers.get(index):
+                    lifted.add(place.index)
             known.setdefault(id(value), place)
             places.append(place)
         known |= {id(value): Place("output", i) for i, value in enumerate(outputs)}
         results, aux = _results(result, known, outputs)
         key = (self._graphs.index(module), tuple(places), results, aux)
         number = self._seen.setdefault(key, len(self._seen))
-        return CapturedLoss(module, number, tuple(places), results, aux, constants)
+        return CapturedLoss(
+            module, number, tuple(places), results, aux, constants, frozenset(lifted)
+        )
 
 
 def _of_its_own(fn: Callable[..., Any]) -> Callable[..., Any]:
@@ -186,8 +200,8 @@ def _global_hooks() -> str:
     )
 
 
-def _constant(value: Any) -> Tensor | int:
-    if isinstance(value, int):
+def _constant(value: Any) -> Tensor | int | float:
+    if isinstance(value, int | float):
         return value
     if type(value) not in _PLAIN:
         raise CannotCapture(f"it takes in {type(value).__name__}, which is no ordinary tensor")

@@ -42,8 +42,8 @@ def capture_settings(limit: int) -> contextlib.AbstractContextManager[Any]:
         # Both are beyond our own limit, whose error names what changes; the second counts attempts as well.
         recompile_limit=limit + 1,
         accumulated_recompile_limit=100 * limit,
-        # A number with a fraction would be read out of a tensor in the graph, where a later trace makes it a constant.
-        specialize_float=True,
+        # A number that changes becomes an input; what PyTorch writes for it, ``take_numbers`` rewrites.
+        specialize_float=False,
         # Errors are ours to explain; under this setting PyTorch would run the loss uncaptured.
         suppress_errors=False,
     )

@@ -41,7 +41,8 @@ class CapturedLoss:
         inputs: Where each input of the graph comes from.
         results: Where the loss, and then each leaf of what it returned beside it, comes from.
         aux: How what was returned beside the loss is nested; None if there is nothing.
-        constants: Each input that is neither parameter nor leaf, as it is now: a tensor, or an integer that changes.
+        constants: Each input that is neither parameter nor leaf, as it is now: a tensor, or a number that changes.
+        lifted: Positions of the constants that are numbers, but may be given as tensors without axes.
     """
 
     module: GraphModule
@@ -49,13 +50,14 @@ class CapturedLoss:
     inputs: tuple[Place, ...]
     results: tuple[Place, ...]
     aux: TreeSpec | None
-    constants: list[Tensor | int]
+    constants: list[Tensor | int | float]
+    lifted: frozenset[int] = frozenset()
 
     def __call__(
         self,
         parameters: Sequence[Tensor],
         leaves: Sequence[Any],
-        constants: Sequence[Tensor | int],
+        constants: Sequence[Tensor | int | float],
     ) -> tuple[Tensor, Any]:
         """Run the graph; under ``torch.func.vmap`` each argument may differ from sample to sample.
 
