@@ -145,7 +145,7 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--microbatch", type=int)
     parser.add_argument("--dropout", type=float, default=0.0)
-    parser.add_argument("--strategy", default="auto", choices=("auto", "ghost", "recompute", "kept"))  # fmt: skip
+    parser.add_argument("--strategy", default="auto", choices=("auto", "ghost", "kept"))  # fmt: skip
     for flag in ("checkpoint", "compile", "lora"):
         parser.add_argument(f"--{flag}", action="store_true")
     args = parser.parse_args()

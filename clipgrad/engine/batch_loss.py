@@ -22,10 +22,10 @@ class LossRoads:
 
     Args:
         keep_batch_dim: Whether the loss sees a batch axis of one.
-        has_aux: Whether it returns auxiliary values beside the loss.
+        has_aux: Whether it returns auxiliary values beside the loss; None if that shows when it runs.
     """
 
-    def __init__(self, *, keep_batch_dim: bool, has_aux: bool) -> None:
+    def __init__(self, *, keep_batch_dim: bool, has_aux: bool | None) -> None:
         self._keep_batch_dim, self._has_aux = keep_batch_dim, has_aux
         self._graphs: LossGraphs | None = None
         self.begins_with_graph = False
@@ -79,7 +79,7 @@ class BatchLoss:
         from clipgrad.loss_graph import CannotCapture
 
         try:
-            return self._roads.graphs.of(self._inputs).loss()
+            return self._roads.graphs.graph_for(self._inputs).loss()
         except CannotCapture as reason:
             does = "It does so" if isinstance(refusal, ValueReadError) else "PyTorch's capture ends"
             where = f" {does} at {reason.where}." if reason.where else ""
@@ -90,5 +90,5 @@ class BatchLoss:
         from clipgrad.loss_graph import CannotCapture
 
         with suppress(CannotCapture):
-            return self._roads.graphs.of(self._inputs).loss()
+            return self._roads.graphs.graph_for(self._inputs).loss()
         return None

@@ -11,9 +11,16 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
-from clipgrad._functorch import Decline, below_vmap, current_level, per_sample, physical, vmap_level
+from clipgrad._functorch import (
+    Decline,
+    below_vmap,
+    current_level,
+    expose_batch_axis,
+    hide_batch_axis,
+    vmap_level,
+)
 from clipgrad.engine.escapes import refuse_escapes
-from clipgrad.engine.rng_state import Generators
+from clipgrad.engine.rng_state import SavedRngState
 from clipgrad.engine.tape import Tracked
 from clipgrad.errors import NotPerSampleError
 
@@ -60,7 +67,7 @@ class _Region:
     chosen: list[int]
     derived: list[Tracked]
     autocast: Callable[[], AbstractContextManager[Any]]
-    generators: Generators | None
+    generators: SavedRngState | None
     outputs: list[Tensor] = field(default_factory=list)
 
     def again(
@@ -78,7 +85,9 @@ class _Region:
         tape = self.capture.tape
         inputs = _cut(samples)
         known = len(tape.tracked)
-        replayed = nullcontext() if self.generators is None else self.generators.replayed()
+        replayed = (
+            nullcontext() if self.generators is None else self.generators.temporarily_restored()
+        )
         with (
             torch.enable_grad(),
             self.autocast(),
@@ -89,7 +98,7 @@ class _Region:
             args = _given(self.arguments, inputs, capture)
             with capture:
                 found = self.body(*args)
-            outputs = [physical(found[position], level) for position in self.chosen]
+            outputs = [expose_batch_axis(found[position], level) for position in self.chosen]
         # The plan was made before; expressions of parameters come in the same order each time.
         for old, new in zip(self.derived, tape.tracked[known:], strict=True):
             new.strategy = old.strategy
@@ -125,23 +134,23 @@ def checkpointed(capture: Capture, body: Callable[..., Any], draws: bool, *args:
     """Run a region whose body is a pure function of its arguments.
 
     Where it cannot run again it runs once, like any other part of the loss, and saves no memory: inside of another
-    transform, under ``branches="split"``, and with random numbers in a trace, where their state cannot be put back.
+    transform, and with random numbers in a trace, where their state cannot be put back.
     """
     arguments = _arguments(capture, args)
     traced = draws and get_proxy_mode() is not None
-    if arguments is None or traced or capture.drawn is not None or not torch.is_grad_enabled():
+    if arguments is None or traced or not torch.is_grad_enabled():
         with capture:
             return body(*args)
     tape = capture.tape
     samples = [argument.value for argument in arguments if argument.kind == "sample"]
-    generators = Generators(tape.anchor.device) if draws else None
+    generators = SavedRngState(tape.anchor.device) if draws else None
     autocast = _autocast_now(tape.anchor.device.type)
     known, versions = len(tape.tracked), [sample._version for sample in samples]
     with below_vmap():
         inputs = _cut(samples)
     left = iter(inputs)
     given = [
-        per_sample(next(left), capture.level) if argument.kind == "sample" else arg
+        hide_batch_axis(next(left), capture.level) if argument.kind == "sample" else arg
         for argument, arg in zip(arguments, args, strict=True)
     ]
     # With gradients, so that uses are counted and planned for; the graph of this run is dropped.
@@ -166,7 +175,7 @@ def checkpointed(capture: Capture, body: Callable[..., Any], draws: bool, *args:
     with below_vmap():
         results = _Recomputed.apply(region, tape.anchor, *samples)
     for position, result in zip(chosen, results, strict=True):
-        outputs[position] = per_sample(result, capture.level)
+        outputs[position] = hide_batch_axis(result, capture.level)
     return tuple(outputs)
 
 
@@ -184,7 +193,7 @@ def _arguments(capture: Capture, args: Sequence[Any]) -> list[_Argument] | None:
             found.append(_Argument(entry, "tracked"))
             continue
         try:
-            value = physical(arg, capture.level)
+            value = expose_batch_axis(arg, capture.level)
         except Decline:
             return None
         found.append(_Argument(arg, "shared") if value is None else _Argument(value, "sample"))
@@ -206,9 +215,9 @@ def _given(arguments: Sequence[_Argument], inputs: Sequence[Tensor], capture: Ca
     for argument in arguments:
         value = argument.value
         if argument.kind == "sample":
-            value = per_sample(next(left), capture.level)
+            value = hide_batch_axis(next(left), capture.level)
         elif argument.kind == "tracked":
-            value = per_sample(argument.value.leaf, capture.level)
+            value = hide_batch_axis(argument.value.leaf, capture.level)
             capture.table[id(value)] = argument.value
         given.append(value)
     return given
@@ -220,7 +229,7 @@ def _reached(capture: Capture, outputs: Sequence[Any]) -> tuple[list[int], list[
     for position, output in enumerate(outputs):
         if not isinstance(output, Tensor) or id(output) in capture.table:
             continue  # an expression of parameters, which has an entry of its own
-        value = physical(output, capture.level)
+        value = expose_batch_axis(output, capture.level)
         if value is not None and value.requires_grad:
             chosen.append(position)
             values.append(value)

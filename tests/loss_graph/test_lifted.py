@@ -79,10 +79,10 @@ def test_a_compiled_step_is_compared_with_the_users_python(
 
     def counted(*args: Any) -> Any:
         compared.append(args)
-        return in_a_loop(*args)
+        return run_sample_loop(*args)
 
-    in_a_loop = runner.in_a_loop
-    monkeypatch.setattr(runner, "in_a_loop", counted)
+    run_sample_loop = runner.run_sample_loop
+    monkeypatch.setattr(runner, "run_sample_loop", counted)
     optimizer.backward(data())
     other.beta = 2.0  # type: ignore[attr-defined]
     optimizer.step()
