@@ -31,6 +31,8 @@ class Performance:
         randomness: ``"different"`` draws a dropout mask for each sample, ``"same"`` one for all of a microbatch, and
             ``"error"`` refuses a loss that draws random numbers.
         accumulate_dtype: Dtype of the clipped sums. The default is the parameter's own, at least float32.
+        process_group: The processes that train together, a group of ``torch.distributed``. By default they are all
+            processes, if ``init_process_group`` was called. See ``docs/scaling.md``.
 
     Raises:
         ValueError: If a value is out of range.
@@ -45,6 +47,7 @@ class Performance:
     branches: str = "refuse"
     randomness: str = "different"
     accumulate_dtype: torch.dtype | None = None
+    process_group: Any = None
 
     def __post_init__(self) -> None:
         _validate.one_of("strategy", self.strategy, STRATEGIES)

@@ -1,42 +1,157 @@
-"""Who trains together: how processes add up norms and sums, and which of them noises which part.
+"""Who trains together: how processes agree, add up norms and sums, and which of them noises which part.
 
-There is one process today. ``clipgrad.distributed`` will bring the others.
+Here is what any number of processes must do, and the process that trains alone. The others are in
+``clipgrad.distributed``.
 """
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Protocol
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
+
+Facts = Callable[[], Mapping[str, object]]
+"""What every process must be doing the same way; a function, since only several processes compare it."""
+
+
+def world() -> tuple[int, int]:
+    """Return rank and number of processes of ``torch.distributed``; ``(0, 1)`` if it was not initialised."""
+    distributed = torch.distributed
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return 0, 1
+    return distributed.get_rank(), distributed.get_world_size()
+
+
+class Share(Protocol):
+    """The sums of a logical batch over all processes, of which each process noises a part.
+
+    Attributes:
+        parts: Totals over all processes, of the coordinates that this process noises. Nobody else holds them, unless
+            the process trains alone.
+        private: Whether nobody else holds ``parts``.
+    """
+
+    parts: list[Tensor]
+    private: bool
+
+    def gathered(self, means: list[Tensor]) -> list[Tensor]:
+        """The noised means in the form of the parameters, from everybody's parts."""
+        ...
 
 
 class Ranks(Protocol):
-    """The processes that train one model."""
+    """The processes that train one model.
+
+    Attributes:
+        rank: Number of this process among them.
+        size: How many there are.
+    """
+
+    rank: int
+    size: int
+
+    def prepare(self, model: nn.Module, facts: Facts, noise: Mapping[str, Any]) -> None:
+        """Start from the same parameters and settings, and from different noise, in every process.
+
+        Args:
+            model: The model.
+            facts: Settings of the run.
+            noise: The state of the noise source.
+
+        Raises:
+            RanksError: If the processes differ where they must not, or share noise.
+        """
+        ...
+
+    def same(self, value: str) -> str:
+        """The value of the first process."""
+        ...
+
+    def meet(self, call: str, step: int, facts: Facts, parameters: Sequence[Tensor]) -> None:
+        """Wait for every process to make the same call.
+
+        Args:
+            call: The method of the optimizer; with the step, it names where collectives fail from here on.
+            step: Steps of the optimizer before this one.
+            facts: What must be the same in every process.
+            parameters: Those that are trained.
+
+        Raises:
+            RanksError: If a process makes another call, or differs in a fact or in its parameters.
+        """
+        ...
+
+    def whole(self, model: nn.Module, step: int) -> AbstractContextManager[bool]:
+        """Let the model hold whole parameters while the body runs; False if it does in any case."""
+        ...
+
+    def collected(self, sums: list[Tensor], parameters: Sequence[Tensor]) -> list[Tensor]:
+        """The sums of one ``backward`` in the form in which they wait for ``step``; uses up ``sums``."""
+        ...
 
     def squared_norms(self, own: Tensor) -> Tensor:
         """Squared norms ``[B]`` of whole gradients, from those of the parameters that this process holds."""
         ...
 
-    def own_share(self, sums: list[Tensor]) -> list[Tensor]:
-        """The total over all processes, of the coordinates that this process noises; uses up ``sums``."""
+    def share(self, sums: list[Tensor], parameters: Sequence[Tensor], *, is_lent: bool) -> Share:
+        """The totals over all processes; uses up ``sums``, which somebody else may hold if they are lent."""
         ...
 
-    def gathered(self, means: list[Tensor]) -> list[Tensor]:
-        """Noised means in the form of the parameters that this process steps, from everybody's share."""
+    def one_draw(self, counts: list[Tensor], add_noise: Callable[[list[Tensor]], None]) -> None:
+        """Replace counts by their totals over all processes with the noise of a single draw, equal in each."""
         ...
+
+
+class Alone:
+    """The share of a process that trains alone: everything."""
+
+    def __init__(self, parts: list[Tensor], *, private: bool) -> None:
+        self.parts = parts
+        self.private = private
+
+    def gathered(self, means: list[Tensor]) -> list[Tensor]:
+        """All means."""
+        return means
 
 
 class OneProcess:
     """A process that trains alone: its norms, sums and noise are the whole."""
 
+    rank = 0
+    size = 1
+
+    def prepare(self, model: nn.Module, facts: Facts, noise: Mapping[str, Any]) -> None:
+        """Nothing can differ."""
+
+    def same(self, value: str) -> str:
+        """The value."""
+        return value
+
+    def meet(self, call: str, step: int, facts: Facts, parameters: Sequence[Tensor]) -> None:
+        """Nobody to wait for."""
+
+    def whole(self, model: nn.Module, step: int) -> AbstractContextManager[bool]:
+        """The parameters are whole."""
+        return _AS_IT_IS
+
+    def collected(self, sums: list[Tensor], parameters: Sequence[Tensor]) -> list[Tensor]:
+        """The sums as they are."""
+        return sums
+
     def squared_norms(self, own: Tensor) -> Tensor:
         """The norms as they are."""
         return own
 
-    def own_share(self, sums: list[Tensor]) -> list[Tensor]:
+    def share(self, sums: list[Tensor], parameters: Sequence[Tensor], *, is_lent: bool) -> Share:
         """All sums."""
-        return sums
+        return Alone(sums, private=not is_lent)
 
-    def gathered(self, means: list[Tensor]) -> list[Tensor]:
-        """All means."""
-        return means
+    def one_draw(self, counts: list[Tensor], add_noise: Callable[[list[Tensor]], None]) -> None:
+        """Add the noise."""
+        add_noise(counts)
+
+
+_AS_IT_IS = nullcontext(False)

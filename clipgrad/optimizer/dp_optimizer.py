@@ -21,9 +21,10 @@ from clipgrad.engine.inputs import Inputs, of_model
 from clipgrad.errors import UnclippedGradientError
 from clipgrad.explain import Explanation
 from clipgrad.noise import NoiseSource
+from clipgrad.optimizer import facts
 from clipgrad.optimizer.facade import OptimizerFacade
 from clipgrad.optimizer.mechanism import mechanism, refuse_adaptive_on_grid, step_noise
-from clipgrad.optimizer.parameters import TrainedParameters
+from clipgrad.optimizer.parameters import Resident, TrainedParameters
 from clipgrad.optimizer.pending import Pending, refuse_unnoised
 from clipgrad.optimizer.requirements import (
     check_batch,
@@ -35,6 +36,7 @@ from clipgrad.options import Options, Performance
 from clipgrad.plan import PrivacyPlan
 from clipgrad.plan.account import Account
 from clipgrad.plan.receipts import Claim
+from clipgrad.ranks import OneProcess, Ranks, world
 from clipgrad.result import Diagnostics, Outcome, diagnostics_of
 from clipgrad.sampling import PaddedBatch
 
@@ -140,7 +142,8 @@ class DPOptimizer(OptimizerFacade):
             grid=chosen.grid,
             performance=Performance() if performance is None else performance,
         )
-        self._clipper = BatchClipper(options)
+        ranks = _ranks(options, model)
+        self._clipper = BatchClipper(options, ranks)
         arithmetic = self._clipper.arithmetic
         self._noise = step_noise(noise, arithmetic, self.expected_batch_size)
         self._account = None if plan is None else Account(plan, self._noise.accounting)
@@ -150,6 +153,9 @@ class DPOptimizer(OptimizerFacade):
         names, sizes = self._trained.names, [p.numel() for p in self._trained.parameters]
         # Noise that cannot exist is refused here, not at the first step.
         arithmetic.check_noise(make_clipping(self.max_grad_norm, names, sizes), sizes, self.sigma)
+        ranks.prepare(model, self._settings_of_run, self._noise.state_dict())
+        if self._account is not None:
+            self._account.share_name(ranks)
 
     # ------------------------------------------------------------------ the training loop
 
@@ -182,16 +188,20 @@ class DPOptimizer(OptimizerFacade):
             batch = tuple(inside) if isinstance(inside, tuple | list) else (inside,)
         check_batch(batch)
         trained = self._look_again()
+        ranks = self._clipper.ranks
         claim = self._claim
         if self._account is not None:
             claim = self._account.claim(claim, batch, rows_in(batch, is_padding))
         self._pending.before_backward(trained.names, trained.parameters)
-        with self._explained_arguments(batch, "backward(*batch)"), trained.resident() as parameters:
-            inputs = self._inputs(trained, parameters, batch)
+        with (
+            self._explained_arguments(batch, "backward(*batch)"),
+            trained.resident(ranks, self._progress.step) as resident,
+        ):
+            inputs = self._inputs(resident, batch)
             found = self._clipper.clip(inputs, self._norm(), is_padding, may_alias=True)
         self._pending.add(
             trained.parameters,
-            found.sums,
+            ranks.collected(found.sums, trained.parameters),
             self._progress.observed(found.outcome),
             aliases_graph=found.aliases_graph,
         )
@@ -226,23 +236,25 @@ class DPOptimizer(OptimizerFacade):
         others = [p for p in self._owned() if id(p) not in selected]
         sums, observed, aliases_graph = self._pending.take(names, parameters, others)
         claim, self._claim = self._claim, Claim()
+        ranks = self._clipper.ranks
+        ranks.meet("step", self._progress.step, lambda: self._facts_of_step(claim), parameters)
         if account is not None:
             account.record(claim, self.accounted_noise_multiplier)
-        ranks = self._clipper.ranks
         with torch.no_grad():
             with phase("noise"):
+                share = ranks.share(sums, parameters, is_lent=aliases_graph)
                 means = self._noise.next(
-                    ranks.own_share(sums),
+                    share.parts,
                     self._progress.step,
                     sigma=sigma,
                     divisor=self.expected_batch_size,
-                    in_place=not aliases_graph,
+                    in_place=share.private,
                 )
                 if observed:
-                    self._noise.count(observed, sigma_observed)
-            self._pending.publish(parameters, ranks.gathered(means))
+                    ranks.one_draw(observed, lambda total: self._noise.count(total, sigma_observed))
+            self._pending.publish(parameters, share.gathered(means))
         # Those of a CUDA graph may have no noise: a traceback out of the wrapped optimizer must not hold them.
-        del sums
+        del sums, share
         # Before the wrapped optimizer, which may raise: what was noised is public now, and this step is over.
         self._progress = self._progress.advanced(observed, self.expected_batch_size)
         with phase("optimizer"):
@@ -372,8 +384,11 @@ class DPOptimizer(OptimizerFacade):
         """Tell how each parameter's per-sample gradient is found for such a batch; changes nothing."""
         check_batch(batch)
         trained = self._look_again()
-        with self._explained_arguments(batch, "explain(*batch)"), trained.resident() as parameters:
-            inputs = self._inputs(trained, parameters, batch)
+        with (
+            self._explained_arguments(batch, "explain(*batch)"),
+            trained.resident(self._clipper.ranks, self._progress.step) as resident,
+        ):
+            inputs = self._inputs(resident, batch)
             return self._clipper.explain(inputs, self._norm())
 
     # ------------------------------------------------------------------ torch.optim.Optimizer
@@ -443,11 +458,25 @@ class DPOptimizer(OptimizerFacade):
 
     # ------------------------------------------------------------------ inside
 
-    def _inputs(
-        self, trained: TrainedParameters, parameters: list[Tensor], batch: tuple[Any, ...]
-    ) -> Inputs:
-        holding = trained.slots.holding
-        return of_model(self.loss_fn, self.model, trained.names, parameters, holding, batch)
+    def _inputs(self, resident: Resident, batch: tuple[Any, ...]) -> Inputs:
+        names, parameters, slots = resident
+        return of_model(self.loss_fn, self.model, names, parameters, slots.holding, batch)
+
+    def _settings_of_run(self) -> dict[str, object]:
+        return facts.of_run(
+            None if self._account is None else self._account.plan,
+            self._norm(),
+            self.noise_multiplier,
+            self.expected_batch_size,
+            self._trained.names,
+            self._trained.parameters,
+            self.inner,
+        )
+
+    def _facts_of_step(self, claim: Claim) -> dict[str, object]:
+        account = self._account
+        position = () if account is None else account.position(claim, self._clipper.ranks)
+        return facts.of_step(self._norm(), self.sigma, self._trained.names, position)
 
     @contextmanager
     def _explained_arguments(self, batch: tuple[Any, ...], call: str) -> Iterator[None]:
@@ -492,3 +521,19 @@ class DPOptimizer(OptimizerFacade):
             )
         self._trained = trained
         return trained
+
+
+def _ranks(options: Options, model: nn.Module) -> Ranks:
+    """The processes that train together: those that the user names, or all that there are."""
+    group = options.performance.process_group
+    if group is None and world()[1] == 1:
+        return OneProcess()
+    from clipgrad.distributed import find_ranks
+
+    ranks = find_ranks(group, model)
+    if ranks.size > 1 and options.grid is not None:
+        raise ValueError(
+            f"exact mode (grid={options.grid}) proves the sums of one process, but {ranks.size} train together. Leave "
+            "the grid out, or train in one process."
+        )
+    return ranks

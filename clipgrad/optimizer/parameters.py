@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from clipgrad.optimizer.requirements import parameters_to_train
 from clipgrad.optimizer.swap import ParameterSlots
+from clipgrad.ranks import Ranks
 
 # Ways to walk a model. A module with one of its own may answer by something that is not looked at here.
 _WALKS = (
@@ -21,6 +22,20 @@ _OF_MODULES = attrgetter(
     "training", "_parameters", "_modules", "_backward_hooks", "_backward_pre_hooks"
 )
 _OF_PARAMETERS = attrgetter("requires_grad", "_backward_hooks", "_post_accumulate_grad_hooks")
+
+
+class Resident(NamedTuple):
+    """The whole parameters to train.
+
+    Attributes:
+        names: Their names.
+        parameters: Themselves.
+        slots: Every place in the model that holds one.
+    """
+
+    names: list[str]
+    parameters: list[Tensor]
+    slots: ParameterSlots
 
 
 class TrainedParameters:
@@ -46,6 +61,7 @@ class TrainedParameters:
         self.names = [name for name, _ in self.selection]
         self.parameters: list[Tensor] = [parameter for _, parameter in self.selection]
         self.slots = ParameterSlots(model, self.parameters)
+        self._gathered: Resident | None = None
         self._model = model
         self._owned = owned
         self._modules = list(model.modules())
@@ -54,12 +70,23 @@ class TrainedParameters:
         self._seen = self._look() if usual else None
 
     @contextmanager
-    def resident(self) -> Iterator[list[Tensor]]:
+    def resident(self, ranks: Ranks, step: int) -> Iterator[Resident]:
         """The whole parameters, in order, for as long as the body runs.
 
-        A model whose parameters lie on other devices too will be gathered here.
+        Args:
+            ranks: They gather the parameters if each process holds a part of them.
+            step: Number of the step, which errors name.
         """
-        yield self.parameters
+        with ranks.whole(self._model, step) as gathered:
+            if not gathered:
+                yield Resident(self.names, self.parameters, self.slots)
+                return
+            named = dict(self._model.named_parameters())
+            whole: list[Tensor] = [named[name] for name in self.names]
+            if self._gathered is None or not _identical(whole, self._gathered.parameters):
+                slots = ParameterSlots(self._model, whole)
+                self._gathered = Resident(self.names, whole, slots)
+            yield self._gathered
 
     def holds(self, model: nn.Module, owned: Sequence[Tensor]) -> bool:
         """Whether a survey that is made now would find the same."""
@@ -123,4 +150,4 @@ def _is_walked_as_usual(module: nn.Module) -> bool:
     )
 
 
-__all__ = ["TrainedParameters"]
+__all__ = ["Resident", "TrainedParameters"]

@@ -74,7 +74,7 @@ class PrivateLoader:
         batches = iter(self._loader)
         drawn = self._recorder.drawn
         receipts = self._receipts
-        iteration = 0 if receipts is None else receipts.begin_iteration()
+        iteration = 0 if receipts is None else receipts.begin_iteration(self.batch_sampler.part)
         for batch in batches:
             rows, self._state = drawn.popleft()
             if receipts is not None:

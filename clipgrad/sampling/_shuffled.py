@@ -54,6 +54,11 @@ class ShuffledSampler(Sampler[list[int]]):
         self._resume = False
 
     @property
+    def part(self) -> tuple[int, int]:
+        """Return that the whole dataset is sampled from, as one part of one."""
+        return 0, 1
+
+    @property
     def sampling(self) -> FixedSize:
         """Return the sampling scheme, for the accountant."""
         return FixedSize(self._num_samples, self._batch_size)

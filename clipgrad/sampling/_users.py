@@ -117,6 +117,11 @@ class UserSampler(Sampler[list[list[int]]]):
         return self._users.max_batch_size
 
     @property
+    def part(self) -> tuple[int, int]:
+        """Return which share of the users is sampled from, and of how many shares."""
+        return self._users.part
+
+    @property
     def sampling(self) -> Poisson | TruncatedPoisson:
         """Return the sampling scheme, for the accountant; its samples are users."""
         return self._users.sampling

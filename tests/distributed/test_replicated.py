@@ -1,0 +1,36 @@
+"""Several ranks with the whole model train as one process does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from tests.distributed import cases
+from tests.distributed.conftest import Pool
+
+
+def largest_difference(found: dict[str, Any], expected: dict[str, Any]) -> float:
+    assert found.keys() == expected.keys()
+    return max(float((found[n] - expected[n]).detach().abs().max()) for n in expected)
+
+
+RUNS = [
+    *((name, cases.sgd) for name in cases.CASES),
+    ("mlp", cases.adam),
+    ("mlp", cases.zero),
+    ("tied", cases.zero),
+]
+
+
+@pytest.mark.parametrize(("name", "inner"), RUNS)
+def test_two_ranks_train_as_one_process(
+    pool: Pool, name: str, inner: Callable[..., torch.optim.Optimizer]
+) -> None:
+    alone = cases.adam if inner is cases.zero else inner
+    expected = cases.train(0, 1, name, alone)
+    assert largest_difference(expected, dict(cases.CASES[name].model().named_parameters())) > 1e-2
+    for found in pool(2).run(cases.train, name, inner):
+        assert largest_difference(found, expected) < 1e-9
