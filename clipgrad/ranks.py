@@ -17,12 +17,16 @@ Facts = Callable[[], Mapping[str, object]]
 """What every process must be doing the same way; a function, since only several processes compare it."""
 
 
+def initialised() -> bool:
+    """Return whether ``torch.distributed`` was initialised."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
 def world() -> tuple[int, int]:
     """Return rank and number of processes of ``torch.distributed``; ``(0, 1)`` if it was not initialised."""
-    distributed = torch.distributed
-    if not (distributed.is_available() and distributed.is_initialized()):
+    if not initialised():
         return 0, 1
-    return distributed.get_rank(), distributed.get_world_size()
+    return torch.distributed.get_rank(), torch.distributed.get_world_size()
 
 
 class Share(Protocol):
@@ -48,10 +52,12 @@ class Ranks(Protocol):
     Attributes:
         rank: Number of this process among them.
         size: How many there are.
+        is_sharded: Whether each holds a part of every parameter.
     """
 
     rank: int
     size: int
+    is_sharded: bool
 
     def prepare(self, model: nn.Module, facts: Facts, noise: Mapping[str, Any]) -> None:
         """Start from the same parameters and settings, and from different noise, in every process.
@@ -122,6 +128,7 @@ class OneProcess:
 
     rank = 0
     size = 1
+    is_sharded = False
 
     def prepare(self, model: nn.Module, facts: Facts, noise: Mapping[str, Any]) -> None:
         """Nothing can differ."""

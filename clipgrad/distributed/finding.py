@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from clipgrad.distributed.replicated import Replicated
 from clipgrad.ranks import OneProcess, Ranks
@@ -28,6 +28,14 @@ def find_ranks(group: object, model: nn.Module) -> Ranks:
             f"process_group must be a torch.distributed.ProcessGroup that this process belongs to, got {group!r}. Call "
             "torch.distributed.init_process_group first, and leave process_group out to train on all processes."
         )
-    if dist.get_world_size(group) == 1:
-        return OneProcess()
-    return Replicated(group)
+    ranks = dist.get_world_size(group)
+    if any(_is_spread(parameter) for parameter in model.parameters()):
+        from clipgrad.distributed.sharded import Sharded, refuse_what_is_no_fsdp
+
+        refuse_what_is_no_fsdp(model, ranks)
+        return Sharded(group)
+    return OneProcess() if ranks == 1 else Replicated(group)
+
+
+def _is_spread(parameter: Tensor) -> bool:
+    return hasattr(parameter, "device_mesh")

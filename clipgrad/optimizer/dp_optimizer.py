@@ -36,7 +36,7 @@ from clipgrad.options import Options, Performance
 from clipgrad.plan import PrivacyPlan
 from clipgrad.plan.account import Account
 from clipgrad.plan.receipts import Claim
-from clipgrad.ranks import OneProcess, Ranks, world
+from clipgrad.ranks import OneProcess, Ranks, initialised
 from clipgrad.result import Diagnostics, Outcome, diagnostics_of
 from clipgrad.sampling import PaddedBatch
 
@@ -526,11 +526,16 @@ class DPOptimizer(OptimizerFacade):
 def _ranks(options: Options, model: nn.Module) -> Ranks:
     """The processes that train together: those that the user names, or all that there are."""
     group = options.performance.process_group
-    if group is None and world()[1] == 1:
+    if group is None and not initialised():
         return OneProcess()
     from clipgrad.distributed import find_ranks
 
     ranks = find_ranks(group, model)
+    if options.compile_mode is not None and ranks.is_sharded:
+        raise ValueError(
+            "compile cannot be combined with a model of fully_shard: a compiled step reads parameters where they lay "
+            "when it was compiled, and FSDP gathers them anew for each batch. Leave compile out."
+        )
     if ranks.size > 1 and options.grid is not None:
         raise ValueError(
             f"exact mode (grid={options.grid}) proves the sums of one process, but {ranks.size} train together. Leave "

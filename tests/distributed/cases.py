@@ -197,3 +197,98 @@ def train(
         optimizer.step()
         optimizer.zero_grad()
     return {key: value.detach().clone() for key, value in model.named_parameters()}
+
+
+def shard_root(model: nn.Module) -> None:
+    from torch.distributed.fsdp import fully_shard
+
+    fully_shard(model)
+
+
+def shard_layers(model: nn.Module) -> None:
+    """Each direct child with parameters, and each block of a language model, is a group of its own."""
+    from torch.distributed.fsdp import fully_shard
+
+    blocks = [m for m in model.modules() if type(m).__name__ in ("GPT2Block", "LlamaDecoderLayer")]
+    tied = isinstance(model, Tied)
+    layers = blocks or [m for m in model.children() if any(True for _ in m.parameters())]
+    for layer in [model.body] if tied else layers:
+        fully_shard(layer)
+    fully_shard(model)
+
+
+def train_sharded(
+    rank: int,
+    size: int,
+    name: str,
+    shard: Callable[[nn.Module], None] = shard_root,
+    inner: Callable[[nn.Module], torch.optim.Optimizer] = sgd,
+    steps: int = STEPS,
+    options: dict[str, Any] | None = None,
+) -> dict[str, Tensor]:
+    """The whole parameters after some steps of a model of FSDP2."""
+    case = CASES[name]
+    model = case.model()
+    shard(model)
+    optimizer = private(model, case, inner(model), **(options or {}))
+    for step, batch in enumerate(case.batches(steps)):
+        own = own_rows(batch, step, rank, size)
+        optimizer.backward(own[: len(own) // 2])
+        optimizer.backward(own[len(own) // 2 :])
+        optimizer.step()
+        optimizer.zero_grad()
+    return {key: value.full_tensor().detach() for key, value in model.named_parameters()}  # type: ignore[operator]
+
+
+def shard_replicas(model: nn.Module) -> None:
+    """Half of the ranks hold shards, and the other half the same shards again."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    ranks = torch.distributed.get_world_size()
+    mesh = init_device_mesh("cpu", (2, ranks // 2), mesh_dim_names=("replicate", "shard"))
+    fully_shard(model, mesh=mesh)
+
+
+def shard_half_precision(model: nn.Module) -> None:
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, output_dtype=torch.float32)
+    for layer in [m for m in model.children() if any(True for _ in m.parameters())]:
+        fully_shard(layer, mp_policy=policy)
+    fully_shard(model, mp_policy=policy)
+
+
+class HalfPrecision(nn.Module):
+    """What the mixed precision policy says, written out for parameters in half precision."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.bfloat16()
+        for layer in self.inner:  # type: ignore[union-attr]
+            if not any(True for _ in layer.parameters()):
+                x = layer(x)
+                continue
+            x = layer(x.bfloat16()).float()
+        return x.float()
+
+
+def half_precision(rank: int, size: int) -> dict[str, Tensor]:
+    """Clipped sums of one batch under the policy; on one process, of the model that is written out."""
+    case = CASES["mlp"]
+    model = case.model().float()
+    wrapped: nn.Module = model
+    if size == 1:
+        wrapped = HalfPrecision(model.bfloat16())
+    else:
+        shard_half_precision(model)
+    optimizer = private(wrapped, case, sgd(model))
+    batch = case.batches(1)[0].float()
+    optimizer.backward(own_rows(batch, 0, rank, size))
+    sums = {name.removeprefix("inner."): value for name, value in optimizer.clipped_sums.items()}
+    if size == 1:
+        return sums
+    return {name: value.full_tensor() for name, value in sums.items()}  # type: ignore[operator]

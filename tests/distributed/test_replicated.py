@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
+from clipgrad import DPOptimizer
 from tests.distributed import cases
 from tests.distributed.conftest import Pool
 
@@ -34,3 +36,28 @@ def test_two_ranks_train_as_one_process(
     assert largest_difference(expected, dict(cases.CASES[name].model().named_parameters())) > 1e-2
     for found in pool(2).run(cases.train, name, inner):
         assert largest_difference(found, expected) < 1e-9
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("inner", [cases.sgd, cases.zero])
+def test_four_ranks_train_as_one_process(
+    pool: Pool, inner: Callable[..., torch.optim.Optimizer]
+) -> None:
+    alone = cases.adam if inner is cases.zero else inner
+    for name in cases.CASES:
+        expected = cases.train(0, 1, name, alone)
+        for found in pool(4).run(cases.train, name, inner):
+            assert largest_difference(found, expected) < 1e-9
+
+
+def test_a_model_on_several_devices_is_refused() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2, device="meta"))
+    with pytest.raises(ValueError, match=r"lie on several devices .*device_map"):
+        DPOptimizer(
+            torch.optim.SGD(model[0].parameters(), lr=0.1),
+            model,
+            cases.squares,
+            max_grad_norm=1.0,
+            noise_multiplier=0.0,
+            expected_batch_size=1.0,
+        )

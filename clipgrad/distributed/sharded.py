@@ -1,0 +1,175 @@
+"""Ranks that each hold a shard of every parameter (FSDP2): gathered for a batch, sums scattered to the shards."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
+
+from clipgrad.distributed import agreement
+from clipgrad.distributed.collectives import nobody_lost
+from clipgrad.distributed.fsdp import fsdp_modules, own_schedule, policy_of
+from clipgrad.distributed.group import Group
+from clipgrad.distributed.scattered import ScatteredSums
+from clipgrad.ranks import Alone, Share
+
+_HALF = (torch.float16, torch.bfloat16)
+
+
+class Sharded(Group):
+    """Processes of one group that hold a model of ``fully_shard``, each with samples of its own.
+
+    Storage is FSDP's: parameters, gradients and the optimizer's state are DTensors. The schedule is not: FSDP would
+    reduce gradients of whole batches.
+    """
+
+    is_sharded = True
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        super().__init__(group)
+        self._calls = 0
+
+    @contextmanager
+    def whole(self, model: nn.Module, step: int) -> Iterator[bool]:
+        """Gather all parameters while the body runs; every rank has to come, also with an empty batch."""
+        self._calls += 1
+        self._during = f"backward {step}"
+        agreement.meet("backward", step, {"the number of backward calls": self._calls}, self._host)
+        modules = fsdp_modules(model)
+        with own_schedule(modules):
+            try:
+                with nobody_lost(self._during, self._host):
+                    for module in modules:
+                        module.unshard()
+                refuse_leftovers(model)
+                yield True
+            finally:
+                for module in modules:
+                    module.reshard()
+
+    def collected(self, sums: list[Tensor], parameters: Sequence[Tensor]) -> list[Tensor]:
+        """The totals in the shards of their parameters; ``sums`` is emptied, so that each is freed as it is sent."""
+        with nobody_lost(self._during, self._host):
+            last_first: list[Tensor] = [
+                _scattered(sums.pop(), cast(DTensor, parameter))
+                for parameter in reversed(parameters)
+            ]
+        return last_first[::-1]
+
+    def squared_norms(self, own: Tensor) -> Tensor:
+        """The norms as they are: a rank holds whole gradients of its samples."""
+        return own
+
+    def share(self, sums: list[Tensor], parameters: Sequence[Tensor], *, is_lent: bool) -> Share:
+        """This rank's shard of each total; between replicas of a shard, its part of it."""
+        local = [cast(DTensor, total).to_local() for total in sums]
+        sums.clear()
+        sharded = [cast(DTensor, parameter) for parameter in parameters]
+        mesh = sharded[0].device_mesh
+        inner: Share = Alone(local, private=True)
+        if mesh.ndim == 2:
+            shards: list[Tensor] = [parameter.to_local() for parameter in sharded]
+            inner = ScatteredSums(local, shards, mesh.get_group(0), self._during)
+        return Shards(inner, sharded)
+
+    def _replicated(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+        return [tensor for tensor in tensors if not isinstance(tensor, DTensor)]
+
+
+class Shards:
+    """The shards of totals that one rank noises.
+
+    Args:
+        inner: Shards as plain tensors, or parts of them.
+        parameters: The sharded parameters.
+    """
+
+    private = True
+
+    def __init__(self, inner: Share, parameters: Sequence[DTensor]) -> None:
+        self._inner, self._parameters = inner, parameters
+        self.parts = inner.parts
+
+    def gathered(self, means: list[Tensor]) -> list[Tensor]:
+        """The means as DTensors that lie as their parameters do."""
+        return [
+            DTensor.from_local(
+                mean, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride()
+            )
+            for mean, p in zip(self._inner.gathered(means), self._parameters, strict=True)
+        ]
+
+
+def _scattered(total: Tensor, parameter: DTensor) -> DTensor:
+    """The sum over all ranks, in the parameter's shards; between replicas of a shard it stays a term."""
+    mesh = parameter.device_mesh
+    terms = DTensor.from_local(total, mesh, [Partial("sum")] * mesh.ndim, run_check=False)
+    wanted: list[Placement] = [
+        Partial("sum") if isinstance(placement, Replicate) else placement
+        for placement in parameter.placements
+    ]
+    return terms.redistribute(placements=wanted)
+
+
+def refuse_what_is_no_fsdp(model: nn.Module, ranks: int) -> None:
+    """Refuse a model with DTensors that ``fully_shard`` did not make, or made for another kind of training.
+
+    Raises:
+        ValueError: With the remedy.
+    """
+    modules = fsdp_modules(model)
+    for name, parameter in model.named_parameters():
+        if not isinstance(parameter, DTensor):
+            if parameter.requires_grad:
+                raise ValueError(
+                    f"parameter {name!r} is not sharded, but others are. Call fully_shard on the root module too, "
+                    "without ignored_params, so that every trained parameter is."
+                )
+            continue
+        if not (modules and _is_data_parallel(parameter)):
+            raise ValueError(_TENSOR_PARALLEL.format(name=name, placements=parameter.placements))
+        if parameter.device_mesh.size() != ranks:
+            raise ValueError(
+                f"parameter {name!r} is sharded over {parameter.device_mesh.size()} ranks, but {ranks} train together. "
+                "Pass the group of its mesh: Performance(process_group=...)."
+            )
+        if parameter.to_local().device.type != parameter.device_mesh.device_type:
+            raise ValueError(
+                f"parameter {name!r} is offloaded to {parameter.to_local().device}, which is not supported. Leave "
+                "offload_policy out of fully_shard."
+            )
+    for module in modules:
+        if policy_of(module).reduce_dtype in _HALF:
+            raise ValueError(
+                f"fully_shard: reduce_dtype={policy_of(module).reduce_dtype} would round sums over samples, which can "
+                "change them by more than their sensitivity. Leave it out: clipped sums are reduced in float32."
+            )
+
+
+def refuse_leftovers(model: nn.Module) -> None:
+    """Refuse parameters that are still spread over ranks after FSDP has gathered its own.
+
+    Raises:
+        ValueError: With the remedy.
+    """
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, DTensor):
+            raise ValueError(_TENSOR_PARALLEL.format(name=name, placements=parameter.placements))
+
+
+def _is_data_parallel(parameter: DTensor) -> bool:
+    first, *others = parameter.placements
+    if not others:
+        return isinstance(first, Shard)
+    return len(others) == 1 and isinstance(first, Replicate) and isinstance(others[0], Shard)
+
+
+_TENSOR_PARALLEL = (
+    "parameter {name!r} is a DTensor with placements {placements}, as tensor parallelism makes it. Its autograd "
+    "functions cannot run per sample, so it is not supported. Shard the model with fully_shard alone."
+)
