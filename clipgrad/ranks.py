@@ -90,6 +90,10 @@ class Ranks(Protocol):
         """
         ...
 
+    def compare_soon(self) -> None:
+        """Compare the parameters at the next step: something else than a step has written to them."""
+        ...
+
     def whole(self, model: nn.Module, step: int) -> AbstractContextManager[bool]:
         """Let the model hold whole parameters while the body runs; False if it does in any case."""
         ...
@@ -139,6 +143,9 @@ class OneProcess:
 
     def meet(self, call: str, step: int, facts: Facts, parameters: Sequence[Tensor]) -> None:
         """Nobody to wait for."""
+
+    def compare_soon(self) -> None:
+        """Nothing to compare with."""
 
     def whole(self, model: nn.Module, step: int) -> AbstractContextManager[bool]:
         """The parameters are whole."""

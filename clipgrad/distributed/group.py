@@ -69,6 +69,10 @@ class Group:
             told["parameters"] = self._checksum(parameters)
         agreement.meet(call, step, told, self._host)
 
+    def compare_soon(self) -> None:
+        """Compare all parameters at the next step."""
+        self._compared = False
+
     def one_draw(self, counts: list[Tensor], add_noise: Callable[[list[Tensor]], None]) -> None:
         """Totals on the first rank, noise there, and from there to the others."""
         total = torch.stack(counts)

@@ -415,10 +415,13 @@ class DPOptimizer(OptimizerFacade):
 
         An unfinished logical batch is not part of it.
         """
+        return {**self.inner.state_dict(), _STATE_KEY: self._own_state()}
+
+    def _own_state(self) -> dict[str, Any]:
         own = {"noise": self._noise.state_dict(), "progress": self._progress.state_dict()}
         if self._account is not None:
             own["account"] = self._account.state_dict()
-        return {**self.inner.state_dict(), _STATE_KEY: own}
+        return own
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Restore; a plain optimizer's state dict loads too. An unfinished logical batch is dropped.
@@ -429,20 +432,22 @@ class DPOptimizer(OptimizerFacade):
         Raises:
             ValueError: If the state does not fit.
         """
-        own = state_dict.get(_STATE_KEY)
+        inner = {key: value for key, value in state_dict.items() if key != _STATE_KEY}
+        self._load(state_dict.get(_STATE_KEY), lambda: self.inner.load_state_dict(inner))
+
+    def _load(self, own: Mapping[str, Any] | None, load_inner: Callable[[], None]) -> None:
         progress = self._progress
         if own is not None and "progress" in own:
             progress = progress.restored(own["progress"])
         if self._account is not None:
             self._account.check(own, progress.step)
-        self.inner.load_state_dict(
-            {key: value for key, value in state_dict.items() if key != _STATE_KEY}
-        )
+        load_inner()
         if own is not None:
             self._noise.load_state_dict(own["noise"])
         self._progress = progress
         if own is not None and self._account is not None:
             self._account.load_state_dict(own)
+        self._clipper.ranks.compare_soon()
         self.zero_grad()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
