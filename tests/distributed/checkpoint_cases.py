@@ -35,6 +35,7 @@ def run(
     until: int,
     shard: Callable[[nn.Module], None] | None = None,
     noise_multiplier: float = 1e-9,
+    before_saving: Callable[[int], None] = lambda step: None,
 ) -> dict[str, Any]:
     """Go on from the folder's checkpoint until a step; what a rank knows then."""
     torch.manual_seed(0)
@@ -53,6 +54,7 @@ def run(
         optimizer.backward(x)
         optimizer.step()
         optimizer.zero_grad()
+        before_saving(optimizer.ledger.steps)
         state.save(folder)
         taken += 1
         if optimizer.ledger.steps == until:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -61,6 +64,24 @@ def test_an_unfinished_checkpoint_is_ignored(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["step-2"]
     (tmp_path / ".step-3.part").mkdir()
     assert checkpoints.run(0, 1, str(tmp_path), 3)["taken"] == 1
+
+
+@pytest.mark.nightly
+def test_torchrun_restarts_lose_and_repeat_no_step(tmp_path: Path) -> None:
+    """A rank dies after its fifth step, before the checkpoint; ``torchrun`` starts all ranks again."""
+    command = [
+        sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--nproc-per-node=2", "--max-restarts=1",
+        "-m", "tests.distributed.restarted", str(tmp_path / "run"), str(tmp_path / "died"),
+    ]  # fmt: skip
+    environment = {**os.environ, "PYTHONPATH": ".", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "died").exists()
+    found = torch.load(tmp_path / "run" / "found.pt")
+    assert (found["resumed"], found["taken"]) == (True, 4)
+    whole = checkpoints.run(0, 1, str(tmp_path / "whole"), checkpoints.STEPS)
+    assert found["epsilon"] == whole["epsilon"]
+    assert largest_difference(found["parameters"], whole["parameters"]) < 1e-6
 
 
 def test_generators_are_not_saved() -> None:
