@@ -158,24 +158,3 @@ def all_samples(tensor: Tensor, level: int, size: int) -> Tensor:
     """Return the tensor with its batch axis in front; a tensor that all samples share is broadcast."""
     whole: Tensor = _functorch._remove_batch_dim(tensor, level, size, 0)
     return whole
-
-
-__all__ = [
-    "FUNCTION_CALL",
-    "Decline",
-    "address",
-    "all_samples",
-    "below_vmap",
-    "current_level",
-    "current_randomness",
-    "has_vmap_method",
-    "innermost",
-    "is_broadcast",
-    "is_wrapped",
-    "level_of",
-    "per_sample",
-    "physical",
-    "untraced",
-    "unwrapped",
-    "vmap_level",
-]

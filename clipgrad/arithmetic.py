@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -19,15 +19,8 @@ from clipgrad.clipping import (
 from clipgrad.noise import NoiseSource, SystemNoise, gaussian_sigma
 from clipgrad.options import Options
 
-
-class SumRows(Protocol):
-    """Clips and sums per-sample gradients that were computed one by one."""
-
-    def __call__(
-        self, gradients: Sequence[Tensor], is_padding: Tensor | None
-    ) -> tuple[list[Tensor], list[Tensor], Tensor]:
-        """From ``[B, *shape]`` of each parameter to sums, norms ``[B]`` of each group, and dropped samples ``[B]``."""
-        ...
+SumRows = Callable[[Sequence[Tensor], Tensor | None], tuple[list[Tensor], list[Tensor], Tensor]]
+"""From gradients ``[B, *shape]`` and padding to sums, norms ``[B]`` of each group, and dropped samples ``[B]``."""
 
 
 class Arithmetic(Protocol):

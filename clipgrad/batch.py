@@ -16,13 +16,10 @@ from clipgrad import _validate
 from clipgrad.arithmetic import Arithmetic, FloatingPoint
 from clipgrad.clipping import ClippingStrategy, Relation, is_grouped, owned
 from clipgrad.engine.advice import ValueReadError
-from clipgrad.engine.branches import Disagreement
 from clipgrad.engine.clip_and_sum import MicrobatchResult, PreClipping, Settings, accumulate
-from clipgrad.engine.inputs import Inputs, Loss, Restore
+from clipgrad.engine.inputs import Inputs, Loss, Restore, copied
 from clipgrad.engine.microbatch import forward, plan, run
 from clipgrad.engine.rng_state import Generators
-from clipgrad.engine.split import Parts
-from clipgrad.engine.tape import Tape
 from clipgrad.errors import NotPerSampleError
 from clipgrad.exact import OnGrid
 from clipgrad.explain import Explanation, make_explanation
@@ -152,8 +149,12 @@ class BatchClipper:
             )
         settings = self._settings(inputs, max_grad_norm, restore)
         rows = slice(0, min(self.arithmetic.rows_at_once(size), size))
+        samples = copied(inputs.rows(rows))
         with torch.enable_grad(), Generators(inputs.params[0].device).kept():
-            tape = self._first_part(inputs, inputs.rows(rows), settings)
+            tape, _, _ = self._with_loss(
+                inputs,
+                lambda loss: forward(loss, inputs.names, inputs.params, samples, settings),
+            )
         try:
             return make_explanation(tape.tracked, plan(tape, settings), tape.batch_size)
         finally:
@@ -223,23 +224,6 @@ class BatchClipper:
             loss = self._graph_loss(inputs, refusal)
             self._runs_as_graph = True
             return body(loss)
-
-    def _first_part(self, inputs: Inputs, batch: list[Any], settings: Settings) -> Tape:
-        """The tape of a copy of a microbatch; of the samples that branch as the first one does, if it splits."""
-
-        def record(samples: Sequence[Any]) -> Tape:
-            return self._with_loss(
-                inputs,
-                lambda loss: forward(loss, inputs.names, inputs.params, samples, settings)[0],
-            )
-
-        parts = Parts(batch)
-        for rows, _ in parts:
-            try:
-                return record(rows)
-            except Disagreement as disagreement:
-                parts.split(disagreement)
-        raise AssertionError("a single sample agrees with itself")
 
     def _settings(
         self, inputs: Inputs, max_grad_norm: ClippingStrategy, restore: Restore

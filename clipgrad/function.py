@@ -153,8 +153,7 @@ def clipped_grad(
             the whole step of a microbatch runs as one compiled graph. Compiling takes seconds to minutes, at the
             first batch and again when something changes that the loss reads (``model.eval()``, say); the logger
             ``clipgrad`` tells. Every microbatch is padded to ``microbatch_size`` rows (default: the size of the first
-            batch), so batches of any size share a graph. The first batch is compared with the eager step. Not
-            together with ``branches="split"``.
+            batch), so batches of any size share a graph. The first batch is compared with the eager step.
         grid: Exact mode: round each sample's clipped gradient to multiples of this power of two, at most
             ``C / sqrt(elements)``; ``C / 2**20`` is a good choice. Sums are float64 and integer arithmetic, so
             ``sensitivity`` holds without rounding, and results do not depend on the order of the batch. Each sample

@@ -11,8 +11,7 @@ import torch
 from clipgrad import _validate
 
 RANDOMNESS = ("different", "same", "error")
-STRATEGIES = ("auto", "kept", "ghost", "recompute")
-BRANCHES = ("refuse", "split")
+STRATEGIES = ("auto", "kept", "ghost")
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
 
@@ -21,13 +20,9 @@ class Performance:
     """How a step is computed: time, memory and rounding depend on it, what is computed does not.
 
     Args:
-        strategy: ``"auto"`` chooses for each parameter. ``"kept"``, ``"ghost"`` and ``"recompute"`` force one way to
-            find its norm, where that way exists; ``explain`` shows the choice.
+        strategy: ``"auto"`` chooses for each parameter. ``"kept"`` and ``"ghost"`` force one way to find its
+            norm, where that way exists; ``explain`` shows the choice.
         memory_budget: Bytes that kept per-sample gradients may take beyond the activations that they replace.
-        branches: What happens where the loss asks for the value of a tensor (``if mask.all():``, ``.item()``), which
-            differs from sample to sample. ``"refuse"`` raises. ``"split"`` runs the samples that answer alike
-            together, in as many passes as there are answers. That is exact, but the loss runs several times a batch,
-            each time on a copy, and each question waits for the device. A question whose answer is random raises.
         randomness: ``"different"`` draws a dropout mask for each sample, ``"same"`` one for all of a microbatch, and
             ``"error"`` refuses a loss that draws random numbers.
         accumulate_dtype: Dtype of the clipped sums. The default is the parameter's own, at least float32.
@@ -44,7 +39,6 @@ class Performance:
 
     strategy: str = "auto"
     memory_budget: float | None = None
-    branches: str = "refuse"
     randomness: str = "different"
     accumulate_dtype: torch.dtype | None = None
     process_group: Any = None
@@ -56,7 +50,6 @@ class Performance:
             raise ValueError(
                 f"memory_budget must be a non-negative number of bytes, got {budget!r}."
             )
-        _validate.one_of("branches", self.branches, BRANCHES)
         _validate.one_of("randomness", self.randomness, RANDOMNESS)
         _validate.accumulate_dtype(self.accumulate_dtype)
 
@@ -90,14 +83,8 @@ class Options:
                 f"performance must be a clipgrad.Performance, got {self.performance!r}; "
                 "clipgrad.Performance(strategy='ghost'), for example."
             )
-        if self.compile is False:
-            return
-        if self.compile is not True:
+        if not isinstance(self.compile, bool):
             _validate.one_of("compile", self.compile, COMPILE_MODES)
-        if self.performance.branches == "split":
-            raise ValueError(
-                "compile cannot be combined with branches='split': a graph has no branches. Leave one of them out."
-            )
 
     @property
     def compile_mode(self) -> str | None:

@@ -19,7 +19,7 @@ from clipgrad.result import ClippedGradResult
 from clipgrad.rules import registry
 
 Params = dict[str, Tensor]
-STRATEGIES = ("kept", "ghost", "recompute")
+STRATEGIES = ("kept", "ghost")
 _MOST_PROBLEMS = 20
 _REPEATABLE = 1e-12
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -15,7 +16,6 @@ from torch.nn.attention.bias import causal_lower_right
 
 import clipgrad
 from clipgrad import Performance
-from clipgrad.rules import Decline
 from clipgrad.rules.attention import multi_head_attention
 from tests import oracle
 from tests.rule_cases.attention import DOUBLE, draw, mha_params
@@ -111,11 +111,11 @@ def test_static_keys_and_values() -> None:
         {"is_causal": True},
     ],
 )
-def test_what_pytorch_refuses_is_declined(options: dict[str, Any]) -> None:
+def test_what_pytorch_refuses_is_its_own_error(options: dict[str, Any]) -> None:
     first, second, _ = _arguments("memory", True, False, False)
-    with pytest.raises((AssertionError, RuntimeError)):
+    with pytest.raises((AssertionError, RuntimeError)) as expected:
         F.multi_head_attention_forward(*first, *second, **options)
-    with pytest.raises(Decline):
+    with pytest.raises(expected.type, match=re.escape(str(expected.value))):
         multi_head_attention(*first, *second, **options)
 
 
@@ -259,6 +259,30 @@ def test_dropout_obeys_randomness() -> None:
     )
     with pytest.raises(clipgrad.errors.NotPerSampleError, match="random"):
         never(params, x)
+
+
+@pytest.mark.parametrize("need_weights", [False, True])
+def test_dropout_of_multi_head_attention(need_weights: bool) -> None:
+    """Dropout acts in training, by default as well, and differs between samples."""
+
+    def loss(p: dict[str, Tensor], x: Tensor, **options: bool) -> tuple[Tensor, Tensor]:
+        y, _ = F.multi_head_attention_forward(
+            x[0], x[0], x[0], 4, 2, p["in"], None, None, None, False, 0.5, p["out"], None,
+            need_weights=need_weights, **options,
+        )  # fmt: skip
+        return y.sum(), y
+
+    params = {"in": draw(12, 4), "out": draw(4, 4)}
+    x = draw(1, 8, 1, 4).expand(3, -1, -1, -1)
+    transform = clipgrad.clipped_grad(loss, max_grad_norm=1.0, has_aux=True)
+    y = transform(params, x).aux
+    assert not torch.equal(y[0], y[1])
+    assert not torch.equal(y[1], y[2])
+    evaluated = clipgrad.clipped_grad(
+        lambda p, x: loss(p, x, training=False), max_grad_norm=1.0, has_aux=True
+    )
+    y = evaluated(params, x).aux
+    torch.testing.assert_close(y[0], y[1])
 
 
 def test_mask_of_another_type() -> None:

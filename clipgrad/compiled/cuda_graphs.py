@@ -11,7 +11,6 @@ import logging
 import math
 import operator
 from collections.abc import Callable, Sequence
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -33,24 +32,8 @@ _ATTENTIONS = (
 )
 
 
-class Recorder(Protocol):
-    """A recorder records the work of a device while a function runs."""
-
-    def record(self, function: Callable[[], Sequence[Tensor]]) -> Sequence[Tensor]:
-        """Run the function and record its work; every replay overwrites the memory of its results."""
-        ...
-
-    def wait(self) -> None:
-        """Make later work on the current stream wait for the last replay."""
-        ...
-
-    def replay(self) -> None:
-        """Repeat the recorded work on the same memory."""
-        ...
-
-
 class CudaRecorder:
-    """This recorder uses a CUDA graph with its own memory.
+    """This class records the work of a device while a function runs, as a CUDA graph with its own memory.
 
     Args:
         device: The device of all tensors.
@@ -62,6 +45,7 @@ class CudaRecorder:
         self._last: torch.cuda.Stream | None = None
 
     def record(self, function: Callable[[], Sequence[Tensor]]) -> Sequence[Tensor]:
+        """Run the function and record its work; every replay overwrites the memory of its results."""
         with torch.cuda.device(self._device):
             stream, now = torch.cuda.Stream(), torch.cuda.current_stream()
             stream.wait_stream(now)
@@ -73,12 +57,14 @@ class CudaRecorder:
         return results
 
     def wait(self) -> None:
+        """Make later work on the current stream wait for the last replay."""
         now = torch.cuda.current_stream(self._device)
         if self._last is not None and self._last != now:
             now.wait_stream(self._last)  # the last replay may still use the same memory
         self._last = now
 
     def replay(self) -> None:
+        """Repeat the recorded work on the same memory."""
         self._graph.replay()
 
 
@@ -93,11 +79,11 @@ class Replay:
     """
 
     def __init__(
-        self, run: Run, resident: Sequence[bool], recorder: Callable[[], Recorder]
+        self, run: Run, resident: Sequence[bool], recorder: Callable[[], CudaRecorder]
     ) -> None:
         self._run, self._make = run, recorder
         self._resident = list(resident)
-        self._recorder: Recorder | None = None
+        self._recorder: CudaRecorder | None = None
         self._inputs: list[Tensor] = []
         self._moved: list[Tensor] = []  # the inputs that each call overwrites by a copy
         self._results: Sequence[Tensor] = ()
@@ -203,7 +189,7 @@ def _are_separate(results: Sequence[Tensor], inputs: Sequence[Tensor]) -> bool:
     return len(set(places[: len(results)]) - set(places[len(results) :])) == len(results)
 
 
-def _are_rewritten(results: Sequence[Tensor], recorder: Recorder) -> bool:
+def _are_rewritten(results: Sequence[Tensor], recorder: CudaRecorder) -> bool:
     """Return whether a replay writes all results; a caller's write to a constant result would otherwise persist."""
     floating = [result for result in results if result.is_floating_point() and result.numel()]
     before = copies(floating)

@@ -8,13 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
 from clipgrad._phases import phase
 from clipgrad.arithmetic import SumRows
 from clipgrad.clipping import Clipping
 from clipgrad.engine.copies import copies
-from clipgrad.engine.gradients import Gradients, Transformed
+from clipgrad.engine.gradients import Gradients
 from clipgrad.engine.tape import Strategy
 from clipgrad.options import Options
 from clipgrad.ranks import Ranks
@@ -80,7 +79,7 @@ class MicrobatchResult:
 
 
 def clip(
-    gradients: Gradients | Transformed,
+    gradients: Gradients,
     params: Sequence[Tensor],
     values: Tensor,
     aux: Any,
@@ -90,14 +89,13 @@ def clip(
     """Norms, factors and clipped sums of one microbatch whose backward pass has run."""
     clipping, nan_safe = settings.clipping, settings.options.nan_safe
     if settings.pre_clipping is not None or settings.sum_rows is not None:
-        assert isinstance(gradients, Gradients)
         rows = [gradients.per_sample(index) for index in range(len(params))]
         if settings.pre_clipping is not None:
             rows = settings.pre_clipping(rows)
         if settings.sum_rows is not None:
             exact, before, dropped = settings.sum_rows(rows, is_padding)
             return MicrobatchResult(exact, values, before, aux, dropped)
-        gradients = Transformed(rows)
+        gradients.replace(rows)
     norms = [
         settings.ranks.squared_norms(
             _or_zero(gradients.squared_norms(clipping.members(group)), values)
@@ -127,7 +125,7 @@ def clip(
 
 
 def _weighted_sums(
-    gradients: Gradients | Transformed,
+    gradients: Gradients,
     params: Sequence[Tensor],
     factors: Sequence[Tensor],
     settings: Settings,
@@ -153,23 +151,3 @@ def accumulate(sums: list[Tensor] | None, piece: MicrobatchResult) -> list[Tenso
         return [total.contiguous() for total in more]
     torch._foreach_add_(sums, piece.sums)
     return sums
-
-
-def joined(pieces: Sequence[MicrobatchResult], order: Tensor) -> MicrobatchResult:
-    """The pieces of one microbatch as one, samples in their old order."""
-
-    def join(parts: Sequence[Tensor]) -> Tensor:
-        together = torch.cat(list(parts))
-        return together[order.to(together.device)]
-
-    sums: list[Tensor] | None = None
-    for piece in pieces:
-        sums = accumulate(sums, piece)
-    assert sums is not None
-    return MicrobatchResult(
-        sums,
-        join([piece.values for piece in pieces]),
-        [join(norms) for norms in zip(*(piece.norms for piece in pieces), strict=True)],
-        tree_map(lambda *leaves: join(leaves), *(piece.aux for piece in pieces)),
-        join([piece.nonfinite for piece in pieces]),
-    )

@@ -53,6 +53,3 @@ def refuse(function: Callable[..., Any], args: Sequence[Any]) -> NotPerSampleErr
         f"the loss calls {function}, an operation with a vmap rule of its own (torch.library.register_vmap). {_MIXES} "
         "Leave the vmap rule out, or register a rule for the operation with clipgrad.rules.register_rule."
     )
-
-
-__all__ = ["brings_vmap", "refuse"]

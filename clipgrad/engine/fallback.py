@@ -21,10 +21,9 @@ from clipgrad.engine.one_by_one import one_by_one
 from clipgrad.errors import NotPerSampleError
 from clipgrad.rules.embedding_definition import (
     aten_embedding,
-    aten_embedding_bag,
+    dense_embedding_bag,
     embedding,
     embedding_bag,
-    private_embedding_bag,
 )
 from clipgrad.rules.loss import cross_entropy_by_definition
 from clipgrad.rules.names import by_all_names, each_name, names_of
@@ -185,8 +184,8 @@ CORRECTIONS: Mapping[Callable[..., Any], Callable[..., Any]] = MappingProxyType(
         F.cross_entropy: cross_entropy_by_definition,
         **by_all_names("embedding", aten_embedding),
         F.embedding: embedding,
-        **by_all_names("embedding_bag", aten_embedding_bag),
-        **by_all_names("_embedding_bag", private_embedding_bag),
+        **each_name("embedding_bag", dense_embedding_bag),
+        **each_name("_embedding_bag", dense_embedding_bag),
         F.embedding_bag: embedding_bag,
         **each_name("scaled_dot_product_attention", _by_formula),
         **each_name("multi_head_attention_forward", _by_formula),

@@ -125,17 +125,3 @@ def node_of(tensor: Tensor) -> Any:
     """Return ``tensor.grad_fn``, or ``_NODE`` where ``vmap`` hides a node that holds all samples."""
     node = tensor.grad_fn
     return _NODE if node is None and innermost(tensor).grad_fn is not None else node
-
-
-__all__ = [
-    "PLAIN",
-    "SAVED_TENSORS_HOOKS",
-    "dispatch_modes",
-    "node_of",
-    "refuse_dispatch_modes",
-    "refuse_kind",
-    "refuse_modes",
-    "refuse_saved_tensors_hooks",
-    "refuse_subclasses",
-    "without_saved_tensors_hooks",
-]

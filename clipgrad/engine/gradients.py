@@ -64,6 +64,8 @@ class Gradients:
 
     def _squared_norms(self, index: int) -> Tensor | None:
         parts = self._parts[index]
+        if index in self._summed:
+            return row_norms_squared(self._summed[index])
         if not parts:
             return None
         if all(part.injective for part in parts) and self._disjoint(index):
@@ -83,6 +85,11 @@ class Gradients:
                 total = self._tape.anchor.new_zeros(()).expand(self._batch_size, *shape)
             self._summed[index] = total
         return self._summed[index]
+
+    def replace(self, gradients: Sequence[Tensor]) -> None:
+        """Put other per-sample gradients, ``[B, *shape]``, in the place of all parameters' own."""
+        self._summed = dict(enumerate(gradients))
+        self._parts = [[] for _ in gradients]
 
     def weighted_sum(self, index: int, factors: Tensor) -> Tensor | None:
         """Return ``sum_b factors[b] g_b`` of one parameter; None if no gradient reached it."""
@@ -152,22 +159,6 @@ class Gradients:
                 )
                 touched += image
             return bool((touched <= 1).all())
-
-
-class Transformed:
-    """This class replaces ``Gradients`` after ``pre_clipping_transform``: its per-sample gradients are materialised."""
-
-    def __init__(self, gradients: list[Tensor]) -> None:
-        self._gradients = gradients
-
-    def squared_norms(self, members: Sequence[int]) -> Tensor | None:
-        return _total([row_norms_squared(self._gradients[index]) for index in members])
-
-    def weighted_sum(self, index: int, factors: Tensor) -> Tensor:
-        return PerSample(self._gradients[index]).weighted_sum(factors)
-
-    def select(self, keep: Tensor) -> None:
-        self._gradients = [select_rows(gradient, keep) for gradient in self._gradients]
 
 
 def _total(norms: Sequence[Tensor]) -> Tensor | None:

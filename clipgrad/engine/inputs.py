@@ -22,15 +22,6 @@ from clipgrad.engine.advice import note_arguments
 from clipgrad.engine.foreign_code import refuse_subclasses
 
 
-def take(batch: Sequence[Any], index: slice | Tensor) -> list[Any]:
-    """The samples of a flat batch at ``index``; constants stay."""
-
-    def pick(leaf: Tensor) -> Tensor:
-        return leaf[index if isinstance(index, slice) else index.to(leaf.device)]
-
-    return [pick(leaf) if isinstance(leaf, Tensor) else leaf for leaf in batch]
-
-
 def copied(batch: Sequence[Any]) -> list[Any]:
     """All samples of a flat batch, in memory of their own; constants stay."""
     return [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in batch]
@@ -126,7 +117,9 @@ class Inputs:
     def rows(self, index: slice) -> list[Any]:
         """The leaves of some of the samples."""
         whole = index.start == 0 and index.stop == self.batch_size
-        return list(self.batch) if whole else take(self.batch, index)
+        if whole:
+            return list(self.batch)
+        return [leaf[index] if isinstance(leaf, Tensor) else leaf for leaf in self.batch]
 
 
 def of_model(

@@ -15,19 +15,15 @@ from clipgrad._functorch import all_samples, per_sample, vmap_level
 from clipgrad._phases import phase
 from clipgrad.engine import foreign_code, refused_nodes, stale_values
 from clipgrad.engine.advice import explained
-from clipgrad.engine.branches import Disagreement
-from clipgrad.engine.capture import Capture, escape_message, tensors_in, written_message
+from clipgrad.engine.capture import Capture, escape_message, written_message
 from clipgrad.engine.clip_and_sum import (
     MicrobatchResult,
     Settings,
     clip,
-    joined,
 )
 from clipgrad.engine.gradients import Gradients
 from clipgrad.engine.inputs import Loss
 from clipgrad.engine.norm_method import Choice, choose
-from clipgrad.engine.random_values import RandomValues
-from clipgrad.engine.split import Parts
 from clipgrad.engine.tape import Tape
 from clipgrad.errors import EscapedParameterError, NotPerSampleError
 
@@ -54,10 +50,7 @@ def forward(
         ):
             leaves = [per_sample(entry.leaf, level) for entry in tape.tracked]
             rows = [per_sample(leaf, level) if isinstance(leaf, Tensor) else leaf for leaf in batch]
-            drawn = None
-            if settings.options.performance.branches == "split":
-                drawn = RandomValues(params[0].device, tensors_in([*leaves, *rows]))
-            capture = Capture(tape, leaves, params, drawn=drawn)
+            capture = Capture(tape, leaves, params)
             made = capture.made
             value, aux, structure = _one_sample(loss, capture, leaves, rows, settings)
             values = all_samples(value, level, size)
@@ -101,37 +94,9 @@ def run(
     is_padding: Tensor | None,
     settings: Settings,
 ) -> MicrobatchResult:
-    """Clipped sums of one microbatch; where samples branch apart, of its parts."""
-
-    def together(rows: Sequence[Any], padding: Tensor | None) -> MicrobatchResult:
-        """Of samples that take the same branches; raises ``Disagreement`` if they do not."""
-        with phase("forward"), torch.enable_grad():
-            tape, values, aux = forward(loss, names, params, rows, settings)
-        return _finish(tape, values, aux, params, padding, settings)
-
-    if settings.options.performance.branches != "split":
-        return together(batch, is_padding)
-    parts = Parts(batch)
-    pieces: list[MicrobatchResult] = []
-    for rows, index in parts:
-        padding = None if is_padding is None else is_padding[index.to(is_padding.device)]
-        try:
-            pieces.append(together(rows, padding))
-        except Disagreement as disagreement:
-            parts.split(disagreement)
-    parts.write_back()
-    return pieces[0] if len(pieces) == 1 else joined(pieces, parts.order)
-
-
-def _finish(
-    tape: Tape,
-    values: Tensor,
-    aux: Any,
-    params: Sequence[Tensor],
-    is_padding: Tensor | None,
-    settings: Settings,
-) -> MicrobatchResult:
-    """Backward pass, norms and clipped sums after the forward pass of one microbatch."""
+    """Forward pass, backward pass, norms and clipped sums of one microbatch."""
+    with phase("forward"), torch.enable_grad():
+        tape, values, aux = forward(loss, names, params, batch, settings)
     try:
         with phase("forward"):
             plan(tape, settings)

@@ -121,6 +121,3 @@ def instead(
     if not only_tensors or written or draws.since_last_asked():
         raise error
     return result
-
-
-__all__ = ["instead", "one_by_one"]

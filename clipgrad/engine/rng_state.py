@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -61,9 +58,3 @@ def _states(device: torch.device) -> list[Tensor]:
     if device.type != "cpu":
         states.append(torch.get_device_module(device).get_rng_state(device))
     return states
-
-
-def states_of_others() -> Any:
-    """Return the states of Python's and NumPy's global generators in a form that can be compared."""
-    kind, words, *rest = np.random.get_state()  # noqa: NPY002 - user code uses the global generator
-    return random.getstate(), kind, np.asarray(words).tobytes(), rest

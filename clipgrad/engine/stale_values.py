@@ -79,6 +79,3 @@ def refuse(operation: str) -> NotPerSampleError:
         "attribute, a list or a cache), so old samples would influence the gradients of new ones. Compute it anew in "
         "every call, and keep nothing of one call for the next; for metrics use has_aux=True or optimizer.diagnostics."
     )
-
-
-__all__ = ["among", "refuse", "remember"]

@@ -13,7 +13,7 @@ from clipgrad._functorch import per_sample
 from clipgrad._phases import phase
 from clipgrad.errors import NotPerSampleError
 from clipgrad.rules.canonical import Outer, PerSample, Use, added, row_norms_squared, widen
-from clipgrad.rules.ghost import ghost_norms_squared, lengths_of, never_underestimated
+from clipgrad.rules.ghost import ghost_norms_squared
 from clipgrad.rules.registry import Extent, Recipe
 
 
@@ -24,8 +24,6 @@ class Strategy(Enum):
     """Build each per-sample gradient during the backward pass and keep it until it is summed."""
     GHOST = "ghost"
     """Keep input and output gradient; compute norms from Gram matrices."""
-    RECOMPUTE = "recompute"
-    """Keep input and output gradient; build per-sample gradients a few at a time for the norm alone."""
 
 
 @dataclass(frozen=True)
@@ -37,10 +35,6 @@ class Expected:
 
     rule: str
     extent: Extent | None
-
-
-# Per-sample gradients that the recompute strategy holds at a time, in elements.
-_RECOMPUTE_ELEMENTS = 1 << 24
 
 
 @dataclass(eq=False)
@@ -145,8 +139,6 @@ class Tracked:
         if len(factors) < len(self.uses) or len({outer.groups for outer in factors}) > 1:
             # Factors cannot be joined if a use has none, or if a convolution weight is used with two numbers of groups.
             return row_norms_squared(self.per_sample())
-        if self.strategy is Strategy.RECOMPUTE:
-            return _recomputed_norms(factors)
         return ghost_norms_squared(factors)
 
     def weighted_sum(self, factors: Tensor) -> Tensor:
@@ -154,17 +146,6 @@ class Tracked:
         if self.kept is not None:
             return PerSample(self.kept).weighted_sum(factors)
         return added([use.weighted_sum(factors) for use in self.uses])
-
-
-def _recomputed_norms(factors: Sequence[Outer]) -> Tensor:
-    samples = factors[0].samples
-    step = max(1, _RECOMPUTE_ELEMENTS // max(1, factors[0].shape.numel()))
-    pieces = []
-    for start in range(0, samples, step):
-        chunk = slice(start, min(start + step, samples))
-        total = added([outer.rows_of(chunk).per_sample() for outer in factors])
-        pieces.append(row_norms_squared(total))
-    return never_underestimated(torch.cat(pieces), lengths_of(factors), factors, materialised=True)
 
 
 class Tape:

@@ -25,9 +25,12 @@ _RELATIVE = {torch.float64: 1e-11, torch.float32: 1e-6}
 _Floats = NDArray[np.float64]
 
 
-class AddsGaussians(Protocol):
-    """This protocol adds noise on a device; ``clipgrad.kernels.chacha_launch`` documents the arguments."""
+class Device(Protocol):
+    """This protocol adds noise on a device; ``clipgrad.kernels.chacha_launch`` documents the methods."""
 
+    def limit(self, draws: int) -> int: ...
+    def blocks(self, key: bytes, nonce: bytes, first: int) -> bytes: ...
+    def pairs(self, words: NDArray[np.uint32]) -> NDArray[np.float32]: ...
     def add_gaussian_(
         self,
         tensors: list[Tensor],
@@ -36,16 +39,7 @@ class AddsGaussians(Protocol):
         key: bytes,
         divisor: float = 1.0,
         into: list[Tensor] | None = None,
-    ) -> None:
-        """Add noise from a key that is used for nothing else, and divide; the tensors' memory has no gaps."""
-        ...
-
-
-class Device(AddsGaussians, Protocol):
-    """This protocol is required by ``prove``; ``clipgrad.kernels.chacha_launch`` documents the methods."""
-
-    def blocks(self, key: bytes, nonce: bytes, first: int) -> bytes: ...
-    def pairs(self, words: NDArray[np.uint32]) -> NDArray[np.float32]: ...
+    ) -> None: ...
 
 
 def prove(cipher: Device, device: torch.device) -> None:

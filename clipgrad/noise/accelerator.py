@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import logging
 import threading
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from clipgrad.kernels.chacha_proof import AddsGaussians
+from clipgrad.kernels.chacha_proof import Device
 from clipgrad.noise import checks
 from clipgrad.noise.cpu import CpuNoise
 from clipgrad.noise.keys import Lineage
@@ -20,14 +19,6 @@ _COPIED_AT_A_TIME = 2**22  # 16 MB of float32, on the CPU and on the device
 _log = logging.getLogger("clipgrad")
 _told: set[str] = set()
 _telling = threading.Lock()
-
-
-class DeviceCipher(AddsGaussians, Protocol):
-    """This protocol describes a cipher that makes noise on the device itself."""
-
-    def limit(self, draws: int) -> int:
-        """Return the largest number of values that one key may be used for."""
-        ...
 
 
 class AcceleratorNoise:
@@ -80,7 +71,7 @@ class AcceleratorNoise:
             torch._foreach_add_(piece, noise.to(self._device).split(sizes))
 
 
-def proved_cipher(device: torch.device) -> DeviceCipher | None:
+def proved_cipher(device: torch.device) -> Device | None:
     """Return the device's cipher if it passes its proof; else warn and return None.
 
     None means that the CPU's cipher makes the noise. A statistical generator of the device must never replace it.

@@ -148,6 +148,3 @@ def _is_walked_as_usual(module: nn.Module) -> bool:
         getattr(getattr(module, name), "__func__", None) is getattr(nn.Module, name)
         for name in _WALKS
     )
-
-
-__all__ = ["Resident", "TrainedParameters"]

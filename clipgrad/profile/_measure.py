@@ -33,8 +33,8 @@ def profile_step(
     for two more models with their optimizer states. Every round runs four steps: each kind as in training, and each
     kind phase by phase.
 
-    Times are **not private**: they can depend on the samples (``branches="split"``, a sample that is not finite), so
-    the table must be kept as confidential as ``optimizer.diagnostics``.
+    Times are **not private**: they can depend on the samples (one whose gradient is not finite, for example), so the
+    table must be kept as confidential as ``optimizer.diagnostics``.
 
     No other thread of the process may run a clipped step meanwhile, since its phases would be counted.
 
@@ -136,20 +136,17 @@ class Stopwatch:
             step()
         return self._seconds
 
-    def begin(self, phase: Phase) -> None:
-        self._credit()
-        self._open.append(phase)
-
-    def end(self) -> None:
-        self._credit()
-        self._open.pop()
-
-    def _credit(self) -> None:
+    def __call__(self, phase: Phase | None) -> None:
+        """Credit the running phase, and begin ``phase`` or, if it is None, end the running one."""
         now = self._now()
         if self._open:
             running = self._open[-1]
             self._seconds[running] = self._seconds.get(running, 0.0) + now - self._since
         self._since = now
+        if phase is None:
+            self._open.pop()
+        else:
+            self._open.append(phase)
 
     def _now(self) -> float:
         if self._device.type != "cpu":

@@ -189,14 +189,6 @@ class Outer:
             right = scale_rows(right, factors)
         return (left.flatten(0, 1).t() @ right.flatten(0, 1)).view(self.shape)
 
-    def rows_of(self, samples: slice) -> Outer:
-        rows = slice(samples.start * self.groups, samples.stop * self.groups)
-        if isinstance(self.left, OneHot):
-            left: Tensor | OneHot = OneHot(self.left.ids[rows], self.left.width)
-        else:
-            left = self.left[rows]
-        return replace(self, left=left, right=self.right[rows])
-
     def select(self, keep: Tensor) -> Outer:
         if self.groups > 1:
             keep = keep.repeat_interleave(self.groups)

@@ -9,7 +9,7 @@ from typing import Any, Protocol, TypeVar
 
 from torch import Tensor
 
-from clipgrad._functorch import Decline
+from clipgrad._functorch import Decline as Decline
 from clipgrad.rules.canonical import Use
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -237,17 +237,3 @@ def unregister_rule(operation: Callable[..., Any]) -> Rule | Decomposition:
         KeyError: If the operation has no rule.
     """
     return _RULES.pop(operation)
-
-
-__all__ = [
-    "Call",
-    "Decline",
-    "Decomposition",
-    "Extent",
-    "Recipe",
-    "Rule",
-    "register_decomposition",
-    "register_rule",
-    "rules",
-    "unregister_rule",
-]

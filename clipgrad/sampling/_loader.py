@@ -11,9 +11,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from clipgrad.plan.receipts import Receipts
 from clipgrad.sampling._poisson import PoissonSampler
 from clipgrad.sampling._shuffled import ShuffledSampler
-from clipgrad.sampling._users import UserSampler
 
-BatchSampler = PoissonSampler | UserSampler | ShuffledSampler
+BatchSampler = PoissonSampler | ShuffledSampler
 
 
 class PrivateLoader:

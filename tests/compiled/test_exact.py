@@ -108,7 +108,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "no batch axis": {"keep_batch_dim": False},
     "float32 sums": {"performance": Performance(accumulate_dtype=torch.float32)},
     "ghost": {"performance": Performance(strategy="ghost")},
-    "recompute": {"performance": Performance(strategy="recompute")},
     "transformed": {"pre_clipping_transform": lambda g: {n: v.clamp(-0.1, 0.1) for n, v in g.items()}},
     "not nan safe": {"nan_safe": False},
 }  # fmt: skip

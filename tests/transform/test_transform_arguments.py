@@ -275,7 +275,7 @@ def test_options_out_of_range(options: Any, message: str) -> None:
         ({"randomness": "no"}, "randomness must be one of 'different', 'same', 'error', got 'no'"),
         (
             {"strategy": "fast"},
-            "strategy must be one of 'auto', 'kept', 'ghost', 'recompute', got 'fast'",
+            "strategy must be one of 'auto', 'kept', 'ghost', got 'fast'",
         ),
         ({"memory_budget": -1}, "memory_budget must be a non-negative number of bytes"),
         ({"memory_budget": math.nan}, "memory_budget must be a non-negative number of bytes"),
