@@ -107,30 +107,49 @@ class BatchClipper:
         mask = _validate.padding_mask(is_padding, size)
         settings = self._settings(inputs, max_grad_norm, restore)
         groups = settings.clipping.groups if is_grouped(max_grad_norm) else None
+        rows = self.arithmetic.rows_at_once(max(size, 1))
+        own = len(range(0, size, rows))
+        idle = self.ranks.passes(own) - own
         if size == 0:
-            return _empty(inputs, settings, groups)
-        rows = self.arithmetic.rows_at_once(size)
+            sums = self._idle(idle, inputs, settings, None) if idle else _zeros(inputs, settings)
+            return _empty(inputs, settings, groups, sums)
         run_rows: RunRows = self._eagerly(inputs, settings)
         if self.options.compile_mode is not None:
             rows, run_rows = self._compiled(inputs, settings)
         results: list[MicrobatchResult] = []
-        sums: list[Tensor] | None = None
+        total: list[Tensor] | None = None
         aliases = False
         for start in range(0, size, rows):
             part = slice(start, min(start + rows, size))
             result = run_rows(part, None if mask is None else mask[part])
             aliases = result.aliases_graph and may_alias and rows >= size
-            sums = result.sums if aliases else accumulate(sums, result)
+            total = result.sums if aliases else accumulate(total, result)
             # Else every microbatch's sums live to the end, or these through the next one.
             results.append(replace(result, sums=[]))
             del result
-        assert sums is not None
+        sums = self._idle(idle, inputs, settings, total)
         if self.options.normalize_by != 1.0:
-            sums, aliases = [total.div_(self.options.normalize_by) for total in sums], False
+            sums, aliases = [s.div_(self.options.normalize_by) for s in sums], False
         aux = None
         if self.options.has_aux:
             aux = tree_map(lambda *leaves: torch.cat(leaves), *(result.aux for result in results))
         return ClippedBatch(sums, aux, _outcome(results, settings, groups, mask, size), aliases)
+
+    def _idle(
+        self, passes: int, inputs: Inputs, settings: Settings, sums: list[Tensor] | None
+    ) -> list[Tensor]:
+        """Take part in what other processes compute together, with a row of padding that contributes nothing."""
+        if passes:
+            rows = [
+                leaf.new_zeros((1, *leaf.shape[1:])) if isinstance(leaf, Tensor) else leaf
+                for leaf in inputs.batch
+            ]
+            run_rows = self._eagerly(replace(inputs, batch=rows, batch_size=1), settings)
+            is_padding = torch.ones(1, dtype=torch.bool, device=inputs.params[0].device)
+            for _ in range(passes):
+                sums = accumulate(sums, run_rows(slice(0, 1), is_padding))
+        assert sums is not None
+        return sums
 
     def explain(
         self, inputs: Inputs, max_grad_norm: ClippingStrategy, *, restore: Restore = list
@@ -268,12 +287,18 @@ def _on_leaves(transform: Callable[[Any], Any], restore: Restore) -> PreClipping
     return apply
 
 
-def _empty(inputs: Inputs, settings: Settings, groups: Sequence[str] | None) -> ClippedBatch:
-    """Zeros: what a batch without samples adds up to."""
-    sums = [
-        torch.zeros_like(p, dtype=dtype)
+def _zeros(inputs: Inputs, settings: Settings) -> list[Tensor]:
+    """What a batch without samples adds up to."""
+    return [
+        settings.ranks.summed(torch.zeros_like(p, dtype=dtype), p)
         for p, dtype in zip(inputs.params, settings.dtypes, strict=True)
     ]
+
+
+def _empty(
+    inputs: Inputs, settings: Settings, groups: Sequence[str] | None, sums: list[Tensor]
+) -> ClippedBatch:
+    """The result of a batch without samples."""
     none = torch.zeros(0, dtype=settings.dtypes[0], device=inputs.params[0].device)
     norms = [none for _ in settings.clipping.groups]
     outcome = Outcome(none, norms, settings.clipping.norms, groups, none.bool(), None, 0)

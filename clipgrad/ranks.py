@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import Node
 
 Facts = Callable[[], Mapping[str, object]]
 """What every process must be doing the same way; a function, since only several processes compare it."""
@@ -27,6 +28,20 @@ def world() -> tuple[int, int]:
     if not initialised():
         return 0, 1
     return torch.distributed.get_rank(), torch.distributed.get_world_size()
+
+
+class Gathering(Protocol):
+    """Parameters that are gathered for one batch."""
+
+    def whole_parameters(self, names: Sequence[str]) -> list[Tensor]:
+        """The whole parameters, by their names in the model."""
+        ...
+
+    def holding(
+        self, parameters: Sequence[Tensor], tensors: Sequence[Tensor]
+    ) -> AbstractContextManager[None]:
+        """Put ``tensors[i]`` in every place of whole parameter ``i`` while the body runs."""
+        ...
 
 
 class Share(Protocol):
@@ -58,6 +73,11 @@ class Ranks(Protocol):
     rank: int
     size: int
     is_sharded: bool
+
+    @property
+    def before_recipe(self) -> Callable[[Sequence[Tensor]], None] | None:
+        """Called with parameters whose values a recipe may read; None if they lie here in any case."""
+        ...
 
     def prepare(self, model: nn.Module, facts: Facts, noise: Mapping[str, Any]) -> None:
         """Start from the same parameters and settings, and from different noise, in every process.
@@ -94,12 +114,20 @@ class Ranks(Protocol):
         """Compare the parameters at the next step: something else than a step has written to them."""
         ...
 
-    def whole(self, model: nn.Module, step: int) -> AbstractContextManager[bool]:
-        """Let the model hold whole parameters while the body runs; False if it does in any case."""
+    def whole(self, model: nn.Module, step: int) -> AbstractContextManager[Gathering | None]:
+        """Gather parameters while the body runs; None if the model holds whole ones in any case."""
         ...
 
-    def collected(self, sums: list[Tensor], parameters: Sequence[Tensor]) -> list[Tensor]:
-        """The sums of one ``backward`` in the form in which they wait for ``step``; uses up ``sums``."""
+    def passes(self, own: int) -> int:
+        """How many microbatches this process has to run, of which ``own`` have samples."""
+        ...
+
+    def before_backward(self, roots: Sequence[Node | None]) -> None:
+        """Prepare for the backward pass through a graph, of which the last nodes are given."""
+        ...
+
+    def summed(self, total: Tensor, parameter: Tensor) -> Tensor:
+        """A parameter's clipped sum of a microbatch in the form in which it waits for ``step``."""
         ...
 
     def squared_norms(self, own: Tensor) -> Tensor:
@@ -133,6 +161,7 @@ class OneProcess:
     rank = 0
     size = 1
     is_sharded = False
+    before_recipe: Callable[[Sequence[Tensor]], None] | None = None
 
     def prepare(self, model: nn.Module, facts: Facts, noise: Mapping[str, Any]) -> None:
         """Nothing can differ."""
@@ -147,13 +176,20 @@ class OneProcess:
     def compare_soon(self) -> None:
         """Nothing to compare with."""
 
-    def whole(self, model: nn.Module, step: int) -> AbstractContextManager[bool]:
+    def whole(self, model: nn.Module, step: int) -> AbstractContextManager[Gathering | None]:
         """The parameters are whole."""
-        return _AS_IT_IS
+        return _NOTHING
 
-    def collected(self, sums: list[Tensor], parameters: Sequence[Tensor]) -> list[Tensor]:
-        """The sums as they are."""
-        return sums
+    def passes(self, own: int) -> int:
+        """Its own."""
+        return own
+
+    def before_backward(self, roots: Sequence[Node | None]) -> None:
+        """Nothing to prepare."""
+
+    def summed(self, total: Tensor, parameter: Tensor) -> Tensor:
+        """The sum as it is."""
+        return total
 
     def squared_norms(self, own: Tensor) -> Tensor:
         """The norms as they are."""
@@ -168,4 +204,4 @@ class OneProcess:
         add_noise(counts)
 
 
-_AS_IT_IS = nullcontext(False)
+_NOTHING = nullcontext()

@@ -25,25 +25,41 @@ def policy_of(module: FSDPModule) -> MixedPrecisionPolicy:
 
 @contextmanager
 def own_schedule(modules: Sequence[FSDPModule]) -> Iterator[None]:
-    """Keep FSDP from gathering, freeing and reducing around the forward and backward pass of the body.
+    """Take FSDP's hooks out of the modules while the body runs, and cast what they would cast.
 
-    It would register hooks for the gradients of the whole batch. What its hooks cast is cast here.
+    They would gather, free and reduce for the gradient of the whole batch.
+
+    Raises:
+        RuntimeError: If a module has no such hooks.
     """
-    from torch.distributed.fsdp._fully_shard._fsdp_common import TrainingState
-
-    states = [_state(module) for module in modules]
-    before = [state._training_state for state in states]
     with ExitStack() as stack:
-        try:
-            for state in states:
-                # The state in which FSDP runs a module again for activation checkpointing: its hooks leave all alone.
-                state._training_state = TrainingState.PRE_BACKWARD
-            for module in modules:
-                _cast(cast(nn.Module, module), policy_of(module), stack)
-            yield
-        finally:
-            for state, kind in zip(states, before, strict=True):
-                state._training_state = kind
+        for module in modules:
+            plain, state = cast(nn.Module, module), _state(module)
+            tables: list[dict[int, Any]] = [plain._forward_pre_hooks, plain._forward_hooks]
+            for table in tables:
+                stack.callback(_put_back, table, dict(table))
+                own = [key for key, hook in table.items() if _is_of(state, hook)]
+                if not own:
+                    raise RuntimeError(
+                        f"{type(module).__name__} has no forward hooks of fully_shard, so this version of PyTorch "
+                        "is not supported with a sharded model."
+                    )
+                for key in own:
+                    del table[key]
+            _cast(plain, policy_of(module), stack)
+        yield
+
+
+def _is_of(state: Any, hook: Any) -> bool:
+    """Whether a hook is a method of FSDP's state, perhaps in wrappers."""
+    while hasattr(hook, "__wrapped__") and not hasattr(hook, "__self__"):
+        hook = hook.__wrapped__
+    return getattr(hook, "__self__", None) is state
+
+
+def _put_back(table: dict[int, Any], before: dict[int, Any]) -> None:
+    table.clear()
+    table.update(before)
 
 
 def _state(module: FSDPModule) -> Any:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 from torch import Tensor, nn
+from torch.autograd.graph import Node
 
 from clipgrad.distributed.collectives import nobody_lost
 from clipgrad.distributed.group import Group
@@ -17,13 +18,22 @@ class Replicated(Group):
 
     is_sharded = False
 
-    def whole(self, model: nn.Module, step: int) -> AbstractContextManager[bool]:
-        """The parameters are whole on every rank."""
-        return nullcontext(False)
+    before_recipe: Callable[[Sequence[Tensor]], None] | None = None
 
-    def collected(self, sums: list[Tensor], parameters: Sequence[Tensor]) -> list[Tensor]:
+    def whole(self, model: nn.Module, step: int) -> AbstractContextManager[None]:
+        """The parameters are whole on every rank."""
+        return nullcontext()
+
+    def passes(self, own: int) -> int:
+        """Its own microbatches: nothing is sent before the step."""
+        return own
+
+    def before_backward(self, roots: Sequence[Node | None]) -> None:
+        """Nothing to gather."""
+
+    def summed(self, total: Tensor, parameter: Tensor) -> Tensor:
         """Own sums, until the step."""
-        return sums
+        return total
 
     def squared_norms(self, own: Tensor) -> Tensor:
         """The norms as they are: a rank holds whole gradients of its samples."""

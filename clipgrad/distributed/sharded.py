@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.autograd.graph import Node
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
 from clipgrad.distributed import agreement
@@ -16,6 +17,7 @@ from clipgrad.distributed.collectives import nobody_lost
 from clipgrad.distributed.fsdp import fsdp_modules, own_schedule, policy_of
 from clipgrad.distributed.group import Group
 from clipgrad.distributed.scattered import ScatteredSums
+from clipgrad.distributed.streaming import Streaming
 from clipgrad.ranks import Alone, Share
 
 _HALF = (torch.float16, torch.bfloat16)
@@ -33,33 +35,44 @@ class Sharded(Group):
     def __init__(self, group: dist.ProcessGroup) -> None:
         super().__init__(group)
         self._calls = 0
+        self._streaming: Streaming | None = None
 
     @contextmanager
-    def whole(self, model: nn.Module, step: int) -> Iterator[bool]:
-        """Gather all parameters while the body runs; every rank has to come, also with an empty batch."""
+    def whole(self, model: nn.Module, step: int) -> Iterator[Streaming]:
+        """Gather parameters while the body runs; every rank has to come, also with an empty batch."""
         self._calls += 1
         self._during = f"backward {step}"
         agreement.meet("backward", step, {"the number of backward calls": self._calls}, self._host)
-        modules = fsdp_modules(model)
-        with own_schedule(modules):
-            try:
-                with nobody_lost(self._during, self._host):
-                    for module in modules:
-                        module.unshard()
-                refuse_leftovers(model)
-                yield True
-            finally:
-                for module in modules:
-                    module.reshard()
+        if self._streaming is None or not self._streaming.fits(model):
+            self._streaming = Streaming(model, self._reached)
+        with own_schedule(fsdp_modules(model)), self._streaming.running():
+            yield self._streaming
 
-    def collected(self, sums: list[Tensor], parameters: Sequence[Tensor]) -> list[Tensor]:
-        """The totals in the shards of their parameters; ``sums`` is emptied, so that each is freed as it is sent."""
-        with nobody_lost(self._during, self._host):
-            last_first: list[Tensor] = [
-                _scattered(sums.pop(), cast(DTensor, parameter))
-                for parameter in reversed(parameters)
-            ]
-        return last_first[::-1]
+    def passes(self, own: int) -> int:
+        """The most microbatches of a rank: all gather and send the same number of times."""
+        most = torch.tensor(own)
+        with self._reached():
+            dist.all_reduce(most, dist.ReduceOp.MAX, group=self._host)
+        return int(most)
+
+    def before_backward(self, roots: Sequence[Node | None]) -> None:
+        """Gather weights again when the backward pass asks for them."""
+        assert self._streaming is not None
+        self._streaming.before_backward(roots)
+
+    def before_recipe(self, parameters: Sequence[Tensor]) -> None:
+        """Gather weights again for a recipe that may read them."""
+        assert self._streaming is not None
+        self._streaming.before_recipe(parameters)
+
+    def summed(self, total: Tensor, parameter: Tensor) -> Tensor:
+        """The sum over all ranks in the shards of the parameter, so that the whole sum can be freed."""
+        assert self._streaming is not None
+        with self._reached():
+            return _scattered(total, self._streaming.sharded(parameter))
+
+    def _reached(self) -> AbstractContextManager[None]:
+        return nobody_lost(self._during, self._host)
 
     def squared_norms(self, own: Tensor) -> Tensor:
         """The norms as they are: a rank holds whole gradients of its samples."""
@@ -149,17 +162,6 @@ def refuse_what_is_no_fsdp(model: nn.Module, ranks: int) -> None:
                 f"fully_shard: reduce_dtype={policy_of(module).reduce_dtype} would round sums over samples, which can "
                 "change them by more than their sensitivity. Leave it out: clipped sums are reduced in float32."
             )
-
-
-def refuse_leftovers(model: nn.Module) -> None:
-    """Refuse parameters that are still spread over ranks after FSDP has gathered its own.
-
-    Raises:
-        ValueError: With the remedy.
-    """
-    for name, parameter in model.named_parameters():
-        if isinstance(parameter, DTensor):
-            raise ValueError(_TENSOR_PARALLEL.format(name=name, placements=parameter.placements))
 
 
 def _is_data_parallel(parameter: DTensor) -> bool:

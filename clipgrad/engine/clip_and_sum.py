@@ -111,10 +111,16 @@ def clip(
         factors = [torch.where(keep, factor, 0.0) for factor in factors]
         if settings.selects:
             gradients.select(keep)
+    asks = dropping and not settings.deferred
+    if asks and settings.ranks.is_sharded:
+        # Sums leave this process as they are formed, so none may be formed twice.
+        if not bool(finite.all()):
+            gradients.select(keep)
+        asks = False
     with phase("contraction"):
         sums = _weighted_sums(gradients, params, factors, settings)
     # Asked only now: on a GPU the answer takes as long as all that is queued, and the sums are queued already.
-    if dropping and not settings.deferred and not bool(finite.all()):
+    if asks and not bool(finite.all()):
         # A zero factor does not silence an inf; such samples are taken out of the factors themselves.
         gradients.select(keep)
         with phase("contraction"):
@@ -133,7 +139,8 @@ def _weighted_sums(
     sums = []
     for index, (param, dtype) in enumerate(zip(params, settings.dtypes, strict=True)):
         total = gradients.weighted_sum(index, factors[settings.clipping.assignment[index]])
-        sums.append(torch.zeros_like(param, dtype=dtype) if total is None else total.to(dtype))
+        total = torch.zeros_like(param, dtype=dtype) if total is None else total.to(dtype)
+        sums.append(settings.ranks.summed(total, param))
     return sums
 
 

@@ -38,7 +38,7 @@ def forward(
     """Run the loss on every sample at once and record the uses of the parameters."""
     foreign_code.refuse_modes()
     size = next(leaf.shape[0] for leaf in batch if isinstance(leaf, Tensor))
-    tape = Tape(names, params, size)
+    tape = Tape(names, params, size, settings.ranks.before_recipe)
 
     versions = [param._version for param in params]
     made: list[weakref.ref[Tensor]] = []
@@ -100,6 +100,8 @@ def run(
     try:
         with phase("forward"):
             plan(tape, settings)
+        if settings.ranks.is_sharded:
+            settings.ranks.before_backward([values.grad_fn, *tape.graphs_of_expressions()])
         with torch.enable_grad():
             _backward(tape, values, params)
         with torch.no_grad(), _without_autocast(values.device):

@@ -201,7 +201,7 @@ class DPOptimizer(OptimizerFacade):
             found = self._clipper.clip(inputs, self._norm(), is_padding, may_alias=True)
         self._pending.add(
             trained.parameters,
-            ranks.collected(found.sums, trained.parameters),
+            found.sums,
             self._progress.observed(found.outcome),
             aliases_graph=found.aliases_graph,
         )
@@ -464,8 +464,8 @@ class DPOptimizer(OptimizerFacade):
     # ------------------------------------------------------------------ inside
 
     def _inputs(self, resident: Resident, batch: tuple[Any, ...]) -> Inputs:
-        names, parameters, slots = resident
-        return of_model(self.loss_fn, self.model, names, parameters, slots.holding, batch)
+        names, parameters, holding = resident
+        return of_model(self.loss_fn, self.model, names, parameters, holding, batch)
 
     def _settings_of_run(self) -> dict[str, object]:
         return facts.of_run(

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from itertools import chain
 from operator import attrgetter, is_
 from typing import Any, NamedTuple
@@ -30,12 +30,12 @@ class Resident(NamedTuple):
     Attributes:
         names: Their names.
         parameters: Themselves.
-        slots: Every place in the model that holds one.
+        holding: Puts other tensors in every place in the model that holds one.
     """
 
     names: list[str]
     parameters: list[Tensor]
-    slots: ParameterSlots
+    holding: Callable[[Sequence[Tensor]], AbstractContextManager[None]]
 
 
 class TrainedParameters:
@@ -61,7 +61,6 @@ class TrainedParameters:
         self.names = [name for name, _ in self.selection]
         self.parameters: list[Tensor] = [parameter for _, parameter in self.selection]
         self.slots = ParameterSlots(model, self.parameters)
-        self._gathered: Resident | None = None
         self._model = model
         self._owned = owned
         self._modules = list(model.modules())
@@ -78,15 +77,17 @@ class TrainedParameters:
             step: Number of the step, which errors name.
         """
         with ranks.whole(self._model, step) as gathered:
-            if not gathered:
-                yield Resident(self.names, self.parameters, self.slots)
+            if gathered is None:
+                yield Resident(self.names, self.parameters, self.slots.holding)
                 return
-            named = dict(self._model.named_parameters())
-            whole: list[Tensor] = [named[name] for name in self.names]
-            if self._gathered is None or not _identical(whole, self._gathered.parameters):
-                slots = ParameterSlots(self._model, whole)
-                self._gathered = Resident(self.names, whole, slots)
-            yield self._gathered
+            whole = gathered.whole_parameters(self.names)
+
+            @contextmanager
+            def holding(tensors: Sequence[Tensor]) -> Iterator[None]:
+                with self.slots.guarded_buffers(), gathered.holding(whole, tensors):
+                    yield
+
+            yield Resident(self.names, whole, holding)
 
     def holds(self, model: nn.Module, owned: Sequence[Tensor]) -> bool:
         """Whether a survey that is made now would find the same."""

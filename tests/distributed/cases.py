@@ -292,3 +292,91 @@ def half_precision(rank: int, size: int) -> dict[str, Tensor]:
     if size == 1:
         return sums
     return {name: value.full_tensor() for name, value in sums.items()}  # type: ignore[operator]
+
+
+def watched_memory(
+    rank: int, size: int, shard: Callable[[nn.Module], None]
+) -> tuple[list[int], int, list[int]]:
+    """How many of the layers are whole whenever one computes, and how large the root's group is.
+
+    Returns:
+        Elements of whole parameters at each forward and backward pass of a layer, the most that one layer has, and the
+        elements of whole parameters before and after ``backward``.
+    """
+    model = nn.Sequential(*(nn.Linear(10, 10) for _ in range(6))).double()
+    shard(model)
+    optimizer = private(model, CASES["mlp"], sgd(model))
+    optimizer.backward(torch.randn(2, 10, dtype=torch.float64))
+    streaming = optimizer._clipper.ranks._streaming  # type: ignore[attr-defined]
+    wholes = streaming.whole_parameters([name for name, _ in model.named_parameters()])
+
+    def here() -> int:
+        return sum(p.untyped_storage().nbytes() // 8 for p in wholes)
+
+    seen: list[int] = []
+    before = here()
+    gathers = streaming._gather
+
+    def counted(group: int) -> None:
+        gathers(group)
+        seen.append(here())
+
+    streaming._gather = counted
+    optimizer.step()
+    optimizer.backward(torch.randn(2, 10, dtype=torch.float64))
+    return seen, 110, [before, here()]
+
+
+class Packed(nn.Module):
+    """Weights that are sliced, normalised and used twice; a write in place after a layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.packed = nn.Linear(4, 8)
+        self.scaled = nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))
+        self.last = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second = self.packed(x).chunk(2, -1)
+        y = self.scaled(first.clone().relu_() + second)
+        y = y.add_(1.0).sigmoid()
+        return self.last(self.last(y))
+
+
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn = nn.LSTM(1, 3, batch_first=True)
+        self.head = nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.rnn(x[..., None])[0])
+
+
+def masked(model: nn.Module, x: Tensor) -> Tensor:
+    mask = (x > 2).long()
+    return model(input_ids=x, attention_mask=mask, labels=x).loss
+
+
+UNUSUAL = {
+    "padding mask": Case(_llama, masked, 17),
+    "recurrent": Case(Recurrent),
+    "nonfinite": Case(_mlp),
+    "in place": Case(Packed),
+}
+
+
+def unusual(rank: int, size: int, name: str) -> dict[str, Tensor]:
+    """Clipped sums of a batch, of which one rank has all rows but one; the other has an infinite one."""
+    case = UNUSUAL[name]
+    model = case.model()
+    if size > 1:
+        shard_layers(model)
+    optimizer = private(model, case, sgd(model), microbatch_size=3)
+    batch = case.batches(4)[3]
+    if name == "nonfinite":
+        batch[6, 0] = float("inf")
+    own = batch if size == 1 else (batch[:6], batch[6:])[rank]
+    optimizer.backward(own)
+    sums: dict[str, Any] = optimizer.clipped_sums
+    return {key: value if size == 1 else value.full_tensor() for key, value in sums.items()}

@@ -86,3 +86,21 @@ def test_another_number_of_backward_calls_is_found(pool: Pool) -> None:
     for good, error in pool(2).outcomes(refusal_cases.missing_backward):
         assert not good
         assert "call is 'backward' on rank 0, but 'step' on rank 1" in error[1], error[2]
+
+
+def test_only_the_layers_that_compute_are_whole(pool: Pool) -> None:
+    for seen, layer, around in pool(2).run(cases.watched_memory, cases.shard_layers):
+        # The root twice, six layers forward, one at a time, and backward, two at a time.
+        assert len(seen) == 14, seen
+        assert max(seen) == 2 * layer
+        assert around == [0, 0]
+    for seen, layer, around in pool(2).run(cases.watched_memory, cases.shard_root):
+        assert max(seen) == 6 * layer
+        assert around == [0, 0]
+
+
+@pytest.mark.parametrize("name", ["padding mask", "recurrent", "nonfinite", "in place"])
+def test_unusual_models(pool: Pool, name: str) -> None:
+    expected = cases.unusual(0, 1, name)
+    for found in pool(2).run(cases.unusual, name):
+        assert largest_difference(found, expected) < 1e-9
