@@ -289,10 +289,9 @@ def _on_leaves(transform: Callable[[Any], Any], restore: Restore) -> PreClipping
 
 def _zeros(inputs: Inputs, settings: Settings) -> list[Tensor]:
     """What a batch without samples adds up to."""
-    return [
-        settings.ranks.summed(torch.zeros_like(p, dtype=dtype), p)
-        for p, dtype in zip(inputs.params, settings.dtypes, strict=True)
-    ]
+    pairs = zip(inputs.params, settings.dtypes, strict=True)
+    totals = (torch.zeros_like(p, dtype=dtype) for p, dtype in pairs)
+    return settings.ranks.summed(totals, inputs.params)
 
 
 def _empty(

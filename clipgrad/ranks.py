@@ -6,7 +6,7 @@ Here is what any number of processes must do, and the process that trains alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
@@ -126,8 +126,13 @@ class Ranks(Protocol):
         """Prepare for the backward pass through a graph, of which the last nodes are given."""
         ...
 
-    def summed(self, total: Tensor, parameter: Tensor) -> Tensor:
-        """A parameter's clipped sum of a microbatch in the form in which it waits for ``step``."""
+    def summed(self, totals: Iterator[Tensor], parameters: Sequence[Tensor]) -> list[Tensor]:
+        """Clipped sums of a microbatch in the form in which they wait for ``step``.
+
+        Args:
+            totals: The sums of this process; each is formed when it is asked for.
+            parameters: The whole parameters that they belong to.
+        """
         ...
 
     def squared_norms(self, own: Tensor) -> Tensor:
@@ -187,9 +192,9 @@ class OneProcess:
     def before_backward(self, roots: Sequence[Node | None]) -> None:
         """Nothing to prepare."""
 
-    def summed(self, total: Tensor, parameter: Tensor) -> Tensor:
-        """The sum as it is."""
-        return total
+    def summed(self, totals: Iterator[Tensor], parameters: Sequence[Tensor]) -> list[Tensor]:
+        """The sums as they are."""
+        return list(totals)
 
     def squared_norms(self, own: Tensor) -> Tensor:
         """The norms as they are."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 from torch import Tensor, nn
@@ -31,9 +31,9 @@ class Replicated(Group):
     def before_backward(self, roots: Sequence[Node | None]) -> None:
         """Nothing to gather."""
 
-    def summed(self, total: Tensor, parameter: Tensor) -> Tensor:
+    def summed(self, totals: Iterator[Tensor], parameters: Sequence[Tensor]) -> list[Tensor]:
         """Own sums, until the step."""
-        return total
+        return list(totals)
 
     def squared_norms(self, own: Tensor) -> Tensor:
         """The norms as they are: a rank holds whole gradients of its samples."""

@@ -10,13 +10,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.graph import Node
-from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from clipgrad.distributed import agreement
 from clipgrad.distributed.collectives import nobody_lost
 from clipgrad.distributed.fsdp import fsdp_modules, own_schedule, policy_of
 from clipgrad.distributed.group import Group
 from clipgrad.distributed.scattered import ScatteredSums
+from clipgrad.distributed.shards import Keys, scattered
 from clipgrad.distributed.streaming import Streaming
 from clipgrad.ranks import Alone, Share
 
@@ -44,6 +45,8 @@ class Sharded(Group):
         self._during = f"backward {step}"
         agreement.meet("backward", step, {"the number of backward calls": self._calls}, self._host)
         if self._streaming is None or not self._streaming.fits(model):
+            if self._streaming is not None:
+                self._streaming.close()
             self._streaming = Streaming(model, self._reached)
         with own_schedule(fsdp_modules(model)), self._streaming.running():
             yield self._streaming
@@ -65,11 +68,11 @@ class Sharded(Group):
         assert self._streaming is not None
         self._streaming.before_recipe(parameters)
 
-    def summed(self, total: Tensor, parameter: Tensor) -> Tensor:
-        """The sum over all ranks in the shards of the parameter, so that the whole sum can be freed."""
+    def summed(self, totals: Iterator[Tensor], parameters: Sequence[Tensor]) -> list[Tensor]:
+        """Sums over all ranks in the shards of the parameters, so that whole sums are freed module by module."""
         assert self._streaming is not None
-        with self._reached():
-            return _scattered(total, self._streaming.sharded(parameter))
+        keys = Keys(self._streaming.sharded, self._streaming.group)
+        return scattered(totals, parameters, keys, self._reached)
 
     def _reached(self) -> AbstractContextManager[None]:
         return nobody_lost(self._during, self._host)
@@ -116,17 +119,6 @@ class Shards:
             )
             for mean, p in zip(self._inner.gathered(means), self._parameters, strict=True)
         ]
-
-
-def _scattered(total: Tensor, parameter: DTensor) -> DTensor:
-    """The sum over all ranks, in the parameter's shards; between replicas of a shard it stays a term."""
-    mesh = parameter.device_mesh
-    terms = DTensor.from_local(total, mesh, [Partial("sum")] * mesh.ndim, run_check=False)
-    wanted: list[Placement] = [
-        Partial("sum") if isinstance(placement, Replicate) else placement
-        for placement in parameter.placements
-    ]
-    return terms.redistribute(placements=wanted)
 
 
 def refuse_what_is_no_fsdp(model: nn.Module, ranks: int) -> None:

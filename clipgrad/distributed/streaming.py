@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+from torch.utils.hooks import RemovableHandle
 
 from clipgrad.distributed.fsdp import fsdp_modules
 
@@ -57,6 +58,7 @@ class Streaming:
         self._root = next(
             (i for i, m in enumerate(self._modules) if cast(nn.Module, m) is model), None
         )
+        self._handles: list[RemovableHandle] = []
         self._here: list[int] = []
         self._tensors: dict[int, Tensor] = {}
         self._streams = False
@@ -69,6 +71,15 @@ class Streaming:
         return model is self._model and list(map(id, model.parameters())) == list(
             map(id, self._parameters)
         )
+
+    def close(self) -> None:
+        """Leave the model alone."""
+        for handle in self._handles:
+            handle.remove()
+
+    def group(self, whole: Tensor) -> int:
+        """The number of the module that a whole parameter is gathered with."""
+        return self._group_of_storage[_storage(whole)]
 
     def sharded(self, whole: Tensor) -> DTensor:
         """The parameter as FSDP keeps it."""
@@ -177,8 +188,8 @@ class Streaming:
             if self._streams and group != self._root:
                 self._free(group)
 
-        module.register_forward_pre_hook(before)
-        module.register_forward_hook(after)
+        self._handles.append(module.register_forward_pre_hook(before))
+        self._handles.append(module.register_forward_hook(after))
 
     def _gather(self, group: int) -> None:
         self._unshard(self._modules[group])

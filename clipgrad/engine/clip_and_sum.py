@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -136,12 +136,12 @@ def _weighted_sums(
     factors: Sequence[Tensor],
     settings: Settings,
 ) -> list[Tensor]:
-    sums = []
-    for index, (param, dtype) in enumerate(zip(params, settings.dtypes, strict=True)):
-        total = gradients.weighted_sum(index, factors[settings.clipping.assignment[index]])
-        total = torch.zeros_like(param, dtype=dtype) if total is None else total.to(dtype)
-        sums.append(settings.ranks.summed(total, param))
-    return sums
+    def totals() -> Iterator[Tensor]:
+        for index, (param, dtype) in enumerate(zip(params, settings.dtypes, strict=True)):
+            total = gradients.weighted_sum(index, factors[settings.clipping.assignment[index]])
+            yield torch.zeros_like(param, dtype=dtype) if total is None else total.to(dtype)
+
+    return settings.ranks.summed(totals(), params)
 
 
 def _or_zero(squared: Tensor | None, values: Tensor) -> Tensor:
