@@ -60,6 +60,11 @@ class Streaming:
         )
         self._handles: list[RemovableHandle] = []
         self._here: list[int] = []
+        self._coming: set[int] = set()
+        # Which module was gathered after which one the last time, in the forward and in the backward pass.
+        self._followers: dict[tuple[bool, int], int] = {}
+        self._last: int | None = None
+        self._is_backward = False
         self._tensors: dict[int, Tensor] = {}
         self._streams = False
         self._places = False
@@ -108,9 +113,12 @@ class Streaming:
             yield
         finally:
             self._streams = False
+            for group in self._coming:
+                self._unshard(self._modules[group])
             for module in self._modules:
                 module.reshard()
             self._here.clear()
+            self._coming.clear()
 
     def gather_all(self) -> None:
         """Gather everything until the end: a captured graph calls no modules."""
@@ -125,6 +133,7 @@ class Streaming:
             self.gather_all()
         self._tensors = {id(p): t for p, t in zip(parameters, tensors, strict=True)}
         self._places = True
+        self._is_backward, self._last = False, None
         try:
             for group in self._here:
                 self._place(group)
@@ -143,6 +152,7 @@ class Streaming:
         """Gather the module of a weight when the backward pass asks for it."""
         if not self._streams:
             return
+        self._is_backward, self._last = True, None
         seen: set[Node] = set()
         stack = list(roots)
         while stack:
@@ -193,10 +203,24 @@ class Streaming:
 
     def _gather(self, group: int) -> None:
         self._unshard(self._modules[group])
+        self._coming.discard(group)
         if group not in self._here:
             self._here.append(group)
         if self._places:
             self._place(group)
+        if self._streams:
+            self._start_next(group)
+
+    def _start_next(self, group: int) -> None:
+        """Start to gather the module that followed this one the last time, while this one computes."""
+        if self._last is not None and self._last != group:
+            self._followers[self._is_backward, self._last] = group
+        self._last = group
+        following = self._followers.get((self._is_backward, group))
+        if following is not None and following not in self._here and following not in self._coming:
+            with self._reached():
+                self._modules[following].unshard(async_op=True)
+            self._coming.add(following)
 
     def _unshard(self, module: FSDPModule) -> None:
         with self._reached():
