@@ -12,6 +12,7 @@ What a training loop needs is here. The rest lives in public modules: ``clipgrad
 from __future__ import annotations
 
 from clipgrad import accounting, audit, errors, noise, profile, rules, sampling
+from clipgrad.attached_loop import attach
 from clipgrad.batch_norm import replace_batch_norm
 from clipgrad.checkpoint import load_checkpoint, save_checkpoint
 from clipgrad.clipping import AdaptiveQuantile, Automatic, PerLayer, Relation
@@ -39,6 +40,7 @@ __all__ = [
     "SeededNoise",
     "SystemNoise",
     "accounting",
+    "attach",
     "audit",
     "clipped_grad",
     "errors",

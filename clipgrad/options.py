@@ -1,4 +1,4 @@
-"""What a user may choose about how clipped sums are computed; each choice is checked once, here."""
+"""This module holds the user's options for clipped sums, and checks each option once."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-
 
 @dataclass(frozen=True, kw_only=True)
 class Performance:
-    """How a step is computed: time, memory and rounding depend on it, what is computed does not.
+    """These options change time, memory and rounding of a step, and nothing else.
 
     Args:
-        strategy: ``"auto"`` chooses for each parameter. ``"kept"`` and ``"ghost"`` force one way to find its
-            norm, where that way exists; ``explain`` shows the choice.
+        strategy: ``"auto"`` chooses for each parameter how its norm is computed. ``"kept"`` and ``"ghost"``
+            force one strategy where it exists; ``explain`` shows the choice.
         memory_budget: Bytes that kept per-sample gradients may take beyond the activations that they replace.
-        randomness: ``"different"`` draws a dropout mask for each sample, ``"same"`` one for all of a microbatch, and
-            ``"error"`` refuses a loss that draws random numbers.
-        accumulate_dtype: Dtype of the clipped sums. The default is the parameter's own, at least float32.
+        randomness: ``"different"`` samples a dropout mask for each sample, ``"same"`` one for the microbatch.
+            ``"error"`` refuses a loss that uses random numbers.
+        accumulate_dtype: Dtype of the clipped sums. The default is the parameter's dtype, at least float32.
         process_group: The processes that train together, a group of ``torch.distributed``. By default they are all
             processes, if ``init_process_group`` was called. See ``docs/scaling.md``.
 
@@ -56,28 +56,35 @@ class Performance:
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Everything that decides what is computed of a batch, besides loss and clipping norm; see ``clipped_grad``.
+    """This class holds all options of a computation but loss and clipping norm; see ``clipped_grad``.
 
     Raises:
-        ValueError: If a value is out of range, or two exclude each other.
+        ValueError: If a value is out of range, or two options exclude each other.
     """
 
-    has_aux: bool = False
+    # None: whether the loss returns (loss, aux) is found from what it returns.
+    has_aux: bool | None = False
     keep_batch_dim: bool = True
     normalize_by: float = 1.0
-    rescale_to_unit_norm: bool = False
     pre_clipping_transform: Callable[[Any], Any] | None = None
-    microbatch_size: int | None = None
+    microbatch_size: int | str | None = None
     nan_safe: bool = True
     compile: bool | str = False
     grid: float | None = None
     performance: Performance = field(default_factory=Performance)
 
     def __post_init__(self) -> None:
-        for name in ("has_aux", "keep_batch_dim", "rescale_to_unit_norm", "nan_safe"):
+        for name in ("keep_batch_dim", "nan_safe"):
             _validate.flag(name, getattr(self, name))
+        if self.has_aux is not None:
+            _validate.flag("has_aux", self.has_aux)
         _validate.positive("normalize_by", self.normalize_by)
-        _validate.positive_int_or_none("microbatch_size", self.microbatch_size)
+        _validate.microbatch_size(self.microbatch_size)
+        if self.microbatch_size == "auto" and self.compile is not False:
+            raise ValueError(
+                "microbatch_size='auto' cannot be combined with compile: a graph is compiled for one size. Run a few "
+                "eager steps with 'auto', and set the number that the logger 'clipgrad' reports."
+            )
         if not isinstance(self.performance, Performance):
             raise TypeError(
                 f"performance must be a clipgrad.Performance, got {self.performance!r}; "
@@ -88,7 +95,7 @@ class Options:
 
     @property
     def compile_mode(self) -> str | None:
-        """The mode of ``torch.compile``; None without compilation."""
+        """Return the mode of ``torch.compile``; None without compilation."""
         if self.compile is False:
             return None
         return "default" if self.compile is True else str(self.compile)

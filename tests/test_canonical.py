@@ -13,7 +13,7 @@ from torch import Tensor
 from clipgrad.engine.tape import Strategy, Tracked
 from clipgrad.rules import OneHot, Outer, PerSample, Use, ghost, gram
 from clipgrad.rules.canonical import row_norms_squared
-from clipgrad.rules.ghost import ghost_norms_squared, lengths_of, never_underestimated
+from clipgrad.rules.ghost import ghost_norms_squared, lengths_of, raised_to_rounding_bound
 
 B, S, ROWS, COLUMNS = 4, 5, 6, 3
 SHAPE = torch.Size([ROWS, COLUMNS])
@@ -188,7 +188,7 @@ def test_gradient_that_the_plan_did_not_foresee() -> None:
     use, gradient = dense(), draw(B, *SHAPE)
     entry = tracked([use], Strategy.GHOST)
     entry.leaf.grad = gradient.clone()
-    entry.settle()
+    entry.merge_kept_gradients()
     torch.testing.assert_close(entry.per_sample(), definition(use) + gradient)
     torch.testing.assert_close(entry.squared_norms(), squared_norms(definition(use) + gradient))
 
@@ -249,14 +249,14 @@ def test_norms_allow_for_a_sum_in_tf32(materialised: bool, monkeypatch: pytest.M
     use = cancelling(1e-6)
     lengths = lengths_of([use])
     exact = torch.zeros(B)
-    before = never_underestimated(exact, lengths, [use], materialised=materialised).sqrt()
+    before = raised_to_rounding_bound(exact, lengths, [use], materialised=materialised).sqrt()
     monkeypatch.setattr(ghost, "_may_round_to_tf32", lambda norms: True)
-    after = never_underestimated(exact, lengths, [use], materialised=materialised).sqrt()
+    after = raised_to_rounding_bound(exact, lengths, [use], materialised=materialised).sqrt()
     assert (before < after).all()
     assert (after >= lengths.products * 2.0**-7).all()
     embedding = hot()
     lengths = lengths_of([embedding])
-    norms = never_underestimated(exact.double(), lengths, [embedding], materialised=True)
+    norms = raised_to_rounding_bound(exact.double(), lengths, [embedding], materialised=True)
     assert (norms.sqrt() < 1e-10 * lengths.products).all()
 
 
@@ -285,7 +285,7 @@ def test_non_finite_stays_non_finite() -> None:
             norms = ghost_norms_squared([use])
             assert not norms[0].isfinite()
             assert norms[1:].isfinite().all()
-            raised = never_underestimated(norms, lengths_of([use]), [use], materialised=True)
+            raised = raised_to_rounding_bound(norms, lengths_of([use]), [use], materialised=True)
             assert not raised[0].isfinite()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -42,7 +43,7 @@ def test_another_optimizer_of_the_same_parameters_releases_nothing() -> None:
     torch.optim.SGD(model.parameters(), lr=1.0).step()
     torch.optim.AdamW(model.parameters(), weight_decay=0.0, foreach=True).step()
     assert_same(values(model), before)
-    with pytest.raises(UnclippedGradientError, match="wait for their noise"):
+    with pytest.raises(UnclippedGradientError, match="before noise was added to the clipped sums"):
         optimizer.inner.step()
     assert_same(values(model), before)
 
@@ -83,10 +84,14 @@ def test_a_step_on_foreign_gradients_is_refused(act: Act) -> None:
     optimizer, before = private(model, noise_multiplier=1.0), values(model)
     optimizer.backward(data())
     act(optimizer, model)
-    with pytest.raises(UnclippedGradientError, match=r"'[02]\.(weight|bias)'.*by somebody else"):
+    with pytest.raises(
+        UnclippedGradientError, match=r"'[02]\.(weight|bias)'.*written by other code"
+    ):
         optimizer.step()
     assert_same(values(model), before)
-    with pytest.raises(UnclippedGradientError, match=r"only DPOptimizer write.*zero_grad\(\)"):
+    with pytest.raises(
+        UnclippedGradientError, match=r"Only DPOptimizer may write gradients.*zero_grad\(\)"
+    ):
         optimizer.backward(data())  # as the second call of a logical batch
     optimizer.zero_grad()  # the way out that the message names
     optimizer.backward(data())
@@ -306,3 +311,23 @@ def test_a_loss_that_raises_leaves_the_logical_batch_as_it_was() -> None:
         optimizer.backward(data(seed=2))
     assert_same(optimizer.clipped_sums, before)
     optimizer.step()
+
+
+@pytest.mark.parametrize("clear", ["model.zero_grad", "grad = None", "optimizer.zero_grad"])
+def test_published_gradients_are_not_kept_after_they_are_cleared(clear: str) -> None:
+    """Some loops clear gradients through the model; the optimizer must not hold one more copy each step."""
+    model = mlp()
+    optimizer = private(model, noise_multiplier=1.0)
+    clears: dict[str, Callable[[], object]] = {
+        "model.zero_grad": model.zero_grad,
+        "grad = None": lambda: [setattr(p, "grad", None) for p in model.parameters()],
+        "optimizer.zero_grad": optimizer.zero_grad,
+    }
+    published = []
+    for _ in range(3):
+        optimizer.backward(data())
+        optimizer.step()
+        published.append([weakref.ref(gradient) for gradient in grads(model)])
+        clears[clear]()
+    optimizer.backward(data())
+    assert not any(reference() is not None for step in published for reference in step)

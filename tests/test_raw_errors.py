@@ -239,7 +239,7 @@ def test_gradient_checkpointing_of_hugging_face(reentrant: bool) -> None:
 # ------------------------------------------------------------------------- values that are logged
 
 LOGGED = r"(value that the loss kept|per-sample value that the loss kept).*has_aux=True.*optimizer\.diagnostics"
-READ = r"To log (it|a value), read optimizer\.diagnostics after backward\(\), or return it \(.*has_aux=True\)"
+READ = r"To log (it|a value), read optimizer\.diagnostics after backward\(\), or return it as .*has_aux=True\)"
 
 
 class Logged(nn.Module):

@@ -151,7 +151,10 @@ LOSSES: dict[str, tuple[Loss, str]] = {
     "deepcopy": (lambda m, x: copy.deepcopy(m)(x).sum(), RAW),
     "vector": (lambda m, x: m(x).mean(-1), SCALAR + r".*has_aux=True"),
     "matrix": (lambda m, x: m(x), r"shape \(1, 2\)"),
-    "tuple": (lambda m, x: (m(x).sum(), x), r"got tuple.*clipped_grad with has_aux=True"),
+    "three values": (
+        lambda m, x: (m(x).sum(), x, x),
+        r"got tuple.*return \(loss, metrics\) to DPOptimizer.*clipped_grad with has_aux=True",
+    ),
     "number": (lambda m, x: 3.0, r"got float"),
     "nothing": (lambda m, x: None, r"got NoneType"),
     "integer": (lambda m, x: m(x).sum().long(), r"floating-point scalar, got torch\.int64"),

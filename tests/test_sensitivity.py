@@ -22,7 +22,7 @@ from clipgrad import (
     Relation,
     clipped_grad,
 )
-from clipgrad.clipping import Progress
+from clipgrad.clipping import StepState
 from clipgrad.function import ClippedGrad
 from clipgrad.result import ClippedGradResult
 from tests.nightly import every
@@ -134,7 +134,6 @@ ways: dict[str, st.SearchStrategy[Any]] = {
 clippings: st.SearchStrategy[dict[str, Any]] = st.fixed_dictionaries(
     {
         "max_grad_norm": st.sampled_from([1e-3, 0.1, 1.0, 30.0, "grouped"]),
-        "rescale_to_unit_norm": st.booleans(),
         **ways,
     }
 )
@@ -272,11 +271,11 @@ def test_neighbours_of_an_adaptive_norm(
 ) -> None:
     """Sum and count together, in units of their noise: one sample moves them by 1 / multiplier at most."""
     model, quantile = MODELS[name], AdaptiveQuantile(norm, count_stddev=3.0)
-    progress = Progress.start(Automatic(quantile) if normalised else quantile, multiplier)
-    gradient = clipped_grad(model.loss, max_grad_norm=progress.max_grad_norm)
+    step_state = StepState.start(Automatic(quantile) if normalised else quantile, multiplier)
+    gradient = clipped_grad(model.loss, max_grad_norm=step_state.max_grad_norm)
     for relation, one, other in (neighbours := Neighbours.make(model, gradient, **drawn)).pairs():
-        z, stddev = progress.noise(relation, expected_batch_size=20)
-        counts = [progress.observed(result.outcome)[0] for result in (one, other)]
+        z, stddev = step_state.noise(relation, expected_batch_size=20)
+        counts = [step_state.observed_sums(result.outcome)[0] for result in (one, other)]
         moved = distance(one.grads, other.grads) / (z * gradient.sensitivity(relation))
         count = float((counts[0] - counts[1]).abs()) / stddev
         slack = model.rounding * neighbours.size / z

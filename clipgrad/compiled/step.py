@@ -15,11 +15,11 @@ from torch import Tensor
 from clipgrad.compiled import backend
 from clipgrad.compiled.cuda_graphs import CudaRecorder, Replay, recordable
 from clipgrad.compiled.signature import difference
-from clipgrad.compiled.trace import Graph, trace
+from clipgrad.compiled.trace import TracedStep, trace
 from clipgrad.engine.captured_loss import GraphOfLoss
 from clipgrad.engine.clip_and_sum import MicrobatchResult, Settings
 from clipgrad.engine.inputs import Inputs
-from clipgrad.engine.rng_state import Generators
+from clipgrad.engine.rng_state import SavedRngState
 from clipgrad.errors import CompileError
 
 LIMIT = 8
@@ -27,7 +27,7 @@ _log = logging.getLogger("clipgrad")
 
 
 @dataclass
-class Entry:
+class CompiledStep:
     """One compiled graph and what it was made for.
 
     Attributes:
@@ -40,7 +40,7 @@ class Entry:
     """
 
     signature: tuple[Any, ...]
-    graph: Graph
+    graph: TracedStep
     run: backend.Run
     replay: Replay | None = None
     runs: int = 0
@@ -58,7 +58,7 @@ class Entry:
         """
         next_run = self.runs + 1
         compared = next_run & self.runs == 0
-        return not compared and (self.replay is None or self.replay.settled(flat))
+        return not compared and (self.replay is None or self.replay.is_recorded_for(flat))
 
     def start(self, given: Sequence[Tensor]) -> bool:
         """Replay the step before anybody has checked whether the graph serves, if that can be undone.
@@ -69,10 +69,10 @@ class Entry:
             Whether a replay was started, so that ``call`` has only to fetch the results.
         """
         replay = self.replay
-        if replay is None or not self.graph.forgettable:
+        if replay is None or not self.graph.has_no_side_effects:
             return False
         flat = self.arguments(given)
-        if not replay.fits(flat) or not self.is_trusted(flat):
+        if not replay.can_replay(flat) or not self.is_trusted(flat):
             return False
         with torch.no_grad():
             replay.start(flat)
@@ -91,7 +91,9 @@ class Entry:
                 results = self.run(*flat)
             else:
                 results = replay.results(layout.sums) if started else replay(flat, layout.sums)
-        return layout.restore(results, aliases_graph=replay is not None and replay.lends)
+        return layout.restore(
+            results, aliases_graph=replay is not None and replay.returned_uncopied
+        )
 
 
 class Compiler:
@@ -103,7 +105,7 @@ class Compiler:
 
     def __init__(self, mode: str) -> None:
         self.mode = mode
-        self._entries: list[Entry] = []
+        self._entries: list[CompiledStep] = []
         self._size: int | None = None
         self._bounds: tuple[tuple[float, ...], Tensor] | None = None
 
@@ -123,7 +125,7 @@ class Compiler:
         return self._bounds[1]
 
     @property
-    def last(self) -> Entry | None:
+    def last(self) -> CompiledStep | None:
         """The graph that served last."""
         return self._entries[0] if self._entries else None
 
@@ -131,7 +133,7 @@ class Compiler:
         """Drop all graphs."""
         self._entries = []
 
-    def find(self, now: tuple[Any, ...]) -> Entry | None:
+    def find(self, now: tuple[Any, ...]) -> CompiledStep | None:
         """The graph that serves a signature; None if there is none."""
         for index, entry in enumerate(self._entries):
             if entry.signature == now:
@@ -148,7 +150,7 @@ class Compiler:
         given: Sequence[Tensor],
         settings: Settings,
         now: tuple[Any, ...],
-    ) -> Entry:
+    ) -> CompiledStep:
         """Trace and compile the step, and log how long it takes.
 
         Args:
@@ -177,12 +179,12 @@ class Compiler:
             padding.shape[0],
             f" again, since this changed: {reason}" if reason else "",
         )
-        generators = Generators(padding.device)
+        generators = SavedRngState(padding.device)
         try:
             graph = trace(inputs, loss, batch, padding, bounds, settings)
         finally:
             generators.restore()
-        entry = Entry(now, graph, backend.compile_graph(graph.module, self.mode))
+        entry = CompiledStep(now, graph, backend.compile_graph(graph.module, self.mode))
         traced = time.perf_counter()
         try:
             entry.call(entry.arguments(given))
@@ -207,7 +209,7 @@ class Compiler:
 
 
 def _replay(
-    entry: Entry, device: torch.device, params: int, batch: Sequence[Any], given: int
+    entry: CompiledStep, device: torch.device, params: int, batch: Sequence[Any], given: int
 ) -> Replay:
     """Parameters, and what the loss reads besides its batch, stay where they are; the rest does not."""
     samples = sum(isinstance(leaf, Tensor) for leaf in batch)

@@ -50,7 +50,9 @@ class Streaming:
         self._modules = fsdp_modules(model)
         self._slots = [self._slots_of(module) for module in self._modules]
         self._parameters = list(model.parameters())
-        self._sharded = {id(slot.whole): slot.sharded for slots in self._slots for slot in slots}
+        self._sharded = {
+            _storage(slot.whole): slot.sharded for slots in self._slots for slot in slots
+        }
         self._group_of_storage: dict[int, int] = {}
         for group, slots in enumerate(self._slots):
             for slot in slots:
@@ -88,7 +90,7 @@ class Streaming:
 
     def sharded(self, whole: Tensor) -> DTensor:
         """The parameter as FSDP keeps it."""
-        return self._sharded[id(whole)]
+        return self._sharded[_storage(whole)]
 
     def whole_parameters(self, names: Sequence[str]) -> list[Tensor]:
         """The whole parameters by name; most of them have no memory now."""

@@ -49,14 +49,15 @@ _ADVICE = (
         (".item() on a Tensor", "item() on a Tensor"),
         "the loss reads the value of a tensor with .item() (or int(), float()), which is data-dependent control "
         "flow: under per-sample gradients it has one value per sample. Keep it a tensor, and branch by torch.where. "
-        "To log it, read optimizer.diagnostics after backward(), or return it (clipped_grad with has_aux=True).",
+        "To log it, read optimizer.diagnostics after backward(), or return it as (loss, metrics) (clipped_grad: with "
+        "has_aux=True).",
         ValueReadError,
     ),
     _Advice(
         ("Cannot access data pointer of Tensor", "Cannot access storage of BatchedTensor"),
         "the loss takes the values out of a tensor (tolist, numpy, deepcopy, pickle), where they cannot be followed. "
         "Use tensor operations; make copies of modules outside the loss. To log a value, read optimizer.diagnostics "
-        "after backward(), or return it (clipped_grad with has_aux=True).",
+        "after backward(), or return it as (loss, metrics) (clipped_grad: with has_aux=True).",
     ),
     _Advice(
         ("needed for gradient computation has been modified",),
@@ -168,7 +169,7 @@ _ONE_SAMPLE = (
 
 
 @contextmanager
-def explained() -> Iterator[None]:
+def explain_vmap_errors() -> Iterator[None]:
     """Turn PyTorch's refusals into ``NotPerSampleError`` with a remedy; let other errors pass.
 
     An error about sizes gets a note, since code that works for the whole batch may fail for one sample.

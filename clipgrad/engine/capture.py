@@ -11,7 +11,13 @@ from torch import Tensor
 from torch._C._autograd import _get_sequence_nr
 from torch.overrides import TorchFunctionMode, resolve_name
 
-from clipgrad._functorch import Decline, below_vmap, current_level, current_randomness, physical
+from clipgrad._functorch import (
+    Decline,
+    below_vmap,
+    current_level,
+    current_randomness,
+    expose_batch_axis,
+)
 from clipgrad.engine import custom_vmap, stale_values
 from clipgrad.engine.call import BoundCall
 from clipgrad.engine.expressions import (
@@ -23,7 +29,7 @@ from clipgrad.engine.expressions import (
 )
 from clipgrad.engine.fallback import CORRECTIONS
 from clipgrad.engine.foreign_code import PLAIN, dispatch_modes, refuse_dispatch_modes, refuse_kind
-from clipgrad.engine.one_by_one import instead
+from clipgrad.engine.one_by_one import retry_one_by_one
 from clipgrad.engine.tape import Tape, Tracked
 from clipgrad.errors import EscapedParameterError, NotPerSampleError
 from clipgrad.rules.registry import Decomposition, Rule, rules
@@ -92,16 +98,16 @@ class Capture(TorchFunctionMode):
             refuse_dispatch_modes()
             for kind in types:
                 refuse_kind(kind, f"an operand of {operation_name(func)}")
-        kept = stale_values.among(operands(args, kwargs), self.level)
+        kept = stale_values.contains_stale(operands(args, kwargs), self.level)
         try:
             result = self._run(func, args, kwargs)
         except Exception as error:
             if kept:
-                raise stale_values.refuse(operation_name(func)) from error
+                raise stale_values.stale_value_error(operation_name(func)) from error
             raise
         made = tensors_in(result)
         if kept and made:  # reading a shape is harmless
-            raise stale_values.refuse(operation_name(func))
+            raise stale_values.stale_value_error(operation_name(func))
         self.made.extend(map(weakref.ref, made))
         return result
 
@@ -124,10 +130,10 @@ class Capture(TorchFunctionMode):
             message = written_expression_message if entry.derived else written_message
             raise NotPerSampleError(message(entry.name))
         result = self._under_vmap(func, args, kwargs)
-        if custom_vmap.brings_vmap(func, args):
+        if custom_vmap.has_custom_vmap(func, args):
             backward_pass = any(map(self._requires_grad, tensors_in(result)))
             if backward_pass or not native:  # an inner transform may run a backward pass of its own
-                raise custom_vmap.refuse(func, args)
+                raise custom_vmap.custom_vmap_error(func, args)
         if tracked and torch.is_grad_enabled() and tensors_in(result):
             for entry in tracked:
                 entry.fallback.append(operation_name(func))
@@ -147,14 +153,14 @@ class Capture(TorchFunctionMode):
             self.tape.corrected.append((before, _get_sequence_nr()))
             return result
         except (RuntimeError, IndexError, ValueError) as error:
-            return instead(func, args, kwargs, error)
+            return retry_one_by_one(func, args, kwargs, error)
 
     def _requires_grad(self, tensor: Tensor) -> bool:
         """Return whether a tensor requires grad below ``vmap``, which hides this from a loss that branches on it."""
         if tensor.requires_grad:
             return True
         try:
-            value = physical(tensor, self.level)
+            value = expose_batch_axis(tensor, self.level)
         except Decline:
             return False
         return value is not None and value.requires_grad
@@ -200,9 +206,10 @@ class Capture(TorchFunctionMode):
         """Run an operation on parameters alone once for all samples, and track its result."""
 
         def run(read: Callable[[Tracked], Tensor]) -> Any:
-            lowered = [_lower(value, self.table, read) for value in args]
+            lowered = [_replace_tracked(value, self.table, read) for value in args]
             return func(
-                *lowered, **{key: _lower(value, self.table, read) for key, value in kwargs.items()}
+                *lowered,
+                **{key: _replace_tracked(value, self.table, read) for key, value in kwargs.items()},
             )
 
         if writes_in_place(func, args, kwargs):
@@ -245,13 +252,15 @@ class Capture(TorchFunctionMode):
                 self.refuse_original(operand, operation_name(func))
 
 
-def _lower(value: Any, table: dict[int, Tracked], read: Callable[[Tracked], Tensor]) -> Any:
+def _replace_tracked(
+    value: Any, table: dict[int, Tracked], read: Callable[[Tracked], Tensor]
+) -> Any:
     """Return an argument in which ``read`` replaces every tracked tensor."""
     # This is not a nested function: a recursive closure is a reference cycle and would keep the whole tape alive.
     if isinstance(value, Tensor):
         return read(table[id(value)])
     if isinstance(value, list | tuple) and any(isinstance(item, Tensor) for item in value):
-        return type(value)(_lower(item, table, read) for item in value)
+        return type(value)(_replace_tracked(item, table, read) for item in value)
     return value
 
 

@@ -1,4 +1,4 @@
-"""One microbatch: forward under ``vmap``, one ordinary backward, norms, clipped sums."""
+"""This module runs one microbatch: forward pass under ``vmap``, ordinary backward pass, norms, clipped sums."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-from clipgrad._functorch import all_samples, per_sample, vmap_level
+from clipgrad._functorch import expose_or_broadcast, hide_batch_axis, vmap_level
 from clipgrad._phases import phase
 from clipgrad.engine import foreign_code, refused_nodes, stale_values
-from clipgrad.engine.advice import explained
+from clipgrad.engine.advice import explain_vmap_errors
 from clipgrad.engine.capture import Capture, escape_message, written_message
 from clipgrad.engine.clip_and_sum import (
     MicrobatchResult,
@@ -35,7 +35,7 @@ def forward(
     batch: Sequence[Any],
     settings: Settings,
 ) -> tuple[Tape, Tensor, Any]:
-    """Run the loss on every sample at once and record the uses of the parameters."""
+    """Run the loss on all samples at once and record the uses of the parameters."""
     foreign_code.refuse_modes()
     size = next(leaf.shape[0] for leaf in batch if isinstance(leaf, Tensor))
     tape = Tape(names, params, size, settings.ranks.before_recipe)
@@ -44,25 +44,27 @@ def forward(
     made: list[weakref.ref[Tensor]] = []
     try:
         with (
-            explained(),
+            explain_vmap_errors(),
             foreign_code.without_saved_tensors_hooks(),
             vmap_level(size, settings.options.performance.randomness) as level,
         ):
-            leaves = [per_sample(entry.leaf, level) for entry in tape.tracked]
-            rows = [per_sample(leaf, level) if isinstance(leaf, Tensor) else leaf for leaf in batch]
+            leaves = [hide_batch_axis(entry.leaf, level) for entry in tape.tracked]
+            rows = [
+                hide_batch_axis(leaf, level) if isinstance(leaf, Tensor) else leaf for leaf in batch
+            ]
             capture = Capture(tape, leaves, params)
             made = capture.made
             value, aux, structure = _one_sample(loss, capture, leaves, rows, settings)
-            values = all_samples(value, level, size)
-            aux = [all_samples(leaf, level, size).detach() for leaf in aux]
+            values = expose_or_broadcast(value, level, size)
+            aux = [expose_or_broadcast(leaf, level, size).detach() for leaf in aux]
         for name, param, version in zip(names, params, versions, strict=True):
             if param._version != version:
                 raise NotPerSampleError(written_message(name))
     except BaseException:
-        stale_values.remember(made)  # the loss may have kept some before it failed
+        stale_values.remember(made)  # the loss may have stored values before it failed
         tape.release()
         raise
-    del leaves, rows, value, capture  # what only this function held was kept by nobody
+    del leaves, rows, value, capture  # these references must not count as stored values
     stale_values.remember(made)
     return tape, values, tree_unflatten(aux, structure)
 
@@ -70,18 +72,19 @@ def forward(
 def _one_sample(
     loss: Loss, capture: Capture, leaves: list[Tensor], sample: list[Any], settings: Settings
 ) -> tuple[Tensor, list[Tensor], TreeSpec]:
-    """Value, auxiliary tensors and their structure of the loss as every sample sees it."""
+    """Return the loss of one sample, its auxiliary tensors and their structure."""
     if settings.options.keep_batch_dim:
         sample = [leaf[None] if isinstance(leaf, Tensor) else leaf for leaf in sample]
     capture.made.extend(weakref.ref(leaf) for leaf in sample if isinstance(leaf, Tensor))
     with capture:
         result = loss(leaves, sample)
-    value, aux = _split(result, settings.options.has_aux)
+    value, aux = _value_and_aux(result, settings.options.has_aux)
     flat, structure = tree_flatten(aux)
     for leaf in flat:
         if not isinstance(leaf, Tensor):
             raise NotPerSampleError(
-                f"aux may hold tensors only, got {type(leaf).__name__}; return constants outside the loss."
+                f"aux may hold tensors only, got {type(leaf).__name__}. Return (loss, metrics) with metrics that are "
+                "tensors of the one sample, and keep constants outside the loss."
             )
     return value, flat, structure
 
@@ -94,27 +97,27 @@ def run(
     is_padding: Tensor | None,
     settings: Settings,
 ) -> MicrobatchResult:
-    """Forward pass, backward pass, norms and clipped sums of one microbatch."""
+    """Run forward and backward pass of one microbatch, and compute norms and clipped sums."""
     with phase("forward"), torch.enable_grad():
         tape, values, aux = forward(loss, names, params, batch, settings)
     try:
         with phase("forward"):
-            plan(tape, settings)
+            choose_strategies(tape, settings)
         if settings.ranks.is_sharded:
             settings.ranks.before_backward([values.grad_fn, *tape.graphs_of_expressions()])
         with torch.enable_grad():
             _backward(tape, values, params)
         with torch.no_grad(), _without_autocast(values.device):
             with phase("per-sample gradients"):
-                gradients = Gradients(tape, len(params))
+                gradients = Gradients(tape)
             with phase("norms"):
-                return clip(gradients, params, values.detach(), aux, is_padding, settings)
+                return clip(gradients, values.detach(), aux, is_padding, settings)
     finally:
         tape.release()
 
 
-def plan(tape: Tape, settings: Settings) -> list[Choice]:
-    """Decide a strategy for every tracked entry, and tell the entries."""
+def choose_strategies(tape: Tape, settings: Settings) -> list[Choice]:
+    """Choose a strategy for every tracked entry, and store it in the entry."""
     choices = choose(
         tape.tracked,
         tape.batch_size,
@@ -126,7 +129,9 @@ def plan(tape: Tape, settings: Settings) -> list[Choice]:
     return choices
 
 
-def _split(result: Any, has_aux: bool) -> tuple[Tensor, Any]:
+def _value_and_aux(result: Any, has_aux: bool | None) -> tuple[Tensor, Any]:
+    if has_aux is None:
+        has_aux = isinstance(result, tuple) and len(result) == 2
     if has_aux:
         if not (isinstance(result, tuple) and len(result) == 2):
             raise NotPerSampleError(
@@ -143,7 +148,7 @@ def _split(result: Any, has_aux: bool) -> tuple[Tensor, Any]:
         )
         raise NotPerSampleError(
             f"the loss must return a scalar tensor for one sample, got {got}. Reduce it with .mean() or .sum(); "
-            "to return more, use clipgrad.clipped_grad with has_aux=True."
+            "to return more, return (loss, metrics) to DPOptimizer, or use clipgrad.clipped_grad with has_aux=True."
         )
     if not value.is_floating_point():
         raise NotPerSampleError(
@@ -160,17 +165,16 @@ def _backward(tape: Tape, values: Tensor, params: Sequence[Tensor]) -> None:
             "Compute the loss from the model's output, and let the gradient through."
         )
     _refuse_escapes(tape, values, params)
-    with phase("backward"), _without_autocast(values.device), explained():
+    with phase("backward"), _without_autocast(values.device), explain_vmap_errors():
         values.sum().backward()
 
 
 def _refuse_escapes(tape: Tape, values: Tensor, params: Sequence[Tensor]) -> None:
-    """Walk the graph that is about to run: a leaf that is not ours would receive an unclipped gradient.
+    """Refuse unknown leaves of the graph before it runs, because they would receive an unclipped gradient.
 
-    The capture sees operations; this sees what reached the graph by any other road (a custom
-    ``autograd.Function``, a C++ extension).
+    The capture does not see every operation on them (in a custom ``autograd.Function``, in a C++ extension).
     """
-    ours = {id(entry.leaf) for entry in tape.tracked} | {id(tape.anchor)}
+    leaf_ids = {id(entry.leaf) for entry in tape.tracked} | {id(tape.anchor)}
     seen = set()
     stack = [values.grad_fn]
     while stack:
@@ -182,7 +186,7 @@ def _refuse_escapes(tape: Tape, values: Tensor, params: Sequence[Tensor]) -> Non
         if kind in refused_nodes.WRONG:
             refused_nodes.refuse(node, tape.corrected)
         variable = node.variable if kind == "AccumulateGrad" else None  # type: ignore[attr-defined]
-        if variable is not None and id(variable) not in ours:
+        if variable is not None and id(variable) not in leaf_ids:
             for entry, original in zip(tape.tracked, params, strict=False):
                 if variable is original:
                     raise EscapedParameterError(escape_message(entry.name, "the loss"))
@@ -195,7 +199,7 @@ def _refuse_escapes(tape: Tape, values: Tensor, params: Sequence[Tensor]) -> Non
 
 
 def _without_autocast(device: torch.device) -> AbstractContextManager[Any]:
-    """Norms and sums keep their precision whatever the caller's autocast says."""
+    """Switch the caller's autocast off, so that norms and sums keep their precision."""
     if torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()

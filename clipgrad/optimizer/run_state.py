@@ -89,7 +89,7 @@ class RunState:
         ranks.compare_soon()
         ranks.meet(
             "checkpoint",
-            optimizer._progress.step,
+            optimizer._step_state.step,
             lambda: {"the state of the run": own},
             parameters,
         )
@@ -136,7 +136,7 @@ class RunState:
         from torch.distributed.checkpoint.state_dict_saver import save
 
         folder = Path(folder)
-        name = f"step-{self._optimizer._progress.step}"
+        name = f"step-{self._optimizer._step_state.step}"
         beside = folder / f".{name}.part"
         with _alone_or_together():
             save({"run": self}, checkpoint_id=beside)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from statistics import median
 from typing import Any
 
@@ -83,11 +82,12 @@ def profile_with(
     size = _batch_size(batch)
     device = next(p.device for group in optimizer.param_groups for p in group["params"])
     watch = Stopwatch(clock, device)
-    standard = _standard_step(_copied(optimizer), batch)
-    clipped = _clipped_step(_copied(optimizer), batch)
+    standard = _standard_step(_copy_optimizer(optimizer), batch)
+    clipped = _clipped_step(_copy_optimizer(optimizer), batch)
     whole: dict[Step, list[float]] = {standard: [], clipped: []}
     parts: dict[Step, list[dict[Phase, float]]] = {standard: [], clipped: []}
-    with _random_streams_kept(device), torch.enable_grad():
+    # Dropout changes PyTorch's global RNG states.
+    with torch.random.fork_rng([] if device.type == "cpu" else [device]), torch.enable_grad():
         for _ in range(warm_up):
             standard()
             clipped()
@@ -186,12 +186,7 @@ def _medians(names: Sequence[Phase], rounds: Sequence[dict[Phase, float]]) -> di
     return {name: median(seconds.get(name, 0.0) for seconds in rounds) for name in names}
 
 
-def _random_streams_kept(device: torch.device) -> AbstractContextManager[None]:
-    """Restore PyTorch's global RNG states afterwards, which dropout changes."""
-    return torch.random.fork_rng([] if device.type == "cpu" else [device])
-
-
-def _copied(optimizer: DPOptimizer) -> DPOptimizer:
+def _copy_optimizer(optimizer: DPOptimizer) -> DPOptimizer:
     try:
         twin = copy.deepcopy(optimizer)
     except Exception as error:

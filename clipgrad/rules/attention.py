@@ -83,7 +83,7 @@ def _fold(tensor: Tensor, batch: torch.Size, heads: torch.Size | None) -> Tensor
 def _fold_mask(call: Call, attn_mask: Tensor, lead: torch.Size) -> Tensor:
     """Return the mask for ``[B * batch, heads, queries, keys]``; a shared mask is not expanded."""
     mask = call.batched(attn_mask)
-    if not call.has_lanes(attn_mask) and not mask.requires_grad:
+    if not call.has_batch_axis(attn_mask) and not mask.requires_grad:
         mask = mask[:1]
     while mask.dim() < 3:
         mask = mask.unsqueeze(1)

@@ -28,19 +28,18 @@ def cross_entropy(
     label_smoothing: float = 0.0,
 ) -> Tensor:
     """Run cross entropy with class indices; a sample has ``(C,)`` with ``()``, or ``(N, C, ...)`` with ``(N, ...)``."""
-    if not (call.has_lanes(input) and call.has_lanes(target)) or target.dtype is not torch.int64:
+    if (
+        not (call.has_batch_axis(input) and call.has_batch_axis(target))
+        or target.dtype is not torch.int64
+    ):
         raise Decline
     if weight is not None or label_smoothing or size_average is not None or reduce is not None:
         raise Decline
     x, t = call.batched(input), call.batched(target)
     if x.dim() != t.dim() + 1 or reduction not in ("mean", "sum", "none"):
         raise Decline  # PyTorch refuses this call with its own message
-    if x.dim() == 2:
-        losses = F.cross_entropy(x, t, ignore_index=ignore_index, reduction="none")
-    else:
-        losses = F.cross_entropy(
-            x.flatten(0, 1), t.flatten(0, 1), ignore_index=ignore_index, reduction="none"
-        ).view(t.shape)
+    flat = (x, t) if x.dim() == 2 else (x.flatten(0, 1), t.flatten(0, 1))
+    losses = F.cross_entropy(*flat, ignore_index=ignore_index, reduction="none").view(t.shape)
     if reduction == "none":
         return call.finish(losses)
     total = losses.flatten(1).sum(1) if losses.dim() > 1 else losses
@@ -84,7 +83,7 @@ def _register(function: Callable[..., Tensor]) -> None:
         **options: Any,
     ) -> Tensor:
         usual = not positional and all(value is None for value in options.values())
-        if not (usual and call.has_lanes(input) and call.has_lanes(target)):
+        if not (usual and call.has_batch_axis(input) and call.has_batch_axis(target)):
             raise Decline
         x, t = call.batched(input), call.batched(target)
         if x.shape != t.shape or x.dtype != t.dtype or not x.is_floating_point():

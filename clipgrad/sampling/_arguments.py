@@ -58,6 +58,7 @@ def length(dataset: object) -> int:
     if not isinstance(dataset, Sized):
         raise TypeError(
             f"dataset must have a length, got {type(dataset).__name__}; use a map-style dataset, "
-            "whose samples can be read by index."
+            "whose samples can be read by index. For a stream, make its batches yourself, and say how in the plan: "
+            "PrivacyPlan(declared_sampling='...') (docs/sampling.md)."
         )
     return len(dataset)

@@ -12,9 +12,9 @@ from torch.utils.data import Dataset, default_collate
 from clipgrad.plan import PrivacyPlan
 from clipgrad.ranks import world
 from clipgrad.sampling import _arguments as arguments
-from clipgrad.sampling._collate import EmptyBatchCollate, PaddingCollate, UserCollate
+from clipgrad.sampling._collate import EmptyBatchCollate, UserCollate, padded
 from clipgrad.sampling._loader import PrivateLoader
-from clipgrad.sampling._planned import planned, require_fit
+from clipgrad.sampling._planned import numbers_of_plan, require_fit
 from clipgrad.sampling._poisson import PoissonSampler
 from clipgrad.sampling._shuffled import ShuffledSampler
 from clipgrad.sampling._users import UserSampler
@@ -36,6 +36,7 @@ def poisson_loader(
     num_workers: int = 0,
     pin_memory: bool = False,
     persistent_workers: bool = False,
+    prefetch_factor: int | None = None,
 ) -> PrivateLoader:
     """Make a loader of Poisson batches, including empty batches.
 
@@ -56,6 +57,7 @@ def poisson_loader(
         num_workers: As in ``DataLoader``.
         pin_memory: As in ``DataLoader``.
         persistent_workers: As in ``DataLoader``.
+        prefetch_factor: As in ``DataLoader``.
 
     Returns:
         The loader; its ``batch_sampler`` is the :class:`PoissonSampler`.
@@ -77,7 +79,7 @@ def poisson_loader(
     """
     if plan is not None:
         given = (expected_batch_size, sample_rate, max_batch_size, steps)
-        expected_batch_size, max_batch_size, steps = planned(
+        expected_batch_size, max_batch_size, steps = numbers_of_plan(
             plan, "sample", arguments.length(dataset), given
         )
     sampler = PoissonSampler(
@@ -95,12 +97,13 @@ def poisson_loader(
     return PrivateLoader(
         dataset,
         sampler,
-        collate_fn=_padded(
+        collate_fn=padded(
             pad, "max_batch_size", max_batch_size, example, EmptyBatchCollate(example, collate_fn)
         ),
         num_workers=num_workers,
         pin_memory=pin_memory,
         persistent_workers=persistent_workers,
+        prefetch_factor=prefetch_factor,
         receipts=None if plan is None else plan.run.receipts,
     )
 
@@ -123,6 +126,7 @@ def user_loader(
     num_workers: int = 0,
     pin_memory: bool = False,
     persistent_workers: bool = False,
+    prefetch_factor: int | None = None,
 ) -> PrivateLoader:
     """Make a loader of Poisson batches of users, for privacy of whole users.
 
@@ -149,6 +153,7 @@ def user_loader(
         num_workers: As in ``DataLoader``.
         pin_memory: As in ``DataLoader``.
         persistent_workers: As in ``DataLoader``.
+        prefetch_factor: As in ``DataLoader``.
 
     Returns:
         The loader; its ``batch_sampler`` is the :class:`UserSampler`.
@@ -185,7 +190,7 @@ def user_loader(
         given = (expected_users, sample_rate, max_users, steps)
         # The sampler checks the ids with clear messages.
         users = UserSampler(user_ids, sample_rate=1.0).num_users
-        expected_users, max_users, steps = planned(plan, "user", users, given)
+        expected_users, max_users, steps = numbers_of_plan(plan, "user", users, given)
     sampler = UserSampler(
         user_ids,
         expected_users=expected_users,
@@ -209,10 +214,11 @@ def user_loader(
     return PrivateLoader(
         by_user,
         sampler,
-        collate_fn=_padded(pad, "max_users", max_users, example, collate),
+        collate_fn=padded(pad, "max_users", max_users, example, collate),
         num_workers=num_workers,
         pin_memory=pin_memory,
         persistent_workers=persistent_workers,
+        prefetch_factor=prefetch_factor,
         receipts=None if plan is None else plan.run.receipts,
     )
 
@@ -226,6 +232,7 @@ def shuffled_loader(
     num_workers: int = 0,
     pin_memory: bool = False,
     persistent_workers: bool = False,
+    prefetch_factor: int | None = None,
 ) -> PrivateLoader:
     """Make a loader of shuffled batches for a plan with ``shuffled=True``; each sample is used at most once a pass.
 
@@ -239,6 +246,7 @@ def shuffled_loader(
         num_workers: As in ``DataLoader``.
         pin_memory: As in ``DataLoader``.
         persistent_workers: As in ``DataLoader``.
+        prefetch_factor: As in ``DataLoader``.
 
     Raises:
         ValueError: If the plan is for other batches or another dataset.
@@ -275,6 +283,7 @@ def shuffled_loader(
         num_workers=num_workers,
         pin_memory=pin_memory,
         persistent_workers=persistent_workers,
+        prefetch_factor=prefetch_factor,
         receipts=plan.run.receipts,
     )
 
@@ -287,17 +296,3 @@ class _ByUser(Dataset[list[Any]]):
 
     def __getitem__(self, indices: list[int]) -> list[Any]:
         return [self._samples[index] for index in indices]
-
-
-def _padded(
-    pad: bool,
-    name: str,
-    size: int | None,
-    example: Any,
-    collate: Callable[[list[Any]], Any],
-) -> Callable[[list[Any]], Any]:
-    if not pad:
-        return collate
-    if size is None:
-        raise ValueError(f"pad = True needs a size to pad to, but {name} is None; give {name}.")
-    return PaddingCollate(example, collate, size)

@@ -143,10 +143,10 @@ class PoissonSampler(Resumable[list[int]]):
             yield batch
 
     def _draw(self) -> list[int]:
-        drawn = self._trials.successes(len(self._share), self._words)
-        if self._most is not None and len(drawn) > self._most:
-            drawn = drawn[random_subset(len(drawn), self._most, self._words)]
-        batch: list[int] = (self._share.start + self._share.step * drawn).tolist()
+        sampled = self._trials.successes(len(self._share), self._words)
+        if self._most is not None and len(sampled) > self._most:
+            sampled = sampled[random_subset(len(sampled), self._most, self._words)]
+        batch: list[int] = (self._share.start + self._share.step * sampled).tolist()
         return batch
 
     def state_dict(self) -> dict[str, Any]:
