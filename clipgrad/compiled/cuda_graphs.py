@@ -11,7 +11,7 @@ import logging
 import math
 import operator
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -49,15 +49,31 @@ class Recorder(Protocol):
         ...
 
 
+class Pool:
+    """This class holds the memory that several recordings share; the first of them makes it."""
+
+    def __init__(self) -> None:
+        self._handle: Any = None
+
+    def handle(self) -> Any:
+        """Return PyTorch's handle."""
+        if self._handle is None:
+            self._handle = torch.cuda.graph_pool_handle()
+        return self._handle
+
+
 class CudaRecorder:
-    """This recorder uses a CUDA graph with its own memory.
+    """This recorder uses a CUDA graph.
+
+    Recordings may share memory, since they run one after the other and each keeps its results alive.
 
     Args:
         device: The device of all tensors.
+        pool: The memory.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
+    def __init__(self, device: torch.device, pool: Pool) -> None:
+        self._device, self._pool = device, pool
         self._graph = torch.cuda.CUDAGraph()
         self._last: torch.cuda.Stream | None = None
 
@@ -68,7 +84,10 @@ class CudaRecorder:
             with torch.cuda.stream(stream):
                 function()  # libraries create their handles and workspaces at the first use of a stream
             now.wait_stream(stream)
-            with torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local"):
+            pool = self._pool.handle()
+            with torch.cuda.graph(
+                self._graph, pool=pool, stream=stream, capture_error_mode="thread_local"
+            ):
                 results = function()
         return results
 

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
 from torch.fx.graph import CodeGen
@@ -24,6 +25,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from clipgrad.compiled.decompositions import TABLE
+from clipgrad.compiled.lengths import Lengths
+from clipgrad.compiled.whole_batch import WholeBatch
 from clipgrad.compiled.zeroing import zero_in_place
 from clipgrad.engine.captured_loss import GraphOfLoss
 from clipgrad.engine.clip_and_sum import MicrobatchResult, Settings
@@ -137,8 +140,9 @@ def trace(
     is_padding: Tensor,
     bounds: Tensor,
     settings: Settings,
+    lengths: Lengths,
 ) -> Graph:
-    """Run the eager step on real tensors and write down what it does.
+    """Run the eager step and write down what it does: on real tensors, or on stand-ins if lengths get symbols.
 
     Args:
         inputs: Names and parameters.
@@ -147,6 +151,7 @@ def trace(
         is_padding: Boolean ``[B]``.
         bounds: The clipping norms ``[groups]``, an input so that a norm that changes needs no other graph.
         settings: Of the batch.
+        lengths: Which sizes of the batch get symbols.
 
     Raises:
         CompileError: If the loss does something that a graph cannot repeat.
@@ -171,10 +176,17 @@ def trace(
         layouts.append(layout)
         return results
 
-    with _RefuseReads(), _explained(), torch.autograd.set_multithreading_enabled(False):
-        module = make_fx(step, decomposition_table=TABLE)(
-            *given, *tensors, *read, is_padding, bounds
-        )
+    arguments = [*given, *tensors, *read, is_padding, bounds]
+    if lengths.mode is not None:
+        arguments = lengths.with_symbols(given, tensors, [*read, is_padding, bounds])
+    with ExitStack() as stack:
+        stack.enter_context(_RefuseReads())
+        stack.enter_context(_explained())
+        stack.enter_context(torch.autograd.set_multithreading_enabled(False))
+        if lengths.mode is not None:
+            stack.enter_context(lengths.mode)
+            stack.enter_context(WholeBatch())
+        module = make_fx(step, decomposition_table=TABLE)(*arguments)
     constants = _lift_constants(module)
     forgettable = not any(_draws(node) or _writes_outside(node) for node in module.graph.nodes)
     zero_in_place(module)
@@ -230,7 +242,7 @@ def _lift_constants(module: GraphModule) -> tuple[Tensor, ...]:
             continue
         if node.target not in constants:
             value = getattr(module, node.target)
-            if not isinstance(value, Tensor):
+            if not isinstance(value, Tensor) or isinstance(value, FakeTensor):
                 raise CompileError(
                     f"the traced step holds a {type(value).__name__} that cannot be an input of a graph (a "
                     "torch.cond or a loop operator inside the loss?). Leave compile out."

@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from clipgrad.engine.tape import Strategy, Tracked
+from clipgrad.rules.canonical import expected
 from clipgrad.rules.registry import Extent
 
 # FLOPs that a machine computes in the time of moving one byte. CPUs and GPUs in float32 lie between 5 and 15. Near the
@@ -95,7 +96,7 @@ def _has_choice(entry: Tracked) -> bool:
 
 def _preference(entry: Tracked, batch_size: int, forced: Strategy | None) -> Choice:
     kept_bytes = batch_size * entry.shared.numel() * _BYTES
-    extents = [extent for extent in entry.extents if extent is not None]
+    extents = [_expected(extent) for extent in entry.extents if extent is not None]
     factor_bytes = sum(_factor_bytes(extent, batch_size) for extent in extents)
     if not _has_choice(entry):
         return Choice(Strategy.KEPT, _why_kept(entry), kept_bytes, factor_bytes)
@@ -126,6 +127,17 @@ def _preference(entry: Tracked, batch_size: int, forced: Strategy | None) -> Cho
             Strategy.GHOST, f"{crossing}: Gram matrices are cheap", kept_bytes, factor_bytes
         )
     return Choice(Strategy.KEPT, f"{crossing}: Gram matrices cost more", kept_bytes, factor_bytes)
+
+
+def _expected(extent: Extent) -> Extent:
+    """Return an extent whose sizes are numbers: a graph of many lengths keeps the choice of the longest one seen."""
+    return Extent(
+        expected(extent.positions),
+        expected(extent.rows),
+        expected(extent.columns),
+        expected(extent.groups),
+        extent.one_hot,
+    )
 
 
 def _why_kept(entry: Tracked) -> str:

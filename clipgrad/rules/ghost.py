@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clipgrad.kernels.tensor_cores import convolutions_may, full_product
-from clipgrad.rules.canonical import OneHot, Outer, added, row_norms_squared, widen
+from clipgrad.rules.canonical import OneHot, Outer, added, expected, row_norms_squared, widen
 from clipgrad.rules.gram import Lengths, equal_id_sums, gram_sums
 
 # Rounding errors of a ghost norm stay below ``8 + sqrt(rows) + sqrt(columns)`` units in the last place of the norm
@@ -158,6 +158,7 @@ def _one_position(left: Tensor, right: Tensor) -> Tensor:
 def _few_positions(right: Tensor) -> bool:
     """Return whether a Gram matrix costs less than sorting ids and adding rows, which a CPU does sequentially."""
     samples, positions, _ = right.shape
+    positions = expected(positions)
     few = 1 < positions <= _FEW_POSITIONS and samples * positions**2 <= _FEW_ELEMENTS
     return few and right.device.type == "cpu"
 

@@ -34,7 +34,7 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> Graphs:
     """Run graphs operation by operation instead of compiling them."""
     found = Graphs()
 
-    def compile_graph(module: GraphModule, mode: str) -> Callable[..., Any]:
+    def compile_graph(module: GraphModule, mode: str, arguments: Any) -> Callable[..., Any]:
         found.modules.append(module)
         return found.alter(module)
 

@@ -47,7 +47,7 @@ class Recorder:
 
     made: list[Recorder]
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, pool: object) -> None:
         self.replays = 0
         type(self).made.append(self)
 
@@ -462,7 +462,7 @@ def test_arguments_keep_their_layout() -> None:
         return [x * 2]
 
     Recorder.made = []
-    replay = Replay(run, [False], lambda: Recorder(given.device))
+    replay = Replay(run, [False], lambda: Recorder(given.device, None))
     assert torch.equal(replay([given])[0], given * 2)
     assert set(seen) == {given.stride()}
 

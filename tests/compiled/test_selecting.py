@@ -45,7 +45,7 @@ def eager_runs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     monkeypatch.setattr(MicrobatchRunner, "_eagerly", counted)
     # Of the comparisons only the first.
-    monkeypatch.setattr(Entry, "is_trusted", lambda self, flat: self.runs > 0)
+    monkeypatch.setattr(Entry, "is_trusted", lambda self, flat, shapes: self.runs > 0)
     return runs
 
 
