@@ -261,6 +261,30 @@ def test_dropout_obeys_randomness() -> None:
         never(params, x)
 
 
+@pytest.mark.parametrize("need_weights", [False, True])
+def test_dropout_of_multi_head_attention(need_weights: bool) -> None:
+    """Dropout acts in training, by default as well, and differs between samples."""
+
+    def loss(p: dict[str, Tensor], x: Tensor, **options: bool) -> tuple[Tensor, Tensor]:
+        y, _ = F.multi_head_attention_forward(
+            x[0], x[0], x[0], 4, 2, p["in"], None, None, None, False, 0.5, p["out"], None,
+            need_weights=need_weights, **options,
+        )  # fmt: skip
+        return y.sum(), y
+
+    params = {"in": draw(12, 4), "out": draw(4, 4)}
+    x = draw(1, 8, 1, 4).expand(3, -1, -1, -1)
+    transform = clipgrad.clipped_grad(loss, max_grad_norm=1.0, has_aux=True)
+    y = transform(params, x).aux
+    assert not torch.equal(y[0], y[1])
+    assert not torch.equal(y[1], y[2])
+    evaluated = clipgrad.clipped_grad(
+        lambda p, x: loss(p, x, training=False), max_grad_norm=1.0, has_aux=True
+    )
+    y = evaluated(params, x).aux
+    torch.testing.assert_close(y[0], y[1])
+
+
 def test_mask_of_another_type() -> None:
     """``CausalBias`` has an implementation of its own, which the exact fallback calls."""
 

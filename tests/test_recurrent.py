@@ -291,3 +291,31 @@ def test_state_of_too_few_rows_is_refused() -> None:
 
     with pytest.raises(ValueError, match="an initial state for 3 sequences and an input of 6"):
         clipgrad.clipped_grad(loss, max_grad_norm=1.0)(params, draw(SIZE, 2, STEPS, 2))
+
+
+def test_bias_that_is_broadcast_over_the_gates() -> None:
+    """``torch.lstm`` accepts it; its gradient is a sum over the gates."""
+    lstm = nn.LSTM(SIZE, 2).double()
+    params = parameters(lstm) | {"bias_ih_l0": torch.randn(1, dtype=DOUBLE)}
+    names = list(parameters(lstm))
+
+    def loss(params: dict[str, Tensor], x: Tensor) -> Tensor:
+        start = x.new_zeros(1, 1, 2)
+        weights = [params[name] for name in names]
+        y, _, _ = torch.lstm(x, (start, start), weights, True, 1, 0.0, True, False, True)
+        return y.square().sum()
+
+    x = torch.randn(3, STEPS, SIZE, dtype=DOUBLE)
+    result = clipgrad.clipped_grad(loss, max_grad_norm=0.5)(params, x)
+    rows = []
+    for index in range(len(x)):
+        own = {name: param.detach().requires_grad_() for name, param in params.items()}
+        rows.append(torch.autograd.grad(loss(own, x[index : index + 1]), list(own.values())))
+    stacked = {
+        name: torch.stack(parts)
+        for name, parts in zip(params, zip(*rows, strict=True), strict=True)
+    }
+    sums, norms = oracle.clipped_sum(stacked, 0.5)
+    for name in names:
+        torch.testing.assert_close(result.grads[name], sums[name], rtol=0, atol=1e-9)
+    torch.testing.assert_close(result.grad_norms, norms, rtol=0, atol=1e-9)

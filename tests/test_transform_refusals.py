@@ -278,3 +278,21 @@ def test_a_checkpoint_that_takes_a_parameter_apart(part: Callable[[Tensor], Any]
     gradient = clipped_grad(loss, max_grad_norm=1.0)
     with pytest.raises(NotPerSampleError, match="checkpoint"):
         gradient(torch.ones(3, 1), torch.ones(2, 1))
+
+
+@pytest.mark.parametrize("sees", ["a list", "nothing"])
+def test_writes_to_the_callers_own_parameter(sees: str) -> None:
+    """The version of the caller's tensor tells, also where no mode sees the operation."""
+    params, x = {"w": torch.randn(3, 3)}, torch.randn(2, 3)
+
+    def loss(p: Params, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            if sees == "a list":
+                torch._foreach_mul_([params["w"]], 2.0)
+            else:
+                with torch._C.DisableTorchFunction():
+                    params["w"].mul_(2.0)
+        return (x @ p["w"]).square().sum()
+
+    with pytest.raises(NotPerSampleError, match="wrote to parameter 'w' in place"):
+        clipped_grad(loss, max_grad_norm=1.0)(params, x)
