@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -37,6 +38,6 @@ def compile_graph(module: GraphModule, mode: str, arguments: Sequence[Tensor]) -
     options["triton.cudagraphs"] = False
     # This pass moves weight gradients next to their norms at the end, so all activations and gradients stay alive.
     options["reorder_for_locality"] = False
-    with torch.no_grad():
-        run: Run = torch._inductor.compile(module, list(arguments), options=options)
+    own = GraphModule(module, copy.deepcopy(module.graph))  # the compiler may write to it
+    run: Run = torch._inductor.compile(own, list(arguments), options=options)
     return run

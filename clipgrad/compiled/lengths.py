@@ -28,6 +28,10 @@ Shapes = tuple[tuple[int, ...], ...]
 """The shape of each tensor of a batch, without its rows."""
 
 
+class LengthsError(CompileError):
+    """A graph with symbols does not serve other lengths than the one at hand, or not even this one."""
+
+
 def shapes_of(batch: Sequence[Any]) -> Shapes:
     """Return the sizes of a batch that may differ from one batch to the next."""
     return tuple(tuple(leaf.shape[1:]) for leaf in batch if isinstance(leaf, Tensor))
@@ -48,7 +52,7 @@ class Lengths:
         self._sizes: list[list[Any]] = [[history[-1] for history in of] for of in self._histories]
         self._stand_ins: list[Tensor] = []
         self.mode: FakeTensorMode | None = None
-        if self.vary:
+        if self.have_symbols:
             self.mode = FakeTensorMode(shape_env=ShapeEnv())
 
     @property
@@ -60,7 +64,7 @@ class Lengths:
         """Refuse a graph of symbols if one of them became a number, or if it does not serve the batch at hand.
 
         Raises:
-            CompileError: If so.
+            LengthsError: If so.
         """
         if self.mode is None:
             return
@@ -68,19 +72,20 @@ class Lengths:
         symbols = {size for of in self._sizes for size in of if not isinstance(size, int)}
         if any(replacements.get(s, s).is_number for s in symbols) or not self._allow(shapes):
             guards = ", ".join(str(guard.expr) for guard in self._env.guards)
-            raise CompileError(f"the step depends on the lengths of its batch: {guards}")
+            raise LengthsError(f"the step depends on the lengths of its batch: {guards}")
 
     def examples(self, flat: Sequence[Tensor]) -> list[Tensor]:
         """Return arguments of the graph to compile it with."""
         if self.mode is None:
             return list(flat)
-        known = self._stand_ins
+        known, self._stand_ins = self._stand_ins, []  # nobody needs them again
         return [*known, *map(self._fixed, flat[len(known) :])]
 
     @property
-    def vary(self) -> bool:
-        """Return whether some size differs from batch to batch."""
-        return any(len(set(history)) > 1 for of in self._histories for history in of)
+    def have_symbols(self) -> bool:
+        """Return whether some size differs from batch to batch; a size of one is always a number to PyTorch."""
+        different = [history for of in self._histories for history in of if len(set(history)) > 1]
+        return bool(different) and min(history[-1] for history in different) > 1
 
     def serve(self, shapes: Shapes) -> bool:
         """Return whether the graph serves batches of these sizes; ask only after it was compiled."""

@@ -24,6 +24,8 @@ from clipgrad.engine.rng_state import Generators
 from clipgrad.errors import CompileError
 
 LIMIT = 8
+TRIALS = 2
+"""How often a graph for all lengths may fail before every length gets its own graph."""
 _log = logging.getLogger("clipgrad")
 
 
@@ -61,7 +63,7 @@ class Compiler:
         self.mode = mode
         self._entries: list[Entry] = []
         self._size: int | None = None
-        self._lengths_stay = False
+        self._trials = TRIALS
         self._bounds: tuple[tuple[float, ...], Tensor] | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -133,15 +135,14 @@ class Compiler:
             for shapes in entry.lengths.seen
         ]
         lengths = Lengths(*seen, request.shapes)
-        if not lengths.vary or self._lengths_stay:
+        if not lengths.have_symbols or not self._trials:
             return None
         try:
             return self._compiled(request, lengths)
-        except (
-            Exception
-        ) as error:  # of PyTorch, of many types; what is wrong in any case is raised again
-            self._lengths_stay = True
-            _log.info("one graph cannot serve batches of all lengths: %s", error)
+        # PyTorch raises errors of many types here. What is wrong with the loss is raised again without symbols.
+        except Exception as error:
+            self._trials -= 1
+            _log.info("clipgrad: no graph serves batches of all lengths: %s", error)
             return None
 
     def _compiled(self, request: Request, lengths: Lengths) -> Entry:
@@ -186,7 +187,7 @@ class Compiler:
             compiled - started,
             traced - started,
             compiled - traced,
-            ", for batches of every length" if lengths.vary else "",
+            ", for batches of every length" if lengths.have_symbols else "",
         )
         entry = Entry(request.signature, lengths, graph, run)
         if backend.uses_cuda_graphs(self.mode) and recordable(graph.module, padding.device):
