@@ -26,12 +26,12 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from clipgrad.compiled.decompositions import TABLE
 from clipgrad.compiled.lengths import Lengths
-from clipgrad.compiled.whole_batch import WholeBatch
 from clipgrad.compiled.zeroing import zero_in_place
 from clipgrad.engine.captured_loss import GraphOfLoss
 from clipgrad.engine.clip_and_sum import MicrobatchResult, Settings
 from clipgrad.engine.inputs import Inputs
 from clipgrad.engine.microbatch import run
+from clipgrad.engine.whole_batch import WholeBatch
 from clipgrad.errors import CompileError, NotPerSampleError
 
 _READS = {

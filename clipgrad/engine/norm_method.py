@@ -20,8 +20,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from clipgrad._functorch import expected
 from clipgrad.engine.tape import Strategy, Tracked
-from clipgrad.rules.canonical import expected
 from clipgrad.rules.registry import Extent
 
 # FLOPs that a machine computes in the time of moving one byte. CPUs and GPUs in float32 lie between 5 and 15. Near the

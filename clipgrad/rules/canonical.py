@@ -46,14 +46,6 @@ def added(tensors: Sequence[Tensor]) -> Tensor:
     return sum(tensors[1:], start=tensors[0])
 
 
-def expected(size: int | torch.SymInt) -> int:
-    """Return a size as a number, also where a graph is traced for sizes that differ from batch to batch.
-
-    It may decide what a result costs, never what it is: the graph then serves batches of other sizes as well.
-    """
-    return int(size.node.hint) if isinstance(size, torch.SymInt) else size
-
-
 _LONG_ROW = 1 << 12
 
 

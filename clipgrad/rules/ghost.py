@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from clipgrad._functorch import expected
 from clipgrad.kernels.tensor_cores import convolutions_may, full_product
-from clipgrad.rules.canonical import OneHot, Outer, added, expected, row_norms_squared, widen
+from clipgrad.rules.canonical import OneHot, Outer, added, row_norms_squared, widen
 from clipgrad.rules.gram import Lengths, equal_id_sums, gram_sums
 
 # Rounding errors of a ghost norm stay below ``8 + sqrt(rows) + sqrt(columns)`` units in the last place of the norm

@@ -16,8 +16,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from clipgrad._functorch import expected
 from clipgrad.kernels.tensor_cores import tf32
-from clipgrad.rules.canonical import expected
 
 # This limit on the elements of one block's Gram matrices keeps a ghost norm's scratch memory below about 256 MiB.
 _ELEMENTS = 1 << 25

@@ -21,6 +21,7 @@ from clipgrad.clipping import make_clipping
 from clipgrad.compiled import backend
 from clipgrad.compiled import step as step_module
 from clipgrad.compiled.cuda_graphs import Replay, recordable
+from clipgrad.compiled.lengths import Lengths, shapes_of
 from clipgrad.compiled.trace import Graph, trace
 from clipgrad.engine.captured_loss import LossGraphs
 from clipgrad.engine.clip_and_sum import Settings
@@ -47,7 +48,7 @@ class Recorder:
 
     made: list[Recorder]
 
-    def __init__(self, device: torch.device, pool: object) -> None:
+    def __init__(self, device: torch.device, pool: object = None) -> None:
         self.replays = 0
         type(self).made.append(self)
 
@@ -310,7 +311,7 @@ def graph_of(function: Callable[..., Tensor]) -> Graph:
     loss = LossGraphs(keep_batch_dim=True, has_aux=False).of(inputs)
     settings = Settings(Options(), make_clipping(1.0, ["w"], [3]), (torch.float32,), OneProcess())
     mask, bounds = torch.zeros(2, dtype=torch.bool), torch.ones(1, dtype=torch.float64)
-    return trace(inputs, loss, [rows], mask, bounds, settings)
+    return trace(inputs, loss, [rows], mask, bounds, settings, Lengths(shapes_of([rows])))
 
 
 BUFFER = torch.ones(3)

@@ -10,11 +10,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from clipgrad._functorch import Decline, below_vmap, current_level, per_sample, physical
-from clipgrad.rules.names import by_all_names
+from clipgrad.rules.names import by_all_names, each_name
 
 
 class WholeBatch(TorchFunctionMode):
@@ -25,7 +26,7 @@ class WholeBatch(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         instead = _TABLE.get(func)
-        if instead is not None and current_level() and "out" not in kwargs:
+        if instead is not None and "out" not in kwargs:
             try:
                 return instead(*args, **kwargs)
             except Decline:
@@ -40,6 +41,8 @@ def _on_batch(tensors: Sequence[Tensor], operation: Callable[[list[Tensor]], Ten
         Decline: If none has it, or one belongs to another transform.
     """
     level = current_level()
+    if not level:
+        raise Decline
     whole = [physical(tensor, level) for tensor in tensors]
     rows = [tensor.shape[0] for tensor in whole if tensor is not None]
     if not rows:
@@ -67,28 +70,11 @@ def _pad(
 ) -> Tensor:
     if mode != "constant":
         raise Decline
-    return _on_batch([input], lambda whole: _padded(whole[0], list(pad), value or 0))
+    return _on_batch([input], lambda whole: F.pad(whole[0], list(pad), value=value))
 
 
 def _constant_pad(input: Tensor, pad: Sequence[int], value: float = 0) -> Tensor:
     return _pad(input, pad, "constant", value)
-
-
-def _padded(tensor: Tensor, amounts: list[int], value: float) -> Tensor:
-    """Return the padded tensor without PyTorch's own operation, which fixes lengths as well."""
-    for number, axis in enumerate(
-        range(tensor.dim() - 1, tensor.dim() - 1 - len(amounts) // 2, -1)
-    ):
-        before, after = amounts[2 * number : 2 * number + 2]
-        start = max(0, -before)
-        tensor = tensor.narrow(axis, start, tensor.shape[axis] - start - max(0, -after))
-
-        def filled(amount: int, like: Tensor = tensor, axis: int = axis) -> list[Tensor]:
-            shape = [*like.shape[:axis], amount, *like.shape[axis + 1 :]]
-            return [like.new_full(shape, value)] if amount > 0 else []
-
-        tensor = torch.cat([*filled(before), tensor, *filled(after)], axis)
-    return tensor
 
 
 def _gather(input: Tensor, dim: Any, index: Tensor, *, sparse_grad: bool = False) -> Tensor:
@@ -97,6 +83,36 @@ def _gather(input: Tensor, dim: Any, index: Tensor, *, sparse_grad: bool = False
     return _on_batch([input, index], lambda whole: whole[0].gather(_after_batch(dim), whole[1]))
 
 
+def _pooling(operation: str, axes: int) -> dict[Callable[..., Any], Callable[..., Any]]:
+    """Map each name of a pooling operation to the same operation on all samples at once."""
+
+    def correct(function: Callable[..., Any]) -> Callable[..., Any]:
+        def pooled(*args: Any, **kwargs: Any) -> Any:
+            key = next((name for name in ("input", "self") if name in kwargs), None)
+            input, rest = (args[0], args[1:]) if key is None else (kwargs.pop(key), args)
+
+            def run(whole: list[Tensor]) -> Tensor:
+                leading = whole[0].shape[: -axes - 1]
+                found = function(whole[0].flatten(0, len(leading) - 1), *rest, **kwargs)
+                if not isinstance(found, Tensor):
+                    raise Decline
+                result: Tensor = found.unflatten(0, leading)
+                return result
+
+            if input.dim() <= axes:
+                raise Decline
+            return _on_batch([input], run)
+
+        return pooled
+
+    return each_name(operation, correct)
+
+
+_POOLS = [
+    (f"{kind}_pool{axes}d", axes)
+    for kind in ("max", "avg", "adaptive_avg", "lp")
+    for axes in (1, 2, 3)
+]
 _TABLE: dict[Callable[..., Any], Callable[..., Any]] = {
     **{
         name: function
@@ -105,5 +121,10 @@ _TABLE: dict[Callable[..., Any], Callable[..., Any]] = {
             ("constant_pad_nd", _constant_pad), ("gather", _gather),
         )
         for name, function in by_all_names(operation, function).items()
-    }
+    },
+    **{
+        name: function
+        for operation, axes in _POOLS
+        for name, function in _pooling(operation, axes).items()
+    },
 }  # fmt: skip
