@@ -54,7 +54,7 @@ def current_randomness() -> str:
 def vmap_level(size: int, randomness: str) -> Iterator[int]:
     """Run the body under a ``vmap`` over ``size`` samples, and yield its level.
 
-    ``per_sample`` brings tensors into the level, and ``all_samples`` brings them out.
+    ``hide_batch_axis`` brings tensors into the level, and ``expose_or_broadcast`` brings them out.
     """
     lazy_load_decompositions()
     level: int = _functorch._vmap_increment_nesting(size, randomness)
@@ -70,7 +70,7 @@ def below_vmap() -> AbstractContextManager[Any]:
 
 
 @contextmanager
-def untraced() -> Iterator[None]:
+def without_tracing() -> Iterator[None]:
     """Run the body without recording it in an active trace."""
     if not torch._C._len_torch_dispatch_stack():
         yield
@@ -105,39 +105,39 @@ def is_wrapped(tensor: Tensor) -> bool:
     return level_of(tensor) >= 0
 
 
-def unwrapped(tensor: Tensor) -> Tensor:
+def unwrap_once(tensor: Tensor) -> Tensor:
     """Return the tensor under the outermost functorch wrapper."""
     inner: Tensor = _functorch.get_unwrapped(tensor)
     return inner
 
 
-def innermost(tensor: Tensor) -> Tensor:
+def unwrap_all(tensor: Tensor) -> Tensor:
     """Return the tensor under all functorch wrappers."""
     while is_wrapped(tensor):
-        tensor = unwrapped(tensor)
+        tensor = unwrap_once(tensor)
     return tensor
 
 
-def address(tensor: Tensor) -> int:
+def memory_address(tensor: Tensor) -> int:
     """Return the memory address of a tensor's values, under all functorch wrappers."""
-    return innermost(tensor).data_ptr()
+    return unwrap_all(tensor).data_ptr()
 
 
 def is_broadcast(tensor: Tensor) -> bool:
     """Return whether a tensor has a batch axis, but all samples share its memory (stride 0)."""
     while is_wrapped(tensor):
         if not _functorch.is_batchedtensor(tensor):
-            tensor = unwrapped(tensor)
+            tensor = unwrap_once(tensor)
             continue
         level = level_of(tensor)
-        tensor, lane_axis = _functorch._unwrap_batched(tensor, level)
-        shared = lane_axis is not None and tensor.stride(lane_axis) == 0
-        if shared and tensor.shape[lane_axis or 0] > 1:
+        tensor, batch_axis = _functorch._unwrap_batched(tensor, level)
+        shared = batch_axis is not None and tensor.stride(batch_axis) == 0
+        if shared and tensor.shape[batch_axis or 0] > 1:
             return True
     return False
 
 
-def physical(tensor: Tensor, level: int) -> Tensor | None:
+def expose_batch_axis(tensor: Tensor, level: int) -> Tensor | None:
     """Return the tensor with its batch axis moved to the front, or None if it has no batch axis.
 
     Raises:
@@ -150,41 +150,19 @@ def physical(tensor: Tensor, level: int) -> Tensor | None:
     if owner != level or not _functorch.is_batchedtensor(tensor):
         raise Decline
     value: Tensor
-    value, lane_axis = _functorch._unwrap_batched(tensor, level)
+    value, batch_axis = _functorch._unwrap_batched(tensor, level)
     if is_wrapped(value):
         raise Decline  # the vmap over samples runs inside another transform
-    return value.movedim(lane_axis, 0) if lane_axis else value
+    return value.movedim(batch_axis, 0) if batch_axis else value
 
 
-def per_sample(value: Tensor, level: int) -> Tensor:
+def hide_batch_axis(value: Tensor, level: int) -> Tensor:
     """Hide the leading axis of a physical tensor as the batch axis of a ``vmap`` level."""
     wrapped: Tensor = _functorch._add_batch_dim(value, 0, level)
     return wrapped
 
 
-def all_samples(tensor: Tensor, level: int, size: int) -> Tensor:
+def expose_or_broadcast(tensor: Tensor, level: int, size: int) -> Tensor:
     """Return the tensor with its batch axis in front; a tensor that all samples share is broadcast."""
     whole: Tensor = _functorch._remove_batch_dim(tensor, level, size, 0)
     return whole
-
-
-__all__ = [
-    "FUNCTION_CALL",
-    "Decline",
-    "address",
-    "all_samples",
-    "below_vmap",
-    "current_level",
-    "current_randomness",
-    "expected",
-    "has_vmap_method",
-    "innermost",
-    "is_broadcast",
-    "is_wrapped",
-    "level_of",
-    "per_sample",
-    "physical",
-    "untraced",
-    "unwrapped",
-    "vmap_level",
-]

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import TracebackType
-from typing import Literal, Protocol, get_args
+from typing import Literal, get_args
 
 Phase = Literal[
     "forward",
@@ -20,17 +19,8 @@ Phase = Literal[
 PHASES: tuple[Phase, ...] = get_args(Phase)
 
 
-class Listener(Protocol):
-    """A listener is called when phases begin and end. Phases nest, and an exception also ends them."""
-
-    def begin(self, phase: Phase) -> None:
-        """Begin a phase inside the current phase."""
-        ...
-
-    def end(self) -> None:
-        """End the innermost open phase."""
-        ...
-
+Listener = Callable[[Phase | None], None]
+"""It is called with each phase that begins, and with None when the innermost phase ends, by an exception too."""
 
 # Not thread-local: on CUDA, autograd runs the backward pass and clipgrad's hooks on its own thread while the caller's
 # thread waits.
@@ -51,21 +41,16 @@ class phase:
 
     def __init__(self, name: Phase) -> None:
         self._name = name
-        # The listener that receives begin() also receives end(), even if the global listener changes in between.
+        # The listener that hears of the beginning hears of the end, even if the global listener changes in between.
         self._listener = _listener
 
     def __enter__(self) -> None:
         if self._listener is not None:
-            self._listener.begin(self._name)
+            self._listener(self._name)
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._listener is not None:
-            self._listener.end()
+            self._listener(None)
 
 
 @contextmanager

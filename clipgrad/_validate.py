@@ -50,7 +50,7 @@ def one_of(name: str, value: str, allowed: Sequence[str]) -> str:
 
 
 @functools.lru_cache(maxsize=64)
-def positions(
+def argument_positions(
     argnums: tuple[int, ...], batch_argnums: tuple[int, ...] | None, count: int
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Return the positions of parameters and of batch arguments among ``count`` arguments; -1 is the last."""
@@ -82,7 +82,9 @@ def positions(
     return parameters, batch
 
 
-def dense(what: str, leaves: Sequence[Any], find_paths: Callable[[], Sequence[Any]]) -> None:
+def require_dense(
+    what: str, leaves: Sequence[Any], find_paths: Callable[[], Sequence[Any]]
+) -> None:
     """Refuse sparse and nested tensors, which have no batch axis that ``vmap`` can hide.
 
     ``what`` is ``"batch"`` or ``"params"``, and ``find_paths`` returns the path of each leaf, for the message.
@@ -146,7 +148,7 @@ def _may_hold_samples(leaf: Any) -> bool:
     return any(isinstance(value, Tensor) for value in getattr(leaf, "__dict__", {}).values())
 
 
-def no_python_samples(arguments: Sequence[Any], size: int) -> None:
+def refuse_python_samples(arguments: Sequence[Any], size: int) -> None:
     """Refuse a list with one Python value per sample: every sample would see the whole list."""
     stack = [argument for argument in arguments if not isinstance(argument, Tensor)]
     while stack:
@@ -172,7 +174,7 @@ def _is_plain(value: Any) -> bool:
     return isinstance(value, _PLAIN)
 
 
-def differentiable(params: Sequence[Tensor], batch: Sequence[Any]) -> None:
+def require_differentiable(params: Sequence[Tensor], batch: Sequence[Any]) -> None:
     """Refuse inference mode and inference tensors with a clear message, since autograd cannot record them."""
     if torch.is_inference_mode_enabled():
         raise ValueError(

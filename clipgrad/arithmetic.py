@@ -1,8 +1,8 @@
-"""The arithmetic of clipped sums and noise: floating point here, integers on a grid in ``clipgrad.exact``."""
+"""This module says how sums and noise are computed: in floating point here, on a grid in ``clipgrad.exact``."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -19,113 +19,102 @@ from clipgrad.clipping import (
 from clipgrad.noise import NoiseSource, SystemNoise, gaussian_sigma
 from clipgrad.options import Options
 
-
-class SumRows(Protocol):
-    """Clips and sums per-sample gradients that were computed one by one."""
-
-    def __call__(
-        self, gradients: Sequence[Tensor], is_padding: Tensor | None
-    ) -> tuple[list[Tensor], list[Tensor], Tensor]:
-        """From ``[B, *shape]`` of each parameter to sums, norms ``[B]`` of each group, and dropped samples ``[B]``."""
-        ...
+SumRows = Callable[[Sequence[Tensor], Tensor | None], tuple[list[Tensor], list[Tensor], Tensor]]
+"""A function of gradients ``[B, *shape]`` and padding; returns sums, norms ``[B]`` of each group, dropped samples."""
 
 
 class Arithmetic(Protocol):
-    """What differs between floating-point sums and sums on a grid.
+    """This protocol holds all that differs between floating-point sums and sums on a grid.
 
     Attributes:
-        adapts: Whether the clipping norm may depend on noised counts (``AdaptiveQuantile``).
+        allows_adaptive_norms: Whether the clipping norm may depend on noised counts (``AdaptiveQuantile``).
     """
 
-    adapts: bool
-
-    def check(self, strategy: ClippingStrategy) -> Clipping:
-        """Refuse a clipping norm out of range; the clipping without its parameters."""
-        ...
+    allows_adaptive_norms: bool
 
     def check_batch_size(self, size: int) -> None:
-        """Refuse a batch whose sum this arithmetic cannot hold."""
+        """Refuse a batch whose sum this arithmetic cannot represent."""
         ...
 
     def check_noise(self, clipping: Clipping, sizes: Sequence[int], sigma: float) -> None:
-        """Refuse noise, or parameters of these sizes, that do not fit."""
+        """Refuse noise that this arithmetic cannot add to parameters of these sizes."""
         ...
 
     def clipping(
         self,
         strategy: ClippingStrategy,
-        names: Sequence[str],
-        sizes: Sequence[int],
-        dtypes: Sequence[torch.dtype],
+        names: Sequence[str] | None = None,
+        sizes: Sequence[int] | None = None,
+        dtypes: Sequence[torch.dtype] = (),
     ) -> Clipping:
-        """The clipping of parameters with these names, sizes and dtypes."""
+        """Return the clipping of parameters with these names, sizes and dtypes; None before any parameter is known.
+
+        Raises:
+            ValueError: If a norm is out of range.
+        """
         ...
 
     def sum_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        """The dtype of the sum for a parameter of ``dtype``."""
+        """Return the dtype of the sum of a parameter of ``dtype``."""
         ...
 
     def rows_at_once(self, size: int) -> int:
-        """How many samples of a batch of ``size`` pass together."""
+        """Return how many samples of a batch of ``size`` run together."""
         ...
 
     def samples(self, batch: Sequence[Any]) -> Sequence[Any]:
-        """The leaves of a microbatch, in the memory in which they are computed."""
+        """Return the leaves of a microbatch in the memory from which the loss reads them."""
         ...
 
     def sum_rows(self, clipping: Clipping, sizes: tuple[int, ...]) -> SumRows | None:
-        """Clips and sums per-sample gradients; None if rules may do it without them."""
+        """Return the function that replaces the rules; None if the rules make the sums."""
         ...
 
     def sensitivity(self, strategy: ClippingStrategy, relation: Relation) -> float:
-        """The largest L2 change of the sum between neighbouring batches."""
+        """Return the largest L2 change of the sum between neighbouring batches."""
         ...
 
     def sigma(self, noise_multiplier: float, sensitivity: float) -> float:
-        """The standard deviation of the noise on the sum."""
+        """Return the standard deviation of the noise on the sum."""
         ...
 
     def noise_source(self, source: NoiseSource | None, expected_batch_size: float) -> NoiseSource:
-        """The source that was asked for, or the default."""
+        """Return the given noise source after a check, or the default source."""
         ...
 
 
 class FloatingPoint:
-    """Sums in at least float32, made by the rules.
+    """This arithmetic sums in at least float32, by the rules.
 
     Args:
-        options: Of the user.
+        options: The user's options.
     """
 
-    adapts = True
+    allows_adaptive_norms = True
 
     def __init__(self, options: Options) -> None:
         self._options = options
 
-    def check(self, strategy: ClippingStrategy) -> Clipping:
-        return make_clipping(strategy, rescale=self._options.rescale_to_unit_norm)
-
     def check_batch_size(self, size: int) -> None:
-        """Any size fits."""
+        """Accept every size."""
 
     def check_noise(self, clipping: Clipping, sizes: Sequence[int], sigma: float) -> None:
-        """Any noise fits."""
+        """Accept all noise."""
 
     def clipping(
         self,
         strategy: ClippingStrategy,
-        names: Sequence[str],
-        sizes: Sequence[int],
-        dtypes: Sequence[torch.dtype],
+        names: Sequence[str] | None = None,
+        sizes: Sequence[int] | None = None,
+        dtypes: Sequence[torch.dtype] = (),
     ) -> Clipping:
-        rescale = self._options.rescale_to_unit_norm
-        clipping = make_clipping(strategy, names, sizes, rescale=rescale)
+        clipping = make_clipping(strategy, names, sizes)
         refuse_tiny_norms(clipping, dtypes)
         return clipping
 
     def sum_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        asked = self._options.performance.accumulate_dtype
-        return asked or torch.promote_types(dtype, torch.float32)
+        requested = self._options.performance.accumulate_dtype
+        return requested or torch.promote_types(dtype, torch.float32)
 
     def rows_at_once(self, size: int) -> int:
         return self._options.microbatch_size or size
@@ -139,7 +128,7 @@ class FloatingPoint:
     def sensitivity(self, strategy: ClippingStrategy, relation: Relation) -> float:
         options = self._options
         return sensitivity(
-            self.check(strategy),
+            self.clipping(strategy),
             relation,
             normalize_by=options.normalize_by,
             nan_safe=options.nan_safe,

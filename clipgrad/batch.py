@@ -1,4 +1,4 @@
-"""From a batch of leaves to clipped sums: the core that ``clipped_grad`` and ``DPOptimizer`` share."""
+"""This module computes the clipped sums of a batch for ``clipped_grad`` and ``DPOptimizer``."""
 
 from __future__ import annotations
 
@@ -14,24 +14,21 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 from clipgrad import _validate
 from clipgrad.arithmetic import Arithmetic, FloatingPoint
-from clipgrad.clipping import ClippingStrategy, Relation, is_grouped, owned
+from clipgrad.clipping import ClippingStrategy, Relation, copy_strategy, is_grouped
 from clipgrad.engine.advice import ValueReadError
-from clipgrad.engine.branches import Disagreement
 from clipgrad.engine.clip_and_sum import MicrobatchResult, PreClipping, Settings, accumulate
-from clipgrad.engine.inputs import Inputs, Loss, Restore
-from clipgrad.engine.microbatch import forward, plan, run
-from clipgrad.engine.rng_state import Generators
-from clipgrad.engine.split import Parts
-from clipgrad.engine.tape import Tape
+from clipgrad.engine.inputs import Inputs, Loss, Restore, copy_samples
+from clipgrad.engine.microbatch import choose_strategies, forward, run
+from clipgrad.engine.rng_state import SavedRngState
 from clipgrad.errors import NotPerSampleError
-from clipgrad.exact import OnGrid
+from clipgrad.exact import GridArithmetic
 from clipgrad.explain import Explanation, make_explanation
 from clipgrad.options import Options
 from clipgrad.ranks import OneProcess, Ranks
 from clipgrad.result import Outcome
 
 RunRows = Callable[[slice, Tensor | None], MicrobatchResult]
-"""From rows of the batch, and which of them are padding, to their clipped sums."""
+"""A function from rows of the batch and their padding mask to their clipped sums."""
 
 # PyTorch's capture and compiler take seconds to import, so they are imported where they are first needed.
 if TYPE_CHECKING:
@@ -44,12 +41,12 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True)
 class ClippedBatch:
-    """The clipped sums of a batch.
+    """This class holds the clipped sums of a batch.
 
     Attributes:
-        sums: Of each parameter, in its order.
+        sums: The sum of each parameter, in order.
         aux: Per-sample auxiliary output, or None.
-        outcome: What became of each sample.
+        outcome: Norm, loss and flags of each sample.
         aliases_graph: Whether ``sums`` alias the memory of a CUDA graph, which the next batch overwrites.
     """
 
@@ -60,10 +57,10 @@ class ClippedBatch:
 
 
 class BatchClipper:
-    """Computes the clipped sums of batches; keeps what was compiled and resolved for the next one.
+    """This class computes clipped sums of batches, and caches compiled graphs and settings from batch to batch.
 
     Args:
-        options: Of the user.
+        options: The user's options.
         ranks: The processes that train together.
     """
 
@@ -71,17 +68,19 @@ class BatchClipper:
         self.options = options
         self.ranks: Ranks = OneProcess() if ranks is None else ranks
         self.arithmetic: Arithmetic = (
-            FloatingPoint(options) if options.grid is None else OnGrid(options.grid, options)
+            FloatingPoint(options)
+            if options.grid is None
+            else GridArithmetic(options.grid, options)
         )
         self._compiler: Compiler | None = None
         self._graphs: LossGraphs | None = None
         self._runs_as_graph = False
-        # Of the last call: parameters and norm rarely change from one to the next.
+        # Settings of the last call, because parameters and norm rarely change between calls.
         self._resolved: tuple[Any, Settings] | None = None
         self._sensitivity: tuple[Any, float] | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return BatchClipper, (self.options, self.ranks)  # a copy compiles for itself
+        return BatchClipper, (self.options, self.ranks)  # a copy has its own compiled graphs
 
     def clip(
         self,
@@ -92,18 +91,18 @@ class BatchClipper:
         restore: Restore = list,
         may_alias: bool = False,
     ) -> ClippedBatch:
-        """The clipped sums of a batch.
+        """Return the clipped sums of a batch.
 
         Args:
             inputs: The batch and the parameters.
-            max_grad_norm: Every norm in it is a number.
+            max_grad_norm: A strategy in which every norm is a number.
             is_padding: Boolean ``[B]``; samples marked True contribute exactly nothing.
-            restore: From leaves to the structure that ``pre_clipping_transform`` sees.
-            may_alias: The caller accepts sums that alias a CUDA graph's memory, which saves a copy of all of them.
+            restore: A function from leaves to the structure that ``pre_clipping_transform`` receives.
+            may_alias: Whether sums may alias a CUDA graph's memory, which saves a copy.
 
         Raises:
             ValueError: If the arguments do not fit together.
-            NotPerSampleError: If the loss cannot be attributed to single samples.
+            NotPerSampleError: If the loss has no gradient for single samples.
             CompileError: If the step cannot be compiled.
         """
         size = inputs.batch_size
@@ -124,7 +123,7 @@ class BatchClipper:
             result = run_rows(part, None if mask is None else mask[part])
             aliases = result.aliases_graph and may_alias and rows >= size
             sums = result.sums if aliases else accumulate(sums, result)
-            # Else every microbatch's sums live to the end, or these through the next one.
+            # Without this, the sums of all microbatches would stay in memory.
             results.append(replace(result, sums=[]))
             del result
         assert sums is not None
@@ -138,7 +137,7 @@ class BatchClipper:
     def explain(
         self, inputs: Inputs, max_grad_norm: ClippingStrategy, *, restore: Restore = list
     ) -> Explanation:
-        """Run the forward pass of one microbatch and tell how each parameter's norm would be found.
+        """Run the forward pass of one microbatch and return how each parameter's norm would be computed.
 
         It runs on a copy of the batch, and PyTorch's RNG state is restored afterwards.
 
@@ -152,16 +151,22 @@ class BatchClipper:
             )
         settings = self._settings(inputs, max_grad_norm, restore)
         rows = slice(0, min(self.arithmetic.rows_at_once(size), size))
-        with torch.enable_grad(), Generators(inputs.params[0].device).kept():
-            tape = self._first_part(inputs, inputs.rows(rows), settings)
+        samples = copy_samples(inputs.rows(rows))
+        with torch.enable_grad(), SavedRngState(inputs.params[0].device).restored_on_exit():
+            tape, _, _ = self._with_loss(
+                inputs,
+                lambda loss: forward(loss, inputs.names, inputs.params, samples, settings),
+            )
         try:
-            return make_explanation(tape.tracked, plan(tape, settings), tape.batch_size)
+            return make_explanation(
+                tape.tracked, choose_strategies(tape, settings), tape.batch_size
+            )
         finally:
             tape.release()
 
     def sensitivity(self, max_grad_norm: ClippingStrategy, relation: Relation) -> float:
-        """The largest L2 change of the sums between neighbouring batches."""
-        key = owned(max_grad_norm), relation
+        """Return the largest L2 change of the sums between neighbouring batches."""
+        key = copy_strategy(max_grad_norm), relation
         if self._sensitivity is None or self._sensitivity[0] != key:
             self._sensitivity = key, self.arithmetic.sensitivity(max_grad_norm, relation)
         return self._sensitivity[1]
@@ -177,7 +182,7 @@ class BatchClipper:
         return run_rows
 
     def _compiled(self, inputs: Inputs, settings: Settings) -> tuple[int, RunRows]:
-        """Rows of the compiled graph, and what runs on it."""
+        """Return the number of rows of the compiled graph, and the function that runs it."""
         from clipgrad.compiled import Compiler, MicrobatchRunner
 
         mode = self.options.compile_mode
@@ -196,25 +201,25 @@ class BatchClipper:
         return self._graphs
 
     def _graph_loss(self, inputs: Inputs, refusal: ValueReadError) -> Loss:
-        """The captured loss; where PyTorch cannot capture it, the refusal stands."""
+        """Return the captured loss, or raise the refusal if PyTorch cannot capture the loss."""
         from clipgrad.loss_graph import CannotCapture
 
         try:
-            return self._loss_graphs().of(inputs).loss()
+            return self._loss_graphs().graph_for(inputs).loss()
         except CannotCapture as reason:
             where = f" It does so at {reason.where}." if reason.where else ""
             raise NotPerSampleError(f"{refusal}{where}") from reason
 
     def _graph_or_none(self, inputs: Inputs) -> Loss | None:
-        """The captured loss; None where PyTorch cannot capture what it does now, so that its Python has to run."""
+        """Return the captured loss; None if PyTorch cannot capture it now, so that the user's Python must run."""
         from clipgrad.loss_graph import CannotCapture
 
         with suppress(CannotCapture):
-            return self._loss_graphs().of(inputs).loss()
+            return self._loss_graphs().graph_for(inputs).loss()
         return None
 
     def _with_loss(self, inputs: Inputs, body: Callable[[Loss], _T]) -> _T:
-        """Run ``body`` on the loss; where its Python asks for values of tensors, on the graph of one sample's loss."""
+        """Run ``body`` on the user's loss; if this reads values of tensors, on the captured graph of the loss."""
         if self._runs_as_graph and (loss := self._graph_or_none(inputs)) is not None:
             return body(loss)
         try:
@@ -224,31 +229,14 @@ class BatchClipper:
             self._runs_as_graph = True
             return body(loss)
 
-    def _first_part(self, inputs: Inputs, batch: list[Any], settings: Settings) -> Tape:
-        """The tape of a copy of a microbatch; of the samples that branch as the first one does, if it splits."""
-
-        def record(samples: Sequence[Any]) -> Tape:
-            return self._with_loss(
-                inputs,
-                lambda loss: forward(loss, inputs.names, inputs.params, samples, settings)[0],
-            )
-
-        parts = Parts(batch)
-        for rows, _ in parts:
-            try:
-                return record(rows)
-            except Disagreement as disagreement:
-                parts.split(disagreement)
-        raise AssertionError("a single sample agrees with itself")
-
     def _settings(
         self, inputs: Inputs, max_grad_norm: ClippingStrategy, restore: Restore
     ) -> Settings:
-        """The options resolved against parameters of these names, sizes and dtypes."""
+        """Resolve the options for the present parameters; cached, because these rarely change."""
         self.arithmetic.check_batch_size(inputs.batch_size)
         sizes = tuple(map(Tensor.numel, inputs.params))
         dtypes = tuple(map(_DTYPE, inputs.params))
-        key = owned(max_grad_norm), inputs.names, sizes, dtypes
+        key = copy_strategy(max_grad_norm), inputs.names, sizes, dtypes
         if self._resolved is None or self._resolved[0] != key:
             clipping = self.arithmetic.clipping(max_grad_norm, inputs.names, sizes, dtypes)
             settings = Settings(
@@ -266,7 +254,7 @@ class BatchClipper:
 
 
 def _on_leaves(transform: Callable[[Any], Any], restore: Restore) -> PreClipping:
-    """The user's transform of per-sample gradients, from leaves to leaves."""
+    """Return the user's transform of per-sample gradients as a function from leaves to leaves."""
 
     def apply(gradients: list[Tensor]) -> list[Tensor]:
         before = restore(gradients)
@@ -285,7 +273,7 @@ def _on_leaves(transform: Callable[[Any], Any], restore: Restore) -> PreClipping
 
 
 def _empty(inputs: Inputs, settings: Settings, groups: Sequence[str] | None) -> ClippedBatch:
-    """Zeros: what a batch without samples adds up to."""
+    """Return the zero sums of a batch without samples."""
     sums = [
         torch.zeros_like(p, dtype=dtype)
         for p, dtype in zip(inputs.params, settings.dtypes, strict=True)
@@ -304,17 +292,17 @@ def _outcome(
     size: int,
 ) -> Outcome:
     return Outcome(
-        # A copy, also of a single one: the loss may have returned a view of something large.
+        # ``cat`` copies a single tensor too: the loss may have returned a view of a large tensor.
         torch.cat([result.values for result in results]),
-        [_joined(norms) for norms in zip(*(result.norms for result in results), strict=True)],
+        [_concatenate(norms) for norms in zip(*(result.norms for result in results), strict=True)],
         settings.clipping.norms,
         groups,
-        _joined([result.nonfinite for result in results]),
+        _concatenate([result.nonfinite for result in results]),
         mask,
         size - (0 if mask is None else int(mask.sum())),
     )
 
 
-def _joined(parts: Sequence[Tensor]) -> Tensor:
-    """Per-sample values of all microbatches, which nothing else holds."""
+def _concatenate(parts: Sequence[Tensor]) -> Tensor:
+    """Concatenate per-sample values of all microbatches; no other reference to them exists."""
     return parts[0] if len(parts) == 1 else torch.cat(list(parts))

@@ -61,7 +61,7 @@ def save_checkpoint(path: str | os.PathLike[str], parts: Mapping[str, Stateful])
             torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())
-        _put(beside, path)
+        _replace_file(beside, path)
     finally:
         beside.unlink(missing_ok=True)
     _flush_folder(path.parent)
@@ -114,7 +114,7 @@ def load_checkpoint(
     return True
 
 
-def _put(beside: Path, path: Path) -> None:
+def _replace_file(beside: Path, path: Path) -> None:
     beside.replace(path)
 
 

@@ -19,7 +19,7 @@ class ExplanationRow:
         shape: The shape of the parameter.
         uses: The number of uses in the loss.
         by: The rules that handle the uses, and ``fallback: op`` for operations without a rule.
-        strategy: ``kept``, ``ghost``, ``recompute``, or ``-`` if the loss does not use the parameter.
+        strategy: ``kept``, ``ghost``, or ``-`` if the loss does not use the parameter.
         reason: The reason for that strategy.
         memory: Estimated bytes that are held for the parameter between backward pass and clipped sum.
     """

@@ -1,4 +1,4 @@
-"""What a user may choose about how clipped sums are computed; each choice is checked once, here."""
+"""This module holds the user's options for clipped sums, and checks each option once."""
 
 from __future__ import annotations
 
@@ -11,26 +11,21 @@ import torch
 from clipgrad import _validate
 
 RANDOMNESS = ("different", "same", "error")
-STRATEGIES = ("auto", "kept", "ghost", "recompute")
-BRANCHES = ("refuse", "split")
+STRATEGIES = ("auto", "kept", "ghost")
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Performance:
-    """How a step is computed: time, memory and rounding depend on it, what is computed does not.
+    """These options change time, memory and rounding of a step, and nothing else.
 
     Args:
-        strategy: ``"auto"`` chooses for each parameter. ``"kept"``, ``"ghost"`` and ``"recompute"`` force one way to
-            find its norm, where that way exists; ``explain`` shows the choice.
+        strategy: ``"auto"`` chooses for each parameter how its norm is computed. ``"kept"`` and ``"ghost"``
+            force one strategy where it exists; ``explain`` shows the choice.
         memory_budget: Bytes that kept per-sample gradients may take beyond the activations that they replace.
-        branches: What happens where the loss asks for the value of a tensor (``if mask.all():``, ``.item()``), which
-            differs from sample to sample. ``"refuse"`` raises. ``"split"`` runs the samples that answer alike
-            together, in as many passes as there are answers. That is exact, but the loss runs several times a batch,
-            each time on a copy, and each question waits for the device. A question whose answer is random raises.
-        randomness: ``"different"`` draws a dropout mask for each sample, ``"same"`` one for all of a microbatch, and
-            ``"error"`` refuses a loss that draws random numbers.
-        accumulate_dtype: Dtype of the clipped sums. The default is the parameter's own, at least float32.
+        randomness: ``"different"`` samples a dropout mask for each sample, ``"same"`` one for the microbatch.
+            ``"error"`` refuses a loss that uses random numbers.
+        accumulate_dtype: Dtype of the clipped sums. The default is the parameter's dtype, at least float32.
 
     Raises:
         ValueError: If a value is out of range.
@@ -42,7 +37,6 @@ class Performance:
 
     strategy: str = "auto"
     memory_budget: float | None = None
-    branches: str = "refuse"
     randomness: str = "different"
     accumulate_dtype: torch.dtype | None = None
 
@@ -53,23 +47,21 @@ class Performance:
             raise ValueError(
                 f"memory_budget must be a non-negative number of bytes, got {budget!r}."
             )
-        _validate.one_of("branches", self.branches, BRANCHES)
         _validate.one_of("randomness", self.randomness, RANDOMNESS)
         _validate.accumulate_dtype(self.accumulate_dtype)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Everything that decides what is computed of a batch, besides loss and clipping norm; see ``clipped_grad``.
+    """This class holds all options of a computation but loss and clipping norm; see ``clipped_grad``.
 
     Raises:
-        ValueError: If a value is out of range, or two exclude each other.
+        ValueError: If a value is out of range, or two options exclude each other.
     """
 
     has_aux: bool = False
     keep_batch_dim: bool = True
     normalize_by: float = 1.0
-    rescale_to_unit_norm: bool = False
     pre_clipping_transform: Callable[[Any], Any] | None = None
     microbatch_size: int | None = None
     nan_safe: bool = True
@@ -78,7 +70,7 @@ class Options:
     performance: Performance = field(default_factory=Performance)
 
     def __post_init__(self) -> None:
-        for name in ("has_aux", "keep_batch_dim", "rescale_to_unit_norm", "nan_safe"):
+        for name in ("has_aux", "keep_batch_dim", "nan_safe"):
             _validate.flag(name, getattr(self, name))
         _validate.positive("normalize_by", self.normalize_by)
         _validate.positive_int_or_none("microbatch_size", self.microbatch_size)
@@ -87,18 +79,12 @@ class Options:
                 f"performance must be a clipgrad.Performance, got {self.performance!r}; "
                 "clipgrad.Performance(strategy='ghost'), for example."
             )
-        if self.compile is False:
-            return
-        if self.compile is not True:
+        if not isinstance(self.compile, bool):
             _validate.one_of("compile", self.compile, COMPILE_MODES)
-        if self.performance.branches == "split":
-            raise ValueError(
-                "compile cannot be combined with branches='split': a graph has no branches. Leave one of them out."
-            )
 
     @property
     def compile_mode(self) -> str | None:
-        """The mode of ``torch.compile``; None without compilation."""
+        """Return the mode of ``torch.compile``; None without compilation."""
         if self.compile is False:
             return None
         return "default" if self.compile is True else str(self.compile)

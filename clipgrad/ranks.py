@@ -1,6 +1,6 @@
-"""Who trains together: how processes add up norms and sums, and which of them noises which part.
+"""This module says how processes add up norms and sums, and which process adds noise to which part.
 
-There is one process today. ``clipgrad.distributed`` will bring the others.
+It supports one process. ``clipgrad.distributed`` will add several.
 """
 
 from __future__ import annotations
@@ -11,32 +11,35 @@ from torch import Tensor
 
 
 class Ranks(Protocol):
-    """The processes that train one model."""
+    """This protocol represents the processes that train one model."""
 
     def squared_norms(self, own: Tensor) -> Tensor:
-        """Squared norms ``[B]`` of whole gradients, from those of the parameters that this process holds."""
+        """Return the squared norms ``[B]`` of whole gradients, from those of this process's parameters."""
         ...
 
     def own_share(self, sums: list[Tensor]) -> list[Tensor]:
-        """The total over all processes, of the coordinates that this process noises; uses up ``sums``."""
+        """Return the total over all processes of the coordinates that this process adds noise to.
+
+        The tensors of ``sums`` may be overwritten.
+        """
         ...
 
     def gathered(self, means: list[Tensor]) -> list[Tensor]:
-        """Noised means in the form of the parameters that this process steps, from everybody's share."""
+        """Return the noisy means of this process's parameters, from the shares of all processes."""
         ...
 
 
 class OneProcess:
-    """A process that trains alone: its norms, sums and noise are the whole."""
+    """This class represents a process that trains alone."""
 
     def squared_norms(self, own: Tensor) -> Tensor:
-        """The norms as they are."""
+        """Return the norms unchanged."""
         return own
 
     def own_share(self, sums: list[Tensor]) -> list[Tensor]:
-        """All sums."""
+        """Return the sums unchanged."""
         return sums
 
     def gathered(self, means: list[Tensor]) -> list[Tensor]:
-        """All means."""
+        """Return the means unchanged."""
         return means

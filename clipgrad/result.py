@@ -1,4 +1,4 @@
-"""What a batch gave: clipped sums, and what became of each sample."""
+"""This module holds the results of a batch: clipped sums, and the outcome of each sample."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of each sample. It is counted when somebody asks, since counting costs several small operations.
+    """This class holds norm, loss and flags of each sample. Counts are computed at first use and then cached.
 
     Attributes:
         losses: Per-sample losses, ``[B]``.
@@ -36,41 +36,41 @@ class Outcome:
 
     @property
     def grad_norms(self) -> Tensor | Mapping[str, Tensor]:
-        """Per-sample norms ``[B]``, by group if there are groups."""
+        """Return the per-sample norms ``[B]``, by group if there are groups."""
         if self.groups is None:
             return self.norms[0]
         return dict(zip(self.groups, self.norms, strict=True))
 
     @cached_property
     def num_clipped(self) -> Tensor:
-        """How many samples had a norm above the clipping norm, in any group."""
+        """Return how many samples had a norm above the clipping norm, in any group."""
         above = [norms > bound for norms, bound in zip(self.norms, self.bounds, strict=True)]
         clipped = torch.stack(above).any(0) & ~self.nonfinite
         return (clipped if self.is_padding is None else clipped & ~self.is_padding).sum()
 
     @cached_property
     def num_nonfinite(self) -> Tensor:
-        """How many samples were dropped because their gradient was not finite."""
+        """Return how many samples were dropped because their gradient was not finite."""
         return self.nonfinite.sum()
 
     @property
     def mean_loss(self) -> Tensor:
-        """The mean loss of the samples that are not padding; NaN without any."""
+        """Return the mean loss of the samples that are not padding; NaN if there is none."""
         losses = self.losses if self.is_padding is None else self.losses[~self.is_padding]
         return losses.mean()
 
 
 @dataclass(frozen=True)
 class ClippedGradResult:
-    """What one call of a ``ClippedGrad`` returns.
+    """This class holds the result of one call of a ``ClippedGrad``.
 
-    Only ``grads`` is what the privacy guarantee speaks of, and only after noise. Everything else depends on
-    single samples and is **not private**.
+    The privacy guarantee covers ``grads`` only, and only with noise. Everything else depends on single samples and is
+    **not private**.
 
     Attributes:
         grads: The clipped sum, with the structure of the parameters.
         aux: Per-sample auxiliary outputs stacked on a leading axis, or None.
-        outcome: What became of each sample; the properties below read it.
+        outcome: Norm, loss and flags of each sample, which the properties below read.
     """
 
     grads: Any
@@ -79,43 +79,43 @@ class ClippedGradResult:
 
     @property
     def values(self) -> Tensor:
-        """Per-sample losses, ``[B]``."""
+        """Return the per-sample losses, ``[B]``."""
         return self.outcome.losses
 
     @property
     def grad_norms(self) -> Tensor | Mapping[str, Tensor]:
-        """Per-sample gradient norms before clipping, ``[B]``; a mapping from group to ``[B]`` if there are groups."""
+        """Return the norms before clipping, ``[B]``; a mapping from group to ``[B]`` if there are groups."""
         return self.outcome.grad_norms
 
     @property
     def batch_size(self) -> int:
-        """Number of samples that are not padding."""
+        """Return the number of samples that are not padding."""
         return self.outcome.batch_size
 
     @property
     def num_clipped(self) -> Tensor:
-        """How many samples had a norm above the clipping norm in any group, a scalar tensor.
+        """Return how many samples had a norm above the clipping norm in any group, a scalar tensor.
 
-        ``Automatic`` scales the others too.
+        ``Automatic`` scales the other samples too.
         """
         return self.outcome.num_clipped
 
     @property
     def num_nonfinite(self) -> Tensor:
-        """How many samples were dropped because their gradient was not finite, a scalar tensor."""
+        """Return how many samples were dropped because their gradient was not finite, a scalar tensor."""
         return self.outcome.num_nonfinite
 
 
 @dataclass(frozen=True)
 class Diagnostics:
-    """What the last ``backward`` saw. **Not private**: none of it may leave the trusted side.
+    """This class describes the samples of the last ``backward``. It is **not private** and must not be published.
 
     Attributes:
         losses: Per-sample losses, ``[B]``.
         grad_norms: Per-sample gradient norms before clipping, ``[B]``, or by clipping group.
-        batch_size: Samples that were not padding.
-        clipped_fraction: Share of them whose norm exceeded the clipping norm.
-        num_nonfinite: Samples that were dropped because their gradient was not finite.
+        batch_size: Number of samples that were not padding.
+        clipped_fraction: Share of these samples whose norm exceeded the clipping norm.
+        num_nonfinite: Number of samples that were dropped because their gradient was not finite.
     """
 
     losses: Tensor
@@ -126,7 +126,7 @@ class Diagnostics:
 
 
 def diagnostics_of(outcome: Outcome) -> Diagnostics:
-    """The counts of a batch."""
+    """Return the counts of a batch as Python numbers."""
     size = outcome.batch_size
     share = float(outcome.num_clipped) / size if size else math.nan
     return Diagnostics(outcome.losses, outcome.grad_norms, size, share, int(outcome.num_nonfinite))

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from clipgrad.result import ClippedGradResult
 from clipgrad.rules import registry
 
 Params = dict[str, Tensor]
-STRATEGIES = ("kept", "ghost", "recompute")
+STRATEGIES = ("kept", "ghost")
 _MOST_PROBLEMS = 20
 _REPEATABLE = 1e-12
 
@@ -134,7 +135,7 @@ class _Trial:
             found.append(f"all samples have the same norm, {self.max_grad_norm}: vary the batch")
         if any(p.dtype is not torch.float64 for p in self.params.values()):
             found.append("parameters must be float64: at lower precision, rounding hides errors")
-        with _spied(self.case.rule) as taken:
+        with _record_calls(self.case.rule) as taken:
             self.run("kept", None)
         if not taken and not self.case.declines:
             found.append("the rule did not run: no call reached it, or it declined every call")
@@ -229,7 +230,7 @@ class _Trial:
         ]
         if found:
             return found
-        with _removed(self.case.rule), warnings.catch_warnings():
+        with _without_rule(self.case.rule), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             result = self.run("auto", None)
         return self._differences(f"batch of {self.size}, rule removed", result, sums)
@@ -261,21 +262,18 @@ def _entries(name: str) -> dict[Callable[..., Any], registry.Rule | registry.Dec
 
 
 @contextmanager
-def _removed(name: str) -> Iterator[None]:
+def _without_rule(name: str) -> Iterator[None]:
     """Run the body without one rule."""
-    entries = _entries(name)
-    for operation in entries:
-        registry.unregister_rule(operation)
-    try:
+    with patch.dict(registry._RULES):
+        for operation in _entries(name):
+            registry.unregister_rule(operation)
         yield
-    finally:
-        registry._RULES.update(entries)
 
 
 @contextmanager
-def _spied(name: str) -> Iterator[list[str]]:
+def _record_calls(name: str) -> Iterator[list[str]]:
     """Collect the name of a rule each time that it returns without declining."""
-    entries, taken = _entries(name), []
+    taken: list[str] = []
 
     def spy(apply: Callable[..., Any]) -> Callable[..., Any]:
         def spied(*args: Any, **kwargs: Any) -> Any:
@@ -285,12 +283,9 @@ def _spied(name: str) -> Iterator[list[str]]:
 
         return spied
 
-    for operation, entry in entries.items():
-        registry._RULES[operation] = replace(entry, apply=spy(entry.apply))
-    try:
+    spies = {op: replace(entry, apply=spy(entry.apply)) for op, entry in _entries(name).items()}
+    with patch.dict(registry._RULES, spies):
         yield taken
-    finally:
-        registry._RULES.update(entries)
 
 
 __all__ = ["RuleCase", "assert_rule_matches_reference"]

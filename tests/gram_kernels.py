@@ -59,7 +59,7 @@ def choice() -> None:
 
 
 def proof() -> None:
-    assert launcher.proved(CPU)
+    assert launcher.passes_self_test(CPU)
     right = launcher.launch
 
     def off(left: Tensor, other: Tensor) -> Tensor:
@@ -71,7 +71,7 @@ def proof() -> None:
     for wrong in (off, one_row_less):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(launcher, "launch", wrong)
-            assert not launcher.proved(CPU)
+            assert not launcher.passes_self_test(CPU)
 
 
 def main() -> None:

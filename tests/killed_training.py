@@ -103,7 +103,7 @@ def main(folder: Path, steps: int, point: str | None, step: int) -> None:
 
     inner.register_step_pre_hook(lambda *_: killer.reach("inner step"))
     checkpoint.torch.save = killable(torch.save, killer)  # type: ignore[attr-defined]
-    checkpoint._put = watched_rename(killer)
+    checkpoint._replace_file = watched_rename(killer)
     for x, y in loader:
         killer.step = optimizer.ledger.steps + 1
         optimizer.backward(x, y)

@@ -14,7 +14,7 @@ import triton.language as tl
 
 from clipgrad.kernels import box_muller_kernels as box_muller
 from clipgrad.kernels import chacha_kernels as kernels
-from clipgrad.kernels import chacha_proof as proof
+from clipgrad.kernels import chacha_selftest as selftest
 from clipgrad.kernels.chacha_launch import TritonChaCha
 from tests.noise_checks import check_gaussian, check_independent
 
@@ -32,35 +32,37 @@ CIPHERTEXT = bytes.fromhex(
 
 
 def vectors(cipher: TritonChaCha) -> None:
-    block = cipher.blocks(proof.RFC_KEY, proof.RFC_NONCE, 1)[:64]
-    assert block == proof.RFC_BLOCK  # RFC 8439, 2.3.2
+    block = cipher.blocks(selftest.RFC_KEY, selftest.RFC_NONCE, 1)[:64]
+    assert block == selftest.RFC_BLOCK  # RFC 8439, 2.3.2
     nonce = bytes.fromhex("000000000000004a00000000")
-    stream = cipher.blocks(proof.RFC_KEY, nonce, 1)
+    stream = cipher.blocks(selftest.RFC_KEY, nonce, 1)
     mixed = bytes(a ^ b for a, b in zip(SUNSCREEN, stream, strict=False))
     assert mixed == CIPHERTEXT  # RFC 8439, 2.4.2
     random = np.random.default_rng(0)
     for first in (7, 2**32 - 128):
         key, nonce = random.bytes(32), random.bytes(12)
-        assert cipher.blocks(key, nonce, first) == proof.keystream(key, nonce, first, 128)
+        assert cipher.blocks(key, nonce, first) == selftest.keystream(key, nonce, first, 128)
 
 
 def pairs(cipher: TritonChaCha) -> None:
     """Each float32 value beside float64's of the same bits, to 2^-21: from the far tail to the centre."""
     random, worst = np.random.default_rng(0), 0.0
     for step in range(60):
-        words = random.integers(0, 2**32, (proof.LANES, 2), dtype=np.uint32)
+        words = random.integers(0, 2**32, (selftest.BLOCKS_AT_ONCE, 2), dtype=np.uint32)
         if step % 2:  # u near 0 and near 1 by every power of 2
-            near = words[:, 0] >> random.integers(0, 32, proof.LANES, dtype=np.uint32)
+            near = words[:, 0] >> random.integers(0, 32, selftest.BLOCKS_AT_ONCE, dtype=np.uint32)
             words[:, 0] = np.where(words[:, 1] & 64, near, ~near)
         found = cipher.pairs(words)
-        worst = max(worst, proof.relative_error(found, proof.pairs_float32(words)))
+        worst = max(worst, selftest.relative_error(found, selftest.pairs_float32(words)))
     assert worst < 2.0**-21
-    planted = np.resize(np.array([[0, 2], [2**32 - 1, 2**32 - 2]], np.uint32), (proof.LANES, 2))
+    planted = np.resize(
+        np.array([[0, 2], [2**32 - 1, 2**32 - 2]], np.uint32), (selftest.BLOCKS_AT_ONCE, 2)
+    )
     far, near = np.abs(cipher.pairs(planted)[:2, 0])
     assert far == np.float32(math.sqrt(106 * math.log(2)))  # 8.57, of u = 2^-53
     assert near == np.float32(2.0**-26)  # of u = 1 - 2^-53
     words = random.integers(0, 2**32, (400_000, 2), dtype=np.uint32)
-    values = torch.from_numpy(proof.pairs_float32(words))  # the formula itself
+    values = torch.from_numpy(selftest.pairs_float32(words))  # the formula itself
     check_gaussian(values, 1.0)
     check_independent(values.T)
 
@@ -87,7 +89,7 @@ def tensors(cipher: TritonChaCha) -> None:
         for draws in (1, 3):
             alone = torch.zeros(2100, dtype=dtype)  # programs that are full and others
             cipher.add_gaussian_([alone], 2.0, draws, key)
-            expected = 2 * proof.gaussians(key, 2100, draws, dtype)
+            expected = 2 * selftest.gaussians(key, 2100, draws, dtype)
             assert np.abs(alone.numpy() - expected).max() < tolerance
     shaped = torch.zeros(21, 10, 10).permute(2, 0, 1).contiguous()
     cipher.add_gaussian_([shaped], 2.0, 3, key)
@@ -245,12 +247,12 @@ def sabotage(cipher: TritonChaCha) -> None:
 
     for wrong in (Wrong(CPU), Loud(CPU), Faint(CPU), Undivided(CPU), InPlace(CPU)):
         with pytest.raises(RuntimeError, match="the device's"):
-            wrong.prove()
+            wrong.self_test()
     for name, broken in BROKEN.items():
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(box_muller, name, broken)
             with pytest.raises(RuntimeError, match="Gaussians are off"):
-                cipher.prove()
+                cipher.self_test()
 
 
 @triton.jit
@@ -272,7 +274,7 @@ def main() -> None:
     cipher = TritonChaCha(CPU)
     vectors(cipher)
     print("vectors")
-    cipher.prove()
+    cipher.self_test()
     print("proof")
     pairs(cipher)
     print("pairs")

@@ -88,11 +88,9 @@ def test_a_parameter_that_is_not_clipped_is_caught(
 ) -> None:
     weighted_sums = clip_and_sum._weighted_sums
 
-    def leaky(
-        gradients: Any, params: Sequence[Tensor], factors: Sequence[Tensor], settings: Any
-    ) -> list[Tensor]:
-        sums = weighted_sums(gradients, params, factors, settings)
-        whole = weighted_sums(gradients, params, [torch.ones_like(f) for f in factors], settings)
+    def leaky(gradients: Any, factors: Sequence[Tensor], settings: Any) -> list[Tensor]:
+        sums = weighted_sums(gradients, factors, settings)
+        whole = weighted_sums(gradients, [torch.ones_like(f) for f in factors], settings)
         return [whole[0], *sums[1:]]
 
     monkeypatch.setattr(clip_and_sum, "_weighted_sums", leaky)

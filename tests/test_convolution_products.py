@@ -19,7 +19,7 @@ from clipgrad.rules.canonical import Outer, PerSample, row_norms_squared
 from clipgrad.rules.convolution import gradient as gradient_module
 from clipgrad.rules.convolution import methods, unfolding
 from clipgrad.rules.convolution.geometry import Geometry
-from clipgrad.rules.convolution.methods import Way
+from clipgrad.rules.convolution.methods import Method
 from clipgrad.testing import RuleCase, assert_rule_matches_reference
 from tests.nightly import every, pairs, some
 from tests.rule_cases.convolution import CASES
@@ -27,13 +27,13 @@ from tests.rule_cases.convolution import CASES
 USES = [case for case in CASES if not case.declines]
 
 
-def always(way: Way, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gradient_module, "fastest", lambda *_: way)
+def always(way: Method, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gradient_module, "fastest_method", lambda *_: way)
 
 
 def joined(outers: Iterable[Outer], samples: int) -> Tensor:
     """As on a GPU."""
-    found = methods._joined(outers)
+    found = methods._concatenate_products(outers)
     assert len(found) == samples
     return found
 
@@ -58,12 +58,12 @@ def products(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
-@pytest.mark.parametrize(("gather", "case"), some(2, [joined, methods._side_by_side], USES))
+@pytest.mark.parametrize(("gather", "case"), some(2, [joined, methods._multiply_into_result], USES))
 def test_case(
     case: RuleCase, gather: Gather, products: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A sample at a time."""
-    monkeypatch.setattr(methods, "_side_by_side", gather)
+    monkeypatch.setattr(methods, "_multiply_into_result", gather)
     monkeypatch.setattr(unfolding, "_AT_ONCE", {"cpu": 1})
     monkeypatch.setattr(unfolding, "_FEWEST_AT_ONCE", 1)
     assert_rule_matches_reference(
@@ -75,18 +75,18 @@ def test_case(
 def sliced(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
     """Shapes of the weights whose gradients were found by slices, which are taken wherever they can be."""
     shapes: list[torch.Size] = []
-    fastest, by_slices = gradient_module.fastest, methods.by_slices
+    fastest_method, by_slices = gradient_module.fastest_method, methods.by_slices
 
     def counted(gradient: Tensor, input: Tensor, shape: torch.Size, geometry: Geometry) -> Tensor:
         shapes.append(shape)
         return by_slices(gradient, input, shape, geometry)
 
-    def choose(device: torch.device, shape: torch.Size, geometry: Geometry) -> Way:
-        sliceable = gradient_module._sliceable(shape, geometry)
-        return counted if sliceable else fastest(device, shape, geometry)
+    def choose(device: torch.device, shape: torch.Size, geometry: Geometry) -> Method:
+        sliceable = gradient_module._can_slice(shape, geometry)
+        return counted if sliceable else fastest_method(device, shape, geometry)
 
     monkeypatch.setattr(gradient_module, "_FEWEST_COLUMNS", 1)
-    monkeypatch.setattr(gradient_module, "fastest", choose)
+    monkeypatch.setattr(gradient_module, "fastest_method", choose)
     return shapes
 
 
@@ -218,7 +218,7 @@ def test_parts_are_as_large_as_they_may_be(
     whole = gradient({"w": w}, x)
     assert products == [7]
     products.clear()
-    monkeypatch.setattr(methods, "_side_by_side", joined)
+    monkeypatch.setattr(methods, "_multiply_into_result", joined)
     monkeypatch.setattr(unfolding, "_AT_ONCE", {"cpu": most * 2 * 9 * 25})
     parts = gradient({"w": w}, x)
     assert products == taken
@@ -262,8 +262,8 @@ def test_the_setting_is_put_back(allowed: bool) -> None:
     with pytest.raises(RuntimeError):
         tensor_cores.bmm(a, a, allowed)
     assert matmul.allow_tf32 == before
-    with tensor_cores.tf32(allowed):
-        assert tensor_cores.matrices_may() is allowed
+    with tensor_cores.set_tf32(allowed):
+        assert tensor_cores.matmuls_allow_tf32() is allowed
     assert matmul.allow_tf32 == before
 
 
@@ -273,8 +273,8 @@ def test_only_where_one_of_them_may(
     convolutions: bool, matrices: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", convolutions)
-    with tensor_cores.tf32(matrices):
-        assert tensor_cores.convolutions_may() is (convolutions or matrices)
+    with tensor_cores.set_tf32(matrices):
+        assert tensor_cores.convolutions_allow_tf32() is (convolutions or matrices)
 
 
 @pytest.mark.parametrize("at_once", [1 << 20, 1])
@@ -299,7 +299,9 @@ def test_the_output_gradient_unfolded(
     monkeypatch.setitem(unfolding._AT_ONCE, "cpu", at_once)
     axes, shape = len(taps), torch.Size((2, 5, *taps))
     geometry = Geometry((1,) * axes, padding, dilation, 1)
-    assert gradient_module.fastest(torch.device("cpu"), shape, geometry).__name__ == "by_rows"
+    assert (
+        gradient_module.fastest_method(torch.device("cpu"), shape, geometry).__name__ == "by_rows"
+    )
     x = torch.randn(7, 5, *(9, 10, 8)[:axes], dtype=torch.float64)
     weight = torch.randn(shape, dtype=torch.float64, requires_grad=True)
     y = geometry.convolve(x, weight, None)
@@ -324,7 +326,7 @@ def test_the_output_gradient_unfolded(
 def test_where_the_output_gradient_is_not_unfolded(
     shape: tuple[int, ...], geometry: Geometry
 ) -> None:
-    chosen = gradient_module.fastest(torch.device("cpu"), shape, geometry)
+    chosen = gradient_module.fastest_method(torch.device("cpu"), shape, geometry)
     assert chosen.__name__ != "by_rows"
 
 
@@ -338,5 +340,5 @@ def test_a_processor_without_avx512_unfolds_more(
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     geometry = Geometry((1, 1), (1, 1), (1, 1), 1)
     cpu = torch.device("cpu")
-    assert gradient_module.fastest(cpu, (128, 64, 3, 3), geometry).__name__ == way
-    assert gradient_module.fastest(cpu, (64, 128, 3, 3), geometry).__name__ == "by_groups"
+    assert gradient_module.fastest_method(cpu, (128, 64, 3, 3), geometry).__name__ == way
+    assert gradient_module.fastest_method(cpu, (64, 128, 3, 3), geometry).__name__ == "by_groups"

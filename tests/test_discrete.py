@@ -119,7 +119,7 @@ def test_bernoulli_exp(numerator: int, denominator: int) -> None:
 
 @pytest.mark.parametrize("bound", [2, 3, 7, 2**56 + 1])
 def test_uniform_integers(bound: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = sampler._below(bound, 20_000)
+    found = sampler._uniform_below(bound, 20_000)
     assert 0 <= found.min() <= found.max() < bound
     parts = np.bincount(found * 2 // bound if bound > 8 else found)
     assert abs(parts / 20_000 - 1 / len(parts)).max() < 7 * math.sqrt(0.25 / 20_000)
@@ -127,7 +127,7 @@ def test_uniform_integers(bound: int, monkeypatch: pytest.MonkeyPatch) -> None:
     words = iter([2**62 - 1, 2**62 - 2**62 % bound, 5])
     monkeypatch.setattr(sampler, "_words", lambda n: np.array([next(words)]))
     if 2**62 % bound:
-        assert sampler._below(bound, 1).tolist() == [5 % bound]
+        assert sampler._uniform_below(bound, 1).tolist() == [5 % bound]
 
 
 def test_bits_come_from_the_operating_system(monkeypatch: pytest.MonkeyPatch) -> None:

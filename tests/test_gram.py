@@ -61,7 +61,7 @@ def test_on_cuda_in_full_precision(shape: tuple[int, int, int, int], tf32: bool)
     samples, positions, rows, columns = shape
     left = torch.randn(samples, positions, rows, device="cuda")
     right = torch.randn(samples, columns, positions, device="cuda").mT
-    with tensor_cores.tf32(tf32):
+    with tensor_cores.set_tf32(tf32):
         result = found(left, right)
     torch.testing.assert_close(result.double(), expected(left, right), rtol=1e-5, atol=0)
 
@@ -91,7 +91,7 @@ def test_what_cancels_is_clipped_enough_in_tf32(positions: int, distance: float)
     right = torch.randn(64, half, 80, device="cuda").repeat(1, 2, 1)
     right[:, half:] += distance * torch.randn(64, half, 80, device="cuda")
     use = Outer(left, right, torch.Size([96, 80]))
-    with tensor_cores.tf32(True):
+    with tensor_cores.set_tf32(True):
         norms = ghost_norms_squared([use]).sqrt()
         for sample in range(64):
             factors = torch.zeros(64, device="cuda")

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from clipgrad import Performance, Relation, clipped_grad
 from clipgrad.engine.reference import clipped_sum, per_sample_gradients_by_loop
-from clipgrad.exact import OnGrid
-from clipgrad.exact.grid import Grid, exact_sigma, within
+from clipgrad.exact import GridArithmetic
+from clipgrad.exact.grid import Grid, exact_sigma, squares_within
 from clipgrad.options import Options
 from tests.small_mlp import make_batch, make_params, mlp
 from tests.test_sensitivity import MODELS, Model, collate, rows, tied
@@ -141,7 +141,7 @@ def test_the_comparison_is_exact(limit: int) -> None:
         finite = all(map(math.isfinite, numbers))
         expected = finite and sum(int(n) ** 2 for n in numbers) <= limit
         for parts in ([row], [row.flip(1)], [row[:, :1], row[:, 1:]]):
-            assert bool(within(parts, limit)) == expected, (limit, numbers)
+            assert bool(squares_within(parts, limit)) == expected, (limit, numbers)
 
 
 def test_a_sample_that_fails_the_comparison_contributes_nothing(
@@ -216,7 +216,7 @@ def test_a_sample_has_memory_of_its_own() -> None:
     """Laid out and aligned as any other: kernels may round by either."""
     memory = torch.randn(3, 5, 7)
     for batch in (memory, memory.permute(0, 2, 1), memory[..., 1:]):
-        (leaf, constant) = OnGrid(GRID, Options()).samples([batch[1:2], 3])
+        (leaf, constant) = GridArithmetic(GRID, Options()).samples([batch[1:2], 3])
         assert isinstance(leaf, Tensor)
         assert (torch.equal(leaf, batch[1:2]), constant) == (True, 3)
         assert leaf.is_contiguous()
@@ -325,7 +325,6 @@ def test_too_fine_and_too_coarse(norm: float) -> None:
     ("option", "value"),
     [
         ("normalize_by", 2.0),
-        ("rescale_to_unit_norm", True),
         ("nan_safe", False),
         ("compile", True),
         ("compile", "reduce-overhead"),

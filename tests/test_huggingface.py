@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 import clipgrad
-from clipgrad import Performance
 from tests import oracle
 from tests.architectures import Architecture
 from tests.hf_models import HF_MODELS
@@ -56,19 +55,6 @@ def test_equals_a_loop_over_samples(name: str, microbatch_size: int | None) -> N
     assert (norms > MAX_NORM).any()
     torch.testing.assert_close(result.grads, sums, rtol=0, atol=1e-9)
     torch.testing.assert_close(result.grad_norms, norms, rtol=0, atol=1e-9)
-
-
-@pytest.mark.parametrize("name", [name for name in HF_MODELS if HF_MODELS[name].may_refuse])
-def test_samples_that_branch_apart(name: str) -> None:
-    architecture = HF_MODELS[name]
-    model, batch = architecture.build(4)
-    loss, params = functional(architecture, model)
-    whole = clipgrad.clipped_grad(loss, max_grad_norm=MAX_NORM)(params, *batch)
-    performance = Performance(branches="split")
-    parts = clipgrad.clipped_grad(loss, max_grad_norm=MAX_NORM, performance=performance)(
-        params, *batch
-    )
-    torch.testing.assert_close(whole.grads, parts.grads, rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("name", HF_MODELS)

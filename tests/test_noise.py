@@ -12,7 +12,7 @@ from torch import Tensor
 from clipgrad.noise import NoiseSource, SystemNoise, keys
 from clipgrad.noise.accelerator import AcceleratorNoise
 from clipgrad.noise.cpu import CpuNoise
-from clipgrad.noise.keys import Lineage
+from clipgrad.noise.keys import KeyDeriver
 from clipgrad.sampling._words import seeded_words
 from tests.noise_checks import PIECE, check_gaussian, check_independent, draw, seeded
 
@@ -154,9 +154,9 @@ def test_the_default_device_does_not_matter(compiled: bool) -> None:
     try:
         source = SystemNoise(compile=compiled)
         source.add_gaussian_([total], 2.0)
-        lineage = Lineage()
-        cpu = CpuNoise(lineage, 1, compiled=compiled)
-        AcceleratorNoise(torch.device("cpu"), lineage, cpu, 1).add([copied], 2.0)
+        key_deriver = KeyDeriver()
+        cpu = CpuNoise(key_deriver, 1, compiled=compiled)
+        AcceleratorNoise(torch.device("cpu"), key_deriver, cpu, 1).add([copied], 2.0)
         SystemNoise(draws=3).add_gaussian_([small := torch.zeros(5, device="cpu")], 1.0)
         words = seeded_words(torch.Generator("cpu"), 3)
     finally:

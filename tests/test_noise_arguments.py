@@ -131,10 +131,10 @@ def test_pieces_hold_every_value_once(sizes: list[int], limit: int) -> None:
 @given(st.permutations([0, 1, 2, 3]), st.booleans())
 def test_targets_are_the_tensors_memory(order: list[int], gaps: bool) -> None:
     tensor = torch.zeros(2, 1, 3, 4).permute(order)[..., :: 2 if gaps else 1]
-    (target,), detours = contiguous_targets([tensor])
+    (target,), additions = contiguous_targets([tensor])
     assert target.is_contiguous()
     target += 1
-    for gappy, detour in detours:
-        gappy += detour
+    for gappy, addition in additions:
+        gappy += addition
     assert (tensor == 1).all()
     assert target.numel() == tensor.numel()

@@ -17,7 +17,13 @@ import torch
 from torch import Tensor
 
 from clipgrad.noise import SystemNoise, c_loop, cpu, keys
-from clipgrad.noise.c_loop import CAPACITY, LoopedBoxMuller, compiled, looped, prove
+from clipgrad.noise.c_loop import (
+    CAPACITY,
+    LoopedBoxMuller,
+    compile_loop,
+    make_looped,
+    verify,
+)
 from tests.noise_checks import check_gaussian, check_independent
 from tests.test_noise_gaussian import Given, edge_words, oracle
 
@@ -43,7 +49,7 @@ def unproved(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def loop() -> LoopedBoxMuller:
-    found = looped(may_compile=True)
+    found = make_looped(may_compile=True)
     if found is None:
         pytest.skip("no C compiler here")
     return found
@@ -62,7 +68,7 @@ def drawn(radius_words: list[int], angle_words: list[int]) -> Tensor:
 
 def test_there_is_a_compiler_where_tests_run() -> None:
     """Else all of this is skipped, and nobody sees it."""
-    assert looped(may_compile=True) is not None
+    assert make_looped(may_compile=True) is not None
 
 
 def words(values: np.ndarray[Any, np.dtype[np.float64]], bits: int) -> list[int]:
@@ -275,15 +281,15 @@ def test_a_wrong_loop_does_not_pass(right: str, wrong: str) -> None:
     assert SOURCE.count(right) == 1, right
     loop()  # skips without a compiler
     with pytest.raises(RuntimeError, match="is right"):
-        prove(LoopedBoxMuller(compiled(SOURCE.replace(right, wrong))))
+        verify(LoopedBoxMuller(compile_loop(SOURCE.replace(right, wrong))))
 
 
 def test_no_compiler_takes_nonsense(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(RuntimeError, match="error"):
-        compiled("nonsense")
+        compile_loop("nonsense")
     monkeypatch.setenv("CC", "no-such-compiler -O3")
     with pytest.raises(RuntimeError, match="there is no C compiler"):
-        compiled(SOURCE)
+        compile_loop(SOURCE)
 
 
 def test_a_compiler_that_does_not_know_this_processor(
@@ -294,7 +300,7 @@ def test_a_compiler_that_does_not_know_this_processor(
     script.write_text('#!/bin/sh\ncase "$*" in *-march=native*) exit 1;; esac\nexec cc "$@"\n')
     script.chmod(0o700)
     monkeypatch.setenv("CC", str(script))
-    prove(LoopedBoxMuller(compiled(SOURCE)))
+    verify(LoopedBoxMuller(compile_loop(SOURCE)))
 
 
 def fails(_: str) -> c_loop.Loop:
@@ -312,7 +318,7 @@ def test_without_a_right_loop_noise_is_made_uncompiled_and_told_of_once(
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(c_loop, "compiled", made)
+    monkeypatch.setattr(c_loop, "compile_loop", made)
     monkeypatch.setattr(keys, "new_master", lambda: bytes(32))
     caplog.set_level(logging.INFO, "clipgrad")
     totals = torch.zeros(3, 200_000)
@@ -346,9 +352,9 @@ def test_a_loop_is_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def count(source: str) -> c_loop.Loop:
         made.append(source)
-        return compiled(source)
+        return compile_loop(source)
 
-    monkeypatch.setattr(c_loop, "compiled", count)
+    monkeypatch.setattr(c_loop, "compile_loop", count)
     for _ in range(2):
         source = SystemNoise()
         for size in (2048, 10_000, CAPACITY + 5, 100_000, 400_000, 17):
@@ -364,7 +370,7 @@ def refused(*, may_compile: bool) -> LoopedBoxMuller:
 
 
 def test_only_float32_and_only_where_it_may(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu, "looped", refused)
+    monkeypatch.setattr(cpu, "make_looped", refused)
     large = [torch.zeros(200_000)]
     SystemNoise(compile=False).add_gaussian_(large, 1.0)
     SystemNoise().add_gaussian_([large[0].double()], 1.0)

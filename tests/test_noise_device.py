@@ -13,9 +13,9 @@ import scipy.stats
 import torch
 
 from clipgrad.noise import SystemNoise, accelerator, keys
-from clipgrad.noise.accelerator import AcceleratorNoise, proved_cipher
+from clipgrad.noise.accelerator import AcceleratorNoise, verified_cipher
 from clipgrad.noise.cpu import CpuNoise
-from clipgrad.noise.keys import Lineage
+from clipgrad.noise.keys import KeyDeriver
 from tests.kernels import interpreted, needs_cuda, needs_triton
 from tests.noise_checks import check_gaussian
 
@@ -29,8 +29,8 @@ def test_kernels_in_the_interpreter() -> None:
 
 
 def fallback(draws: int = 1) -> AcceleratorNoise:
-    lineage = Lineage()
-    return AcceleratorNoise(torch.device("cpu"), lineage, CpuNoise(lineage, draws), draws)
+    key_deriver = KeyDeriver()
+    return AcceleratorNoise(torch.device("cpu"), key_deriver, CpuNoise(key_deriver, draws), draws)
 
 
 def test_noise_made_on_the_cpu_and_copied(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -52,9 +52,9 @@ def test_noise_made_on_the_cpu_and_copied(monkeypatch: pytest.MonkeyPatch) -> No
 def test_other_devices_and_broken_ones_are_told_of_once(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(accelerator, "_told", set())
+    monkeypatch.setattr(accelerator, "_warned_devices", set())
     for device in ("mps", "mps", "xpu:1"):
-        assert proved_cipher(torch.device(device)) is None
+        assert verified_cipher(torch.device(device)) is None
     assert [record.levelno for record in caplog.records] == [logging.WARNING] * 2
     assert {record.name for record in caplog.records} == {"clipgrad"}
     assert "Noise for mps is made on the CPU" in caplog.text
@@ -63,9 +63,9 @@ def test_other_devices_and_broken_ones_are_told_of_once(
 def test_a_missing_triton_means_the_cpu(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(accelerator, "_told", set())
+    monkeypatch.setattr(accelerator, "_warned_devices", set())
     monkeypatch.setitem(sys.modules, "clipgrad.kernels.chacha_launch", None)
-    assert proved_cipher(torch.device("cuda", 0)) is None
+    assert verified_cipher(torch.device("cuda", 0)) is None
     assert "ModuleNotFoundError" in caplog.text
 
 
@@ -75,13 +75,13 @@ def test_a_cipher_that_proves_wrong_is_not_used(
     class Broken:
         def __init__(self, device: torch.device) -> None: ...
 
-        def prove(self) -> None:
+        def self_test(self) -> None:
             raise RuntimeError("fails the test vector")
 
-    monkeypatch.setattr(accelerator, "_told", set())
+    monkeypatch.setattr(accelerator, "_warned_devices", set())
     module = SimpleNamespace(TritonChaCha=Broken)
     monkeypatch.setitem(sys.modules, "clipgrad.kernels.chacha_launch", module)
-    assert proved_cipher(torch.device("cuda", 0)) is None
+    assert verified_cipher(torch.device("cuda", 0)) is None
     assert "fails the test vector" in caplog.text
 
 
@@ -89,7 +89,7 @@ def test_a_cipher_that_proves_wrong_is_not_used(
 @needs_cuda
 @needs_triton
 def test_the_device_proves_its_cipher() -> None:
-    assert proved_cipher(torch.device("cuda", 0)) is not None
+    assert verified_cipher(torch.device("cuda", 0)) is not None
 
 
 @pytest.mark.cuda
@@ -117,7 +117,7 @@ def test_noise_on_cuda(dtype: torch.dtype, draws: int) -> None:
 @needs_triton
 def test_every_pair_on_cuda_is_that_of_its_bits() -> None:
     """A million pairs beside float64's: the compiled arithmetic, which the interpreter does not run."""
-    from clipgrad.kernels import chacha_proof as proof
+    from clipgrad.kernels import chacha_selftest as selftest
     from clipgrad.kernels.chacha_launch import TritonChaCha
 
     cipher = TritonChaCha(torch.device("cuda", 0))
@@ -125,8 +125,8 @@ def test_every_pair_on_cuda_is_that_of_its_bits() -> None:
     for dtype, tolerance in [(torch.float32, 2.0**-21), (torch.float64, 1e-9)]:
         found = torch.zeros(size, dtype=dtype, device="cuda")
         cipher.add_gaussian_([found], 1.0, 1, key)
-        expected = proof.gaussians(key, size, 1, dtype)
-        assert proof.relative_error(found.cpu().numpy(), expected) < tolerance
+        expected = selftest.gaussians(key, size, 1, dtype)
+        assert selftest.relative_error(found.cpu().numpy(), expected) < tolerance
 
 
 @pytest.mark.cuda

@@ -125,7 +125,7 @@ def test_the_keystream_is_aes_in_counter_mode(
     mode: type[CTR | GCM], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """GCM is made of it, so both modes give the same bytes."""
-    monkeypatch.setattr(keystream, "fastest", lambda: mode)
+    monkeypatch.setattr(keystream, "fastest_mode", lambda: mode)
     key = bytes(range(16))
     stream, found = Keystream(lambda: key), b""
     for size in (1, 100, 16, 4096, 7):  # continues within a block

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from clipgrad.noise import SystemNoise, accelerator, keys, keystream
 from clipgrad.noise import cpu as cpu_module
-from clipgrad.noise.keys import Lineage
+from clipgrad.noise.keys import KeyDeriver
 from tests.noise_checks import PIECE
 
 Use = tuple[bytes, int, int]  # key, first byte, end
@@ -62,7 +62,7 @@ class Recorder:
 
 @pytest.fixture
 def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
-    keystream.fastest()  # tries both ciphers, once a process, with a key that makes no noise
+    keystream.fastest_mode()  # tries both ciphers, once a process, with a key that makes no noise
     made = Recorder(keystream.Cipher)
     monkeypatch.setattr(keystream, "Cipher", made)
     return made
@@ -121,7 +121,7 @@ def in_forked_child(source: SystemNoise, recorder: Recorder) -> list[Use]:
 
 
 def in_spawned_child(source: SystemNoise, queue: Any) -> None:
-    keystream.fastest()
+    keystream.fastest_mode()
     recorder = Recorder(keystream.Cipher)
     keystream.Cipher = recorder  # type: ignore[assignment, misc]
     from_numpy(source)
@@ -161,7 +161,7 @@ def everything(recorder: Recorder, *, compile: bool = True) -> list[Use]:
 def test_no_key_and_counter_twice(
     recorder: Recorder, compile: bool, mode: type[CTR | GCM], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(keystream, "fastest", lambda: mode)
+    monkeypatch.setattr(keystream, "fastest_mode", lambda: mode)
     monkeypatch.setattr(cpu_module, "_MANY", 16 * PIECE)  # threads of Python's take part
     uses = everything(recorder, compile=compile)
     assert len({key for key, _, _ in uses}) > 50
@@ -185,7 +185,7 @@ def test_a_spawned_process_has_keys_of_its_own(recorder: Recorder) -> None:
     check_no_overlap(recorder.uses + uses)
 
 
-class StandingStill(Lineage):
+class StandingStill(KeyDeriver):
     """The number in a key's derivation is not counted on."""
 
     def key(self, device: torch.device, size: int) -> bytes:
@@ -193,7 +193,7 @@ class StandingStill(Lineage):
         return super().key(device, size)
 
 
-class Limping(Lineage):
+class Limping(KeyDeriver):
     """Every second number is handed out twice."""
 
     def key(self, device: torch.device, size: int) -> bytes:
@@ -205,7 +205,7 @@ class Limping(Lineage):
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 @pytest.mark.usefixtures("four_threads")
 def test_a_broken_derivation_is_found(
-    recorder: Recorder, monkeypatch: pytest.MonkeyPatch, broken: type[Lineage]
+    recorder: Recorder, monkeypatch: pytest.MonkeyPatch, broken: type[KeyDeriver]
 ) -> None:
     monkeypatch.setattr("clipgrad.noise.system.Lineage", broken)
     with pytest.raises(AssertionError, match="used twice"):
@@ -241,21 +241,21 @@ def test_what_a_key_is_made_of() -> None:
 def test_the_derivation_is_that_of_rfc_5869(monkeypatch: pytest.MonkeyPatch) -> None:
     master = bytes(range(32))
     monkeypatch.setattr(keys, "new_master", lambda: master)
-    lineage = Lineage()
+    key_deriver = KeyDeriver()
     for number, device in enumerate(["cpu", "cuda:1", "cpu"]):
         info = b"clipgrad.noise/1" + number.to_bytes(8, "big")
         expected = hmac.digest(master, info + device.encode() + b"\x01", hashlib.sha256)
-        assert lineage.key(torch.device(device), 32) == expected
+        assert key_deriver.key(torch.device(device), 32) == expected
 
 
 def test_noise_copied_to_a_device_has_keys_of_its_own(recorder: Recorder) -> None:
     """The CPU stands in for a device without a cipher."""
     makers = SystemNoise()
     makers.add_gaussian_([torch.zeros(5)], 1.0)
-    assert makers._makers is not None
-    lineage, cpu = makers._makers._lineage, makers._makers._cpu
+    assert makers._process_noise is not None
+    key_deriver, cpu = makers._process_noise._key_deriver, makers._process_noise._cpu
     device = torch.device("cpu")
-    copied = accelerator.AcceleratorNoise(device, lineage, cpu, 1)
+    copied = accelerator.AcceleratorNoise(device, key_deriver, cpu, 1)
     total: Tensor = torch.zeros(100_000)
     for _ in range(2):
         copied.add([total], 1.0)

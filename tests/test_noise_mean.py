@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from clipgrad.noise import NoiseSource, SeededNoise, SystemNoise, accelerator, cpu, keys, system
-from clipgrad.noise.mean import noised_mean
+from clipgrad.noise.step_noise import noised_mean
 from tests.kernels import needs_cuda
 from tests.noise_checks import check_gaussian
 
@@ -42,21 +42,23 @@ def one_key(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(keys, "new_master", lambda: bytes(range(32)))
 
 
-@pytest.mark.parametrize("elsewhere", [False, True])
+@pytest.mark.parametrize("out_of_place", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize(
     "options", [{}, {"compile": False}, {"draws": 3}], ids=["loop", "uncompiled", "draws"]
 )
 @pytest.mark.usefixtures("one_key")
 def test_one_pass_gives_what_two_give(
-    options: Mapping[str, Any], dtype: torch.dtype, elsewhere: bool
+    options: Mapping[str, Any], dtype: torch.dtype, out_of_place: bool
 ) -> None:
     sums = sums_of(dtype=dtype)
     expected = in_two_passes(SystemNoise(**options), sums)
     given = clones(sums)
-    means = noised_mean(SystemNoise(**options), given, SIGMA, DIVISOR, elsewhere=elsewhere)
+    means = noised_mean(SystemNoise(**options), given, SIGMA, DIVISOR, out_of_place=out_of_place)
     assert all(map(torch.equal, means, expected))
-    assert all((mean is not total) == elsewhere for mean, total in zip(means, given, strict=True))
+    assert all(
+        (mean is not total) == out_of_place for mean, total in zip(means, given, strict=True)
+    )
     assert [mean.stride() for mean in means] == [total.stride() for total in sums]
 
 
@@ -69,8 +71,8 @@ def test_threads_divide_too(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(map(torch.equal, means, in_two_passes(SystemNoise(), sums)))
 
 
-@pytest.mark.parametrize("elsewhere", [False, True])
-def test_tensors_of_several_kinds_and_gaps(elsewhere: bool) -> None:
+@pytest.mark.parametrize("out_of_place", [False, True])
+def test_tensors_of_several_kinds_and_gaps(out_of_place: bool) -> None:
     totals = [1000.0, 2000.0, 3000.0, 4000.0]
     sums = [
         torch.full((90_000,), totals[0]),
@@ -79,7 +81,7 @@ def test_tensors_of_several_kinds_and_gaps(elsewhere: bool) -> None:
         torch.full((90_000,), totals[3]).double(),
     ]
     shapes = [(total.shape, total.dtype) for total in sums]
-    means = noised_mean(SystemNoise(), sums, SIGMA, DIVISOR, elsewhere=elsewhere)
+    means = noised_mean(SystemNoise(), sums, SIGMA, DIVISOR, out_of_place=out_of_place)
     assert [(mean.shape, mean.dtype) for mean in means] == shapes
     for mean, total in zip(means, totals, strict=True):
         check_gaussian(mean.double() * DIVISOR - total, SIGMA)
@@ -114,20 +116,22 @@ class FewBlocks:
 @pytest.fixture
 def few_blocks(monkeypatch: pytest.MonkeyPatch) -> FewBlocks:
     """What lies on the CPU is taken for an accelerator's."""
-    cipher, found = FewBlocks(), system._drawn_together
-    monkeypatch.setattr(accelerator, "proved_cipher", lambda device: cipher)
+    cipher, found = FewBlocks(), system._by_device_and_dtype
+    monkeypatch.setattr(accelerator, "verified_cipher", lambda device: cipher)
     elsewhere = torch.device("mps")
     monkeypatch.setattr(
-        system, "_drawn_together", lambda tensors: [(elsewhere, at) for _, at in found(tensors)]
+        system,
+        "_by_device_and_dtype",
+        lambda tensors: [(elsewhere, at) for _, at in found(tensors)],
     )
     return cipher
 
 
 @pytest.mark.parametrize("odd", ["nothing", "gaps", "sign"])
 @pytest.mark.parametrize("large", [2**18, 0], ids=["division", "kernel"])
-@pytest.mark.parametrize("elsewhere", [False, True])
+@pytest.mark.parametrize("out_of_place", [False, True])
 def test_on_an_accelerator_in_pieces(
-    few_blocks: FewBlocks, elsewhere: bool, large: int, odd: str, monkeypatch: pytest.MonkeyPatch
+    few_blocks: FewBlocks, out_of_place: bool, large: int, odd: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(system, "_LARGE", large)
     sums = [total[:3000] if total.dim() == 1 else total for total in sums_of()]
@@ -137,12 +141,12 @@ def test_on_an_accelerator_in_pieces(
         sums.append(torch.randn(8, 9)[:, 1:] if odd == "gaps" else torch._neg_view(torch.ones(9)))
     wanted = [(total + SIGMA) / DIVISOR for total in sums]
     before = clones(sums)
-    means = noised_mean(SystemNoise(), sums, SIGMA, DIVISOR, elsewhere=elsewhere)
+    means = noised_mean(SystemNoise(), sums, SIGMA, DIVISOR, out_of_place=out_of_place)
     for mean, expected, total in zip(means, wanted, sums, strict=True):
         torch.testing.assert_close(mean, expected)
         assert odd == "gaps" or mean.stride() == total.stride()
-        assert (mean is not total) == elsewhere
-    at_once = elsewhere and not large and odd == "nothing"  # then nothing wrote to the sums
+        assert (mean is not total) == out_of_place
+    at_once = out_of_place and not large and odd == "nothing"  # then nothing wrote to the sums
     assert all(map(torch.equal, before, sums)) == at_once
     assert len(few_blocks.keys) == len(set(few_blocks.keys)) > 10
 
@@ -171,23 +175,27 @@ class Counting:
     def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
 
 
-@pytest.mark.parametrize("elsewhere", [False, True])
-def test_a_source_that_adds_in_a_way_of_its_own_is_asked_to(elsewhere: bool) -> None:
-    (mean,) = noised_mean(Doubled(), [torch.zeros(90_000)], SIGMA, DIVISOR, elsewhere=elsewhere)
+@pytest.mark.parametrize("out_of_place", [False, True])
+def test_a_source_that_adds_in_a_way_of_its_own_is_asked_to(out_of_place: bool) -> None:
+    (mean,) = noised_mean(
+        Doubled(), [torch.zeros(90_000)], SIGMA, DIVISOR, out_of_place=out_of_place
+    )
     check_gaussian(mean * DIVISOR, SIGMA * 2**0.5)
     counting = Counting()
-    (mean,) = noised_mean(counting, [torch.zeros(90_000)], SIGMA, DIVISOR, elsewhere=elsewhere)
+    (mean,) = noised_mean(
+        counting, [torch.zeros(90_000)], SIGMA, DIVISOR, out_of_place=out_of_place
+    )
     check_gaussian(mean * DIVISOR, SIGMA)
     assert counting.asked == 1
 
 
-@pytest.mark.parametrize("elsewhere", [False, True])
+@pytest.mark.parametrize("out_of_place", [False, True])
 def test_a_method_put_in_the_place_of_a_source_is_asked(
-    elsewhere: bool, monkeypatch: pytest.MonkeyPatch
+    out_of_place: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source, seen = SystemNoise(), []
     monkeypatch.setattr(source, "add_gaussian_", lambda tensors, sigma: seen.append(sigma))
-    (mean,) = noised_mean(source, [torch.ones(3)], SIGMA, DIVISOR, elsewhere=elsewhere)
+    (mean,) = noised_mean(source, [torch.ones(3)], SIGMA, DIVISOR, out_of_place=out_of_place)
     assert seen == [SIGMA]
     assert torch.equal(mean, torch.ones(3) / DIVISOR)
 
@@ -200,14 +208,14 @@ def test_a_seeded_source_is_repeatable() -> None:
         assert torch.equal(mean, expected)
 
 
-@pytest.mark.parametrize("elsewhere", [False, True])
-def test_without_noise_it_is_the_mean(elsewhere: bool) -> None:
+@pytest.mark.parametrize("out_of_place", [False, True])
+def test_without_noise_it_is_the_mean(out_of_place: bool) -> None:
     sums = sums_of()
     given = clones(sums)
-    means = noised_mean(SystemNoise(), given, 0.0, DIVISOR, elsewhere=elsewhere)
+    means = noised_mean(SystemNoise(), given, 0.0, DIVISOR, out_of_place=out_of_place)
     for mean, total, before in zip(means, given, sums, strict=True):
         assert torch.equal(mean, before / DIVISOR)
-        assert (mean is not total) == elsewhere
+        assert (mean is not total) == out_of_place
 
 
 def test_what_is_refused_is_not_written_to() -> None:
@@ -225,11 +233,11 @@ def test_what_is_refused_is_not_written_to() -> None:
 @pytest.mark.cuda
 @needs_cuda
 @pytest.mark.parametrize("large", [2**18, 0], ids=["division", "kernel"])
-@pytest.mark.parametrize("elsewhere", [False, True])
+@pytest.mark.parametrize("out_of_place", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.usefixtures("one_key")
 def test_on_cuda(
-    dtype: torch.dtype, elsewhere: bool, large: int, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, out_of_place: bool, large: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """But for the last place: CUDA divides by a number as it likes."""
     monkeypatch.setattr(system, "_LARGE", large)
@@ -237,8 +245,8 @@ def test_on_cuda(
     contiguous = [total.contiguous() for total in sums]
     for those in (sums, contiguous):
         expected, given = in_two_passes(SystemNoise(), those), clones(those)
-        means = noised_mean(SystemNoise(), given, SIGMA, DIVISOR, elsewhere=elsewhere)
+        means = noised_mean(SystemNoise(), given, SIGMA, DIVISOR, out_of_place=out_of_place)
         for mean, wanted, total, before in zip(means, expected, given, those, strict=True):
             torch.testing.assert_close(mean, wanted, rtol=2 * torch.finfo(dtype).eps, atol=0)
-            assert (mean is not total) == elsewhere
+            assert (mean is not total) == out_of_place
             assert mean.stride() == before.stride()

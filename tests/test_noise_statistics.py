@@ -172,7 +172,7 @@ def test_two_keys_and_two_calls_do_not_correlate(monkeypatch: pytest.MonkeyPatch
     first, other = SystemNoise(), SystemNoise()
     first.add_gaussian_([rows[0]], 1.0)
     other.add_gaussian_([rows[1]], 1.0)
-    assert first._makers is not None
+    assert first._process_noise is not None
     first.add_gaussian_([rows[2]], 1.0)
     correlations = torch.corrcoef(rows.double()) - torch.eye(3)
     assert correlations.abs().max() < 5 / math.sqrt(rows.shape[1])

@@ -97,16 +97,6 @@ def test_microbatches_and_groups(options: dict[str, Any], forwards: int) -> None
     assert profile.microbatch_size == options.get("microbatch_size")
 
 
-def test_samples_that_branch_apart_run_forward_more_often() -> None:
-    def loss(model: nn.Module, x: Tensor) -> Tensor:
-        CLOCK.work(1)
-        return squared(model, x if x.sum() > 0 else -x)
-
-    profile = by_clock(private(mlp(), loss, performance=Performance(branches="split")), data())
-    assert profile.phases["forward"] == profile.clipped > 1
-    assert profile.standard == 1
-
-
 @pytest.mark.parametrize("where", [Tracked, Clipping])
 def test_a_step_that_fails_leaves_nobody_listening(
     where: type, monkeypatch: pytest.MonkeyPatch

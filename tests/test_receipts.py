@@ -396,7 +396,7 @@ def test_a_tensor_that_is_in_several_batches_tells_nothing() -> None:
         collate_fn=collate, receipts=a_plan.run.receipts,
     )  # fmt: skip
     batches = list(loader)
-    assert a_plan.run.receipts._of(positions) is None
+    assert a_plan.run.receipts._receipt_of(positions) is None
     for x, _ in batches:
         step_on(optimizer, x)
     assert optimizer.ledger.steps == 8

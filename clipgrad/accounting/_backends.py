@@ -3,21 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import Protocol
 
 from ._pld import PrivacyLoss
 from ._rdp import Renyi
 from ._terms import Terms
 
-
-class Backend(Protocol):
-    """This protocol describes an accountant: it bounds what was released and caches what further queries need."""
-
-    def epsilon(self, terms: Terms, delta: float) -> float:
-        """Return the epsilon at ``delta``."""
-
-    def delta(self, terms: Terms, epsilon: float) -> float:
-        """Return the delta at ``epsilon``."""
+Backend = PrivacyLoss | Renyi
+"""An accountant bounds what was released, and caches what further queries need."""
 
 
 def backend(accountant: str, *, coarseness: int = 1) -> Backend:

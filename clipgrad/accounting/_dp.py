@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import Any
 
 
-def imported(module: str) -> Any:
+def load_module(module: str) -> Any:
     """Import a module, or raise an error that names the extra to install."""
     try:
         return import_module(module)

@@ -19,7 +19,7 @@ class Entry:
         noise_multiplier: Standard deviation of the noise per unit of the relation's sensitivity.
         sampling: How the batches were sampled.
         steps: Number of steps.
-        stretch: Numbers the stretches of ``FixedSize`` steps; a new stretch starts with a new pass.
+        segment: Numbers the segments of ``FixedSize`` steps; a new segment starts with a new pass.
         run: Name of the run of a plan that the steps belong to; empty without a plan.
         declared: How the batches were sampled, in the user's own words; empty if a loader of clipgrad sampled them.
     """
@@ -27,12 +27,12 @@ class Entry:
     noise_multiplier: float
     sampling: Sampling
     steps: int
-    stretch: int = 0
+    segment: int = 0
     run: str = ""
     declared: str = ""
 
 
-def goes_on_from(earlier: list[Entry], later: list[Entry]) -> bool:
+def is_continuation(earlier: list[Entry], later: list[Entry]) -> bool:
     """Return whether ``later`` begins with ``earlier``; the last entry of ``earlier`` may have gained steps."""
     if not earlier:
         return True
@@ -47,29 +47,22 @@ def entry_state(entry: Entry) -> list[Any]:
     """Return an entry as strings, lists and numbers."""
     sampling = entry.sampling
     drawn = [type(sampling).__name__, list(astuple(sampling))]
-    return [
-        entry.noise_multiplier,
-        *drawn,
-        entry.steps,
-        entry.stretch,
-        entry.run,
-        entry.declared,
-    ]
+    return [entry.noise_multiplier, *drawn, entry.steps, entry.segment, entry.run, entry.declared]
 
 
 def entry_from(entry: Any) -> Entry:
     """Restore an entry from the result of ``entry_state``; ``Ledger.record`` checks its numbers."""
     match entry:
-        case [noise, str(kind), list(numbers), steps, stretch, str(run), str(declared)] if (
+        case [noise, str(kind), list(numbers), steps, segment, str(run), str(declared)] if (
             kind in _DESCRIPTIONS
         ):
             try:
                 sampling = _DESCRIPTIONS[kind](*numbers)
-                stretch = _checks.integer("stretch", stretch, least=0)
+                segment = _checks.integer("segment", segment, least=0)
             except TypeError as error:
                 raise ValueError(f"state has a history entry {entry!r}: {error}") from error
-            return Entry(noise, sampling, steps, stretch, run, declared)
+            return Entry(noise, sampling, steps, segment, run, declared)
     raise ValueError(
         f"state has a history entry {entry!r}; it must be noise multiplier, kind of sampling, its numbers, steps, "
-        "stretch, run and declaration."
+        "segment, run and declaration."
     )

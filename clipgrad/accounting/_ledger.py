@@ -10,7 +10,7 @@ from typing import Any
 from . import _checks
 from ._backends import Backend, backend, delta_of, epsilon_of
 from ._checks import Accountant
-from ._entries import Entry, entry_from, entry_state, goes_on_from
+from ._entries import Entry, entry_from, entry_state, is_continuation
 from ._sampling import FixedSize, Sampling, require_sampling, require_supported
 from ._terms import terms_of
 
@@ -54,8 +54,8 @@ class Ledger:
         self._relation = _checks.relation_name(relation)
         self._history: list[Entry] = []
         self._steps = 0
-        self._stretch = 0
-        self._forget()
+        self._segment = 0
+        self._clear_cache()
 
     @property
     def relation(self) -> str:
@@ -107,11 +107,11 @@ class Ledger:
             require_supported(sampling, relation=self._relation, accountant=self._accountant)
         noise = _checks.at_least_0("noise_multiplier", noise_multiplier)
         count = _checks.integer("steps", steps, least=1)
-        stretch = self._stretch if isinstance(sampling, FixedSize) else 0
+        segment = self._segment if isinstance(sampling, FixedSize) else 0
         both = last and isinstance(sampling, FixedSize) and isinstance(last.sampling, FixedSize)
         if last and both and last.run != run:  # passes of two runs do not continue one another
-            stretch = self._stretch = max(entry.stretch for entry in self._history) + 1
-        entry = Entry(noise, sampling, count, stretch, run, declared)
+            segment = self._segment = max(entry.segment for entry in self._history) + 1
+        entry = Entry(noise, sampling, count, segment, run, declared)
         if last and replace(entry, steps=last.steps) == last:
             self._history[-1] = replace(last, steps=last.steps + count)
         else:
@@ -129,7 +129,7 @@ class Ledger:
         pass was unfinished, that costs up to one additional pass. For other sampling this method has no effect.
         """
         if self._history and isinstance(self._history[-1].sampling, FixedSize):
-            self._stretch = self._history[-1].stretch + 1
+            self._segment = self._history[-1].segment + 1
 
     def epsilon(self, delta: float, *, group_size: int = 1) -> float:
         """Return the epsilon for which all recorded steps together are ``(epsilon, delta)`` differentially private.
@@ -147,7 +147,7 @@ class Ledger:
             ImportError: If ``dp-accounting`` is not installed.
         """
         target = _checks.probability("delta", delta)
-        return self._answer("epsilon", target, group_size)
+        return self._query("epsilon", target, group_size)
 
     def delta(self, epsilon: float, *, group_size: int = 1) -> float:
         """Return the delta for which all recorded steps together are ``(epsilon, delta)`` differentially private.
@@ -163,9 +163,9 @@ class Ledger:
             ValueError: If a number is out of range, or the group cannot be accounted for.
             ImportError: If ``dp-accounting`` is not installed.
         """
-        return self._answer("delta", _checks.at_least_0("epsilon", epsilon), group_size)
+        return self._query("delta", _checks.at_least_0("epsilon", epsilon), group_size)
 
-    def _answer(self, asked: str, at: float, group_size: int) -> float:
+    def _query(self, asked: str, at: float, group_size: int) -> float:
         size = _checks.integer("group_size", group_size, least=1)
         steps, before = self._answers.get((asked, at, size), (0, 0.0))
         if steps == self._steps:
@@ -179,7 +179,7 @@ class Ledger:
                     group_size=size,
                 )
         runs = [
-            (entry.noise_multiplier, entry.sampling, entry.steps, entry.stretch)
+            (entry.noise_multiplier, entry.sampling, entry.steps, entry.segment)
             for entry in self._history
         ]
         terms = terms_of(runs, relation=self._relation, group_size=size)
@@ -190,7 +190,7 @@ class Ledger:
         self._answers[asked, at, size] = (self._steps, answer)
         return answer
 
-    def _forget(self) -> None:
+    def _clear_cache(self) -> None:
         """Clear the caches: answers belong to one history, and the distributions behind them are large."""
         self._answers: dict[tuple[str, float, int], tuple[int, float]] = {}
         self._backends: dict[int, Backend] = {}
@@ -219,8 +219,8 @@ class Ledger:
         """
         loaded = self.read(state)
         self._history, self._steps = loaded._history, loaded._steps
-        self._stretch = loaded._stretch
-        self._forget()
+        self._segment = loaded._segment
+        self._clear_cache()
 
     def read(self, state: Mapping[str, Any]) -> Ledger:
         """Return the ledger that :meth:`load_state_dict` would make of this one, without changing this one.
@@ -236,7 +236,7 @@ class Ledger:
             )
         loaded = Ledger(relation=self._relation, accountant=self._accountant)  # type: ignore[arg-type]
         for entry in map(entry_from, state["history"]):
-            loaded._stretch = entry.stretch
+            loaded._segment = entry.segment
             loaded.record(
                 entry.noise_multiplier,
                 entry.sampling,
@@ -244,7 +244,7 @@ class Ledger:
                 run=entry.run,
                 declared=entry.declared,
             )
-        if not goes_on_from(self._history, loaded._history):
+        if not is_continuation(self._history, loaded._history):
             raise ValueError(
                 f"state holds {loaded._steps} released steps and forgets some of the {self._steps} of this ledger: "
                 "what was released in this process stays released. To return to earlier weights load the model's "

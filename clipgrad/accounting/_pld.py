@@ -6,7 +6,7 @@ import math
 from functools import lru_cache
 from typing import Any
 
-from ._dp import imported
+from ._dp import load_module
 from ._terms import Mechanism, Terms
 
 _GRID = 1e-4
@@ -32,10 +32,10 @@ class PrivacyLoss:
         """Return the epsilon at ``delta``."""
         if not terms.sampled:
             sigma = terms.precision**-0.5
-            gaussian = imported("dp_accounting.gaussian_mechanism")
+            gaussian = load_module("dp_accounting.gaussian_mechanism")
             return float(gaussian.get_epsilon_gaussian(sigma, delta))
         # An overflow to infinity keeps the bound valid.
-        with imported("numpy").errstate(over="ignore"):
+        with load_module("numpy").errstate(over="ignore"):
             pld = self._composed(terms)
             return math.inf if pld is None else float(pld.get_epsilon_for_delta(delta))
 
@@ -43,7 +43,7 @@ class PrivacyLoss:
         """Return the delta at ``epsilon``."""
         if not terms.sampled:
             return _delta_of_gaussian(math.sqrt(terms.precision), epsilon)
-        with imported("numpy").errstate(over="ignore"):
+        with load_module("numpy").errstate(over="ignore"):
             pld = self._composed(terms)
             return 1.0 if pld is None else min(1.0, float(pld.get_delta_for_epsilon(epsilon)))
 
@@ -55,7 +55,7 @@ class PrivacyLoss:
         *finished, (last, count) = terms.sampled
         known = len(self._finished)
         if interval != self._interval or tuple(finished[:known]) != self._finished:
-            distributions = imported("dp_accounting.pld.privacy_loss_distribution")
+            distributions = load_module("dp_accounting.pld.privacy_loss_distribution")
             known, self._pld = 0, distributions.identity(interval)
         for mechanism, times in finished[known:]:
             self._pld = self._pld.compose(_of_one_step(mechanism, interval).self_compose(times))
@@ -102,7 +102,7 @@ def _spread(mechanism: Mechanism) -> tuple[float, float]:
         return (0.5 / noise) ** 2, min(growth, noise**-2)
     size = mechanism.group_size
     # A batch holds more samples of the group than this with probability 1e-15 at most.
-    most = int(imported("scipy.stats").binom.isf(1e-15, size, rate))
+    most = int(load_module("scipy.stats").binom.isf(1e-15, size, rate))
     # The mean square of their number in a batch.
     squared = size * rate * (1 - rate) + (size * rate) ** 2
     return (0.5 * most / noise) ** 2, squared * noise**-2
@@ -112,18 +112,11 @@ def _expm1(exponent: float) -> float:
     return math.expm1(exponent) if exponent < 700 else math.inf
 
 
-def _binomial(count: int, rate: float) -> list[float]:
-    chances: list[float] = (
-        imported("scipy.stats").binom.pmf(list(range(count + 1)), count, rate).tolist()
-    )
-    return chances
-
-
 @lru_cache(maxsize=8)
 def _of_one_step(mechanism: Mechanism, interval: float) -> Any:
     """Return the PLD of one step. It takes about a second, and a power of it a fraction of a second."""
-    distributions = imported("dp_accounting.pld.privacy_loss_distribution")
-    relation = imported("dp_accounting").NeighboringRelation[mechanism.relation.upper()]
+    distributions = load_module("dp_accounting.pld.privacy_loss_distribution")
+    relation = load_module("dp_accounting").NeighboringRelation[mechanism.relation.upper()]
     if mechanism.truncation is not None:
         num_samples, most = mechanism.truncation
         return distributions.from_truncated_subsampled_gaussian_mechanism(
@@ -137,11 +130,11 @@ def _of_one_step(mechanism: Mechanism, interval: float) -> Any:
     if mechanism.group_size > 1:
         # Ganesh, "Tight Group-Level DP Guarantees for DP-SGD with Sampling via Mixture of Gaussians
         # Mechanisms", 2024: each of the group's samples in the batch moves the sum by a clip norm.
-        size = mechanism.group_size
+        size, counts = mechanism.group_size, list(range(mechanism.group_size + 1))
         return distributions.from_mixture_gaussian_mechanism(
             mechanism.noise,
-            list(range(size + 1)),
-            _binomial(size, mechanism.rate),
+            counts,
+            load_module("scipy.stats").binom.pmf(counts, size, mechanism.rate).tolist(),
             value_discretization_interval=interval,
         )
     return distributions.from_gaussian_mechanism(
@@ -154,7 +147,7 @@ def _of_one_step(mechanism: Mechanism, interval: float) -> Any:
 
 @lru_cache(maxsize=8)
 def _of_gaussian(precision: float, interval: float) -> Any:
-    distributions = imported("dp_accounting.pld.privacy_loss_distribution")
+    distributions = load_module("dp_accounting.pld.privacy_loss_distribution")
     return distributions.from_gaussian_mechanism(
         precision**-0.5, value_discretization_interval=interval
     )
@@ -162,7 +155,7 @@ def _of_gaussian(precision: float, interval: float) -> Any:
 
 def _delta_of_gaussian(mu: float, epsilon: float) -> float:
     """Balle and Wang, "Improving the Gaussian Mechanism for Differential Privacy", 2018, theorem 8."""
-    special = imported("scipy.special")
+    special = load_module("scipy.special")
     above = float(special.ndtr(mu / 2 - epsilon / mu))
     below = math.exp(epsilon + float(special.log_ndtr(-mu / 2 - epsilon / mu)))
     return max(0.0, above - below)

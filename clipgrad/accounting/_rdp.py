@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import Any
 
-from ._dp import imported, without_warnings
+from ._dp import load_module, without_warnings
 from ._terms import Mechanism, Terms
 
 
@@ -24,13 +24,13 @@ class Renyi:
 
     def epsilon(self, terms: Terms, delta: float) -> float:
         """Return the epsilon at ``delta``."""
-        rdp = imported("dp_accounting.rdp.rdp_privacy_accountant")
+        rdp = load_module("dp_accounting.rdp.rdp_privacy_accountant")
         bound, _ = rdp.compute_epsilon(*self._curve(terms), delta)
         return float(bound)
 
     def delta(self, terms: Terms, epsilon: float) -> float:
         """Return the delta at ``epsilon``."""
-        rdp = imported("dp_accounting.rdp.rdp_privacy_accountant")
+        rdp = load_module("dp_accounting.rdp.rdp_privacy_accountant")
         bound, _ = rdp.compute_delta(*self._curve(terms), epsilon)
         return float(bound)
 
@@ -55,8 +55,8 @@ class Renyi:
 @lru_cache(maxsize=64)
 def _of_one_step(mechanism: Mechanism) -> Any:
     """Return the Renyi divergence of one step at each order; a multiple of it serves any number of steps."""
-    dp = imported("dp_accounting")
-    accountant = imported("dp_accounting.rdp").RdpAccountant()
+    dp = load_module("dp_accounting")
+    accountant = load_module("dp_accounting.rdp").RdpAccountant()
     with without_warnings():
         accountant.compose(
             dp.PoissonSampledDpEvent(mechanism.rate, dp.GaussianDpEvent(mechanism.noise))
@@ -66,4 +66,4 @@ def _of_one_step(mechanism: Mechanism) -> Any:
 
 @lru_cache(maxsize=1)
 def _orders() -> Any:
-    return imported("numpy").asarray(imported("dp_accounting.rdp").RdpAccountant().orders)
+    return load_module("numpy").asarray(load_module("dp_accounting.rdp").RdpAccountant().orders)

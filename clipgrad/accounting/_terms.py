@@ -16,7 +16,7 @@ from ._sampling import FixedSize, FullBatch, Poisson, Sampling, TruncatedPoisson
 # With less noise epsilon is too large to be useful, so infinity is as good a bound.
 LEAST_NOISE = 1e-3
 
-# A run consists of noise multiplier, sampling, steps, and the stretch of passes that the steps belong to.
+# A run consists of noise multiplier, sampling, steps, and the segment of passes that the steps belong to.
 Run = tuple[float, Sampling, int, int]
 
 
@@ -64,10 +64,12 @@ def terms_of(history: Sequence[Run], *, relation: str, group_size: int) -> Terms
         return Terms(math.inf, ())
     precision = 0.0
     counts: dict[Mechanism, int] = {}
-    for (sampling, _), stretch in groupby(history, key=lambda run: (run[1], run[3])):
-        runs = [(noise, steps) for noise, _, steps, _ in stretch]
+    for (sampling, _), segment in groupby(history, key=lambda run: (run[1], run[3])):
+        runs = [(noise, steps) for noise, _, steps, _ in segment]
         if isinstance(sampling, FixedSize):
-            precision += sum(count * noise**-2 for noise, count in _once_a_pass(sampling, runs))
+            precision += sum(
+                count * noise**-2 for noise, count in _worst_step_of_each_pass(sampling, runs)
+            )
             continue
         for noise, steps in runs:
             mechanism = _mechanism(sampling, noise, relation, group_size)
@@ -96,7 +98,7 @@ def _mechanism(
     raise AssertionError(f"no mechanism for {sampling!r}")
 
 
-def _once_a_pass(
+def _worst_step_of_each_pass(
     sampling: FixedSize, runs: Sequence[tuple[float, int]]
 ) -> Iterable[tuple[float, int]]:
     """Yield the noise of the mechanisms that the worst-placed sample takes part in, with their number.

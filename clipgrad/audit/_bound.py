@@ -99,14 +99,14 @@ def lower_bound(
         >>> lower_bound(np.zeros(1000), coins, delta=1e-5).epsilon
         0.0
     """
-    values, coins = _checked(scores, included)
+    values, coins = _check_scores(scores, included)
     _check_numbers(delta, confidence, curve)
     m = len(coins)
-    attempts = default_guesses(m) if guesses is None else [_checked_guesses(guesses, m)]
+    attempts = default_guesses(m) if guesses is None else [_check_guesses(guesses, m)]
     significance = (1.0 - confidence) / len(attempts)
-    ranked = _ranked(values, coins)
-    counted = [(pair, _correct(ranked, pair)) for pair in attempts]
-    (pair, correct), epsilon, mu = _best(counted, m, delta, significance, curve)
+    ranked = _rank_coins(values, coins)
+    counted = [(pair, _count_correct(ranked, pair)) for pair in attempts]
+    (pair, correct), epsilon, mu = _best_bound(counted, m, delta, significance, curve)
     return AuditResult(epsilon, delta, confidence, m, pair, correct, curve, mu)
 
 
@@ -127,7 +127,7 @@ def default_guesses(m: int) -> list[tuple[int, int]]:
     return both + top
 
 
-def _best(
+def _best_bound(
     counted: Sequence[tuple[tuple[int, int], int]],
     m: int,
     delta: float,
@@ -150,19 +150,19 @@ def _best(
     return best, found, None
 
 
-def _ranked(values: NDArray[Any], coins: NDArray[np.bool_]) -> NDArray[np.bool_]:
+def _rank_coins(values: NDArray[Any], coins: NDArray[np.bool_]) -> NDArray[np.bool_]:
     """Return the coins by falling score; the order of equal scores is independent of the coins."""
     shuffled = order_of_ties(len(coins))
     order = shuffled[np.argsort(-values[shuffled], kind="stable")]
     return coins[order]
 
 
-def _correct(ranked: NDArray[np.bool_], pair: tuple[int, int]) -> int:
+def _count_correct(ranked: NDArray[np.bool_], pair: tuple[int, int]) -> int:
     top, bottom = pair
     return int(ranked[:top].sum()) + int((~ranked[len(ranked) - bottom :]).sum())
 
 
-def _checked(scores: Any, included: Any) -> tuple[NDArray[Any], NDArray[np.bool_]]:
+def _check_scores(scores: Any, included: Any) -> tuple[NDArray[Any], NDArray[np.bool_]]:
     values, coins = _array(scores).astype(np.float64), _array(included)
     if coins.dtype != np.bool_ or coins.ndim != 1 or not len(coins):
         raise ValueError(
@@ -207,7 +207,7 @@ def _check_numbers(delta: Any, confidence: Any, curve: str) -> None:
         )
 
 
-def _checked_guesses(guesses: Any, m: int) -> tuple[int, int]:
+def _check_guesses(guesses: Any, m: int) -> tuple[int, int]:
     fits = len(guesses) == 2 and all(type(count) is int and count >= 0 for count in guesses)
     if not fits or not 1 <= sum(guesses) <= m:
         raise ValueError(

@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.utils._pytree import tree_map
 
-from clipgrad.audit._losses import count
-from clipgrad.audit._undisturbed import undisturbed
+from clipgrad.audit._losses import count, rng_restored
 from clipgrad.clipping import Relation
 from clipgrad.optimizer import DPOptimizer
 
@@ -148,7 +147,7 @@ class StepRecorder:
             product = sum((g.double() * step[n].double()).sum() for n, g in gradients.items())
             return product, norm
 
-        with undisturbed(self._optimizer.model):
+        with rng_restored(self._optimizer.model):
             if self._chunk_size == 1:
                 each = [
                     along(tree_map(lambda leaf, i=i: leaf[i], self._canaries))

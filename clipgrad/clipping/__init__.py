@@ -1,9 +1,9 @@
 """This package decides how far each sample's gradient is scaled down, and bounds what one sample can change.
 
-A clipping strategy combines three choices, each with a file of its own:
+A clipping strategy combines three choices:
 
 * What is scaled together (``_strategies``): the whole gradient, parameters by prefix, or ``PerLayer``.
-* By which factor (``_factors``): at most 1 (clip), or ``Automatic``.
+* By which factor: at most 1 (clip), or ``Automatic``.
 * To which norm (``_adaptive``): a number, a function of the step, or ``AdaptiveQuantile``.
 
 ``_groups`` resolves a strategy against parameter names to factors and a bound. ``_schedule`` turns a strategy that
@@ -19,14 +19,14 @@ from clipgrad.clipping._groups import (
     sensitivity,
 )
 from clipgrad.clipping._relation import Relation, relation_of
-from clipgrad.clipping._schedule import Progress
+from clipgrad.clipping._schedule import StepState
 from clipgrad.clipping._strategies import (
     Automatic,
     ClippingStrategy,
     PerLayer,
     Schedule,
+    copy_strategy,
     is_grouped,
-    owned,
 )
 from clipgrad.clipping._underflow import refuse_tiny_norms
 
@@ -36,12 +36,12 @@ __all__ = [
     "Clipping",
     "ClippingStrategy",
     "PerLayer",
-    "Progress",
     "Relation",
     "Schedule",
+    "StepState",
+    "copy_strategy",
     "is_grouped",
     "make_clipping",
-    "owned",
     "refuse_tiny_norms",
     "relation_of",
     "sensitivity",

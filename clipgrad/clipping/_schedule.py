@@ -17,16 +17,16 @@ from clipgrad.clipping._strategies import (
     Automatic,
     ClippingStrategy,
     Norm,
+    PerLayer,
     Schedule,
-    is_grouped,
-    owned,
+    copy_strategy,
     with_norms,
 )
 from clipgrad.result import Outcome
 
 
 @dataclass(frozen=True, eq=False)
-class Progress:
+class StepState:
     """This class describes one step of a run. It is immutable: the next step is another object.
 
     The result of a function of the step is cached, so that the function runs at most once per step. Norm and noise are
@@ -45,13 +45,13 @@ class Progress:
     norm: float | None = None
 
     @classmethod
-    def start(cls, strategy: ClippingStrategy, noise_multiplier: float | Schedule) -> Progress:
-        """Return the progress before the first step.
+    def start(cls, strategy: ClippingStrategy, noise_multiplier: float | Schedule) -> StepState:
+        """Return the state before the first step.
 
         Raises:
             ValueError: If the noise multiplier is not a number, or ``AdaptiveQuantile`` is given per group.
         """
-        strategy = owned(strategy)
+        strategy = copy_strategy(strategy)
         _refuse_adaptive_groups(strategy)
         quantile = _adaptive(strategy)
         norm = None if quantile is None else float(quantile.initial_norm)
@@ -71,7 +71,7 @@ class Progress:
             )
         return self.multiplier
 
-    def with_noise_multiplier(self, noise_multiplier: float | Schedule) -> Progress:
+    def with_noise_multiplier(self, noise_multiplier: float | Schedule) -> StepState:
         """Return the same step with another noise multiplier and the same norm."""
         other = replace(self, multiplier=_multiplier(noise_multiplier))
         if "max_grad_norm" in vars(self):
@@ -79,7 +79,7 @@ class Progress:
         return other
 
     def noise(self, relation: Relation, expected_batch_size: float) -> tuple[float, float]:
-        """Return the noise multiplier of the gradients, and the standard deviation of the noise on ``observed``.
+        """Return the noise multiplier of the gradients, and the standard deviation of the noise on ``observed_sums``.
 
         Raises:
             ValueError: If there is no such noise.
@@ -89,7 +89,7 @@ class Progress:
             return self.noise_multiplier, 0.0
         return quantile.noise(self.noise_multiplier, relation, expected_batch_size)
 
-    def observed(self, outcome: Outcome) -> list[Tensor]:
+    def observed_sums(self, outcome: Outcome) -> list[Tensor]:
         """Return the sums over samples that the next norm depends on; they need noise like the gradients.
 
         The list is empty except for ``AdaptiveQuantile``: then it holds the scalar ``sum_i (b_i - 1/2)`` over all
@@ -102,8 +102,8 @@ class Progress:
         # The norms' dtype is at least float32, which represents counts exactly up to 2^24.
         return [outcome.batch_size / 2 - above.to(norms.dtype)]
 
-    def advanced(self, observed: Sequence[Tensor], expected_batch_size: float) -> Progress:
-        """Return the next step, from the sums of ``observed`` with their noise and the public expected batch size."""
+    def next_step(self, observed: Sequence[Tensor], expected_batch_size: float) -> StepState:
+        """Return the next step, from ``observed_sums`` with their noise and the public expected batch size."""
         norm = self.norm
         quantile = _adaptive(self.strategy)
         if norm is not None and quantile is not None:
@@ -114,7 +114,7 @@ class Progress:
         """Return step and norm as plain numbers, for ``weights_only=True``."""
         return {"step": self.step, "norm": self.norm}
 
-    def restored(self, state: Any) -> Progress:
+    def restored(self, state: Any) -> StepState:
         """Return the step that ``state_dict`` of the same run saved.
 
         Raises:
@@ -163,16 +163,10 @@ def _adaptive(strategy: ClippingStrategy) -> AdaptiveQuantile | None:
 
 
 def _refuse_adaptive_groups(strategy: ClippingStrategy) -> None:
-    found: list[Norm] = []
-
-    def look(norm: Norm) -> float:
-        found.append(norm)
-        return 1.0
-
-    if not is_grouped(strategy):
-        return
-    with_norms(strategy, look)
-    if any(isinstance(norm, AdaptiveQuantile) for norm in found):
+    groups = list(strategy.values()) if isinstance(strategy, Mapping) else []
+    if isinstance(strategy, PerLayer):
+        groups = [strategy.max_grad_norm]
+    if any(_adaptive(group) is not None for group in groups):
         raise ValueError(
             "max_grad_norm: AdaptiveQuantile adapts one norm for the whole gradient; a norm of its own for each group "
             "is not supported. Use it without PerLayer and without a mapping."

@@ -114,7 +114,7 @@ class PerLayer:
 ClippingStrategy: TypeAlias = Norm | Automatic | PerLayer | Mapping[str, Norm | Automatic]
 
 
-def owned(strategy: ClippingStrategy) -> ClippingStrategy:
+def copy_strategy(strategy: ClippingStrategy) -> ClippingStrategy:
     """Return a copy of a mapping, which its owner may write to later; other strategies are constant."""
     return dict(strategy) if isinstance(strategy, Mapping) else strategy
 

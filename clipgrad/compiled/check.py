@@ -60,7 +60,7 @@ def compare(
     for index, pair in enumerate(zip(*map(tree_leaves, (compiled.aux, eager.aux)), strict=True)):
         others[f"aux {index}"] = pair
     for name, (found, expected) in others.items():
-        if not _alike(found, expected, slack):
+        if not _is_close(found, expected, slack):
             wrong.append(name)
     if wrong:
         raise CompileMismatchError(
@@ -76,7 +76,7 @@ def _distance(total: Tensor, expected: Tensor) -> float:
     return float(torch.linalg.vector_norm((total - expected).double()))
 
 
-def _alike(found: Tensor, expected: Tensor, slack: float) -> bool:
+def _is_close(found: Tensor, expected: Tensor, slack: float) -> bool:
     if found.shape != expected.shape or found.dtype != expected.dtype:
         return False
     if not found.is_floating_point():

@@ -11,7 +11,7 @@ import logging
 import math
 import operator
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 from clipgrad.compiled.backend import Run
 from clipgrad.compiled.signature import describe_all
 from clipgrad.engine.copies import copies
-from clipgrad.engine.rng_state import Generators
+from clipgrad.engine.rng_state import SavedRngState
 
 _log = logging.getLogger("clipgrad")
 _PLAIN = {Tensor, nn.Parameter}
@@ -31,22 +31,6 @@ _ATTENTIONS = (
     torch.ops.aten._scaled_dot_product_flash_attention.default,
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,
 )
-
-
-class Recorder(Protocol):
-    """A recorder records the work of a device while a function runs."""
-
-    def record(self, function: Callable[[], Sequence[Tensor]]) -> Sequence[Tensor]:
-        """Run the function and record its work; every replay overwrites the memory of its results."""
-        ...
-
-    def wait(self) -> None:
-        """Make later work on the current stream wait for the last replay."""
-        ...
-
-    def replay(self) -> None:
-        """Repeat the recorded work on the same memory."""
-        ...
 
 
 class Pool:
@@ -63,7 +47,7 @@ class Pool:
 
 
 class CudaRecorder:
-    """This recorder uses a CUDA graph.
+    """This class records the work of a device while a function runs, as a CUDA graph.
 
     Recordings may share memory, since they run one after the other and each keeps its results alive.
 
@@ -78,6 +62,7 @@ class CudaRecorder:
         self._last: torch.cuda.Stream | None = None
 
     def record(self, function: Callable[[], Sequence[Tensor]]) -> Sequence[Tensor]:
+        """Run the function and record its work; every replay overwrites the memory of its results."""
         with torch.cuda.device(self._device):
             stream, now = torch.cuda.Stream(), torch.cuda.current_stream()
             stream.wait_stream(now)
@@ -92,12 +77,14 @@ class CudaRecorder:
         return results
 
     def wait(self) -> None:
+        """Make later work on the current stream wait for the last replay."""
         now = torch.cuda.current_stream(self._device)
         if self._last is not None and self._last != now:
             now.wait_stream(self._last)  # the last replay may still use the same memory
         self._last = now
 
     def replay(self) -> None:
+        """Repeat the recorded work on the same memory."""
         self._graph.replay()
 
 
@@ -112,23 +99,26 @@ class Replay:
     """
 
     def __init__(
-        self, run: Run, resident: Sequence[bool], recorder: Callable[[], Recorder]
+        self, run: Run, resident: Sequence[bool], recorder: Callable[[], CudaRecorder]
     ) -> None:
-        self._run, self._make = run, recorder
+        self._run, self._make_recorder = run, recorder
         self._resident = list(resident)
-        self._recorder: Recorder | None = None
+        self._recorder: CudaRecorder | None = None
         self._inputs: list[Tensor] = []
-        self._moved: list[Tensor] = []  # the inputs that each call overwrites by a copy
+        self._copied_inputs: list[Tensor] = []  # the inputs that each call overwrites by a copy
         self._results: Sequence[Tensor] = ()
-        self._places: list[int] = []
+        self._recorded_addresses: list[int] = []
         self._failed = False
         self._separate = False
 
-    def settled(self, flat: Sequence[Tensor]) -> bool:
+    def is_recorded_for(self, flat: Sequence[Tensor]) -> bool:
         """Return whether a call with these arguments would not record."""
-        return self._failed or (self._recorder is not None and self._at(flat) == self._places)
+        return self._failed or (
+            self._recorder is not None
+            and self._resident_addresses(flat) == self._recorded_addresses
+        )
 
-    def fits(self, flat: Sequence[Tensor]) -> bool:
+    def can_replay(self, flat: Sequence[Tensor]) -> bool:
         """Return whether the recording can be replayed with these arguments.
 
         The recording keeps resident arguments alive, so a replay may read them even if no other reference exists.
@@ -137,46 +127,46 @@ class Replay:
             self._recorder is not None
             and len(flat) == len(self._resident)
             and _PLAIN.issuperset(map(type, flat))  # tensors of subclasses may have no address
-            and self._at(flat) == self._places
-            and describe_all(self._moving(flat)) == describe_all(self._moved)
+            and self._resident_addresses(flat) == self._recorded_addresses
+            and describe_all(self._copied_arguments(flat)) == describe_all(self._copied_inputs)
         )
 
     @property
-    def lends(self) -> bool:
+    def returned_uncopied(self) -> bool:
         """Return whether the last call returned the requested results without copying them."""
         return self._separate
 
-    def __call__(self, flat: Sequence[Tensor], lend: int = 0) -> list[Tensor]:
+    def __call__(self, flat: Sequence[Tensor], uncopied: int = 0) -> list[Tensor]:
         """Return the step's results for these arguments, in fresh memory.
 
         Args:
             flat: Tensors with the shapes, strides and dtypes of all other calls.
-            lend: How many of the first results may be returned without a copy; the next call overwrites them.
+            uncopied: How many of the first results may be returned without a copy; the next call overwrites them.
         """
-        if not self.settled(flat):
+        if not self.is_recorded_for(flat):
             self._record(flat)
         if self._failed or self._recorder is None:
             return list(self._run(*(tensor.detach() for tensor in flat)))
         self.start(flat)
-        return self.results(lend)
+        return self.results(uncopied)
 
     def start(self, flat: Sequence[Tensor]) -> None:
-        """Replay for these arguments; ``fits`` must hold."""
+        """Replay for these arguments; ``can_replay`` must hold."""
         assert self._recorder is not None
         self._recorder.wait()
-        torch._foreach_copy_(self._moved, self._moving(flat))
+        torch._foreach_copy_(self._copied_inputs, self._copied_arguments(flat))
         self._recorder.replay()
 
-    def results(self, lend: int) -> list[Tensor]:
-        """Return the results of the last replay; see ``__call__`` for ``lend``."""
+    def results(self, uncopied: int) -> list[Tensor]:
+        """Return the results of the last replay; see ``__call__`` for ``uncopied``."""
         if not self._separate:
             return copies(self._results)
-        return [*self._results[:lend], *copies(self._results[lend:])]
+        return [*self._results[:uncopied], *copies(self._results[uncopied:])]
 
-    def _moving(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+    def _copied_arguments(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         return [t for t, stays in zip(tensors, self._resident, strict=True) if not stays]
 
-    def _at(self, flat: Sequence[Tensor]) -> list[int]:
+    def _resident_addresses(self, flat: Sequence[Tensor]) -> list[int]:
         """Return the addresses of resident arguments."""
         return [
             tensor.data_ptr() for tensor, stays in zip(flat, self._resident, strict=True) if stays
@@ -195,8 +185,8 @@ class Replay:
                 tensor.detach() if stays else _same_layout(tensor)
                 for stays, tensor in zip(self._resident, flat, strict=True)
             ]
-        recorder = self._make()
-        generators = Generators(flat[0].device)
+        recorder = self._make_recorder()
+        generators = SavedRngState(flat[0].device)
         try:
             self._results = recorder.record(lambda: self._run(*self._inputs))
             separate = _are_separate(self._results, self._inputs)
@@ -211,8 +201,8 @@ class Replay:
             return
         finally:
             generators.restore()  # the trial runs advance the RNG, and the real run must start from the same state
-        self._recorder, self._places = recorder, self._at(flat)
-        self._moved = self._moving(self._inputs)
+        self._recorder, self._recorded_addresses = recorder, self._resident_addresses(flat)
+        self._copied_inputs = self._copied_arguments(self._inputs)
 
 
 def _are_separate(results: Sequence[Tensor], inputs: Sequence[Tensor]) -> bool:
@@ -222,7 +212,7 @@ def _are_separate(results: Sequence[Tensor], inputs: Sequence[Tensor]) -> bool:
     return len(set(places[: len(results)]) - set(places[len(results) :])) == len(results)
 
 
-def _are_rewritten(results: Sequence[Tensor], recorder: Recorder) -> bool:
+def _are_rewritten(results: Sequence[Tensor], recorder: CudaRecorder) -> bool:
     """Return whether a replay writes all results; a caller's write to a constant result would otherwise persist."""
     floating = [result for result in results if result.is_floating_point() and result.numel()]
     before = copies(floating)

@@ -10,18 +10,18 @@ from torch import Tensor
 from torch._decomp import get_decompositions
 
 from clipgrad.compiled.shape import is_channels_last
-from clipgrad.kernels.delayed import after
+from clipgrad.kernels.delayed import delay_until
 
 
-def _format(gradient: Tensor) -> torch.memory_format:
+def _memory_format(gradient: Tensor) -> torch.memory_format:
     return torch.channels_last if is_channels_last(gradient) else torch.contiguous_format
 
 
-def _image(gradient: Tensor, height: int, width: int) -> Tensor:
+def _empty_image(gradient: Tensor, height: int, width: int) -> Tensor:
     """Return uninitialised memory for the image that was pooled, with the gradient's memory format."""
     shape = (*gradient.shape[:-2], height, width)
     return torch.empty(
-        shape, dtype=gradient.dtype, device=gradient.device, memory_format=_format(gradient)
+        shape, dtype=gradient.dtype, device=gradient.device, memory_format=_memory_format(gradient)
     )
 
 
@@ -45,8 +45,8 @@ def max_pool2d_backward(
     The compiler decomposes it into a search for indices and a scatter, which take 2.6 of a small CNN's 17 ms on the
     CPU; the kernel takes 0.5 ms.
     """
-    layout = _format(gradient)
-    image = _image(gradient, height, width)  # only its shape and layout are read
+    layout = _memory_format(gradient)
+    image = _empty_image(gradient, height, width)  # only its shape and layout are read
     result: Tensor = torch.ops.aten.max_pool2d_with_indices_backward(
         gradient.contiguous(memory_format=layout), image, kernel_size, stride, padding, dilation, ceil_mode,
         indices.contiguous(memory_format=layout),
@@ -56,7 +56,7 @@ def max_pool2d_backward(
 
 @max_pool2d_backward.register_fake
 def _(gradient: Tensor, indices: Tensor, height: int, width: int, *_: object) -> Tensor:
-    return _image(gradient, height, width)
+    return _empty_image(gradient, height, width)
 
 
 def _pool_backward(
@@ -114,8 +114,8 @@ def _input_gradient(
     left = [0] * axes
     if not transposed:  # pixels beyond the last position of the filter
         left = [
-            size - ((count - 1) * step - 2 * pad + apart * (taps - 1) + 1)
-            for size, count, taps, step, pad, apart in zip(
+            size - ((count - 1) * step - 2 * pad + tap_stride * (taps - 1) + 1)
+            for size, count, taps, step, pad, tap_stride in zip(
                 input.shape[2:], gradient.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True
             )
         ]  # fmt: skip
@@ -128,7 +128,7 @@ def _input_gradient(
     return found, None, None
 
 
-def _slope_later(operation: Any) -> Callable[..., Any]:
+def _delay_activation_gradient(operation: Any) -> Callable[..., Any]:
     """Delay the compiler's decomposition of an activation's backward pass until the gradient is computed.
 
     Otherwise the compiler on the CPU keeps a sigmoid or an exponential that is read twice from the forward pass on.
@@ -138,7 +138,7 @@ def _slope_later(operation: Any) -> Callable[..., Any]:
     def backward(gradient: Tensor, input: Tensor, *arguments: Any, **options: Any) -> Any:
         if input.device.type != "cpu":
             return NotImplemented
-        return decomposed(gradient, after(gradient, input), *arguments, **options)
+        return decomposed(gradient, delay_until(gradient, input), *arguments, **options)
 
     return backward
 
@@ -167,8 +167,8 @@ _ACTIVATIONS = (
     torch.ops.aten.softplus_backward.default,
 )
 
-TABLE: dict[Any, Callable[..., Any]] = {
-    **{operation: _slope_later(operation) for operation in _ACTIVATIONS},
+DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {
+    **{operation: _delay_activation_gradient(operation) for operation in _ACTIVATIONS},
     torch.ops.aten.addmm.default: _product_with_bias,
     torch.ops.aten.constant_pad_nd.default: _padded,
     torch.ops.aten.convolution_backward.default: _input_gradient,

@@ -1,4 +1,4 @@
-"""``MicrobatchRunner`` runs the microbatches of a call on compiled graphs, and compares those not trusted yet."""
+"""This module runs microbatches on compiled graphs, and compares some runs with the eager step."""
 
 from __future__ import annotations
 
@@ -10,31 +10,31 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from clipgrad.compiled.check import compare, tolerance
-from clipgrad.compiled.entry import Entry
+from clipgrad.compiled.compiled_step import CompiledStep
 from clipgrad.compiled.lengths import Shapes, shapes_of
-from clipgrad.compiled.shape import fitted_batch, fitted_mask
+from clipgrad.compiled.shape import pad_batch, pad_mask
 from clipgrad.compiled.signature import refuse_modes, signature
 from clipgrad.compiled.step import Compiler, Request
 from clipgrad.engine.advice import ValueReadError
 from clipgrad.engine.captured_loss import GraphOfLoss, LossGraphs
 from clipgrad.engine.clip_and_sum import MicrobatchResult, Settings
 from clipgrad.engine.foreign_code import refuse_saved_tensors_hooks
-from clipgrad.engine.inputs import Inputs, copied
+from clipgrad.engine.inputs import Inputs, copy_samples
 from clipgrad.engine.microbatch import run
-from clipgrad.engine.rng_state import Generators
+from clipgrad.engine.rng_state import SavedRngState
 from clipgrad.errors import CompileMismatchError
 from clipgrad.loss_graph import CannotCapture
 
 
 class MicrobatchRunner:
-    """Runs the microbatches of one call; looks at guards and signature once.
+    """This class runs the microbatches of one call, and evaluates guards and signature once.
 
     Args:
-        compiler: Keeps the compiled steps.
-        graphs: Keeps the graphs of the loss.
+        compiler: Holds the compiled steps.
+        graphs: Holds the graphs of the loss.
         inputs: The arguments of the call.
-        settings: Of the batch.
-        size: Rows of the compiled graph.
+        settings: The resolved options.
+        size: Number of rows of the compiled graph.
     """
 
     def __init__(
@@ -51,48 +51,50 @@ class MicrobatchRunner:
         self._inputs, self._settings, self._size = inputs, settings, size
         self._device = inputs.params[0].device
         self._bounds = compiler.bounds_on(self._device, settings.clipping.norms)
-        self._entry: Entry | None = None
+        self._entry: CompiledStep | None = None
         self._loss: GraphOfLoss | None = None
 
     def __call__(self, rows: slice, mask: Tensor | None) -> MicrobatchResult:
-        """Norms and clipped sums of one microbatch.
+        """Compute norms and clipped sums of one microbatch.
 
         Args:
-            rows: Which samples.
-            mask: Boolean, of these samples: those that are padding. None if none is.
+            rows: The samples of the microbatch.
+            mask: Boolean mask of these samples, true for padding; None without padding.
 
         Raises:
             CompileError: If the step cannot be compiled, or was compiled for too many signatures.
-            CompileMismatchError: If the compiled step does not compute what the eager one does.
+            CompileMismatchError: If the compiled step and the eager step have different results.
         """
         settings, size = self._settings, self._size
         batch = self._inputs.rows(rows)
         count = rows.stop - rows.start
-        padded = fitted_batch(batch, size)
-        padding = fitted_mask(mask, count, size, self._device)
+        padded = pad_batch(batch, size)
+        padding = pad_mask(mask, count, size, self._device)
         started = None
         if self._entry is None or self._loss is None:
-            started = self._ahead(padded, padding)
-            self._loss = self._captured(batch, mask)
+            started = self._start_last_step(padded, padding)
+            self._loss = self._capture_loss(batch, mask)
         loss = self._loss
-        given = self._given(padded, loss.tensors, padding)
+        given = self._graph_inputs(padded, loss.tensors, padding)
         shapes = shapes_of(padded)
-        entry = self._entry = self._entry or self._look(padded, given, shapes)
+        entry = self._entry = self._entry or self._find_or_compile(padded, given, shapes)
         flat = entry.arguments(given, shapes)
         # A replay that was started is of no use if the loss reads other tensors by now.
-        in_time = started is not None and started[0] is entry and _same(started[1], loss.tensors)
-        generators = None if in_time or entry.is_trusted(flat, shapes) else Generators(self._device)
+        in_time = (
+            started is not None and started[0] is entry and _are_identical(started[1], loss.tensors)
+        )
+        trusted = in_time or entry.is_trusted(flat, shapes)
+        generators = None if trusted else SavedRngState(self._device)
         result = entry.call(flat, shapes, started=in_time)
-        dropping = entry.graph.asks and (
+        dropping = entry.graph.needs_finite_check and (
             settings.options.nan_safe or mask is not None or count < size
         )
         if (dropping or generators is not None) and not bool(result.all_finite):
-            # Rare: a sample has to be taken out of the activations, which this graph does not do; and a batch
-            # with one proves little.
+            # This is rare. The graph cannot zero a sample's factors, and such a batch is a weak comparison.
             entry.runs += entry.runs > 0
             return self._eagerly(batch, mask)
         if generators is not None:
-            with generators.replayed():
+            with generators.temporarily_restored():
                 eager = self._eagerly(padded, padding)
             slack = tolerance(entry.graph.module, self._device)
             try:
@@ -109,33 +111,37 @@ class MicrobatchRunner:
                 ) from None
         entry.runs += 1
         entry.tensors = loss.tensors
-        return _first(result, count)
+        return _without_added_rows(result, count)
 
-    def _captured(self, batch: Sequence[Any], mask: Tensor | None) -> GraphOfLoss:
-        """The captured loss. Where PyTorch cannot capture it, what the eager step says of it is said first."""
+    def _capture_loss(self, batch: Sequence[Any], mask: Tensor | None) -> GraphOfLoss:
+        """Return the captured loss. If PyTorch cannot capture it, an error of the eager step is raised first."""
         try:
-            return self._graphs.of(self._inputs)
+            return self._graphs.graph_for(self._inputs)
         except CannotCapture:
             with suppress(ValueReadError):
-                self._eagerly(copied(batch), mask)
+                self._eagerly(copy_samples(batch), mask)
             raise
 
-    def _given(self, batch: Sequence[Any], read: Sequence[Tensor], padding: Tensor) -> list[Tensor]:
+    def _graph_inputs(
+        self, batch: Sequence[Any], read: Sequence[Tensor], padding: Tensor
+    ) -> list[Tensor]:
         tensors = [leaf for leaf in batch if isinstance(leaf, Tensor)]
         return [*self._inputs.params, *tensors, *read, padding, self._bounds]
 
-    def _ahead(
+    def _start_last_step(
         self, batch: Sequence[Any], padding: Tensor
-    ) -> tuple[Entry, Sequence[Tensor]] | None:
+    ) -> tuple[CompiledStep, Sequence[Tensor]] | None:
         """Start the graph that served last; on a GPU it runs while the guards are evaluated."""
         last = self._compiler.last
         if last is None or not last.start(
-            self._given(batch, last.tensors, padding), shapes_of(batch)
+            self._graph_inputs(batch, last.tensors, padding), shapes_of(batch)
         ):
             return None
         return last, last.tensors
 
-    def _look(self, batch: Sequence[Any], given: Sequence[Tensor], shapes: Shapes) -> Entry:
+    def _find_or_compile(
+        self, batch: Sequence[Any], given: Sequence[Tensor], shapes: Shapes
+    ) -> CompiledStep:
         inputs, settings, loss = self._inputs, self._settings, self._loss
         assert loss is not None
         now = signature(inputs, loss, self._size, settings.clipping)
@@ -144,7 +150,7 @@ class MicrobatchRunner:
         )
 
     def _eagerly(self, batch: Sequence[Any], mask: Tensor | None) -> MicrobatchResult:
-        """The eager step: of the user's Python, unless that asks for values of tensors."""
+        """Run the eager step on the user's Python, or on the captured loss if the Python reads values of tensors."""
         inputs = self._inputs
         try:
             return run(inputs.loss, inputs.names, inputs.params, batch, mask, self._settings)
@@ -155,12 +161,12 @@ class MicrobatchRunner:
             return run(loss, inputs.names, inputs.params, batch, mask, self._settings)
 
 
-def _same(one: Sequence[Tensor], other: Sequence[Tensor]) -> bool:
+def _are_identical(one: Sequence[Tensor], other: Sequence[Tensor]) -> bool:
     return len(one) == len(other) and all(a is b for a, b in zip(one, other, strict=True))
 
 
-def _first(result: MicrobatchResult, count: int) -> MicrobatchResult:
-    """The result without the rows that were added."""
+def _without_added_rows(result: MicrobatchResult, count: int) -> MicrobatchResult:
+    """Return the result without the rows that were added."""
     if result.values.shape[0] == count:
         return result
     return MicrobatchResult(

@@ -36,7 +36,7 @@ def layout_of(leaf: Tensor) -> torch.memory_format:
     return _CHANNELS_LAST[leaf.dim()] if is_channels_last(leaf) else torch.contiguous_format
 
 
-def fitted(leaf: Tensor, size: int) -> Tensor:
+def pad_rows(leaf: Tensor, size: int) -> Tensor:
     """Return a batch leaf with exactly ``size`` rows and the strides for which the graph was compiled.
 
     Missing rows repeat existing rows (at least one); the loss of a row of zeros might not be finite.
@@ -59,12 +59,12 @@ def _strides(shape: torch.Size, layout: torch.memory_format) -> tuple[int, ...]:
     return torch.empty(shape, device="meta", memory_format=layout).stride()
 
 
-def fitted_batch(batch: Sequence[Any], size: int) -> list[Any]:
+def pad_batch(batch: Sequence[Any], size: int) -> list[Any]:
     """Return a flat batch in which every tensor has exactly ``size`` rows; constants do not change."""
-    return [fitted(leaf, size) if isinstance(leaf, Tensor) else leaf for leaf in batch]
+    return [pad_rows(leaf, size) if isinstance(leaf, Tensor) else leaf for leaf in batch]
 
 
-def fitted_mask(mask: Tensor | None, rows: int, size: int, device: torch.device) -> Tensor:
+def pad_mask(mask: Tensor | None, rows: int, size: int, device: torch.device) -> Tensor:
     """Return a cached boolean mask ``[size]`` of the caller's padding and of added rows; do not write to it."""
     added = _added_rows(rows, size, device)
     if mask is None:

@@ -12,15 +12,15 @@ import torch
 from torch import Tensor
 
 from clipgrad.compiled import backend
+from clipgrad.compiled.compiled_step import CompiledStep, plain_operations
 from clipgrad.compiled.cuda_graphs import CudaRecorder, Pool, Replay, recordable
-from clipgrad.compiled.entry import Entry, plain_operations
 from clipgrad.compiled.lengths import Lengths, Shapes
 from clipgrad.compiled.signature import READS, difference
 from clipgrad.compiled.trace import trace
 from clipgrad.engine.captured_loss import GraphOfLoss
 from clipgrad.engine.clip_and_sum import Settings
 from clipgrad.engine.inputs import Inputs
-from clipgrad.engine.rng_state import Generators
+from clipgrad.engine.rng_state import SavedRngState
 from clipgrad.errors import CompileError
 
 LIMIT = 8
@@ -61,7 +61,7 @@ class Compiler:
 
     def __init__(self, mode: str) -> None:
         self.mode = mode
-        self._entries: list[Entry] = []
+        self._entries: list[CompiledStep] = []
         self._size: int | None = None
         self._trials = TRIALS
         self._bounds: tuple[tuple[float, ...], Tensor] | None = None
@@ -82,7 +82,7 @@ class Compiler:
         return self._bounds[1]
 
     @property
-    def last(self) -> Entry | None:
+    def last(self) -> CompiledStep | None:
         """The graph that served last."""
         return self._entries[0] if self._entries else None
 
@@ -90,7 +90,7 @@ class Compiler:
         """Drop all graphs."""
         self._entries = []
 
-    def find(self, now: tuple[Any, ...], shapes: Shapes) -> Entry | None:
+    def find(self, now: tuple[Any, ...], shapes: Shapes) -> CompiledStep | None:
         """The graph that serves a signature and the sizes of a batch; None if there is none."""
         for index, entry in enumerate(self._entries):
             if entry.signature == now and entry.lengths.serve(shapes):
@@ -99,7 +99,7 @@ class Compiler:
                 return entry
         return None
 
-    def make(self, request: Request) -> Entry:
+    def make(self, request: Request) -> CompiledStep:
         """Trace and compile the step, and log how long it takes.
 
         Raises:
@@ -126,7 +126,7 @@ class Compiler:
         self._entries.insert(0, entry)
         return entry
 
-    def _of_any_length(self, request: Request) -> Entry | None:
+    def _of_any_length(self, request: Request) -> CompiledStep | None:
         """A graph for all lengths, once a second one was seen; None if the step cannot be traced like that."""
         seen = [
             shapes
@@ -145,14 +145,14 @@ class Compiler:
             _log.info("clipgrad: no graph serves batches of all lengths: %s", error)
             return None
 
-    def _compiled(self, request: Request, lengths: Lengths) -> Entry:
+    def _compiled(self, request: Request, lengths: Lengths) -> CompiledStep:
         """The compiled step for these lengths.
 
         Raises:
             CompileError: If it cannot be traced or compiled.
         """
         *_, padding, bounds = given = request.given
-        generators = Generators(padding.device)
+        generators = SavedRngState(padding.device)
         started = time.perf_counter()
         try:
             graph = trace(
@@ -189,13 +189,13 @@ class Compiler:
             compiled - traced,
             ", for batches of every length" if lengths.have_symbols else "",
         )
-        entry = Entry(request.signature, lengths, graph, run)
+        entry = CompiledStep(request.signature, lengths, graph, run)
         if backend.uses_cuda_graphs(self.mode) and recordable(graph.module, padding.device):
             entry.record = _recording(entry, request, padding.device)
         return entry
 
 
-def _recording(entry: Entry, request: Request, device: torch.device) -> Callable[[], Replay]:
+def _recording(entry: CompiledStep, request: Request, device: torch.device) -> Callable[[], Replay]:
     """Parameters, and what the loss reads besides its batch, stay where they are; the rest does not."""
     params = len(request.inputs.params)
     samples = sum(isinstance(leaf, Tensor) for leaf in request.batch)

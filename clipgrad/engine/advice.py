@@ -41,16 +41,15 @@ _ADVICE = (
             "vmap over torch.allclose",
         ),
         "the loss branches on the value of a tensor (data-dependent control flow), so different samples would "
-        "run different code. Write the branch as torch.where(condition, a, b), compute the condition from Python "
-        "values, or pass Performance(branches='split'), which runs samples that branch alike together.",
+        "run different code. Write the branch as torch.where(condition, a, b), or compute the condition outside the "
+        "loss, from Python values that are the same for all samples.",
         ValueReadError,
     ),
     _Advice(
         (".item() on a Tensor", "item() on a Tensor"),
         "the loss reads the value of a tensor with .item() (or int(), float()), which is data-dependent control "
-        "flow: under per-sample gradients it has one value per sample. Keep it a tensor, or pass "
-        "Performance(branches='split'). To log it, read optimizer.diagnostics after backward(), or return it "
-        "(clipped_grad with has_aux=True).",
+        "flow: under per-sample gradients it has one value per sample. Keep it a tensor, and branch by torch.where. "
+        "To log it, read optimizer.diagnostics after backward(), or return it (clipped_grad with has_aux=True).",
         ValueReadError,
     ),
     _Advice(
@@ -169,7 +168,7 @@ _ONE_SAMPLE = (
 
 
 @contextmanager
-def explained() -> Iterator[None]:
+def explain_vmap_errors() -> Iterator[None]:
     """Turn PyTorch's refusals into ``NotPerSampleError`` with a remedy; let other errors pass.
 
     An error about sizes gets a note, since code that works for the whole batch may fail for one sample.

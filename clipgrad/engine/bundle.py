@@ -52,7 +52,7 @@ class Bundle:
         self._sums = {}
 
 
-def bundled(gradients: Mapping[int, Tensor]) -> Bundle | None:
+def make_bundle(gradients: Mapping[int, Tensor]) -> Bundle | None:
     """Bundle the small gradients of a clipping group that have the dtype and device of the first small gradient.
 
     Return None if fewer than two gradients qualify.

@@ -8,13 +8,13 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from clipgrad._functorch import Decline, per_sample, physical
+from clipgrad._functorch import Decline, expose_batch_axis, hide_batch_axis
 from clipgrad.engine.foreign_code import refuse_kind
-from clipgrad.engine.tape import Expected, Tape, Tracked, watch
+from clipgrad.engine.tape import ExpectedUse, Tape, Tracked, hook_output
 from clipgrad.rules.registry import Recipe
 
 
-class Pass(Protocol):
+class ForwardPass(Protocol):
     """This protocol says what a call needs from its forward pass; ``Capture`` implements it.
 
     Attributes:
@@ -39,7 +39,7 @@ class Pass(Protocol):
 class BoundCall:
     """This class is the ``Call`` that a rule receives; it resolves the operands of one operation with the tape."""
 
-    def __init__(self, capture: Pass, rule: str) -> None:
+    def __init__(self, capture: ForwardPass, rule: str) -> None:
         self._capture = capture
         self._rule = rule
         self._without_recipe: dict[int, Tracked] = {}
@@ -52,10 +52,10 @@ class BoundCall:
     def randomness(self) -> str:
         return self._capture.randomness
 
-    def has_lanes(self, tensor: Tensor | None) -> bool:
+    def has_batch_axis(self, tensor: Tensor | None) -> bool:
         if tensor is None or id(tensor) in self._capture.table:
             return False
-        return physical(tensor, self._capture.level) is not None
+        return expose_batch_axis(tensor, self._capture.level) is not None
 
     def batched(self, tensor: Tensor) -> Tensor:
         tracked = self._capture.table.get(id(tensor))
@@ -63,7 +63,7 @@ class BoundCall:
             # The operation uses the parameter as data, so the per-sample copies collect the gradient.
             tracked.fallback.append(self._rule)
             return tracked.leaf
-        value = physical(tensor, self._capture.level)
+        value = expose_batch_axis(tensor, self._capture.level)
         if value is not None:
             return value
         refuse_kind(type(tensor), f"an operand of {self._rule}")
@@ -76,7 +76,7 @@ class BoundCall:
             if torch.is_grad_enabled():
                 self._without_recipe[id(tensor)] = tracked
             return tracked.value
-        if physical(tensor, self._capture.level) is not None:
+        if expose_batch_axis(tensor, self._capture.level) is not None:
             raise Decline
         refuse_kind(type(tensor), f"an operand of {self._rule}")
         return tensor
@@ -93,7 +93,7 @@ class BoundCall:
         view: Callable[[Tensor], Tensor] | None = None,
     ) -> Tensor:
         output = self.record(output, *recipes, saved=saved)
-        return per_sample(output if view is None else view(output), self._capture.level)
+        return hide_batch_axis(output if view is None else view(output), self._capture.level)
 
     def record(self, output: Tensor, *recipes: Recipe, saved: tuple[Tensor, ...] = ()) -> Tensor:
         entries: list[tuple[Tracked, Recipe]] = []
@@ -107,9 +107,11 @@ class BoundCall:
                     entries.append((tracked, recipe))
         if entries:
             for tracked, recipe in entries:
-                tracked.expected.append(Expected(self._rule, recipe.extent))
+                tracked.expected.append(ExpectedUse(self._rule, recipe.extent))
             tape = self._capture.tape
-            output = watch(output, tape.anchor, tape.on_gradient(entries, saved, self._rule))
+            output = hook_output(
+                output, tape.anchor, tape.gradient_hook(entries, saved, self._rule)
+            )
         return output
 
     def check(self) -> None:

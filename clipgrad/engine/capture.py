@@ -11,9 +11,14 @@ from torch import Tensor
 from torch._C._autograd import _get_sequence_nr
 from torch.overrides import TorchFunctionMode, resolve_name
 
-from clipgrad._functorch import Decline, below_vmap, current_level, current_randomness, physical
+from clipgrad._functorch import (
+    Decline,
+    below_vmap,
+    current_level,
+    current_randomness,
+    expose_batch_axis,
+)
 from clipgrad.engine import custom_vmap, stale_values
-from clipgrad.engine.branches import Disagreement, is_read, read
 from clipgrad.engine.call import BoundCall
 from clipgrad.engine.expressions import (
     SHAREABLE,
@@ -24,18 +29,12 @@ from clipgrad.engine.expressions import (
 )
 from clipgrad.engine.fallback import CORRECTIONS
 from clipgrad.engine.foreign_code import PLAIN, dispatch_modes, refuse_dispatch_modes, refuse_kind
-from clipgrad.engine.one_by_one import instead
-from clipgrad.engine.random_values import RandomValues
+from clipgrad.engine.one_by_one import retry_one_by_one
 from clipgrad.engine.tape import Tape, Tracked
 from clipgrad.errors import EscapedParameterError, NotPerSampleError
 from clipgrad.rules.registry import Decomposition, Rule, rules
 
 _RULES = rules()
-_DRAWN = (
-    "samples branch apart by a value that depends on random numbers (dropout, torch.rand), and branches='split' would "
-    "generate new ones for each part: a sample's numbers would depend on the other samples of its batch. Generate them "
-    "outside the loss and pass them with the batch, or replace the branch by torch.where."
-)
 _REQUIRES_GRAD = torch.Tensor.requires_grad.__get__  # type: ignore[attr-defined]
 
 
@@ -67,21 +66,11 @@ class Capture(TorchFunctionMode):
         wrappers: The tensor that the loss holds for each parameter, in the tape's order.
         originals: The parameter tensors that the caller passed; if the loss computes with one, its gradient would
             escape clipping.
-        drawn: For ``branches="split"``: a record of which values depend on random numbers, which may not decide a
-            split. None refuses to read per-sample values.
     """
 
-    def __init__(
-        self,
-        tape: Tape,
-        wrappers: Sequence[Tensor],
-        originals: Sequence[Tensor],
-        *,
-        drawn: RandomValues | None = None,
-    ) -> None:
+    def __init__(self, tape: Tape, wrappers: Sequence[Tensor], originals: Sequence[Tensor]) -> None:
         super().__init__()
         self.tape = tape
-        self.drawn = drawn
         self.level = current_level()
         self.randomness = current_randomness()
         self.modes = dispatch_modes()
@@ -109,38 +98,21 @@ class Capture(TorchFunctionMode):
             refuse_dispatch_modes()
             for kind in types:
                 refuse_kind(kind, f"an operand of {operation_name(func)}")
-        kept = stale_values.among(operands(args, kwargs), self.level)
-        if self.drawn is not None:
-            self.drawn.before()
+        kept = stale_values.contains_stale(operands(args, kwargs), self.level)
         try:
             result = self._run(func, args, kwargs)
         except Exception as error:
             if kept:
-                raise stale_values.refuse(operation_name(func)) from error
+                raise stale_values.stale_value_error(operation_name(func)) from error
             raise
         made = tensors_in(result)
         if kept and made:  # reading a shape is harmless
-            raise stale_values.refuse(operation_name(func))
-        if self.drawn is not None:
-            self.drawn.after(operands(args, kwargs), made)
+            raise stale_values.stale_value_error(operation_name(func))
         self.made.extend(map(weakref.ref, made))
         return result
 
     def _run(self, func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         native = current_level() == self.level
-        if self.drawn is not None and native:
-            if func is torch.Tensor.__contains__:
-                with self:
-                    return bool((args[0] == args[1]).any())
-            if is_read(func) and id(args[0]) not in self.table:
-                try:
-                    return read(func, args[0], self.level)
-                except Decline:
-                    pass  # all samples share the value, so an ordinary read is exact
-                except Disagreement:
-                    if self.drawn.decides(args[0]):
-                        raise NotPerSampleError(_DRAWN) from None
-                    raise
         if native:
             rule = _RULES.get(func)
             if rule is not None and "out" not in kwargs and "self" not in kwargs:
@@ -157,13 +129,11 @@ class Capture(TorchFunctionMode):
             entry = self.table[id(args[0])]
             message = written_expression_message if entry.derived else written_message
             raise NotPerSampleError(message(entry.name))
-        if self.drawn is not None and kwargs.get("generator") is not None:
-            raise NotPerSampleError(generator_message(operation_name(func)))
         result = self._under_vmap(func, args, kwargs)
-        if custom_vmap.brings_vmap(func, args):
+        if custom_vmap.has_custom_vmap(func, args):
             backward_pass = any(map(self._requires_grad, tensors_in(result)))
             if backward_pass or not native:  # an inner transform may run a backward pass of its own
-                raise custom_vmap.refuse(func, args)
+                raise custom_vmap.custom_vmap_error(func, args)
         if tracked and torch.is_grad_enabled() and tensors_in(result):
             for entry in tracked:
                 entry.fallback.append(operation_name(func))
@@ -183,14 +153,14 @@ class Capture(TorchFunctionMode):
             self.tape.corrected.append((before, _get_sequence_nr()))
             return result
         except (RuntimeError, IndexError, ValueError) as error:
-            return instead(func, args, kwargs, error)
+            return retry_one_by_one(func, args, kwargs, error)
 
     def _requires_grad(self, tensor: Tensor) -> bool:
         """Return whether a tensor requires grad below ``vmap``, which hides this from a loss that branches on it."""
         if tensor.requires_grad:
             return True
         try:
-            value = physical(tensor, self.level)
+            value = expose_batch_axis(tensor, self.level)
         except Decline:
             return False
         return value is not None and value.requires_grad
@@ -236,9 +206,10 @@ class Capture(TorchFunctionMode):
         """Run an operation on parameters alone once for all samples, and track its result."""
 
         def run(read: Callable[[Tracked], Tensor]) -> Any:
-            lowered = [_lower(value, self.table, read) for value in args]
+            lowered = [_replace_tracked(value, self.table, read) for value in args]
             return func(
-                *lowered, **{key: _lower(value, self.table, read) for key, value in kwargs.items()}
+                *lowered,
+                **{key: _replace_tracked(value, self.table, read) for key, value in kwargs.items()},
             )
 
         if writes_in_place(func, args, kwargs):
@@ -281,21 +252,16 @@ class Capture(TorchFunctionMode):
                 self.refuse_original(operand, operation_name(func))
 
 
-def _lower(value: Any, table: dict[int, Tracked], read: Callable[[Tracked], Tensor]) -> Any:
+def _replace_tracked(
+    value: Any, table: dict[int, Tracked], read: Callable[[Tracked], Tensor]
+) -> Any:
     """Return an argument in which ``read`` replaces every tracked tensor."""
     # This is not a nested function: a recursive closure is a reference cycle and would keep the whole tape alive.
     if isinstance(value, Tensor):
         return read(table[id(value)])
     if isinstance(value, list | tuple) and any(isinstance(item, Tensor) for item in value):
-        return type(value)(_lower(item, table, read) for item in value)
+        return type(value)(_replace_tracked(item, table, read) for item in value)
     return value
-
-
-def generator_message(operation: str) -> str:
-    return (
-        f"{operation} uses a generator of the loss's own, and branches='split' cannot detect whether random numbers "
-        "from it decide how samples branch. Use PyTorch's default generator: leave generator= out."
-    )
 
 
 def written_message(name: str) -> str:
@@ -318,6 +284,3 @@ def escape_message(name: str, operation: str) -> str:
         "attribute that is not a registered parameter), so its gradient would escape clipping. Read it through "
         "the model or the params argument inside the loss: register it as nn.Parameter or in nn.ParameterList."
     )
-
-
-__all__ = ["Capture", "escape_message", "operation_name", "tensors_in", "written_message"]

@@ -1,4 +1,4 @@
-"""The loss of one sample as PyTorch captured it, in the form in which the engine runs losses."""
+"""This module turns the captured graph of a loss into a function that the engine can run."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from clipgrad.loss_graph import CapturedLoss, LossCapture
 
 
 class LossGraphs:
-    """The graphs of one loss; PyTorch's guards choose among them at each batch.
+    """This class holds the graphs of one loss; PyTorch's guards choose a graph at each batch.
 
     Args:
         keep_batch_dim: Whether the loss sees a batch axis of one.
-        has_aux: Whether it returns auxiliary values beside the loss.
+        has_aux: Whether the loss also returns auxiliary values.
     """
 
     def __init__(self, *, keep_batch_dim: bool, has_aux: bool) -> None:
@@ -28,18 +28,18 @@ class LossGraphs:
         self._captures = 0
 
     def forget(self) -> None:
-        """Capture the loss anew at the next batch."""
+        """Discard all graphs, so that the next batch captures the loss again."""
         self._capture = None
 
-    def of(self, inputs: Inputs) -> GraphOfLoss:
-        """The graph that serves a batch.
+    def graph_for(self, inputs: Inputs) -> GraphOfLoss:
+        """Return the graph for a batch.
 
         Args:
             inputs: The batch, of at least one sample.
 
         Raises:
             CannotCapture: If PyTorch cannot capture the loss.
-            NotPerSampleError: If the loss uses a tensor that requires grad and is no parameter.
+            NotPerSampleError: If the loss uses a tensor that requires grad and is not a parameter.
         """
         call = inputs.sample_call()
         if self._capture is None or call.fn is not self._fn:
@@ -54,12 +54,12 @@ class LossGraphs:
 
 @dataclass(frozen=True)
 class GraphOfLoss:
-    """A captured loss for one call.
+    """This class holds a captured loss for one call.
 
     Attributes:
-        captured: The graph, and the tensors that it takes besides parameters and sample.
+        captured: The graph, and its inputs other than parameters and sample.
         has_aux: Whether the loss returns auxiliary values.
-        capture: Number of the capture; each counts its graphs from zero.
+        capture: Number of the capture; each capture counts its graphs from zero.
     """
 
     captured: CapturedLoss
@@ -68,20 +68,20 @@ class GraphOfLoss:
 
     @property
     def tensors(self) -> list[Tensor]:
-        """Tensors that the loss reads besides parameters and sample: buffers, attributes, closures."""
+        """Return the tensors that the loss reads besides parameters and sample: buffers, attributes, closures."""
         return [value for value in self.captured.constants if isinstance(value, Tensor)]
 
     @property
     def key(self) -> tuple[Any, ...]:
-        """Equal for two calls exactly if the same graph serves both, with the same Python numbers."""
+        """Return a key that two calls share exactly if they use the same graph and the same Python numbers."""
         numbers = [value for value in self.captured.constants if not isinstance(value, Tensor)]
         return (self.capture, self.captured.number, *numbers)
 
     def loss(self, tensors: Sequence[Tensor] | None = None) -> Loss:
-        """The graph as a loss.
+        """Return the graph as a loss.
 
         Args:
-            tensors: What to read in the place of ``self.tensors``.
+            tensors: Tensors to read instead of ``self.tensors``.
         """
         captured = self.captured
         constants = list(captured.constants)

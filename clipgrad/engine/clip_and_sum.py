@@ -1,4 +1,4 @@
-"""The result of one microbatch, and how norms and clipped sums become one."""
+"""This module computes norms, factors and clipped sums of one microbatch."""
 
 from __future__ import annotations
 
@@ -8,13 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
 from clipgrad._phases import phase
 from clipgrad.arithmetic import SumRows
 from clipgrad.clipping import Clipping
 from clipgrad.engine.copies import copies
-from clipgrad.engine.gradients import Gradients, Transformed
+from clipgrad.engine.gradients import Gradients
 from clipgrad.engine.tape import Strategy
 from clipgrad.options import Options
 from clipgrad.ranks import Ranks
@@ -24,17 +23,17 @@ PreClipping = Callable[[list[Tensor]], list[Tensor]]
 
 @dataclass(frozen=True)
 class Settings:
-    """What a microbatch needs to know: the user's options, resolved against the parameters at hand.
+    """This class holds the user's options, resolved for the present parameters.
 
     Attributes:
-        options: Of the user.
+        options: The user's options.
         clipping: Groups of parameters and their norms.
-        dtypes: Of each parameter's sum.
+        dtypes: The dtype of each parameter's sum.
         ranks: The processes that hold the parameters.
         pre_clipping: The user's transform of per-sample gradients, on leaves.
-        sum_rows: Clips and sums per-sample gradients in the place of the rules; None if the rules do it.
-        deferred: Leave the question whether every norm is finite to the caller: a traced graph cannot ask it.
-        selects: Take dropped samples out of the activations whether there is one or not: then nobody has to ask.
+        sum_rows: Function that clips and sums per-sample gradients; None if the rules do it.
+        defers_finite_check: Leave it to the caller to check that every norm is finite; a traced graph cannot do so.
+        always_selects: Take dropped samples out of the factors without a check whether there are any.
     """
 
     options: Options
@@ -43,21 +42,21 @@ class Settings:
     ranks: Ranks
     pre_clipping: PreClipping | None = None
     sum_rows: SumRows | None = None
-    deferred: bool = False
-    selects: bool = False
+    defers_finite_check: bool = False
+    always_selects: bool = False
 
     @property
     def strategy(self) -> Strategy | None:
-        """The way to find norms that is forced on every parameter; None if each has its own."""
+        """Return the strategy that is forced on every parameter; None if each has its own."""
         if self.pre_clipping is not None or self.sum_rows is not None:
             return Strategy.KEPT
-        asked = self.options.performance.strategy
-        return None if asked == "auto" else Strategy(asked)
+        requested = self.options.performance.strategy
+        return None if requested == "auto" else Strategy(requested)
 
 
 @dataclass(frozen=True)
 class MicrobatchResult:
-    """The result of one microbatch.
+    """This class holds the result of one microbatch.
 
     Attributes:
         sums: Clipped sum per parameter, in the accumulation dtype.
@@ -65,8 +64,8 @@ class MicrobatchResult:
         norms: Per-sample norms, ``[B]`` per clipping group.
         aux: Per-sample auxiliary output, or None.
         nonfinite: Boolean ``[B]``: samples dropped because their gradient was not finite.
-        all_finite: Boolean scalar, if the question was left to the caller. Where it is False and samples were not
-            taken out in any case, ``sums`` are worthless, and the microbatch has to be run again by somebody who asks.
+        all_finite: Boolean scalar, or None if the check was not left to the caller. If it is False and dropped samples
+            were not taken out of the factors, ``sums`` are invalid, and the microbatch must run again with the check.
         aliases_graph: Whether ``sums`` alias the memory of a CUDA graph, which the next microbatch overwrites.
     """
 
@@ -80,29 +79,25 @@ class MicrobatchResult:
 
 
 def clip(
-    gradients: Gradients | Transformed,
-    params: Sequence[Tensor],
+    gradients: Gradients,
     values: Tensor,
     aux: Any,
     is_padding: Tensor | None,
     settings: Settings,
 ) -> MicrobatchResult:
-    """Norms, factors and clipped sums of one microbatch whose backward pass has run."""
+    """Compute norms, factors and clipped sums of one microbatch after its backward pass."""
     clipping, nan_safe = settings.clipping, settings.options.nan_safe
     if settings.pre_clipping is not None or settings.sum_rows is not None:
-        assert isinstance(gradients, Gradients)
-        rows = [gradients.per_sample(index) for index in range(len(params))]
+        rows = [gradients.per_sample(index) for index in range(len(settings.dtypes))]
         if settings.pre_clipping is not None:
             rows = settings.pre_clipping(rows)
         if settings.sum_rows is not None:
             exact, before, dropped = settings.sum_rows(rows, is_padding)
             return MicrobatchResult(exact, values, before, aux, dropped)
-        gradients = Transformed(rows)
+        gradients.replace(rows)
     norms = [
-        settings.ranks.squared_norms(
-            _or_zero(gradients.squared_norms(clipping.members(group)), values)
-        ).sqrt()
-        for group in range(len(clipping.groups))
+        settings.ranks.squared_norms(gradients.squared_norms(members)).sqrt()
+        for members in clipping.members
     ]
     finite = torch.stack(norms).isfinite().all(0)
     keep = finite if is_padding is None else finite & ~is_padding
@@ -111,65 +106,35 @@ def clip(
     if dropping:
         keep = keep if nan_safe else ~is_padding  # type: ignore[operator]
         factors = [torch.where(keep, factor, 0.0) for factor in factors]
-        if settings.selects:
+        if settings.always_selects:
             gradients.select(keep)
     with phase("contraction"):
-        sums = _weighted_sums(gradients, params, factors, settings)
-    # Asked only now: on a GPU the answer takes as long as all that is queued, and the sums are queued already.
-    if dropping and not settings.deferred and not bool(finite.all()):
-        # A zero factor does not silence an inf; such samples are taken out of the factors themselves.
+        sums = _weighted_sums(gradients, factors, settings)
+    # The check comes last, because on a GPU it waits for all queued work, and the sums are queued by now.
+    if dropping and not settings.defers_finite_check and not bool(finite.all()):
+        # ``0 * inf`` is NaN, so such samples must be zeroed in the factors.
         gradients.select(keep)
         with phase("contraction"):
-            sums = _weighted_sums(gradients, params, factors, settings)
+            sums = _weighted_sums(gradients, factors, settings)
     nonfinite = ~finite if is_padding is None else ~finite & ~is_padding
-    all_finite = finite.all() if settings.deferred else None
+    all_finite = finite.all() if settings.defers_finite_check else None
     return MicrobatchResult(sums, values, norms, aux, nonfinite, all_finite)
 
 
 def _weighted_sums(
-    gradients: Gradients | Transformed,
-    params: Sequence[Tensor],
-    factors: Sequence[Tensor],
-    settings: Settings,
+    gradients: Gradients, factors: Sequence[Tensor], settings: Settings
 ) -> list[Tensor]:
-    sums = []
-    for index, (param, dtype) in enumerate(zip(params, settings.dtypes, strict=True)):
-        total = gradients.weighted_sum(index, factors[settings.clipping.assignment[index]])
-        sums.append(torch.zeros_like(param, dtype=dtype) if total is None else total.to(dtype))
-    return sums
-
-
-def _or_zero(squared: Tensor | None, values: Tensor) -> Tensor:
-    if squared is not None:
-        return squared
-    return torch.zeros_like(values, dtype=torch.promote_types(values.dtype, torch.float32))
+    return [
+        gradients.weighted_sum(index, factors[settings.clipping.assignment[index]]).to(dtype)
+        for index, dtype in enumerate(settings.dtypes)
+    ]
 
 
 def accumulate(sums: list[Tensor] | None, piece: MicrobatchResult) -> list[Tensor]:
-    """Add the sums of a further piece in place; None starts with them."""
+    """Add the sums of one more microbatch in place; None starts with them."""
     if sums is None:
-        # A sum may alias a tensor that the microbatch owns; nothing else holds one, so it is ours to write to.
+        # No other code reads the tensors that these sums may alias, so they can be overwritten.
         more = copies(piece.sums) if piece.aliases_graph else piece.sums
         return [total.contiguous() for total in more]
     torch._foreach_add_(sums, piece.sums)
     return sums
-
-
-def joined(pieces: Sequence[MicrobatchResult], order: Tensor) -> MicrobatchResult:
-    """The pieces of one microbatch as one, samples in their old order."""
-
-    def join(parts: Sequence[Tensor]) -> Tensor:
-        together = torch.cat(list(parts))
-        return together[order.to(together.device)]
-
-    sums: list[Tensor] | None = None
-    for piece in pieces:
-        sums = accumulate(sums, piece)
-    assert sums is not None
-    return MicrobatchResult(
-        sums,
-        join([piece.values for piece in pieces]),
-        [join(norms) for norms in zip(*(piece.norms for piece in pieces), strict=True)],
-        tree_map(lambda *leaves: join(leaves), *(piece.aux for piece in pieces)),
-        join([piece.nonfinite for piece in pieces]),
-    )

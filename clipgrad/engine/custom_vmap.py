@@ -24,7 +24,7 @@ _MIXES = (
 )
 
 
-def brings_vmap(function: Callable[..., Any], args: Sequence[Any]) -> bool:
+def has_custom_vmap(function: Callable[..., Any], args: Sequence[Any]) -> bool:
     """Return whether a call under ``vmap`` runs a batching rule that PyTorch neither defines nor generates."""
     if function is FUNCTION_CALL:
         return has_vmap_method(args[0])
@@ -41,7 +41,7 @@ def brings_vmap(function: Callable[..., Any], args: Sequence[Any]) -> bool:
     )
 
 
-def refuse(function: Callable[..., Any], args: Sequence[Any]) -> NotPerSampleError:
+def custom_vmap_error(function: Callable[..., Any], args: Sequence[Any]) -> NotPerSampleError:
     """Return the error to raise if the backward pass of such a call would run."""
     if function is FUNCTION_CALL:
         return NotPerSampleError(
@@ -53,6 +53,3 @@ def refuse(function: Callable[..., Any], args: Sequence[Any]) -> NotPerSampleErr
         f"the loss calls {function}, an operation with a vmap rule of its own (torch.library.register_vmap). {_MIXES} "
         "Leave the vmap rule out, or register a rule for the operation with clipgrad.rules.register_rule."
     )
-
-
-__all__ = ["brings_vmap", "refuse"]

@@ -21,10 +21,9 @@ from clipgrad.engine.one_by_one import one_by_one
 from clipgrad.errors import NotPerSampleError
 from clipgrad.rules.embedding_definition import (
     aten_embedding,
-    aten_embedding_bag,
+    dense_embedding_bag,
     embedding,
     embedding_bag,
-    private_embedding_bag,
 )
 from clipgrad.rules.loss import cross_entropy_by_definition
 from clipgrad.rules.names import by_all_names, each_name, names_of
@@ -60,20 +59,29 @@ def _as_strided_copy(input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     return _as_strided(input, *args, **kwargs).clone()
 
 
-def _as_strided_in_place(input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """Refuse the operation: under ``vmap`` its gradient is wrong even if samples share no memory."""
-    raise NotPerSampleError(
-        "as_strided_ changes the strides of a tensor in place, and PyTorch's gradient of that is wrong under vmap. Use "
-        "transpose, unfold, reshape or indexing."
-    )
+def _refused(message: str) -> Callable[..., None]:
+    """Return a correction that refuses the operation."""
+
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise NotPerSampleError(message)
+
+    return refuse
 
 
-def _as_strided_scatter(*args: Any, **kwargs: Any) -> Tensor:
-    """Refuse the operation: it has no batching rule, and on one row its offset counts from the start of the batch."""
-    raise NotPerSampleError(
-        "as_strided_scatter writes to memory by its address, which has no meaning for one sample. Use slice_scatter, "
-        "select_scatter, scatter or index_put."
-    )
+# Under ``vmap`` the gradient of as_strided_ is wrong even if samples share no memory. as_strided_scatter has no
+# batching rule, and on one row its offset counts from the start of the batch.
+_as_strided_in_place = _refused(
+    "as_strided_ changes the strides of a tensor in place, and PyTorch's gradient of that is wrong under vmap. Use "
+    "transpose, unfold, reshape or indexing."
+)
+_as_strided_scatter = _refused(
+    "as_strided_scatter writes to memory by its address, which has no meaning for one sample. Use slice_scatter, "
+    "select_scatter, scatter or index_put."
+)
+_register_hook = _refused(
+    "the loss registers a hook on a tensor. A hook would see the gradients of all samples at once instead of one "
+    "sample's. Change the value in the forward pass, or the gradients with pre_clipping_transform."
+)
 
 
 def _roll(input: Tensor, shifts: Any, dims: Any = ()) -> Tensor:
@@ -168,13 +176,6 @@ def _layer_norm(layer_norm: Callable[..., Any]) -> Callable[..., Any]:
     return corrected
 
 
-def _register_hook(*args: Any, **kwargs: Any) -> None:
-    raise NotPerSampleError(
-        "the loss registers a hook on a tensor. A hook would see the gradients of all samples at once instead of one "
-        "sample's. Change the value in the forward pass, or the gradients with pre_clipping_transform."
-    )
-
-
 # If only one operand differs per sample, the batching rule of linalg.solve in torch 2.11 to 2.13 treats a matrix of
 # right sides as a vector, or adds an axis. tensorsolve calls solve in C++, where the capture does not see the call.
 _SOLVERS = ("linalg_solve", "linalg_solve_ex", "_linalg_solve_ex", "linalg_tensorsolve")
@@ -185,8 +186,8 @@ CORRECTIONS: Mapping[Callable[..., Any], Callable[..., Any]] = MappingProxyType(
         F.cross_entropy: cross_entropy_by_definition,
         **by_all_names("embedding", aten_embedding),
         F.embedding: embedding,
-        **by_all_names("embedding_bag", aten_embedding_bag),
-        **by_all_names("_embedding_bag", private_embedding_bag),
+        **each_name("embedding_bag", dense_embedding_bag),
+        **each_name("_embedding_bag", dense_embedding_bag),
         F.embedding_bag: embedding_bag,
         **each_name("scaled_dot_product_attention", _by_formula),
         **each_name("multi_head_attention_forward", _by_formula),

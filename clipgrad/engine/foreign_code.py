@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-from clipgrad._functorch import innermost
+from clipgrad._functorch import unwrap_all
 from clipgrad.errors import NotPerSampleError
 
 _ALL_AT_ONCE = "would see the tensors of all samples at once, so that one sample could change the gradients of others"
@@ -124,18 +124,4 @@ _NODE = _Node()
 def node_of(tensor: Tensor) -> Any:
     """Return ``tensor.grad_fn``, or ``_NODE`` where ``vmap`` hides a node that holds all samples."""
     node = tensor.grad_fn
-    return _NODE if node is None and innermost(tensor).grad_fn is not None else node
-
-
-__all__ = [
-    "PLAIN",
-    "SAVED_TENSORS_HOOKS",
-    "dispatch_modes",
-    "node_of",
-    "refuse_dispatch_modes",
-    "refuse_kind",
-    "refuse_modes",
-    "refuse_saved_tensors_hooks",
-    "refuse_subclasses",
-    "without_saved_tensors_hooks",
-]
+    return _NODE if node is None and unwrap_all(tensor).grad_fn is not None else node

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
-from clipgrad._functorch import untraced
-from clipgrad.engine.bundle import Bundle, bundled
+from clipgrad._functorch import without_tracing
+from clipgrad.engine.bundle import Bundle, make_bundle
 from clipgrad.engine.tape import Tape, Tracked
 from clipgrad.kernels.selection import select_rows
-from clipgrad.rules.canonical import PerSample, added, row_norms_squared, widen
+from clipgrad.rules.canonical import PerSample, row_norms_squared, sum_of, widen
 
 
 class Gradients:
@@ -23,35 +23,37 @@ class Gradients:
     the parts are pulled back and summed per sample first.
     """
 
-    def __init__(self, tape: Tape, parameters: int) -> None:
+    def __init__(self, tape: Tape) -> None:
         self._tape = tape
         self._batch_size = tape.batch_size
         for entry in tape.tracked:
-            entry.settle()
-        self._parts: list[list[Tracked]] = [[] for _ in range(parameters)]
+            entry.merge_kept_gradients()
+        self._parts: list[list[Tracked]] = [[] for entry in tape.tracked if not entry.derived]
         for entry in tape.tracked:
-            if entry.reached:
+            if entry.has_gradient:
                 for index in entry.parameters:
                     self._parts[index].append(entry)
         self._summed: dict[int, Tensor] = {}
         self._pulled: dict[int, list[Tensor | None]] = {}
         self._bundled: dict[int, Bundle] = {}
 
-    def squared_norms(self, members: Sequence[int]) -> Tensor | None:
-        """Return the squared norms over some parameters together, ``[B]``; None if no gradient reached any of them.
+    def squared_norms(self, members: Sequence[int]) -> Tensor:
+        """Return the squared norms over some parameters together, ``[B]``; zeros if no gradient reached any of them.
 
         Each parameter's index may be in only one call.
         """
         found = []
         # When a graph is traced, the compiler joins small operations itself.
         if get_proxy_mode() is None and len(members) > 1:
-            bundle = bundled(self._kept_alone(members))
+            bundle = make_bundle(self._kept_alone(members))
             if bundle is not None:
                 self._bundled.update(dict.fromkeys(bundle.indices, bundle))
                 found.append(bundle.squared_norms())
         alone = (self._squared_norms(index) for index in members if index not in self._bundled)
         found += [norms for norms in alone if norms is not None]
-        return _total(found)
+        if not found:
+            return widen(self._tape.anchor).new_zeros(self._batch_size)
+        return torch.stack(found).sum(0) if len(found) > 1 else found[0]
 
     def _kept_alone(self, members: Sequence[int]) -> dict[int, Tensor]:
         """Return kept gradients of parameters whose gradient has no other part."""
@@ -64,10 +66,12 @@ class Gradients:
 
     def _squared_norms(self, index: int) -> Tensor | None:
         parts = self._parts[index]
+        if index in self._summed:
+            return row_norms_squared(self._summed[index])
         if not parts:
             return None
         if all(part.injective for part in parts) and self._disjoint(index):
-            return added([part.squared_norms() for part in parts])
+            return sum_of([part.squared_norms() for part in parts])
         return row_norms_squared(self.per_sample(index))
 
     def per_sample(self, index: int) -> Tensor:
@@ -84,8 +88,13 @@ class Gradients:
             self._summed[index] = total
         return self._summed[index]
 
-    def weighted_sum(self, index: int, factors: Tensor) -> Tensor | None:
-        """Return ``sum_b factors[b] g_b`` of one parameter; None if no gradient reached it."""
+    def replace(self, gradients: Sequence[Tensor]) -> None:
+        """Put other per-sample gradients, ``[B, *shape]``, in the place of all parameters' own."""
+        self._summed = dict(enumerate(gradients))
+        self._parts = [[] for _ in gradients]
+
+    def weighted_sum(self, index: int, factors: Tensor) -> Tensor:
+        """Return ``sum_b factors[b] g_b`` of one parameter; zeros if no gradient reached it."""
         if index in self._bundled:
             return self._bundled[index].weighted_sum(index, factors)
         if index in self._summed:
@@ -107,7 +116,7 @@ class Gradients:
                 )
             if gradient is not None:
                 total = gradient if total is None else total + gradient
-        return total
+        return torch.zeros_like(self._tape.tracked[index].value) if total is None else total
 
     def select(self, keep: Tensor) -> None:
         """Make the gradient of every sample outside the mask exactly zero."""
@@ -144,7 +153,8 @@ class Gradients:
         if any(not part.derived for part in parts):
             return False
         source = self._tape.tracked[index].shared
-        with untraced():  # the result depends on shapes alone, so it may be a constant of a graph
+        # The result depends on shapes alone, so it may be a constant of a graph.
+        with without_tracing():
             touched = torch.zeros_like(source)
             for part in parts:
                 (image,) = torch.autograd.grad(
@@ -152,25 +162,3 @@ class Gradients:
                 )
                 touched += image
             return bool((touched <= 1).all())
-
-
-class Transformed:
-    """This class replaces ``Gradients`` after ``pre_clipping_transform``: its per-sample gradients are materialised."""
-
-    def __init__(self, gradients: list[Tensor]) -> None:
-        self._gradients = gradients
-
-    def squared_norms(self, members: Sequence[int]) -> Tensor | None:
-        return _total([row_norms_squared(self._gradients[index]) for index in members])
-
-    def weighted_sum(self, index: int, factors: Tensor) -> Tensor:
-        return PerSample(self._gradients[index]).weighted_sum(factors)
-
-    def select(self, keep: Tensor) -> None:
-        self._gradients = [select_rows(gradient, keep) for gradient in self._gradients]
-
-
-def _total(norms: Sequence[Tensor]) -> Tensor | None:
-    if len(norms) > 1:
-        return torch.stack(list(norms)).sum(0)
-    return norms[0] if norms else None

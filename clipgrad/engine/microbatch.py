@@ -1,4 +1,4 @@
-"""One microbatch: forward under ``vmap``, one ordinary backward, norms, clipped sums."""
+"""This module runs one microbatch: forward pass under ``vmap``, ordinary backward pass, norms, clipped sums."""
 
 from __future__ import annotations
 
@@ -11,23 +11,19 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-from clipgrad._functorch import all_samples, per_sample, vmap_level
+from clipgrad._functorch import expose_or_broadcast, hide_batch_axis, vmap_level
 from clipgrad._phases import phase
 from clipgrad.engine import foreign_code, refused_nodes, stale_values
-from clipgrad.engine.advice import explained
-from clipgrad.engine.branches import Disagreement
-from clipgrad.engine.capture import Capture, escape_message, tensors_in, written_message
+from clipgrad.engine.advice import explain_vmap_errors
+from clipgrad.engine.capture import Capture, escape_message, written_message
 from clipgrad.engine.clip_and_sum import (
     MicrobatchResult,
     Settings,
     clip,
-    joined,
 )
 from clipgrad.engine.gradients import Gradients
 from clipgrad.engine.inputs import Loss
 from clipgrad.engine.norm_method import Choice, choose
-from clipgrad.engine.random_values import RandomValues
-from clipgrad.engine.split import Parts
 from clipgrad.engine.tape import Tape
 from clipgrad.errors import EscapedParameterError, NotPerSampleError
 
@@ -39,7 +35,7 @@ def forward(
     batch: Sequence[Any],
     settings: Settings,
 ) -> tuple[Tape, Tensor, Any]:
-    """Run the loss on every sample at once and record the uses of the parameters."""
+    """Run the loss on all samples at once and record the uses of the parameters."""
     foreign_code.refuse_modes()
     size = next(leaf.shape[0] for leaf in batch if isinstance(leaf, Tensor))
     tape = Tape(names, params, size)
@@ -48,28 +44,27 @@ def forward(
     made: list[weakref.ref[Tensor]] = []
     try:
         with (
-            explained(),
+            explain_vmap_errors(),
             foreign_code.without_saved_tensors_hooks(),
             vmap_level(size, settings.options.performance.randomness) as level,
         ):
-            leaves = [per_sample(entry.leaf, level) for entry in tape.tracked]
-            rows = [per_sample(leaf, level) if isinstance(leaf, Tensor) else leaf for leaf in batch]
-            drawn = None
-            if settings.options.performance.branches == "split":
-                drawn = RandomValues(params[0].device, tensors_in([*leaves, *rows]))
-            capture = Capture(tape, leaves, params, drawn=drawn)
+            leaves = [hide_batch_axis(entry.leaf, level) for entry in tape.tracked]
+            rows = [
+                hide_batch_axis(leaf, level) if isinstance(leaf, Tensor) else leaf for leaf in batch
+            ]
+            capture = Capture(tape, leaves, params)
             made = capture.made
             value, aux, structure = _one_sample(loss, capture, leaves, rows, settings)
-            values = all_samples(value, level, size)
-            aux = [all_samples(leaf, level, size).detach() for leaf in aux]
+            values = expose_or_broadcast(value, level, size)
+            aux = [expose_or_broadcast(leaf, level, size).detach() for leaf in aux]
         for name, param, version in zip(names, params, versions, strict=True):
             if param._version != version:
                 raise NotPerSampleError(written_message(name))
     except BaseException:
-        stale_values.remember(made)  # the loss may have kept some before it failed
+        stale_values.remember(made)  # the loss may have stored values before it failed
         tape.release()
         raise
-    del leaves, rows, value, capture  # what only this function held was kept by nobody
+    del leaves, rows, value, capture  # these references must not count as stored values
     stale_values.remember(made)
     return tape, values, tree_unflatten(aux, structure)
 
@@ -77,13 +72,13 @@ def forward(
 def _one_sample(
     loss: Loss, capture: Capture, leaves: list[Tensor], sample: list[Any], settings: Settings
 ) -> tuple[Tensor, list[Tensor], TreeSpec]:
-    """Value, auxiliary tensors and their structure of the loss as every sample sees it."""
+    """Return the loss of one sample, its auxiliary tensors and their structure."""
     if settings.options.keep_batch_dim:
         sample = [leaf[None] if isinstance(leaf, Tensor) else leaf for leaf in sample]
     capture.made.extend(weakref.ref(leaf) for leaf in sample if isinstance(leaf, Tensor))
     with capture:
         result = loss(leaves, sample)
-    value, aux = _split(result, settings.options.has_aux)
+    value, aux = _value_and_aux(result, settings.options.has_aux)
     flat, structure = tree_flatten(aux)
     for leaf in flat:
         if not isinstance(leaf, Tensor):
@@ -101,53 +96,25 @@ def run(
     is_padding: Tensor | None,
     settings: Settings,
 ) -> MicrobatchResult:
-    """Clipped sums of one microbatch; where samples branch apart, of its parts."""
-
-    def together(rows: Sequence[Any], padding: Tensor | None) -> MicrobatchResult:
-        """Of samples that take the same branches; raises ``Disagreement`` if they do not."""
-        with phase("forward"), torch.enable_grad():
-            tape, values, aux = forward(loss, names, params, rows, settings)
-        return _finish(tape, values, aux, params, padding, settings)
-
-    if settings.options.performance.branches != "split":
-        return together(batch, is_padding)
-    parts = Parts(batch)
-    pieces: list[MicrobatchResult] = []
-    for rows, index in parts:
-        padding = None if is_padding is None else is_padding[index.to(is_padding.device)]
-        try:
-            pieces.append(together(rows, padding))
-        except Disagreement as disagreement:
-            parts.split(disagreement)
-    parts.write_back()
-    return pieces[0] if len(pieces) == 1 else joined(pieces, parts.order)
-
-
-def _finish(
-    tape: Tape,
-    values: Tensor,
-    aux: Any,
-    params: Sequence[Tensor],
-    is_padding: Tensor | None,
-    settings: Settings,
-) -> MicrobatchResult:
-    """Backward pass, norms and clipped sums after the forward pass of one microbatch."""
+    """Run forward and backward pass of one microbatch, and compute norms and clipped sums."""
+    with phase("forward"), torch.enable_grad():
+        tape, values, aux = forward(loss, names, params, batch, settings)
     try:
         with phase("forward"):
-            plan(tape, settings)
+            choose_strategies(tape, settings)
         with torch.enable_grad():
             _backward(tape, values, params)
         with torch.no_grad(), _without_autocast(values.device):
             with phase("per-sample gradients"):
-                gradients = Gradients(tape, len(params))
+                gradients = Gradients(tape)
             with phase("norms"):
-                return clip(gradients, params, values.detach(), aux, is_padding, settings)
+                return clip(gradients, values.detach(), aux, is_padding, settings)
     finally:
         tape.release()
 
 
-def plan(tape: Tape, settings: Settings) -> list[Choice]:
-    """Decide a strategy for every tracked entry, and tell the entries."""
+def choose_strategies(tape: Tape, settings: Settings) -> list[Choice]:
+    """Choose a strategy for every tracked entry, and store it in the entry."""
     choices = choose(
         tape.tracked,
         tape.batch_size,
@@ -159,7 +126,7 @@ def plan(tape: Tape, settings: Settings) -> list[Choice]:
     return choices
 
 
-def _split(result: Any, has_aux: bool) -> tuple[Tensor, Any]:
+def _value_and_aux(result: Any, has_aux: bool) -> tuple[Tensor, Any]:
     if has_aux:
         if not (isinstance(result, tuple) and len(result) == 2):
             raise NotPerSampleError(
@@ -193,17 +160,16 @@ def _backward(tape: Tape, values: Tensor, params: Sequence[Tensor]) -> None:
             "Compute the loss from the model's output, and let the gradient through."
         )
     _refuse_escapes(tape, values, params)
-    with phase("backward"), _without_autocast(values.device), explained():
+    with phase("backward"), _without_autocast(values.device), explain_vmap_errors():
         values.sum().backward()
 
 
 def _refuse_escapes(tape: Tape, values: Tensor, params: Sequence[Tensor]) -> None:
-    """Walk the graph that is about to run: a leaf that is not ours would receive an unclipped gradient.
+    """Refuse unknown leaves of the graph before it runs, because they would receive an unclipped gradient.
 
-    The capture sees operations; this sees what reached the graph by any other road (a custom
-    ``autograd.Function``, a C++ extension).
+    The capture does not see every operation on them (in a custom ``autograd.Function``, in a C++ extension).
     """
-    ours = {id(entry.leaf) for entry in tape.tracked} | {id(tape.anchor)}
+    leaf_ids = {id(entry.leaf) for entry in tape.tracked} | {id(tape.anchor)}
     seen = set()
     stack = [values.grad_fn]
     while stack:
@@ -215,7 +181,7 @@ def _refuse_escapes(tape: Tape, values: Tensor, params: Sequence[Tensor]) -> Non
         if kind in refused_nodes.WRONG:
             refused_nodes.refuse(node, tape.corrected)
         variable = node.variable if kind == "AccumulateGrad" else None  # type: ignore[attr-defined]
-        if variable is not None and id(variable) not in ours:
+        if variable is not None and id(variable) not in leaf_ids:
             for entry, original in zip(tape.tracked, params, strict=False):
                 if variable is original:
                     raise EscapedParameterError(escape_message(entry.name, "the loss"))
@@ -228,7 +194,7 @@ def _refuse_escapes(tape: Tape, values: Tensor, params: Sequence[Tensor]) -> Non
 
 
 def _without_autocast(device: torch.device) -> AbstractContextManager[Any]:
-    """Norms and sums keep their precision whatever the caller's autocast says."""
+    """Switch the caller's autocast off, so that norms and sums keep their precision."""
     if torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()

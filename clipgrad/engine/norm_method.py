@@ -2,17 +2,16 @@
 
 With ``u = 2 B S I O`` FLOPs for one weight gradient (``S`` positions, ``I`` columns, ``O`` rows):
 
-==========  ===========================================  ===================================
-strategy    extra work                                   extra memory
-==========  ===========================================  ===================================
-kept        writing and reading ``B I O`` three times     ``B I O``, minus the freed factors
-ghost       ``B S^2 (I + O)`` FLOPs (symmetry halves it)  the factors ``B S (I + O)``
-recompute   ``u`` again                                  the factors ``B S (I + O)``
-==========  ===========================================  ===================================
+========  ===========================================  ===================================
+strategy  extra work                                   extra memory
+========  ===========================================  ===================================
+kept      writing and reading ``B I O`` three times     ``B I O``, minus the freed factors
+ghost     ``B S^2 (I + O)`` FLOPs (symmetry halves it)  the factors ``B S (I + O)``
+========  ===========================================  ===================================
 
 Kept factors and kept gradients take the same memory at ``S = I O / (I + O)``. For larger ``S``, keeping the gradients
-takes less memory *and* less time, so recomputing pays only if neither fits. For smaller ``S``, the ghost norm costs
-less than ``u``; whether it costs less than keeping depends on the ratio of arithmetic to memory bandwidth.
+takes less memory *and* less time. For smaller ``S``, the ghost norm costs less than ``u``, so building gradients twice
+is never the best choice. Whether it costs less than keeping depends on the ratio of arithmetic to memory bandwidth.
 """
 
 from __future__ import annotations

@@ -13,10 +13,17 @@ from torch import Tensor
 from torch.overrides import resolve_name
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from clipgrad._functorch import Decline, below_vmap, current_level, is_wrapped, per_sample, physical
+from clipgrad._functorch import (
+    Decline,
+    below_vmap,
+    current_level,
+    expose_batch_axis,
+    hide_batch_axis,
+    is_wrapped,
+)
 from clipgrad.engine.advice import is_refusal
 from clipgrad.engine.expressions import writes_in_place, writes_to_first
-from clipgrad.engine.rng_state import Draws
+from clipgrad.engine.rng_state import SavedRngState
 from clipgrad.errors import NotPerSampleError
 
 _is_alias_of: Callable[[Tensor, Tensor], bool] = torch._C._is_alias_of  # type: ignore[attr-defined]
@@ -33,7 +40,9 @@ def one_by_one(function: Callable[..., Any], args: Sequence[Any], kwargs: Mappin
     name = resolve_name(function) or getattr(function, "__name__", str(function))
     flat, structure = tree_flatten((tuple(args), dict(kwargs)))
     try:
-        whole = [physical(leaf, level) if isinstance(leaf, Tensor) else None for leaf in flat]
+        whole = [
+            expose_batch_axis(leaf, level) if isinstance(leaf, Tensor) else None for leaf in flat
+        ]
     except Decline:
         raise NotPerSampleError(
             f"{name} has no correct batching rule in PyTorch, so it runs on one sample after the other. Inside another "
@@ -51,46 +60,50 @@ def one_by_one(function: Callable[..., Any], args: Sequence[Any], kwargs: Mappin
             ]
             own_args, own_kwargs = tree_unflatten(sample, structure)
             results.append(function(*own_args, **own_kwargs))
-        return _joined(name, results, [leaf for leaf in flat if isinstance(leaf, Tensor)], level)
+        return _stack_results(
+            name, results, [leaf for leaf in flat if isinstance(leaf, Tensor)], level
+        )
 
 
-def _joined(name: str, results: Sequence[Any], operands: Sequence[Tensor], level: int) -> Any:
+def _stack_results(
+    name: str, results: Sequence[Any], operands: Sequence[Tensor], level: int
+) -> Any:
     flats, structures = zip(*map(tree_flatten, results), strict=True)
     if any(structure != structures[0] for structure in structures):
-        raise _differ(name)
-    memory = [_unbatched(operand, level) for operand in operands]
+        raise _different_results_error(name)
+    memory = [_without_vmap(operand, level) for operand in operands]
     outputs: list[Any] = []
     for column in zip(*flats, strict=True):
         first = column[0]
         if not isinstance(first, Tensor):
             if any(value != first for value in column):
-                raise _differ(name)
+                raise _different_results_error(name)
             outputs.append(first)
             continue
         if any(value.shape != first.shape or value.dtype != first.dtype for value in column):
-            raise _differ(name)
+            raise _different_results_error(name)
         if first.numel() and any(_is_alias_of(first, operand) for operand in memory):
             raise NotPerSampleError(
                 f"{name} returns a view of its operand, which PyTorch's vmap cannot batch. Use indexing, reshape or "
                 "transpose with Python numbers."
             )
-        outputs.append(per_sample(torch.stack(column), level))
+        outputs.append(hide_batch_axis(torch.stack(column), level))
     return tree_unflatten(outputs, structures[0])
 
 
-def _unbatched(tensor: Tensor, level: int) -> Tensor:
-    value = physical(tensor, level)
+def _without_vmap(tensor: Tensor, level: int) -> Tensor:
+    value = expose_batch_axis(tensor, level)
     return tensor if value is None else value
 
 
-def _differ(name: str) -> NotPerSampleError:
+def _different_results_error(name: str) -> NotPerSampleError:
     return NotPerSampleError(
         f"{name} returns results of different shapes for different samples (data-dependent shapes). Use a mask of "
         "fixed shape and torch.where."
     )
 
 
-def instead(
+def retry_one_by_one(
     function: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], error: Exception
 ) -> Any:
     """Run an operation that failed under ``vmap`` on single samples, or raise its error again.
@@ -109,7 +122,7 @@ def instead(
     if not any(map(is_wrapped, tensors)):
         raise error
     before = [tensor._version for tensor in tensors]
-    draws = Draws(tensors[0].device)
+    rng_state = SavedRngState(tensors[0].device)
     try:
         result = one_by_one(function, args, kwargs)
     except Exception:
@@ -118,9 +131,6 @@ def instead(
     # A write would happen once per sample.
     only_tensors = all(isinstance(leaf, Tensor) for leaf in tree_flatten(result)[0])
     written = before != [tensor._version for tensor in tensors]
-    if not only_tensors or written or draws.since_last_asked():
+    if not only_tensors or written or rng_state.changed():
         raise error
     return result
-
-
-__all__ = ["instead", "one_by_one"]

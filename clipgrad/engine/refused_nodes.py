@@ -55,6 +55,3 @@ def refuse(node: Any, corrected: Sequence[tuple[int, int]]) -> None:
             "a C++ extension, or inside another operation). PyTorch's vmap computes its gradient wrongly. Call the "
             "operation itself, in Python."
         )
-
-
-__all__ = ["WRONG", "refuse"]

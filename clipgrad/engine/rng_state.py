@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 
-class Generators:
+class SavedRngState:
     """This class saves the RNG states that a step may change: of the CPU and of a device."""
 
     def __init__(self, device: torch.device) -> None:
@@ -25,34 +22,25 @@ class Generators:
         for state in own:
             torch.get_device_module(self._device).set_rng_state(state, self._device)
 
+    def changed(self) -> bool:
+        """Return whether a state differs from the saved one, so that random numbers were generated."""
+        return not all(map(torch.equal, self._states, _states(self._device)))
+
     @contextmanager
-    def replayed(self) -> Iterator[None]:
+    def temporarily_restored(self) -> Iterator[None]:
         """Run the body from the saved state, and then restore the state from before the call."""
-        now = Generators(self._device)
+        now = SavedRngState(self._device)
         self.restore()
-        with now.kept():
+        with now.restored_on_exit():
             yield
 
     @contextmanager
-    def kept(self) -> Iterator[None]:
+    def restored_on_exit(self) -> Iterator[None]:
         """Restore the saved state after the body."""
         try:
             yield
         finally:
             self.restore()
-
-
-class Draws:
-    """This class detects whether the global RNG state of the CPU or of ``device`` has changed."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._last = _states(device)
-
-    def since_last_asked(self) -> bool:
-        """Return whether a generator's state has changed since the last call, or since construction."""
-        before, self._last = self._last, _states(self._device)
-        return not all(map(torch.equal, before, self._last))
 
 
 def _states(device: torch.device) -> list[Tensor]:
@@ -61,9 +49,3 @@ def _states(device: torch.device) -> list[Tensor]:
     if device.type != "cpu":
         states.append(torch.get_device_module(device).get_rng_state(device))
     return states
-
-
-def states_of_others() -> Any:
-    """Return the states of Python's and NumPy's global generators in a form that can be compared."""
-    kind, words, *rest = np.random.get_state()  # noqa: NPY002 - user code uses the global generator
-    return random.getstate(), kind, np.asarray(words).tobytes(), rest

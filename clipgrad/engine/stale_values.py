@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clipgrad._functorch import current_level, is_wrapped, level_of, unwrapped
+from clipgrad._functorch import current_level, is_wrapped, level_of, unwrap_once
 from clipgrad.errors import NotPerSampleError
 
 _OUTSIDE = (
@@ -57,28 +57,25 @@ def remember(made: Iterable[weakref.ref[Tensor]]) -> None:
                 tensor.__class__ = _StaleValue
 
 
-def among(tensors: Iterable[Tensor], level: int) -> bool:
+def contains_stale(tensors: Iterable[Tensor], level: int) -> bool:
     """Return whether a tensor was kept from an earlier pass; inner transforms are unwrapped down to ``level``."""
-    return bool(_kept) and any(_is_kept(tensor, level) for tensor in tensors)
+    return bool(_kept) and any(_is_stale(tensor, level) for tensor in tensors)
 
 
-def _is_kept(tensor: Tensor, level: int) -> bool:
+def _is_stale(tensor: Tensor, level: int) -> bool:
     while True:
         kept = _kept.get(id(tensor))
         if kept is not None and kept() is tensor:
             return True
         if level_of(tensor) <= level:
             return False
-        tensor = unwrapped(tensor)
+        tensor = unwrap_once(tensor)
 
 
-def refuse(operation: str) -> NotPerSampleError:
+def stale_value_error(operation: str) -> NotPerSampleError:
     """Return the error to raise if a kept value is used."""
     return NotPerSampleError(
         f"{operation} received a per-sample value that the loss kept from an earlier batch or microbatch (in an "
         "attribute, a list or a cache), so old samples would influence the gradients of new ones. Compute it anew in "
         "every call, and keep nothing of one call for the next; for metrics use has_aux=True or optimizer.diagnostics."
     )
-
-
-__all__ = ["among", "refuse", "remember"]

@@ -9,11 +9,11 @@ from enum import Enum
 import torch
 from torch import Tensor
 
-from clipgrad._functorch import per_sample
+from clipgrad._functorch import hide_batch_axis
 from clipgrad._phases import phase
 from clipgrad.errors import NotPerSampleError
-from clipgrad.rules.canonical import Outer, PerSample, Use, added, row_norms_squared, widen
-from clipgrad.rules.ghost import ghost_norms_squared, lengths_of, never_underestimated
+from clipgrad.rules.canonical import Outer, PerSample, Use, row_norms_squared, sum_of, widen
+from clipgrad.rules.ghost import ghost_norms_squared
 from clipgrad.rules.registry import Extent, Recipe
 
 
@@ -24,12 +24,10 @@ class Strategy(Enum):
     """Build each per-sample gradient during the backward pass and keep it until it is summed."""
     GHOST = "ghost"
     """Keep input and output gradient; compute norms from Gram matrices."""
-    RECOMPUTE = "recompute"
-    """Keep input and output gradient; build per-sample gradients a few at a time for the norm alone."""
 
 
 @dataclass(frozen=True)
-class Expected:
+class ExpectedUse:
     """This class records a use of the forward pass whose output gradient has not arrived yet.
 
     It holds no recipe: recipes close over activations, and only the hook that uses a recipe may keep it alive.
@@ -37,10 +35,6 @@ class Expected:
 
     rule: str
     extent: Extent | None
-
-
-# Per-sample gradients that the recompute strategy holds at a time, in elements.
-_RECOMPUTE_ELEMENTS = 1 << 24
 
 
 @dataclass(eq=False)
@@ -65,7 +59,7 @@ class Tracked:
     derived: bool = False
     injective: bool = True
     wide: Tensor | None = None
-    expected: list[Expected] = field(default_factory=list)
+    expected: list[ExpectedUse] = field(default_factory=list)
     fallback: list[str] = field(default_factory=list)
     strategy: Strategy = Strategy.KEPT
     kept: Tensor | None = None
@@ -112,7 +106,7 @@ class Tracked:
                 "operation broadcasts; unregister_rule removes it."
             )
 
-    def settle(self) -> None:
+    def merge_kept_gradients(self) -> None:
         """Materialise all gradients of the entry if one of them is materialised; call after the backward pass."""
         if self.leaf.grad is not None:
             self.kept = self.leaf.grad if self.kept is None else self.kept + self.leaf.grad
@@ -123,7 +117,7 @@ class Tracked:
             self.uses = []
 
     @property
-    def reached(self) -> bool:
+    def has_gradient(self) -> bool:
         return self.kept is not None or bool(self.uses)
 
     def select(self, keep: Tensor) -> None:
@@ -135,7 +129,7 @@ class Tracked:
         """Return per-sample gradients, ``[B, *shape]``."""
         if self.kept is not None:
             return widen(self.kept)
-        return added([use.per_sample() for use in self.uses])
+        return sum_of([use.per_sample() for use in self.uses])
 
     def squared_norms(self) -> Tensor:
         """Return squared norms of the per-sample gradients, ``[B]``."""
@@ -145,26 +139,13 @@ class Tracked:
         if len(factors) < len(self.uses) or len({outer.groups for outer in factors}) > 1:
             # Factors cannot be joined if a use has none, or if a convolution weight is used with two numbers of groups.
             return row_norms_squared(self.per_sample())
-        if self.strategy is Strategy.RECOMPUTE:
-            return _recomputed_norms(factors)
         return ghost_norms_squared(factors)
 
     def weighted_sum(self, factors: Tensor) -> Tensor:
         """Return ``sum_b factors[b] g_b``, in at least float32."""
         if self.kept is not None:
             return PerSample(self.kept).weighted_sum(factors)
-        return added([use.weighted_sum(factors) for use in self.uses])
-
-
-def _recomputed_norms(factors: Sequence[Outer]) -> Tensor:
-    samples = factors[0].samples
-    step = max(1, _RECOMPUTE_ELEMENTS // max(1, factors[0].shape.numel()))
-    pieces = []
-    for start in range(0, samples, step):
-        chunk = slice(start, min(start + step, samples))
-        total = added([outer.rows_of(chunk).per_sample() for outer in factors])
-        pieces.append(row_norms_squared(total))
-    return never_underestimated(torch.cat(pieces), lengths_of(factors), factors, materialised=True)
+        return sum_of([use.weighted_sum(factors) for use in self.uses])
 
 
 class Tape:
@@ -205,7 +186,7 @@ class Tape:
         """
         parameters = tuple(sorted({index for source in sources for index in source.parameters}))
         tracked = self._track(name, shared, parameters)
-        tracked.wrapper = per_sample(tracked.leaf, level)
+        tracked.wrapper = hide_batch_axis(tracked.leaf, level)
         tracked.derived = True
         tracked.injective = wide is not None
         tracked.wide = wide
@@ -225,7 +206,7 @@ class Tape:
             entry.kept = None
             entry.leaf.grad = None
 
-    def on_gradient(
+    def gradient_hook(
         self, entries: Sequence[tuple[Tracked, Recipe]], saved: Sequence[Tensor], rule: str
     ) -> Callable[[Tensor], None]:
         """Return the hook that turns an operation's output gradient into uses.
@@ -253,7 +234,7 @@ class Tape:
         return hook
 
 
-class _Source(torch.autograd.Function):
+class _OutputNode(torch.autograd.Function):
     """This function puts an output that needs no gradient on the autograd graph, without an input gradient.
 
     The first layer of a model receives data. Its rule needs the output gradient; an input gradient would cost a whole
@@ -281,7 +262,7 @@ class _Source(torch.autograd.Function):
         return None, None, None
 
 
-def watch(output: Tensor, anchor: Tensor, hook: Callable[[Tensor], None]) -> Tensor:
+def hook_output(output: Tensor, anchor: Tensor, hook: Callable[[Tensor], None]) -> Tensor:
     """Register ``hook`` so that it receives the gradient of ``output``, whatever is done to the output afterwards.
 
     A hook on a view is bypassed if the view is written to in place: autograd then rebuilds the view's history from its
@@ -293,5 +274,5 @@ def watch(output: Tensor, anchor: Tensor, hook: Callable[[Tensor], None]) -> Ten
     if output.requires_grad:
         output.register_hook(hook)
         return output
-    watched: Tensor = _Source.apply(anchor, output, hook)
+    watched: Tensor = _OutputNode.apply(anchor, output, hook)
     return watched

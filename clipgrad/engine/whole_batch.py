@@ -14,7 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from clipgrad._functorch import Decline, below_vmap, current_level, per_sample, physical
+from clipgrad._functorch import (
+    Decline,
+    below_vmap,
+    current_level,
+    expose_batch_axis,
+    hide_batch_axis,
+)
 from clipgrad.rules.names import by_all_names, each_name
 
 
@@ -43,7 +49,7 @@ def _on_batch(tensors: Sequence[Tensor], operation: Callable[[list[Tensor]], Ten
     level = current_level()
     if not level:
         raise Decline
-    whole = [physical(tensor, level) for tensor in tensors]
+    whole = [expose_batch_axis(tensor, level) for tensor in tensors]
     rows = [tensor.shape[0] for tensor in whole if tensor is not None]
     if not rows:
         raise Decline
@@ -52,7 +58,7 @@ def _on_batch(tensors: Sequence[Tensor], operation: Callable[[list[Tensor]], Ten
             tensor.expand(rows[0], *tensor.shape) if batched is None else batched
             for tensor, batched in zip(tensors, whole, strict=True)
         ]
-        return per_sample(operation(expanded), level)
+        return hide_batch_axis(operation(expanded), level)
 
 
 def _after_batch(axis: int) -> int:

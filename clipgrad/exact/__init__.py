@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from clipgrad.exact.mode import OnGrid
+from clipgrad.exact.mode import GridArithmetic
 from clipgrad.exact.noise import DiscreteGaussianNoise
 
-__all__ = ["DiscreteGaussianNoise", "OnGrid"]
+__all__ = ["DiscreteGaussianNoise", "GridArithmetic"]

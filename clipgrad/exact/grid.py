@@ -69,14 +69,14 @@ class Grid:
         rounded: list[Tensor] = [gradient[:0] for gradient in gradients]
         norms, kept = [], []
         for group in range(len(self.clipping.groups)):
-            members = self.clipping.members(group)
+            members = self.clipping.members[group]
             rows = [self._in_steps(gradients[index]) for index in members]
             norm = _norms(rows)
             factors = (self._target(group) / norm).clamp(max=1.0)[:, None]
             rows = [row.mul_(factors).round_().add_(0.0) for row in rows]  # no negative zeros
             limit = squared_limit(self.clipping.norms[group], self.spacing)
             norms.append(norm * self.spacing)
-            kept.append(norm.isfinite() & within(rows, limit))
+            kept.append(norm.isfinite() & squares_within(rows, limit))
             for index, row in zip(members, rows, strict=True):
                 rounded[index] = row
         keep = torch.stack(kept).all(0)
@@ -106,10 +106,10 @@ class Grid:
         return steps * (1 - (size + 8) * 2.0**-52) - math.sqrt(size) / 2
 
     def _size(self, group: int) -> int:
-        return max(1, sum(self.sizes[index] for index in self.clipping.members(group)))
+        return max(1, sum(self.sizes[index] for index in self.clipping.members[group]))
 
 
-def within(rows: Sequence[Tensor], limit: int) -> Tensor:
+def squares_within(rows: Sequence[Tensor], limit: int) -> Tensor:
     """Return whether the integers of each sample satisfy ``sum n^2 <= limit``, as an exact boolean ``[B]``.
 
     Squares and their partial sums below 2**53 are exact in float64, in any order. Rounding is monotonic and no term is

@@ -1,4 +1,4 @@
-"""``OnGrid``: everything that exact mode does differently from floating point."""
+"""This module holds ``GridArithmetic``: all that exact mode does differently from floating point."""
 
 from __future__ import annotations
 
@@ -23,27 +23,22 @@ from clipgrad.options import Options
 _MOST_SAMPLES = 2**26
 
 
-class OnGrid:
-    """The arithmetic of sums that are integer multiples of ``grid``; see ``clipgrad.arithmetic.Arithmetic``.
+class GridArithmetic:
+    """This arithmetic makes sums that are integer multiples of ``grid``; see ``clipgrad.arithmetic.Arithmetic``.
 
     Args:
         grid: The spacing, a power of two.
-        options: Of the user.
+        options: The user's options.
 
     Raises:
-        ValueError: If an option cannot be exact together with a grid.
+        ValueError: If an option prevents exact sums.
     """
 
-    adapts = False
+    allows_adaptive_norms = False
 
     def __init__(self, grid: float, options: Options) -> None:
         self.grid = grid
         _check_options(options)
-
-    def check(self, strategy: ClippingStrategy) -> Clipping:
-        clipping = make_clipping(strategy)
-        check_grid(self.grid, clipping, strategy)
-        return clipping
 
     def check_batch_size(self, size: int) -> None:
         _check_samples(size, "batch size")
@@ -56,9 +51,9 @@ class OnGrid:
     def clipping(
         self,
         strategy: ClippingStrategy,
-        names: Sequence[str],
-        sizes: Sequence[int],
-        dtypes: Sequence[torch.dtype],
+        names: Sequence[str] | None = None,
+        sizes: Sequence[int] | None = None,
+        dtypes: Sequence[torch.dtype] = (),
     ) -> Clipping:
         clipping = make_clipping(strategy, names, sizes)
         check_grid(self.grid, clipping, strategy)
@@ -72,10 +67,10 @@ class OnGrid:
         return 1
 
     def samples(self, batch: Sequence[Any]) -> Sequence[Any]:
-        """One sample's leaves in memory of their own, laid out and aligned as any other sample's.
+        """Return copies of one sample's leaves, contiguous and aligned like every other sample's.
 
-        Matrix products round differently for other batch sizes, and some for other alignments. Each sample passes
-        alone and in fresh memory, so that its gradient does not depend on who else is in the batch.
+        Matrix products round differently for other batch sizes, and some for other alignments. So each sample runs
+        alone and in new memory, and its gradient does not depend on the other samples of the batch.
         """
         return [
             leaf.clone(memory_format=torch.contiguous_format) if isinstance(leaf, Tensor) else leaf
@@ -86,16 +81,16 @@ class OnGrid:
         return Grid(self.grid, clipping, sizes).clip
 
     def sensitivity(self, strategy: ClippingStrategy, relation: Relation) -> float:
-        return exact_sensitivity(self.check(strategy), relation)
+        return exact_sensitivity(self.clipping(strategy), relation)
 
     def sigma(self, noise_multiplier: float, sensitivity: float) -> float:
         return exact_sigma(noise_multiplier, sensitivity)
 
     def noise_source(self, source: NoiseSource | None, expected_batch_size: float) -> NoiseSource:
-        """The noise source for sums on the grid.
+        """Return the noise source for sums on the grid.
 
         Raises:
-            ValueError: If another one is given: its noise would leave the grid.
+            ValueError: If ``source`` has another grid or none, because its noise would leave the grid.
         """
         _check_samples(2 * expected_batch_size, "twice the expected_batch_size")
         if source is None:
@@ -109,7 +104,7 @@ class OnGrid:
 
 
 def _check_samples(count: float, what: str) -> None:
-    """Refuse a logical batch whose sums could leave the range of exact integers."""
+    """Refuse a logical batch whose sums could exceed the range of exact integers."""
     if count > _MOST_SAMPLES:
         raise ValueError(
             f"{what}={count} is more than the 2**26 samples whose sum on a grid is certain to be exact."
@@ -117,27 +112,14 @@ def _check_samples(count: float, what: str) -> None:
 
 
 def _check_options(options: Options) -> None:
-    """Refuse what cannot be exact together with a grid."""
+    """Refuse options that prevent exact sums."""
     dtype = options.performance.accumulate_dtype
-    refused = {
-        f"normalize_by={options.normalize_by}": (
-            options.normalize_by != 1.0,
-            "divide after the noise was added",
-        ),
-        "rescale_to_unit_norm=True": (
-            options.rescale_to_unit_norm,
-            "choose max_grad_norm=1.0 instead",
-        ),
-        f"accumulate_dtype={dtype}": (
-            dtype not in (None, torch.float64),
-            "leave it out: sums on a grid are float64",
-        ),
-        "nan_safe=False": (not options.nan_safe, "leave it out: a grid has no place for NaN"),
-        f"compile={options.compile!r}": (
-            bool(options.compile),
-            "leave it out: each sample is computed alone",
-        ),
-    }
-    for option, (given, remedy) in refused.items():
+    refused = (
+        (options.normalize_by != 1.0, f"normalize_by={options.normalize_by}", "divide after the noise was added"),
+        (dtype not in (None, torch.float64), f"accumulate_dtype={dtype}", "leave it out: sums on a grid are float64"),
+        (not options.nan_safe, "nan_safe=False", "leave it out: a grid has no place for NaN"),
+        (bool(options.compile), f"compile={options.compile!r}", "leave it out: each sample is computed alone"),
+    )  # fmt: skip
+    for given, option, remedy in refused:
         if given:
             raise ValueError(f"grid cannot be combined with {option}; {remedy}.")

@@ -67,9 +67,9 @@ class DiscreteGaussianNoise:
             integers = [self._integers(index, tensor) for index, tensor in enumerate(targets)]
             sizes = [exact.numel() for exact in integers]
             noise = torch.from_numpy(discrete_gaussian(sum(sizes), steps)).split(sizes)
-            for tensor, exact, drawn in zip(targets, integers, noise, strict=True):
+            for tensor, exact, sampled in zip(targets, integers, noise, strict=True):
                 # Beyond 2**53 the conversion rounds, which is harmless: the sum with noise is private already.
-                total = (exact + drawn).to(torch.float64).mul_(self.grid)
+                total = (exact + sampled).to(torch.float64).mul_(self.grid)
                 tensor.copy_(total.view(tensor.shape))
 
     def state_dict(self) -> dict[str, Any]:
@@ -77,12 +77,12 @@ class DiscreteGaussianNoise:
         return {"kind": "DiscreteGaussianNoise", "format": 1}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Check that ``state`` belongs to this class; there is nothing to restore.
+        """Check that ``require_state`` belongs to this class; there is nothing to restore.
 
         Raises:
-            ValueError: If ``state`` comes from another noise source.
+            ValueError: If ``require_state`` comes from another noise source.
         """
-        checks.state(state, "DiscreteGaussianNoise")
+        checks.require_state(state, "DiscreteGaussianNoise")
 
     def _integers(self, index: int, tensor: Tensor) -> Tensor:
         """Return the tensor's values in steps as a flat int64 tensor on the CPU, exactly."""

@@ -70,11 +70,11 @@ def _laplace(count: int, scale: int) -> Integers:
     out = np.empty(count, np.int64)
     waiting = np.arange(count)
     while len(waiting):
-        rest = _below(scale, len(waiting))
+        rest = _uniform_below(scale, len(waiting))
         kept = _bernoulli_exp(rest, scale)
         waiting_kept, rest = waiting[kept], rest[kept]
         size = rest + scale * _geometric(len(rest))
-        negative = _below(2, len(rest)) == 1
+        negative = _uniform_below(2, len(rest)) == 1
         once = ~(negative & (size == 0))  # zero has no sign, and must not count twice
         out[waiting_kept[once]] = np.where(negative, -size, size)[once]
         waiting = np.concatenate([waiting[~kept], waiting_kept[~once]])
@@ -99,8 +99,8 @@ def _bernoulli_exp(numerators: Integers, denominator: int) -> Flags:
     going, k = np.arange(len(numerators)), 1
     while len(going):
         odd[going] = k % 2 == 1  # final for the elements that stop in this round
-        going = going[_below(denominator, len(going)) < numerators[going]]
-        going = going[_below(k, len(going)) == 0]
+        going = going[_uniform_below(denominator, len(going)) < numerators[going]]
+        going = going[_uniform_below(k, len(going)) == 0]
         k += 1
     return odd
 
@@ -109,7 +109,7 @@ def _bernoulli_exp_of_minus_1(count: int) -> Flags:
     return _bernoulli_exp(np.ones(count, np.int64), 1)
 
 
-def _below(bound: int, count: int) -> Integers:
+def _uniform_below(bound: int, count: int) -> Integers:
     """Return independent integers, uniform in ``range(bound)``."""
     if bound == 1:
         return np.zeros(count, np.int64)

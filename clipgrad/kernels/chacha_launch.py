@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from clipgrad.kernels import chacha_kernels as kernels
-from clipgrad.kernels import chacha_proof as proof
+from clipgrad.kernels import chacha_selftest as selftest
 
-_BLOCK = proof.LANES
+_BLOCK = selftest.BLOCKS_AT_ONCE
 _LARGEST_CHUNK = 2**16
 _ENOUGH_PROGRAMS = 2**13
 _COUNTERS = 2**32  # RFC 8439 counts blocks in 32 bits
@@ -46,7 +46,7 @@ class TritonChaCha:
 
     def limit(self, draws: int) -> int:
         """Return the largest number of values for one key: a quarter of its blocks, because some blocks stay unused."""
-        return _COUNTERS // 4 * min(proof.PER_BLOCK.values()) // draws
+        return _COUNTERS // 4 * min(selftest.PER_BLOCK.values()) // draws
 
     def add_gaussian_(
         self,
@@ -102,7 +102,7 @@ class TritonChaCha:
     ) -> int:
         """Add noise to tensors of one dtype from block ``first`` on, and return the first unused block."""
         _, dtype, sources, targets, sizes = where
-        per_block = proof.PER_BLOCK[torch.float64 if dtype is torch.float64 else torch.float32]
+        per_block = selftest.PER_BLOCK[torch.float64 if dtype is torch.float64 else torch.float32]
         chunk, total = per_block * _BLOCK, sum(sizes)
         while chunk < _LARGEST_CHUNK and total > chunk * _ENOUGH_PROGRAMS:
             chunk *= 2
@@ -169,9 +169,9 @@ class TritonChaCha:
         found: NDArray[np.float32] = out.cpu().numpy()
         return found
 
-    def prove(self) -> None:
+    def self_test(self) -> None:
         """Raise RuntimeError unless the device agrees with RFC 8439 and with the CPU."""
-        proof.prove(self, self._device)
+        selftest.verify(self, self._device)
 
 
 def _table(

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 
-def after(gradient: Tensor, value: Tensor) -> Tensor:
+def delay_until(gradient: Tensor, value: Tensor) -> Tensor:
     """Return the value; in a graph for the CPU, make it depend on the gradient.
 
     In graphs with branches (a U-Net) TorchInductor may compute tensors that depend on the forward pass only (a

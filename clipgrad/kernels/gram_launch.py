@@ -17,7 +17,7 @@ _DEPTH, _SMALLER_DEPTH, _ROOMY = 64, 32, 128 * 1024
 # With less work, batched products, which split a sample, use more of the device.
 _FEWEST_POSITIONS, _FEWEST_BLOCKS = 16, 32
 _LARGEST_OFFSET = 2**31  # the kernel's offsets within a sample have 32 bits
-_PROVED = 1e-5  # the largest relative error of three TF32 products on an H100 was 7e-7
+_SELF_TEST_TOLERANCE = 1e-5  # the largest relative error of three TF32 products on an H100 was 7e-7
 _log = logging.getLogger("clipgrad")
 _usable: dict[torch.device, bool] = {}
 
@@ -58,7 +58,7 @@ def launch(left: Tensor, right: Tensor) -> Tensor:
     return found.sum(1).t().contiguous()
 
 
-def proved(device: torch.device) -> bool:
+def passes_self_test(device: torch.device) -> bool:
     """Return whether the kernel agrees with float64 for full and partial tiles, and dense rows and columns."""
     for positions, rows, columns in ((64, 64, 32), (67, 5, 40), (200, 33, 7), (67, 200, 130)):
         count = 3 * positions * (rows + columns)
@@ -73,7 +73,7 @@ def proved(device: torch.device) -> bool:
             [expected, *(length.sum(1) for length in lengths), (lengths[0] * lengths[1]).sum(1)]
         )
         error = (launch(left.float(), right.float()).double() - wanted).abs() / wanted
-        if not bool((error < _PROVED).all()):
+        if not bool((error < _SELF_TEST_TOLERANCE).all()):
             return False
     return True
 
@@ -82,7 +82,7 @@ def _usable_on(device: torch.device) -> bool:
     if device not in _usable:
         reason = "its self-test differs from float64"
         try:
-            _usable[device] = torch.version.hip is None and proved(device)
+            _usable[device] = torch.version.hip is None and passes_self_test(device)
         except Exception as error:  # compilers and drivers raise errors of many types
             _usable[device] = False
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

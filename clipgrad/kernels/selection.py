@@ -18,17 +18,17 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode
 _ZEROED_IN_GRAPHS_ON = {"cuda"}
 
 
-def for_each_row(values: Tensor, tensor: Tensor) -> Tensor:
+def reshape_to_broadcast(values: Tensor, tensor: Tensor) -> Tensor:
     """Reshape one value per sample, ``[B]``, so that it broadcasts over ``tensor``, ``[B, ...]``."""
     return values.view(-1, *[1] * (tensor.dim() - 1))
 
 
 def select_rows(tensor: Tensor, keep: Tensor) -> Tensor:
     """Return the tensor ``[B, ...]`` with zeros for all samples outside the boolean mask ``[B]``."""
-    return torch.where(for_each_row(keep, tensor), tensor, tensor.new_zeros(()))
+    return torch.where(reshape_to_broadcast(keep, tensor), tensor, tensor.new_zeros(()))
 
 
-def select_last(tensor: Tensor, keep: Tensor) -> Tensor:
+def select_rows_reusing(tensor: Tensor, keep: Tensor) -> Tensor:
     """Run ``select_rows`` for a tensor that is not read afterwards, with a result that must be in memory.
 
     A compiled graph writes zeros into the tensor itself if no later operation reads it (see ``compiled/zeroing.py``),
@@ -75,7 +75,7 @@ def zero_rows_(tensor: Tensor, keep: Tensor) -> None:
         )
     launcher = _launcher() if tensor.device.type == "cuda" else None
     if launcher is None or not launcher.zero_rows_(tensor, keep):
-        tensor.masked_fill_(~for_each_row(keep, tensor), 0.0)
+        tensor.masked_fill_(~reshape_to_broadcast(keep, tensor), 0.0)
 
 
 @zero_rows_.register_fake

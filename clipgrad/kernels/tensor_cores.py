@@ -16,7 +16,7 @@ from torch import Tensor
 
 def convolution_product(a: Tensor, b: Tensor) -> Tensor:
     """Return ``torch.bmm(a, b)`` of two operands of a convolution."""
-    return _product(a, b, convolutions_may())
+    return _product(a, b, convolutions_allow_tf32())
 
 
 def full_product(a: Tensor, b: Tensor) -> Tensor:
@@ -24,18 +24,18 @@ def full_product(a: Tensor, b: Tensor) -> Tensor:
     return _product(a, b, False)
 
 
-def convolutions_may() -> bool:
+def convolutions_allow_tf32() -> bool:
     """Return whether the process allows TF32 in float32 convolutions, or in matrix products that replace them."""
-    return bool(torch.backends.cudnn.allow_tf32) or matrices_may()
+    return bool(torch.backends.cudnn.allow_tf32) or matmuls_allow_tf32()
 
 
-def matrices_may() -> bool:
+def matmuls_allow_tf32() -> bool:
     """Return whether the process allows TF32 in float32 matrix products."""
     return bool(torch.backends.cuda.matmul.allow_tf32)
 
 
 @contextmanager
-def tf32(allowed: bool) -> Iterator[None]:
+def set_tf32(allowed: bool) -> Iterator[None]:
     """Set whether matrix products may use TF32, and restore the process-wide setting afterwards."""
     matmul = torch.backends.cuda.matmul
     before = matmul.allow_tf32
@@ -47,7 +47,7 @@ def tf32(allowed: bool) -> Iterator[None]:
 
 
 def _product(a: Tensor, b: Tensor, allowed: bool) -> Tensor:
-    if a.device.type == "cuda" and a.dtype is torch.float32 and allowed != matrices_may():
+    if a.device.type == "cuda" and a.dtype is torch.float32 and allowed != matmuls_allow_tf32():
         product: Tensor = bmm(a, b, allowed)
         return product
     return torch.bmm(a, b)
@@ -56,7 +56,7 @@ def _product(a: Tensor, b: Tensor, allowed: bool) -> Tensor:
 # A custom operation keeps the TF32 setting inside one node of a traced graph.
 @torch.library.custom_op("clipgrad::bmm", mutates_args=())
 def bmm(a: Tensor, b: Tensor, allowed: bool) -> Tensor:
-    with tf32(allowed):
+    with set_tf32(allowed):
         return torch.bmm(a, b)
 
 
@@ -65,12 +65,15 @@ def _(a: Tensor, b: Tensor, allowed: bool) -> Tensor:
     return a.new_empty(a.shape[0], a.shape[1], b.shape[2])
 
 
-def window_products(rows: Tensor, columns: Tensor, apart: int, windows: int) -> Tensor:
+def window_products(rows: Tensor, columns: Tensor, window_stride: int, windows: int) -> Tensor:
     """Return products ``[B, windows, R, C]`` of rows ``[B, R, S]`` and windows of columns ``[B, C, L]``.
 
-    Window ``w`` holds ``rows @ columns[:, :, w * apart : w * apart + S].mT``; both are operands of a convolution.
+    Window ``w`` holds ``rows @ columns[:, :, start : start + S].mT``, where ``start`` is ``w * window_stride``. Both
+    operands belong to a convolution.
     """
-    found: Tensor = _window_products(rows, columns, apart, windows, convolutions_may())
+    found: Tensor = _window_products(
+        rows, columns, window_stride, windows, convolutions_allow_tf32()
+    )
     return found
 
 
@@ -79,16 +82,16 @@ def window_products(rows: Tensor, columns: Tensor, apart: int, windows: int) -> 
     "clipgrad::window_products", mutates_args=(), tags=(torch.Tag.flexible_layout,)
 )
 def _window_products(
-    rows: Tensor, columns: Tensor, apart: int, windows: int, allowed: bool
+    rows: Tensor, columns: Tensor, window_stride: int, windows: int, allowed: bool
 ) -> Tensor:
     found = rows.new_empty(len(rows), windows, rows.shape[1], columns.shape[1])
-    with tf32(allowed):
+    with set_tf32(allowed):
         for index in range(windows):
-            window = columns.narrow(2, index * apart, rows.shape[2])
+            window = columns.narrow(2, index * window_stride, rows.shape[2])
             torch.bmm(rows, window.transpose(1, 2), out=found[:, index])
     return found
 
 
 @_window_products.register_fake
-def _(rows: Tensor, columns: Tensor, apart: int, windows: int, allowed: bool) -> Tensor:
+def _(rows: Tensor, columns: Tensor, window_stride: int, windows: int, allowed: bool) -> Tensor:
     return rows.new_empty(len(rows), windows, rows.shape[1], columns.shape[1])

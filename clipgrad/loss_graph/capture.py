@@ -1,4 +1,4 @@
-"""PyTorch captures the loss of one sample; its guards say at every call which graph serves."""
+"""This module lets PyTorch capture the loss of one sample, and choose a graph by its guards at every call."""
 
 from __future__ import annotations
 
@@ -18,14 +18,20 @@ from clipgrad.errors import NotPerSampleError
 from clipgrad.loss_graph.capture_settings import (
     GUARDS_ONLY,
     capture_settings,
-    quiet,
+    silence_pytorch,
 )
-from clipgrad.loss_graph.graph import CapturedLoss, Place, forget_examples, pure, without_unused
-from clipgrad.loss_graph.reasons import CannotCapture, explained
+from clipgrad.loss_graph.graph import (
+    CapturedLoss,
+    Place,
+    forget_examples,
+    make_pure,
+    remove_unused_inputs,
+)
+from clipgrad.loss_graph.reasons import CannotCapture, capture_error
 from clipgrad.loss_graph.side_effects import refuse_side_effects, refuse_writes
 
 GRAPHS = 16
-"""How many graphs one loss may have: training and evaluation, a few lengths, a few values that change."""
+"""The largest number of graphs of one loss: training and evaluation, a few lengths, a few values that change."""
 
 _log = logging.getLogger("clipgrad")
 _numbers = itertools.count()
@@ -33,7 +39,7 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 
 
 class LossCapture:
-    """The graphs of one loss, each of which PyTorch guards.
+    """This class holds the graphs of one loss. Each graph has guards of PyTorch.
 
     Args:
         fn: ``fn(*args) -> scalar``, or a pair of a scalar and a pytree of tensors.
@@ -52,39 +58,40 @@ class LossCapture:
         self._graphs: list[GraphModule] = []
         self._seen: dict[Any, int] = {}
         self._served: tuple[GraphModule, tuple[Any, ...], list[Tensor]] | None = None
-        self._guards_only = self._gone = False
-        self._call = torch.compile(_of_its_own(fn), backend=self._backend, fullgraph=True)
+        self._guards_only = self._graphs_lost = False
+        self._call = torch.compile(_with_own_code(fn), backend=self._backend, fullgraph=True)
 
     def graph(
         self, args: Sequence[Any], parameters: Sequence[Tensor], leaves: Sequence[Any]
     ) -> CapturedLoss:
-        """The graph that serves these arguments: one of before if PyTorch's guards hold, else a new one.
+        """Return the graph for these arguments: an earlier graph if its guards hold, else a new graph.
 
-        Call it outside of ``vmap`` and of modes that see operations; autocast must be as it is where the graph runs.
+        Call this method outside ``vmap`` and outside modes that see operations, with the autocast state in which the
+        graph will run.
 
         Args:
             args: The arguments of the loss for one sample.
-            parameters: Tensors that require grad, known by identity wherever the loss finds them.
-            leaves: The tensors of the sample, likewise.
+            parameters: Tensors that require grad. They are recognised by identity wherever the loss reads them.
+            leaves: The tensors of the sample, which are recognised in the same way.
 
         Raises:
-            CannotCapture: If PyTorch cannot capture the loss, or it changes too often.
-            NotPerSampleError: If the loss uses a tensor that requires grad and is no parameter.
+            CannotCapture: If PyTorch cannot capture the loss, or the loss changes too often.
+            NotPerSampleError: If the loss uses a tensor that requires grad and is not a parameter.
         """
         if not all(parameter.requires_grad for parameter in parameters):
             raise ValueError("parameters must require grad; pass p.detach().requires_grad_().")
         result = self._run(args)
         if self._served is None:
             raise CannotCapture(
-                "PyTorch captured no operation of it; it computes nothing, or torch.compile is switched off"
+                "PyTorch captured no operation: the loss computes nothing, or torch.compile is switched off"
             )
         module, inputs, outputs = self._served
         self._served = None
         return self._captured(module, inputs, outputs, result, parameters, leaves)
 
     def _run(self, args: Sequence[Any]) -> Any:
-        """Evaluate the guards; capture where they say so."""
-        self._served, self._gone = None, False
+        """Evaluate the guards, and capture the loss if no graph has valid guards."""
+        self._served, self._graphs_lost = None, False
         self._guards_only = bool(self._graphs)
         reason = None
         with torch.enable_grad():
@@ -93,38 +100,38 @@ class LossCapture:
                     with GUARDS_ONLY:
                         return self._call(_global_hooks(), *args)
                 except RecompileError as error:
-                    reason = _changed(str(error))
+                    reason = _first_failed_guard(str(error))
                 except Exception as error:
-                    if not self._gone:
-                        raise explained(error) from error
-                    reason = "what it was captured with exists no more"
+                    if not self._graphs_lost:
+                        raise capture_error(error) from error
+                    reason = "an object that it was captured with was deleted"
                 finally:
                     self._guards_only = False
             if len(self._graphs) >= GRAPHS:
                 raise CannotCapture(
-                    f"it has {GRAPHS} graphs already, and something that it reads changed again ({reason}); keep it "
+                    f"it has {GRAPHS} graphs already, and a value that it reads changed again ({reason}); keep it "
                     "fixed, or make it a tensor"
                 )
             _log.info("capturing the loss%s", f" again: {reason}" if reason else "")
             try:
-                with quiet(), capture_settings(GRAPHS):
+                with silence_pytorch(), capture_settings(GRAPHS):
                     return self._call(_global_hooks(), *args)
             except Exception as error:
-                raise explained(error) from error
+                raise capture_error(error) from error
 
     def _backend(self, module: GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
-        """What PyTorch calls with a new graph; the loss itself is never run."""
-        if self._guards_only:  # PyTorch forgot every graph, with a model that was deleted
-            self._gone = True
+        """Store a new graph. PyTorch calls this method as its backend; the loss itself never runs."""
+        if self._guards_only:  # PyTorch deletes all graphs together with a model that they refer to
+            self._graphs_lost = True
             raise RuntimeError("no graph is left")
         refuse_side_effects()
-        module = pure(module)
+        module = make_pure(module)
         refuse_writes(module)
-        kept = without_unused(module)
+        kept = remove_unused_inputs(module)
         forget_examples(module)
         self._graphs.append(module)
         (output,) = module.graph.find_nodes(op="output")
-        # Not one for all: which of them the loss returned is told by identity.
+        # One tensor per output, because the outputs that the loss returned are recognised by identity.
         outputs = [torch.zeros(()) for _ in output.args[0]]
 
         def served(*inputs: Any) -> list[Tensor]:
@@ -150,7 +157,7 @@ class LossCapture:
             place = known.get(id(value))
             if place is None or not isinstance(value, Tensor):
                 place = Place("constant", len(constants))
-                constants.append(_constant(value))
+                constants.append(_check_constant(value))
             known.setdefault(id(value), place)
             places.append(place)
         known |= {id(value): Place("output", i) for i, value in enumerate(outputs)}
@@ -160,8 +167,8 @@ class LossCapture:
         return CapturedLoss(module, number, tuple(places), results, aux, constants)
 
 
-def _of_its_own(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """``fn`` as a function with code of its own, to which PyTorch ties graphs and what it knows of lengths."""
+def _with_own_code(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap ``fn`` in a function with a new code object, because PyTorch stores graphs and lengths per code object."""
 
     def loss(hooks: str, *args: Any) -> Any:
         return fn(*args) if hooks != "none" else None  # read, so that PyTorch guards its value
@@ -172,7 +179,7 @@ def _of_its_own(fn: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _global_hooks() -> str:
-    """Which hooks there are on all modules; PyTorch captures them but has no guard that sees a later one."""
+    """Return the global module hooks as text, because PyTorch has no guard for hooks that are added later."""
     module = torch.nn.modules.module
     return ",".join(
         str(id(hook))
@@ -186,11 +193,11 @@ def _global_hooks() -> str:
     )
 
 
-def _constant(value: Any) -> Tensor | int:
+def _check_constant(value: Any) -> Tensor | int:
     if isinstance(value, int):
         return value
     if type(value) not in _PLAIN:
-        raise CannotCapture(f"it takes in {type(value).__name__}, which is no ordinary tensor")
+        raise CannotCapture(f"it reads a {type(value).__name__}, which is not an ordinary tensor")
     if value.requires_grad:
         raise NotPerSampleError(
             f"the loss uses a tensor of shape {tuple(value.shape)} that requires grad and is not among the parameters, "
@@ -204,7 +211,7 @@ def _constant(value: Any) -> Tensor | int:
 def _results(
     result: Any, known: dict[int, Place], outputs: list[Tensor]
 ) -> tuple[tuple[Place, ...], TreeSpec | None]:
-    """Where the loss and the leaves beside it come from.
+    """Return the places of the loss and of the auxiliary leaves.
 
     Raises:
         CannotCapture: If the graph computes something that is not returned.
@@ -216,19 +223,17 @@ def _results(
         values = [result[0], *leaves]
     if not isinstance(values[0], Tensor):
         raise CannotCapture(
-            f"it returns {type(values[0]).__name__} where a tensor, or a pair of one and more, is needed"
+            f"it returns {type(values[0]).__name__}; it must return a tensor, or a pair (tensor, aux)"
         )
     results = tuple(known.get(id(value), Place("value", value)) for value in values)
     returned = {place.index for place in results if place.kind == "output"}
     if len(returned) != len(outputs):
-        raise CannotCapture(
-            "the graph returns more than the loss does: something else is computed and stored"
-        )
+        raise CannotCapture("it computes and stores values that it does not return")
     return results, aux
 
 
-def _changed(text: str) -> str:
-    """What PyTorch says of the first guard that failed, in one line."""
+def _first_failed_guard(text: str) -> str:
+    """Return PyTorch's description of the first guard that failed, in one line."""
     for line in text.splitlines():
         line = line.strip()
         if line.startswith("- "):

@@ -1,4 +1,4 @@
-"""Custom ``autograd.Function``s in a graph: PyTorch captured both of their directions, so each can run per sample."""
+"""This module rebuilds custom ``autograd.Function``s of a graph so that forward and backward run per sample."""
 
 from __future__ import annotations
 
@@ -15,30 +15,30 @@ CUSTOM_FUNCTION = torch.ops.higher_order.autograd_function_apply
 
 
 class CustomFunction(nn.Module):
-    """Calls a function whose two directions are graphs, with a rule for ``vmap`` that PyTorch derives from them.
+    """This module calls an ``autograd.Function`` made of two graphs, so that PyTorch can derive its ``vmap`` rule.
 
     Args:
-        forward: Takes the arguments; returns outputs, and what the other direction takes besides their gradients.
-        backward: Takes gradients and those; returns a gradient or None for each argument.
-        differentiable: Which outputs have a gradient.
+        forward: Graph from the arguments to outputs and saved values.
+        backward: Graph from output gradients and saved values to a gradient or None for each argument.
+        differentiable: For each output, whether it has a gradient.
     """
 
     def __init__(
         self, forward: GraphModule, backward: GraphModule, differentiable: Sequence[bool]
     ) -> None:
         super().__init__()
-        self.kept = _kept(forward)
+        self.saved_values = _saved_values(forward)
         self.forward_graph, self.backward_graph = forward, backward
-        self._function = _function(forward, backward, self.kept, differentiable)
+        self._function = _make_function(forward, backward, self.saved_values, differentiable)
 
     def forward(self, *args: Any) -> tuple[Any, ...]:
-        """As the graph calls the function."""
+        """Run the function on the graph's arguments."""
         outputs: tuple[Any, ...] = self._function.apply(*args)
-        return outputs[: len(self.kept.outputs)]
+        return outputs[: len(self.saved_values.outputs)]
 
 
-class _Kept:
-    """Where each value comes from that the backward direction takes: an argument, an output, or one that is made."""
+class _SavedValues:
+    """This class knows the source of each value that backward needs: an argument, an output, or an extra result."""
 
     def __init__(
         self, outputs: Sequence[Node], saved: Sequence[Node], inputs: Sequence[Node]
@@ -49,43 +49,42 @@ class _Kept:
         self.made = [node for node in dict.fromkeys(saved) if node not in known]
 
     def values(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> list[Any]:
-        """The values that ``saved`` stands for; what was made follows the outputs."""
+        """Return the saved values; the extra results follow the outputs."""
         known = dict(zip(self.inputs, inputs, strict=True))
         known |= dict(zip([*self.outputs, *self.made], outputs, strict=True))
         return [known[node] for node in self.saved]
 
 
-def _kept(forward: GraphModule) -> _Kept:
+def _saved_values(forward: GraphModule) -> _SavedValues:
     (output,) = forward.graph.find_nodes(op="output")
     outputs, saved = output.args[0]
     inputs = list(forward.graph.find_nodes(op="placeholder"))
     nodes = [*outputs, *saved]
     if not all(isinstance(node, Node) for node in nodes) or set(outputs) & set(inputs):
         raise CannotCapture(
-            "it uses a custom autograd.Function that keeps or returns something else than results"
+            "it uses a custom autograd.Function that saves or returns other values than results"
         )
-    return _Kept(outputs, saved, inputs)
+    return _SavedValues(outputs, saved, inputs)
 
 
-def _function(
+def _make_function(
     forward_graph: GraphModule,
     backward_graph: GraphModule,
-    kept: _Kept,
+    saved_values: _SavedValues,
     differentiable: Sequence[bool],
 ) -> type[torch.autograd.Function]:
-    count = len(kept.outputs)
+    count = len(saved_values.outputs)
 
     class Captured(torch.autograd.Function):
         generate_vmap_rule = True
 
         @staticmethod
         def forward(*args: Any) -> tuple[Any, ...]:
-            with torch.set_grad_enabled(
-                torch.is_grad_enabled()
-            ):  # which the graph sets, and not back
+            # The graph sets the grad mode and does not restore it.
+            with torch.set_grad_enabled(torch.is_grad_enabled()):
                 outputs, saved = forward_graph(*args)
-            by_node = dict(zip(kept.saved, saved, strict=True))
-            return (*outputs, *(by_node[node] for node in kept.made))
+            by_node = dict(zip(saved_values.saved, saved, strict=True))
+            return (*outputs, *(by_node[node] for node in saved_values.made))
 
         @staticmethod
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
@@ -96,9 +95,9 @@ def _function(
         @staticmethod
         def backward(ctx: Any, *gradients: Any) -> Any:
             values = ctx.saved_tensors
-            inputs, outputs = values[: len(kept.inputs)], values[len(kept.inputs) :]
+            inputs, outputs = values[: len(saved_values.inputs)], values[len(saved_values.inputs) :]
             with torch.set_grad_enabled(torch.is_grad_enabled()):
-                found = backward_graph(*gradients[:count], *kept.values(inputs, outputs))
+                found = backward_graph(*gradients[:count], *saved_values.values(inputs, outputs))
             return found if isinstance(found, tuple | list) else (found,)
 
     return Captured
@@ -107,10 +106,10 @@ def _function(
 def rebuild_custom_function(
     module: GraphModule, graph: Graph, node: Node, where: str | None
 ) -> None:
-    """Put a call of a module in place of PyTorch's operation for custom functions, which does not run per sample.
+    """Replace PyTorch's operation for custom functions, which does not run per sample, by a call of a module.
 
     Raises:
-        CannotCapture: If the function writes to its arguments, or takes something else than tensors.
+        CannotCapture: If the function writes to its arguments, or has arguments that are not tensors.
     """
     forward, backward, *args = node.args
     assert isinstance(forward, Node)
@@ -120,12 +119,12 @@ def rebuild_custom_function(
     )
     if node.kwargs.get("dirty_idx") or not tensors:
         raise CannotCapture(
-            "it uses a custom autograd.Function that takes numbers or writes to what it takes",
+            "it uses a custom autograd.Function that takes numbers or writes to its arguments",
             where,
         )
     bodies = [getattr(module, str(body.target)) for body in (forward, backward)]
     hidden = node.kwargs["non_differentiable_idx"]
-    count = len(_kept(bodies[0]).outputs)
+    count = len(_saved_values(bodies[0]).outputs)
     name = f"custom_function_{node.name}"
     module.add_module(
         name,

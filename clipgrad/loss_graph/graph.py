@@ -1,4 +1,4 @@
-"""A captured graph, made a pure function of parameters, the sample's leaves and every other tensor."""
+"""This module makes a captured graph a pure function of parameters, the sample's leaves and all other tensors."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from torch.utils._pytree import TreeSpec, tree_unflatten
 
 from clipgrad.loss_graph.functions import CUSTOM_FUNCTION, rebuild_custom_function
 from clipgrad.loss_graph.reasons import CannotCapture, line_in
-from clipgrad.loss_graph.regions import all_left, rewrite_regions
+from clipgrad.loss_graph.regions import close_regions, rewrite_regions
 
 _CHECKPOINT = torch.ops.higher_order.tag_activation_checkpoint
 
 
 class Place(NamedTuple):
-    """Where a value comes from.
+    """This tuple says where a value comes from.
 
     Attributes:
         kind: parameter, leaf, constant, output or value.
-        index: Its position there; the value itself for the last kind.
+        index: Position among the values of this kind; for the kind "value", the value itself.
     """
 
     kind: str
@@ -34,15 +34,15 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True)
 class CapturedLoss:
-    """The graph that serves a call, and the tensors that it takes besides parameters and the sample.
+    """This class holds the graph for a call, and the present values of its other inputs.
 
     Attributes:
-        module: Takes one value for each of ``inputs``; returns a tuple of tensors.
+        module: A function from one value for each of ``inputs`` to a tuple of tensors.
         number: Equal for two calls exactly if module, inputs and results are the same.
-        inputs: Where each input of the graph comes from.
-        results: Where the loss, and then each leaf of what it returned beside it, comes from.
-        aux: How what was returned beside the loss is nested; None if there is nothing.
-        constants: Each input that is neither parameter nor leaf, as it is now: a tensor, or an integer that changes.
+        inputs: Place of each input of the graph.
+        results: Place of the loss, and then of each leaf of the auxiliary output.
+        aux: Structure of the auxiliary output; None if there is none.
+        constants: Present value of each input that is neither parameter nor leaf: a tensor, or an integer.
     """
 
     module: GraphModule
@@ -61,16 +61,15 @@ class CapturedLoss:
         """Run the graph; under ``torch.func.vmap`` each argument may differ from sample to sample.
 
         Args:
-            parameters: In the order in which they were given to the capture; a parameter that the graph does not take
-                is not read.
-            leaves: Likewise, of one sample.
-            constants: Likewise; usually ``self.constants``.
+            parameters: Parameters in the order of the capture; those that the graph does not need are not read.
+            leaves: Leaves of one sample, in the order of the capture.
+            constants: Usually ``self.constants``.
 
         Returns:
-            The loss, and what was returned beside it or None.
+            The loss, and the auxiliary output or None.
         """
         given = {"parameter": parameters, "leaf": leaves, "constant": constants}
-        with all_left():
+        with close_regions():
             outputs = self.module(*(given[kind][index] for kind, index in self.inputs))
         given["output"] = outputs
         values = [given[kind][index] if kind in given else index for kind, index in self.results]
@@ -78,7 +77,7 @@ class CapturedLoss:
         return values[0], aux
 
 
-def pure(module: GraphModule) -> GraphModule:
+def make_pure(module: GraphModule) -> GraphModule:
     """The graph in a form that runs under ``vmap``; PyTorch still reads its own, which stays.
 
     Raises:
@@ -100,8 +99,8 @@ def pure(module: GraphModule) -> GraphModule:
     return module
 
 
-def without_unused(module: GraphModule) -> tuple[int, ...]:
-    """Remove the inputs that a graph does not use; returns the positions of those that stay."""
+def remove_unused_inputs(module: GraphModule) -> tuple[int, ...]:
+    """Remove unused inputs of a graph, and return the positions of the others."""
     places = list(module.graph.find_nodes(op="placeholder"))
     for place in places:
         if not place.users:
@@ -112,7 +111,7 @@ def without_unused(module: GraphModule) -> tuple[int, ...]:
 
 
 def forget_examples(module: GraphModule) -> None:
-    """Drop the tensors that PyTorch noted at the nodes; lines for messages stay."""
+    """Drop the example tensors that PyTorch stored at the nodes, and keep source lines for messages."""
     for child in module.modules():
         if isinstance(child, GraphModule):
             for node in child.graph.nodes:
@@ -142,13 +141,13 @@ def _refuse(module: GraphModule, node: Node) -> None:
         for name in str(node.target).split("."):
             held = getattr(held, name)
         if isinstance(held, GraphModule):
-            setattr(module, str(node.target), pure(held))
+            setattr(module, str(node.target), make_pure(held))
         else:
             raise CannotCapture(f"it holds {type(held).__name__} as a constant of the graph", where)
     target: Any = node.target
     known = target is _CHECKPOINT or target is CUSTOM_FUNCTION
     if isinstance(target, torch._ops.HigherOrderOperator) and not known:
-        raise CannotCapture(f"it uses {target.name()}, which does not run for each sample", where)
+        raise CannotCapture(f"it uses {target.name()}, which cannot run per sample", where)
     if node.op == "call_method" and str(node.target).startswith("register_"):
         raise CannotCapture(
             f"it calls {node.target}; a hook would see the gradients of all samples at once", where
@@ -160,7 +159,7 @@ def _refuse(module: GraphModule, node: Node) -> None:
 
 
 def _lengths_from_tensors(graph: torch.fx.Graph) -> None:
-    """Read lengths that differ from call to call from the tensors that have them, where they come as inputs."""
+    """Replace inputs that are changing lengths by the size of an input tensor with this length."""
     places = list(graph.find_nodes(op="placeholder"))
     for place in places:
         symbol = place.meta.get("example_value")
@@ -170,7 +169,7 @@ def _lengths_from_tensors(graph: torch.fx.Graph) -> None:
             value = owner.meta.get("example_value")
             if not isinstance(value, Tensor):
                 continue
-            same = [axis for axis, size in enumerate(value.shape) if _is(size, symbol)]
+            same = [axis for axis, size in enumerate(value.shape) if _is_length(size, symbol)]
             if same and place.users:
                 with graph.inserting_after(places[-1]):
                     length = graph.call_method("size", (owner, same[0]))
@@ -179,5 +178,5 @@ def _lengths_from_tensors(graph: torch.fx.Graph) -> None:
                 break
 
 
-def _is(size: Any, symbol: torch.SymInt) -> bool:
+def _is_length(size: Any, symbol: torch.SymInt) -> bool:
     return isinstance(size, torch.SymInt) and bool(size.node.expr == symbol.node.expr)

@@ -1,4 +1,4 @@
-"""Regions of a graph in which a setting holds: left in order, also when an error is raised inside of them."""
+"""This module makes a graph leave its regions (``vmap``, autocast) in order, also after an error."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _HARMLESS = {"lazy_load_decompositions"}
 
 
 class _Open(threading.local):
-    """What is to be called to leave the regions that this thread is in, outermost first."""
+    """This class holds the functions that leave the open regions of this thread, outermost region first."""
 
     def __init__(self) -> None:
         self.closers: list[Callable[[], Any]] = []
@@ -30,14 +30,14 @@ _open = _Open()
 
 
 def enter_vmap(*args: Any) -> int:
-    """Open a level of ``vmap``; returns it."""
+    """Open a level of ``vmap`` and return it."""
     level: int = predispatch._vmap_increment_nesting(*args)
     _open.closers.append(predispatch._vmap_decrement_nesting)
     return level
 
 
 def enter_autocast(*args: Any) -> None:
-    """Let autocast hold as the loss wrote it."""
+    """Enter an autocast region of the loss."""
     context = _enter_autocast(*args)
     _open.closers.append(lambda: _exit_autocast(context))
 
@@ -55,8 +55,8 @@ _CLOSES = {"_vmap_decrement_nesting", "_exit_autocast"}
 
 
 @contextlib.contextmanager
-def all_left() -> Iterator[None]:
-    """However the body ends, the regions that it entered are left, and the gradient mode is as before."""
+def close_regions() -> Iterator[None]:
+    """Leave all regions that the body entered, and restore the grad mode, also after an error."""
     before = len(_open.closers)
     with torch.set_grad_enabled(torch.is_grad_enabled()):
         try:
@@ -67,10 +67,10 @@ def all_left() -> Iterator[None]:
 
 
 def rewrite_regions(graph: Graph) -> None:
-    """Let the graph enter and leave its regions by ``enter`` and ``leave``.
+    """Replace the graph's calls that enter and leave regions by functions of this module.
 
-    PyTorch writes the levels of ``torch.vmap`` as numbers. They are right only outside of every other ``vmap``, so
-    each becomes the level that its region was given when it was entered.
+    PyTorch writes levels of ``torch.vmap`` as numbers, which are correct only outside every other ``vmap``. So each
+    number is replaced by the level that its region returned.
 
     Raises:
         CannotCapture: If the graph uses another transform.
@@ -81,11 +81,11 @@ def rewrite_regions(graph: Graph) -> None:
         name = name_of(node)
         where = line_in(node.meta.get("stack_trace")) or where
         if name in _OPENS:
-            new = _replaced(graph, node, _OPENS[name], node.args)
+            new = _replace_node(graph, node, _OPENS[name], node.args)
             if _OPENS[name] is enter_vmap:
                 levels.append(new)
         elif name in _CLOSES:
-            _replaced(graph, node, leave, ())
+            _replace_node(graph, node, leave, ())
             if name == "_vmap_decrement_nesting":
                 levels.pop()
         elif name in _LEVELS:
@@ -99,11 +99,11 @@ def rewrite_regions(graph: Graph) -> None:
 
 
 def name_of(node: Node) -> str:
-    """The name of the function that a node calls."""
+    """Return the name of the function that a node calls."""
     return getattr(node.target, "__name__", "") if node.op == "call_function" else ""
 
 
-def _replaced(graph: Graph, node: Node, function: Callable[..., Any], args: Any) -> Node:
+def _replace_node(graph: Graph, node: Node, function: Callable[..., Any], args: Any) -> Node:
     with graph.inserting_before(node):
         new = graph.call_function(function, args)
     new.meta = dict(node.meta)

@@ -4,30 +4,24 @@ from __future__ import annotations
 
 import logging
 import threading
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from clipgrad.kernels.chacha_proof import AddsGaussians
 from clipgrad.noise import checks
 from clipgrad.noise.cpu import CpuNoise
-from clipgrad.noise.keys import Lineage
+from clipgrad.noise.keys import KeyDeriver
 from clipgrad.noise.pieces import flat, pieces
+
+if TYPE_CHECKING:
+    from clipgrad.kernels.chacha_launch import TritonChaCha  # Triton is optional
 
 _KEY_BYTES = 32  # ChaCha20 has no other key size
 _COPIED_AT_A_TIME = 2**22  # 16 MB of float32, on the CPU and on the device
 _log = logging.getLogger("clipgrad")
-_told: set[str] = set()
-_telling = threading.Lock()
-
-
-class DeviceCipher(AddsGaussians, Protocol):
-    """This protocol describes a cipher that makes noise on the device itself."""
-
-    def limit(self, draws: int) -> int:
-        """Return the largest number of values that one key may be used for."""
-        ...
+_warned_devices: set[str] = set()
+_warning_lock = threading.Lock()
 
 
 class AcceleratorNoise:
@@ -35,14 +29,16 @@ class AcceleratorNoise:
 
     Args:
         device: The device, not the CPU.
-        lineage: Derives the keys.
+        key_deriver: Derives the keys.
         cpu: Makes the noise if the device has no verified cipher.
         draws: Number of independent Gaussians that are summed and scaled for each value of the noise.
     """
 
-    def __init__(self, device: torch.device, lineage: Lineage, cpu: CpuNoise, draws: int) -> None:
-        self._device, self._lineage, self._cpu, self._draws = device, lineage, cpu, draws
-        self._cipher = proved_cipher(device)
+    def __init__(
+        self, device: torch.device, key_deriver: KeyDeriver, cpu: CpuNoise, draws: int
+    ) -> None:
+        self._device, self._key_deriver, self._cpu, self._draws = device, key_deriver, cpu, draws
+        self._cipher = verified_cipher(device)
 
     def add(
         self,
@@ -69,19 +65,19 @@ class AcceleratorNoise:
             return
         limit = self._cipher.limit(self._draws)
         for piece, results in zip(pieces(tensors, limit), pieces(into, limit), strict=True):
-            key = self._lineage.key(self._device, _KEY_BYTES)
+            key = self._key_deriver.key(self._device, _KEY_BYTES)
             self._cipher.add_gaussian_(piece, sigma, self._draws, key, divisor, results)
 
     def _add_copied(self, flats: list[Tensor], sigma: float) -> None:
         for piece in pieces(flats, _COPIED_AT_A_TIME):
             sizes = [part.numel() for part in piece]
-            noise = torch.zeros(sum(sizes), dtype=checks.DRAWN_IN[piece[0].dtype], device="cpu")
+            noise = torch.zeros(sum(sizes), dtype=checks.NOISE_DTYPE[piece[0].dtype], device="cpu")
             self._cpu.add([noise], sigma)
             torch._foreach_add_(piece, noise.to(self._device).split(sizes))
 
 
-def proved_cipher(device: torch.device) -> DeviceCipher | None:
-    """Return the device's cipher if it passes its proof; else warn and return None.
+def verified_cipher(device: torch.device) -> TritonChaCha | None:
+    """Return the device's cipher if it passes its self-test; else warn and return None.
 
     None means that the CPU's cipher makes the noise. A statistical generator of the device must never replace it.
     """
@@ -91,18 +87,18 @@ def proved_cipher(device: torch.device) -> DeviceCipher | None:
         from clipgrad.kernels.chacha_launch import TritonChaCha  # Triton is optional
 
         cipher = TritonChaCha(device)
-        cipher.prove()
+        cipher.self_test()
     except Exception as error:  # a compiler can raise any exception; the CPU's noise is as private
-        _tell(device, error)
+        _warn_once(device, error)
         return None
     return cipher
 
 
-def _tell(device: torch.device, error: Exception) -> None:
-    with _telling:
-        if str(device) in _told:
+def _warn_once(device: torch.device, error: Exception) -> None:
+    with _warning_lock:
+        if str(device) in _warned_devices:
             return
-        _told.add(str(device))
+        _warned_devices.add(str(device))
     reason = " ".join(str(error).split())[:300] or type(error).__name__
     _log.warning(
         "Noise for %s is made on the CPU and copied there, which is as private and slower: %s (%s). "

@@ -53,7 +53,7 @@ if hasattr(os, "register_at_fork"):
 
 
 class LoopedBoxMuller:
-    """Make float32 Gaussians in a buffer of its own, by the loop that :func:`compiled` returned.
+    """Make float32 Gaussians in a buffer of its own, by the loop that :func:`compile_loop` returned.
 
     Only one thread may use an object at a time. ``capacity`` is the largest number of values per call of :meth:`draw`.
     """
@@ -84,8 +84,8 @@ class LoopedBoxMuller:
         assert target.dtype is torch.float32, "the loop handles float32 only"
         size, address = target.numel(), target.data_ptr()
         for start in range(0, size, CAPACITY):
-            some = min(CAPACITY, size - start)
-            self._add(keystream, some, scale, divisor, address + _BYTES * start)
+            count = min(CAPACITY, size - start)
+            self._add(keystream, count, scale, divisor, address + _BYTES * start)
         if not target.is_inference():
             # Autograd and other users of version counters do not notice a write by address.
             torch.autograd.graph.increment_version(target)
@@ -100,7 +100,7 @@ class LoopedBoxMuller:
         self._loop(self._address, k, size, scale, divisor, address)
 
 
-def looped(*, may_compile: bool) -> LoopedBoxMuller | None:
+def make_looped(*, may_compile: bool) -> LoopedBoxMuller | None:
     """Return an object that uses the loop, or None if it cannot be compiled or is wrong; log the reason once.
 
     ``may_compile`` allows to compile and verify the loop now, if that has not been done. The verification runs on
@@ -110,14 +110,14 @@ def looped(*, may_compile: bool) -> LoopedBoxMuller | None:
         if not _found:
             if not may_compile:
                 return None
-            _found.append(_compile_and_prove())
+            _found.append(_compile_and_verify())
     return None if _found[0] is None else LoopedBoxMuller(_found[0])
 
 
-def _compile_and_prove() -> Loop | None:
+def _compile_and_verify() -> Loop | None:
     try:
-        loop = compiled(SOURCE.read_text(encoding="utf-8"))
-        prove(LoopedBoxMuller(loop))
+        loop = compile_loop(SOURCE.read_text(encoding="utf-8"))
+        verify(LoopedBoxMuller(loop))
     except Exception as error:  # a compiler can fail in any way; uncompiled noise is as private
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         _log.info(
@@ -131,7 +131,7 @@ def _compile_and_prove() -> Loop | None:
     return loop
 
 
-def compiled(source: str) -> Loop:
+def compile_loop(source: str) -> Loop:
     """Compile the text of ``float32_loop.c`` for this machine, in a third of a second, and leave nothing on disk.
 
     Raises:
@@ -169,14 +169,14 @@ def _commands() -> Iterator[list[str]]:
             yield command
 
 
-def prove(found: LoopedBoxMuller) -> None:
+def verify(found: LoopedBoxMuller) -> None:
     """Compare with :class:`BoxMuller` on public bits: pseudo-random bits and all edge cases.
 
     Raises:
         RuntimeError: If a value differs by more than rounding.
     """
     for size, start, scale, divisor in ((CAPACITY, 0.0, 1.0, 1.0), (4099, 1.0, 0.5, 3.0)):
-        bits = _Public(found.capacity // 2)
+        bits = _PublicBits(found.capacity // 2)
         target = torch.full((size + 1,), start, dtype=torch.float32, device="cpu")
         found.add(bits, target[:size], scale, divisor)
         values = target.double()
@@ -191,7 +191,7 @@ def prove(found: LoopedBoxMuller) -> None:
             )
 
 
-class _Public:
+class _PublicBits:
     """This class provides public bits that do not come from a cipher."""
 
     def __init__(self, pairs: int) -> None:

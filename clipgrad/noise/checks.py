@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 # Noise for half types is sampled in float32 and rounded once, when it is added.
-DRAWN_IN = {
+NOISE_DTYPE = {
     torch.float64: torch.float64,
     torch.float32: torch.float32,
     torch.float16: torch.float32,
     torch.bfloat16: torch.float32,
 }
-_LIMITS = {dtype: torch.finfo(dtype) for dtype in DRAWN_IN}
+_LIMITS = {dtype: torch.finfo(dtype) for dtype in NOISE_DTYPE}
 _PLAIN_TYPES = {Tensor, torch.nn.Parameter}
 
 
@@ -50,14 +50,14 @@ def targets(tensors: Sequence[Tensor] | Tensor, sigma: float) -> list[Tensor]:
     if isinstance(tensors, Tensor):
         raise TypeError("tensors must be a sequence of tensors, got one tensor; pass [tensor].")
     checked = list(tensors)
-    if not _plain(checked, sigma):
+    if not _all_plain(checked, sigma):
         for index, tensor in enumerate(checked):
             _refuse_or_accept(f"tensors[{index}]", tensor, sigma)
-    _refuse_twice(checked)
+    _refuse_duplicates(checked)
     return checked
 
 
-def _plain(tensors: list[Any], sigma: float) -> bool:
+def _all_plain(tensors: list[Any], sigma: float) -> bool:
     """Return whether no tensor can be at fault, by a few fast passes that accept the sums of a usual training step."""
     if not set(map(type, tensors)) <= _PLAIN_TYPES or not all(map(Tensor.is_contiguous, tensors)):
         return False
@@ -69,7 +69,7 @@ def _plain(tensors: list[Any], sigma: float) -> bool:
     )
 
 
-def _refuse_twice(tensors: list[Tensor]) -> None:
+def _refuse_duplicates(tensors: list[Tensor]) -> None:
     if len(set(map(Tensor.data_ptr, tensors))) == len(tensors):
         return
     seen = set()
@@ -104,7 +104,7 @@ def _refuse_or_accept(name: str, tensor: object, sigma: float) -> None:
         )
 
 
-def state(found: Mapping[str, Any], kind: str) -> None:
+def require_state(found: Mapping[str, Any], kind: str) -> None:
     """Refuse a state dict of another kind of noise source or of a format other than 1."""
     got = (found.get("kind"), found.get("format"))
     if got != (kind, 1):

@@ -6,16 +6,15 @@ import math
 import os
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import partial
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from clipgrad.noise import checks
 from clipgrad.noise.box_muller import BoxMuller
-from clipgrad.noise.c_loop import LoopedBoxMuller, looped
-from clipgrad.noise.keys import Lineage
-from clipgrad.noise.keystream import KEY_BYTES, Bits, Keystream
+from clipgrad.noise.c_loop import LoopedBoxMuller, make_looped
+from clipgrad.noise.keys import KeyDeriver
+from clipgrad.noise.keystream import KEY_BYTES, Keystream
 from clipgrad.noise.pieces import pieces
 
 # torch runs an addition of more values than this on several threads; a piece of this size stays on the calling thread.
@@ -29,16 +28,7 @@ _ALONE = 2**11
 _MANY, _MOST_THREADS = 2**22, 16
 _CPU = torch.device("cpu")
 _PID_AT_IMPORT = os.getpid()
-
-
-class Gaussians(Protocol):
-    """This protocol describes an object that turns bits into independent values of N(0, 1)."""
-
-    capacity: int
-
-    def draw(self, keystream: Bits, size: int) -> Tensor:
-        """Return ``size`` values, at most ``capacity``."""
-        ...
+Gaussians = BoxMuller | LoopedBoxMuller
 
 
 class CpuNoise:
@@ -48,13 +38,13 @@ class CpuNoise:
     took longer than a single thread: they contend for the GIL while torch's threads keep spinning.
 
     Args:
-        lineage: Derives the keys.
+        key_deriver: Derives the keys.
         draws: Number of independent Gaussians that are summed and scaled for each value of the noise.
         compiled: Whether a loop in C makes float32 noise, if there is a compiler.
     """
 
-    def __init__(self, lineage: Lineage, draws: int, *, compiled: bool = True) -> None:
-        self._lineage, self._draws, self._compiled = lineage, draws, compiled
+    def __init__(self, key_deriver: KeyDeriver, draws: int, *, compiled: bool = True) -> None:
+        self._key_deriver, self._draws, self._compiled = key_deriver, draws, compiled
         self._gaussians: dict[tuple[torch.dtype, bool], Gaussians] = {}
         self._sums: dict[tuple[torch.dtype, int], Tensor] = {}
         self._loops: list[LoopedBoxMuller] = []
@@ -62,10 +52,10 @@ class CpuNoise:
 
     def add(self, flats: list[Tensor], sigma: float, divisor: float = 1.0) -> None:
         """Add noise to flat CPU tensors and divide the sums. The noise of all tensors must have one dtype."""
-        dtype = checks.DRAWN_IN[flats[0].dtype]
+        dtype = checks.NOISE_DTYPE[flats[0].dtype]
         keystream = self._keystream()
         scale = sigma / math.sqrt(self._draws)
-        gaussians = self._for(dtype, sum(map(Tensor.numel, flats)))
+        gaussians = self._gaussians_for(dtype, sum(map(Tensor.numel, flats)))
         together = flats
         if isinstance(gaussians, LoopedBoxMuller) and self._draws == 1:
             together = []
@@ -93,14 +83,14 @@ class CpuNoise:
                 torch._foreach_div_(piece, divisor)
 
     def _keystream(self) -> Keystream:
-        return Keystream(partial(self._lineage.key, _CPU, KEY_BYTES))
+        return Keystream(partial(self._key_deriver.key, _CPU, KEY_BYTES))
 
     def _add_in_threads(self, flats: list[Tensor], scale: float, divisor: float) -> None:
         """Add noise to large tensors in threads. Each thread has its share of all values and a key of its own."""
         count = min(torch.get_num_threads(), _MOST_THREADS)
         shares = list(pieces(flats, math.ceil(sum(map(Tensor.numel, flats)) / count)))
         while len(self._loops) < len(shares):
-            another = looped(may_compile=False)
+            another = make_looped(may_compile=False)
             assert another is not None, "the loop was compiled before"
             self._loops.append(another)
         if self._pool is None:
@@ -116,15 +106,15 @@ class CpuNoise:
         for future in waiting:
             future.result()
 
-    def _for(self, dtype: torch.dtype, size: int) -> Gaussians:
+    def _gaussians_for(self, dtype: torch.dtype, size: int) -> Gaussians:
         """Return the object that makes ``size`` values fastest."""
         # In a forked child torch's threads do not exist, so an operation that waits for them hangs.
-        forked = self._lineage.process[0] != _PID_AT_IMPORT
+        forked = self._key_deriver.process[0] != _PID_AT_IMPORT
         shared = not forked and torch.get_num_threads() > 1 and size > PIECE
         found = self._gaussians.get((dtype, shared))
         if found is None:
             if self._compiled and dtype is torch.float32:
-                found = looped(may_compile=not forked)
+                found = make_looped(may_compile=not forked)
             if found is None:
                 found = BoxMuller(dtype, SHARED_PIECE if shared else PIECE, shared=shared)
             self._gaussians[dtype, shared] = found

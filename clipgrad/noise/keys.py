@@ -35,7 +35,7 @@ def new_master() -> bytes:
     return secrets.token_bytes(_MASTER_BYTES)
 
 
-class Lineage:
+class KeyDeriver:
     """This class holds a master key, made in this process, and derives keys from it. It is thread-safe.
 
     The master key is never copied, pickled or saved: a copy of a noise source makes a new master key. So no two

@@ -42,7 +42,7 @@ class Keystream:
 
     Args:
         new_key: Called for the first key and again after every ``KEY_GOOD_FOR`` bytes. It must never return the same
-            key twice, in this object or elsewhere; ``Lineage.key`` never does.
+            key twice, in this object or elsewhere; ``KeyDeriver.key`` never does.
     """
 
     def __init__(self, new_key: Callable[[], bytes]) -> None:
@@ -52,7 +52,7 @@ class Keystream:
     def fill(self, buffer: memoryview, zeros: memoryview) -> None:
         """Write the next ``len(zeros)`` bytes to ``buffer``, which must be at least ``SLACK`` bytes longer."""
         if len(zeros) > self._left:
-            self._encryptor = cipher(self._new_key(), fastest())
+            self._encryptor = cipher(self._new_key(), fastest_mode())
             self._left = KEY_GOOD_FOR
         self._left -= len(zeros)
         self._encryptor.update_into(zeros, buffer)
@@ -65,7 +65,7 @@ def cipher(key: bytes, mode: type[GCM | CTR]) -> CipherContext:
 
 
 @cache
-def fastest() -> type[GCM | CTR]:
+def fastest_mode() -> type[GCM | CTR]:
     """Return the mode that is faster on this processor, by a trial of 0.1 ms with a key used for nothing else."""
     zeros = memoryview(bytes(_TRIED_BYTES))
     buffer = memoryview(bytearray(_TRIED_BYTES + SLACK))

@@ -16,16 +16,16 @@ def contiguous_targets(
     A tensor whose memory has gaps has no contiguous view: its noise is written to dense zeros, which are added to it.
     The second list holds these pairs ``(tensor, zeros)``.
     """
-    targets, detours = list(tensors), []
+    targets, additions = list(tensors), []
     if all(map(Tensor.is_contiguous, targets)):
         return targets, []
     for index, tensor in enumerate(targets):
         view = _contiguous_view(tensor)
         if view is None:
             view = torch.zeros(tensor.numel(), dtype=tensor.dtype, device=tensor.device)
-            detours.append((tensor, view.view(tensor.shape)))
+            additions.append((tensor, view.view(tensor.shape)))
         targets[index] = view
-    return targets, detours
+    return targets, additions
 
 
 def _contiguous_view(tensor: Tensor) -> Tensor | None:

@@ -53,7 +53,7 @@ class SeededNoise:
         with torch.no_grad():
             for tensor in checks.targets(tensors, scale):
                 noise = torch.empty(
-                    tensor.shape, dtype=checks.DRAWN_IN[tensor.dtype], device=device
+                    tensor.shape, dtype=checks.NOISE_DTYPE[tensor.dtype], device=device
                 )
                 noise.normal_(0.0, scale, generator=self._generator)
                 tensor.add_(noise.to(tensor.device))
@@ -64,15 +64,15 @@ class SeededNoise:
         return {"kind": "SeededNoise", "format": 1, "device": device, "generator": state}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue exactly where ``state`` was saved.
+        """Continue exactly where ``require_state`` was saved.
 
         Args:
             state: The result of :meth:`state_dict`, saved with a generator on the same type of device.
 
         Raises:
-            ValueError: If ``state`` comes from another noise source or another type of device.
+            ValueError: If ``require_state`` comes from another noise source or another type of device.
         """
-        checks.state(state, "SeededNoise")
+        checks.require_state(state, "SeededNoise")
         device = self._generator.device.type
         if state["device"] != device:
             raise ValueError(

@@ -1,22 +1,26 @@
-"""Noise that is drawn afresh at every step; the seam for noise that remembers earlier steps."""
+"""This module makes the noised mean of a step. Noise that depends on earlier steps can be added here."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
-from clipgrad.noise.mean import noised_mean
+from clipgrad.noise import checks
 from clipgrad.noise.source import NoiseSource
+from clipgrad.noise.system import SystemNoise
+
+_PLAIN = SystemNoise.add_gaussian_
 
 
 class StepNoise(Protocol):
-    """What makes the noise of one step out of independent draws, and may keep state from step to step.
+    """This protocol makes the noise of one step from independent noise, and may keep state from step to step.
 
     Attributes:
-        source: Where independent draws come from.
-        accounting: Names how an accountant has to treat the steps. A plan refuses noise of another kind.
+        source: The source of independent noise.
+        accounting: Name of the accounting that the steps need. A plan refuses noise of another kind.
     """
 
     source: NoiseSource
@@ -25,7 +29,7 @@ class StepNoise(Protocol):
     def next(
         self, sums: list[Tensor], step: int, *, sigma: float, divisor: float, in_place: bool
     ) -> list[Tensor]:
-        """``(sums + noise of this step) / divisor``; uses up ``sums``."""
+        """Return ``(sums + noise of this step) / divisor``; ``sums`` may be overwritten."""
         ...
 
     def count(self, counts: Sequence[Tensor], sigma: float) -> None:
@@ -33,19 +37,19 @@ class StepNoise(Protocol):
         ...
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps, the source's state included."""
+        """Return the state for a checkpoint, including the source's state."""
         ...
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue after a saved step."""
+        """Continue after the step at which the state was saved."""
         ...
 
 
 class IndependentNoise:
-    """Every step draws its own ``N(0, sigma^2)``: the Gaussian mechanism, step by step.
+    """This class adds independent ``N(0, sigma^2)`` at each step: the Gaussian mechanism.
 
     Args:
-        source: Where the draws come from.
+        source: The source of the noise.
     """
 
     accounting = "independent"
@@ -56,25 +60,61 @@ class IndependentNoise:
     def next(
         self, sums: list[Tensor], step: int, *, sigma: float, divisor: float, in_place: bool
     ) -> list[Tensor]:
-        """``(sums + N(0, sigma^2)) / divisor``, whatever the step.
+        """Return ``(sums + N(0, sigma^2)) / divisor``.
 
         Args:
-            sums: Clipped sums, which are used up.
-            step: Number of the step, from 0.
+            sums: Clipped sums, which may be overwritten.
+            step: Number of the step, from 0; it has no effect.
             sigma: Standard deviation of the noise on the sums.
             divisor: A public constant.
-            in_place: Return the tensors of ``sums``; else others, since ``sums`` alias memory of somebody else.
+            in_place: Return the tensors of ``sums``; otherwise new tensors, if ``sums`` alias a CUDA graph's memory.
         """
-        return noised_mean(self.source, sums, sigma, divisor, elsewhere=not in_place)
+        return noised_mean(self.source, sums, sigma, divisor, out_of_place=not in_place)
 
     def count(self, counts: Sequence[Tensor], sigma: float) -> None:
         """Add ``N(0, sigma^2)`` to counts in place."""
         self.source.add_gaussian_(counts, sigma)
 
     def state_dict(self) -> dict[str, Any]:
-        """The source's state: no step depends on an earlier one."""
+        """Return the source's state; no step depends on an earlier step."""
         return self.source.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore the source's state."""
         self.source.load_state_dict(state)
+
+
+def noised_mean(
+    source: NoiseSource,
+    sums: Sequence[Tensor],
+    sigma: float,
+    divisor: float,
+    *,
+    out_of_place: bool = False,
+) -> list[Tensor]:
+    """Return ``(sums + N(0, sigma^2)) / divisor``, rounded after the addition and after the division.
+
+    On CUDA the division is a product with the divisor's rounded inverse, as is PyTorch's own division by a number.
+
+    Args:
+        source: The source of the noise. If it is no ``SystemNoise``, or overrides ``add_gaussian_``, the division is a
+            pass of its own.
+        sums: Dense tensors, each at most once. Their values are overwritten, unless a kernel writes its results to new
+            tensors.
+        sigma: Standard deviation of the noise on the sums.
+        divisor: A public constant.
+        out_of_place: Return new tensors instead of the tensors of ``sums``.
+
+    Raises:
+        ValueError: If the noise is refused; see :meth:`NoiseSource.add_gaussian_`. No tensor is changed.
+        TypeError: If a tensor is refused. No tensor is changed.
+    """
+    scale = checks.scale("sigma", sigma)
+    asked = getattr(source.add_gaussian_, "__func__", None)  # a subclass or wrapper has another one
+    if scale != 0.0 and isinstance(source, SystemNoise) and asked is _PLAIN:
+        return source._add(checks.targets(sums, scale), scale, divisor, out_of_place=out_of_place)
+    source.add_gaussian_(sums, sigma)
+    if out_of_place:
+        return list(torch._foreach_div(list(sums), divisor))
+    torch._foreach_div_(list(sums), divisor)
+    return list(sums)

@@ -13,7 +13,7 @@ from torch import Tensor
 from clipgrad.noise import checks
 from clipgrad.noise.accelerator import AcceleratorNoise
 from clipgrad.noise.cpu import CpuNoise
-from clipgrad.noise.keys import Lineage, process
+from clipgrad.noise.keys import KeyDeriver, process
 from clipgrad.noise.pieces import contiguous_targets, flat
 
 # A new tensor costs the host a microsecond, as long as a large GPU takes for one more pass over this many values.
@@ -27,7 +27,7 @@ class SystemNoise:
     Random bits are the keystream of a cipher: AES-128 in counter mode on the CPU, ChaCha20 (RFC 8439) on a GPU with
     Triton. A Box-Muller transform turns them into Gaussians. An adversary who has seen any amount of noise and can tell
     it from fresh noise has broken the cipher. On other devices, and where the GPU's cipher is missing or fails its
-    proof, noise is made on the CPU and copied; the logger ``clipgrad`` reports that once.
+    self-test, noise is made on the CPU and copied; the logger ``clipgrad`` reports that once.
 
     The master key, 256 bits, comes from :mod:`secrets`. Each call derives new keys from it (HKDF, RFC 5869), one per
     device, and no key uses a counter twice. Copies, unpickled objects, forked children and restored checkpoints make a
@@ -63,7 +63,7 @@ class SystemNoise:
         if not isinstance(compile, bool):
             raise TypeError(f"compile must be True or False, got {compile!r}; True is the default.")
         self._compile = compile
-        self._makers: _Makers | None = None
+        self._process_noise: _ProcessNoise | None = None
 
     def add_gaussian_(self, tensors: Sequence[Tensor], sigma: float) -> None:
         """Add fresh, independent ``N(0, sigma^2)``; see :meth:`NoiseSource.add_gaussian_`."""
@@ -77,14 +77,14 @@ class SystemNoise:
         sigma: float,
         divisor: float = 1.0,
         *,
-        elsewhere: bool = False,
+        out_of_place: bool = False,
     ) -> list[Tensor]:
-        """Add and divide, in one pass where possible; :func:`clipgrad.noise.mean.noised_mean` calls this method too."""
-        makers = self._makers
+        """Add and divide, in one pass where possible; ``step_noise.noised_mean`` calls this method too."""
+        process_noise = self._process_noise
         # A forked child has a copy of its parent's makers.
-        if makers is None or makers.process != process():
-            makers = self._makers = _Makers(self._draws, self._compile)
-        return makers.add(checked, sigma, divisor, elsewhere)
+        if process_noise is None or process_noise.process != process():
+            process_noise = self._process_noise = _ProcessNoise(self._draws, self._compile)
+        return process_noise.add(checked, sigma, divisor, out_of_place)
 
     def state_dict(self) -> dict[str, Any]:
         """Return a marker without the key: with the key a reader of the checkpoint could subtract the noise."""
@@ -97,36 +97,36 @@ class SystemNoise:
             state: The result of :meth:`state_dict`.
 
         Raises:
-            ValueError: If ``state`` comes from another noise source.
+            ValueError: If ``require_state`` comes from another noise source.
         """
-        checks.state(state, "SystemNoise")
-        self._makers = None
+        checks.require_state(state, "SystemNoise")
+        self._process_noise = None
 
     def __reduce__(self) -> tuple[Callable[[], SystemNoise], tuple[()]]:
         # A copied or unpickled object is a new source with another stream.
         return partial(SystemNoise, draws=self._draws, compile=self._compile), ()
 
 
-class _Makers:
+class _ProcessNoise:
     """This class makes the noise of one process from one master key. It is thread-safe."""
 
     def __init__(self, draws: int, compiled: bool) -> None:
-        self._lineage = Lineage()
+        self._key_deriver = KeyDeriver()
         self._draws = draws
         self._lock = threading.Lock()
-        self._cpu = CpuNoise(self._lineage, draws, compiled=compiled)
+        self._cpu = CpuNoise(self._key_deriver, draws, compiled=compiled)
         self._accelerators: dict[torch.device, AcceleratorNoise] = {}
-        self.process = self._lineage.process
+        self.process = self._key_deriver.process
 
     def add(
-        self, tensors: list[Tensor], sigma: float, divisor: float, elsewhere: bool
+        self, tensors: list[Tensor], sigma: float, divisor: float, out_of_place: bool
     ) -> list[Tensor]:
         """Return ``(tensors + N(0, sigma^2)) / divisor``, in place or in new tensors; ``tensors`` may change anyway."""
         with self._lock, torch.no_grad():
             results = list(tensors)
-            for device, indices in _drawn_together(tensors):
+            for device, indices in _by_device_and_dtype(tensors):
                 members = [tensors[index] for index in indices]
-                found = self._add_to(device, members, sigma, divisor, elsewhere)
+                found = self._add_to(device, members, sigma, divisor, out_of_place)
                 for index, result in zip(indices, found, strict=True):
                     results[index] = result
             return results
@@ -137,22 +137,22 @@ class _Makers:
         tensors: list[Tensor],
         sigma: float,
         divisor: float,
-        elsewhere: bool,
+        out_of_place: bool,
     ) -> list[Tensor]:
-        targets, detours = contiguous_targets(tensors)
-        if not detours and not elsewhere:
+        targets, additions = contiguous_targets(tensors)
+        if not additions and not out_of_place:
             self._add_on(device, targets, sigma, divisor)
             return tensors
-        if not detours and device.type != "cpu" and _may_be_written_elsewhere(tensors):
+        if not additions and device.type != "cpu" and _out_of_place_pays(tensors):
             results = list(map(torch.empty_like, tensors))
             into, gaps = contiguous_targets(results)
             assert not gaps, "without gaps strides are kept"
             self._add_on(device, targets, sigma, divisor, into)
             return results
         self._add_on(device, targets, sigma)
-        for tensor, detour in detours:
-            tensor.add_(detour)
-        if elsewhere:
+        for tensor, addition in additions:
+            tensor.add_(addition)
+        if out_of_place:
             return list(torch._foreach_div(tensors, divisor))
         if divisor != 1.0:
             torch._foreach_div_(tensors, divisor)
@@ -172,23 +172,23 @@ class _Makers:
             return
         if device not in self._accelerators:
             self._accelerators[device] = AcceleratorNoise(
-                device, self._lineage, self._cpu, self._draws
+                device, self._key_deriver, self._cpu, self._draws
             )
         self._accelerators[device].add(targets, sigma, divisor, into)
 
 
-def _may_be_written_elsewhere(tensors: list[Tensor]) -> bool:
+def _out_of_place_pays(tensors: list[Tensor]) -> bool:
     """Return whether new results are worth it and possible: they cannot represent a lazily negated tensor."""
     large = sum(map(Tensor.numel, tensors)) > _LARGE * len(tensors)
     return large and not any(map(Tensor.is_neg, tensors))
 
 
-def _drawn_together(tensors: list[Tensor]) -> list[tuple[torch.device, Sequence[int]]]:
+def _by_device_and_dtype(tensors: list[Tensor]) -> list[tuple[torch.device, Sequence[int]]]:
     """Group the tensors by device and by the dtype of their noise."""
     kinds = {(tensor.device, tensor.dtype) for tensor in tensors}
     if len(kinds) == 1:
         return [(tensors[0].device, range(len(tensors)))]
     groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
     for index, tensor in enumerate(tensors):
-        groups.setdefault((tensor.device, checks.DRAWN_IN[tensor.dtype]), []).append(index)
+        groups.setdefault((tensor.device, checks.NOISE_DTYPE[tensor.dtype]), []).append(index)
     return [(device, indices) for (device, _), indices in groups.items()]

@@ -1,4 +1,4 @@
-"""The face of another optimizer: what schedulers, checkpoints and loops read and write is the wrapped one's."""
+"""This module makes an optimizer whose state is the state of another optimizer."""
 
 from __future__ import annotations
 
@@ -9,51 +9,37 @@ from torch.optim import Optimizer
 from clipgrad.errors import UnclippedGradientError
 
 
-class OptimizerFacade(Optimizer):
-    """A ``torch.optim.Optimizer`` to ``isinstance``, with all its state in ``inner``.
+def _of_inner(name: str) -> Any:
+    """An attribute that the wrapped optimizer holds."""
+    return property(
+        lambda self: getattr(self.inner, name),
+        lambda self, value: setattr(self.inner, name, value),
+        doc=f"The wrapped optimizer's ``{name}``.",
+    )
 
-    A subclass because schedulers insist on one. ``Optimizer.__init__`` is never called.
+
+class OptimizerFacade(Optimizer):
+    """This class is a ``torch.optim.Optimizer`` that keeps all its state in the wrapped optimizer, ``inner``.
+
+    It is a subclass because schedulers require one. ``Optimizer.__init__`` is never called.
     """
 
     inner: Optimizer
 
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        """The wrapped optimizer's ``param_groups``."""
-        return self.inner.param_groups
-
-    @param_groups.setter
-    def param_groups(self, groups: list[dict[str, Any]]) -> None:
-        self.inner.param_groups = groups
-
-    @property
-    def state(self) -> Any:
-        """The wrapped optimizer's ``state``."""
-        return self.inner.state
-
-    @state.setter
-    def state(self, state: Any) -> None:
-        self.inner.state = state
-
-    @property
-    def defaults(self) -> dict[str, Any]:
-        """The wrapped optimizer's ``defaults``."""
-        return self.inner.defaults
-
-    @defaults.setter
-    def defaults(self, defaults: dict[str, Any]) -> None:
-        self.inner.defaults = defaults
+    param_groups: Any = _of_inner("param_groups")
+    state: Any = _of_inner("state")
+    defaults: Any = _of_inner("defaults")
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
-        # GradScaler.step asks this first. It would unscale sums that were never scaled, and leave no trace of it.
+        # GradScaler.step reads this first. It would unscale sums that were never scaled.
         raise UnclippedGradientError(
-            "GradScaler cannot scale per-sample gradients: backward does not go through it, so it would only spoil the "
-            "clipped sums. Leave it out: use bfloat16 autocast, or GradScaler(enabled=False)."
+            "GradScaler cannot scale per-sample gradients: backward does not use it, so it would unscale clipped sums "
+            "that were never scaled. Leave it out: use bfloat16 autocast, or GradScaler(enabled=False)."
         )
 
     def __getattr__(self, name: str) -> Any:
-        # Step hooks and the like live in the wrapped optimizer.
+        # The wrapped optimizer holds everything else, such as step hooks.
         if name == "inner":
             raise AttributeError(name)
         return getattr(self.inner, name)

@@ -1,4 +1,4 @@
-"""What a step of ``DPOptimizer`` releases: said by a plan, or number by number; and where its noise comes from."""
+"""This module collects the numbers on which the privacy of a ``DPOptimizer`` depends, from a plan or one by one."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from clipgrad import _validate
 from clipgrad.arithmetic import Arithmetic
-from clipgrad.clipping import ClippingStrategy, Progress, Relation, Schedule
+from clipgrad.clipping import ClippingStrategy, Relation, Schedule, StepState
 from clipgrad.exact import DiscreteGaussianNoise
 from clipgrad.noise import NoiseSource
 from clipgrad.noise.step_noise import IndependentNoise, StepNoise
@@ -14,7 +14,7 @@ from clipgrad.plan import PrivacyPlan
 
 
 class Mechanism(NamedTuple):
-    """The numbers that privacy depends on."""
+    """This tuple holds the numbers on which privacy depends."""
 
     max_grad_norm: ClippingStrategy
     noise_multiplier: float | Schedule
@@ -23,14 +23,14 @@ class Mechanism(NamedTuple):
     grid: float | None
 
 
-def mechanism(
+def make_mechanism(
     plan: PrivacyPlan | None,
     max_grad_norm: ClippingStrategy | None,
     noise_multiplier: float | Schedule | None,
     expected_batch_size: float | None,
     noise: NoiseSource | None,
 ) -> Mechanism:
-    """From a plan, or from all of the numbers, and never from both.
+    """Return the numbers of a plan, or the given numbers if there is no plan.
 
     Raises:
         TypeError: If a number is missing.
@@ -47,7 +47,7 @@ def mechanism(
     if plan is not None:
         if twice := [name for name, value in numbers.items() if value is not None]:
             raise ValueError(
-                f"plan says already what {', '.join(twice)} would say; leave it out, or make another plan."
+                f"the plan sets {', '.join(twice)} already; leave it out, or make another plan."
             )
         if grid is not None and plan.grid is None:
             raise ValueError(
@@ -63,7 +63,7 @@ def mechanism(
         )
     if missing := [name for name, value in numbers.items() if value is None]:
         raise TypeError(
-            f"DPOptimizer needs {', '.join(missing)}: what privacy depends on has no default. Or give a plan: "
+            f"DPOptimizer needs {', '.join(missing)}: numbers on which privacy depends have no default. Or pass "
             "plan=clipgrad.PrivacyPlan(...)."
         )
     assert max_grad_norm is not None
@@ -77,30 +77,30 @@ def mechanism(
     )
 
 
-def step_noise(
+def make_step_noise(
     noise: NoiseSource | None, arithmetic: Arithmetic, expected_batch_size: float
 ) -> StepNoise:
-    """The noise of a step from the source that was asked for; the operating system's by default.
+    """Return the noise of a step, from the given source or the default source.
 
     Raises:
-        ValueError: If it is no source, or does not fit the arithmetic.
+        ValueError: If ``noise`` is no noise source, or does not fit the arithmetic.
     """
     if noise is not None and not callable(getattr(noise, "add_gaussian_", None)):
         raise ValueError(
-            f"noise must be a NoiseSource such as clipgrad.SystemNoise(), got {noise!r}; how much of it there is "
-            "says noise_multiplier."
+            f"noise must be a NoiseSource such as clipgrad.SystemNoise(), got {noise!r}; noise_multiplier sets the "
+            "amount of noise."
         )
     return IndependentNoise(arithmetic.noise_source(noise, expected_batch_size))
 
 
-def refuse_adaptive_on_grid(progress: Progress, arithmetic: Arithmetic) -> None:
-    """Refuse a norm that follows a noised count where that noise would not be exact.
+def refuse_adaptive_on_grid(step_state: StepState, arithmetic: Arithmetic) -> None:
+    """Refuse an adaptive norm in exact mode, where the noise of its count would not be exact.
 
     Raises:
-        ValueError: With the remedy.
+        ValueError: If the norm is adaptive and the arithmetic does not allow it.
     """
-    if not arithmetic.adapts and progress.norm is not None:
+    if not arithmetic.allows_adaptive_norms and step_state.norm is not None:
         raise ValueError(
-            f"grid cannot be combined with max_grad_norm={progress.strategy!r}: the noise of its count would not be "
+            f"grid cannot be combined with max_grad_norm={step_state.strategy!r}: the noise of its count would not be "
             "exact. Give a norm, or a function of the step."
         )

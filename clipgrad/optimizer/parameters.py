@@ -1,4 +1,4 @@
-"""What is found in a model before each batch, kept as long as nothing that it depends on has changed."""
+"""This module finds the parameters to train, and repeats the search only after the model has changed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from clipgrad.optimizer.requirements import parameters_to_train
 from clipgrad.optimizer.swap import ParameterSlots
 
-# Ways to walk a model. A module with one of its own may answer by something that is not looked at here.
+# Methods that walk a model. A module that overrides one may depend on state that the snapshot does not contain.
 _WALKS = (
     "modules", "named_modules", "parameters", "named_parameters", "_named_members", "children", "named_children",
 )  # fmt: skip
@@ -24,21 +24,21 @@ _OF_PARAMETERS = attrgetter("requires_grad", "_backward_hooks", "_post_accumulat
 
 
 class TrainedParameters:
-    """The parameters to train, by name, and every place in the model that holds one.
+    """This class holds the parameters to train, by name, and every place in the model that holds one of them.
 
-    A walk through a model costs as much as a small step. So what it found is kept together with all that it looked
-    at, which ``holds`` reads again without a walk: each module's class, training flag, children, parameters and
-    hooks, each parameter's ``requires_grad`` and hooks, and the optimizer's parameters. Any difference, even one that
-    does not matter, takes a new survey, which is made as if there had been none before. Of a model with modules that
-    are walked in a way of their own (TorchScript, a ``named_parameters`` of the user's) nothing is kept.
+    A walk through a model takes as long as a small step. So the result is cached together with a snapshot of all that
+    the walk read: each module's class, training flag, children, parameters and hooks, each parameter's
+    ``requires_grad`` and hooks, and the optimizer's parameters. ``holds`` compares the snapshot with the present state
+    without a walk. Any difference makes the result invalid. Models with modules that override a method of the walk
+    (TorchScript, a user's ``named_parameters``) are walked each time.
 
     Args:
         model: The model.
         owned: All parameters of the optimizer.
 
     Raises:
-        ValueError: If the model cannot be trained with them; see ``parameters_to_train`` and ``ParameterSlots``.
-        NotPerSampleError: Likewise.
+        ValueError: If the model cannot be trained; see ``parameters_to_train`` and ``ParameterSlots``.
+        NotPerSampleError: If the model has BatchNorm in training mode, or hooks on gradients.
     """
 
     def __init__(self, model: nn.Module, owned: Sequence[Tensor]) -> None:
@@ -51,29 +51,33 @@ class TrainedParameters:
         self._modules = list(model.modules())
         self._recurrent = [m for m in self._modules if isinstance(m, nn.RNNBase)]
         usual = all(map(_is_walked_as_usual, self._modules))
-        self._seen = self._look() if usual else None
+        self._seen = self._snapshot() if usual else None
 
     @contextmanager
     def resident(self) -> Iterator[list[Tensor]]:
-        """The whole parameters, in order, for as long as the body runs.
+        """Yield the whole parameters, in order.
 
-        A model whose parameters lie on other devices too will be gathered here.
+        A model whose parameters are distributed over devices can be gathered here.
         """
         yield self.parameters
 
+    def refreshed(self, model: nn.Module, owned: Sequence[Tensor]) -> TrainedParameters:
+        """Return this object if nothing has changed since it was made, else a new one."""
+        return self if self.holds(model, owned) else TrainedParameters(model, owned)
+
     def holds(self, model: nn.Module, owned: Sequence[Tensor]) -> bool:
-        """Whether a survey that is made now would find the same."""
+        """Return whether a new search would find the same."""
         return (
             self._seen is not None
             and model is self._model
             and _identical(owned, self._owned)
-            and (now := self._look()) is not None
+            and (now := self._snapshot()) is not None
             and now.lengths == self._seen.lengths
             and _identical(now.objects, self._seen.objects)
         )
 
-    def _look(self) -> _Look | None:
-        """What the survey depends on, as it is now; None if it has hooks, or tables that cannot be read like this."""
+    def _snapshot(self) -> _Snapshot | None:
+        """Return the present state that the search depends on; None if there are hooks or unusual tables."""
         training, parameters, children, hooks, pre_hooks = zip(
             *map(_OF_MODULES, self._modules), strict=True
         )
@@ -89,7 +93,7 @@ class TrainedParameters:
             for module in self._recurrent
             for name in module._flat_weights_names
         ]
-        return _Look(
+        return _Snapshot(
             list(map(len, tables)),
             [
                 *map(type, self._modules),
@@ -102,13 +106,13 @@ class TrainedParameters:
         )
 
 
-class _Look(NamedTuple):
-    """Everything that a survey depends on, in a row."""
+class _Snapshot(NamedTuple):
+    """This tuple holds everything that a search depends on."""
 
     lengths: list[int]
-    """Entries of each module's tables of parameters and children."""
+    """The number of entries in each module's tables of parameters and children."""
     objects: list[Any]
-    """Names and entries of these tables, and what is asked of each of them; compared by identity."""
+    """Names and entries of these tables, and their attributes; compared by identity."""
 
 
 def _identical(now: Sequence[Any], before: Sequence[Any]) -> bool:
@@ -116,11 +120,8 @@ def _identical(now: Sequence[Any], before: Sequence[Any]) -> bool:
 
 
 def _is_walked_as_usual(module: nn.Module) -> bool:
-    """Whether a module's tables say all that a walk through it would find."""
+    """Return whether a module's tables hold all that a walk through it finds."""
     return all(
         getattr(getattr(module, name), "__func__", None) is getattr(nn.Module, name)
         for name in _WALKS
     )
-
-
-__all__ = ["TrainedParameters"]

@@ -1,4 +1,4 @@
-"""The clipped sums of a logical batch between ``backward`` and ``step``."""
+"""This module keeps the clipped sums of a logical batch between ``backward`` and ``step``."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from clipgrad.engine.copies import copies
 from clipgrad.errors import UnclippedGradientError
 
 
-class Taken(NamedTuple):
-    """The sums of a finished logical batch.
+class FinishedSums(NamedTuple):
+    """This tuple holds the sums of a finished logical batch.
 
     Attributes:
-        sums: The parameters'.
-        others: Those that belong to no parameter.
+        sums: The sum of each parameter.
+        others: Sums that belong to no parameter.
         aliases_graph: Whether ``sums`` alias the memory of a CUDA graph, which the next ``backward`` overwrites.
     """
 
@@ -28,51 +28,64 @@ class Taken(NamedTuple):
 
 
 class Pending:
-    """The clipped sums of the logical batch so far; ``.grad`` is None while they wait for their noise.
+    """This class holds the clipped sums of the logical batch so far; until ``step``, every ``.grad`` is None.
 
-    Nothing but ``publish`` writes to ``.grad``, so what stands there and was not published here came from somebody
-    else (``loss.backward()``), was not clipped, and is refused.
+    Only ``publish`` writes to ``.grad``. Any other value there comes from other code (``loss.backward()``), was not
+    clipped, and is refused.
     """
 
     def __init__(self) -> None:
         self._sums: list[Tensor] | None = None
         self._others: list[Tensor] = []
         self._aliases_graph = False
-        # id(gradient) -> gradient: those that hold noise or zeros. Their ids mean something while they live.
-        self._harmless: dict[int, Tensor] = {}
+        # Gradients that hold noisy means or zeros, by id. The references keep the ids valid.
+        self._allowed_gradients: dict[int, Tensor] = {}
 
     @property
     def unfinished(self) -> bool:
-        """Whether a ``backward`` waits for its ``step``."""
+        """Return whether there was a ``backward`` since the last ``step``."""
         return self._sums is not None
 
     def sums(self) -> list[Tensor]:
-        """Copies of the sums so far.
+        """Return copies of the sums so far.
 
         Raises:
-            UnclippedGradientError: If no ``backward`` waits for its ``step``.
+            UnclippedGradientError: If there was no ``backward`` since the last ``step``.
         """
         if self._sums is None:
             raise UnclippedGradientError(
-                "clipped_sums: no backward(*batch) waits for its step, so there are no clipped sums to show. Ask "
-                "between backward and step; after step, .grad holds the noised mean."
+                "clipped_sums: there was no backward(*batch) since the last step, so there are no clipped sums. Read "
+                "them between backward and step; after step, .grad holds the noised mean."
             )
         return copies(self._sums)
 
     def clear(self, parameters: Iterable[Tensor]) -> None:
-        """Forget the sums; what ``zero_grad`` left in ``.grad``, zeros or nothing, is harmless.
+        """Discard the sums, and allow the zeros that ``zero_grad`` left in ``.grad``.
 
         Args:
-            parameters: Those that may have a ``.grad`` now.
+            parameters: The parameters that may have a ``.grad`` now.
         """
         self._sums = None
-        self._harmless = {id(p.grad): p.grad for p in parameters if p.grad is not None}
+        self._allowed_gradients = {id(p.grad): p.grad for p in parameters if p.grad is not None}
 
-    def before_backward(self, names: Sequence[str], parameters: Sequence[Tensor]) -> None:
-        """Clear ``.grad``, and make sure that the sums outlive what follows.
+    def check_same_parameters(self, before: Sequence[Tensor], now: Sequence[Tensor]) -> None:
+        """Refuse other parameters than those of the sums so far.
 
         Raises:
-            UnclippedGradientError: If a ``.grad`` holds something that was not published here.
+            UnclippedGradientError: If the parameters differ within a logical batch.
+        """
+        same = before is now or list(map(id, before)) == list(map(id, now))
+        if self.unfinished and not same:
+            raise UnclippedGradientError(
+                "backward: the parameters to train changed within a logical batch (requires_grad, add_param_group), "
+                "so the sums so far do not fit. Change them after step() or zero_grad()."
+            )
+
+    def before_backward(self, names: Sequence[str], parameters: Sequence[Tensor]) -> None:
+        """Clear ``.grad``, and copy sums that the next batch would overwrite.
+
+        Raises:
+            UnclippedGradientError: If a ``.grad`` holds a value that was not published here.
         """
         self._clear_gradients(names, parameters)
         if self._sums is not None and self._aliases_graph:
@@ -89,26 +102,26 @@ class Pending:
         """Add the sums of one ``backward``.
 
         Args:
-            parameters: Those that are trained.
+            parameters: The trained parameters.
             sums: Their clipped sums.
-            others: Sums over the same samples that belong to no parameter; each ``backward`` brings as many.
+            others: Sums over the same samples that belong to no parameter; their number is the same at each call.
             aliases_graph: Whether the next batch overwrites ``sums``.
         """
         if self._sums is None:
-            self._sums = [_laid_out_like(p, s) for p, s in zip(parameters, sums, strict=True)]
+            self._sums = [_with_strides_of(p, s) for p, s in zip(parameters, sums, strict=True)]
             self._others, self._aliases_graph = list(others), aliases_graph
         else:
             torch._foreach_add_([*self._sums, *self._others], [*sums, *others])
 
     def take(
         self, names: Sequence[str], parameters: Sequence[Tensor], others: Iterable[Tensor]
-    ) -> Taken:
-        """The sums of the finished logical batch, which nobody else sees.
+    ) -> FinishedSums:
+        """Return the sums of the finished logical batch, to which no other reference exists.
 
         Args:
             names: Names of the parameters.
-            parameters: Those that are trained.
-            others: Those that the wrapped optimizer would also step if they had a gradient.
+            parameters: The trained parameters.
+            others: All other parameters that the wrapped optimizer would step if they had a gradient.
 
         Raises:
             UnclippedGradientError: Without sums, or if a ``.grad`` was not published here.
@@ -120,54 +133,54 @@ class Pending:
             )
         self._clear_gradients(names, parameters)
         for parameter in others:
-            if parameter.grad is not None and id(parameter.grad) not in self._harmless:
+            if parameter.grad is not None and id(parameter.grad) not in self._allowed_gradients:
                 raise UnclippedGradientError(
                     f"a parameter of shape {tuple(parameter.shape)} was not trained by backward (it is frozen, or was "
-                    "until then), but holds a .grad that was not clipped here, and the wrapped optimizer would step "
+                    "frozen then), but holds a .grad that was not clipped here, and the wrapped optimizer would step "
                     "on it. Clear it with optimizer.zero_grad() before backward."
                 )
-        taken = Taken(self._sums, self._others, self._aliases_graph)
+        taken = FinishedSums(self._sums, self._others, self._aliases_graph)
         self._sums, self._others = None, []
         return taken
 
     def publish(self, parameters: Sequence[Tensor], means: Sequence[Tensor]) -> None:
-        """Show noised means, which nobody else holds, in ``.grad``."""
+        """Write noisy means to ``.grad``; no other reference to these tensors may exist."""
         for parameter, mean in zip(parameters, means, strict=True):
             gradient = mean if mean.dtype is parameter.dtype else mean.to(parameter.dtype)
             parameter.grad = gradient
-            self._harmless[id(gradient)] = gradient
+            self._allowed_gradients[id(gradient)] = gradient
 
     def _clear_gradients(self, names: Sequence[str], parameters: Sequence[Tensor]) -> None:
         found = [(n, p, p.grad) for n, p in zip(names, parameters, strict=True)]
         for name, _, gradient in found:
-            if gradient is not None and id(gradient) not in self._harmless:
+            if gradient is not None and id(gradient) not in self._allowed_gradients:
                 raise UnclippedGradientError(
-                    f"parameter {name!r}: its .grad was written by somebody else (loss.backward(), an assignment), and "
-                    "was not clipped. Let only DPOptimizer write gradients: .grad is None from backward to step, which "
-                    "shows the noised mean. Clear it with optimizer.zero_grad()."
+                    f"parameter {name!r}: its .grad was written by other code (loss.backward(), an assignment), and "
+                    "was not clipped. Only DPOptimizer may write gradients: .grad is None from backward to step, and "
+                    "holds the noised mean after step. Clear it with optimizer.zero_grad()."
                 )
         for _, parameter, gradient in found:
             if gradient is not None:
-                del self._harmless[id(gradient)]
+                del self._allowed_gradients[id(gradient)]
                 parameter.grad = None
 
 
-def refuse_unnoised(pending: weakref.ref[Pending]) -> Callable[..., None]:
-    """A hook of the wrapped optimizer: stepping it while sums wait is a mistake, and would do nothing."""
+def unnoised_step_hook(pending: weakref.ref[Pending]) -> Callable[..., None]:
+    """Return a hook that refuses a step of the wrapped optimizer while the clipped sums have no noise."""
 
     def refuse(*_: object) -> None:
         waiting = pending()
         if waiting is not None and waiting.unfinished:
             raise UnclippedGradientError(
-                "the wrapped optimizer's own step() was called while clipped sums wait for their noise; call "
-                "DPOptimizer.step(), which adds it, divides and steps the wrapped one."
+                "the wrapped optimizer's own step() was called before noise was added to the clipped sums; call "
+                "DPOptimizer.step(), which adds it, divides, and steps the wrapped optimizer."
             )
 
     return refuse
 
 
-def _laid_out_like(parameter: Tensor, total: Tensor) -> Tensor:
-    """``total`` with the parameter's strides: fused optimizers walk both as flat memory."""
+def _with_strides_of(parameter: Tensor, total: Tensor) -> Tensor:
+    """Return ``total`` with the parameter's strides, because fused optimizers read both as flat memory."""
     if total.stride() == parameter.stride():
         return total
     return torch.empty_like(parameter, dtype=total.dtype, requires_grad=False).copy_(total)

@@ -1,14 +1,14 @@
-"""What ``DPOptimizer`` asks of a model and of a batch, beyond what the loss shows when it runs."""
+"""This module checks the arguments, the model and the batch of a ``DPOptimizer`` before the loss runs."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
-from torch.utils._pytree import tree_leaves
 
+from clipgrad.batch_norm import batch_norm_error
 from clipgrad.errors import NotPerSampleError
 from clipgrad.optimizer.facade import OptimizerFacade
 
@@ -16,10 +16,10 @@ _PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 
 
 def check_parts(optimizer: Any, model: Any, loss_fn: Any) -> None:
-    """Refuse what cannot be wrapped, trained or differentiated.
+    """Refuse an optimizer, model or loss that is not supported.
 
     Raises:
-        ValueError: If one of the three does not fit.
+        ValueError: If one of the three is not supported.
     """
     if isinstance(optimizer, OptimizerFacade) or not isinstance(optimizer, Optimizer):
         raise ValueError(
@@ -28,7 +28,7 @@ def check_parts(optimizer: Any, model: Any, loss_fn: Any) -> None:
     if isinstance(optimizer, LBFGS):
         raise ValueError(
             "optimizer is LBFGS, which evaluates the loss again within a step: its gradients would be neither clipped "
-            "nor noised. Use one that steps on .grad alone, such as SGD or AdamW."
+            "nor noised. Use an optimizer that reads .grad alone, such as SGD or AdamW."
         )
     if not isinstance(model, nn.Module):
         raise ValueError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
@@ -50,28 +50,28 @@ def refuse_foreign_parameters(owned: Iterable[Tensor], known: Iterable[Tensor]) 
     """Refuse parameters of the optimizer that the model does not have.
 
     Raises:
-        ValueError: If there is one.
+        ValueError: If there is such a parameter.
     """
-    ours = set(map(id, known))
-    strangers = [tuple(getattr(p, "shape", ())) for p in owned if id(p) not in ours]
-    if strangers:
+    known_ids = set(map(id, known))
+    foreign = [tuple(getattr(p, "shape", ())) for p in owned if id(p) not in known_ids]
+    if foreign:
         raise ValueError(
-            f"optimizer holds {len(strangers)} parameter(s) that are not in the model, so their gradients could "
-            f"not be clipped; the first has shape {strangers[0]}. Build it from model.parameters()."
+            f"optimizer holds {len(foreign)} parameter(s) that are not in the model, so their gradients could "
+            f"not be clipped; the first has shape {foreign[0]}. Build it from model.parameters()."
         )
 
 
 def refuse_hooks(model: nn.Module, parameters: Iterable[tuple[str, Tensor]]) -> None:
-    """Refuse hooks on gradients of parameters and modules, which would not run, without a word.
+    """Refuse hooks on gradients of parameters and modules, because they would silently not run.
 
     Raises:
-        NotPerSampleError: If there is one.
+        NotPerSampleError: If there is such a hook.
     """
     for name, parameter in parameters:
         if parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None):
             raise NotPerSampleError(
-                f"parameter {name!r} has a gradient hook, which cannot run: its gradient exists only per sample, and "
-                "clipped and noised in .grad. Remove the hook; change .grad in a step hook "
+                f"parameter {name!r} has a gradient hook, which cannot run: its gradient exists per sample, and then "
+                "only clipped and with noise in .grad. Remove the hook; change .grad in a step hook "
                 "(register_step_pre_hook), which runs after the noise."
             )
     for module in model.modules():
@@ -83,76 +83,39 @@ def refuse_hooks(model: nn.Module, parameters: Iterable[tuple[str, Tensor]]) -> 
             )
 
 
-def _batch_norms(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    for name, module in model.named_modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            yield name, module
-
-
 def refuse_batch_norm(model: nn.Module) -> None:
-    """Refuse BatchNorm in training mode before it counts the batch in its buffers.
+    """Refuse BatchNorm in training mode before it updates its buffers.
 
     Raises:
-        NotPerSampleError: If there is one.
+        NotPerSampleError: If there is such a layer.
     """
-    names = [name or "the model itself" for name, module in _batch_norms(model) if module.training]
+    names = [
+        name or "the model itself"
+        for name, module in model.named_modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training
+    ]
     if names:
-        raise NotPerSampleError(
-            f"BatchNorm in training mode ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''}) normalises a "
-            "sample with statistics of the others, so no gradient belongs to one sample. Use "
-            "clipgrad.replace_batch_norm(model), which puts GroupNorm in its place, before making the optimizer; or "
-            "freeze the statistics with .eval()."
-        )
-
-
-def check_batch(batch: tuple[Any, ...]) -> None:
-    """Refuse a batch that is missing, or whose gradient the caller would expect to flow on.
-
-    Raises:
-        ValueError: If it does not fit.
-    """
-    if not batch:
-        raise ValueError(
-            "backward needs the batch, as loss_fn takes it after the model; it computes the loss itself."
-        )
-    leaves = batch if all(type(part) is Tensor for part in batch) else tree_leaves(batch)
-    for leaf in leaves:
-        if isinstance(leaf, Tensor) and leaf.requires_grad:
-            raise ValueError(
-                f"the batch holds a tensor of shape {tuple(leaf.shape)} that requires grad, but no gradient flows "
-                "through the batch. Compute it inside loss_fn, or detach it if nothing before it is trained."
-            )
-
-
-def rows_in(batch: tuple[Any, ...], is_padding: Tensor | None) -> int:
-    """Rows of a batch that are no padding, by its first tensor; 0 if it holds none."""
-    first = next((leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)), None)
-    if first is None or first.dim() == 0:
-        return 0
-    usable = (
-        isinstance(is_padding, Tensor) and not is_padding.is_meta
-    )  # what else it is, is said later
-    padding = int(is_padding.sum()) if usable else 0  # type: ignore[union-attr]
-    return first.shape[0] - padding
+        listed = f"{', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
+        raise batch_norm_error(f"in training mode ({listed})")
 
 
 def parameters_to_train(
     model: nn.Module, owned: Sequence[Tensor]
 ) -> tuple[tuple[str, nn.Parameter], ...]:
-    """The optimizer's parameters that require grad, in the model's order, of a model that can be trained.
+    """Return the optimizer's parameters that require grad, in the model's order, after checks of the model.
 
     Args:
         model: The model.
         owned: All parameters of the optimizer.
 
     Raises:
-        ValueError: If a parameter is not the model's, or none is left.
-        NotPerSampleError: For BatchNorm in training mode, and for gradient hooks.
+        ValueError: If a parameter is not the model's, or no parameter requires grad.
+        NotPerSampleError: If the model has BatchNorm in training mode, or hooks on gradients.
     """
     named = list(model.named_parameters())
     refuse_foreign_parameters(owned, (p for _, p in named))
-    ours = set(map(id, owned))
-    selection = tuple((name, p) for name, p in named if id(p) in ours and p.requires_grad)
+    owned_ids = set(map(id, owned))
+    selection = tuple((name, p) for name, p in named if id(p) in owned_ids and p.requires_grad)
     if not selection:
         raise ValueError(
             "optimizer holds no parameter of the model that requires grad; there is nothing to train."

@@ -1,4 +1,4 @@
-"""Put other tensors in the place of a module's parameters while a loss runs, and look after its buffers."""
+"""This module replaces the parameters of a model while a loss runs, and protects the model's buffers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from clipgrad.errors import NotPerSampleError
 
 
 class _Buffers(NamedTuple):
-    """The buffers of one module as they were before the loss ran."""
+    """This tuple holds the buffers of one module from before the loss ran."""
 
     module: nn.Module
     tensors: dict[str, Tensor | None]
@@ -22,17 +22,17 @@ class _Buffers(NamedTuple):
 
 
 class ParameterSlots:
-    """Every place in a module tree that holds one of the given parameters, tied places included.
+    """This class finds every place in a model that holds one of the given parameters, including tied weights.
 
-    Made once per batch and used for every microbatch; ``torch.func.functional_call`` would walk the tree each
-    time, and it leaves the flat weight list of a recurrent layer pointing at the originals.
+    ``torch.func.functional_call`` would walk the model for every microbatch, and would leave the original weights in
+    the flat weight list of a recurrent layer.
 
     Args:
-        model: The module tree.
-        parameters: Parameters to swap.
+        model: The model.
+        parameters: Parameters to replace.
 
     Raises:
-        ValueError: If a parameter belongs to a TorchScript module, where nothing can take its place.
+        ValueError: If a parameter belongs to a TorchScript module, where it cannot be replaced.
     """
 
     def __init__(self, model: nn.Module, parameters: Sequence[Tensor]) -> None:
@@ -63,23 +63,23 @@ class ParameterSlots:
     def holding(self, tensors: Sequence[Tensor]) -> Iterator[None]:
         """Run the body with ``tensors[i]`` in every place of parameter ``i``.
 
-        Parameters of the model that are trainable but not among the given ones are constants meanwhile.
+        All other trainable parameters of the model are constants while the body runs.
 
         Raises:
             NotPerSampleError: If the body wrote to a buffer.
         """
-        before = [_buffers(module) for module in self._modules if module._buffers]
+        before = [_save_buffers(module) for module in self._modules if module._buffers]
         without = [module for module in self._modules if not module._buffers]
         flat = [list(module._flat_weights) for module, _ in self._flat]
         try:
             self._place(tensors)
             yield
-            for buffers in (*before, *_made_in(without)):
-                _check(buffers)
+            for buffers in (*before, *_new_buffers(without)):
+                _check_buffers(buffers)
         finally:
             self._restore(flat)
-            for buffers in (*before, *_made_in(without)):
-                _put_back(buffers)
+            for buffers in (*before, *_new_buffers(without)):
+                _restore_buffers(buffers)
 
     def _place(self, tensors: Sequence[Tensor]) -> None:
         for module, name, index in self._slots:
@@ -105,7 +105,7 @@ def _constant(weight: Tensor | None) -> Tensor | None:
     return None if weight is None else weight.detach()
 
 
-def _buffers(module: nn.Module) -> _Buffers:
+def _save_buffers(module: nn.Module) -> _Buffers:
     tensors = dict(module._buffers)
     versions = {
         name: buffer._version
@@ -115,19 +115,19 @@ def _buffers(module: nn.Module) -> _Buffers:
     return _Buffers(module, tensors, versions)
 
 
-def _made_in(modules: Iterable[nn.Module]) -> list[_Buffers]:
-    """What was before in those of the modules without buffers that have some now."""
+def _new_buffers(modules: Iterable[nn.Module]) -> list[_Buffers]:
+    """Return empty entries for modules that have buffers now and had none before."""
     return [_Buffers(module, {}, {}) for module in modules if module._buffers]
 
 
-def _check(before: _Buffers) -> None:
-    """Refuse a buffer that was written, replaced, or filled with values of single samples."""
+def _check_buffers(before: _Buffers) -> None:
+    """Refuse a buffer that was written, replaced, or filled with per-sample values."""
     now = before.module._buffers
     for name in before.tensors.keys() | now.keys():
         was, buffer = before.tensors.get(name), now.get(name)
         if (
             was is None
-        ):  # made in forward: a constant is made again next time, a sample's value is refused
+        ):  # made in forward: a constant will be made again, and a per-sample value is refused
             changed = buffer is not None and is_wrapped(buffer)
         else:
             changed = buffer is not was or was._version != before.versions.get(name, was._version)
@@ -139,7 +139,7 @@ def _check(before: _Buffers) -> None:
             )
 
 
-def _put_back(before: _Buffers) -> None:
+def _restore_buffers(before: _Buffers) -> None:
     now = before.module._buffers
     if now.keys() != before.tensors.keys() or any(
         now[name] is not buffer for name, buffer in before.tensors.items()
@@ -151,7 +151,7 @@ def _put_back(before: _Buffers) -> None:
 def _refuse_script(module: torch.jit.ScriptModule, positions: dict[int, int]) -> None:
     if any(id(parameter) in positions for parameter in module.parameters(recurse=False)):
         raise ValueError(
-            f"{module.original_name} is a TorchScript module (torch.jit.script or trace), whose parameters cannot be "
-            "followed through its code. Pass the Python module instead, or freeze its parameters: "
+            f"{module.original_name} is a TorchScript module (torch.jit.script or trace), and uses of its parameters "
+            "cannot be found in its code. Pass the Python module instead, or freeze its parameters: "
             "parameter.requires_grad_(False) for each."
         )

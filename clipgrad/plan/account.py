@@ -8,7 +8,7 @@ from typing import Any
 from clipgrad.accounting import Ledger
 from clipgrad.errors import PrivacyBudgetError
 from clipgrad.plan import PrivacyPlan
-from clipgrad.plan.receipts import Claim
+from clipgrad.plan.receipts import Claim, rows_in
 
 
 class Account:
@@ -30,11 +30,11 @@ class Account:
             )
         self.plan = plan
         run = plan.run
-        if not run.carried_out:
+        if not run.has_optimizer:
             if run.ledger is None:
                 run.ledger = Ledger(relation=plan.relation, accountant=plan.accountant)
             run.ledger.begin()
-            run.carried_out = True
+            run.has_optimizer = True
 
     @property
     def ledger(self) -> Ledger:
@@ -44,16 +44,17 @@ class Account:
         return ledger
 
     @property
-    def done(self) -> int:
+    def steps_done(self) -> int:
         """Return the number of steps that all optimizers of the plan have taken."""
         return self.ledger.steps_of(self.plan.run.name)
 
-    def claim(self, claim: Claim, batch: Any, rows: int) -> Claim:
-        """Add the rows of one ``backward`` to the claim of the logical batch.
+    def claim(self, claim: Claim, batch: Any, is_padding: Any) -> Claim:
+        """Add the rows of one ``backward`` that are no padding to the claim of the logical batch.
 
         Raises:
             UnaccountedBatchError: If the rows are not from one batch of a loader of the plan.
         """
+        rows = rows_in(batch, is_padding)
         if self.plan.declared_sampling is not None:
             return Claim(None, claim.rows + rows)
         return self.plan.run.receipts.claim(claim, batch, rows)
@@ -65,27 +66,27 @@ class Account:
             PrivacyBudgetError: If all planned steps were taken, or the plan's schedule is at another step.
             UnaccountedBatchError: If the logical batch is not one whole batch of a loader of the plan.
         """
-        if self.done >= self.plan.steps:
+        if self.steps_done >= self.plan.steps:
             raise PrivacyBudgetError(
                 f"step: all {self.plan.steps} steps of the plan were taken, and a further one would cost more than "
                 f"it promises at delta = {self.plan.delta}. One iteration of a loader made with plan= is the whole "
                 "run. End the training, or plan for more steps: a new DPOptimizer with "
                 "plan=another_plan.continuing(optimizer.ledger) continues the count."
             )
-        if callable(self.plan.noise_multiplier) and self.done != step:
+        if callable(self.plan.noise_multiplier) and self.steps_done != step:
             raise PrivacyBudgetError(
-                f"step: the plan's noise is a function of the step, and {self.done} steps of the plan were taken, "
-                f"{step} of them by this optimizer: it would repeat the noise of step {step}. Let one optimizer carry "
-                "out a plan with a schedule."
+                f"step: the plan's noise is a function of the step. {self.steps_done} steps of the plan were taken, "
+                f"{step} of them by this optimizer, so it would repeat the noise of step {step}. Let one optimizer "
+                "take all steps of a plan with a schedule."
             )
         if self.plan.declared_sampling is None:
-            self.plan.run.receipts.to_spend(claim)
+            self.plan.run.receipts.receipt_to_spend(claim)
 
     def record(self, claim: Claim, noise_multiplier: float) -> None:
         """Record a step that ``check_step`` has accepted; call this before the step's result becomes visible."""
         run = self.plan.run
         if self.plan.declared_sampling is None:
-            receipt = run.receipts.to_spend(claim)
+            receipt = run.receipts.receipt_to_spend(claim)
             run.receipts.spend(receipt)
             if receipt.iteration != run.iteration:
                 self.ledger.begin()  # each iteration shuffles anew
@@ -119,16 +120,16 @@ class Account:
                 f"state_dict: the account must hold 'run' and 'ledger', got {found!r}; load what "
                 "DPOptimizer.state_dict() returned."
             )
-        if self.done and found["run"] != self.plan.run.name:
+        if self.steps_done and found["run"] != self.plan.run.name:
             raise ValueError(
-                f"state_dict is of another run, but {self.done} steps of this plan were taken in this process, and "
-                "loading it would forget them. Load it into an optimizer of a new plan: dataclasses.replace(plan)."
+                f"state_dict is of another run, but {self.steps_done} steps of this plan were taken in this process. "
+                "Loading it would forget them. Load it into an optimizer of a new plan: dataclasses.replace(plan)."
             )
-        done = self.ledger.read(found["ledger"]).steps_of(found["run"])
-        if done < step:
+        recorded = self.ledger.read(found["ledger"]).steps_of(found["run"])
+        if recorded < step:
             raise ValueError(
-                f"state_dict: the optimizer has taken {step} steps, but the ledger holds {done} of this run. The state "
-                "was edited, or combined from two states; load it as it was saved."
+                f"state_dict: the optimizer has taken {step} steps, but the ledger holds {recorded} of this run. The "
+                "state was edited, or combined from two states; load it as it was saved."
             )
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

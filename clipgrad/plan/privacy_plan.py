@@ -299,15 +299,15 @@ class PrivacyPlan:
             else f"{kind} noise of {self.noise_multiplier:.2f} sensitivities"
         )
         text = (
-            f"(epsilon = {_rounded_up(self.epsilon())}, delta = {self.delta:g})-differentially private towards "
-            f"{_RELATIONS[self.relation].format(unit=self.unit)}: {self.steps} steps on {self._batches()}, {noise}, "
-            f"clipping norm {self.max_grad_norm}, accountant {self.accountant}."
+            f"(epsilon = {_round_up(self.epsilon())}, delta = {self.delta:g})-differentially private towards "
+            f"{_RELATIONS[self.relation].format(unit=self.unit)}: {self.steps} steps on {self._describe_batches()}, "
+            f"{noise}, clipping norm {self.max_grad_norm}, accountant {self.accountant}."
         )
         if self.declared_sampling is None:
             return text
         return f"{text} Declared, not checked: {self.declared_sampling.strip()}."
 
-    def _batches(self) -> str:
+    def _describe_batches(self) -> str:
         size, units = f"{self.expected_batch_size:g}", f"{self.num_samples} {self.unit}s"
         if self.shuffled:
             return f"shuffled batches of {size} of {units}"
@@ -324,7 +324,7 @@ _RELATIONS: Mapping[Relation, str] = {
 }
 
 
-def _rounded_up(epsilon: float) -> str:
+def _round_up(epsilon: float) -> str:
     """Return epsilon with three digits, rounded up."""
     if epsilon == 0 or math.isinf(epsilon):
         return f"{epsilon:g}"

@@ -94,7 +94,7 @@ class Receipts:
             key = id(leaf)
             # A collate function may put one tensor into several batches; such a tensor identifies none of them.
             alone = None if self._is_known(leaf) else receipt
-            self._known[key] = (weakref.ref(leaf, partial(self._forget, key)), alone)
+            self._known[key] = (weakref.ref(leaf, partial(self._forget_tensor, key)), alone)
 
     def claim(self, claim: Claim, batch: Any, rows: int) -> Claim:
         """Add the rows of one ``backward``, without padding, to the claim of a logical batch.
@@ -102,15 +102,15 @@ class Receipts:
         Raises:
             UnaccountedBatchError: If the rows cannot be from one handed-out batch that no step has used yet.
         """
-        found = {known for leaf in _tensors(batch) if (known := self._of(leaf)) is not None}
+        found = {known for leaf in _tensors(batch) if (known := self._receipt_of(leaf)) is not None}
         if claim.receipt is not None:
             found.add(claim.receipt)
         if len(found) > 1:
             raise UnaccountedBatchError(_SEVERAL.format(numbers=_numbers(found)))
         total = claim.rows + rows
         if not found:
-            if not any(receipt.rows >= total for receipt in self._in_order()):
-                raise UnaccountedBatchError(self._unknown(total))
+            if not any(receipt.rows >= total for receipt in self._unspent_in_order()):
+                raise UnaccountedBatchError(self._unknown_batch_message(total))
             return Claim(None, total)
         (receipt,) = found
         if not self._is_unspent(receipt):
@@ -122,7 +122,7 @@ class Receipts:
             )
         return Claim(receipt, total)
 
-    def to_spend(self, claim: Claim) -> Receipt:
+    def receipt_to_spend(self, claim: Claim) -> Receipt:
         """Return the receipt that a step on a logical batch would spend, without spending it.
 
         Raises:
@@ -131,9 +131,11 @@ class Receipts:
         """
         receipt = claim.receipt
         if receipt is None:
-            fitting = [receipt for receipt in self._in_order() if receipt.rows == claim.rows]
+            fitting = [
+                receipt for receipt in self._unspent_in_order() if receipt.rows == claim.rows
+            ]
             if not fitting:
-                raise UnaccountedBatchError(self._unknown(claim.rows))
+                raise UnaccountedBatchError(self._unknown_batch_message(claim.rows))
             receipt = fitting[0]
         elif not self._is_unspent(receipt):
             raise UnaccountedBatchError(_SPENT.format(number=receipt.index))
@@ -155,10 +157,10 @@ class Receipts:
         known = self._known.get(id(tensor))
         return known is not None and known[0]() is tensor
 
-    def _of(self, tensor: Tensor) -> Receipt | None:
+    def _receipt_of(self, tensor: Tensor) -> Receipt | None:
         return self._known[id(tensor)][1] if self._is_known(tensor) else None
 
-    def _forget(self, key: int, _: object) -> None:
+    def _forget_tensor(self, key: int, _: object) -> None:
         known = self._known.get(key)
         if known is not None and known[0]() is None:
             del self._known[key]
@@ -166,7 +168,7 @@ class Receipts:
     def _is_unspent(self, receipt: Receipt) -> bool:
         return self._unspent.get(receipt.index) is receipt
 
-    def _in_order(self) -> list[Receipt]:
+    def _unspent_in_order(self) -> list[Receipt]:
         """Return receipts of batches handed out after the last batch that was used in a step, oldest first."""
         return [receipt for index, receipt in self._unspent.items() if index > self._last_spent]
 
@@ -185,8 +187,8 @@ class Receipts:
                     "every batch, in the loader's order."
                 )
 
-    def _unknown(self, rows: int) -> str:
-        waiting = self._in_order()
+    def _unknown_batch_message(self, rows: int) -> str:
+        waiting = self._unspent_in_order()
         if not waiting:
             return (
                 f"backward received a batch of {rows} rows that no loader of this plan made for this step, or on which "
@@ -217,6 +219,16 @@ _SPENT = (
     "cost privacy that is not accounted for. Use each batch of the loader once, for one optimizer. One DPOptimizer can "
     "wrap several inner optimizers (docs/sampling.md)."
 )
+
+
+def rows_in(batch: Any, is_padding: Any) -> int:
+    """Return the rows of a batch that are no padding, by its first tensor; 0 if it holds none."""
+    first = next(_tensors(batch), None)
+    if first is None or first.dim() == 0:
+        return 0
+    # A mask that is none is refused later, with its own message.
+    usable = isinstance(is_padding, Tensor) and not is_padding.is_meta
+    return first.shape[0] - (int(is_padding.sum()) if usable else 0)
 
 
 def _tensors(batch: Any) -> Iterator[Tensor]:

@@ -18,14 +18,14 @@ class Run:
     Attributes:
         name: The name of the run's steps in a ledger.
         ledger: The ledger of the steps; None before the first optimizer is built, unless the plan continues a ledger.
-        carried_out: Whether an optimizer was built.
+        has_optimizer: Whether an optimizer was built.
         receipts: The receipts of the run.
         iteration: The loader's iteration in which the last step was taken.
     """
 
     name: str = field(default_factory=lambda: secrets.token_hex(8))
     ledger: Ledger | None = None
-    carried_out: bool = False
+    has_optimizer: bool = False
     receipts: Receipts = field(default_factory=Receipts)
     iteration: int = 0
 

@@ -68,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     factory = example if given.factory is None else _load(parser, given.factory)
     on_device = nullcontext() if given.device is None else _device(parser, given.device)
     with on_device:
-        optimizer, batch = _made(parser, factory, given.factory)
+        optimizer, batch = _make_optimizer(parser, factory, given.factory)
     if given.factory is None:
         _write(
             "This is an example, a small CNN on 32x32 images; see --help to profile your own step.\n"
@@ -140,7 +140,7 @@ def _load(parser: argparse.ArgumentParser, target: str) -> Factory:
     return factory
 
 
-def _made(
+def _make_optimizer(
     parser: argparse.ArgumentParser, factory: Factory, target: str
 ) -> tuple[DPOptimizer, Sequence[Any]]:
     made = factory()
@@ -151,12 +151,12 @@ def _made(
     ):
         parser.error(
             f"{target!r} must return (optimizer, batch): a clipgrad.DPOptimizer and the tuple of arguments of loss_fn "
-            f"after the model; it returned {_described(made)}"
+            f"after the model; it returned {_describe(made)}"
         )
     return made
 
 
-def _described(value: object) -> str:
+def _describe(value: object) -> str:
     if isinstance(value, tuple):
         return f"({', '.join(type(item).__name__ for item in value)})"
     return type(value).__name__

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from statistics import median
 from typing import Any
 
@@ -33,8 +32,8 @@ def profile_step(
     for two more models with their optimizer states. Every round runs four steps: each kind as in training, and each
     kind phase by phase.
 
-    Times are **not private**: they can depend on the samples (``branches="split"``, a sample that is not finite), so
-    the table must be kept as confidential as ``optimizer.diagnostics``.
+    Times are **not private**: they can depend on the samples (one whose gradient is not finite, for example), so the
+    table must be kept as confidential as ``optimizer.diagnostics``.
 
     No other thread of the process may run a clipped step meanwhile, since its phases would be counted.
 
@@ -83,11 +82,12 @@ def profile_with(
     size = _batch_size(batch)
     device = next(p.device for group in optimizer.param_groups for p in group["params"])
     watch = Stopwatch(clock, device)
-    standard = _standard_step(_copied(optimizer), batch)
-    clipped = _clipped_step(_copied(optimizer), batch)
+    standard = _standard_step(_copy_optimizer(optimizer), batch)
+    clipped = _clipped_step(_copy_optimizer(optimizer), batch)
     whole: dict[Step, list[float]] = {standard: [], clipped: []}
     parts: dict[Step, list[dict[Phase, float]]] = {standard: [], clipped: []}
-    with _random_streams_kept(device), torch.enable_grad():
+    # Dropout changes PyTorch's global RNG states.
+    with torch.random.fork_rng([] if device.type == "cpu" else [device]), torch.enable_grad():
         for _ in range(warm_up):
             standard()
             clipped()
@@ -136,20 +136,17 @@ class Stopwatch:
             step()
         return self._seconds
 
-    def begin(self, phase: Phase) -> None:
-        self._credit()
-        self._open.append(phase)
-
-    def end(self) -> None:
-        self._credit()
-        self._open.pop()
-
-    def _credit(self) -> None:
+    def __call__(self, phase: Phase | None) -> None:
+        """Credit the running phase, and begin ``phase`` or, if it is None, end the running one."""
         now = self._now()
         if self._open:
             running = self._open[-1]
             self._seconds[running] = self._seconds.get(running, 0.0) + now - self._since
         self._since = now
+        if phase is None:
+            self._open.pop()
+        else:
+            self._open.append(phase)
 
     def _now(self) -> float:
         if self._device.type != "cpu":
@@ -189,12 +186,7 @@ def _medians(names: Sequence[Phase], rounds: Sequence[dict[Phase, float]]) -> di
     return {name: median(seconds.get(name, 0.0) for seconds in rounds) for name in names}
 
 
-def _random_streams_kept(device: torch.device) -> AbstractContextManager[None]:
-    """Restore PyTorch's global RNG states afterwards, which dropout changes."""
-    return torch.random.fork_rng([] if device.type == "cpu" else [device])
-
-
-def _copied(optimizer: DPOptimizer) -> DPOptimizer:
+def _copy_optimizer(optimizer: DPOptimizer) -> DPOptimizer:
     try:
         twin = copy.deepcopy(optimizer)
     except Exception as error:

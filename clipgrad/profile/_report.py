@@ -59,7 +59,7 @@ class StepProfile:
             ("all phases", _ms(phases), "100 %", _ms(standard_phases), _ms(phases - standard_phases)),
             ("whole step", _ms(self.clipped), "", _ms(self.standard), _ms(self.clipped - self.standard)),
         ]  # fmt: skip
-        return "\n".join([*_aligned(table), *self._notes()])
+        return "\n".join([*_align_columns(table), *self._notes()])
 
     def _row(self, name: str, total: float) -> tuple[str, ...]:
         clipped, standard = self.phases.get(name, 0.0), self.standard_phases.get(name)
@@ -93,7 +93,7 @@ def _ms(seconds: float) -> str:
     return f"{1e3 * seconds:.2f}"
 
 
-def _aligned(table: Sequence[Sequence[str]]) -> list[str]:
+def _align_columns(table: Sequence[Sequence[str]]) -> list[str]:
     """Align the first column left and numbers right, with a rule below the head and another above the sums."""
     widths = [max(len(line[column]) for line in table) for column in range(len(table[0]))]
     lines = [

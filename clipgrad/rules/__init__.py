@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from clipgrad.rules import (
+from clipgrad.rules import (  # noqa: F401 - each registers its rules
     attention,
     channel_normalization,
     convolution,
@@ -39,16 +39,6 @@ __all__ = [
     "Recipe",
     "Rule",
     "Use",
-    "attention",
-    "channel_normalization",
-    "convolution",
-    "einsum",
-    "embedding",
-    "embedding_bag",
-    "linear",
-    "loss",
-    "normalization",
-    "recurrent",
     "register_decomposition",
     "register_rule",
     "rules",

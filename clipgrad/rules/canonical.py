@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
-from clipgrad.kernels.selection import for_each_row, select_last, select_rows
+from clipgrad.kernels.selection import reshape_to_broadcast, select_rows, select_rows_reusing
 
 BatchedProduct = Callable[[Tensor, Tensor], Tensor]
 
@@ -38,10 +38,10 @@ def widen(tensor: Tensor) -> Tensor:
 
 def scale_rows(tensor: Tensor, factors: Tensor) -> Tensor:
     """Return ``tensor[b, ...] * factors[b]``."""
-    return tensor * for_each_row(factors.to(tensor.dtype), tensor)
+    return tensor * reshape_to_broadcast(factors.to(tensor.dtype), tensor)
 
 
-def added(tensors: Sequence[Tensor]) -> Tensor:
+def sum_of(tensors: Sequence[Tensor]) -> Tensor:
     """Return the sum of one or more tensors; a single tensor is not copied."""
     return sum(tensors[1:], start=tensors[0])
 
@@ -49,7 +49,7 @@ def added(tensors: Sequence[Tensor]) -> Tensor:
 _LONG_ROW = 1 << 12
 
 
-def as_it_lies(tensor: Tensor) -> tuple[Tensor, list[int]]:
+def in_memory_order(tensor: Tensor) -> tuple[Tensor, list[int]]:
     """Return the tensor with all axes but the first in memory order, and the original index of each of these axes.
 
     An operation reads a dense tensor sequentially in this order, and flattening it copies nothing.
@@ -62,7 +62,7 @@ def as_it_lies(tensor: Tensor) -> tuple[Tensor, list[int]]:
 
 def row_norms_squared(tensor: Tensor) -> Tensor:
     """Return the squared L2 norm of every sample, ``[B]``."""
-    flat = as_it_lies(tensor)[0].flatten(1) if tensor.dim() > 1 else tensor[:, None]
+    flat = in_memory_order(tensor)[0].flatten(1) if tensor.dim() > 1 else tensor[:, None]
     dtype = widen(flat[:0]).dtype
     if flat.device.type == "cpu" and flat.shape[1] > _LONG_ROW:
         # On CPU one float32 sum over millions of values is too small by up to 1e-3; a sum of partial sums is not.
@@ -116,8 +116,8 @@ class PerSample:
             return scale_rows(wide, factors).sum(0)
         if wide.dim() == 1:
             return factors.to(wide.dtype) @ wide
-        lying, axes = as_it_lies(wide)
-        total = (factors.to(wide.dtype) @ lying.flatten(1)).view(lying.shape[1:])
+        ordered, axes = in_memory_order(wide)
+        total = (factors.to(wide.dtype) @ ordered.flatten(1)).view(ordered.shape[1:])
         return total.permute([axes.index(axis) for axis in range(1, wide.dim())])
 
     def outer(self) -> Outer | None:
@@ -189,14 +189,6 @@ class Outer:
             right = scale_rows(right, factors)
         return (left.flatten(0, 1).t() @ right.flatten(0, 1)).view(self.shape)
 
-    def rows_of(self, samples: slice) -> Outer:
-        rows = slice(samples.start * self.groups, samples.stop * self.groups)
-        if isinstance(self.left, OneHot):
-            left: Tensor | OneHot = OneHot(self.left.ids[rows], self.left.width)
-        else:
-            left = self.left[rows]
-        return replace(self, left=left, right=self.right[rows])
-
     def select(self, keep: Tensor) -> Outer:
         if self.groups > 1:
             keep = keep.repeat_interleave(self.groups)
@@ -204,9 +196,9 @@ class Outer:
             return replace(self, right=select_rows(self.right, keep))
         # The next step scales one factor, which a compiler fuses with its selection; a product reads the other factor.
         if self._scales_left(self.left):
-            left, right = select_rows(self.left, keep), select_last(self.right, keep)
+            left, right = select_rows(self.left, keep), select_rows_reusing(self.right, keep)
         else:
-            left, right = select_last(self.left, keep), select_rows(self.right, keep)
+            left, right = select_rows_reusing(self.left, keep), select_rows(self.right, keep)
         return replace(self, left=left, right=right)
 
     def _scales_left(self, left: Tensor) -> bool:

@@ -8,10 +8,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from clipgrad.batch_norm import batch_norm_error
 from clipgrad.errors import NotPerSampleError
 from clipgrad.rules.canonical import PerSample, widen
 from clipgrad.rules.names import functional_aten_names_of
-from clipgrad.rules.normalization import Statistics, autocasts, precise, shared_or_none
+from clipgrad.rules.normalization import (
+    Statistics,
+    is_autocast_on,
+    shared_or_none,
+    statistics_or_none,
+)
 from clipgrad.rules.registry import Call, Decline, Recipe, register_rule
 
 
@@ -59,7 +65,7 @@ class _ChannelAffine:
 
 def _images(call: Call, input: Tensor) -> tuple[Tensor, torch.Size]:
     """Return the input as ``[N, C, *positions]``, contiguous or channels last, and the input's original shape."""
-    if not call.has_lanes(input):
+    if not call.has_batch_axis(input):
         raise Decline
     x = call.batched(input)
     if x.dim() < 3 or not x.numel():
@@ -93,13 +99,13 @@ def _group_norm(
     w, b = _shared(call, affine, images.shape[1])
     rows, channels, positions = *images.shape[:2], images[0, 0].numel()
     statistics: Statistics | None = None
-    if autocasts(images) or not images.is_contiguous():
+    if is_autocast_on(images) or not images.is_contiguous():
         y = F.group_norm(images, groups, w, b, eps)
     else:
         y, mean, rstd = torch.native_group_norm(
             images, w, b, rows, channels, positions, groups, eps
         )
-        statistics = precise(mean, rstd)
+        statistics = statistics_or_none(mean, rstd)
 
     def find(wide: Tensor) -> Statistics:
         if statistics is not None:
@@ -173,21 +179,10 @@ def batch_norm(
 ) -> Tensor:
     """Run eval-mode batch norm, an affine map per channel; training mode has no per-sample gradients and is refused."""
     if running_mean is None or running_var is None:
-        raise _no_batch_statistics("without running statistics", "")
+        raise batch_norm_error("without running statistics", trained=False)
     if training:
-        otherwise = (
-            ", or, if its running statistics are trained already, fix them with model.eval()"
-        )
-        raise _no_batch_statistics("in training mode", otherwise)
+        raise batch_norm_error("in training mode")
     return _fixed_statistics(call, input, running_mean, running_var, (weight, bias), eps)
-
-
-def _no_batch_statistics(mode: str, otherwise: str) -> NotPerSampleError:
-    return NotPerSampleError(
-        f"BatchNorm {mode} normalises every sample by the mean and variance of the whole batch, so the "
-        "gradient of one sample depends on the others and cannot be clipped on its own. Replace it by "
-        f"GroupNorm with clipgrad.replace_batch_norm(model){otherwise}."
-    )
 
 
 def _fixed_statistics(

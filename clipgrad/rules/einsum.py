@@ -25,8 +25,8 @@ def einsum(call: Call, equation: str, *operands: Tensor | Sequence[Tensor]) -> T
     first, second = operands
     if not isinstance(first, Tensor) or not isinstance(second, Tensor):
         raise Decline
-    data_first = call.has_lanes(first)
-    if data_first == call.has_lanes(second):
+    data_first = call.has_batch_axis(first)
+    if data_first == call.has_batch_axis(second):
         raise Decline
     data, weight = (first, second) if data_first else (second, first)
     w = call.shared(weight)
@@ -35,14 +35,14 @@ def einsum(call: Call, equation: str, *operands: Tensor | Sequence[Tensor]) -> T
     axes = Axes.of(letters, w.shape, x.shape)
     if axes.is_outer:
         return _as_products(call, x, weight, w, axes)
-    lane = axes.lane
+    sample_axis = axes.sample_axis
     return call.finish(
-        torch.einsum(f"{lane}{axes.data},{axes.weight}->{lane}{axes.output}", x, w),
+        torch.einsum(f"{sample_axis}{axes.data},{axes.weight}->{sample_axis}{axes.output}", x, w),
         Recipe(
             weight,
             lambda g: PerSample(
                 torch.einsum(
-                    f"{lane}{axes.data},{lane}{axes.output}->{lane}{axes.weight}",
+                    f"{sample_axis}{axes.data},{sample_axis}{axes.output}->{sample_axis}{axes.weight}",
                     widen(x),
                     widen(g),
                 )
@@ -60,7 +60,7 @@ class Axes:
         data: Letters of the data, without its sample axis.
         weight: Letters of the weight.
         output: Letters of the output, without its sample axis.
-        lane: Letter of the sample axis.
+        sample_axis: Letter of the sample axis.
         groups: Axes that weight, data and output have: independent products.
         contracted: Axes that weight and data have, and the output does not.
         kept: Axes that weight and output have, and the data does not.
@@ -71,7 +71,7 @@ class Axes:
     data: str
     weight: str
     output: str
-    lane: str
+    sample_axis: str
     groups: str
     contracted: str
     kept: str
@@ -99,12 +99,12 @@ class Axes:
                 raise Decline  # an axis of length 1 is broadcast
         if set(output) - set(sizes) or len(set(output)) != len(output):
             raise Decline
-        lane = next(c for c in string.ascii_letters if c not in data + weight + output)
+        sample_axis = next(c for c in string.ascii_letters if c not in data + weight + output)
         return cls(
             data,
             weight,
             output,
-            lane,
+            sample_axis,
             groups="".join(c for c in weight if c in data and c in output),
             contracted="".join(c for c in weight if c not in output),
             kept="".join(c for c in weight if c not in data),
@@ -133,8 +133,8 @@ def _as_products(call: Call, x: Tensor, weight: Tensor, w: Tensor, axes: Axes) -
     """Run one matrix product per group, of ``[groups, samples and positions, contracted]`` with the weight."""
     groups, contracted, kept = map(axes.length, (axes.groups, axes.contracted, axes.kept))
     samples, positions = call.batch_size, axes.length(axes.positions)
-    order = axes.groups + axes.lane + axes.positions
-    left = torch.einsum(f"{axes.lane}{axes.data}->{order}{axes.contracted}", x)
+    order = axes.groups + axes.sample_axis + axes.positions
+    left = torch.einsum(f"{axes.sample_axis}{axes.data}->{order}{axes.contracted}", x)
     left = left.reshape(groups, samples * positions, contracted)
     if axes.rows_first:
         product = torch.bmm(left, w.reshape(groups, kept, contracted).mT)
@@ -151,9 +151,11 @@ def _as_products(call: Call, x: Tensor, weight: Tensor, w: Tensor, axes: Axes) -
         return Outer(rows, columns, w.shape, groups)
 
     def view(product: Tensor) -> Tensor:
-        sizes = {**axes.sizes, axes.lane: samples}
+        sizes = {**axes.sizes, axes.sample_axis: samples}
         shaped = product.view([sizes[letter] for letter in order + axes.kept])
-        return shaped.permute([(order + axes.kept).index(c) for c in axes.lane + axes.output])
+        return shaped.permute(
+            [(order + axes.kept).index(c) for c in axes.sample_axis + axes.output]
+        )
 
     rows, columns = (kept, contracted) if axes.rows_first else (contracted, kept)
     extent = Extent(positions, rows, columns, groups)

@@ -30,8 +30,8 @@ def embedding(
     refuse_max_norm(max_norm)
     w = call.shared(weight)
     ids = call.batched(input)
-    y = F.embedding(ids if call.has_lanes(input) else input, w, padding_idx)
-    if not call.has_lanes(input):
+    y = F.embedding(ids if call.has_batch_axis(input) else input, w, padding_idx)
+    if not call.has_batch_axis(input):
         y = y.expand(call.batch_size, *y.shape)
     flat = ids.flatten(1).long() if ids.dim() > 1 else ids[:, None].long()
 

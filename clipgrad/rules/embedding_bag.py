@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clipgrad._functorch import Decline, below_vmap, current_level, physical
+from clipgrad._functorch import Decline, below_vmap, current_level, expose_batch_axis
 from clipgrad.errors import NotPerSampleError
 from clipgrad.rules.embedding_definition import refuse_max_norm
 from clipgrad.rules.registry import register_decomposition
@@ -78,7 +78,7 @@ def _check_offsets(offsets: Tensor, length: int) -> None:
 
     This check, like PyTorch's, runs on CPU only: elsewhere reading the offsets would synchronise the device.
     """
-    values = physical(offsets, current_level())
+    values = expose_batch_axis(offsets, current_level())
     with below_vmap():
         values = offsets if values is None else values
         if values.device.type != "cpu":

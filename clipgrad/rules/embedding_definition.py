@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -43,74 +47,23 @@ def aten_embedding(
     return embedding(indices, weight, padding, scale_grad_by_freq=scale_grad_by_freq)
 
 
-def embedding_bag(
-    input: Tensor,
-    weight: Tensor,
-    offsets: Tensor | None = None,
-    max_norm: float | None = None,
-    norm_type: float = 2,
-    scale_grad_by_freq: bool = False,
-    mode: str = "mean",
-    sparse: bool = False,
-    per_sample_weights: Tensor | None = None,
-    include_last_offset: bool = False,
-    padding_idx: int | None = None,
-) -> Tensor:
+def embedding_bag(*args: Any, **kwargs: Any) -> Tensor:
     """Run ``F.embedding_bag`` with ``sparse=False``, because the gradient is added to dense gradients."""
-    refuse_max_norm(max_norm)
-    return F.embedding_bag(
-        input,
-        weight,
-        offsets,
-        scale_grad_by_freq=scale_grad_by_freq,
-        mode=mode,
-        per_sample_weights=per_sample_weights,
-        include_last_offset=include_last_offset,
-        padding_idx=padding_idx,
-    )
+    call = inspect.signature(F.embedding_bag).bind(*args, **kwargs)
+    refuse_max_norm(call.arguments.get("max_norm"))
+    call.arguments["sparse"] = False
+    return F.embedding_bag(*call.args, **call.kwargs)
 
 
-def aten_embedding_bag(
-    weight: Tensor,
-    indices: Tensor,
-    offsets: Tensor,
-    scale_grad_by_freq: bool = False,
-    mode: int = 0,
-    sparse: bool = False,
-    per_sample_weights: Tensor | None = None,
-    include_last_offset: bool = False,
-    padding_idx: int | None = None,
-) -> tuple[Tensor, ...]:
-    """Run ``torch.embedding_bag`` with ATen's arguments and results, and with ``sparse=False``."""
-    return torch.embedding_bag(
-        weight,
-        indices,
-        offsets,
-        scale_grad_by_freq,
-        mode,
-        False,
-        per_sample_weights,
-        include_last_offset,
-        padding_idx,
-    )
+def dense_embedding_bag(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return ``torch.embedding_bag`` or another of ATen's names of it, with ``sparse=False``."""
 
+    def dense(*args: Any, **kwargs: Any) -> Any:
+        if "sparse" in kwargs:
+            kwargs["sparse"] = False
+        return function(*args[:5], *[False] * (len(args) > 5), *args[6:], **kwargs)
 
-def private_embedding_bag(
-    weight: Tensor,
-    indices: Tensor,
-    offsets: Tensor,
-    scale_grad_by_freq: bool = False,
-    mode: int = 0,
-    sparse: bool = False,
-    per_sample_weights: Tensor | None = None,
-    include_last_offset: bool = False,
-    padding_idx: int = -1,
-) -> tuple[Tensor, ...]:
-    """Run ``torch._embedding_bag``, where a negative ``padding_idx`` means none and does not count from the end."""
-    return aten_embedding_bag(
-        weight, indices, offsets, scale_grad_by_freq, mode, False, per_sample_weights, include_last_offset,
-        None if padding_idx < 0 else padding_idx,
-    )  # fmt: skip
+    return dense
 
 
 def refuse_max_norm(max_norm: float | None) -> None:
@@ -121,13 +74,3 @@ def refuse_max_norm(max_norm: float | None) -> None:
             "for all samples at once, which is not private. Set max_norm=None, or bound the norm inside the "
             "loss: F.embedding(ids, F.normalize(weight))."
         )
-
-
-__all__ = [
-    "aten_embedding",
-    "aten_embedding_bag",
-    "embedding",
-    "embedding_bag",
-    "private_embedding_bag",
-    "refuse_max_norm",
-]

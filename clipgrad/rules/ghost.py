@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clipgrad._functorch import expected
-from clipgrad.kernels.tensor_cores import convolutions_may, full_product
-from clipgrad.rules.canonical import OneHot, Outer, added, row_norms_squared, widen
+from clipgrad.kernels.tensor_cores import convolutions_allow_tf32, full_product
+from clipgrad.rules.canonical import OneHot, Outer, row_norms_squared, sum_of, widen
 from clipgrad.rules.gram import Lengths, equal_id_sums, gram_sums
 
 # Rounding errors of a ghost norm stay below ``8 + sqrt(rows) + sqrt(columns)`` units in the last place of the norm
@@ -65,10 +65,10 @@ def ghost_norms_squared(uses: Sequence[Outer]) -> Tensor:
             parts.append(2 * _cross(hot, dense))
     assert parts, "a ghost norm of no uses"
     total = Lengths.total(lengths)
-    return never_underestimated(added(parts), total, uses, materialised=not by_gram)
+    return raised_to_rounding_bound(sum_of(parts), total, uses, materialised=not by_gram)
 
 
-def never_underestimated(
+def raised_to_rounding_bound(
     norms: Tensor, lengths: Lengths, uses: Sequence[Outer], *, materialised: bool
 ) -> Tensor:
     """Raise squared norms ``[B]`` to the largest error with which they can be computed from the factors.
@@ -113,7 +113,9 @@ def lengths_of(uses: Sequence[Outer]) -> Lengths:
 
 def _may_round_to_tf32(norms: Tensor) -> bool:
     """Return whether the weighted sum of the factors, a matrix product or a convolution, may run in TF32."""
-    return norms.device.type == "cuda" and norms.dtype is torch.float32 and convolutions_may()
+    return (
+        norms.device.type == "cuda" and norms.dtype is torch.float32 and convolutions_allow_tf32()
+    )
 
 
 def _lengths(vectors: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from clipgrad._functorch import expected
-from clipgrad.kernels.tensor_cores import tf32
+from clipgrad.kernels.tensor_cores import set_tf32
 
 # This limit on the elements of one block's Gram matrices keeps a ghost norm's scratch memory below about 256 MiB.
 _ELEMENTS = 1 << 25
@@ -141,7 +141,7 @@ def _on_cuda(left: Tensor, right: Tensor) -> Tensor:
     launcher = _launcher()
     if launcher is not None and (found := launcher.gram_sums(left, right)) is not None:
         return found  # type: ignore[no-any-return]
-    with tf32(False):
+    with set_tf32(False):
         return torch.stack(_by_products(left, right))
 
 

@@ -18,7 +18,7 @@ def positions_first(tensor: Tensor) -> Tensor:
     return tensor if tensor.dim() == 3 else tensor.flatten(1, -2)
 
 
-def summed_over_positions(gradient: Tensor) -> PerSample:
+def sum_over_positions(gradient: Tensor) -> PerSample:
     """Return the use of a bias: the output gradient summed over positions, ``[B, features]``."""
     if gradient.dim() == 2:
         return PerSample(gradient)
@@ -28,7 +28,7 @@ def summed_over_positions(gradient: Tensor) -> PerSample:
 @register_rule(F.linear, *functional_aten_names_of("linear"), name="linear")
 def linear(call: Call, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Run ``y = x W^T + b``; the output gradient gives the rows of W and the input gives the columns."""
-    if not call.has_lanes(input):
+    if not call.has_batch_axis(input):
         raise Decline
     x, w = call.batched(input), call.shared(weight)
     if w.dim() != 2 or (bias is not None and bias.shape != w.shape[:1]):
@@ -43,7 +43,7 @@ def linear(call: Call, input: Tensor, weight: Tensor, bias: Tensor | None = None
             lambda g: Outer(g.reshape(*factor.shape[:2], w.shape[0]), factor, w.shape),
             Extent(factor.shape[1], *w.shape),
         ),
-        Recipe(bias, lambda g: summed_over_positions(g.reshape(*factor.shape[:2], w.shape[0]))),
+        Recipe(bias, lambda g: sum_over_positions(g.reshape(*factor.shape[:2], w.shape[0]))),
         saved=(x,),
         view=lambda y: y.view(*x.shape[:-1], w.shape[0]),
     )
@@ -54,12 +54,15 @@ def linear(call: Call, input: Tensor, weight: Tensor, bias: Tensor | None = None
 )
 def matmul(call: Call, input: Tensor, other: Tensor) -> Tensor:
     """Run ``x @ W`` with a weight of one or two axes, or ``W @ x`` with a weight of two."""
-    left_lanes, right_lanes = call.has_lanes(input), call.has_lanes(other)
-    if left_lanes == right_lanes:
+    left_has_batch_axis, right_has_batch_axis = (
+        call.has_batch_axis(input),
+        call.has_batch_axis(other),
+    )
+    if left_has_batch_axis == right_has_batch_axis:
         raise Decline
     return (
         _data_times_weight(call, input, other)
-        if left_lanes
+        if left_has_batch_axis
         else _weight_times_data(call, input, other)
     )
 
@@ -129,7 +132,7 @@ def addmm(
     call: Call, input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1
 ) -> Tensor:
     """Run ``beta * bias + alpha * x @ W`` with the weight on the right, as in Hugging Face's ``Conv1D``."""
-    if not call.has_lanes(mat1) or call.has_lanes(input) or input.shape != mat2.shape[1:]:
+    if not call.has_batch_axis(mat1) or call.has_batch_axis(input) or input.shape != mat2.shape[1:]:
         raise Decline  # a bias of any other shape is broadcast and has a different gradient
     x, w, b = call.batched(mat1), call.shared(mat2), call.shared(input)
     y = torch.addmm(b, x.flatten(0, 1), w, beta=beta, alpha=alpha)
@@ -140,7 +143,7 @@ def addmm(
     return call.finish(
         y,
         Recipe(mat2, lambda g: Outer(x, gradient(g, alpha), w.shape), Extent(x.shape[1], *w.shape)),
-        Recipe(input, lambda g: summed_over_positions(gradient(g, beta))),
+        Recipe(input, lambda g: sum_over_positions(gradient(g, beta))),
         saved=(x,),
         view=lambda y: y.view(*x.shape[:2], w.shape[1]),
     )

@@ -6,6 +6,7 @@ Losses have no parameters; these rules save about 0.2 ms a step, and passes over
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -27,19 +28,18 @@ def cross_entropy(
     label_smoothing: float = 0.0,
 ) -> Tensor:
     """Run cross entropy with class indices; a sample has ``(C,)`` with ``()``, or ``(N, C, ...)`` with ``(N, ...)``."""
-    if not (call.has_lanes(input) and call.has_lanes(target)) or target.dtype is not torch.int64:
+    if (
+        not (call.has_batch_axis(input) and call.has_batch_axis(target))
+        or target.dtype is not torch.int64
+    ):
         raise Decline
     if weight is not None or label_smoothing or size_average is not None or reduce is not None:
         raise Decline
     x, t = call.batched(input), call.batched(target)
     if x.dim() != t.dim() + 1 or reduction not in ("mean", "sum", "none"):
         raise Decline  # PyTorch refuses this call with its own message
-    if x.dim() == 2:
-        losses = F.cross_entropy(x, t, ignore_index=ignore_index, reduction="none")
-    else:
-        losses = F.cross_entropy(
-            x.flatten(0, 1), t.flatten(0, 1), ignore_index=ignore_index, reduction="none"
-        ).view(t.shape)
+    flat = (x, t) if x.dim() == 2 else (x.flatten(0, 1), t.flatten(0, 1))
+    losses = F.cross_entropy(*flat, ignore_index=ignore_index, reduction="none").view(t.shape)
     if reduction == "none":
         return call.finish(losses)
     total = losses.flatten(1).sum(1) if losses.dim() > 1 else losses
@@ -62,82 +62,40 @@ def cross_entropy_by_definition(
     """Run cross entropy in the fallback; PyTorch's weighted, smoothed mean calls ``masked_select``, unlike this one."""
     options = (weight, size_average, ignore_index, reduce)
     plain = not label_smoothing or target.is_floating_point()
-    if (
-        weight is None
-        or plain
-        or reduction != "mean"
-        or size_average is not None
-        or reduce is not None
-    ):
+    legacy = size_average is not None or reduce is not None
+    if weight is None or plain or legacy or reduction != "mean":
         return F.cross_entropy(input, target, *options, reduction, label_smoothing)
     total = F.cross_entropy(input, target, *options, "sum", label_smoothing)
     counted = target != ignore_index
     return total / torch.where(counted, weight[target.where(counted, 0)], 0.0).sum()
 
 
-def _register_difference(function: Callable[..., Tensor]) -> None:
+def _register(function: Callable[..., Tensor]) -> None:
+    """Register the rule of a loss that compares elements of two tensors of one shape, with its usual arguments."""
+
     @register_rule(function, name=function.__name__)
     def loss(
         call: Call,
         input: Tensor,
         target: Tensor,
-        size_average: bool | None = None,
-        reduce: bool | None = None,
+        *positional: Any,
         reduction: str = "mean",
-        weight: Tensor | None = None,
+        **options: Any,
     ) -> Tensor:
-        plain = _all_none(size_average, reduce, weight)
-        return _elementwise(call, function, input, target, reduction, plain=plain)
+        usual = not positional and all(value is None for value in options.values())
+        if not (usual and call.has_batch_axis(input) and call.has_batch_axis(target)):
+            raise Decline
+        x, t = call.batched(input), call.batched(target)
+        if x.shape != t.shape or x.dtype != t.dtype or not x.is_floating_point():
+            raise Decline  # PyTorch broadcasts with a warning, converts or refuses
+        losses = function(x, t, reduction="none")
+        if reduction == "none" or losses.dim() == 1:
+            return call.finish(losses)
+        if reduction not in ("mean", "sum"):
+            raise Decline
+        rows = losses.flatten(1)
+        return call.finish(rows.mean(1) if reduction == "mean" else rows.sum(1))
 
 
-@register_rule(F.binary_cross_entropy_with_logits, name="binary_cross_entropy_with_logits")
-def binary_cross_entropy_with_logits(
-    call: Call,
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor | None = None,
-    size_average: bool | None = None,
-    reduce: bool | None = None,
-    reduction: str = "mean",
-    pos_weight: Tensor | None = None,
-) -> Tensor:
-    """Run binary cross entropy with logits on all samples at once."""
-    return _elementwise(
-        call,
-        F.binary_cross_entropy_with_logits,
-        input,
-        target,
-        reduction,
-        plain=_all_none(weight, size_average, reduce, pos_weight),
-    )
-
-
-def _all_none(*options: object) -> bool:
-    return all(option is None for option in options)
-
-
-def _elementwise(
-    call: Call,
-    function: Callable[..., Tensor],
-    input: Tensor,
-    target: Tensor,
-    reduction: str,
-    *,
-    plain: bool,
-) -> Tensor:
-    if not (plain and call.has_lanes(input) and call.has_lanes(target)):
-        raise Decline
-    x, t = call.batched(input), call.batched(target)
-    if x.shape != t.shape or x.dtype != t.dtype or not x.is_floating_point():
-        raise Decline  # PyTorch broadcasts with a warning, converts or refuses
-    losses = function(x, t, reduction="none")
-    if reduction == "none" or losses.dim() == 1:
-        return call.finish(losses)
-    if reduction not in ("mean", "sum"):
-        raise Decline
-    rows = losses.flatten(1)
-    return call.finish(rows.mean(1) if reduction == "mean" else rows.sum(1))
-
-
-for _function in (F.mse_loss, F.l1_loss):
-    _register_difference(_function)
+for _function in (F.mse_loss, F.l1_loss, F.binary_cross_entropy_with_logits):
+    _register(_function)

@@ -78,6 +78,3 @@ def _with_atens_conventions(operation: str, correction: Function) -> Function:
         return correction(*args, **kwargs)
 
     return corrected
-
-
-__all__ = ["aten_names_of", "by_all_names", "each_name", "functional_aten_names_of", "names_of"]

@@ -9,7 +9,7 @@ from typing import Any, Protocol, TypeVar
 
 from torch import Tensor
 
-from clipgrad._functorch import Decline
+from clipgrad._functorch import Decline as Decline
 from clipgrad.rules.canonical import Use
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -62,7 +62,7 @@ class Call(Protocol):
         """Return whether random numbers are ``"different"`` or the ``"same"`` per sample, or an ``"error"``."""
         ...
 
-    def has_lanes(self, tensor: Tensor | None) -> bool:
+    def has_batch_axis(self, tensor: Tensor | None) -> bool:
         """Return whether the operand differs from sample to sample."""
         ...
 
@@ -181,7 +181,9 @@ def register_rule(*operations: Callable[..., Any], name: str) -> Callable[[F], F
         >>> from clipgrad.rules import Decline, Extent, Outer, Recipe
         >>> @clipgrad.rules.register_rule(F.bilinear, name="bilinear")
         ... def bilinear(call, input1, input2, weight, bias=None):
-        ...     if bias is not None or not (call.has_lanes(input1) and call.has_lanes(input2)):
+        ...     if bias is not None or not (
+        ...         call.has_batch_axis(input1) and call.has_batch_axis(input2)
+        ...     ):
         ...         raise Decline  # the exact fallback takes over
         ...     x, z, w = call.batched(input1), call.batched(input2), call.shared(weight)
         ...     pairs = (
@@ -237,17 +239,3 @@ def unregister_rule(operation: Callable[..., Any]) -> Rule | Decomposition:
         KeyError: If the operation has no rule.
     """
     return _RULES.pop(operation)
-
-
-__all__ = [
-    "Call",
-    "Decline",
-    "Decomposition",
-    "Extent",
-    "Recipe",
-    "Rule",
-    "register_decomposition",
-    "register_rule",
-    "rules",
-    "unregister_rule",
-]

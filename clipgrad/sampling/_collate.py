@@ -40,7 +40,7 @@ class EmptyBatchCollate:
         self, example: Any, collate_fn: Callable[[list[Any]], Any] = default_collate
     ) -> None:
         self._collate = collate_fn
-        self._empty = _emptied("", collate_fn([example]), collate_fn([example, example]))
+        self._empty = _infer_empty("", collate_fn([example]), collate_fn([example, example]))
 
     def __call__(self, samples: list[Any]) -> Any:
         """Return the batch of these samples; the list may be empty."""
@@ -76,7 +76,7 @@ class PaddingCollate:
 
     def __call__(self, samples: list[Any]) -> PaddedBatch:
         """Return the padded batch of at most ``size`` samples."""
-        rows = _repeated(samples or [self._example], self._size)
+        rows = _repeat(samples or [self._example], self._size)
         return PaddedBatch(self._collate(rows), torch.arange(self._size) >= len(samples))
 
 
@@ -97,7 +97,7 @@ class UserCollate:
 
     def __call__(self, users: list[list[Any]]) -> tuple[Any, ...]:
         """Return the tensors of ``collate_fn`` and, last, ``present``: boolean ``[users, width]``."""
-        flat = self._collate([s for samples in users for s in _repeated(samples, self._width)])
+        flat = self._collate([s for samples in users for s in _repeat(samples, self._width)])
         batch = tree_map(lambda leaf: self._split(leaf, len(users)), flat)
         sizes = torch.tensor([len(samples) for samples in users], dtype=torch.int64)
         present = torch.arange(self._width) < sizes[:, None]
@@ -114,18 +114,18 @@ class UserCollate:
         )
 
 
-def _repeated(samples: Sequence[T], size: int) -> list[T]:
+def _repeat(samples: Sequence[T], size: int) -> list[T]:
     return list(islice(cycle(samples), size))
 
 
-def _emptied(path: str, one: Any, two: Any) -> Any:
+def _infer_empty(path: str, one: Any, two: Any) -> Any:
     """Return the batch of no samples, inferred from the batches of one and of two samples."""
     kind: Any = type(one)
     if isinstance(one, Tensor):
         if one.dim() and two.dim() and (one.shape[0], two.shape[0]) == (1, 2):
             return one[:0].clone()
     elif isinstance(one, Mapping):
-        fields = {key: _emptied(f"{path}[{key!r}]", one[key], two[key]) for key in one}
+        fields = {key: _infer_empty(f"{path}[{key!r}]", one[key], two[key]) for key in one}
         if not isinstance(one, MutableMapping):
             return fields
         batch = copy.copy(one)
@@ -134,7 +134,8 @@ def _emptied(path: str, one: Any, two: Any) -> Any:
     elif isinstance(one, Sequence) and not isinstance(one, str | bytes):
         if len(one) == len(two):
             columns: list[Any] = [
-                _emptied(f"{path}[{i}]", *pair) for i, pair in enumerate(zip(one, two, strict=True))
+                _infer_empty(f"{path}[{i}]", *pair)
+                for i, pair in enumerate(zip(one, two, strict=True))
             ]
             return kind(*columns) if hasattr(one, "_fields") else kind(columns)
         if (len(one), len(two)) == (1, 2):

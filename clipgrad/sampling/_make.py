@@ -13,7 +13,7 @@ from clipgrad.plan import PrivacyPlan
 from clipgrad.sampling import _arguments as arguments
 from clipgrad.sampling._collate import EmptyBatchCollate, PaddingCollate, UserCollate
 from clipgrad.sampling._loader import PrivateLoader
-from clipgrad.sampling._planned import planned, require_fit
+from clipgrad.sampling._planned import numbers_of_plan, require_fit
 from clipgrad.sampling._poisson import PoissonSampler
 from clipgrad.sampling._shuffled import ShuffledSampler
 from clipgrad.sampling._users import UserSampler
@@ -76,7 +76,7 @@ def poisson_loader(
     """
     if plan is not None:
         given = (expected_batch_size, sample_rate, max_batch_size, steps)
-        expected_batch_size, max_batch_size, steps = planned(
+        expected_batch_size, max_batch_size, steps = numbers_of_plan(
             plan, "sample", arguments.length(dataset), given
         )
     sampler = PoissonSampler(
@@ -184,7 +184,7 @@ def user_loader(
         given = (expected_users, sample_rate, max_users, steps)
         # The sampler checks the ids with clear messages.
         users = UserSampler(user_ids, sample_rate=1.0).num_users
-        expected_users, max_users, steps = planned(plan, "user", users, given)
+        expected_users, max_users, steps = numbers_of_plan(plan, "user", users, given)
     sampler = UserSampler(
         user_ids,
         expected_users=expected_users,

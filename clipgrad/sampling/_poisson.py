@@ -6,15 +6,15 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from torch.utils.data import Sampler
 
 from clipgrad.accounting import Poisson, TruncatedPoisson
 from clipgrad.sampling import _arguments as arguments
+from clipgrad.sampling._resumable import Resumable
 from clipgrad.sampling._trials import LARGEST, Trials, random_subset
 from clipgrad.sampling._words import words_from
 
 
-class PoissonSampler(Sampler[list[int]]):
+class PoissonSampler(Resumable[list[int]]):
     """This sampler makes Poisson batches of indices; :func:`poisson_loader` makes the sampler and a loader for it.
 
     It jumps from one sampled index to the next, so that the time for a batch is proportional to the batch's size.
@@ -65,6 +65,8 @@ class PoissonSampler(Sampler[list[int]]):
         [4]
     """
 
+    _kind = "PoissonSampler"
+
     def __init__(
         self,
         num_samples: int,
@@ -78,12 +80,12 @@ class PoissonSampler(Sampler[list[int]]):
         whole_run: bool = False,
         generator: torch.Generator | None = None,
     ) -> None:
-        self._whole_run = whole_run
         self._num_samples = arguments.count("num_samples", num_samples, most=LARGEST)
         self._expected, rate = _rates(self._num_samples, expected_batch_size, sample_rate)
         # len() is a 64-bit integer, whatever the rate.
         default_steps = max(1, round(min(num_samples / self._expected, 2.0**62)))
-        self._steps = default_steps if steps is None else arguments.count("steps", steps)
+        count = default_steps if steps is None else arguments.count("steps", steps)
+        super().__init__(count, whole_run=whole_run)
         self._share = arguments.share(self._num_samples, rank, num_replicas)
         if max_batch_size is not None and self._share.step > 1:
             raise ValueError(
@@ -97,8 +99,6 @@ class PoissonSampler(Sampler[list[int]]):
         self._generator = generator
         self._words = words_from(generator)
         self._trials = Trials.of_rate(rate)
-        self._done = 0
-        self._resume = False
 
     @property
     def sample_rate(self) -> float:
@@ -129,24 +129,18 @@ class PoissonSampler(Sampler[list[int]]):
             max_batch_size=self._most,
         )
 
-    def __len__(self) -> int:
-        """Return the number of batches in one iteration, the same on every rank."""
-        return self._steps
-
     def __iter__(self) -> Iterator[list[int]]:
         """Yield the batches of one iteration; right after :meth:`load_state_dict`, the rest of the saved iteration."""
-        first = self._done if self._resume else 0
-        self._resume = False
-        for step in range(first, self._steps):
+        for step in self._to_come():
             batch = self._draw()
             self._done = step + 1
             yield batch
 
     def _draw(self) -> list[int]:
-        drawn = self._trials.successes(len(self._share), self._words)
-        if self._most is not None and len(drawn) > self._most:
-            drawn = drawn[random_subset(len(drawn), self._most, self._words)]
-        batch: list[int] = (self._share.start + self._share.step * drawn).tolist()
+        sampled = self._trials.successes(len(self._share), self._words)
+        if self._most is not None and len(sampled) > self._most:
+            sampled = sampled[random_subset(len(sampled), self._most, self._words)]
+        batch: list[int] = (self._share.start + self._share.step * sampled).tolist()
         return batch
 
     def state_dict(self) -> dict[str, Any]:
@@ -155,9 +149,7 @@ class PoissonSampler(Sampler[list[int]]):
         A loader with workers samples ahead of the training loop. :meth:`PrivateLoader.state_dict` returns the state
         after the batch that the loop received last, in the same format.
         """
-        state = {"kind": "PoissonSampler", "format": 1, "done": self._done}
-        if not self._whole_run:
-            state["done"] = self._done % self._steps
+        state = super().state_dict()
         if self._generator is not None:
             state["generator"] = self._generator.get_state()
         return state
@@ -171,24 +163,16 @@ class PoissonSampler(Sampler[list[int]]):
         Raises:
             ValueError: If ``state`` is not a sampler's, or only one of state and sampler has a generator.
         """
-        if (state.get("kind"), state.get("format")) != ("PoissonSampler", 1):
-            raise ValueError(
-                "state must come from PoissonSampler.state_dict(), got kind and format "
-                f"{(state.get('kind'), state.get('format'))}."
-            )
-        if ("generator" in state) != (self._generator is not None):
+        if state.get("kind") == self._kind and ("generator" in state) != (
+            self._generator is not None
+        ):
             raise ValueError(
                 f"state {'has' if 'generator' in state else 'lacks'} a generator's state, unlike "
                 "this sampler; construct both with a generator, or both without."
             )
-        if not 0 <= state["done"] < self._steps + self._whole_run:
-            raise ValueError(
-                f"state is {state['done']} batches into an iteration, but steps is {self._steps}; "
-                "construct the sampler with the steps it was saved with."
-            )
+        super().load_state_dict(state)
         if self._generator is not None:
             self._generator.set_state(state["generator"].cpu())
-        self._done, self._resume = int(state["done"]), True
 
 
 def _rates(

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator
 
 import torch
-from torch.utils.data import Sampler
 
 from clipgrad.accounting import FixedSize
 from clipgrad.sampling import _arguments as arguments
+from clipgrad.sampling._resumable import Resumable
 
 
-class ShuffledSampler(Sampler[list[int]]):
+class ShuffledSampler(Resumable[list[int]]):
     """This sampler shuffles all indices for each pass and cuts them into batches; :func:`shuffled_loader` makes it.
 
     It leaves out a smaller last batch. The plan claims no amplification, so the order need not be secret, and PyTorch's
@@ -34,6 +33,8 @@ class ShuffledSampler(Sampler[list[int]]):
         ([2, 2, 2], FixedSize(num_samples=5, batch_size=2))
     """
 
+    _kind = "ShuffledSampler"
+
     def __init__(
         self,
         num_samples: int,
@@ -48,54 +49,25 @@ class ShuffledSampler(Sampler[list[int]]):
             raise ValueError(
                 f"batch_size must be at most num_samples = {num_samples}, got {batch_size}."
             )
-        self._steps = arguments.count("steps", steps)
+        super().__init__(arguments.count("steps", steps), whole_run=True)
         self._generator = generator
-        self._done = 0
-        self._resume = False
 
     @property
     def sampling(self) -> FixedSize:
         """Return the sampling scheme, for the accountant."""
         return FixedSize(self._num_samples, self._batch_size)
 
-    def __len__(self) -> int:
-        """Return the number of batches in one iteration."""
-        return self._steps
-
     def __iter__(self) -> Iterator[list[int]]:
-        """Yield the batches of one iteration; right after :meth:`load_state_dict`, the rest of it, with a new pass."""
-        first = self._done if self._resume else 0
-        self._resume = False
+        """Yield the batches of one iteration; right after :meth:`load_state_dict`, the rest of it.
+
+        The rest begins with a new pass, which the ledger counts as another pass.
+        """
+        to_come = self._to_come()
         per_pass = self._num_samples // self._batch_size
         order: list[int] = []
-        for step in range(first, self._steps):
-            at = (step - first) % per_pass
+        for step in to_come:
+            at = (step - to_come.start) % per_pass
             if at == 0:
                 order = torch.randperm(self._num_samples, generator=self._generator).tolist()
             self._done = step + 1
             yield order[at * self._batch_size : (at + 1) * self._batch_size]
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the number of batches of the iteration so far."""
-        return {"kind": "ShuffledSampler", "format": 1, "done": self._done}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue a saved iteration with a new pass, which the ledger counts as another pass.
-
-        Args:
-            state: The ``state_dict`` of a sampler with the same ``steps``, or of its loader.
-
-        Raises:
-            ValueError: If ``state`` is not a sampler's.
-        """
-        if (state.get("kind"), state.get("format")) != ("ShuffledSampler", 1):
-            raise ValueError(
-                "state must come from ShuffledSampler.state_dict(), got kind and format "
-                f"{(state.get('kind'), state.get('format'))}."
-            )
-        if not 0 <= state["done"] <= self._steps:
-            raise ValueError(
-                f"state is {state['done']} batches into an iteration, but steps is {self._steps}; "
-                "construct the sampler with the steps it was saved with."
-            )
-        self._done, self._resume = int(state["done"]), True

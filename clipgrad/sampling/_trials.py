@@ -77,7 +77,7 @@ class Trials:
         while last < size - 1:
             hit = words(self._windows(size - 1 - last)) >= np.uint64(self.empty)
             advance = np.full(len(hit), window, dtype=np.int64)
-            advance[hit] = 1 + self._first(int(hit.sum()), size, words)
+            advance[hit] = 1 + self._first_successes(int(hit.sum()), size, words)
             position = last + np.cumsum(advance)
             found.append(position[hit])
             last = int(position[-1])
@@ -89,7 +89,7 @@ class Trials:
         mean = trials * self.rate / (1 - self.empty / 2**64)
         return min(int(mean + 5 * math.sqrt(mean)) + 5, _MOST_TRIALS)
 
-    def _first(self, count: int, size: int, words: Words) -> NDArray[np.int64]:
+    def _first_successes(self, count: int, size: int, words: Words) -> NDArray[np.int64]:
         """Return the first success in each of ``count`` windows that have one, capped at ``size``."""
         first = np.zeros(count, dtype=np.int64)
         for digit, ones in enumerate(self.ones):

@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import Sampler
 
-from clipgrad.accounting import Poisson, TruncatedPoisson
 from clipgrad.sampling import _arguments as arguments
 from clipgrad.sampling._poisson import PoissonSampler
 from clipgrad.sampling._trials import random_subset
-from clipgrad.sampling._words import words_from
 
 
-class UserSampler(Sampler[list[list[int]]]):
+class UserSampler(PoissonSampler):
     """This sampler makes Poisson batches of users; :func:`user_loader` makes the sampler and a loader for it.
 
     Each user is in each batch with the same probability, independently of all other users, with all of its samples or a
     random subset. An element of the batch is a user, so each user's gradient is clipped and each user is protected,
     whatever the number of its samples. ``clipgrad.DPOptimizer(..., keep_batch_dim=False)`` passes the loss one user's
-    samples.
+    samples. The sampling scheme and the sizes that this class shares with :class:`PoissonSampler` count users.
 
     Args:
         user_ids: The user of each sample, in the order of the dataset: a tensor, an array or a sequence of hashable
@@ -78,8 +75,7 @@ class UserSampler(Sampler[list[list[int]]]):
         self._width = largest
         if samples_per_user is not None:
             self._width = min(arguments.count("samples_per_user", samples_per_user), largest)
-        self._words = words_from(generator)
-        self._users = PoissonSampler(
+        super().__init__(
             self.num_users,
             expected_batch_size=expected_users,
             sample_rate=sample_rate,
@@ -102,26 +98,6 @@ class UserSampler(Sampler[list[list[int]]]):
         return self._width
 
     @property
-    def sample_rate(self) -> float:
-        """Return the probability of each user to be in a batch, before truncation."""
-        return self._users.sample_rate
-
-    @property
-    def expected_batch_size(self) -> float:
-        """Return the mean number of users in a batch, by which the sum of the users' gradients is divided."""
-        return self._users.expected_batch_size
-
-    @property
-    def max_batch_size(self) -> int | None:
-        """Return the largest number of users in a batch; None without truncation."""
-        return self._users.max_batch_size
-
-    @property
-    def sampling(self) -> Poisson | TruncatedPoisson:
-        """Return the sampling scheme, for the accountant; its samples are users."""
-        return self._users.sampling
-
-    @property
     def num_samples(self) -> int:
         """Return the number of samples of all users together."""
         return sum(map(len, self._samples))
@@ -130,13 +106,9 @@ class UserSampler(Sampler[list[list[int]]]):
         """Return indices of samples of the first user, as many as a batch may hold."""
         return self._samples[0][: self._width]
 
-    def __len__(self) -> int:
-        """Return the number of batches in one iteration, the same on every rank."""
-        return len(self._users)
-
-    def __iter__(self) -> Iterator[list[list[int]]]:
+    def __iter__(self) -> Iterator[list[list[int]]]:  # type: ignore[override]
         """Yield the batches of one iteration; right after :meth:`load_state_dict`, the rest of the saved iteration."""
-        for users in self._users:
+        for users in super().__iter__():
             yield [self._some_of(self._samples[user]) for user in users]
 
     def _some_of(self, samples: list[int]) -> list[int]:
@@ -144,14 +116,6 @@ class UserSampler(Sampler[list[list[int]]]):
             return samples
         chosen = random_subset(len(samples), self._width, self._words)
         return [samples[i] for i in chosen.tolist()]
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the state, as :meth:`PoissonSampler.state_dict` does."""
-        return self._users.state_dict()
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue a saved iteration, as :meth:`PoissonSampler.load_state_dict` does."""
-        self._users.load_state_dict(state)
 
 
 def _by_user(user_ids: Any) -> list[list[int]]:

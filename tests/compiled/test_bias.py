@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from clipgrad import clipped_grad
-from clipgrad.compiled.decompositions import TABLE
+from clipgrad.compiled.decompositions import DECOMPOSITIONS
 from tests.compiled.conftest import Graphs
 
 
@@ -50,7 +50,7 @@ def test_other_sums_with_products_stay(
         return torch.addmm(bias, a, b, beta=beta, alpha=alpha)
 
     arguments = torch.randn(bias), torch.randn(3, 4), torch.randn(4, 2)
-    module = make_fx(step, decomposition_table=TABLE)(*arguments)
+    module = make_fx(step, decomposition_table=DECOMPOSITIONS)(*arguments)
     called = [node.target for node in module.graph.nodes]
     assert (torch.ops.aten.addmm.default in called) is stays
     torch.testing.assert_close(module(*arguments), step(*arguments))

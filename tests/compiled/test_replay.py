@@ -22,11 +22,11 @@ from clipgrad.compiled import backend
 from clipgrad.compiled import step as step_module
 from clipgrad.compiled.cuda_graphs import Replay, recordable
 from clipgrad.compiled.lengths import Lengths, shapes_of
-from clipgrad.compiled.trace import Graph, trace
+from clipgrad.compiled.trace import TracedStep, trace
 from clipgrad.engine.captured_loss import LossGraphs
 from clipgrad.engine.clip_and_sum import Settings
 from clipgrad.engine.copies import copies
-from clipgrad.engine.inputs import of_arguments
+from clipgrad.engine.inputs import inputs_of_arguments
 from clipgrad.errors import CompileMismatchError
 from clipgrad.options import Options
 from clipgrad.ranks import OneProcess
@@ -192,9 +192,9 @@ def test_results_that_share_memory_are_not_lent() -> None:
     Recorder.made = Sharing.made = []
     for shared in (True, False):
         replay = Replay(lambda x: [x * 2, x * 3], [False], lambda: Sharing(given.device))
-        first = replay([given], lend=1)
-        assert replay.lends is not shared
-        second = replay([given + 1], lend=1)
+        first = replay([given], uncopied=1)
+        assert replay.returned_uncopied is not shared
+        second = replay([given + 1], uncopied=1)
         assert torch.equal(first[0], given * 2 if shared else (given + 1) * 2)
         assert torch.equal(first[1], given * 3)
         assert torch.equal(second[0], (given + 1) * 2)
@@ -216,8 +216,8 @@ def test_a_result_that_a_replay_does_not_write_is_not_lent() -> None:
     given = torch.randn(3)
     replay = Replay(lambda x: [x * 2, x], [False], lambda: Constant(given.device))
     for factor in (1, 2):
-        found = replay([given * factor], lend=2)
-        assert not replay.lends
+        found = replay([given * factor], uncopied=2)
+        assert not replay.returned_uncopied
         assert torch.equal(found[0], given * 2 * factor)
         assert torch.equal(found[1], torch.full((3,), 5.0))
 
@@ -234,8 +234,8 @@ def test_a_result_that_is_an_argument_is_not_lent() -> None:
 
     Returning.made = []
     replay = Replay(lambda w, x: [w[:2]], [True, False], lambda: Returning(weight.device))
-    (found,) = replay([weight, torch.ones(1)], lend=1)
-    assert not replay.lends
+    (found,) = replay([weight, torch.ones(1)], uncopied=1)
+    assert not replay.returned_uncopied
     found.add_(1)
     assert torch.equal(weight, torch.ones(3))
 
@@ -305,10 +305,10 @@ def test_nothing_that_draws_runs_ahead(graphs: Graphs, recorders: list[Recorder]
     assert sum(recorder.replays for recorder in recorders) == 6 + len(recorders)
 
 
-def graph_of(function: Callable[..., Tensor]) -> Graph:
+def graph_of(function: Callable[..., Tensor]) -> TracedStep:
     weight, rows = torch.ones(3), torch.ones(2, 3)
-    inputs, _ = of_arguments(function, 0, None, (weight, rows))
-    loss = LossGraphs(keep_batch_dim=True, has_aux=False).of(inputs)
+    inputs, _ = inputs_of_arguments(function, 0, None, (weight, rows))
+    loss = LossGraphs(keep_batch_dim=True, has_aux=False).graph_for(inputs)
     settings = Settings(Options(), make_clipping(1.0, ["w"], [3]), (torch.float32,), OneProcess())
     mask, bounds = torch.zeros(2, dtype=torch.bool), torch.ones(1, dtype=torch.float64)
     return trace(inputs, loss, [rows], mask, bounds, settings, Lengths(shapes_of([rows])))
@@ -328,7 +328,7 @@ def _(x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    ("function", "forgettable"),
+    ("function", "has_no_side_effects"),
     [
         (lambda w, x: (w * x).sin().sum(), True),
         (lambda w, x: (w * x * BUFFER).sum(), True),
@@ -337,8 +337,10 @@ def _(x: Tensor) -> Tensor:
         (lambda w, x: (w * x + draws_in_secret(x.detach())).sum(), False),
     ],
 )
-def test_what_may_run_in_vain(function: Callable[..., Tensor], forgettable: bool) -> None:
-    assert graph_of(function).forgettable is forgettable
+def test_what_may_run_for_nothing(
+    function: Callable[..., Tensor], has_no_side_effects: bool
+) -> None:
+    assert graph_of(function).has_no_side_effects is has_no_side_effects
 
 
 def test_weights_that_were_stepped_in_place_are_seen(

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from clipgrad import DPOptimizer, clipped_grad
 from clipgrad.compiled import fixed_size
-from clipgrad.compiled.shape import fitted
+from clipgrad.compiled.shape import pad_rows
 from tests.compiled.conftest import Graphs
 from tests.small_mlp import (
     INPUTS,
@@ -100,7 +100,7 @@ def test_fitted_rows_and_strides(shape: tuple[int, ...]) -> None:
     if len(shape) > 1:
         kinds.add(full.transpose(0, -1).contiguous().transpose(0, -1)[:3])
     for leaf in kinds:
-        found = fitted(leaf, 7)
-        assert found.stride() == fitted(full, 7).stride()
+        found = pad_rows(leaf, 7)
+        assert found.stride() == pad_rows(full, 7).stride()
         assert torch.equal(found, leaf[torch.arange(7) % 3])
-    assert fitted(full, 7).data_ptr() == full.data_ptr()  # a full batch is not copied
+    assert pad_rows(full, 7).data_ptr() == full.data_ptr()  # a full batch is not copied

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 import clipgrad
 from clipgrad import DPOptimizer, clipped_grad
-from clipgrad.compiled.shape import fitted_mask
-from clipgrad.compiled.signature import _flags
+from clipgrad.compiled.shape import pad_mask
+from clipgrad.compiled.signature import _global_settings
 from clipgrad.errors import CompileError, CompileMismatchError
 from tests.compiled.conftest import Graphs
 from tests.nightly import chosen, every
@@ -396,26 +396,26 @@ def test_constant_made_of_python_numbers(graphs: Graphs) -> None:
 
 
 def test_default_device_is_part_of_the_signature() -> None:
-    before = _flags(("cpu",))
+    before = _global_settings(("cpu",))
     with torch.device("meta"):
-        assert _flags(("cpu",)) != before
+        assert _global_settings(("cpu",)) != before
     torch.set_default_device("meta")
     try:
-        assert _flags(("cpu",)) != before
+        assert _global_settings(("cpu",)) != before
     finally:
         torch.set_default_device(None)
-    assert _flags(("cpu",)) == before
+    assert _global_settings(("cpu",)) == before
 
 
 def test_masks_are_shared_but_never_written_to() -> None:
     device = torch.device("cpu")
     marked = torch.tensor([True, False])
     for _ in range(2):
-        assert fitted_mask(None, 2, 4, device).tolist() == [False, False, True, True]
-        assert fitted_mask(marked, 2, 4, device).tolist() == [True, False, True, True]
-        assert fitted_mask(None, 4, 4, device).tolist() == [False] * 4
+        assert pad_mask(None, 2, 4, device).tolist() == [False, False, True, True]
+        assert pad_mask(marked, 2, 4, device).tolist() == [True, False, True, True]
+        assert pad_mask(None, 4, 4, device).tolist() == [False] * 4
     with torch.inference_mode():
-        assert not fitted_mask(None, 3, 4, device).is_inference()
+        assert not pad_mask(None, 3, 4, device).is_inference()
 
 
 class Unset:

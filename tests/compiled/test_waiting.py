@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from clipgrad import Performance, clipped_grad
-from clipgrad.compiled.decompositions import TABLE
+from clipgrad.compiled.decompositions import DECOMPOSITIONS
 from clipgrad.kernels import delayed
 from tests.compiled.conftest import Graphs
 
@@ -37,7 +37,7 @@ def _slope(activation: Callable[[Tensor], Tensor], x: Tensor, gradient: Tensor) 
 def test_the_slope_is_pytorchs_and_waits(name: str, dtype: torch.dtype) -> None:
     x, gradient = torch.randn(2, 3, 8).to(dtype)
     slope = partial(_slope, ACTIVATIONS[name])
-    graph = make_fx(slope, decomposition_table=TABLE)(x.clone(), gradient)
+    graph = make_fx(slope, decomposition_table=DECOMPOSITIONS)(x.clone(), gradient)
     waiting = [node for node in graph.graph.nodes if "zero_after" in str(node.target)]
     assert len(waiting) == 1
     tolerance = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 1e-2}[dtype]
@@ -50,7 +50,7 @@ def test_the_slope_is_pytorchs_and_waits(name: str, dtype: torch.dtype) -> None:
 def test_values_that_are_not_finite_are_as_they_were(value: float) -> None:
     x, gradient = torch.full((3,), value), torch.tensor([1.0, float("inf"), float("nan")])
     slope = partial(_slope, F.silu)
-    graph = make_fx(slope, decomposition_table=TABLE)(x.clone(), gradient)
+    graph = make_fx(slope, decomposition_table=DECOMPOSITIONS)(x.clone(), gradient)
     torch.testing.assert_close(
         graph(x.clone(), gradient), slope(x.clone(), gradient), equal_nan=True
     )

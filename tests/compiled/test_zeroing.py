@@ -21,7 +21,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:.*is deprecat
 
 @pytest.fixture(autouse=True)
 def zeroed_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(graph_module, "worth_asking", lambda device: False)
+    monkeypatch.setattr(graph_module, "checks_finite_on_host", lambda device: False)
     monkeypatch.setattr(selection, "_ZEROED_IN_GRAPHS_ON", {"cpu"})
 
 

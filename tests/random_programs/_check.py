@@ -109,8 +109,6 @@ def draw_options(rng: random.Random, program: Program, gradients: Params) -> dic
     options["microbatch_size"] = rng.choice((None, 1, 2, 3, len(program.batch[0])))
     if program.frozen_argument:
         options["batch_argnums"] = (2, 3, 4)
-    if program.asks:
-        performance["branches"] = "split" if rng.random() < 0.9 else "refuse"
     options["performance"] = Performance(**performance)
     return options
 

@@ -36,7 +36,7 @@ def _same_padding(
 def _convolve(
     call: Call, axes: int, input: Tensor, weight: Tensor, bias: Tensor | None, **static: Any
 ) -> Tensor:
-    if not call.has_lanes(input):
+    if not call.has_batch_axis(input):
         raise Decline
     x, w = call.batched(input), call.shared(weight)
     b = None if bias is None else call.shared(bias)
@@ -107,16 +107,8 @@ def _register(axes: int) -> None:
         padding: Any = 0, dilation: Any = 1, groups: int = 1,
     ) -> Tensor:  # fmt: skip
         return _convolve(
-            call,
-            axes,
-            input,
-            weight,
-            bias,
-            stride=stride,
-            padding=padding,
-            dilation=dilation,
-            groups=groups,
-        )
+            call, axes, input, weight, bias, stride=stride, padding=padding, dilation=dilation, groups=groups
+        )  # fmt: skip
 
     @register_rule(
         transposed,

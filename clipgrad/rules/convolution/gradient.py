@@ -10,7 +10,7 @@ from torch import Tensor
 
 from clipgrad.rules.convolution.geometry import Geometry
 from clipgrad.rules.convolution.methods import (
-    Way,
+    Method,
     by_exchange,
     by_groups,
     by_patches,
@@ -38,21 +38,21 @@ def per_sample_gradient(
 
     The output gradient is ``[B, C_out, *spatial]``, and the input is ``[B, C_in, *spatial]`` with the same dtype.
     """
-    return fastest(input.device, shape, geometry)(gradient, input, shape, geometry)
+    return fastest_method(input.device, shape, geometry)(gradient, input, shape, geometry)
 
 
-def fastest(device: torch.device, shape: Sequence[int], geometry: Geometry) -> Way:
+def fastest_method(device: torch.device, shape: Sequence[int], geometry: Geometry) -> Method:
     """Return the fastest way; results do not depend on the way."""
     on_cpu, taps = device.type == "cpu", prod(shape[2:])
     if shape[1] == 1 and geometry.groups > 1:
         return by_exchange if on_cpu or taps >= _LONG_FILTER else by_groups
     if taps == 1:
         return by_patches  # a view of the image, or every stride-th pixel of it
-    if _few_rows(shape, geometry):
+    if _unfolds_gradient(shape, geometry):
         return by_rows
     if not on_cpu:
         # With groups the library would run one kernel per group, that is per sample.
-        return by_slices if _sliceable(shape, geometry) else by_patches
+        return by_slices if _can_slice(shape, geometry) else by_patches
     if shape[1] * taps <= _SMALL_PATCH:
         return by_patches
     capability = torch.backends.cpu.get_cpu_capability()
@@ -61,7 +61,7 @@ def fastest(device: torch.device, shape: Sequence[int], geometry: Geometry) -> W
     return by_patches if paid_back and prod(shape) // geometry.groups >= large else by_groups
 
 
-def _few_rows(shape: Sequence[int], geometry: Geometry) -> bool:
+def _unfolds_gradient(shape: Sequence[int], geometry: Geometry) -> bool:
     """Return whether the output gradient can be unfolded, and its patches are smaller than those of the image."""
     fits = all(
         pad <= (size - 1) * dilation
@@ -71,7 +71,7 @@ def _few_rows(shape: Sequence[int], geometry: Geometry) -> bool:
     return usual and fits and shape[0] < shape[1] and shape[0] * prod(shape[2:]) <= _SMALL_PATCH
 
 
-def _sliceable(shape: Sequence[int], geometry: Geometry) -> bool:
+def _can_slice(shape: Sequence[int], geometry: Geometry) -> bool:
     return (
         geometry.groups == 1
         and geometry.stride[0] == 1

@@ -16,38 +16,47 @@ from math import ceil, prod
 import torch
 from torch import Tensor
 
-from clipgrad.kernels.delayed import after, in_graph_for_cpu
+from clipgrad.kernels.delayed import delay_until, in_graph_for_cpu
 from clipgrad.kernels.tensor_cores import convolution_product, window_products
 from clipgrad.rules.canonical import OneHot, Outer
 from clipgrad.rules.convolution.geometry import Geometry
-from clipgrad.rules.convolution.unfolding import roles, rows_and_patches, samples_at_once, unfold
+from clipgrad.rules.convolution.unfolding import (
+    rows_and_image,
+    rows_and_patches,
+    samples_at_once,
+    unfold,
+)
 
 # CUDA computes a product in blocks of its result. Positions are split until there are this many blocks, if each part
 # keeps at least this many positions.
 _BLOCK, _ENOUGH_BLOCKS, _FEWEST_POSITIONS = 32, 512, 128
 
-Way = Callable[[Tensor, Tensor, torch.Size, Geometry], Tensor]
+Method = Callable[[Tensor, Tensor, torch.Size, Geometry], Tensor]
 
 
 def by_patches(gradient: Tensor, input: Tensor, shape: torch.Size, geometry: Geometry) -> Tensor:
     """Unfold the image and take one product per sample, for a limited number of samples at a time."""
-    rows, image = roles(gradient, input, geometry)
+    rows, image = rows_and_image(gradient, input, geometry)
     samples = image.shape[0]
     size = samples_at_once(image, prod(shape[2:]) * prod(rows.shape[2:]))
     if samples <= size:
         outer = rows_and_patches(gradient, input, shape, geometry)
         unfolded = prod(shape[2:]) > 1  # otherwise factors are views, and parts would be copies
-        return _in_parts(outer, _parts(outer, input.device) if unfolded else 1)
+        return _product_in_parts(outer, _parts(outer, input.device) if unfolded else 1)
     outers = (
         rows_and_patches(
             gradient[start : start + size], input[start : start + size], shape, geometry
         )
         for start in range(0, samples, size)
     )
-    return _side_by_side(outers, samples) if input.device.type == "cpu" else _joined(outers)
+    return (
+        _multiply_into_result(outers, samples)
+        if input.device.type == "cpu"
+        else _concatenate_products(outers)
+    )
 
 
-def _side_by_side(outers: Iterable[Outer], samples: int) -> Tensor:
+def _multiply_into_result(outers: Iterable[Outer], samples: int) -> Tensor:
     """Write products directly into the result, which saves a pass over memory and a second copy of the products."""
     found, stop = torch.empty(0), 0
     for outer in outers:
@@ -60,11 +69,11 @@ def _side_by_side(outers: Iterable[Outer], samples: int) -> Tensor:
     return found
 
 
-def _joined(outers: Iterable[Outer]) -> Tensor:
+def _concatenate_products(outers: Iterable[Outer]) -> Tensor:
     return torch.cat([outer.per_sample(convolution_product) for outer in outers])
 
 
-def _in_parts(outer: Outer, parts: int) -> Tensor:
+def _product_in_parts(outer: Outer, parts: int) -> Tensor:
     """Compute the product of each sample as a sum of products over parts of its positions."""
     if parts == 1:
         return outer.per_sample(convolution_product)
@@ -106,15 +115,15 @@ def by_rows(gradient: Tensor, input: Tensor, shape: torch.Size, geometry: Geomet
         (size - 1) * dilation - pad
         for size, dilation, pad in zip(taps, geometry.dilation, geometry.padding, strict=True)
     )
-    turned, pixels = replace(geometry, padding=padding), input.shape[2:]
-    some = samples_at_once(gradient, prod(taps) * prod(pixels))
+    padded, pixels = replace(geometry, padding=padding), input.shape[2:]
+    size = samples_at_once(gradient, prod(taps) * prod(pixels))
     products = []
-    for of_some, image in zip(gradient.split(some), input.split(some), strict=True):
-        met = unfold(of_some, taps, pixels, turned).flatten(1, 1 + len(taps)).flatten(2)
-        size = torch.Size((met.shape[1], shape[1]))
-        outer = Outer(met.transpose(1, 2), image.flatten(2).transpose(1, 2), size)
-        products.append(_in_parts(outer, _parts(outer, input.device)))
-    found = _together(products)
+    for gradient_chunk, image in zip(gradient.split(size), input.split(size), strict=True):
+        patches = unfold(gradient_chunk, taps, pixels, padded).flatten(1, 1 + len(taps)).flatten(2)
+        product_shape = torch.Size((patches.shape[1], shape[1]))
+        outer = Outer(patches.transpose(1, 2), image.flatten(2).transpose(1, 2), product_shape)
+        products.append(_product_in_parts(outer, _parts(outer, input.device)))
+    found = _concatenate(products)
     found = found.view(input.shape[0], shape[0], *taps, shape[1])
     return found.flip(list(range(2, 2 + len(taps)))).movedim(-1, 2)
 
@@ -124,23 +133,23 @@ def by_slices(gradient: Tensor, input: Tensor, shape: torch.Size, geometry: Geom
 
     In memory, the taps of the first axis come directly after the sample axis of the result.
     """
-    rows, image = roles(gradient, input, geometry)
+    rows, image = rows_and_image(gradient, input, geometry)
     first, *others = shape[2:]
     positions, *across = rows.shape[2:]
     # Patches are one tap high, and cover all heights that any tap of the first axis uses.
     height = positions + (first - 1) * geometry.dilation[0]
-    apart = geometry.dilation[0] * prod(across)
+    window_stride = geometry.dilation[0] * prod(across)
     size = samples_at_once(image, prod(others) * height * prod(across))
     products = []
-    for some_rows, some in zip(rows.split(size), image.split(size), strict=True):
-        slices = unfold(some, (1, *others), (height, *across), geometry)
+    for row_chunk, image_chunk in zip(rows.split(size), image.split(size), strict=True):
+        slices = unfold(image_chunk, (1, *others), (height, *across), geometry)
         columns = slices.flatten(1, 2 + len(others)).flatten(2)
-        products.append(window_products(some_rows.flatten(2), columns, apart, first))
-    found = _together(products)
+        products.append(window_products(row_chunk.flatten(2), columns, window_stride, first))
+    found = _concatenate(products)
     return found.view(rows.shape[0], first, shape[0], shape[1], *others).movedim(1, 3)
 
 
-def _together(products: list[Tensor]) -> Tensor:
+def _concatenate(products: list[Tensor]) -> Tensor:
     return products[0] if len(products) == 1 else torch.cat(products)
 
 
@@ -150,9 +159,9 @@ def by_groups(gradient: Tensor, input: Tensor, shape: torch.Size, geometry: Geom
     In a traced graph on CPU this is a custom operation. Otherwise a compiler would make the folded images channels
     last, which suits ordinary convolutions; with hundreds of groups this is two to three times slower, copies included.
     """
-    found: Tensor = (_operation if in_graph_for_cpu(gradient) else _grouped)(
-        gradient, after(gradient, input), shape, geometry.stride, geometry.padding, geometry.dilation, geometry.groups,
-        geometry.transposed, geometry.output_padding,
+    found: Tensor = (_grouped_operation if in_graph_for_cpu(gradient) else _grouped)(
+        gradient, delay_until(gradient, input), shape, geometry.stride, geometry.padding, geometry.dilation,
+        geometry.groups, geometry.transposed, geometry.output_padding,
     )  # fmt: skip
     return found
 
@@ -181,12 +190,12 @@ def _grouped(
     return found.contiguous().view(samples, *shape)
 
 
-_operation = torch.library.custom_op(
+_grouped_operation = torch.library.custom_op(
     "clipgrad::per_sample_weight_gradient", _grouped, mutates_args=()
 )
 
 
-@_operation.register_fake
+@_grouped_operation.register_fake
 def _(gradient: Tensor, input: Tensor, shape: Sequence[int], *_: object) -> Tensor:
     return input.new_empty(input.shape[0], *shape)
 
@@ -196,7 +205,7 @@ def by_exchange(gradient: Tensor, input: Tensor, shape: torch.Size, geometry: Ge
 
     Every channel of every sample is a group of one forward convolution.
     """
-    rows, image = roles(gradient, input, geometry)
+    rows, image = rows_and_image(gradient, input, geometry)
     samples = image.shape[0]
     exchanged = replace(
         geometry,

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clipgrad.kernels.delayed import after
+from clipgrad.kernels.delayed import delay_until
 from clipgrad.rules.canonical import Outer
 from clipgrad.rules.convolution.geometry import Geometry
 
@@ -24,9 +24,9 @@ def rows_and_patches(
 ) -> Outer:
     """Return the factors: ``left`` is one row vector per position, and ``right`` is the patch at that position."""
     groups, axes = geometry.groups, len(geometry.stride)
-    rows, image = roles(gradient, input, geometry)
+    rows, image = rows_and_image(gradient, input, geometry)
     if prod(shape[2:]) > 1:  # otherwise patches are a view of the image
-        image = after(gradient, image)
+        image = delay_until(gradient, image)
     samples, channels = rows.shape[:2]
     left = rows.reshape(samples * groups, channels // groups, -1).transpose(1, 2)
     patches = unfold(image, shape[-axes:], rows.shape[2:], geometry)
@@ -34,7 +34,7 @@ def rows_and_patches(
     return Outer(left, right, shape, groups)
 
 
-def roles(gradient: Tensor, input: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor]:
+def rows_and_image(gradient: Tensor, input: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor]:
     """Return rows and image; a transposed convolution exchanges input and output gradient."""
     return (input, gradient) if geometry.transposed else (gradient, input)
 

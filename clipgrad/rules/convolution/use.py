@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from clipgrad.kernels.selection import select_last, select_rows
+from clipgrad.kernels.selection import select_rows, select_rows_reusing
 from clipgrad.rules.canonical import Outer, scale_rows, widen
 from clipgrad.rules.convolution.geometry import Geometry
 from clipgrad.rules.convolution.gradient import per_sample_gradient
@@ -51,9 +51,15 @@ class ConvolutionUse:
     def select(self, keep: Tensor) -> ConvolutionUse:
         # The next step scales one operand, which a compiler fuses with its selection; the library reads the other one.
         if self._scales_input():
-            input, gradient = select_rows(self.input, keep), select_last(self.gradient, keep)
+            input, gradient = (
+                select_rows(self.input, keep),
+                select_rows_reusing(self.gradient, keep),
+            )
         else:
-            input, gradient = select_last(self.input, keep), select_rows(self.gradient, keep)
+            input, gradient = (
+                select_rows_reusing(self.input, keep),
+                select_rows(self.gradient, keep),
+            )
         return replace(self, input=input, gradient=gradient)
 
     def _scales_input(self) -> bool:

@@ -14,16 +14,16 @@ from clipgrad.rules.recurrent.recurrence import GRU, LSTM, RNN, Cell, Trace, Wei
 
 # Up to this ``N G^2`` the product with the identity costs less than the kernel launches that it saves. On an H200 cuDNN
 # is 1.7 times as fast as the loop at 2^30 (H = 512, N = 256), and more than twice as fast at H = 1024, N = 32.
-_PRODUCT = 1 << 31
+_LARGEST_PRODUCT = 1 << 31
 # Shorter sequences save too few kernel launches.
-_STEPS = 8
+_FEWEST_STEPS = 8
 
 
-def suits(cell: Cell, z: Tensor, weights: Weights) -> bool:
+def can_run(cell: Cell, z: Tensor, weights: Weights) -> bool:
     """Return whether cuDNN can run this sequence, and is faster than the loop."""
-    if not z.is_cuda or weights.projection is not None or len(z) < _STEPS:
+    if not z.is_cuda or weights.projection is not None or len(z) < _FEWEST_STEPS:
         return False
-    if z.shape[1] * z.shape[2] ** 2 > _PRODUCT:
+    if z.shape[1] * z.shape[2] ** 2 > _LARGEST_PRODUCT:
         return False
     return torch.version.hip is None and torch.backends.cudnn.is_acceptable(z)
 
@@ -37,7 +37,7 @@ def run(
         The state after each step ``[T, N, H]``, the last state and the last cell state.
     """
     mode, gates, hidden = _mode(cell), z.shape[-1], h.shape[-1]
-    flat = _flat(z, weights)
+    flat = _weights_with_identity(z, weights)
     block = torch._cudnn_rnn_flatten_weight(flat, 4, gates, mode, hidden, 0, 1, False, False)
     steps = z.flip(0) if weights.reverse else z
     states, last, last_cell, _, _ = torch._cudnn_rnn(
@@ -46,15 +46,15 @@ def run(
         mode, hidden, 0, 1, False, 0.0, True, False, [], None,
     )  # fmt: skip
     states = states.flip(0) if weights.reverse else states
-    previous = weights.before(states.detach(), h.detach())
+    previous = weights.states_before_steps(states.detach(), h.detach())
     trace = Trace(previous)
     if isinstance(cell, GRU):
-        trace.reset = _reset(z.detach(), previous, weights)
+        trace.reset = _reset_gate(z.detach(), previous, weights)
     traces.append(trace)
     return states, last[0], None if c is None else last_cell[0]
 
 
-def _flat(z: Tensor, weights: Weights) -> list[Tensor]:
+def _weights_with_identity(z: Tensor, weights: Weights) -> list[Tensor]:
     """Return copies of the weights in cuDNN's order; copies, because flattening moves them into one block."""
     gates = z.shape[-1]
     identity = torch.eye(gates, dtype=z.dtype, device=z.device)
@@ -63,7 +63,7 @@ def _flat(z: Tensor, weights: Weights) -> list[Tensor]:
     return [identity, weights.recurrent.clone(), nothing, bias]
 
 
-def _reset(z: Tensor, previous: Tensor, weights: Weights) -> Tensor:
+def _reset_gate(z: Tensor, previous: Tensor, weights: Weights) -> Tensor:
     """Return a GRU's reset gate at all steps, ``[T, N, H]``."""
     hidden = previous.shape[-1]
     share = previous @ weights.recurrent[:hidden].t()

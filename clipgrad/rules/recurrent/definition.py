@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clipgrad._functorch import address
+from clipgrad._functorch import memory_address
 from clipgrad.errors import NotPerSampleError
 from clipgrad.rules.names import names_of
 
@@ -32,7 +32,7 @@ def refuse_packed(operation: str) -> None:
     )
 
 
-def named(weights: Sequence[Tensor], has_biases: bool) -> dict[str, Tensor]:
+def name_weights(weights: Sequence[Tensor], has_biases: bool) -> dict[str, Tensor]:
     """Name the entries of one layer and direction in a flat weight list."""
     names = ["w_ih", "w_hh", *(["b_ih", "b_hh"] if has_biases else []), "w_hr"]
     return dict(zip(names, weights, strict=False))
@@ -51,19 +51,11 @@ def _gru(share: Tensor, from_state: Tensor, states: States) -> States:
     return (n + (update + state_update).sigmoid() * (states[0] - n),)
 
 
-def _rnn_tanh(share: Tensor, from_state: Tensor, states: States) -> States:
-    return ((share + from_state).tanh(),)
-
-
-def _rnn_relu(share: Tensor, from_state: Tensor, states: States) -> States:
-    return ((share + from_state).relu(),)
-
-
 _STEPS: dict[str, Step] = {
     "lstm": _lstm,
     "gru": _gru,
-    "rnn_tanh": _rnn_tanh,
-    "rnn_relu": _rnn_relu,
+    "rnn_tanh": lambda share, from_state, _: ((share + from_state).tanh(),),
+    "rnn_relu": lambda share, from_state, _: ((share + from_state).relu(),),
 }
 
 
@@ -101,7 +93,7 @@ def _sequence(name: str) -> Callable[..., States]:
             if run and not reverse:  # the layer below is complete
                 x, outputs = torch.cat(outputs, dim=-1), []
                 x = F.dropout(x, dropout, train)
-            weights = named(params[run * count : (run + 1) * count], has_biases)
+            weights = name_weights(params[run * count : (run + 1) * count], has_biases)
             output, end = _layer(step, x, tuple(part[run] for part in starts), weights, reverse)
             outputs.append(output)
             ends.append(end)
@@ -130,20 +122,20 @@ def _cell(name: str) -> Callable[..., Tensor | States]:
     return cell
 
 
-def _pack(*args: Any, **kwargs: Any) -> None:
+def _refuse_packing(*args: Any, **kwargs: Any) -> None:
     refuse_packed("pack_padded_sequence")
 
 
-def _flatten(*args: Any, **kwargs: Any) -> None:
+def _skip_flattening(*args: Any, **kwargs: Any) -> None:
     """Do nothing: PyTorch would move the weights of a CUDA layer into one block for cuDNN, which is not used here."""
 
 
 # On CUDA, nn.LSTM and similar layers read the addresses of new weights, and then flatten the weights.
 DEFINITIONS: Mapping[Callable[..., Any], Callable[..., Any]] = MappingProxyType(
     {
-        **dict.fromkeys(names_of("_pack_padded_sequence"), _pack),
-        **dict.fromkeys(names_of("_cudnn_rnn_flatten_weight"), _flatten),
-        torch.Tensor.data_ptr: address,
+        **dict.fromkeys(names_of("_pack_padded_sequence"), _refuse_packing),
+        **dict.fromkeys(names_of("_cudnn_rnn_flatten_weight"), _skip_flattening),
+        torch.Tensor.data_ptr: memory_address,
         **{alias: _sequence(name) for name in _STEPS for alias in names_of(name)},
         **{alias: _cell(name) for name in _STEPS for alias in names_of(f"{name}_cell")},
     }

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from clipgrad.errors import EscapedParameterError
 from clipgrad.rules.canonical import Outer, Use
-from clipgrad.rules.linear import summed_over_positions
+from clipgrad.rules.linear import sum_over_positions
 from clipgrad.rules.recurrent import cudnn, recurrence
 from clipgrad.rules.recurrent.recurrence import GRU, Cell, Trace, Weights
 from clipgrad.rules.registry import Call, Extent, Recipe
@@ -99,12 +99,12 @@ def run_layer(
     bias, hidden_bias = constants.get("b_ih"), constants.get("b_hh")
     if not isinstance(cell, GRU):  # a GRU applies its reset gate between the two biases
         bias, hidden_bias = _sum(bias, hidden_bias), None
-    rows, into_gates = x.flatten(0, 1), constants["w_ih"].t()
-    z = torch.mm(rows, into_gates) if bias is None else torch.addmm(bias, rows, into_gates)
+    rows, input_operand = x.flatten(0, 1), constants["w_ih"].t()
+    z = torch.mm(rows, input_operand) if bias is None else torch.addmm(bias, rows, input_operand)
     factors = Factors(call.batch_size, len(x))
     z = call.record(z, *_recipes(weights, x, factors), saved=(x,)).view(*x.shape[:2], -1)
     shared = Weights(constants["w_hh"], hidden_bias, constants.get("w_hr"), reverse)
-    run = cudnn.run if cudnn.suits(cell, z, shared) else recurrence.run
+    run = cudnn.run if cudnn.can_run(cell, z, shared) else recurrence.run
     states, h, c = run(cell, z, state.h, state.c, shared, factors.traces)
     return states, State(h, c)
 
@@ -131,8 +131,8 @@ def _recipes(weights: Mapping[str, Tensor], x: Tensor, factors: Factors) -> list
     makers: dict[str, Callable[[Tensor, torch.Size], Use]] = {
         "w_ih": lambda g, shape: Outer(factors.input_side(g), factors.positions(x), shape),
         "w_hh": factors.recurrent,
-        "b_ih": lambda g, shape: summed_over_positions(factors.input_side(g)),
-        "b_hh": lambda g, shape: summed_over_positions(factors.hidden_side(g)),
+        "b_ih": lambda g, shape: sum_over_positions(factors.input_side(g)),
+        "b_hh": lambda g, shape: sum_over_positions(factors.hidden_side(g)),
         "w_hr": factors.projection,
     }
 

@@ -21,7 +21,7 @@ _sigmoid_backward = torch.ops.aten.sigmoid_backward
 _tanh_backward = torch.ops.aten.tanh_backward
 
 # From this many steps on, one copy of the transposed weight makes each step's GEMM about 1.3 times as fast.
-_MANY = 8
+_MANY_STEPS = 8
 
 Forward = tuple[Tensor, Tensor | None, tuple[Tensor, ...]]
 Backward = tuple["Trace", Tensor, Tensor, Tensor | None]
@@ -46,12 +46,12 @@ class Weights:
     def order(self, steps: int) -> Sequence[int]:
         return range(steps - 1, -1, -1) if self.reverse else range(steps)
 
-    def into_gates(self, steps: int) -> Tensor:
+    def recurrent_operand(self, steps: int) -> Tensor:
         """Return the recurrent weight as right operand of a step, copied to be contiguous if there are many steps."""
         transposed = self.recurrent.t()
-        return transposed if steps < _MANY else transposed.contiguous()
+        return transposed if steps < _MANY_STEPS else transposed.contiguous()
 
-    def before(self, states: Tensor, first: Tensor) -> Tensor:
+    def states_before_steps(self, states: Tensor, first: Tensor) -> Tensor:
         """Return the state before each step, from the states after each step and the initial state."""
         parts = (states[1:], first[None]) if self.reverse else (first[None], states[:-1])
         return torch.cat(parts)
@@ -77,7 +77,7 @@ class Trace:
 
 
 @dataclass(frozen=True)
-class Arriving:
+class OutputGradients:
     """This class holds the gradients of the outputs of a sequence.
 
     Attributes:
@@ -112,7 +112,7 @@ class Cell(Protocol):
         ...
 
     def backward(
-        self, arriving: Arriving, previous: Tensor, saved: Sequence[Tensor], weights: Weights
+        self, incoming: OutputGradients, previous: Tensor, saved: Sequence[Tensor], weights: Weights
     ) -> Backward:
         """Run backwards through time and return the trace and the gradients of ``z``, ``h`` and ``c``."""
         ...
@@ -123,7 +123,7 @@ class LSTM:
 
     def forward(self, z: Tensor, h: Tensor, c: Tensor | None, weights: Weights) -> Forward:
         assert c is not None
-        first, hidden, into_gates = c, c.shape[-1], weights.into_gates(len(z))
+        first, hidden, recurrent_operand = c, c.shape[-1], weights.recurrent_operand(len(z))
         down = None if weights.projection is None else weights.projection.t()
         states = z.new_empty(*z.shape[:2], h.shape[-1])
         cells, tanhs = z.new_empty(2, *z.shape[:2], hidden).unbind(0)
@@ -131,7 +131,7 @@ class LSTM:
         i_and_f = z[..., : 2 * hidden].unbind(0)
         gates, to_h, to_c, to_tanh = (tensor.unbind(0) for tensor in (z, states, cells, tanhs))
         for t in weights.order(len(z)):
-            gates[t].addmm_(h, into_gates)
+            gates[t].addmm_(h, recurrent_operand)
             i_and_f[t].sigmoid_()
             g[t].tanh_()
             o[t].sigmoid_()
@@ -144,23 +144,23 @@ class LSTM:
         return states, c.clone(), (z, first, cells, tanhs)
 
     def backward(
-        self, arriving: Arriving, previous: Tensor, saved: Sequence[Tensor], weights: Weights
+        self, incoming: OutputGradients, previous: Tensor, saved: Sequence[Tensor], weights: Weights
     ) -> Backward:
         z, first, cells, tanhs = saved
         i, f, g, o = z.chunk(4, dim=-1)
         dz = torch.empty_like(z)
         di, df, dg, do = dz.chunk(4, dim=-1)
         _sigmoid_backward(g, i, grad_input=di)
-        _sigmoid_backward(weights.before(cells, first), f, grad_input=df)
+        _sigmoid_backward(weights.states_before_steps(cells, first), f, grad_input=df)
         _tanh_backward(i, g, grad_input=dg)
         _sigmoid_backward(tanhs, o, grad_input=do)
         through_tanh = _tanh_backward(o, tanhs).unbind(0)
         gates, keep, output = dz.unbind(0), f.unbind(0), do.unbind(0)
         i_f_g = dz.unflatten(-1, (4, -1))[:, :, :3].unbind(0)
         order, projected = weights.order(len(z)), []
-        dh = arriving.start(order)
-        dc = torch.zeros_like(first) if arriving.cell is None else arriving.cell.clone()
-        for t, outside in arriving.walk(order):
+        dh = incoming.start(order)
+        dc = torch.zeros_like(first) if incoming.cell is None else incoming.cell.clone()
+        for t, outside in incoming.walk(order):
             if weights.projection is not None:
                 projected.append(dh)
                 dh = dh @ weights.projection
@@ -180,7 +180,7 @@ class GRU:
     """This cell computes ``r, z = sigmoid; n = tanh(x_n + r (h W_n^T + b_n)); h = n + z (h - n)``."""
 
     def forward(self, z: Tensor, h: Tensor, c: Tensor | None, weights: Weights) -> Forward:
-        first, width, into_gates = h, h.shape[-1], weights.into_gates(len(z))
+        first, width, recurrent_operand = h, h.shape[-1], weights.recurrent_operand(len(z))
         bias = weights.hidden_bias
         states, shares = z.new_empty(*z.shape[:2], width), torch.empty_like(z)
         reset, update, new = (gate.unbind(0) for gate in z.chunk(3, dim=-1))
@@ -189,16 +189,16 @@ class GRU:
         share_of_others, to_h = shares[..., : 2 * width].unbind(0), states.unbind(0)
         for t in weights.order(len(z)):
             if bias is None:
-                torch.mm(h, into_gates, out=share[t])
+                torch.mm(h, recurrent_operand, out=share[t])
             else:
-                torch.addmm(bias, h, into_gates, out=share[t])
+                torch.addmm(bias, h, recurrent_operand, out=share[t])
             reset_and_update[t].add_(share_of_others[t]).sigmoid_()
             new[t].addcmul_(reset[t], share_of_new[t]).tanh_()
             h = torch.lerp(new[t], h, update[t], out=to_h[t])
         return states, None, (z, first, shares)
 
     def backward(
-        self, arriving: Arriving, previous: Tensor, saved: Sequence[Tensor], weights: Weights
+        self, incoming: OutputGradients, previous: Tensor, saved: Sequence[Tensor], weights: Weights
     ) -> Backward:
         z, _, shares = saved
         reset, update, new = z.chunk(3, dim=-1)
@@ -211,8 +211,8 @@ class GRU:
         gates, keep, through = hidden.unbind(0), update.unbind(0), through_new.unbind(0)
         each = hidden.unflatten(-1, (3, -1)).unbind(0)
         order = weights.order(len(z))
-        dh = arriving.start(order)
-        for t, outside in arriving.walk(order):
+        dh = incoming.start(order)
+        for t, outside in incoming.walk(order):
             each[t].mul_(dh.unsqueeze(1))
             through[t].mul_(dh)
             dh = torch.addmm(outside, gates[t], weights.recurrent).addcmul_(dh, keep[t])
@@ -227,21 +227,21 @@ class RNN:
     relu: bool
 
     def forward(self, z: Tensor, h: Tensor, c: Tensor | None, weights: Weights) -> Forward:
-        into_gates, states = weights.into_gates(len(z)), torch.empty_like(z)
+        recurrent_operand, states = weights.recurrent_operand(len(z)), torch.empty_like(z)
         share, to_h = z.unbind(0), states.unbind(0)
         for t in weights.order(len(z)):
-            h = torch.addmm(share[t], h, into_gates, out=to_h[t])
+            h = torch.addmm(share[t], h, recurrent_operand, out=to_h[t])
             h = h.relu_() if self.relu else h.tanh_()
         return states, None, (states,)
 
     def backward(
-        self, arriving: Arriving, previous: Tensor, saved: Sequence[Tensor], weights: Weights
+        self, incoming: OutputGradients, previous: Tensor, saved: Sequence[Tensor], weights: Weights
     ) -> Backward:
         (states,) = saved
         dz = (states > 0).to(states.dtype) if self.relu else 1 - states * states
         gates, order = dz.unbind(0), weights.order(len(dz))
-        dh = arriving.start(order)
-        for t, outside in arriving.walk(order):
+        dh = incoming.start(order)
+        for t, outside in incoming.walk(order):
             dh = torch.addmm(outside, gates[t].mul_(dh), weights.recurrent)
         return Trace(previous), dz, dh, None
 
@@ -273,13 +273,13 @@ class _Sequence(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         states, first, *saved = ctx.saved_tensors
         nothing = states.new_zeros(()).expand_as(states)
-        arriving = Arriving(
+        incoming = OutputGradients(
             (nothing if d_states is None else d_states).unbind(0),
             nothing[0] if d_last is None else d_last,
             d_cell,
         )
-        previous = ctx.weights.before(states, first)
-        trace, dz, dh, dc = ctx.cell.backward(arriving, previous, saved, ctx.weights)
+        previous = ctx.weights.states_before_steps(states, first)
+        trace, dz, dh, dc = ctx.cell.backward(incoming, previous, saved, ctx.weights)
         ctx.traces.append(trace)
         return dz, dh, dc, None, None, None
 

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clipgrad.rules.recurrent.definition import named, refuse_packed
+from clipgrad.rules.recurrent.definition import name_weights, refuse_packed
 from clipgrad.rules.recurrent.layer import State, run_layer
 from clipgrad.rules.recurrent.recurrence import GRU, LSTM, RNN, Cell
 from clipgrad.rules.registry import Call, Decline, register_rule
@@ -44,10 +44,10 @@ def _sequence(
     params = [_adopt(call, weight) for weight in params]
     count = len(params) // (options.num_layers * options.directions)
     for first in range(0, len(params), count):
-        _decline_broadcasts(named(params[first : first + count], options.has_biases))
+        _decline_broadcasts(name_weights(params[first : first + count], options.has_biases))
     x, state = call.batched(input), _state(call, hx)
     inner = x.shape[1] if options.batch_first else x.shape[2]
-    with _lowered(x) as dtype:
+    with _autocast_dtype(x) as dtype:
         x = x.permute((2, 0, 1, 3) if options.batch_first else (1, 0, 2, 3)).flatten(1, 2).to(dtype)
         starts = [part.transpose(0, 1).flatten(1, 2).to(dtype).unbind(0) for part in state.parts]
         _check(x, [part for start in starts for part in start])
@@ -58,7 +58,9 @@ def _sequence(
             outputs = []
             for direction in range(options.directions):
                 index = layer * options.directions + direction
-                weights = named(params[index * count : (index + 1) * count], options.has_biases)
+                weights = name_weights(
+                    params[index * count : (index + 1) * count], options.has_biases
+                )
                 start = State(*(part[index] for part in starts))
                 output, end = run_layer(call, cell, x, start, weights, reverse=direction == 1)
                 outputs.append(output)
@@ -85,7 +87,7 @@ def _state(call: Call, hx: Tensor | Sequence[Tensor]) -> State:
 
 
 @contextmanager
-def _lowered(x: Tensor) -> Iterator[torch.dtype]:
+def _autocast_dtype(x: Tensor) -> Iterator[torch.dtype]:
     """Yield autocast's dtype, or the input's dtype without autocast; the body runs without autocast."""
     device = x.device.type
     lowers = torch.is_autocast_enabled(device) and x.dtype != torch.float64
@@ -102,7 +104,7 @@ def _step(
     _decline_broadcasts(weights)
     x, state = call.batched(input), _state(call, hx)
     rows = State(*(part.flatten(0, -2) for part in state.parts))
-    with _lowered(x):
+    with _autocast_dtype(x):
         steps = x.flatten(0, -2)[None].to(state.h.dtype)
         _check(steps, rows.parts)
         _, last = run_layer(call, cell, steps, rows, weights, reverse=False)
@@ -112,7 +114,7 @@ def _step(
 def _adopt(call: Call, weight: Tensor) -> Tensor:
     """Return a weight that all samples share, and decline a weight that differs from sample to sample."""
     weight = call.adopt(weight)
-    if call.has_lanes(weight):
+    if call.has_batch_axis(weight):
         raise Decline
     return weight
 

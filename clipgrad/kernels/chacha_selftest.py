@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import math
-from typing import Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from cryptography.hazmat.primitives.ciphers import Cipher
 from cryptography.hazmat.primitives.ciphers.algorithms import ChaCha20
 from numpy.typing import NDArray
-from torch import Tensor
 
-LANES = 128  # blocks that a program computes at a time
+BLOCKS_AT_ONCE = 128  # blocks that a program computes at a time
 PER_BLOCK = {torch.float64: 8, torch.float32: 16}  # values made from one block
 RFC_KEY = bytes(range(32))
 RFC_NONCE = bytes.fromhex("000000090000004a00000000")
@@ -25,42 +24,24 @@ _RELATIVE = {torch.float64: 1e-11, torch.float32: 1e-6}
 _Floats = NDArray[np.float64]
 
 
-class AddsGaussians(Protocol):
-    """This protocol adds noise on a device; ``clipgrad.kernels.chacha_launch`` documents the arguments."""
+def verify(cipher: Any, device: torch.device) -> None:
+    """Raise RuntimeError unless the device agrees with RFC 8439, the CPU's keystream and Gaussians of the same bits.
 
-    def add_gaussian_(
-        self,
-        tensors: list[Tensor],
-        sigma: float,
-        draws: int,
-        key: bytes,
-        divisor: float = 1.0,
-        into: list[Tensor] | None = None,
-    ) -> None:
-        """Add noise from a key that is used for nothing else, and divide; the tensors' memory has no gaps."""
-        ...
-
-
-class Device(AddsGaussians, Protocol):
-    """This protocol is required by ``prove``; ``clipgrad.kernels.chacha_launch`` documents the methods."""
-
-    def blocks(self, key: bytes, nonce: bytes, first: int) -> bytes: ...
-    def pairs(self, words: NDArray[np.uint32]) -> NDArray[np.float32]: ...
-
-
-def prove(cipher: Device, device: torch.device) -> None:
-    """Raise RuntimeError unless the device agrees with RFC 8439, the CPU's keystream and Gaussians of the same bits."""
+    ``cipher`` has the methods of ``chacha_launch.TritonChaCha``.
+    """
     if cipher.blocks(RFC_KEY, RFC_NONCE, 1)[:64] != RFC_BLOCK:
         raise RuntimeError("the device's ChaCha20 fails the test vector of RFC 8439, 2.3.2")
     nonce = bytes(range(100, 112))
-    if cipher.blocks(RFC_KEY, nonce, 2**31 - 5) != keystream(RFC_KEY, nonce, 2**31 - 5, LANES):
+    if cipher.blocks(RFC_KEY, nonce, 2**31 - 5) != keystream(
+        RFC_KEY, nonce, 2**31 - 5, BLOCKS_AT_ONCE
+    ):
         raise RuntimeError("the device's ChaCha20 keystream differs from the CPU's")
     for words in edges():
         error = relative_error(cipher.pairs(words), pairs_float32(words))
         if not error <= _RELATIVE[torch.float32]:
             raise RuntimeError(f"the device's Gaussians have a relative error of {error}")
     for dtype, draws in [(torch.float64, 1), (torch.float64, 2), (torch.float32, 1)]:
-        size = PER_BLOCK[dtype] * LANES + 1  # one full program and one value of the next
+        size = PER_BLOCK[dtype] * BLOCKS_AT_ONCE + 1  # one full program and one value of the next
         zeros = torch.zeros(size, dtype=dtype, device=device)
         # NaN replaces results of an earlier self-test in reused memory. A public key is safe for discarded values.
         found = torch.full_like(zeros, math.nan)
@@ -89,7 +70,7 @@ def edges() -> list[NDArray[np.uint32]]:
     near |= {2**30, 2**30 - 1, 2**31 - 1, 2**31 - 2**7, 0x2AAAAAAA}
     words = sorted(near | {2**32 - 1 - word for word in near})
     grid = np.array([(w0, w1) for w0 in words for w1 in words], dtype=np.uint32)
-    return list(np.resize(grid, (-(-len(grid) // LANES), LANES, 2)))
+    return list(np.resize(grid, (-(-len(grid) // BLOCKS_AT_ONCE), BLOCKS_AT_ONCE, 2)))
 
 
 def pairs_float32(words: NDArray[np.uint32]) -> _Floats:
@@ -117,13 +98,15 @@ def pairs_float64(words: NDArray[np.uint32]) -> _Floats:
 def gaussians(key: bytes, size: int, draws: int, dtype: torch.dtype) -> _Floats:
     """Return the noise for one tensor of ``size`` values with a sigma of 1."""
     per_block = PER_BLOCK[dtype]
-    rounds = -(-size // (per_block * LANES))
-    words = np.frombuffer(keystream(key, bytes(12), 0, rounds * LANES * draws), dtype="<u4")
+    rounds = -(-size // (per_block * BLOCKS_AT_ONCE))
+    words = np.frombuffer(
+        keystream(key, bytes(12), 0, rounds * BLOCKS_AT_ONCE * draws), dtype="<u4"
+    )
     if dtype is torch.float64:
         values = pairs_float64(words.reshape(-1, 4))
     else:
         values = pairs_float32(words.reshape(-1, 2))
     # [round, block, draw, value] -> [round, value, block]: neighbouring blocks hold neighbouring values.
-    summed = values.reshape(rounds, LANES, draws, per_block).sum(2) / math.sqrt(draws)
-    by_lane: _Floats = summed.transpose(0, 2, 1).reshape(-1)
-    return by_lane[:size]
+    summed = values.reshape(rounds, BLOCKS_AT_ONCE, draws, per_block).sum(2) / math.sqrt(draws)
+    flat: _Floats = summed.transpose(0, 2, 1).reshape(-1)
+    return flat[:size]

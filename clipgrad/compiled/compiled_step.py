@@ -13,7 +13,7 @@ from torch import Tensor
 from clipgrad.compiled.backend import Run
 from clipgrad.compiled.cuda_graphs import Replay
 from clipgrad.compiled.lengths import Lengths, Shapes
-from clipgrad.compiled.trace import Graph
+from clipgrad.compiled.trace import TracedStep
 from clipgrad.engine.clip_and_sum import MicrobatchResult
 
 RECORDINGS = 8
@@ -32,7 +32,7 @@ def plain_operations(device: torch.device) -> Iterator[None]:
 
 
 @dataclass
-class Entry:
+class CompiledStep:
     """One compiled graph and what it was made for.
 
     Attributes:
@@ -48,7 +48,7 @@ class Entry:
 
     signature: tuple[Any, ...]
     lengths: Lengths
-    graph: Graph
+    graph: TracedStep
     run: Run
     record: Callable[[], Replay] | None = None
     replays: dict[Shapes, Replay] = field(default_factory=dict)
@@ -78,7 +78,7 @@ class Entry:
         next_run = self.runs + 1
         compared = next_run & self.runs == 0
         replay = self.replay(shapes)
-        return not compared and (replay is None or replay.settled(flat))
+        return not compared and (replay is None or replay.is_recorded_for(flat))
 
     def start(self, given: Sequence[Tensor], shapes: Shapes) -> bool:
         """Replay the step before anybody has checked whether the graph serves, if that can be undone.
@@ -89,10 +89,10 @@ class Entry:
             Whether a replay was started, so that ``call`` has only to fetch the results.
         """
         replay = self.replays.get(shapes)
-        if replay is None or not self.graph.forgettable:
+        if replay is None or not self.graph.has_no_side_effects:
             return False
         flat = self.arguments(given, shapes)
-        if not replay.fits(flat) or not self.is_trusted(flat, shapes):
+        if not replay.can_replay(flat) or not self.is_trusted(flat, shapes):
             return False
         with torch.no_grad():
             replay.start(flat)
@@ -108,4 +108,6 @@ class Entry:
                 results = self.run(*flat)
             else:
                 results = replay.results(layout.sums) if started else replay(flat, layout.sums)
-        return layout.restore(results, aliases_graph=replay is not None and replay.lends)
+        return layout.restore(
+            results, aliases_graph=replay is not None and replay.returned_uncopied
+        )
