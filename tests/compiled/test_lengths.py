@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clipgrad import DPOptimizer
-from tests.compiled.conftest import Graphs
+from clipgrad.compiled import compiled_step
+from tests.compiled.conftest import Graphs, Recorder
 from tests.oracle import clipped_sum, per_sample_gradients
 
 Loss = Callable[[nn.Module, Tensor], Tensor]
@@ -77,7 +78,7 @@ def test_two_graphs_serve_all_lengths(loss: Loss, graphs: Graphs) -> None:
     assert len(graphs) == 2
 
 
-@pytest.mark.parametrize("strategy", ["kept", "ghost", "recompute"])
+@pytest.mark.parametrize("strategy", ["kept", "ghost"])
 def test_every_way_to_find_norms(strategy: str, graphs: Graphs) -> None:
     from clipgrad import Performance
 
@@ -195,3 +196,15 @@ def test_operations_on_the_whole_batch(pad: Callable[[Tensor], Tensor], graphs: 
     for length in (4, 6, 5):
         check(optimizer, model, loss, torch.randn(4, length, 3, dtype=torch.float64))
     assert len(graphs) <= 3
+
+
+def test_each_length_has_a_recording_up_to_a_limit(
+    graphs: Graphs, recorders: list[Recorder], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compiled_step, "RECORDINGS", 3)
+    model = Text().double()
+    optimizer = optimizer_of(model, of_next_word)
+    for ids in texts(7, 5, 12, 7, 5, 12, 3, 9, 4, 3, 9, 4, 7, 5, 12):
+        check(optimizer, model, of_next_word, ids)
+    assert len(graphs) == 2
+    assert len(recorders) == 1 + 3

@@ -6,7 +6,7 @@ Between replays that memory holds nonsense, so what is read from it without a re
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -18,7 +18,6 @@ from torch.fx import symbolic_trace
 
 from clipgrad import DPOptimizer, clipped_grad
 from clipgrad.clipping import make_clipping
-from clipgrad.compiled import backend
 from clipgrad.compiled import step as step_module
 from clipgrad.compiled.cuda_graphs import Replay, recordable
 from clipgrad.compiled.lengths import Lengths, shapes_of
@@ -31,7 +30,7 @@ from clipgrad.errors import CompileMismatchError
 from clipgrad.options import Options
 from clipgrad.ranks import OneProcess
 from tests.architectures import ARCHITECTURES
-from tests.compiled.conftest import Graphs
+from tests.compiled.conftest import Graphs, Recorder
 from tests.compiled.test_exact import check
 from tests.nightly import every
 from tests.oracle import clipped_sum, per_sample_gradients
@@ -40,38 +39,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:There is a performance drop"),
     pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad"),
 ]
-NONSENSE = 77
-
-
-class Recorder:
-    """Counts what is asked of it."""
-
-    made: list[Recorder]
-
-    def __init__(self, device: torch.device, pool: object = None) -> None:
-        self.replays = 0
-        type(self).made.append(self)
-
-    def record(self, function: Callable[[], Sequence[Tensor]]) -> Sequence[Tensor]:
-        self._function = function
-        self._results = [result.clone().fill_(NONSENSE) for result in function()]
-        return self._results
-
-    def wait(self) -> None: ...
-
-    def replay(self) -> None:
-        self.replays += 1
-        for kept, result in zip(self._results, self._function(), strict=True):
-            kept.copy_(result)
-
-
-@pytest.fixture
-def recorders(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Recorder]]:
-    Recorder.made = []
-    monkeypatch.setattr(backend, "uses_cuda_graphs", lambda mode: True)
-    monkeypatch.setattr(step_module, "recordable", lambda module, device: True)
-    monkeypatch.setattr(step_module, "CudaRecorder", Recorder)
-    return Recorder.made
 
 
 @pytest.mark.parametrize(
