@@ -29,35 +29,33 @@ SIZES = (10_000, 100_000, 1_000_000, 10_000_000)
 BANDS = 16
 
 
-def errors(steps: int, epochs: int, epsilon: float, coefficients: str) -> tuple[float, int]:
-    """The error relative to independent noise, and the number of bands."""
-    plans = [
-        PrivacyPlan.for_epsilon(
-            epsilon,
-            num_samples=SAMPLES,
-            expected_batch_size=SAMPLES * epochs / steps,
-            steps=steps,
-            delta=DELTA,
-            mechanism=mechanism,
-        )
-        for mechanism in (None, BandedFactorisation("auto", coefficients))
-    ]
-    chosen = plans[1].mechanism
-    assert chosen is not None
-    return plans[1].expected_error() / plans[0].expected_error(), chosen.count()
+def plan_of(
+    steps: int, epochs: int, epsilon: float, mechanism: BandedFactorisation | None
+) -> PrivacyPlan:
+    return PrivacyPlan.for_epsilon(
+        epsilon,
+        num_samples=SAMPLES,
+        expected_batch_size=SAMPLES * epochs / steps,
+        steps=steps,
+        delta=DELTA,
+        mechanism=mechanism,
+    )
 
 
 def error_table() -> None:
     print(
-        f"error of prefix sums relative to independent noise at delta = {DELTA:g}, in brackets bands"
+        f"error of prefix sums relative to independent noise, delta = {DELTA:g}; bands in brackets"
     )
     print(f"{'steps':>6s} {'epochs':>7s} {'epsilon':>8s} {'square root':>14s} {'optimised':>14s}")
     for steps, epochs in RUNS:
         for epsilon in EPSILONS:
             line = f"{steps:6d} {epochs:7d} {epsilon:8g}"
+            independent = plan_of(steps, epochs, epsilon, None).expected_error()
             for coefficients in ("square_root", "optimised"):
-                error, bands = errors(steps, epochs, epsilon, coefficients)
-                line += f" {error:8.3f} ({bands:3d})"
+                plan = plan_of(steps, epochs, epsilon, BandedFactorisation("auto", coefficients))
+                assert isinstance(plan.mechanism, BandedFactorisation)
+                error = plan.expected_error() / independent
+                line += f" {error:8.3f} ({plan.mechanism.count():3d})"
             print(line, flush=True)
 
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -58,6 +58,18 @@ class Outcome:
         """Return the mean loss of the samples that are not padding; NaN if there is none."""
         losses = self.losses if self.is_padding is None else self.losses[~self.is_padding]
         return losses.mean()
+
+
+class NotPrivate(NamedTuple):
+    """What ``backward`` returns if the loss returns ``(loss, metrics)``. **Not private**, neither of them.
+
+    Attributes:
+        loss: The mean loss of the samples that are not padding, detached.
+        metrics: What the loss returned beside its value, of each sample that is not padding: ``[B, ...]``.
+    """
+
+    loss: Tensor
+    metrics: Any
 
 
 @dataclass(frozen=True)

@@ -79,7 +79,7 @@ class SystemNoise:
         *,
         out_of_place: bool = False,
     ) -> list[Tensor]:
-        """Add and divide, in one pass where possible; :func:`clipgrad.noise.mean.noised_mean` calls this method too."""
+        """Add and divide, in one pass where possible; ``step_noise.noised_mean`` calls this method too."""
         return self._of_this_process().add(checked, sigma, divisor, out_of_place)
 
     def _fill(self, flats: list[Tensor], sigma: float) -> None:

@@ -9,6 +9,7 @@ from clipgrad.accounting import Ledger
 from clipgrad.errors import PrivacyBudgetError, UnaccountedBatchError
 from clipgrad.plan import PrivacyPlan
 from clipgrad.plan.receipts import Claim, rows_in
+from clipgrad.ranks import Ranks
 
 
 class Account:
@@ -93,6 +94,26 @@ class Account:
                     "is accounted for if each group of samples keeps its turn: batch k belongs to step k. Use one "
                     "iteration of one loader, and restore its state together with the optimizer's."
                 )
+
+    def share_name(self, ranks: Ranks) -> None:
+        """Let the steps of a new run have one name in the ledgers of all processes."""
+        run = self.plan.run
+        name = ranks.same(run.name)
+        if self.steps_done == 0:
+            run.name = name
+
+    def position(self, claim: Claim, ranks: Ranks) -> tuple[str, int, int, int]:
+        """Return the run, the number of its steps, and the batch that a step would use; the same in each process.
+
+        Raises:
+            UnaccountedBatchError: If the batch was sampled from another part of the data than this process's.
+        """
+        run = self.plan.run
+        if self.plan.declared_sampling is not None:
+            return run.name, self.steps_done, 0, 0
+        receipt = run.receipts.receipt_to_spend(claim)
+        run.receipts.check_share(ranks.rank, ranks.size)
+        return run.name, self.steps_done, receipt.iteration, receipt.index
 
     def record(self, claim: Claim, noise_multiplier: float) -> None:
         """Record a step that ``check_step`` has accepted; call this before the step's result becomes visible."""
