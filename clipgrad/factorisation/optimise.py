@@ -10,6 +10,8 @@ import numpy as np
 
 from clipgrad.factorisation.toeplitz import Array, inverse, square_root
 
+_TOO_LARGE = 1e100
+
 
 def optimised(bands: int, steps: int) -> Array:
     """Return the banded coefficients for which ``prefix_sum_error`` of ``steps`` steps is least.
@@ -54,10 +56,14 @@ def _log_error(tail: Array, steps: int) -> tuple[float, Array]:
     ``ds/dc_i = -x^i s / c``.
     """
     coefficients = np.concatenate([[1.0], tail])
-    inverted = inverse(coefficients, steps)
-    summed = np.cumsum(inverted)
-    weighted = np.arange(steps, 0, -1) * summed
-    value, square = float(weighted @ summed), float(coefficients @ coefficients)
+    # A step of the search may go where the inverse grows without bound; it then tries a shorter one.
+    with np.errstate(over="ignore", invalid="ignore"):
+        inverted = inverse(coefficients, steps)
+        summed = np.cumsum(inverted)
+        weighted = np.arange(steps, 0, -1) * summed
+        value, square = float(weighted @ summed), float(coefficients @ coefficients)
+    if not value < _TOO_LARGE:
+        return _TOO_LARGE, np.zeros_like(tail)
     by_both = np.convolve(summed, inverted)[:steps]
     lags = range(1, len(coefficients))
     slope = [-2.0 * float(weighted[i:] @ by_both[: steps - i]) if i < steps else 0.0 for i in lags]

@@ -11,7 +11,7 @@ import pytest
 
 from clipgrad.factorisation import BandedFactorisation, BufferedToeplitz
 from clipgrad.factorisation.buffered import _inverse_of
-from clipgrad.factorisation.optimise import _found, is_stable, optimised
+from clipgrad.factorisation.optimise import _found, _log_error, is_stable, optimised
 from clipgrad.factorisation.toeplitz import (
     column_norm,
     inverse,
@@ -58,6 +58,16 @@ def test_the_search_ends_where_nothing_near_is_better(bands: int, steps: int) ->
             other = found.copy()
             other[1:] += size * generator.standard_normal(bands - 1)
             assert prefix_sum_error(other, steps) > best * (1 - 1e-6)
+
+
+@pytest.mark.parametrize("bands", [48, 64, 96])
+def test_the_search_may_try_what_is_unstable(bands: int) -> None:
+    """Warnings are errors: overflows on the way are caught."""
+    found = optimised(bands, 1000)
+    assert prefix_sum_error(found, 1000) < prefix_sum_error(square_root(bands), 1000)
+    value, slope = _log_error(np.full(3, 5.0), 2000)
+    assert value > 1e90
+    assert not slope.any()
 
 
 def test_one_band_is_independent_noise() -> None:
