@@ -33,6 +33,7 @@ class Gradients:
             if entry.has_gradient:
                 for index in entry.parameters:
                     self._parts[index].append(entry)
+        self.parameters = [entry.shared for entry in tape.tracked if not entry.derived]
         self._summed: dict[int, Tensor] = {}
         self._pulled: dict[int, list[Tensor | None]] = {}
         self._bundled: dict[int, Bundle] = {}

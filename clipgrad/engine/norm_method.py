@@ -23,6 +23,7 @@ from dataclasses import dataclass
 
 import torch
 
+from clipgrad._functorch import expected
 from clipgrad.engine.tape import Strategy, Tracked
 from clipgrad.rules.registry import Extent
 
@@ -99,7 +100,7 @@ def _has_choice(entry: Tracked) -> bool:
 
 
 def _preference(entry: Tracked, batch_size: int, forced: Strategy | None) -> Choice:
-    extents = [extent for extent in entry.extents if extent is not None]
+    extents = [_expected(extent) for extent in entry.extents if extent is not None]
     half = _half_precision(entry)
     size = _BYTES if half is None else _HALF_BYTES
     kept_size = _HALF_BYTES if half is torch.bfloat16 else _BYTES
@@ -142,6 +143,17 @@ def _half_precision(entry: Tracked) -> torch.dtype | None:
     """Return the half-precision dtype that products of the entry's dense uses read as it is, or None."""
     dense = {use.half for use in entry.expected if use.extent and not use.extent.one_hot}
     return dense.pop() if len(dense) == 1 else None
+
+
+def _expected(extent: Extent) -> Extent:
+    """Return an extent whose sizes are numbers: a graph of many lengths keeps the choice of the longest one seen."""
+    return Extent(
+        expected(extent.positions),
+        expected(extent.rows),
+        expected(extent.columns),
+        expected(extent.groups),
+        extent.one_hot,
+    )
 
 
 def _why_kept(entry: Tracked) -> str:

@@ -8,6 +8,7 @@ from enum import Enum
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import Node
 
 from clipgrad._functorch import hide_batch_axis
 from clipgrad._phases import phase
@@ -170,8 +171,15 @@ class Tracked:
 class Tape:
     """The tape holds all parameters of one microbatch and the tracked expressions computed from them."""
 
-    def __init__(self, names: Sequence[str], parameters: Sequence[Tensor], batch_size: int) -> None:
+    def __init__(
+        self,
+        names: Sequence[str],
+        parameters: Sequence[Tensor],
+        batch_size: int,
+        before_recipe: Callable[[Sequence[Tensor]], None] | None = None,
+    ) -> None:
         self.batch_size = batch_size
+        self._before_recipe = before_recipe
         self.corrected: list[
             tuple[int, int]
         ] = []  # ranges of autograd's sequence numbers: first, and last plus one
@@ -183,8 +191,19 @@ class Tape:
         self.anchor = torch.zeros((), dtype=first.dtype, device=first.device, requires_grad=True)
 
     def _track(self, name: str, shared: Tensor, parameters: tuple[int, ...]) -> Tracked:
-        leaf = shared.detach().expand(self.batch_size, *shared.shape).requires_grad_()
+        leaf = self._expanded(shared).requires_grad_()
         return Tracked(name, shared, leaf, leaf, parameters)
+
+    def _expanded(self, shared: Tensor) -> Tensor:
+        """Return ``[B, *shape]`` in the memory of a parameter, which may be freed until the parameter is gathered."""
+        storage = shared.untyped_storage() if self._before_recipe is not None else None
+        is_freed = storage is not None and storage.nbytes() == 0 and shared.numel() > 0
+        if storage is not None and is_freed:  # PyTorch makes views of allocated memory only
+            storage.resize_(shared.numel() * shared.element_size())
+        leaf = shared.detach().expand(self.batch_size, *shared.shape)
+        if storage is not None and is_freed:
+            storage.resize_(0)
+        return leaf
 
     def derive(
         self,
@@ -211,6 +230,12 @@ class Tape:
         tracked.wide = wide
         self.tracked.append(tracked)
         return tracked
+
+    def graphs_of_expressions(self) -> list[Node | None]:
+        """Return the last nodes of the graphs through which gradients of expressions are pulled back."""
+        entries = [entry for entry in self.tracked if entry.derived]
+        values = [value for entry in entries for value in (entry.shared, entry.wide)]
+        return [value.grad_fn for value in values if value is not None]
 
     def release(self) -> None:
         """Free all factors and gradients after the sums are computed, or after the loss is refused.
@@ -246,6 +271,8 @@ class Tape:
                 )
             with phase("per-sample gradients"):
                 for tracked, recipe in waiting:
+                    if self._before_recipe is not None:
+                        self._before_recipe([self.tracked[i].shared for i in tracked.parameters])
                     tracked.receive(recipe.make(gradient), recipe.extent, rule)
             waiting.clear()
             held.clear()

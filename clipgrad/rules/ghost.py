@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from clipgrad._functorch import expected
 from clipgrad.kernels.tensor_cores import convolutions_allow_tf32, full_product
 from clipgrad.rules.canonical import OneHot, Outer, row_norms_squared, sum_of, widen
 from clipgrad.rules.gram import Lengths, equal_id_sums, gram_sums
@@ -195,6 +196,7 @@ def _one_position(left: Tensor, right: Tensor) -> Tensor:
 def _few_positions(right: Tensor) -> bool:
     """Return whether a Gram matrix costs less than sorting ids and adding rows, which a CPU does sequentially."""
     samples, positions, _ = right.shape
+    positions = expected(positions)
     few = 1 < positions <= _FEW_POSITIONS and samples * positions**2 <= _FEW_ELEMENTS
     return few and right.device.type == "cpu"
 

@@ -16,6 +16,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from clipgrad._functorch import expected
 from clipgrad.kernels.half_products import HALF, product
 from clipgrad.kernels.tensor_cores import set_tf32
 
@@ -89,7 +90,7 @@ def equal_id_sums(ids: Tensor, right: Tensor) -> tuple[Tensor, Lengths]:
 
 def _by_products(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     positions = left.shape[1]
-    if positions >= _SYMMETRY_POSITIONS:
+    if expected(positions) >= _SYMMETRY_POSITIONS:
         # By symmetry two half-size norms and one off-diagonal block, counted twice, are enough.
         half = positions // 2
         heads, tails = (left[:, :half], right[:, :half]), (left[:, half:], right[:, half:])
@@ -102,11 +103,14 @@ def _by_products(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor, T
 
 def _in_pieces(function: Callable[..., tuple[Tensor, ...]], *factors: Tensor) -> tuple[Tensor, ...]:
     """Apply the function to a few samples at a time, so that their Gram matrices stay small."""
-    elements = factors[0].shape[1] * factors[-1].shape[1]
+    samples = factors[0].shape[0]
+    elements = expected(factors[0].shape[1] * factors[-1].shape[1])
+    if samples * elements <= _ELEMENTS:
+        return function(*factors)
     step = max(1, _ELEMENTS // max(1, elements))
-    starts = range(0, max(1, factors[0].shape[0]), step)
+    starts = range(0, samples, step)
     pieces = [function(*(factor[start : start + step] for factor in factors)) for start in starts]
-    return pieces[0] if len(pieces) == 1 else tuple(map(torch.cat, zip(*pieces, strict=True)))
+    return tuple(map(torch.cat, zip(*pieces, strict=True)))
 
 
 def _product(
