@@ -236,6 +236,7 @@ class DPOptimizer(PrivacyState, Generic[Returned]):
                 means = self._noise.next(
                     share.parts,
                     self._step_state.step,
+                    names=names,
                     sigma=sigma,
                     divisor=self.expected_batch_size,
                     in_place=share.private,
