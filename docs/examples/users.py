@@ -2,9 +2,9 @@
 
     python docs/examples/users.py
 
-Each user has some scans of digits, shifted by the habit of the user. A round draws users, clips what each contributes as
-a whole, and adds noise once. The second phase uses more users a round and a smaller step. Its plan continues the ledger
-of the first, so epsilon covers both.
+Each user has some scans of digits, shifted by the habit of the user. A round draws users, clips what each contributes
+as a whole, and adds noise once. The second phase uses more users a round and a smaller step. Its plan continues the
+ledger of the first, so epsilon covers both.
 """
 
 from __future__ import annotations
