@@ -32,10 +32,6 @@ class Arithmetic(Protocol):
 
     allows_adaptive_norms: bool
 
-    def check(self, strategy: ClippingStrategy) -> Clipping:
-        """Refuse a clipping norm out of range, and return the clipping without its parameters."""
-        ...
-
     def check_batch_size(self, size: int) -> None:
         """Refuse a batch whose sum this arithmetic cannot represent."""
         ...
@@ -47,11 +43,15 @@ class Arithmetic(Protocol):
     def clipping(
         self,
         strategy: ClippingStrategy,
-        names: Sequence[str],
-        sizes: Sequence[int],
-        dtypes: Sequence[torch.dtype],
+        names: Sequence[str] | None = None,
+        sizes: Sequence[int] | None = None,
+        dtypes: Sequence[torch.dtype] = (),
     ) -> Clipping:
-        """Return the clipping of parameters with these names, sizes and dtypes."""
+        """Return the clipping of parameters with these names, sizes and dtypes; None before any parameter is known.
+
+        Raises:
+            ValueError: If a norm is out of range.
+        """
         ...
 
     def sum_dtype(self, dtype: torch.dtype) -> torch.dtype:
@@ -95,9 +95,6 @@ class FloatingPoint:
     def __init__(self, options: Options) -> None:
         self._options = options
 
-    def check(self, strategy: ClippingStrategy) -> Clipping:
-        return make_clipping(strategy, rescale=self._options.rescale_to_unit_norm)
-
     def check_batch_size(self, size: int) -> None:
         """Accept every size."""
 
@@ -107,18 +104,17 @@ class FloatingPoint:
     def clipping(
         self,
         strategy: ClippingStrategy,
-        names: Sequence[str],
-        sizes: Sequence[int],
-        dtypes: Sequence[torch.dtype],
+        names: Sequence[str] | None = None,
+        sizes: Sequence[int] | None = None,
+        dtypes: Sequence[torch.dtype] = (),
     ) -> Clipping:
-        rescale = self._options.rescale_to_unit_norm
-        clipping = make_clipping(strategy, names, sizes, rescale=rescale)
+        clipping = make_clipping(strategy, names, sizes)
         refuse_tiny_norms(clipping, dtypes)
         return clipping
 
     def sum_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        asked = self._options.performance.accumulate_dtype
-        return asked or torch.promote_types(dtype, torch.float32)
+        requested = self._options.performance.accumulate_dtype
+        return requested or torch.promote_types(dtype, torch.float32)
 
     def rows_at_once(self, size: int) -> int:
         rows = self._options.microbatch_size
@@ -133,7 +129,7 @@ class FloatingPoint:
     def sensitivity(self, strategy: ClippingStrategy, relation: Relation) -> float:
         options = self._options
         return sensitivity(
-            self.check(strategy),
+            self.clipping(strategy),
             relation,
             normalize_by=options.normalize_by,
             nan_safe=options.nan_safe,

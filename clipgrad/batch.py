@@ -1,13 +1,12 @@
-"""From a batch of leaves to clipped sums: the core that ``clipped_grad`` and ``DPOptimizer`` share."""
+"""This module computes the clipped sums of a batch for ``clipped_grad`` and ``DPOptimizer``."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from operator import attrgetter
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -16,13 +15,12 @@ from torch.utils._pytree import tree_flatten, tree_map
 from clipgrad import _validate
 from clipgrad.arithmetic import Arithmetic, FloatingPoint
 from clipgrad.clipping import ClippingStrategy, Relation, copy_strategy, is_grouped
-from clipgrad.engine.advice import ValueReadError
+from clipgrad.engine.batch_loss import LossRoads
 from clipgrad.engine.clip_and_sum import MicrobatchResult, PreClipping, Settings, accumulate
 from clipgrad.engine.inputs import Inputs, Loss, Restore, copy_samples
 from clipgrad.engine.microbatch import choose_strategies, forward, run
 from clipgrad.engine.microbatch_size import FixedRows, growing_rows, run_or_shrink
 from clipgrad.engine.rng_state import SavedRngState
-from clipgrad.errors import NotPerSampleError
 from clipgrad.exact import GridArithmetic
 from clipgrad.explain import Explanation, make_explanation
 from clipgrad.options import Options
@@ -30,25 +28,23 @@ from clipgrad.ranks import OneProcess, Ranks
 from clipgrad.result import Outcome
 
 RunRows = Callable[[slice, Tensor | None], MicrobatchResult]
-"""From rows of the batch, and which of them are padding, to their clipped sums."""
+"""A function from rows of the batch and their padding mask to their clipped sums."""
 
 # PyTorch's capture and compiler take seconds to import, so they are imported where they are first needed.
 if TYPE_CHECKING:
     from clipgrad.compiled import Compiler
-    from clipgrad.engine.captured_loss import LossGraphs
 
 _DTYPE = attrgetter("dtype")
-_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
 class ClippedBatch:
-    """The clipped sums of a batch.
+    """This class holds the clipped sums of a batch.
 
     Attributes:
-        sums: Of each parameter, in its order.
+        sums: The sum of each parameter, in order.
         aux: Per-sample auxiliary output; None or ``()`` if there is none.
-        outcome: What became of each sample.
+        outcome: Norm, loss and flags of each sample.
         aliases_graph: Whether ``sums`` alias the memory of a CUDA graph, which the next batch overwrites.
     """
 
@@ -59,10 +55,10 @@ class ClippedBatch:
 
 
 class BatchClipper:
-    """Computes the clipped sums of batches; keeps what was compiled and resolved for the next one.
+    """This class computes clipped sums of batches, and caches compiled graphs and settings from batch to batch.
 
     Args:
-        options: Of the user.
+        options: The user's options.
         ranks: The processes that train together.
     """
 
@@ -75,16 +71,15 @@ class BatchClipper:
             else GridArithmetic(options.grid, options)
         )
         self._compiler: Compiler | None = None
-        self._graphs: LossGraphs | None = None
-        self._runs_as_graph = False
-        # Of the last call: parameters and norm rarely change from one to the next.
+        self._roads = LossRoads(keep_batch_dim=options.keep_batch_dim, has_aux=options.has_aux)
+        # Settings of the last call, because parameters and norm rarely change between calls.
         self._resolved: tuple[Any, Settings] | None = None
         self._sensitivity: tuple[Any, float] | None = None
         self._aux_of_none: Any = None
         self._growing: FixedRows | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return BatchClipper, (self.options, self.ranks)  # a copy compiles for itself
+        return BatchClipper, (self.options, self.ranks)  # a copy has its own compiled graphs
 
     def clip(
         self,
@@ -95,29 +90,32 @@ class BatchClipper:
         restore: Restore = list,
         may_alias: bool = False,
     ) -> ClippedBatch:
-        """The clipped sums of a batch.
+        """Return the clipped sums of a batch.
 
         Args:
             inputs: The batch and the parameters.
-            max_grad_norm: Every norm in it is a number.
+            max_grad_norm: A strategy in which every norm is a number.
             is_padding: Boolean ``[B]``; samples marked True contribute exactly nothing.
-            restore: From leaves to the structure that ``pre_clipping_transform`` sees.
-            may_alias: The caller accepts sums that alias a CUDA graph's memory, which saves a copy of all of them.
+            restore: A function from leaves to the structure that ``pre_clipping_transform`` receives.
+            may_alias: Whether sums may alias a CUDA graph's memory, which saves a copy.
 
         Raises:
             ValueError: If the arguments do not fit together.
-            NotPerSampleError: If the loss cannot be attributed to single samples.
+            NotPerSampleError: If the loss has no gradient for single samples.
             CompileError: If the step cannot be compiled.
         """
         size = inputs.batch_size
         mask = _validate.padding_mask(is_padding, size)
         settings = self._settings(inputs, max_grad_norm, restore)
         groups = settings.clipping.groups if is_grouped(max_grad_norm) else None
+        rows = self.arithmetic.rows_at_once(max(size, 1))
+        own = len(range(0, size, rows))
+        idle = self.ranks.passes(own) - own
         if size == 0:
-            return _empty(inputs, settings, groups, self._empty_aux(inputs, settings))
+            return self._clip_nothing(inputs, settings, groups, idle)
         sizes, run_rows = self._rows_at_once(inputs, settings)
         results: list[MicrobatchResult] = []
-        sums: list[Tensor] | None = None
+        total: list[Tensor] | None = None
         aliases, start = False, 0
         while start < size:
             part = slice(start, min(start + sizes.rows, size))
@@ -127,14 +125,14 @@ class BatchClipper:
                 continue
             start = part.stop
             aliases = result.aliases_graph and may_alias and part == slice(0, size)
-            sums = result.sums if aliases else accumulate(sums, result)
-            # Else every microbatch's sums live to the end, or these through the next one.
+            total = result.sums if aliases else accumulate(total, result)
+            # Without this, the sums of all microbatches would stay in memory.
             results.append(replace(result, sums=[]))
             del result
         sizes.tell()
-        assert sums is not None
+        sums, _ = self._idle(idle, inputs, settings, total)
         if self.options.normalize_by != 1.0:
-            sums, aliases = [total.div_(self.options.normalize_by) for total in sums], False
+            sums, aliases = [s.div_(self.options.normalize_by) for s in sums], False
         aux = None
         if self.options.has_aux is not False:
             aux = tree_map(lambda *leaves: torch.cat(leaves), *(result.aux for result in results))
@@ -142,10 +140,46 @@ class BatchClipper:
                 self._aux_of_none = tree_map(lambda leaf: leaf[:0].clone(), aux)
         return ClippedBatch(sums, aux, _outcome(results, settings, groups, mask, size), aliases)
 
+    def _clip_nothing(
+        self, inputs: Inputs, settings: Settings, groups: Sequence[str] | None, idle: int
+    ) -> ClippedBatch:
+        """Return the result of a batch without samples, while other processes may have some."""
+        if idle:
+            sums, aux = self._idle(idle, inputs, settings, None)
+            return _empty(inputs, settings, groups, aux, sums)
+        # A sharded model's forward pass needs all processes, of which some know the metrics already.
+        aux = () if self.ranks.is_sharded else self._empty_aux(inputs, settings)
+        pairs = zip(inputs.params, settings.dtypes, strict=True)
+        zeros = (torch.zeros_like(p, dtype=dtype) for p, dtype in pairs)
+        return _empty(inputs, settings, groups, aux, self.ranks.summed(zeros, inputs.params))
+
+    def _idle(
+        self, passes: int, inputs: Inputs, settings: Settings, sums: list[Tensor] | None
+    ) -> tuple[list[Tensor], Any]:
+        """Take part in what other processes compute together, with a row of padding that contributes nothing.
+
+        Returns:
+            The sums, and the auxiliary output of no samples.
+        """
+        aux: Any = ()
+        if passes:
+            rows = [
+                leaf.new_zeros((1, *leaf.shape[1:])) if isinstance(leaf, Tensor) else leaf
+                for leaf in inputs.batch
+            ]
+            run_rows = self._eagerly(replace(inputs, batch=rows, batch_size=1), settings)
+            is_padding = torch.ones(1, dtype=torch.bool, device=inputs.params[0].device)
+            for _ in range(passes):
+                result = run_rows(slice(0, 1), is_padding)
+                sums = accumulate(sums, result)
+                aux = tree_map(lambda leaf: leaf[:0].clone(), result.aux)
+        assert sums is not None
+        return sums, aux
+
     def explain(
         self, inputs: Inputs, max_grad_norm: ClippingStrategy, *, restore: Restore = list
     ) -> Explanation:
-        """Run the forward pass of one microbatch and tell how each parameter's norm would be found.
+        """Run the forward pass of one microbatch and return how each parameter's norm would be computed.
 
         It runs on a copy of the batch, and PyTorch's RNG state is restored afterwards.
 
@@ -161,9 +195,8 @@ class BatchClipper:
         rows = slice(0, min(self.arithmetic.rows_at_once(size), size))
         samples = copy_samples(inputs.rows(rows))
         with torch.enable_grad(), SavedRngState(inputs.params[0].device).restored_on_exit():
-            tape, _, _ = self._with_loss(
-                inputs,
-                lambda loss: forward(loss, inputs.names, inputs.params, samples, settings),
+            tape, _, _ = self._roads.of(inputs).run(
+                lambda loss: forward(loss, inputs.names, inputs.params, samples, settings)
             )
         try:
             return make_explanation(
@@ -189,7 +222,7 @@ class BatchClipper:
 
             try:
                 with torch.enable_grad(), SavedRngState(inputs.params[0].device).restored_on_exit():
-                    aux = self._with_loss(inputs, aux_of_row)
+                    aux = self._roads.of(inputs).run(aux_of_row)
             except Exception:
                 # A loss that takes no zeros: nothing is known of its metrics yet, and most losses have none.
                 return ()
@@ -197,7 +230,7 @@ class BatchClipper:
         return tree_map(torch.clone, self._aux_of_none)
 
     def sensitivity(self, max_grad_norm: ClippingStrategy, relation: Relation) -> float:
-        """The largest L2 change of the sums between neighbouring batches."""
+        """Return the largest L2 change of the sums between neighbouring batches."""
         key = copy_strategy(max_grad_norm), relation
         if self._sensitivity is None or self._sensitivity[0] != key:
             self._sensitivity = key, self.arithmetic.sensitivity(max_grad_norm, relation)
@@ -215,17 +248,18 @@ class BatchClipper:
         return FixedRows(rows), self._eagerly(inputs, settings)
 
     def _eagerly(self, inputs: Inputs, settings: Settings) -> RunRows:
+        batch_loss = self._roads.of(inputs)
+
         def run_rows(rows: slice, mask: Tensor | None) -> MicrobatchResult:
             samples = self.arithmetic.samples(inputs.rows(rows))
-            return self._with_loss(
-                inputs,
-                lambda loss: run(loss, inputs.names, inputs.params, samples, mask, settings),
+            return batch_loss.run(
+                lambda loss: run(loss, inputs.names, inputs.params, samples, mask, settings)
             )
 
         return run_rows
 
     def _compiled(self, inputs: Inputs, settings: Settings) -> tuple[int, RunRows]:
-        """Rows of the compiled graph, and what runs on it."""
+        """Return the number of rows of the compiled graph, and the function that runs it."""
         from clipgrad.compiled import Compiler, MicrobatchRunner
 
         mode = self.options.compile_mode
@@ -234,50 +268,12 @@ class BatchClipper:
         size = self.options.microbatch_size
         assert not isinstance(size, str)
         rows = compiler.rows(size, inputs.batch_size)
-        return rows, MicrobatchRunner(compiler, self._loss_graphs(), inputs, settings, rows)
-
-    def _loss_graphs(self) -> LossGraphs:
-        from clipgrad.engine.captured_loss import LossGraphs
-
-        if self._graphs is None:
-            self._graphs = LossGraphs(
-                keep_batch_dim=self.options.keep_batch_dim, has_aux=self.options.has_aux
-            )
-        return self._graphs
-
-    def _graph_loss(self, inputs: Inputs, refusal: ValueReadError) -> Loss:
-        """The captured loss; where PyTorch cannot capture it, the refusal stands."""
-        from clipgrad.loss_graph import CannotCapture
-
-        try:
-            return self._loss_graphs().graph_for(inputs).loss()
-        except CannotCapture as reason:
-            where = f" It does so at {reason.where}." if reason.where else ""
-            raise NotPerSampleError(f"{refusal}{where}") from reason
-
-    def _graph_or_none(self, inputs: Inputs) -> Loss | None:
-        """The captured loss; None where PyTorch cannot capture what it does now, so that its Python has to run."""
-        from clipgrad.loss_graph import CannotCapture
-
-        with suppress(CannotCapture):
-            return self._loss_graphs().graph_for(inputs).loss()
-        return None
-
-    def _with_loss(self, inputs: Inputs, body: Callable[[Loss], _T]) -> _T:
-        """Run ``body`` on the loss; where its Python asks for values of tensors, on the graph of one sample's loss."""
-        if self._runs_as_graph and (loss := self._graph_or_none(inputs)) is not None:
-            return body(loss)
-        try:
-            return body(inputs.loss)
-        except ValueReadError as refusal:
-            loss = self._graph_loss(inputs, refusal)
-            self._runs_as_graph = True
-            return body(loss)
+        return rows, MicrobatchRunner(compiler, self._roads.graphs, inputs, settings, rows)
 
     def _settings(
         self, inputs: Inputs, max_grad_norm: ClippingStrategy, restore: Restore
     ) -> Settings:
-        """The options resolved against parameters of these names, sizes and dtypes."""
+        """Resolve the options for the present parameters; cached, because these rarely change."""
         self.arithmetic.check_batch_size(inputs.batch_size)
         sizes = tuple(map(Tensor.numel, inputs.params))
         dtypes = tuple(map(_DTYPE, inputs.params))
@@ -299,7 +295,7 @@ class BatchClipper:
 
 
 def _on_leaves(transform: Callable[[Any], Any], restore: Restore) -> PreClipping:
-    """The user's transform of per-sample gradients, from leaves to leaves."""
+    """Return the user's transform of per-sample gradients as a function from leaves to leaves."""
 
     def apply(gradients: list[Tensor]) -> list[Tensor]:
         before = restore(gradients)
@@ -318,13 +314,13 @@ def _on_leaves(transform: Callable[[Any], Any], restore: Restore) -> PreClipping
 
 
 def _empty(
-    inputs: Inputs, settings: Settings, groups: Sequence[str] | None, aux: Any
+    inputs: Inputs,
+    settings: Settings,
+    groups: Sequence[str] | None,
+    aux: Any,
+    sums: list[Tensor],
 ) -> ClippedBatch:
-    """Zeros: what a batch without samples adds up to."""
-    sums = [
-        torch.zeros_like(p, dtype=dtype)
-        for p, dtype in zip(inputs.params, settings.dtypes, strict=True)
-    ]
+    """Return the result of a batch without samples."""
     none = torch.zeros(0, dtype=settings.dtypes[0], device=inputs.params[0].device)
     norms = [none for _ in settings.clipping.groups]
     outcome = Outcome(none, norms, settings.clipping.norms, groups, none.bool(), None, 0)
@@ -339,7 +335,7 @@ def _outcome(
     size: int,
 ) -> Outcome:
     return Outcome(
-        # A copy, also of a single one: the loss may have returned a view of something large.
+        # ``cat`` copies a single tensor too: the loss may have returned a view of a large tensor.
         torch.cat([result.values for result in results]),
         [_concatenate(norms) for norms in zip(*(result.norms for result in results), strict=True)],
         settings.clipping.norms,
@@ -351,5 +347,5 @@ def _outcome(
 
 
 def _concatenate(parts: Sequence[Tensor]) -> Tensor:
-    """Per-sample values of all microbatches, which nothing else holds."""
+    """Concatenate per-sample values of all microbatches; no other reference to them exists."""
     return parts[0] if len(parts) == 1 else torch.cat(list(parts))

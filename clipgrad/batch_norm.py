@@ -9,6 +9,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils import parametrize
 
+from clipgrad.errors import NotPerSampleError
+
 # He and Wu's default (arXiv:1803.08494, section 4.1), also the usual choice in differentially private training.
 _MOST_GROUPS = 32
 # A group of one channel is an instance norm, which removes every channel's mean, and on vectors all information.
@@ -113,4 +115,19 @@ def _default_groups(layer: _BatchNorm) -> int:
     return next((groups for groups in range(most, 1, -1) if channels % groups == 0), 1)
 
 
-__all__ = ["replace_batch_norm"]
+def batch_norm_error(state: str, *, trained: bool = True) -> NotPerSampleError:
+    """Return the error for a BatchNorm layer that normalises samples together.
+
+    Args:
+        state: What makes it do so, ``"in training mode"`` for example.
+        trained: Whether the layer may have running statistics that eval mode would use.
+    """
+    otherwise = ", or, if its running statistics are trained already, fix them with model.eval()"
+    return NotPerSampleError(
+        f"BatchNorm {state} normalises every sample by the mean and variance of the whole batch, so the gradient of "
+        "one sample depends on the others and cannot be clipped on its own. Replace it by GroupNorm with "
+        f"clipgrad.replace_batch_norm(model){otherwise if trained else ''}."
+    )
+
+
+__all__ = ["batch_norm_error", "replace_batch_norm"]

@@ -1,9 +1,9 @@
-"""``clipped_grad``: from a loss function to its per-sample clipped, summed gradient."""
+"""This module holds ``clipped_grad``, which turns a loss function into its sum of per-sample clipped gradients."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
@@ -18,9 +18,9 @@ from clipgrad.result import ClippedGradResult
 
 @dataclass(frozen=True)
 class ClippedGrad:
-    """A per-sample clipped gradient function; made by ``clipped_grad``.
+    """This class computes per-sample clipped gradients; ``clipped_grad`` makes it.
 
-    The configuration is frozen, so ``sensitivity`` is a fact about every result.
+    The configuration is frozen, so ``sensitivity`` holds for every result.
     """
 
     fn: Callable[..., Any]
@@ -28,7 +28,7 @@ class ClippedGrad:
     argnums: int | tuple[int, ...]
     batch_argnums: tuple[int, ...] | None
     options: Options
-    # A copy with another norm shares it, and with it what was compiled; a copy with another loss must not.
+    # Copies with another norm share the clipper and its compiled graphs; a copy with another loss must not.
     clipper: BatchClipper = field(repr=False, compare=False)
 
     def __call__(self, *args: Any, is_padding: Tensor | None = None) -> ClippedGradResult:
@@ -43,15 +43,15 @@ class ClippedGrad:
 
         Raises:
             ValueError: If the arguments do not fit together.
-            NotPerSampleError: If the loss does something that cannot be attributed to single samples.
-            CompileError: If ``compile`` is asked for and the step cannot be compiled.
+            NotPerSampleError: If the loss has no gradient for single samples.
+            CompileError: If the step cannot be compiled, with ``compile``.
         """
         inputs, restore = inputs_of_arguments(self.fn, self.argnums, self.batch_argnums, args)
         found = self.clipper.clip(inputs, self.max_grad_norm, is_padding, restore=restore)
         return ClippedGradResult(restore(found.sums), found.aux, found.outcome)
 
     def sensitivity(self, relation: Relation = Relation.ADD_OR_REMOVE_ONE) -> float:
-        """The largest L2 change of ``grads`` between neighbouring batches, from the configuration alone.
+        """Return the largest L2 change of ``grads`` between neighbouring batches, from the configuration alone.
 
         =================  =====================  ===============================================
         configuration      add or remove one      remark
@@ -59,38 +59,30 @@ class ClippedGrad:
         flat, norm C       ``C / normalize_by``   twice that for ``REPLACE_ONE``
         groups, norms C_k  ``sqrt(sum C_k^2)``    divided by ``normalize_by``
         PerLayer, norm C   ``C``                  divided by ``normalize_by``
-        Automatic, norm C  that of norm C         a sample contributes less than C
-        rescaled           ``sqrt(groups)``       divided by ``normalize_by``
+        Automatic, norm C  as for norm C          a sample contributes less than C
         ``C = inf``        ``inf``                no clipping, no guarantee
         not ``nan_safe``   ``inf``                one NaN sample could turn the whole sum into NaN
         =================  =====================  ===============================================
 
-        Rounding: the bound holds for exact arithmetic. In float32 the change of a sum can exceed it by about
-        one part in ``1e5``; see ``docs/guarantees.md``. With a ``grid`` it holds to the last bit.
+        The bound holds for exact arithmetic. In float32 the change of a sum can exceed it by about one part in
+        ``1e5``; see ``docs/guarantees.md``. With a ``grid`` it holds to the last bit.
         """
         return self.clipper.sensitivity(self.max_grad_norm, relation_of(relation))
 
     def with_max_grad_norm(self, max_grad_norm: ClippingStrategy) -> ClippedGrad:
-        """The same transform with another clipping norm; what is compiled already serves both.
+        """Return the same transform with another clipping norm; both share compiled graphs.
 
         Args:
             max_grad_norm: As for ``clipped_grad``.
 
         Raises:
-            ValueError: If it is out of range.
+            ValueError: If the norm is out of range.
         """
-        self.clipper.arithmetic.check(max_grad_norm)
-        return ClippedGrad(
-            self.fn,
-            copy_strategy(max_grad_norm),
-            self.argnums,
-            self.batch_argnums,
-            self.options,
-            self.clipper,
-        )
+        self.clipper.arithmetic.clipping(max_grad_norm)
+        return replace(self, max_grad_norm=copy_strategy(max_grad_norm))
 
     def explain(self, *args: Any) -> Explanation:
-        """Run the forward pass of one microbatch and tell how each parameter's norm would be found.
+        """Run the forward pass of one microbatch and return how each parameter's norm would be computed.
 
         It runs on a copy of the batch, and PyTorch's RNG state is restored afterwards.
 
@@ -98,7 +90,7 @@ class ClippedGrad:
             *args: As for a call.
 
         Returns:
-            A table: parameter, uses, rule or fallback, strategy and why, estimated memory.
+            A table with parameter, uses, rule or fallback, strategy and reason, and estimated memory.
 
         Raises:
             ValueError: If the batch holds no sample.
@@ -116,7 +108,6 @@ def clipped_grad(
     has_aux: bool = False,
     keep_batch_dim: bool = True,
     normalize_by: float = 1.0,
-    rescale_to_unit_norm: bool = False,
     pre_clipping_transform: Callable[[Any], Any] | None = None,
     microbatch_size: int | str | None = None,
     nan_safe: bool = True,
@@ -126,44 +117,42 @@ def clipped_grad(
 ) -> ClippedGrad:
     """Transform a loss into the sum of its per-sample clipped gradients.
 
-    Computes ``sum_i min(1, C / ||g_i||) g_i`` with ``g_i`` the gradient of ``fn`` on sample ``i`` alone (Abadi et
-    al. 2016, arXiv:1607.00133), in one forward and one backward pass over the whole microbatch.
+    The result computes ``sum_i min(1, C / ||g_i||) g_i``, where ``g_i`` is the gradient of ``fn`` on sample ``i`` alone
+    (Abadi et al. 2016, arXiv:1607.00133), in one forward and one backward pass per microbatch.
 
     Args:
         fn: ``fn(params, *batch) -> scalar``, or ``(scalar, aux)`` with ``has_aux``.
-        max_grad_norm: Clipping norm C: one number for the whole gradient, or a mapping from parameter-name
-            prefix to norm, each group clipped on its own. ``inf`` does not clip, ``0`` gives zeros; other norms are at
-            least 1.2e-10 (for float64 parameters 1.6e-145). ``PerLayer`` makes
-            a group of each module; ``Automatic``, anywhere in place of a number, normalises instead of clipping.
+        max_grad_norm: Clipping norm C: one number for the whole gradient, or a mapping from parameter-name prefix to
+            norm, where each group is clipped separately. ``inf`` does not clip, ``0`` gives zeros; other norms are at
+            least 1.2e-10 (for float64 parameters 1.6e-145). ``PerLayer`` makes a group of each module. ``Automatic``
+            may replace any number; it normalises instead of clipping.
         argnums: Positions of the parameters (any pytree of floating-point tensors) among ``fn``'s arguments.
-        batch_argnums: Positions of the batch arguments (any pytrees of tensors, batch axis first). Default: every
-            argument that is not in ``argnums``. Other arguments are passed through unchanged.
-        has_aux: ``fn`` also returns a pytree of tensors, handed back per sample.
-        keep_batch_dim: True: ``fn`` sees a batch of one, so an ordinary loss works unchanged. False: the batch axis
-            is removed; if the elements of the batch are groups of samples (all samples of a user), this clips per
-            group.
+        batch_argnums: Positions of the batch arguments (any pytrees of tensors, batch axis first). The default is every
+            argument that is not in ``argnums``. Other arguments are passed on unchanged.
+        has_aux: Whether ``fn`` also returns a pytree of tensors, which is returned per sample.
+        keep_batch_dim: If True, ``fn`` sees a batch of one, so an ordinary loss works unchanged. If False, ``fn`` sees
+            no batch axis. If an element of the batch is a group of samples (all samples of a user), groups are clipped.
         normalize_by: Divide the sum by this public constant, usually the expected batch size.
-        rescale_to_unit_norm: Divide clipped gradients by their clipping norm, so that the bound is 1.
-        pre_clipping_transform: Per-sample gradients (the structure of params, ``[B, *shape]``) to gradients of the
-            same structure, before norms are taken. Forces per-sample gradients to be materialised, which costs
+        pre_clipping_transform: A function that changes per-sample gradients (structure of the parameters,
+            ``[B, *shape]``) before norms are computed. All per-sample gradients are then materialised, which takes
             ``B`` times the parameters' memory.
-        microbatch_size: Process the batch in pieces of this size. Peak memory follows it, results do not. ``"auto"``
-            doubles it from 1 during the first batch as long as half of the free memory suffices, and halves it if
-            memory runs out; the logger ``clipgrad`` tells the number.
-        nan_safe: A sample whose gradient norm is not finite contributes exactly nothing and is counted.
+        microbatch_size: Number of samples that are processed at a time. It bounds memory and changes no result.
+            ``"auto"`` doubles it from 1 during the first batch as long as half of the free memory suffices, and halves
+            it if memory runs out; the logger ``clipgrad`` reports the number.
+        nan_safe: Whether a sample whose gradient norm is not finite contributes exactly nothing, and is counted.
         compile: True, or a mode of ``torch.compile`` (``"reduce-overhead"`` uses CUDA graphs, ``"max-autotune"``):
-            the whole step of a microbatch runs as one compiled graph. Compiling takes seconds to minutes, at the
-            first batch and again when something changes that the loss reads (``model.eval()``, say); the logger
-            ``clipgrad`` tells. Every microbatch is padded to ``microbatch_size`` rows (default: the size of the first
-            batch), so batches of any size share a graph. The first batch is compared with the eager step.
+            the step of a microbatch runs as one compiled graph. Compilation takes seconds to minutes, at the first
+            batch and again if a value that the loss reads has changed (after ``model.eval()``, for example); the logger
+            ``clipgrad`` reports it. Every microbatch is padded to ``microbatch_size`` rows (by default the size of the
+            first batch), so batches of any size share a graph. The first batch is compared with the eager step.
         grid: Exact mode: round each sample's clipped gradient to multiples of this power of two, at most
             ``C / sqrt(elements)``; ``C / 2**20`` is a good choice. Sums are float64 and integer arithmetic, so
             ``sensitivity`` holds without rounding, and results do not depend on the order of the batch. Each sample
-            passes alone, whatever ``microbatch_size`` says, which is slow. See ``docs/exact.md``.
-        performance: ``Performance(...)``: how norms are found, how random numbers are drawn, the dtype of the sums.
+            runs alone for any ``microbatch_size``, which is slow. See ``docs/exact.md``.
+        performance: Options for norms, random numbers and the dtype of the sums.
 
     Returns:
-        A ``ClippedGrad``; call it like ``fn``.
+        A ``ClippedGrad``, which is called like ``fn``.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -184,7 +173,6 @@ def clipped_grad(
         has_aux=has_aux,
         keep_batch_dim=keep_batch_dim,
         normalize_by=normalize_by,
-        rescale_to_unit_norm=rescale_to_unit_norm,
         pre_clipping_transform=pre_clipping_transform,
         microbatch_size=microbatch_size,
         nan_safe=nan_safe,
@@ -193,7 +181,7 @@ def clipped_grad(
         performance=Performance() if performance is None else performance,
     )
     clipper = BatchClipper(options)
-    clipper.arithmetic.check(max_grad_norm)
+    clipper.arithmetic.clipping(max_grad_norm)
     if isinstance(batch_argnums, int):
         batch_argnums = (batch_argnums,)
     return ClippedGrad(

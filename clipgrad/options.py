@@ -26,6 +26,8 @@ class Performance:
         randomness: ``"different"`` samples a dropout mask for each sample, ``"same"`` one for the microbatch.
             ``"error"`` refuses a loss that uses random numbers.
         accumulate_dtype: Dtype of the clipped sums. The default is the parameter's dtype, at least float32.
+        process_group: The processes that train together, a group of ``torch.distributed``. By default they are all
+            processes, if ``init_process_group`` was called. See ``docs/scaling.md``.
 
     Raises:
         ValueError: If a value is out of range.
@@ -39,6 +41,7 @@ class Performance:
     memory_budget: float | None = None
     randomness: str = "different"
     accumulate_dtype: torch.dtype | None = None
+    process_group: Any = None
 
     def __post_init__(self) -> None:
         _validate.one_of("strategy", self.strategy, STRATEGIES)
@@ -63,7 +66,6 @@ class Options:
     has_aux: bool | None = False
     keep_batch_dim: bool = True
     normalize_by: float = 1.0
-    rescale_to_unit_norm: bool = False
     pre_clipping_transform: Callable[[Any], Any] | None = None
     microbatch_size: int | str | None = None
     nan_safe: bool = True
@@ -72,7 +74,7 @@ class Options:
     performance: Performance = field(default_factory=Performance)
 
     def __post_init__(self) -> None:
-        for name in ("keep_batch_dim", "rescale_to_unit_norm", "nan_safe"):
+        for name in ("keep_batch_dim", "nan_safe"):
             _validate.flag(name, getattr(self, name))
         if self.has_aux is not None:
             _validate.flag("has_aux", self.has_aux)

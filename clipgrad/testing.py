@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -263,19 +264,16 @@ def _entries(name: str) -> dict[Callable[..., Any], registry.Rule | registry.Dec
 @contextmanager
 def _without_rule(name: str) -> Iterator[None]:
     """Run the body without one rule."""
-    entries = _entries(name)
-    for operation in entries:
-        registry.unregister_rule(operation)
-    try:
+    with patch.dict(registry._RULES):
+        for operation in _entries(name):
+            registry.unregister_rule(operation)
         yield
-    finally:
-        registry._RULES.update(entries)
 
 
 @contextmanager
 def _record_calls(name: str) -> Iterator[list[str]]:
     """Collect the name of a rule each time that it returns without declining."""
-    entries, taken = _entries(name), []
+    taken: list[str] = []
 
     def spy(apply: Callable[..., Any]) -> Callable[..., Any]:
         def spied(*args: Any, **kwargs: Any) -> Any:
@@ -285,12 +283,9 @@ def _record_calls(name: str) -> Iterator[list[str]]:
 
         return spied
 
-    for operation, entry in entries.items():
-        registry._RULES[operation] = replace(entry, apply=spy(entry.apply))
-    try:
+    spies = {op: replace(entry, apply=spy(entry.apply)) for op, entry in _entries(name).items()}
+    with patch.dict(registry._RULES, spies):
         yield taken
-    finally:
-        registry._RULES.update(entries)
 
 
 __all__ = ["RuleCase", "assert_rule_matches_reference"]

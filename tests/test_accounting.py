@@ -14,7 +14,8 @@ from dp_accounting import pld, rdp
 from scipy import optimize, special
 
 from clipgrad import accounting
-from clipgrad.accounting import _dp, _pld, _rdp, _run, epsilon, noise_multiplier
+from clipgrad.accounting import _dp, _equal_steps, _pld, _rdp, _run, epsilon, noise_multiplier
+from clipgrad.accounting._equal_steps import EqualSteps
 from tests.nightly import rows, some, thinned
 
 # The run of Opacus' own tests of its accountants.
@@ -263,7 +264,7 @@ def without_dp_accounting(monkeypatch: pytest.MonkeyPatch) -> None:
         return original(name, package)
 
     monkeypatch.setattr(_dp, "import_module", import_module)
-    for cached in (_run._epsilon, _rdp._orders, _rdp._of_one_step, _pld._of_one_step):
+    for cached in (_equal_steps._epsilon, _rdp._orders, _rdp._of_one_step, _pld._of_one_step):
         cached.cache_clear()
 
 
@@ -305,25 +306,25 @@ def test_importing_needs_neither_torch_nor_dp_accounting() -> None:
     ],
     ids=["mnist", "large rate", "many steps", "full batches"],
 )
-def test_the_search_for_noise_asks_few_slow_questions(
+def test_the_search_for_noise_needs_few_slow_evaluations(
     run: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And finds the same noise as one that knows of no coarse grid."""
-    asked: list[float] = []
-    right = _run._Run.epsilon
+    """The search also finds the same noise as a search without a coarse grid."""
+    evaluated: list[float] = []
+    right = EqualSteps.epsilon
 
-    def counting(self: _run._Run, noise: float) -> float:
+    def counting(self: EqualSteps, noise: float) -> float:
         if self.accountant == "pld" and self.coarseness == 1:
-            asked.append(noise)
+            evaluated.append(noise)
         return right(self, noise)
 
-    monkeypatch.setattr(_run._Run, "epsilon", counting)
+    monkeypatch.setattr(EqualSteps, "epsilon", counting)
     quick = accounting.noise_multiplier(**run)
-    assert len(set(asked)) <= (9 if run["steps"] > 10_000 else 5)
+    assert len(set(evaluated)) <= (9 if run["steps"] > 10_000 else 5)
     monkeypatch.setattr(
         _run,
-        "_smallest_noise_by_slope",
-        lambda a_run, target, start: _run._smallest_noise(a_run, target, start=start, factor=1.25),
+        "smallest_noise_by_slope",
+        lambda a_run, target, start: _run.smallest_noise(a_run, target, start=start, factor=1.25),
     )
     assert quick == pytest.approx(accounting.noise_multiplier(**run), rel=1e-4)
     at = {name: value for name, value in run.items() if name != "target_epsilon"}

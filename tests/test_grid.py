@@ -325,7 +325,6 @@ def test_too_fine_and_too_coarse(norm: float) -> None:
     ("option", "value"),
     [
         ("normalize_by", 2.0),
-        ("rescale_to_unit_norm", True),
         ("nan_safe", False),
         ("compile", True),
         ("compile", "reduce-overhead"),

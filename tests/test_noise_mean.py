@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from clipgrad.noise import NoiseSource, SeededNoise, SystemNoise, accelerator, cpu, keys, system
-from clipgrad.noise.mean import noised_mean
+from clipgrad.noise.step_noise import noised_mean
 from tests.kernels import needs_cuda
 from tests.noise_checks import check_gaussian
 

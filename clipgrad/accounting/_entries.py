@@ -47,14 +47,7 @@ def entry_state(entry: Entry) -> list[Any]:
     """Return an entry as strings, lists and numbers."""
     sampling = entry.sampling
     drawn = [type(sampling).__name__, list(astuple(sampling))]
-    return [
-        entry.noise_multiplier,
-        *drawn,
-        entry.steps,
-        entry.segment,
-        entry.run,
-        entry.declared,
-    ]
+    return [entry.noise_multiplier, *drawn, entry.steps, entry.segment, entry.run, entry.declared]
 
 
 def entry_from(entry: Any) -> Entry:

@@ -112,13 +112,6 @@ def _expm1(exponent: float) -> float:
     return math.expm1(exponent) if exponent < 700 else math.inf
 
 
-def _binomial(count: int, rate: float) -> list[float]:
-    chances: list[float] = (
-        load_module("scipy.stats").binom.pmf(list(range(count + 1)), count, rate).tolist()
-    )
-    return chances
-
-
 @lru_cache(maxsize=8)
 def _of_one_step(mechanism: Mechanism, interval: float) -> Any:
     """Return the PLD of one step. It takes about a second, and a power of it a fraction of a second."""
@@ -137,11 +130,11 @@ def _of_one_step(mechanism: Mechanism, interval: float) -> Any:
     if mechanism.group_size > 1:
         # Ganesh, "Tight Group-Level DP Guarantees for DP-SGD with Sampling via Mixture of Gaussians
         # Mechanisms", 2024: each of the group's samples in the batch moves the sum by a clip norm.
-        size = mechanism.group_size
+        size, counts = mechanism.group_size, list(range(mechanism.group_size + 1))
         return distributions.from_mixture_gaussian_mechanism(
             mechanism.noise,
-            list(range(size + 1)),
-            _binomial(size, mechanism.rate),
+            counts,
+            load_module("scipy.stats").binom.pmf(counts, size, mechanism.rate).tolist(),
             value_discretization_interval=interval,
         )
     return distributions.from_gaussian_mechanism(

@@ -3,22 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, replace
 from enum import Enum
-from functools import lru_cache
 
 from . import _checks
-from ._backends import backend, epsilon_of
 from ._checks import Accountant
-from ._dp import load_module
-from ._sampling import Poisson, Sampling, TruncatedPoisson, require_sampling, require_supported
-from ._terms import LEAST_NOISE, Terms, terms_of
-
-_TOLERANCE = 1e-4  # relative error of a calibrated noise multiplier
-_COARSENESS, _MOST_SECANTS = 16, 8  # for the search for a noise multiplier
-_MOST_NOISE = 2.0**30
-_MOST_STEPS = 2**40
+from ._equal_steps import EqualSteps
+from ._sampling import Sampling
+from ._search import most_steps, smallest_noise, smallest_noise_by_slope
 
 
 def epsilon(
@@ -64,7 +55,9 @@ def epsilon(
         >>> epsilon(noise_multiplier=0.0, **run)
         inf
     """
-    run = _Run.from_arguments(sample_rate, sampling, steps, delta, accountant, relation, group_size)
+    run = EqualSteps.from_arguments(
+        sample_rate, sampling, steps, delta, accountant, relation, group_size
+    )
     return run.epsilon(_checks.at_least_0("noise_multiplier", noise_multiplier))
 
 
@@ -106,15 +99,17 @@ def noise_multiplier(
         >>> round(sigma, 2), epsilon(noise_multiplier=sigma, **run) <= 2.0
         (1.02, True)
     """
-    run = _Run.from_arguments(sample_rate, sampling, steps, delta, accountant, relation, group_size)
+    run = EqualSteps.from_arguments(
+        sample_rate, sampling, steps, delta, accountant, relation, group_size
+    )
     target = _target(target_epsilon)
     if run.steps == 0 or target == math.inf:
         return 0.0
     if run.accountant != "pld":
-        return _smallest_noise(run, target, start=1.0, factor=2.0)
+        return smallest_noise(run, target, start=1.0, factor=2.0)
     # Renyi accounting gives a close first guess in a fraction of the time.
-    start = _smallest_noise(run.renyi_estimate(), target, start=1.0, factor=2.0)
-    return _smallest_noise_by_slope(run, target, start)
+    start = smallest_noise(run.renyi_estimate(), target, start=1.0, factor=2.0)
+    return smallest_noise_by_slope(run, target, start)
 
 
 def steps(
@@ -154,7 +149,9 @@ def steps(
         >>> epsilon(steps=most, **run) <= 2.0 < epsilon(steps=most + 1, **run)
         True
     """
-    run = _Run.from_arguments(sample_rate, sampling, 1, delta, accountant, relation, group_size)
+    run = EqualSteps.from_arguments(
+        sample_rate, sampling, 1, delta, accountant, relation, group_size
+    )
     target = _target(target_epsilon)
     noise = _checks.at_least_0("noise_multiplier", noise_multiplier)
     if target == math.inf:
@@ -162,92 +159,8 @@ def steps(
     start = 1
     if run.accountant == "pld":
         near = run.renyi_estimate()
-        start = max(1, _most_steps(lambda count: near.with_steps(count).epsilon(noise), target, 1))
-    return _most_steps(lambda count: run.with_steps(count).epsilon(noise), target, start)
-
-
-def _most_steps(epsilon_of: Callable[[int], float], target: float, start: int) -> int:
-    """Return the largest number of steps after checking that it meets the target and one step more does not."""
-    within, beyond = 0, min(start, _MOST_STEPS)
-    known = {0: 0.0}
-
-    def meets(count: int) -> bool:
-        known[count] = epsilon_of(count)
-        return known[count] <= target
-
-    while meets(beyond):
-        within = beyond
-        if within == _MOST_STEPS:
-            return within
-        beyond = min(_MOST_STEPS, within + max(1, within // 4) if start > 1 else 2 * within)
-    while beyond - within > 1:
-        # Epsilon grows approximately as a power of the steps; where it does not, halving makes progress.
-        guess = (within + beyond) // 2
-        low, high = known[within], known[beyond]
-        if len(known) % 2 and within and 0 < low < target < high < math.inf:
-            slope = math.log(beyond / within) / math.log(high / low)
-            # One more than the estimate, so that both ends of the interval converge.
-            guess = math.floor(within * (target / low) ** slope) + 1
-            guess = min(max(guess, within + 1), beyond - 1)
-        if meets(guess):
-            within = guess
-        else:
-            beyond = guess
-    return within
-
-
-def _smallest_noise(run: _Run, target: float, *, start: float, factor: float) -> float:
-    """Return a noise multiplier close to the smallest, after checking that it meets the target."""
-    upper = start
-    while run.epsilon(upper) > target:
-        upper *= factor
-        if upper > _MOST_NOISE:
-            raise ValueError(
-                f"target_epsilon = {target} at delta = {run.delta} is not met by a noise "
-                f"multiplier of {_MOST_NOISE:.0f}; raise target_epsilon or delta, or take fewer steps."
-            )
-    lower = upper / factor
-    while run.epsilon(lower) <= target:
-        upper, lower = lower, lower / factor
-    if lower < LEAST_NOISE:
-        return upper
-
-    def gap(noise: float) -> float:  # finite and nearly linear, as brentq needs
-        return math.log(min(max(run.epsilon(noise), 1e-12), 1e12) / target)
-
-    tolerance = _TOLERANCE / 4 * lower
-    root: float = load_module("scipy.optimize").brentq(gap, lower, upper, xtol=tolerance)
-    while root < upper and run.epsilon(root) > target:  # the root may lie on either side
-        root += tolerance
-    return min(root, upper)
-
-
-def _smallest_noise_by_slope(run: _Run, target: float, start: float) -> float:
-    """Return the same as ``_smallest_noise`` with three or four slow evaluations of epsilon instead of eight or nine.
-
-    On a coarser grid epsilon takes a twentieth of the time. Its curve gives a first noise multiplier and the slope of
-    epsilon; the secant method continues from there. The result is checked from both sides.
-    """
-    coarse = replace(run, coarseness=_COARSENESS)
-    try:
-        noise = _smallest_noise(coarse, target, start=start, factor=1.25)
-    except ValueError:  # the coarse bound does not get this small for any noise
-        return _smallest_noise(run, target, start=start, factor=1.25)
-    slope = math.log(coarse.epsilon(1.01 * noise) / coarse.epsilon(noise)) / math.log(1.01)
-    for _ in range(_MOST_SECANTS):
-        found = run.epsilon(noise)
-        if not (0.0 < found < math.inf and -math.inf < slope < 0.0):
-            break
-        beyond = math.log(target / found) / -slope  # relative excess over the smallest noise
-        if 0.0 <= beyond < _TOLERANCE / 2 and run.epsilon(noise * (1 - 0.75 * _TOLERANCE)) > target:
-            return noise
-        # A little more noise than estimated, so that it meets the target.
-        following = noise * math.exp(-beyond + _TOLERANCE / 8)
-        ahead = run.epsilon(following)
-        if ahead > 0.0 and following != noise:
-            slope = math.log(ahead / found) / math.log(following / noise)
-        noise = following
-    return _smallest_noise(run, target, start=noise, factor=1.25)
+        start = max(1, most_steps(lambda count: near.with_steps(count).epsilon(noise), target, 1))
+    return most_steps(lambda count: run.with_steps(count).epsilon(noise), target, start)
 
 
 def _target(value: object) -> float:
@@ -257,66 +170,3 @@ def _target(value: object) -> float:
             "target_epsilon must be positive, got 0.0, which only a run without steps meets."
         )
     return target
-
-
-@dataclass(frozen=True)
-class _Run:
-    """This class describes a run except for its noise."""
-
-    sampling: Sampling
-    steps: int
-    delta: float
-    accountant: str
-    relation: str
-    group_size: int
-    coarseness: int = 1
-    """Factor on the interval of the grid of privacy losses; epsilon stays an upper bound."""
-
-    @classmethod
-    def from_arguments(
-        cls,
-        sample_rate: float | None,
-        sampling: Sampling | None,
-        steps: object,
-        delta: object,
-        accountant: object,
-        relation: object,
-        group_size: object,
-    ) -> _Run:
-        count = _checks.integer("steps", steps, least=0)
-        if (sample_rate is None) == (sampling is None):
-            raise ValueError(
-                f"sample_rate and sampling are {sample_rate} and {sampling}; give exactly one of "
-                "them: sample_rate=q stands for sampling=Poisson(q)."
-            )
-        drawn = require_sampling(sampling) if sample_rate is None else Poisson(sample_rate)
-        probability = _checks.probability("delta", delta)
-        by, name = _checks.accountant_name(accountant), _checks.relation_name(relation)
-        size = _checks.integer("group_size", group_size, least=1)
-        require_supported(drawn, relation=name, accountant=by, group_size=size)
-        return cls(drawn, count, probability, by, name, size)
-
-    def epsilon(self, noise: float) -> float:
-        """Return epsilon for a noise multiplier, in units of the relation's sensitivity."""
-        if self.steps == 0:
-            return 0.0
-        runs = [(noise, self.sampling, self.steps, 0)]
-        terms = terms_of(runs, relation=self.relation, group_size=self.group_size)
-        return _epsilon(terms, self.delta, self.accountant, self.coarseness)
-
-    def with_steps(self, steps: int) -> _Run:
-        return replace(self, steps=steps)
-
-    def renyi_estimate(self) -> _Run:
-        """Return a run with about the same epsilon that Renyi accounting supports."""
-        renyi = replace(self, accountant="rdp")
-        match self.sampling:
-            case Poisson(rate) | TruncatedPoisson(rate):
-                near = Poisson(min(1.0, rate * self.group_size))
-                return replace(renyi, sampling=near, relation="add_or_remove_one", group_size=1)
-        return renyi
-
-
-@lru_cache(maxsize=64)
-def _epsilon(terms: Terms, delta: float, accountant: str, coarseness: int) -> float:
-    return epsilon_of(terms, delta, backend(accountant, coarseness=coarseness))

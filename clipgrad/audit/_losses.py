@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
-
-from clipgrad.audit._undisturbed import eval_mode, rng_restored
 
 
 def canary_losses(model: nn.Module, loss_fn: Callable[..., Tensor], *canaries: Any) -> torch.Tensor:
@@ -60,3 +59,23 @@ def count(canaries: Any) -> int:
             f"{[tuple(leaf.shape) if isinstance(leaf, Tensor) else type(leaf).__name__ for leaf in leaves]}."
         )
     return size
+
+
+@contextmanager
+def rng_restored(model: nn.Module) -> Iterator[None]:
+    """Restore the state of the random number generators on exit, since dropout changes it."""
+    cuda = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    with torch.random.fork_rng(devices=sorted(cuda, key=str), device_type="cuda"):
+        yield
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Switch to ``model.eval()`` and restore each module's own flag on exit."""
+    flags = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, flag in flags.items():
+            module.training = flag

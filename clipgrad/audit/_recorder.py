@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.utils._pytree import tree_map
 
-from clipgrad.audit._losses import count
-from clipgrad.audit._undisturbed import rng_restored
+from clipgrad.audit._losses import count, rng_restored
 from clipgrad.clipping import Relation
 from clipgrad.optimizer import DPOptimizer
 

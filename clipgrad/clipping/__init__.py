@@ -1,9 +1,9 @@
 """This package decides how far each sample's gradient is scaled down, and bounds what one sample can change.
 
-A clipping strategy combines three choices, each with a file of its own:
+A clipping strategy combines three choices:
 
 * What is scaled together (``_strategies``): the whole gradient, parameters by prefix, or ``PerLayer``.
-* By which factor (``_factors``): at most 1 (clip), or ``Automatic``.
+* By which factor: at most 1 (clip), or ``Automatic``.
 * To which norm (``_adaptive``): a number, a function of the step, or ``AdaptiveQuantile``.
 
 ``_groups`` resolves a strategy against parameter names to factors and a bound. ``_schedule`` turns a strategy that

@@ -13,11 +13,6 @@ from torch import Tensor
 
 from clipgrad import _validate
 from clipgrad.clipping._adaptive import AdaptiveQuantile
-from clipgrad.clipping._factors import (
-    Clip,
-    Normalise,
-    Rule,
-)
 from clipgrad.clipping._relation import Relation, most_contributions
 from clipgrad.clipping._strategies import Automatic, ClippingStrategy, PerLayer
 
@@ -33,24 +28,19 @@ class Clipping:
         groups: Name of each group; a single empty name if all parameters are scaled together.
         norms: The clipping norm of each group, ``0 <= C <= inf``.
         assignment: Per parameter, the index of its group.
-        rules: Per group, how norms become factors.
-        rescale: Whether clipped gradients are divided by their group's norm, so that the bound is 1.
+        gammas: Per group, ``gamma`` of ``Automatic``; None to clip.
         bounds: ``norms`` as a tensor ``[groups]``, which a graph reads instead of ``norms`` to serve other norms too.
     """
 
     groups: tuple[str, ...]
     norms: tuple[float, ...]
     assignment: tuple[int, ...]
-    rules: tuple[Rule, ...]
-    rescale: bool = False
+    gammas: tuple[float | None, ...]
     bounds: Tensor | None = field(default=None, compare=False, repr=False)
 
-    def members(self, group: int) -> list[int]:
-        """Return the indices of the parameters that ``group`` clips together."""
-        return self._members[group]
-
     @cached_property
-    def _members(self) -> list[list[int]]:
+    def members(self) -> list[list[int]]:
+        """Return for each group the indices of the parameters that it clips together."""
         members: list[list[int]] = [[] for _ in self.groups]
         for index, owner in enumerate(self.assignment):
             members[owner].append(index)
@@ -59,8 +49,9 @@ class Clipping:
     def factors(self, norms: Tensor, group: int) -> Tensor:
         """Return the factor of each sample's gradient in one group, ``[B]``; NaN for a NaN norm.
 
-        For ``Clip`` the factor is ``min(1, C / norm)``, divided by C if rescaled: ``C = 0`` gives 0, ``C = inf`` gives
-        1, a zero norm gives 1.
+        To clip is ``min(1, C / norm)``: ``C = 0`` gives 0, ``C = inf`` gives 1, a zero norm gives 1. ``Automatic`` is
+        ``C / (norm + gamma)``, at most ``C / gamma`` times the factor that clips to ``gamma``. So rounding errors are
+        at most ``C / gamma`` times those of a sum clipped to ``gamma``. Without ``gamma`` there would be no such bound.
 
         Args:
             norms: Per-sample L2 norms ``[B]``.
@@ -73,7 +64,8 @@ class Clipping:
             return torch.where(norms.isfinite(), 0.0, norms)
         if self.bounds is not None:
             bound = self.bounds[group]
-        return self.rules[group].factors(norms, bound, self.rescale)
+        gamma = self.gammas[group]
+        return (bound / norms).clamp(max=1.0) if gamma is None else bound / (norms + gamma)
 
     def with_bounds(self, bounds: Tensor) -> Clipping:
         """Return a copy that reads ``bounds`` instead of ``norms``; valid for all norms with the same ``structure``."""
@@ -83,19 +75,17 @@ class Clipping:
     def structure(self) -> tuple[Any, ...]:
         """Return everything that a graph reading ``bounds`` depends on: all but the values of positive finite norms."""
         ends = tuple(norm if norm == 0 or math.isinf(norm) else None for norm in self.norms)
-        return self.groups, self.assignment, self.rules, self.rescale, ends
+        return self.groups, self.assignment, self.gammas, ends
 
     def bound(self) -> float:
         """Return the largest L2 norm of one sample's contribution, over all groups together."""
-        return math.hypot(*(1.0 if self.rescale else norm for norm in self.norms))
+        return math.hypot(*self.norms)
 
 
 def make_clipping(
     max_grad_norm: ClippingStrategy,
     names: Sequence[str] | None = None,
     sizes: Sequence[int] | None = None,
-    *,
-    rescale: bool = False,
 ) -> Clipping:
     """Resolve ``max_grad_norm`` against the parameter names.
 
@@ -106,30 +96,25 @@ def make_clipping(
             norm must be a number.
         names: Parameter names in order; None gives the bound alone, before any parameter is known.
         sizes: Number of elements of each parameter, for ``PerLayer``.
-        rescale: Whether clipped gradients are rescaled to norm one.
 
     Raises:
         ValueError: If a norm is negative, NaN, or changes from step to step, a parameter matches no prefix, or a prefix
             matches no parameter.
     """
     if isinstance(max_grad_norm, Mapping):
-        return _by_prefix(max_grad_norm, names, rescale)
+        return _by_prefix(max_grad_norm, names)
     if isinstance(max_grad_norm, PerLayer):
-        return _per_layer(max_grad_norm, names, sizes, rescale)
-    rule, norm = _rule("max_grad_norm", max_grad_norm, rescale)
-    return Clipping(("",), (norm,), (0,) * len(names or ()), (rule,), rescale)
+        return _per_layer(max_grad_norm, names, sizes)
+    gamma, norm = _rule("max_grad_norm", max_grad_norm)
+    return Clipping(("",), (norm,), (0,) * len(names or ()), (gamma,))
 
 
-def _by_prefix(
-    max_grad_norm: Mapping[str, Any], names: Sequence[str] | None, rescale: bool
-) -> Clipping:
+def _by_prefix(max_grad_norm: Mapping[str, Any], names: Sequence[str] | None) -> Clipping:
     if not max_grad_norm:
         raise ValueError("max_grad_norm is an empty mapping; give a norm, or one per prefix.")
     groups = tuple(max_grad_norm)
-    found = [
-        _rule(f"max_grad_norm[{group!r}]", value, rescale) for group, value in max_grad_norm.items()
-    ]
-    rules, norms = zip(*found, strict=True)
+    found = [_rule(f"max_grad_norm[{group!r}]", value) for group, value in max_grad_norm.items()]
+    gammas, norms = zip(*found, strict=True)
     if names is None:
         names = groups
     assignment = tuple(_longest_match(name, groups) for name in names)
@@ -139,20 +124,15 @@ def _by_prefix(
                 f"max_grad_norm: no trainable parameter starts with {group!r}; its names start with "
                 f"{sorted({name.split('.')[0] for name in names})}. Remove or correct the entry."
             )
-    return Clipping(groups, norms, assignment, rules, rescale)
+    return Clipping(groups, norms, assignment, gammas)
 
 
 def _per_layer(
-    strategy: PerLayer, names: Sequence[str] | None, sizes: Sequence[int] | None, rescale: bool
+    strategy: PerLayer, names: Sequence[str] | None, sizes: Sequence[int] | None
 ) -> Clipping:
-    if rescale:
-        raise ValueError(
-            "rescale_to_unit_norm cannot be combined with PerLayer, whose bound would depend on the number of layers. "
-            "Leave it out and divide by the norm of all layers together: normalize_by=max_grad_norm."
-        )
-    rule, norm = _rule("max_grad_norm", strategy.max_grad_norm, rescale)
+    gamma, norm = _rule("max_grad_norm", strategy.max_grad_norm)
     if names is None:
-        return Clipping(("",), (norm,), (), (rule,))
+        return Clipping(("",), (norm,), (), (gamma,))
     owners = [name.rpartition(".")[0] for name in names]
     elements = dict.fromkeys(owners, 0)
     for owner, size in zip(owners, sizes or [0] * len(owners), strict=True):
@@ -161,13 +141,13 @@ def _per_layer(
     norms = tuple(norm * share for share in strategy.shares(elements).values())
     position = {group: index for index, group in enumerate(groups)}
     assignment = tuple(position[owner] for owner in owners)
-    return Clipping(groups, norms, assignment, (rule,) * len(groups))
+    return Clipping(groups, norms, assignment, (gamma,) * len(groups))
 
 
-def _rule(what: str, value: object, rescale: bool) -> tuple[Rule, float]:
-    rule: Rule = Clip()
+def _rule(what: str, value: object) -> tuple[float | None, float]:
+    gamma: float | None = None
     if isinstance(value, Automatic):
-        rule, value = Normalise(float(value.gamma)), value.max_grad_norm
+        gamma, value = float(value.gamma), value.max_grad_norm
     if isinstance(value, PerLayer | Mapping):
         raise ValueError(
             f"{what} is a {type(value).__name__}, but groups hold no groups; give a norm or Automatic."
@@ -180,16 +160,12 @@ def _rule(what: str, value: object, rescale: bool) -> tuple[Rule, float]:
     norm = _validate.number(what, value)
     if math.isnan(norm) or norm < 0:
         raise ValueError(f"{what} must be a non-negative number (inf for no clipping), got {norm}.")
-    if rescale and (norm == 0 or math.isinf(norm)):
+    if gamma is not None and not norm / gamma <= _LARGEST_FACTOR:
         raise ValueError(
-            f"{what}={norm} cannot be rescaled to unit norm; use a positive finite norm."
-        )
-    if isinstance(rule, Normalise) and not norm / rule.gamma <= _LARGEST_FACTOR:
-        raise ValueError(
-            f"{what}=Automatic({norm}, gamma={rule.gamma}) multiplies small gradients by {norm / rule.gamma:.0e}; "
+            f"{what}=Automatic({norm}, gamma={gamma}) multiplies small gradients by {norm / gamma:.0e}; "
             f"keep max_grad_norm / gamma below {_LARGEST_FACTOR:.0e}."
         )
-    return rule, norm
+    return gamma, norm
 
 
 def _longest_match(name: str, groups: Sequence[str]) -> int:

@@ -17,9 +17,9 @@ from clipgrad.clipping._strategies import (
     Automatic,
     ClippingStrategy,
     Norm,
+    PerLayer,
     Schedule,
     copy_strategy,
-    is_grouped,
     with_norms,
 )
 from clipgrad.result import Outcome
@@ -163,16 +163,10 @@ def _adaptive(strategy: ClippingStrategy) -> AdaptiveQuantile | None:
 
 
 def _refuse_adaptive_groups(strategy: ClippingStrategy) -> None:
-    found: list[Norm] = []
-
-    def look(norm: Norm) -> float:
-        found.append(norm)
-        return 1.0
-
-    if not is_grouped(strategy):
-        return
-    with_norms(strategy, look)
-    if any(isinstance(norm, AdaptiveQuantile) for norm in found):
+    groups = list(strategy.values()) if isinstance(strategy, Mapping) else []
+    if isinstance(strategy, PerLayer):
+        groups = [strategy.max_grad_norm]
+    if any(_adaptive(group) is not None for group in groups):
         raise ValueError(
             "max_grad_norm: AdaptiveQuantile adapts one norm for the whole gradient; a norm of its own for each group "
             "is not supported. Use it without PerLayer and without a mapping."

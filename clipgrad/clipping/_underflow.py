@@ -28,9 +28,9 @@ _ROOTS = 2.0**30
 
 
 def smallest_norm(dtypes: Iterable[torch.dtype]) -> float:
-    """Return the smallest positive clipping norm for parameters of these dtypes."""
+    """Return the smallest positive clipping norm for parameters of these dtypes; 0 without parameters."""
     wide = [torch.promote_types(dtype, torch.float32) for dtype in dtypes]
-    return max(_ROOTS * math.sqrt(torch.finfo(dtype).tiny) for dtype in wide)
+    return max((_ROOTS * math.sqrt(torch.finfo(dtype).tiny) for dtype in wide), default=0.0)
 
 
 def refuse_tiny_norms(clipping: Clipping, dtypes: Iterable[torch.dtype]) -> None:

@@ -1,4 +1,4 @@
-"""What decides how a graph looks; PyTorch's guards watch the Python that the loss runs."""
+"""This module computes the signature for which a step is compiled; PyTorch's guards cover the Python of the loss."""
 
 from __future__ import annotations
 
@@ -21,13 +21,17 @@ from clipgrad.rules.registry import rules
 _ATTRIBUTES = attrgetter("shape", "dtype", "device", "requires_grad", "layout")
 
 
+READS = "something that the loss reads"
+"""The part that also changes when PyTorch captures the loss again with symbols for lengths."""
+
+
 def describe(tensor: Tensor) -> tuple[Any, ...]:
-    """What a compiled graph assumes of a tensor."""
+    """Return the properties of a tensor that a compiled graph depends on."""
     return _ATTRIBUTES(tensor), tensor.stride(), type(tensor)
 
 
 def describe_all(tensors: Sequence[Tensor]) -> tuple[Any, ...]:
-    """What ``describe`` says of each, in columns."""
+    """Return the properties of several tensors, column by column, which is faster."""
     return (
         tuple(map(_ATTRIBUTES, tensors)),
         tuple(map(Tensor.stride, tensors)),
@@ -36,18 +40,18 @@ def describe_all(tensors: Sequence[Tensor]) -> tuple[Any, ...]:
 
 
 def _describe_rows(leaf: Any) -> tuple[Any, ...]:
-    """The same of a batch leaf, whose rows are made to fit."""
+    """Return the properties of a batch leaf, whose rows are padded."""
     if isinstance(leaf, Tensor):
-        return leaf.shape[1:], leaf.dtype, leaf.device, is_channels_last(leaf), type(leaf)
+        return leaf.dim(), leaf.dtype, leaf.device, is_channels_last(leaf), type(leaf)
     return ("constant",)
 
 
 def _global_settings(kinds: Sequence[str]) -> tuple[Any, ...]:
-    """Global settings that change which operations run, or what they compute."""
+    """Return the global settings that change which operations run, or what they compute."""
     cuda, cudnn = torch.backends.cuda, torch.backends.cudnn
     return (
         torch.get_default_dtype(),
-        # Without a mode it is the CPU; asking takes a third as long as all the rest.
+        # Without a mode it is the CPU; this call takes a third as long as all others together.
         torch.get_default_device() if _get_current_function_mode_stack() else torch.device("cpu"),
         *((torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in kinds),
         torch.is_autocast_cache_enabled(),
@@ -66,7 +70,7 @@ def _global_settings(kinds: Sequence[str]) -> tuple[Any, ...]:
 
 
 def signature(inputs: Inputs, loss: GraphOfLoss, size: int, clipping: Clipping) -> tuple[Any, ...]:
-    """Equal for two batches exactly if one graph serves both.
+    """Equal for two batches exactly if one graph serves both, given that it serves their lengths.
 
     Args:
         inputs: The arguments.
@@ -82,7 +86,7 @@ def signature(inputs: Inputs, loss: GraphOfLoss, size: int, clipping: Clipping) 
         ("names of the parameters", tuple(inputs.names)),
         ("shape, dtype, device or requires_grad of a parameter", describe_all(inputs.params)),
         ("shape, dtype, device or layout of the batch", tuple(map(_describe_rows, inputs.batch))),
-        ("something that the loss reads", loss.key),
+        (READS, loss.key),
         ("a tensor that the loss reads", describe_all(loss.tensors)),
         ("autocast, default dtype or device, determinism or precision settings", _global_settings(kinds)),
         ("clipping groups or rules, or a norm that became or was 0 or inf", clipping.structure),
@@ -91,7 +95,7 @@ def signature(inputs: Inputs, loss: GraphOfLoss, size: int, clipping: Clipping) 
 
 
 def difference(now: tuple[Any, ...], was: tuple[Any, ...]) -> str | None:
-    """Which part of a signature is another; None if none is."""
+    """Return which part of a signature has changed; None if none has."""
     if now == was:
         return None
     for (name, new), (_, old) in zip(now, was, strict=True):
@@ -101,15 +105,15 @@ def difference(now: tuple[Any, ...], was: tuple[Any, ...]) -> str | None:
 
 
 def refuse_modes() -> None:
-    """Refuse to compile inside of somebody else's mode, which would see nothing of a compiled graph.
+    """Refuse to compile inside a mode of the user, which would not see the operations of a compiled graph.
 
     Raises:
-        CompileError: If one is active.
+        CompileError: If such a mode is active.
     """
     active = [*_get_current_function_mode_stack(), *_get_current_dispatch_mode_stack()]
     active = [mode for mode in active if type(mode).__name__ != "DeviceContext"]
     if active:
         raise CompileError(
-            f"a {type(active[0]).__name__} is active, which sees single operations; a compiled step has none. Leave "
-            "the mode around backward, or leave compile out."
+            f"a {type(active[0]).__name__} is active, which sees single operations; a compiled step has none. Call "
+            "backward outside the mode, or leave compile out."
         )

@@ -1,21 +1,21 @@
-"""Trace the clipped step of one microbatch to a graph of plain operations.
+"""This module traces the clipped step of one microbatch to a graph of plain operations.
 
-The eager step itself is run: capture, rules, hooks, backward pass and plan all happen while the graph is made, and
-what is left of them is the tensor operations that they called. Dynamo sees nothing but these, so it has no custom
-backward pass and no custom ``vmap`` rule to lose.
+The trace runs the eager step: capture, rules, hooks, backward pass and choice of strategies. The graph holds only the
+tensor operations that they called, so the compiler sees no custom backward pass and no custom ``vmap`` rule.
 """
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
 from torch.fx.graph import CodeGen
@@ -24,11 +24,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from clipgrad.compiled.decompositions import DECOMPOSITIONS
+from clipgrad.compiled.lengths import Lengths
 from clipgrad.compiled.zeroing import zero_in_place
 from clipgrad.engine.captured_loss import GraphOfLoss
 from clipgrad.engine.clip_and_sum import MicrobatchResult, Settings
 from clipgrad.engine.inputs import Inputs
 from clipgrad.engine.microbatch import run
+from clipgrad.engine.whole_batch import WholeBatch
 from clipgrad.errors import CompileError, NotPerSampleError
 
 _READS = {
@@ -44,12 +46,12 @@ _VALUE_READ = (
 
 @dataclass(frozen=True)
 class Layout:
-    """How a piece lies in the flat list of a graph's results.
+    """This class describes the flat list of a graph's results.
 
     Attributes:
-        sums: How many sums come first.
-        norms: How many norms (clipping groups) follow the values.
-        aux: The structure of the auxiliary output.
+        sums: Number of sums, which come first.
+        norms: Number of norms (clipping groups), which follow the losses.
+        aux: Structure of the auxiliary output.
     """
 
     sums: int
@@ -58,16 +60,16 @@ class Layout:
 
     @classmethod
     def flatten(cls, piece: MicrobatchResult) -> tuple[Layout, list[Tensor]]:
-        """The layout of a piece, and its tensors in order."""
+        """Return the layout of a result, and its tensors in order."""
         aux, structure = tree_flatten(piece.aux)
-        assert piece.all_finite is not None, "a traced piece leaves its question open"
+        assert piece.all_finite is not None, "a traced step returns whether all norms are finite"
         flat = [
             *piece.sums, piece.values, *piece.norms, piece.nonfinite, piece.all_finite, *aux
         ]  # fmt: skip
         return cls(len(piece.sums), len(piece.norms), structure), flat
 
     def restore(self, flat: Sequence[Tensor], *, aliases_graph: bool) -> MicrobatchResult:
-        """The inverse of ``flatten``; ``sums`` may alias a recorded graph's memory."""
+        """Invert ``flatten``; ``sums`` may alias the memory of a CUDA graph."""
         after = self.sums + 1 + self.norms
         return MicrobatchResult(
             list(flat[: self.sums]),
@@ -82,14 +84,14 @@ class Layout:
 
 @dataclass(frozen=True)
 class TracedStep:
-    """A traced step.
+    """This class holds a traced step.
 
     Attributes:
         module: ``module(*params, *batch tensors, *tensors read, is_padding, bounds, *constants)`` returns a flat list.
-        layout: What the list holds.
-        constants: Tensors that the loss made of Python numbers (``torch.tensor(...)``).
-        needs_finite_check: Whether somebody has to ask if all norms were finite, for else the sums are worthless.
-        has_no_side_effects: Whether a run leaves nothing behind but its results, so that one in vain does not matter.
+        layout: Layout of the list.
+        constants: Tensors that the loss made from Python numbers (``torch.tensor(...)``).
+        needs_finite_check: Whether the caller must check that all norms are finite; if not, the sums are invalid.
+        has_no_side_effects: Whether a run changes nothing but its results, so that an unused run is harmless.
     """
 
     module: GraphModule
@@ -100,7 +102,7 @@ class TracedStep:
 
 
 class _RefuseReads(TorchFunctionMode):
-    """Refuse to take values out of a tensor by a road that no dispatcher sees."""
+    """This mode refuses functions that read a tensor's values and that no dispatch mode sees."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
@@ -111,9 +113,9 @@ class _RefuseReads(TorchFunctionMode):
 
 
 class _RefuseScalars(TorchDispatchMode):
-    """Refuse every operation that turns a value into a Python number, also those that PyTorch calls by itself.
+    """This mode refuses every operation that turns a value into a Python number, including PyTorch's own calls.
 
-    The tracer does so for tensors that it follows, not for those that the loss finds outside.
+    The tracer itself refuses only reads of traced tensors, not of tensors outside the loss.
     """
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -123,9 +125,9 @@ class _RefuseScalars(TorchDispatchMode):
 
 
 def checks_finite_on_host(device: torch.device) -> bool:
-    """Whether to ask after each run if all norms were finite. Elsewhere the answer waits for all that is queued.
+    """Return whether to check after each run that all norms are finite; on a GPU the check would wait for queued work.
 
-    Without the question the graph has to take samples out of the factors themselves, which costs a pass over them.
+    Without the check the graph always zeroes dropped samples in the factors, which costs a pass over them.
     """
     return device.type == "cpu"
 
@@ -137,8 +139,9 @@ def trace(
     is_padding: Tensor,
     bounds: Tensor,
     settings: Settings,
+    lengths: Lengths,
 ) -> TracedStep:
-    """Run the eager step on real tensors and write down what it does.
+    """Run the eager step and write down what it does: on real tensors, or on stand-ins if lengths get symbols.
 
     Args:
         inputs: Names and parameters.
@@ -147,6 +150,7 @@ def trace(
         is_padding: Boolean ``[B]``.
         bounds: The clipping norms ``[groups]``, an input so that a norm that changes needs no other graph.
         settings: Of the batch.
+        lengths: Which sizes of the batch get symbols.
 
     Raises:
         CompileError: If the loss does something that a graph cannot repeat.
@@ -176,10 +180,17 @@ def trace(
         layouts.append(layout)
         return results
 
-    with _RefuseReads(), _explain_trace_errors(), torch.autograd.set_multithreading_enabled(False):
-        module = make_fx(step, decomposition_table=DECOMPOSITIONS)(
-            *given, *tensors, *read, is_padding, bounds
-        )
+    arguments = [*given, *tensors, *read, is_padding, bounds]
+    if lengths.mode is not None:
+        arguments = lengths.with_symbols(given, tensors, [*read, is_padding, bounds])
+    with ExitStack() as stack:
+        stack.enter_context(_RefuseReads())
+        stack.enter_context(_explain_trace_errors())
+        stack.enter_context(torch.autograd.set_multithreading_enabled(False))
+        if lengths.mode is not None:
+            stack.enter_context(lengths.mode)
+            stack.enter_context(WholeBatch())
+        module = make_fx(step, decomposition_table=DECOMPOSITIONS)(*arguments)
     constants = _lift_constants(module)
     has_no_side_effects = not any(
         _may_be_random(node) or _writes_outside(node) for node in module.graph.nodes
@@ -192,17 +203,27 @@ _KNOWN = {"aten", "prims", "clipgrad"}
 
 
 def _may_be_random(node: Node) -> bool:
-    """Whether a node may draw random numbers. Operations of others do not have to say so."""
+    """Return whether a node may use random numbers; operations of other packages are assumed to."""
     if node.op != "call_function" or node.target is operator.getitem:
         return False
     target = node.target
     if not isinstance(target, OpOverload) or target.namespace not in _KNOWN:
         return True
-    return torch.Tag.nondeterministic_seeded in target.tags
+    return torch.Tag.nondeterministic_seeded in target.tags and _dropout(node) != 0.0
+
+
+def _dropout(node: Node) -> Any:
+    """The probability of dropout in fused attention, which draws nothing without; None for other operations."""
+    assert isinstance(node.target, OpOverload)
+    for index, argument in enumerate(node.target._schema.arguments):
+        if argument.name == "dropout_p":
+            given = node.kwargs.get(argument.name, argument.default_value)
+            return node.args[index] if index < len(node.args) else given
+    return None
 
 
 def _writes_outside(node: Node) -> bool:
-    """Whether a node writes to an argument of the graph, or to a view of one."""
+    """Return whether a node writes to an argument of the graph, or to a view of an argument."""
     return any(
         _view_base(argument).op == "placeholder"
         for argument in _aliased_arguments(node, written=True)
@@ -210,14 +231,14 @@ def _writes_outside(node: Node) -> bool:
 
 
 def _view_base(node: Node) -> Node:
-    """What a view is a view of."""
+    """Return the node whose memory a view shares."""
     while bases := _aliased_arguments(node, written=False):
         node = bases[0]
     return node
 
 
 def _aliased_arguments(node: Node, *, written: bool) -> list[Node]:
-    """The arguments that an operation writes to, or whose memory its result may share."""
+    """Return the arguments that an operation writes to, or whose memory its result may share."""
     if not isinstance(node.target, OpOverload):
         return list(node.args[:1]) if node.target is operator.getitem and not written else []  # type: ignore[arg-type]
     described = zip(node.target._schema.arguments, node.args, strict=False)
@@ -231,7 +252,7 @@ def _aliased_arguments(node: Node, *, written: bool) -> list[Node]:
 
 
 def _lift_constants(module: GraphModule) -> tuple[Tensor, ...]:
-    """Make inputs of the tensors that the graph holds, so that it always reads them as they are now."""
+    """Turn tensors that the graph holds into inputs, so that it always reads their present values."""
     graph = module.graph
     last = [node for node in graph.nodes if node.op == "placeholder"][-1]
     constants: dict[str, tuple[Tensor, Any]] = {}
@@ -240,7 +261,7 @@ def _lift_constants(module: GraphModule) -> tuple[Tensor, ...]:
             continue
         if node.target not in constants:
             value = getattr(module, node.target)
-            if not isinstance(value, Tensor):
+            if not isinstance(value, Tensor) or isinstance(value, FakeTensor):
                 raise CompileError(
                     f"the traced step holds a {type(value).__name__} that cannot be an input of a graph (a "
                     "torch.cond or a loop operator inside the loss?). Leave compile out."
@@ -261,7 +282,7 @@ def _lift_constants(module: GraphModule) -> tuple[Tensor, ...]:
 
 @contextmanager
 def _explain_trace_errors() -> Iterator[None]:
-    """The eager step ran just before, so whatever fails here fails because of the trace."""
+    """Turn an exception into a ``CompileError``; the eager step has run before, so the trace is the cause."""
     try:
         yield
     except (CompileError, NotPerSampleError):
@@ -269,8 +290,8 @@ def _explain_trace_errors() -> Iterator[None]:
     except Exception as error:
         if isinstance(error.__cause__, CompileError):
             raise error.__cause__ from None
-        told = f"{error} {error.__cause__}"
-        if "get value out of a tracing tensor" in told:
+        message = f"{error} {error.__cause__}"
+        if "get value out of a tracing tensor" in message:
             raise CompileError(_VALUE_READ) from error
         raise CompileError(
             f"the step runs, but cannot be traced to a graph ({type(error).__name__}: {error}). Leave compile out for "

@@ -1,11 +1,13 @@
-"""The loss of one sample as PyTorch captured it, in the form in which the engine runs losses."""
+"""This module turns the captured graph of a loss into a function that the engine can run."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from clipgrad.engine.inputs import Inputs, Loss
@@ -13,11 +15,11 @@ from clipgrad.loss_graph import CapturedLoss, LossCapture
 
 
 class LossGraphs:
-    """The graphs of one loss; PyTorch's guards choose among them at each batch.
+    """This class holds the graphs of one loss; PyTorch's guards choose a graph at each batch.
 
     Args:
         keep_batch_dim: Whether the loss sees a batch axis of one.
-        has_aux: Whether it returns auxiliary values beside the loss; None if that shows when it runs.
+        has_aux: Whether the loss also returns auxiliary values; None if that shows when it runs.
     """
 
     def __init__(self, *, keep_batch_dim: bool, has_aux: bool | None) -> None:
@@ -28,18 +30,18 @@ class LossGraphs:
         self._captures = 0
 
     def forget(self) -> None:
-        """Capture the loss anew at the next batch."""
+        """Discard all graphs, so that the next batch captures the loss again."""
         self._capture = None
 
     def graph_for(self, inputs: Inputs) -> GraphOfLoss:
-        """The graph that serves a batch.
+        """Return the graph for a batch.
 
         Args:
             inputs: The batch, of at least one sample.
 
         Raises:
             CannotCapture: If PyTorch cannot capture the loss.
-            NotPerSampleError: If the loss uses a tensor that requires grad and is no parameter.
+            NotPerSampleError: If the loss uses a tensor that requires grad and is not a parameter.
         """
         call = inputs.sample_call()
         if self._capture is None or call.fn is not self._fn:
@@ -49,45 +51,62 @@ class LossGraphs:
         sample = [leaf[first] if isinstance(leaf, Tensor) else leaf for leaf in inputs.batch]
         with call.context():
             captured = self._capture.graph(call.arguments(sample), call.parameters, sample)
-        return GraphOfLoss(captured, self._has_aux, self._captures)
+        return GraphOfLoss(captured, self._has_aux, self._captures, inputs.params[0].device)
 
 
 @dataclass(frozen=True)
 class GraphOfLoss:
-    """A captured loss for one call.
+    """This class holds a captured loss for one call.
 
     Attributes:
-        captured: The graph, and the tensors that it takes besides parameters and sample.
+        captured: The graph, and its inputs other than parameters and sample.
         has_aux: Whether the loss returns auxiliary values.
-        capture: Number of the capture; each counts its graphs from zero.
+        capture: Number of the capture; each capture counts its graphs from zero.
+        device: Of the parameters.
     """
 
     captured: CapturedLoss
     has_aux: bool | None
     capture: int
+    device: torch.device
 
-    @property
+    @cached_property
     def tensors(self) -> list[Tensor]:
-        """Tensors that the loss reads besides parameters and sample: buffers, attributes, closures."""
-        return [value for value in self.captured.constants if isinstance(value, Tensor)]
+        """Return what the loss reads besides parameters and sample: buffers, attributes, closures, numbers."""
+        constants = self.captured.constants
+        return [
+            value
+            if isinstance(value, Tensor)
+            else torch.tensor(value, dtype=torch.float64, device=self.device)
+            for index, value in enumerate(constants)
+            if self._is_tensor(index)
+        ]
 
     @property
     def key(self) -> tuple[Any, ...]:
-        """Equal for two calls exactly if the same graph serves both, with the same Python numbers."""
-        numbers = [value for value in self.captured.constants if not isinstance(value, Tensor)]
+        """Return a key that two calls share exactly if they use the same graph and the same Python numbers."""
+        constants = self.captured.constants
+        numbers = [v for index, v in enumerate(constants) if not self._is_tensor(index)]
         return (self.capture, self.captured.number, *numbers)
 
+    def _is_tensor(self, index: int) -> bool:
+        """Whether a constant is a tensor, or a number that may be given as one."""
+        return index in self.captured.lifted or isinstance(self.captured.constants[index], Tensor)
+
     def loss(self, tensors: Sequence[Tensor] | None = None) -> Loss:
-        """The graph as a loss.
+        """Return the graph as a loss.
 
         Args:
-            tensors: What to read in the place of ``self.tensors``.
+            tensors: Tensors to read instead of ``self.tensors``.
         """
         captured = self.captured
         constants = list(captured.constants)
         if tensors is not None:
             given = iter(tensors)
-            constants = [next(given) if isinstance(value, Tensor) else value for value in constants]
+            constants = [
+                next(given) if self._is_tensor(index) else value
+                for index, value in enumerate(constants)
+            ]
 
         def loss(leaves: Sequence[Tensor], sample: Sequence[Any]) -> Any:
             value, aux = captured(leaves, sample, constants)

@@ -1,4 +1,4 @@
-"""The result of one microbatch, and how norms and clipped sums become one."""
+"""This module computes norms, factors and clipped sums of one microbatch."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ PreClipping = Callable[[list[Tensor]], list[Tensor]]
 
 @dataclass(frozen=True)
 class Settings:
-    """What a microbatch needs to know: the user's options, resolved against the parameters at hand.
+    """This class holds the user's options, resolved for the present parameters.
 
     Attributes:
-        options: Of the user.
+        options: The user's options.
         clipping: Groups of parameters and their norms.
-        dtypes: Of each parameter's sum.
+        dtypes: The dtype of each parameter's sum.
         ranks: The processes that hold the parameters.
         pre_clipping: The user's transform of per-sample gradients, on leaves.
-        sum_rows: Clips and sums per-sample gradients in the place of the rules; None if the rules do it.
+        sum_rows: Function that clips and sums per-sample gradients; None if the rules do it.
         defers_finite_check: Leave it to the caller to check that every norm is finite; a traced graph cannot do so.
         always_selects: Take dropped samples out of the factors without a check whether there are any.
     """
@@ -47,16 +47,16 @@ class Settings:
 
     @property
     def strategy(self) -> Strategy | None:
-        """The way to find norms that is forced on every parameter; None if each has its own."""
+        """Return the strategy that is forced on every parameter; None if each has its own."""
         if self.pre_clipping is not None or self.sum_rows is not None:
             return Strategy.KEPT
-        asked = self.options.performance.strategy
-        return None if asked == "auto" else Strategy(asked)
+        requested = self.options.performance.strategy
+        return None if requested == "auto" else Strategy(requested)
 
 
 @dataclass(frozen=True)
 class MicrobatchResult:
-    """The result of one microbatch.
+    """This class holds the result of one microbatch.
 
     Attributes:
         sums: Clipped sum per parameter, in the accumulation dtype.
@@ -64,8 +64,8 @@ class MicrobatchResult:
         norms: Per-sample norms, ``[B]`` per clipping group.
         aux: Per-sample auxiliary output, or None.
         nonfinite: Boolean ``[B]``: samples dropped because their gradient was not finite.
-        all_finite: Boolean scalar, if the question was left to the caller. Where it is False and samples were not
-            taken out in any case, ``sums`` are worthless, and the microbatch has to be run again by somebody who asks.
+        all_finite: Boolean scalar, or None if the check was not left to the caller. If it is False and dropped samples
+            were not taken out of the factors, ``sums`` are invalid, and the microbatch must run again with the check.
         aliases_graph: Whether ``sums`` alias the memory of a CUDA graph, which the next microbatch overwrites.
     """
 
@@ -85,7 +85,7 @@ def clip(
     is_padding: Tensor | None,
     settings: Settings,
 ) -> MicrobatchResult:
-    """Norms, factors and clipped sums of one microbatch whose backward pass has run."""
+    """Compute norms, factors and clipped sums of one microbatch after its backward pass."""
     clipping, nan_safe = settings.clipping, settings.options.nan_safe
     if settings.pre_clipping is not None or settings.sum_rows is not None:
         rows = [gradients.per_sample(index) for index in range(len(settings.dtypes))]
@@ -96,10 +96,8 @@ def clip(
             return MicrobatchResult(exact, values, before, aux, dropped)
         gradients.replace(rows)
     norms = [
-        settings.ranks.squared_norms(
-            _or_zero(gradients.squared_norms(clipping.members(group)), values)
-        ).sqrt()
-        for group in range(len(clipping.groups))
+        settings.ranks.squared_norms(gradients.squared_norms(members)).sqrt()
+        for members in clipping.members
     ]
     finite = torch.stack(norms).isfinite().all(0)
     keep = finite if is_padding is None else finite & ~is_padding
@@ -110,11 +108,17 @@ def clip(
         factors = [torch.where(keep, factor, 0.0) for factor in factors]
         if settings.always_selects:
             gradients.select(keep)
+    asks = dropping and not settings.defers_finite_check
+    if asks and settings.ranks.is_sharded:
+        # Sums leave this process as they are formed, so none may be formed twice.
+        if not bool(finite.all()):
+            gradients.select(keep)
+        asks = False
     with phase("contraction"):
         sums = _weighted_sums(gradients, factors, settings)
-    # Asked only now: on a GPU the answer takes as long as all that is queued, and the sums are queued already.
-    if dropping and not settings.defers_finite_check and not bool(finite.all()):
-        # A zero factor does not silence an inf; such samples are taken out of the factors themselves.
+    # The check comes last, because on a GPU it waits for all queued work, and the sums are queued by now.
+    if asks and not bool(finite.all()):
+        # ``0 * inf`` is NaN, so such samples must be zeroed in the factors.
         gradients.select(keep)
         with phase("contraction"):
             sums = _weighted_sums(gradients, factors, settings)
@@ -126,22 +130,17 @@ def clip(
 def _weighted_sums(
     gradients: Gradients, factors: Sequence[Tensor], settings: Settings
 ) -> list[Tensor]:
-    return [
+    totals = (
         gradients.weighted_sum(index, factors[settings.clipping.assignment[index]]).to(dtype)
         for index, dtype in enumerate(settings.dtypes)
-    ]
-
-
-def _or_zero(squared: Tensor | None, values: Tensor) -> Tensor:
-    if squared is not None:
-        return squared
-    return torch.zeros_like(values, dtype=torch.promote_types(values.dtype, torch.float32))
+    )
+    return settings.ranks.summed(totals, gradients.parameters)
 
 
 def accumulate(sums: list[Tensor] | None, piece: MicrobatchResult) -> list[Tensor]:
-    """Add the sums of a further piece in place; None starts with them."""
+    """Add the sums of one more microbatch in place; None starts with them."""
     if sums is None:
-        # A sum may alias a tensor that the microbatch owns; nothing else holds one, so it is ours to write to.
+        # No other code reads the tensors that these sums may alias, so they can be overwritten.
         more = copies(piece.sums) if piece.aliases_graph else piece.sums
         return [total.contiguous() for total in more]
     torch._foreach_add_(sums, piece.sums)

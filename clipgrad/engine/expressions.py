@@ -88,5 +88,5 @@ def writes_in_place(
 
     The gradient of an earlier use of that operand would then be pulled back through the overwritten value.
     """
-    asked = kwargs.get("inplace", False) or kwargs.get("out") is not None
-    return bool(asked or (function in _WITH_INPLACE and any(args[1:])))
+    requested = kwargs.get("inplace", False) or kwargs.get("out") is not None
+    return bool(requested or (function in _WITH_INPLACE and any(args[1:])))

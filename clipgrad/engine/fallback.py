@@ -59,20 +59,29 @@ def _as_strided_copy(input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     return _as_strided(input, *args, **kwargs).clone()
 
 
-def _as_strided_in_place(input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """Refuse the operation: under ``vmap`` its gradient is wrong even if samples share no memory."""
-    raise NotPerSampleError(
-        "as_strided_ changes the strides of a tensor in place, and PyTorch's gradient of that is wrong under vmap. Use "
-        "transpose, unfold, reshape or indexing."
-    )
+def _refused(message: str) -> Callable[..., None]:
+    """Return a correction that refuses the operation."""
+
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise NotPerSampleError(message)
+
+    return refuse
 
 
-def _as_strided_scatter(*args: Any, **kwargs: Any) -> Tensor:
-    """Refuse the operation: it has no batching rule, and on one row its offset counts from the start of the batch."""
-    raise NotPerSampleError(
-        "as_strided_scatter writes to memory by its address, which has no meaning for one sample. Use slice_scatter, "
-        "select_scatter, scatter or index_put."
-    )
+# Under ``vmap`` the gradient of as_strided_ is wrong even if samples share no memory. as_strided_scatter has no
+# batching rule, and on one row its offset counts from the start of the batch.
+_as_strided_in_place = _refused(
+    "as_strided_ changes the strides of a tensor in place, and PyTorch's gradient of that is wrong under vmap. Use "
+    "transpose, unfold, reshape or indexing."
+)
+_as_strided_scatter = _refused(
+    "as_strided_scatter writes to memory by its address, which has no meaning for one sample. Use slice_scatter, "
+    "select_scatter, scatter or index_put."
+)
+_register_hook = _refused(
+    "the loss registers a hook on a tensor. A hook would see the gradients of all samples at once instead of one "
+    "sample's. Change the value in the forward pass, or the gradients with pre_clipping_transform."
+)
 
 
 def _roll(input: Tensor, shifts: Any, dims: Any = ()) -> Tensor:
@@ -165,13 +174,6 @@ def _layer_norm(layer_norm: Callable[..., Any]) -> Callable[..., Any]:
         return layer_norm(input, normalized_shape, *args, **kwargs)
 
     return corrected
-
-
-def _register_hook(*args: Any, **kwargs: Any) -> None:
-    raise NotPerSampleError(
-        "the loss registers a hook on a tensor. A hook would see the gradients of all samples at once instead of one "
-        "sample's. Change the value in the forward pass, or the gradients with pre_clipping_transform."
-    )
 
 
 # If only one operand differs per sample, the batching rule of linalg.solve in torch 2.11 to 2.13 treats a matrix of

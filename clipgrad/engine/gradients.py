@@ -33,12 +33,13 @@ class Gradients:
             if entry.has_gradient:
                 for index in entry.parameters:
                     self._parts[index].append(entry)
+        self.parameters = [entry.shared for entry in tape.tracked if not entry.derived]
         self._summed: dict[int, Tensor] = {}
         self._pulled: dict[int, list[Tensor | None]] = {}
         self._bundled: dict[int, Bundle] = {}
 
-    def squared_norms(self, members: Sequence[int]) -> Tensor | None:
-        """Return the squared norms over some parameters together, ``[B]``; None if no gradient reached any of them.
+    def squared_norms(self, members: Sequence[int]) -> Tensor:
+        """Return the squared norms over some parameters together, ``[B]``; zeros if no gradient reached any of them.
 
         Each parameter's index may be in only one call.
         """
@@ -51,15 +52,19 @@ class Gradients:
                 found.append(bundle.squared_norms())
         alone = (self._squared_norms(index) for index in members if index not in self._bundled)
         found += [norms for norms in alone if norms is not None]
-        return _total(found)
+        if not found:
+            return widen(self._tape.anchor).new_zeros(self._batch_size)
+        return torch.stack(found).sum(0) if len(found) > 1 else found[0]
 
     def _kept_alone(self, members: Sequence[int]) -> dict[int, Tensor]:
         """Return kept gradients of parameters whose gradient has no other part."""
         found = {}
         for index in members:
             parts = self._parts[index]
-            if len(parts) == 1 and not parts[0].derived and parts[0].kept is not None:
-                found[index] = parts[0].kept
+            if len(parts) == 1 and not parts[0].derived and not parts[0].uses:
+                kept = parts[0].kept
+                if kept is not None:
+                    found[index] = kept
         return found
 
     def _squared_norms(self, index: int) -> Tensor | None:
@@ -160,9 +165,3 @@ class Gradients:
                 )
                 touched += image
             return bool((touched <= 1).all())
-
-
-def _total(norms: Sequence[Tensor]) -> Tensor | None:
-    if len(norms) > 1:
-        return torch.stack(list(norms)).sum(0)
-    return norms[0] if norms else None

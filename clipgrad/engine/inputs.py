@@ -1,4 +1,4 @@
-"""The arguments of a ``ClippedGrad``, flattened: parameters with names, batch leaves, and the way back."""
+"""This module flattens the arguments of a loss: parameters with names, leaves of the batch, and their structure."""
 
 from __future__ import annotations
 
@@ -23,23 +23,23 @@ from clipgrad.engine.foreign_code import refuse_subclasses
 
 
 def copy_samples(batch: Sequence[Any]) -> list[Any]:
-    """All samples of a flat batch, in memory of their own; constants stay."""
+    """Return a copy of a flat batch; constants are not copied."""
     return [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in batch]
 
 
 Restore = Callable[[Sequence[Any]], Any]
 Loss = Callable[[Sequence[Tensor], Sequence[Any]], Any]
-"""From the leaves of the parameters and of one sample to what the user's function returns."""
+"""A function from the leaves of the parameters and of one sample to the result of the user's function."""
 
 
 class _Flat(NamedTuple):
-    """A pytree taken apart.
+    """This tuple holds a flattened pytree.
 
     Attributes:
-        leaves: In order.
-        structure: Equal for two trees exactly if they are nested alike.
-        restore: From as many leaves to the tree.
-        paths: The keys that lead to each leaf.
+        leaves: The leaves in order.
+        structure: Equal for two trees exactly if they have the same structure.
+        restore: A function from leaves to the tree.
+        paths: A function that returns the keys of each leaf.
     """
 
     leaves: list[Any]
@@ -52,7 +52,7 @@ _TENSORS = {Tensor, nn.Parameter}
 
 
 def _flat(tree: Any) -> _Flat:
-    """Take a tree apart; a flat dictionary or tuple of tensors, the usual case, without PyTorch's general walk."""
+    """Flatten a pytree; a flat dictionary or tuple of tensors is handled without PyTorch's slower function."""
     kind = type(tree)
     if (
         kind is dict
@@ -79,13 +79,13 @@ def _paths(tree: Any) -> list[tuple[Any, ...]]:
 
 
 class SampleCall(NamedTuple):
-    """How the user's own function is called on one sample, so that PyTorch can capture it.
+    """This tuple describes how to call the user's function on one sample, so that PyTorch can capture it.
 
     Attributes:
         fn: The user's function.
-        arguments: From the leaves of one sample to the arguments of ``fn``.
-        parameters: The parameters as ``fn`` finds them; each requires grad.
-        context: What has to hold while ``fn`` runs.
+        arguments: A function from the leaves of one sample to the arguments of ``fn``.
+        parameters: The parameters that ``fn`` reads; each requires grad.
+        context: A context manager in which ``fn`` must run.
     """
 
     fn: Callable[..., Any]
@@ -96,15 +96,15 @@ class SampleCall(NamedTuple):
 
 @dataclass(frozen=True)
 class Inputs:
-    """The arguments of one call as lists of leaves, which is the form that everything below works on.
+    """This class holds the arguments of one call as lists of leaves, the form that the engine uses.
 
     Attributes:
-        names: Of the parameters.
+        names: Names of the parameters.
         params: The parameters.
         batch: Leaves of the batch: tensors with a leading batch axis, and constants.
-        batch_size: Samples in it.
-        loss: From the parameters' leaves and one sample's leaves to what the user's function returns.
-        sample_call: Tells how the same function is called on one sample, for PyTorch's capture.
+        batch_size: Number of samples.
+        loss: A function from the parameters' leaves and one sample's leaves to the result of the user's function.
+        sample_call: A function that returns how to call the same function on one sample.
     """
 
     names: list[str]
@@ -115,7 +115,7 @@ class Inputs:
     sample_call: Callable[[], SampleCall]
 
     def rows(self, index: slice) -> list[Any]:
-        """The leaves of some of the samples."""
+        """Return the leaves of some of the samples."""
         whole = index.start == 0 and index.stop == self.batch_size
         if whole:
             return list(self.batch)
@@ -129,16 +129,18 @@ def inputs_of_model(
     params: list[Tensor],
     holding: Callable[[Sequence[Tensor]], AbstractContextManager[None]],
     batch: tuple[Any, ...],
+    call: str,
 ) -> Inputs:
-    """The inputs of ``loss_fn(model, *batch)``.
+    """Return the inputs of ``loss_fn(model, *batch)``.
 
     Args:
         loss_fn: The loss.
         model: The model that holds the parameters.
         names: Names of the parameters.
         params: The parameters, each once.
-        holding: Puts other tensors in the parameters' places while a body runs.
+        holding: A context manager that replaces the parameters by other tensors.
         batch: Pytrees of tensors.
+        call: The user's call, for an error about arguments that do not fit.
 
     Raises:
         ValueError: If the batch or a parameter cannot be clipped per sample.
@@ -162,7 +164,7 @@ def inputs_of_model(
     def loss(parameters: Sequence[Tensor], sample: Sequence[Any]) -> Any:
         given = (model, *samples.restore(sample))
         with holding(parameters):
-            return _called(loss_fn, given, "backward(*batch)")
+            return _called(loss_fn, given, call)
 
     def sample_call() -> SampleCall:
         return SampleCall(
@@ -181,12 +183,12 @@ def inputs_of_arguments(
     batch_argnums: tuple[int, ...] | None,
     args: tuple[Any, ...],
 ) -> tuple[Inputs, Restore]:
-    """The inputs of ``fn(*args)``, and the way back from leaves to the parameters' structure.
+    """Return the inputs of ``fn(*args)``, and the function from leaves to the parameters' structure.
 
     Args:
         fn: The loss.
         argnums: Positions of the parameters.
-        batch_argnums: Positions of the batch; None for all others.
+        batch_argnums: Positions of the batch; None for all other arguments.
         args: The arguments.
 
     Raises:
@@ -207,7 +209,7 @@ def inputs_of_arguments(
     refuse_subclasses(tree_leaves(rest), "an argument of the loss")
 
     def full(leaves: Sequence[Tensor], sample: Sequence[Any]) -> list[Any]:
-        """The arguments of ``fn`` with other parameters and samples in their places."""
+        """Return the arguments of ``fn`` with other parameters and samples."""
         full = list(args)
         restored = parameters.restore(leaves)
         for position, value in zip(argnums, (restored,) if single else restored, strict=True):
@@ -247,22 +249,19 @@ def _check_parameters(params: Sequence[Any], paths: Callable[[], list[tuple[Any,
 def _checked_batch(
     samples: _Flat, trees: Sequence[Any], params: Sequence[Tensor]
 ) -> tuple[list[Any], int]:
-    """The leaves of a batch, detached, and how many samples there are."""
+    """Return the detached leaves of a batch, and the number of samples."""
     refuse_subclasses(samples.leaves, "the batch")
     batch = [leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in samples.leaves]
     _validate.require_dense("batch", batch, samples.paths)
 
-    def batch_paths() -> list[str]:
-        return list(map(keystr, samples.paths()))
-
-    size = _validate.batch_size(batch, batch_paths)
+    size = _validate.batch_size(batch, lambda: list(map(keystr, samples.paths())))
     _validate.require_differentiable(params, batch)
     _validate.refuse_python_samples(trees, size)
     return batch, size
 
 
 def _parameter_names(parameters: _Flat) -> list[str]:
-    """The name of each parameter, of parameters that can be differentiated."""
+    """Return the name of each parameter, and refuse parameters that cannot be differentiated."""
     leaves, structure = parameters.leaves, parameters.structure
     if type(structure) is tuple and structure[0] is dict:
         names = list(structure[1])

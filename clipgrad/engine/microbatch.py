@@ -1,4 +1,4 @@
-"""One microbatch: forward under ``vmap``, one ordinary backward, norms, clipped sums."""
+"""This module runs one microbatch: forward pass under ``vmap``, ordinary backward pass, norms, clipped sums."""
 
 from __future__ import annotations
 
@@ -13,19 +13,20 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from clipgrad._functorch import expose_or_broadcast, hide_batch_axis, vmap_level
 from clipgrad._phases import phase
-from clipgrad.engine import foreign_code, refused_nodes, stale_values
+from clipgrad.engine import foreign_code, stale_values
 from clipgrad.engine.advice import explain_vmap_errors
-from clipgrad.engine.capture import Capture, escape_message, written_message
+from clipgrad.engine.capture import Capture, written_message
 from clipgrad.engine.clip_and_sum import (
     MicrobatchResult,
     Settings,
     clip,
 )
+from clipgrad.engine.escapes import refuse_escapes
 from clipgrad.engine.gradients import Gradients
 from clipgrad.engine.inputs import Loss
 from clipgrad.engine.norm_method import Choice, choose
 from clipgrad.engine.tape import Tape
-from clipgrad.errors import EscapedParameterError, NotPerSampleError
+from clipgrad.errors import NotPerSampleError
 
 
 def forward(
@@ -35,10 +36,11 @@ def forward(
     batch: Sequence[Any],
     settings: Settings,
 ) -> tuple[Tape, Tensor, Any]:
-    """Run the loss on every sample at once and record the uses of the parameters."""
+    """Run the loss on all samples at once and record the uses of the parameters."""
     foreign_code.refuse_modes()
+    foreign_code.refuse_saved_tensors_hooks()
     size = next(leaf.shape[0] for leaf in batch if isinstance(leaf, Tensor))
-    tape = Tape(names, params, size)
+    tape = Tape(names, params, size, settings.ranks.before_recipe)
 
     versions = [param._version for param in params]
     made: list[weakref.ref[Tensor]] = []
@@ -61,10 +63,10 @@ def forward(
             if param._version != version:
                 raise NotPerSampleError(written_message(name))
     except BaseException:
-        stale_values.remember(made)  # the loss may have kept some before it failed
+        stale_values.remember(made)  # the loss may have stored values before it failed
         tape.release()
         raise
-    del leaves, rows, value, capture  # what only this function held was kept by nobody
+    del leaves, rows, value, capture  # these references must not count as stored values
     stale_values.remember(made)
     return tape, values, tree_unflatten(aux, structure)
 
@@ -72,13 +74,13 @@ def forward(
 def _one_sample(
     loss: Loss, capture: Capture, leaves: list[Tensor], sample: list[Any], settings: Settings
 ) -> tuple[Tensor, list[Tensor], TreeSpec]:
-    """Value, auxiliary tensors and their structure of the loss as every sample sees it."""
+    """Return the loss of one sample, its auxiliary tensors and their structure."""
     if settings.options.keep_batch_dim:
         sample = [leaf[None] if isinstance(leaf, Tensor) else leaf for leaf in sample]
     capture.made.extend(weakref.ref(leaf) for leaf in sample if isinstance(leaf, Tensor))
     with capture:
         result = loss(leaves, sample)
-    value, aux = _value_and_aux(result, settings.options.has_aux)
+    value, aux = value_and_aux(result, settings.options.has_aux)
     flat, structure = tree_flatten(aux)
     for leaf in flat:
         if not isinstance(leaf, Tensor):
@@ -97,12 +99,14 @@ def run(
     is_padding: Tensor | None,
     settings: Settings,
 ) -> MicrobatchResult:
-    """Forward pass, backward pass, norms and clipped sums of one microbatch."""
+    """Run forward and backward pass of one microbatch, and compute norms and clipped sums."""
     with phase("forward"), torch.enable_grad():
         tape, values, aux = forward(loss, names, params, batch, settings)
     try:
         with phase("forward"):
             choose_strategies(tape, settings)
+        if settings.ranks.is_sharded:
+            settings.ranks.before_backward([values.grad_fn, *tape.graphs_of_expressions()])
         with torch.enable_grad():
             _backward(tape, values, params)
         with torch.no_grad(), _without_autocast(values.device):
@@ -115,7 +119,7 @@ def run(
 
 
 def choose_strategies(tape: Tape, settings: Settings) -> list[Choice]:
-    """Decide a strategy for every tracked entry, and tell the entries."""
+    """Choose a strategy for every tracked entry, and store it in the entry."""
     choices = choose(
         tape.tracked,
         tape.batch_size,
@@ -127,7 +131,8 @@ def choose_strategies(tape: Tape, settings: Settings) -> list[Choice]:
     return choices
 
 
-def _value_and_aux(result: Any, has_aux: bool | None) -> tuple[Tensor, Any]:
+def value_and_aux(result: Any, has_aux: bool | None) -> tuple[Tensor, Any]:
+    """Return what a loss returned as the loss and what is beside it; refuse what is no loss."""
     if has_aux is None:
         has_aux = isinstance(result, tuple) and len(result) == 2
     if has_aux:
@@ -162,43 +167,13 @@ def _backward(tape: Tape, values: Tensor, params: Sequence[Tensor]) -> None:
             "inference_mode, or made of other tensors), so there is no gradient to clip. "
             "Compute the loss from the model's output, and let the gradient through."
         )
-    _refuse_escapes(tape, values, params)
+    refuse_escapes(tape, [values], params)
     with phase("backward"), _without_autocast(values.device), explain_vmap_errors():
         values.sum().backward()
 
 
-def _refuse_escapes(tape: Tape, values: Tensor, params: Sequence[Tensor]) -> None:
-    """Walk the graph that is about to run: a leaf that is not ours would receive an unclipped gradient.
-
-    The capture sees operations; this sees what reached the graph by any other road (a custom
-    ``autograd.Function``, a C++ extension).
-    """
-    ours = {id(entry.leaf) for entry in tape.tracked} | {id(tape.anchor)}
-    seen = set()
-    stack = [values.grad_fn]
-    while stack:
-        node = stack.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        kind = type(node).__name__
-        if kind in refused_nodes.WRONG:
-            refused_nodes.refuse(node, tape.corrected)
-        variable = node.variable if kind == "AccumulateGrad" else None  # type: ignore[attr-defined]
-        if variable is not None and id(variable) not in ours:
-            for entry, original in zip(tape.tracked, params, strict=False):
-                if variable is original:
-                    raise EscapedParameterError(escape_message(entry.name, "the loss"))
-            raise EscapedParameterError(
-                f"the loss depends on a tensor of shape {tuple(variable.shape)} that requires grad and is not "
-                "among the parameters, so its gradient would escape clipping. Pass it with the parameters, "
-                "register it in the model, or detach it."
-            )
-        stack.extend(following for following, _ in node.next_functions)
-
-
 def _without_autocast(device: torch.device) -> AbstractContextManager[Any]:
-    """Norms and sums keep their precision whatever the caller's autocast says."""
+    """Switch the caller's autocast off, so that norms and sums keep their precision."""
     if torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()

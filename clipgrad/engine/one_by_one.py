@@ -23,7 +23,7 @@ from clipgrad._functorch import (
 )
 from clipgrad.engine.advice import is_refusal
 from clipgrad.engine.expressions import writes_in_place, writes_to_first
-from clipgrad.engine.rng_state import RngChanges
+from clipgrad.engine.rng_state import SavedRngState
 from clipgrad.errors import NotPerSampleError
 
 _is_alias_of: Callable[[Tensor, Tensor], bool] = torch._C._is_alias_of  # type: ignore[attr-defined]
@@ -122,7 +122,7 @@ def retry_one_by_one(
     if not any(map(is_wrapped, tensors)):
         raise error
     before = [tensor._version for tensor in tensors]
-    rng_changes = RngChanges(tensors[0].device)
+    rng_state = SavedRngState(tensors[0].device)
     try:
         result = one_by_one(function, args, kwargs)
     except Exception:
@@ -131,6 +131,6 @@ def retry_one_by_one(
     # A write would happen once per sample.
     only_tensors = all(isinstance(leaf, Tensor) for leaf in tree_flatten(result)[0])
     written = before != [tensor._version for tensor in tensors]
-    if not only_tensors or written or rng_changes.since_last_call():
+    if not only_tensors or written or rng_state.changed():
         raise error
     return result

@@ -5,7 +5,7 @@ For each sample it computes gradient, norm and clipping factor, and then the sum
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -70,7 +70,8 @@ def clipped_sum(gradients: Params, max_grad_norm: float) -> tuple[Params, Tensor
     total = {name: torch.zeros_like(gradient[0]) for name, gradient in gradients.items()}
     norms = []
     for i in range(size):
-        norm = torch.sqrt(sum_of_squares([gradient[i] for gradient in gradients.values()]))
+        squares = [gradient[i].square().sum() for gradient in gradients.values()]
+        norm = torch.stack(squares).sum().sqrt()
         norms.append(norm)
         factor = 1.0 if norm <= max_grad_norm else max_grad_norm / norm
         if not torch.isfinite(norm):
@@ -78,7 +79,3 @@ def clipped_sum(gradients: Params, max_grad_norm: float) -> tuple[Params, Tensor
         for name, gradient in gradients.items():
             total[name] += factor * gradient[i]
     return total, torch.stack(norms)
-
-
-def sum_of_squares(tensors: Sequence[Tensor]) -> Tensor:
-    return torch.stack([tensor.square().sum() for tensor in tensors]).sum()

@@ -22,6 +22,10 @@ class SavedRngState:
         for state in own:
             torch.get_device_module(self._device).set_rng_state(state, self._device)
 
+    def changed(self) -> bool:
+        """Return whether a state differs from the saved one, so that random numbers were generated."""
+        return not all(map(torch.equal, self._states, _states(self._device)))
+
     @contextmanager
     def temporarily_restored(self) -> Iterator[None]:
         """Run the body from the saved state, and then restore the state from before the call."""
@@ -37,19 +41,6 @@ class SavedRngState:
             yield
         finally:
             self.restore()
-
-
-class RngChanges:
-    """This class detects whether the global RNG state of the CPU or of ``device`` has changed."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._last = _states(device)
-
-    def since_last_call(self) -> bool:
-        """Return whether a generator's state has changed since the last call, or since construction."""
-        before, self._last = self._last, _states(self._device)
-        return not all(map(torch.equal, before, self._last))
 
 
 def _states(device: torch.device) -> list[Tensor]:

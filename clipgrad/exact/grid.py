@@ -69,7 +69,7 @@ class Grid:
         rounded: list[Tensor] = [gradient[:0] for gradient in gradients]
         norms, kept = [], []
         for group in range(len(self.clipping.groups)):
-            members = self.clipping.members(group)
+            members = self.clipping.members[group]
             rows = [self._in_steps(gradients[index]) for index in members]
             norm = _norms(rows)
             factors = (self._target(group) / norm).clamp(max=1.0)[:, None]
@@ -106,7 +106,7 @@ class Grid:
         return steps * (1 - (size + 8) * 2.0**-52) - math.sqrt(size) / 2
 
     def _size(self, group: int) -> int:
-        return max(1, sum(self.sizes[index] for index in self.clipping.members(group)))
+        return max(1, sum(self.sizes[index] for index in self.clipping.members[group]))
 
 
 def squares_within(rows: Sequence[Tensor], limit: int) -> Tensor:

@@ -40,11 +40,6 @@ class GridArithmetic:
         self.grid = grid
         _check_options(options)
 
-    def check(self, strategy: ClippingStrategy) -> Clipping:
-        clipping = make_clipping(strategy)
-        check_grid(self.grid, clipping, strategy)
-        return clipping
-
     def check_batch_size(self, size: int) -> None:
         _check_samples(size, "batch size")
 
@@ -56,9 +51,9 @@ class GridArithmetic:
     def clipping(
         self,
         strategy: ClippingStrategy,
-        names: Sequence[str],
-        sizes: Sequence[int],
-        dtypes: Sequence[torch.dtype],
+        names: Sequence[str] | None = None,
+        sizes: Sequence[int] | None = None,
+        dtypes: Sequence[torch.dtype] = (),
     ) -> Clipping:
         clipping = make_clipping(strategy, names, sizes)
         check_grid(self.grid, clipping, strategy)
@@ -86,7 +81,7 @@ class GridArithmetic:
         return Grid(self.grid, clipping, sizes).clip
 
     def sensitivity(self, strategy: ClippingStrategy, relation: Relation) -> float:
-        return exact_sensitivity(self.check(strategy), relation)
+        return exact_sensitivity(self.clipping(strategy), relation)
 
     def sigma(self, noise_multiplier: float, sensitivity: float) -> float:
         return exact_sigma(noise_multiplier, sensitivity)
@@ -119,25 +114,12 @@ def _check_samples(count: float, what: str) -> None:
 def _check_options(options: Options) -> None:
     """Refuse options that prevent exact sums."""
     dtype = options.performance.accumulate_dtype
-    refused = {
-        f"normalize_by={options.normalize_by}": (
-            options.normalize_by != 1.0,
-            "divide after the noise was added",
-        ),
-        "rescale_to_unit_norm=True": (
-            options.rescale_to_unit_norm,
-            "choose max_grad_norm=1.0 instead",
-        ),
-        f"accumulate_dtype={dtype}": (
-            dtype not in (None, torch.float64),
-            "leave it out: sums on a grid are float64",
-        ),
-        "nan_safe=False": (not options.nan_safe, "leave it out: a grid has no place for NaN"),
-        f"compile={options.compile!r}": (
-            bool(options.compile),
-            "leave it out: each sample is computed alone",
-        ),
-    }
-    for option, (given, remedy) in refused.items():
+    refused = (
+        (options.normalize_by != 1.0, f"normalize_by={options.normalize_by}", "divide after the noise was added"),
+        (dtype not in (None, torch.float64), f"accumulate_dtype={dtype}", "leave it out: sums on a grid are float64"),
+        (not options.nan_safe, "nan_safe=False", "leave it out: a grid has no place for NaN"),
+        (bool(options.compile), f"compile={options.compile!r}", "leave it out: each sample is computed alone"),
+    )  # fmt: skip
+    for given, option, remedy in refused:
         if given:
             raise ValueError(f"grid cannot be combined with {option}; {remedy}.")

@@ -67,9 +67,9 @@ class DiscreteGaussianNoise:
             integers = [self._integers(index, tensor) for index, tensor in enumerate(targets)]
             sizes = [exact.numel() for exact in integers]
             noise = torch.from_numpy(discrete_gaussian(sum(sizes), steps)).split(sizes)
-            for tensor, exact, drawn in zip(targets, integers, noise, strict=True):
+            for tensor, exact, sampled in zip(targets, integers, noise, strict=True):
                 # Beyond 2**53 the conversion rounds, which is harmless: the sum with noise is private already.
-                total = (exact + drawn).to(torch.float64).mul_(self.grid)
+                total = (exact + sampled).to(torch.float64).mul_(self.grid)
                 tensor.copy_(total.view(tensor.shape))
 
     def state_dict(self) -> dict[str, Any]:

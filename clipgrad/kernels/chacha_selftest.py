@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from cryptography.hazmat.primitives.ciphers import Cipher
 from cryptography.hazmat.primitives.ciphers.algorithms import ChaCha20
 from numpy.typing import NDArray
-from torch import Tensor
 
 BLOCKS_AT_ONCE = 128  # blocks that a program computes at a time
 PER_BLOCK = {torch.float64: 8, torch.float32: 16}  # values made from one block
@@ -25,25 +24,11 @@ _RELATIVE = {torch.float64: 1e-11, torch.float32: 1e-6}
 _Floats = NDArray[np.float64]
 
 
-class DeviceCipher(Protocol):
-    """This protocol adds noise on a device; ``clipgrad.kernels.chacha_launch`` documents the methods."""
+def verify(cipher: Any, device: torch.device) -> None:
+    """Raise RuntimeError unless the device agrees with RFC 8439, the CPU's keystream and Gaussians of the same bits.
 
-    def limit(self, draws: int) -> int: ...
-    def blocks(self, key: bytes, nonce: bytes, first: int) -> bytes: ...
-    def pairs(self, words: NDArray[np.uint32]) -> NDArray[np.float32]: ...
-    def add_gaussian_(
-        self,
-        tensors: list[Tensor],
-        sigma: float,
-        draws: int,
-        key: bytes,
-        divisor: float = 1.0,
-        into: list[Tensor] | None = None,
-    ) -> None: ...
-
-
-def verify(cipher: DeviceCipher, device: torch.device) -> None:
-    """Raise RuntimeError unless the device agrees with RFC 8439, the CPU's keystream and Gaussians of the same bits."""
+    ``cipher`` has the methods of ``chacha_launch.TritonChaCha``.
+    """
     if cipher.blocks(RFC_KEY, RFC_NONCE, 1)[:64] != RFC_BLOCK:
         raise RuntimeError("the device's ChaCha20 fails the test vector of RFC 8439, 2.3.2")
     nonce = bytes(range(100, 112))

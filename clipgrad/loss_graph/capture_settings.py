@@ -1,4 +1,4 @@
-"""The settings of PyTorch's capture that clipgrad needs, for the time of one call and one thread."""
+"""This module sets the settings of PyTorch's capture that clipgrad needs, for one call in one thread."""
 
 from __future__ import annotations
 
@@ -11,40 +11,40 @@ from typing import Any
 import torch
 import torch._dynamo.config
 
-# Methods of loggers that only write; transformers adds some of its own, like ``warning_once``.
+# Names of logger methods that only write; transformers adds methods such as ``warning_once``.
 _LEVELS = ("debug", "info", "warn", "error", "exception", "critical", "fatal", "log")
 
 
 GUARDS_ONLY: contextlib.AbstractContextManager[Any] = torch._dynamo.config.patch(
     error_on_recompile=True,
-    # Else PyTorch refuses at its own limit, before it says which guard failed.
+    # With PyTorch's own limit the error would not say which guard failed.
     recompile_limit=1 << 20,
     accumulated_recompile_limit=1 << 20,
 )
-"""PyTorch raises ``RecompileError`` where no graph serves, instead of capturing."""
+"""With these settings PyTorch raises ``RecompileError`` instead of capturing if no graph has valid guards."""
 
 
 def capture_settings(limit: int) -> contextlib.AbstractContextManager[Any]:
-    """PyTorch's settings for captures; they hold in this thread only, and the process's own come back.
+    """Return a context manager with the settings for captures, which are valid in this thread only.
 
     Args:
-        limit: How many graphs of one loss PyTorch keeps.
+        limit: The largest number of graphs of one loss.
     """
     settings: contextlib.AbstractContextManager[Any] = torch._dynamo.config.patch(
         allow_rnn=True,
         error_on_recompile=False,
-        # A hook that is added later must be seen; PyTorch leaves these guards out by default.
+        # A hook that is added later must fail a guard; by default PyTorch omits these guards.
         skip_nnmodule_hook_guards=False,
         ignore_logging_functions={
             *torch._dynamo.config.ignore_logging_functions,
             *_logging_functions(),
         },
-        # Both are beyond our own limit, whose error names what changes; the second counts attempts as well.
+        # Both exceed clipgrad's own limit, whose error names the change; the second counts failed attempts too.
         recompile_limit=limit + 1,
         accumulated_recompile_limit=100 * limit,
-        # A number with a fraction would be read out of a tensor in the graph, where a later trace makes it a constant.
-        specialize_float=True,
-        # Errors are ours to explain; under this setting PyTorch would run the loss uncaptured.
+        # A float that changes becomes an input of the graph; ``take_numbers`` rewrites how the graph reads it.
+        specialize_float=False,
+        # If True, PyTorch would run the loss without a capture instead of raising an error.
         suppress_errors=False,
     )
     return settings
@@ -52,9 +52,9 @@ def capture_settings(limit: int) -> contextlib.AbstractContextManager[Any]:
 
 @contextlib.contextmanager
 def silence_pytorch() -> Iterator[None]:
-    """Silence PyTorch's warnings about what it captures; an error says what matters.
+    """Silence PyTorch's warnings during a capture; failures raise errors.
 
-    torch 2.11 also logs an error of its own when it writes down the settings, since functions have no order.
+    torch 2.11 also logs an error when it sorts the settings, because functions have no order.
     """
     log = logging.getLogger("torch._dynamo.metrics_context")
     before, log.disabled = log.disabled, True

@@ -1,4 +1,4 @@
-"""Custom ``autograd.Function``s in a graph: PyTorch captured both of their directions, so each can run per sample."""
+"""This module rebuilds custom ``autograd.Function``s of a graph so that forward and backward run per sample."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ CUSTOM_FUNCTION = torch.ops.higher_order.autograd_function_apply
 
 
 class CustomFunction(nn.Module):
-    """Calls a function whose two directions are graphs, with a rule for ``vmap`` that PyTorch derives from them.
+    """This module calls an ``autograd.Function`` made of two graphs, so that PyTorch can derive its ``vmap`` rule.
 
     Args:
-        forward: Takes the arguments; returns outputs, and what the other direction takes besides their gradients.
-        backward: Takes gradients and those; returns a gradient or None for each argument.
-        differentiable: Which outputs have a gradient.
+        forward: Graph from the arguments to outputs and saved values.
+        backward: Graph from output gradients and saved values to a gradient or None for each argument.
+        differentiable: For each output, whether it has a gradient.
     """
 
     def __init__(
@@ -32,13 +32,13 @@ class CustomFunction(nn.Module):
         self._function = _make_function(forward, backward, self.saved_values, differentiable)
 
     def forward(self, *args: Any) -> tuple[Any, ...]:
-        """As the graph calls the function."""
+        """Run the function on the graph's arguments."""
         outputs: tuple[Any, ...] = self._function.apply(*args)
         return outputs[: len(self.saved_values.outputs)]
 
 
 class _SavedValues:
-    """Where each value comes from that the backward direction takes: an argument, an output, or one that is made."""
+    """This class knows the source of each value that backward needs: an argument, an output, or an extra result."""
 
     def __init__(
         self, outputs: Sequence[Node], saved: Sequence[Node], inputs: Sequence[Node]
@@ -49,7 +49,7 @@ class _SavedValues:
         self.made = [node for node in dict.fromkeys(saved) if node not in known]
 
     def values(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> list[Any]:
-        """The values that ``saved`` stands for; what was made follows the outputs."""
+        """Return the saved values; the extra results follow the outputs."""
         known = dict(zip(self.inputs, inputs, strict=True))
         known |= dict(zip([*self.outputs, *self.made], outputs, strict=True))
         return [known[node] for node in self.saved]
@@ -62,7 +62,7 @@ def _saved_values(forward: GraphModule) -> _SavedValues:
     nodes = [*outputs, *saved]
     if not all(isinstance(node, Node) for node in nodes) or set(outputs) & set(inputs):
         raise CannotCapture(
-            "it uses a custom autograd.Function that keeps or returns something else than results"
+            "it uses a custom autograd.Function that saves or returns other values than results"
         )
     return _SavedValues(outputs, saved, inputs)
 
@@ -80,9 +80,8 @@ def _make_function(
 
         @staticmethod
         def forward(*args: Any) -> tuple[Any, ...]:
-            with torch.set_grad_enabled(
-                torch.is_grad_enabled()
-            ):  # which the graph sets, and not back
+            # The graph sets the grad mode and does not restore it.
+            with torch.set_grad_enabled(torch.is_grad_enabled()):
                 outputs, saved = forward_graph(*args)
             by_node = dict(zip(saved_values.saved, saved, strict=True))
             return (*outputs, *(by_node[node] for node in saved_values.made))
@@ -107,10 +106,10 @@ def _make_function(
 def rebuild_custom_function(
     module: GraphModule, graph: Graph, node: Node, where: str | None
 ) -> None:
-    """Put a call of a module in place of PyTorch's operation for custom functions, which does not run per sample.
+    """Replace PyTorch's operation for custom functions, which does not run per sample, by a call of a module.
 
     Raises:
-        CannotCapture: If the function writes to its arguments, or takes something else than tensors.
+        CannotCapture: If the function writes to its arguments, or has arguments that are not tensors.
     """
     forward, backward, *args = node.args
     assert isinstance(forward, Node)
@@ -120,7 +119,7 @@ def rebuild_custom_function(
     )
     if node.kwargs.get("dirty_idx") or not tensors:
         raise CannotCapture(
-            "it uses a custom autograd.Function that takes numbers or writes to what it takes",
+            "it uses a custom autograd.Function that takes numbers or writes to its arguments",
             where,
         )
     bodies = [getattr(module, str(body.target)) for body in (forward, backward)]

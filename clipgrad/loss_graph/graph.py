@@ -1,4 +1,4 @@
-"""A captured graph, made a pure function of parameters, the sample's leaves and every other tensor."""
+"""This module makes a captured graph a pure function of parameters, the sample's leaves and all other tensors."""
 
 from __future__ import annotations
 
@@ -13,19 +13,18 @@ from torch.fx import GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils._pytree import TreeSpec, tree_unflatten
 
+from clipgrad.loss_graph.checkpoints import CHECKPOINT, rebuild_checkpoint, refuse_lost_gradients
 from clipgrad.loss_graph.functions import CUSTOM_FUNCTION, rebuild_custom_function
 from clipgrad.loss_graph.reasons import CannotCapture, line_in
 from clipgrad.loss_graph.regions import close_regions, rewrite_regions
 
-_CHECKPOINT = torch.ops.higher_order.tag_activation_checkpoint
-
 
 class Place(NamedTuple):
-    """Where a value comes from.
+    """This tuple says where a value comes from.
 
     Attributes:
         kind: parameter, leaf, constant, output or value.
-        index: Its position there; the value itself for the last kind.
+        index: Position among the values of this kind; for the kind "value", the value itself.
     """
 
     kind: str
@@ -34,15 +33,16 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True)
 class CapturedLoss:
-    """The graph that serves a call, and the tensors that it takes besides parameters and the sample.
+    """This class holds the graph for a call, and the present values of its other inputs.
 
     Attributes:
-        module: Takes one value for each of ``inputs``; returns a tuple of tensors.
+        module: A function from one value for each of ``inputs`` to a tuple of tensors.
         number: Equal for two calls exactly if module, inputs and results are the same.
-        inputs: Where each input of the graph comes from.
-        results: Where the loss, and then each leaf of what it returned beside it, comes from.
-        aux: How what was returned beside the loss is nested; None if there is nothing.
-        constants: Each input that is neither parameter nor leaf, as it is now: a tensor, or an integer that changes.
+        inputs: Place of each input of the graph.
+        results: Place of the loss, and then of each leaf of the auxiliary output.
+        aux: Structure of the auxiliary output; None if there is none.
+        constants: Present value of each input that is neither parameter nor leaf: a tensor, or a number.
+        lifted: Positions of the constants that are numbers, but may be given as tensors without axes.
     """
 
     module: GraphModule
@@ -50,24 +50,24 @@ class CapturedLoss:
     inputs: tuple[Place, ...]
     results: tuple[Place, ...]
     aux: TreeSpec | None
-    constants: list[Tensor | int]
+    constants: list[Tensor | int | float]
+    lifted: frozenset[int] = frozenset()
 
     def __call__(
         self,
         parameters: Sequence[Tensor],
         leaves: Sequence[Any],
-        constants: Sequence[Tensor | int],
+        constants: Sequence[Tensor | int | float],
     ) -> tuple[Tensor, Any]:
         """Run the graph; under ``torch.func.vmap`` each argument may differ from sample to sample.
 
         Args:
-            parameters: In the order in which they were given to the capture; a parameter that the graph does not take
-                is not read.
-            leaves: Likewise, of one sample.
-            constants: Likewise; usually ``self.constants``.
+            parameters: Parameters in the order of the capture; those that the graph does not need are not read.
+            leaves: Leaves of one sample, in the order of the capture.
+            constants: Usually ``self.constants``.
 
         Returns:
-            The loss, and what was returned beside it or None.
+            The loss, and the auxiliary output or None.
         """
         given = {"parameter": parameters, "leaf": leaves, "constant": constants}
         with close_regions():
@@ -89,8 +89,8 @@ def make_pure(module: GraphModule) -> GraphModule:
     for node in list(graph.nodes):
         _refuse(module, node)
     for node in list(graph.nodes):
-        if node.target is _CHECKPOINT:
-            _inline_checkpoint(graph, node)
+        if node.target is CHECKPOINT:
+            rebuild_checkpoint(module, graph, node)
         elif node.target is CUSTOM_FUNCTION:
             rebuild_custom_function(module, graph, node, line_in(node.meta.get("stack_trace")))
     rewrite_regions(graph)
@@ -101,7 +101,7 @@ def make_pure(module: GraphModule) -> GraphModule:
 
 
 def remove_unused_inputs(module: GraphModule) -> tuple[int, ...]:
-    """Remove the inputs that a graph does not use; returns the positions of those that stay."""
+    """Remove unused inputs of a graph, and return the positions of the others."""
     places = list(module.graph.find_nodes(op="placeholder"))
     for place in places:
         if not place.users:
@@ -112,27 +112,11 @@ def remove_unused_inputs(module: GraphModule) -> tuple[int, ...]:
 
 
 def forget_examples(module: GraphModule) -> None:
-    """Drop the tensors that PyTorch noted at the nodes; lines for messages stay."""
+    """Drop the example tensors that PyTorch stored at the nodes, and keep source lines for messages."""
     for child in module.modules():
         if isinstance(child, GraphModule):
             for node in child.graph.nodes:
                 node.meta = {key: node.meta[key] for key in ("stack_trace",) if key in node.meta}
-
-
-def _inline_checkpoint(graph: torch.fx.Graph, node: Node) -> None:
-    """Call the body of a checkpointed region in place of the operation that would recompute it.
-
-    Its results are the same; what is saved for the backward pass is as much as without the checkpoint.
-    """
-    body = node.args[0]
-    assert isinstance(body, Node)
-    with graph.inserting_before(node):
-        call = graph.call_module(str(body.target), node.args[1:])
-    call.meta = dict(node.meta)
-    node.replace_all_uses_with(call)
-    graph.erase_node(node)
-    if not body.users:
-        graph.erase_node(body)
 
 
 def _refuse(module: GraphModule, node: Node) -> None:
@@ -146,9 +130,11 @@ def _refuse(module: GraphModule, node: Node) -> None:
         else:
             raise CannotCapture(f"it holds {type(held).__name__} as a constant of the graph", where)
     target: Any = node.target
-    known = target is _CHECKPOINT or target is CUSTOM_FUNCTION
+    known = target is CHECKPOINT or target is CUSTOM_FUNCTION
     if isinstance(target, torch._ops.HigherOrderOperator) and not known:
-        raise CannotCapture(f"it uses {target.name()}, which does not run for each sample", where)
+        raise CannotCapture(f"it uses {target.name()}, which cannot run per sample", where)
+    if target is CHECKPOINT:
+        refuse_lost_gradients(node, where)
     if node.op == "call_method" and str(node.target).startswith("register_"):
         raise CannotCapture(
             f"it calls {node.target}; a hook would see the gradients of all samples at once", where
@@ -160,7 +146,7 @@ def _refuse(module: GraphModule, node: Node) -> None:
 
 
 def _lengths_from_tensors(graph: torch.fx.Graph) -> None:
-    """Read lengths that differ from call to call from the tensors that have them, where they come as inputs."""
+    """Replace inputs that are changing lengths by the size of an input tensor with this length."""
     places = list(graph.find_nodes(op="placeholder"))
     for place in places:
         symbol = place.meta.get("example_value")

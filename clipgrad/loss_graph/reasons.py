@@ -1,4 +1,4 @@
-"""Why a loss could not be captured: PyTorch's reason and the user's line, in one sentence."""
+"""This module explains in one sentence why a loss could not be captured: PyTorch's reason and the user's line."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ _EXPLANATION = re.compile(r"^\s*Explanation: (.*)$", re.MULTILINE)
 
 
 class CannotCapture(CompileError):
-    """PyTorch cannot capture this loss as one graph; the message gives the reason and the user's line.
+    """This error is raised if PyTorch cannot capture the loss; it has the reason and the user's line.
 
-    A caller that has another way to run the loss may take it: nothing was computed, and nothing was changed.
+    The capture computes and changes nothing, so the caller may run the loss in another way.
 
     Args:
-        reason: What the loss does, from its verb on.
+        reason: A clause about the loss, without ``where``: "it uses ...".
         where: File and line, if they are known.
     """
 
@@ -39,14 +39,12 @@ class CannotCapture(CompileError):
 
 
 def capture_error(error: BaseException) -> CannotCapture:
-    """The error for an exception of PyTorch's capture.
+    """Return the error for an exception of PyTorch's capture.
 
     Args:
-        error: Of any kind: what PyTorch did not expect, it wraps or lets through.
+        error: An exception of any class.
     """
-    error = getattr(
-        error, "inner_exception", error
-    )  # of what ran while PyTorch handed over the graph
+    error = getattr(error, "inner_exception", error)  # PyTorch wraps exceptions of its backend
     if isinstance(error, CannotCapture):
         return error
     text = str(error)
@@ -56,12 +54,12 @@ def capture_error(error: BaseException) -> CannotCapture:
 
 
 def line_of(stack: Iterable[traceback.FrameSummary]) -> str | None:
-    """The innermost line of a stack that is not PyTorch's own."""
+    """Return the innermost line of a stack outside PyTorch."""
     return _last((frame.filename, frame.lineno or 0) for frame in stack)
 
 
 def line_in(text: str | None) -> str | None:
-    """The same for a stack that was written down as text, as a node of a graph holds it."""
+    """Return the innermost line outside PyTorch of a stack as text, as a node of a graph holds it."""
     return _last(_frames(text or ""))
 
 
@@ -86,7 +84,7 @@ def _last(frames: Iterable[tuple[str, int]]) -> str | None:
 
 
 def _is_the_users(file: str) -> bool:
-    """Whether a file is neither PyTorch's, nor ours, nor of the standard library; packages may lie inside of that."""
+    """Return whether a file is outside PyTorch, clipgrad and the standard library, which may contain site-packages."""
     for prefix in _NOT_THE_USERS:
         if file.startswith(prefix) and not (
             file.startswith(_PACKAGES) and _PACKAGES.startswith(prefix)

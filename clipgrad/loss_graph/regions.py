@@ -1,4 +1,4 @@
-"""Regions of a graph in which a setting holds: left in order, also when an error is raised inside of them."""
+"""This module makes a graph leave its regions (``vmap``, autocast) in order, also after an error."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _HARMLESS = {"lazy_load_decompositions"}
 
 
 class _Open(threading.local):
-    """What is to be called to leave the regions that this thread is in, outermost first."""
+    """This class holds the functions that leave the open regions of this thread, outermost region first."""
 
     def __init__(self) -> None:
         self.closers: list[Callable[[], Any]] = []
@@ -30,14 +30,14 @@ _open = _Open()
 
 
 def enter_vmap(*args: Any) -> int:
-    """Open a level of ``vmap``; returns it."""
+    """Open a level of ``vmap`` and return it."""
     level: int = predispatch._vmap_increment_nesting(*args)
     _open.closers.append(predispatch._vmap_decrement_nesting)
     return level
 
 
 def enter_autocast(*args: Any) -> None:
-    """Let autocast hold as the loss wrote it."""
+    """Enter an autocast region of the loss."""
     context = _enter_autocast(*args)
     _open.closers.append(lambda: _exit_autocast(context))
 
@@ -56,7 +56,7 @@ _CLOSES = {"_vmap_decrement_nesting", "_exit_autocast"}
 
 @contextlib.contextmanager
 def close_regions() -> Iterator[None]:
-    """However the body ends, the regions that it entered are left, and the gradient mode is as before."""
+    """Leave all regions that the body entered, and restore the grad mode, also after an error."""
     before = len(_open.closers)
     with torch.set_grad_enabled(torch.is_grad_enabled()):
         try:
@@ -67,10 +67,10 @@ def close_regions() -> Iterator[None]:
 
 
 def rewrite_regions(graph: Graph) -> None:
-    """Let the graph enter and leave its regions by ``enter`` and ``leave``.
+    """Replace the graph's calls that enter and leave regions by functions of this module.
 
-    PyTorch writes the levels of ``torch.vmap`` as numbers. They are right only outside of every other ``vmap``, so
-    each becomes the level that its region was given when it was entered.
+    PyTorch writes levels of ``torch.vmap`` as numbers, which are correct only outside every other ``vmap``. So each
+    number is replaced by the level that its region returned.
 
     Raises:
         CannotCapture: If the graph uses another transform.
@@ -99,7 +99,7 @@ def rewrite_regions(graph: Graph) -> None:
 
 
 def name_of(node: Node) -> str:
-    """The name of the function that a node calls."""
+    """Return the name of the function that a node calls."""
     return getattr(node.target, "__name__", "") if node.op == "call_function" else ""
 
 

@@ -1,4 +1,4 @@
-"""What a captured graph must not do: change what it was given, or anything outside of itself."""
+"""This module refuses graphs that write to their inputs, or store tensors outside."""
 
 from __future__ import annotations
 
@@ -12,21 +12,24 @@ from torch.fx import GraphModule, Interpreter, Node
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from clipgrad.loss_graph.checkpoints import checkpoints_of
 from clipgrad.loss_graph.reasons import CannotCapture, line_in, line_of
 from clipgrad.loss_graph.regions import close_regions
 
 
 def refuse_side_effects() -> None:
-    """Refuse a loss that stores a tensor outside of itself; to be called while PyTorch compiles its graph.
+    """Refuse a loss that stores a tensor outside; call this function while PyTorch compiles the graph.
 
-    After a graph, PyTorch repeats what the code did to objects outside of it. Here that would store what the graph
-    returned in place of its results, or one sample where another batch finds it.
+    After running a graph, PyTorch repeats the code's changes to outer objects. Here this would store placeholders
+    instead of results, or a value of one sample that a later batch reads.
 
     Raises:
-        CannotCapture: With the line that stores the tensor.
+        CannotCapture: If the loss stores a tensor; the error names the line.
     """
     translator = InstructionTranslator.current_tx()
     effects = translator.output.side_effects
+    if effects.tensor_hooks:
+        raise CannotCapture("it registers a hook on a tensor that it was given")
     for owner in effects._get_modified_vars():
         if owner.source is None:
             continue  # made by the loss itself
@@ -47,7 +50,7 @@ def refuse_side_effects() -> None:
 
 
 def _is_held(root: Any, place: str, source: str | None) -> bool:
-    """Whether a dictionary holds this very tensor before the loss runs; ``functional_call`` puts parameters back.
+    """Return whether a dictionary held this tensor before the loss ran; ``functional_call`` restores parameters so.
 
     Args:
         root: PyTorch's translator of the loss, with its variables.
@@ -65,7 +68,7 @@ def _is_held(root: Any, place: str, source: str | None) -> bool:
 
 
 def type_of(owner: Any) -> str:
-    """What the user calls an object, for a message."""
+    """Describe an object for a message."""
     try:
         return f"an object of type {owner.python_type().__name__}"
     except NotImplementedError:
@@ -73,7 +76,7 @@ def type_of(owner: Any) -> str:
 
 
 def _stored(owner: Any, attributes: dict[str, Any]) -> list[Any]:
-    """Every tensor that an object holds after the loss, among what the loss changed."""
+    """Return the tensors that the loss stored in an object."""
     from torch._dynamo.variables import LazyVariableTracker, TensorVariable
     from torch._dynamo.variables.base import VariableTracker
 
@@ -90,17 +93,20 @@ def _stored(owner: Any, attributes: dict[str, Any]) -> list[Any]:
 
 
 class _Writes(TorchDispatchMode):
-    """Refuses operations that write to the memory of an input."""
+    """This mode refuses operations that write to the memory of an input."""
 
     def __init__(self, inputs: Sequence[Any]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.node: Node | None = None
+        self.drawing: set[Any] = set()
         self._memory = {_memory(value) for value in inputs if isinstance(value, Tensor)}
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
+        if torch.Tag.nondeterministic_seeded in func.tags and self.node is not None:
+            self.drawing.add(self.node.target)
         for value in _written(func, args, kwargs):
             if _memory(value) in self._memory:
                 where = line_in(self.node.meta.get("stack_trace")) if self.node else None
@@ -123,7 +129,7 @@ def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterat
         if argument.alias_info is not None and argument.alias_info.is_write
     }
     if "batch_norm" in func._schema.name and (given.get("training") or given.get("train")):
-        written |= {"running_mean", "running_var"}  # of which not every schema tells
+        written |= {"running_mean", "running_var"}  # some schemas do not declare these writes
     for name in written:
         yield from (one for one in tree_leaves(given.get(name)) if isinstance(one, Tensor))
 
@@ -140,13 +146,15 @@ class _Run(Interpreter):
 
 
 def refuse_writes(module: GraphModule) -> None:
-    """Refuse a graph that writes to its inputs; it runs once, on tensors without memory.
+    """Refuse a graph that writes to its inputs; the graph runs once on fake tensors.
+
+    The run also tells which checkpointed regions draw random numbers.
 
     Args:
-        module: As PyTorch captured it, with an example at each input.
+        module: The captured graph, with an example at each input.
 
     Raises:
-        CannotCapture: With the line that writes.
+        CannotCapture: If the graph writes to an input; the error names the line.
     """
     examples = [node.meta["example_value"] for node in module.graph.find_nodes(op="placeholder")]
     modes = [value.fake_mode for value in examples if hasattr(value, "fake_mode")]
@@ -155,3 +163,6 @@ def refuse_writes(module: GraphModule) -> None:
     writes = _Writes(examples)
     with torch.enable_grad(), modes[0], writes, close_regions():
         _Run(module, writes).run(*examples, enable_io_processing=False)
+    for name, child in module.named_children():
+        for region in checkpoints_of(child):
+            region.draws = name in writes.drawing

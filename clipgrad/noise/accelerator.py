@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import logging
 import threading
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from clipgrad.kernels.chacha_selftest import DeviceCipher
 from clipgrad.noise import checks
 from clipgrad.noise.cpu import CpuNoise
 from clipgrad.noise.keys import KeyDeriver
 from clipgrad.noise.pieces import flat, pieces
+
+if TYPE_CHECKING:
+    from clipgrad.kernels.chacha_launch import TritonChaCha  # Triton is optional
 
 _KEY_BYTES = 32  # ChaCha20 has no other key size
 _COPIED_AT_A_TIME = 2**22  # 16 MB of float32, on the CPU and on the device
@@ -73,7 +76,7 @@ class AcceleratorNoise:
             torch._foreach_add_(piece, noise.to(self._device).split(sizes))
 
 
-def verified_cipher(device: torch.device) -> DeviceCipher | None:
+def verified_cipher(device: torch.device) -> TritonChaCha | None:
     """Return the device's cipher if it passes its self-test; else warn and return None.
 
     None means that the CPU's cipher makes the noise. A statistical generator of the device must never replace it.

@@ -6,7 +6,6 @@ import math
 import os
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import partial
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -15,7 +14,7 @@ from clipgrad.noise import checks
 from clipgrad.noise.box_muller import BoxMuller
 from clipgrad.noise.c_loop import LoopedBoxMuller, make_looped
 from clipgrad.noise.keys import KeyDeriver
-from clipgrad.noise.keystream import KEY_BYTES, Bits, Keystream
+from clipgrad.noise.keystream import KEY_BYTES, Keystream
 from clipgrad.noise.pieces import pieces
 
 # torch runs an addition of more values than this on several threads; a piece of this size stays on the calling thread.
@@ -29,16 +28,7 @@ _ALONE = 2**11
 _MANY, _MOST_THREADS = 2**22, 16
 _CPU = torch.device("cpu")
 _PID_AT_IMPORT = os.getpid()
-
-
-class Gaussians(Protocol):
-    """This protocol describes an object that turns bits into independent values of N(0, 1)."""
-
-    capacity: int
-
-    def draw(self, keystream: Bits, size: int) -> Tensor:
-        """Return ``size`` values, at most ``capacity``."""
-        ...
+Gaussians = BoxMuller | LoopedBoxMuller
 
 
 class CpuNoise:

@@ -79,7 +79,7 @@ class SystemNoise:
         *,
         out_of_place: bool = False,
     ) -> list[Tensor]:
-        """Add and divide, in one pass where possible; :func:`clipgrad.noise.mean.noised_mean` calls this method too."""
+        """Add and divide, in one pass where possible; ``step_noise.noised_mean`` calls this method too."""
         process_noise = self._process_noise
         # A forked child has a copy of its parent's makers.
         if process_noise is None or process_noise.process != process():

@@ -9,6 +9,15 @@ from torch.optim import Optimizer
 from clipgrad.errors import UnclippedGradientError
 
 
+def _of_inner(name: str) -> Any:
+    """An attribute that the wrapped optimizer holds."""
+    return property(
+        lambda self: getattr(self.inner, name),
+        lambda self, value: setattr(self.inner, name, value),
+        doc=f"The wrapped optimizer's ``{name}``.",
+    )
+
+
 class OptimizerFacade(Optimizer):
     """This class is a ``torch.optim.Optimizer`` that keeps all its state in the wrapped optimizer, ``inner``.
 
@@ -17,32 +26,9 @@ class OptimizerFacade(Optimizer):
 
     inner: Optimizer
 
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        """Return the wrapped optimizer's ``param_groups``."""
-        return self.inner.param_groups
-
-    @param_groups.setter
-    def param_groups(self, groups: list[dict[str, Any]]) -> None:
-        self.inner.param_groups = groups
-
-    @property
-    def state(self) -> Any:
-        """Return the wrapped optimizer's ``state``."""
-        return self.inner.state
-
-    @state.setter
-    def state(self, state: Any) -> None:
-        self.inner.state = state
-
-    @property
-    def defaults(self) -> dict[str, Any]:
-        """Return the wrapped optimizer's ``defaults``."""
-        return self.inner.defaults
-
-    @defaults.setter
-    def defaults(self, defaults: dict[str, Any]) -> None:
-        self.inner.defaults = defaults
+    param_groups: Any = _of_inner("param_groups")
+    state: Any = _of_inner("state")
+    defaults: Any = _of_inner("defaults")
 
     @property
     def _step_supports_amp_scaling(self) -> bool:

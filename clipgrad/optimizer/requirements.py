@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 
+from clipgrad.batch_norm import batch_norm_error
 from clipgrad.errors import NotPerSampleError
 from clipgrad.optimizer.facade import OptimizerFacade
 
-_PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+# What a wrapper is replaced by: its own communication would add up gradients that are not clipped.
+_INSTEAD = {
+    "DataParallel": "Pass the bare module (model.module), and start one process for each device with torchrun.",
+    "DistributedDataParallel": "Pass the bare module, DPOptimizer(optimizer, model.module, ...): it adds up the "
+    "clipped sums of all ranks itself.",
+    "FullyShardedDataParallel": "Its flat parameters mix layers; shard the model with "
+    "torch.distributed.fsdp.fully_shard (FSDP2) instead.",
+}
 
 
 def check_parts(optimizer: Any, model: Any, loss_fn: Any) -> None:
@@ -32,17 +40,33 @@ def check_parts(optimizer: Any, model: Any, loss_fn: Any) -> None:
         )
     if not isinstance(model, nn.Module):
         raise ValueError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
-    for module in model.modules():
-        if isinstance(module, _PARALLEL) or type(module).__name__ == "FullyShardedDataParallel":
-            raise ValueError(
-                f"model holds a {type(module).__name__}, whose own gradient communication would never run, so replicas "
-                "would drift apart or train unclipped. Pass the bare module (model.module); training on several "
-                "devices is not supported yet."
-            )
+    _refuse_wrappers(model)
     if not callable(loss_fn) or isinstance(loss_fn, nn.modules.loss._Loss):
         raise ValueError(
             f"loss_fn must be a function loss_fn(model, *batch) that returns a scalar, got {type(loss_fn).__name__}. "
             "Wrap a criterion: def loss_fn(model, x, y): return criterion(model(x), y)."
+        )
+
+
+def _refuse_wrappers(model: nn.Module) -> None:
+    """Refuse models that another library spreads over devices.
+
+    Raises:
+        ValueError: With what to do instead.
+    """
+    for module in model.modules():
+        for kind in type(module).__mro__:
+            if kind.__name__ in _INSTEAD:
+                raise ValueError(
+                    f"model holds a {type(module).__name__}, whose own gradient communication would never run, so "
+                    f"replicas would drift apart or train unclipped. {_INSTEAD[kind.__name__]}"
+                )
+    devices = sorted({str(parameter.device) for parameter in model.parameters()})
+    if len(devices) > 1:
+        raise ValueError(
+            f"the parameters of the model lie on several devices ({', '.join(devices[:4])}), as device_map places "
+            "them, which is not supported. Put the whole model on one device, and shard it with "
+            "torch.distributed.fsdp.fully_shard if it is too large for one."
         )
 
 
@@ -52,12 +76,12 @@ def refuse_foreign_parameters(owned: Iterable[Tensor], known: Iterable[Tensor]) 
     Raises:
         ValueError: If there is such a parameter.
     """
-    ours = set(map(id, known))
-    strangers = [tuple(getattr(p, "shape", ())) for p in owned if id(p) not in ours]
-    if strangers:
+    known_ids = set(map(id, known))
+    foreign = [tuple(getattr(p, "shape", ())) for p in owned if id(p) not in known_ids]
+    if foreign:
         raise ValueError(
-            f"optimizer holds {len(strangers)} parameter(s) that are not in the model, so their gradients could "
-            f"not be clipped; the first has shape {strangers[0]}. Build it from model.parameters()."
+            f"optimizer holds {len(foreign)} parameter(s) that are not in the model, so their gradients could "
+            f"not be clipped; the first has shape {foreign[0]}. Build it from model.parameters()."
         )
 
 
@@ -83,26 +107,20 @@ def refuse_hooks(model: nn.Module, parameters: Iterable[tuple[str, Tensor]]) -> 
             )
 
 
-def _batch_norms(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    for name, module in model.named_modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            yield name, module
-
-
 def refuse_batch_norm(model: nn.Module) -> None:
     """Refuse BatchNorm in training mode before it updates its buffers.
 
     Raises:
         NotPerSampleError: If there is such a layer.
     """
-    names = [name or "the model itself" for name, module in _batch_norms(model) if module.training]
+    names = [
+        name or "the model itself"
+        for name, module in model.named_modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training
+    ]
     if names:
-        raise NotPerSampleError(
-            f"BatchNorm in training mode ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''}) normalises a "
-            "sample with statistics of the others, so no gradient belongs to one sample. Use "
-            "clipgrad.replace_batch_norm(model), which puts GroupNorm in its place, before making the optimizer; or "
-            "freeze the statistics with .eval()."
-        )
+        listed = f"{', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
+        raise batch_norm_error(f"in training mode ({listed})")
 
 
 def parameters_to_train(
@@ -120,8 +138,8 @@ def parameters_to_train(
     """
     named = list(model.named_parameters())
     refuse_foreign_parameters(owned, (p for _, p in named))
-    ours = set(map(id, owned))
-    selection = tuple((name, p) for name, p in named if id(p) in ours and p.requires_grad)
+    owned_ids = set(map(id, owned))
+    selection = tuple((name, p) for name, p in named if id(p) in owned_ids and p.requires_grad)
     if not selection:
         raise ValueError(
             "optimizer holds no parameter of the model that requires grad; there is nothing to train. "

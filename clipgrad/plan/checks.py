@@ -68,7 +68,7 @@ def steps_of(
         )
     if steps is not None:
         return steps
-    drawn = _validate.positive("epochs", epochs) * num_samples  # type: ignore[arg-type]
-    if math.isinf(drawn):
+    samples = _validate.positive("epochs", epochs) * num_samples  # type: ignore[arg-type]
+    if math.isinf(samples):
         raise ValueError(f"epochs must be finite, got {epochs}.")
-    return max(1, round(drawn / _validate.positive("expected_batch_size", expected_batch_size)))
+    return max(1, round(samples / _validate.positive("expected_batch_size", expected_batch_size)))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from statistics import median
 from typing import Any
 
@@ -87,7 +86,8 @@ def profile_with(
     clipped = _clipped_step(_copy_optimizer(optimizer), batch)
     whole: dict[Step, list[float]] = {standard: [], clipped: []}
     parts: dict[Step, list[dict[Phase, float]]] = {standard: [], clipped: []}
-    with _restore_rng(device), torch.enable_grad():
+    # Dropout changes PyTorch's global RNG states.
+    with torch.random.fork_rng([] if device.type == "cpu" else [device]), torch.enable_grad():
         for _ in range(warm_up):
             standard()
             clipped()
@@ -184,11 +184,6 @@ def _standard_step(optimizer: DPOptimizer, batch: tuple[Any, ...]) -> Step:
 
 def _medians(names: Sequence[Phase], rounds: Sequence[dict[Phase, float]]) -> dict[str, float]:
     return {name: median(seconds.get(name, 0.0) for seconds in rounds) for name in names}
-
-
-def _restore_rng(device: torch.device) -> AbstractContextManager[None]:
-    """Restore PyTorch's global RNG states afterwards, which dropout changes."""
-    return torch.random.fork_rng([] if device.type == "cpu" else [device])
 
 
 def _copy_optimizer(optimizer: DPOptimizer) -> DPOptimizer:

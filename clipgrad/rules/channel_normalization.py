@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from clipgrad.batch_norm import batch_norm_error
 from clipgrad.errors import NotPerSampleError
 from clipgrad.rules.canonical import PerSample, widen
 from clipgrad.rules.names import functional_aten_names_of
@@ -178,21 +179,10 @@ def batch_norm(
 ) -> Tensor:
     """Run eval-mode batch norm, an affine map per channel; training mode has no per-sample gradients and is refused."""
     if running_mean is None or running_var is None:
-        raise _batch_statistics_error("without running statistics", "")
+        raise batch_norm_error("without running statistics", trained=False)
     if training:
-        otherwise = (
-            ", or, if its running statistics are trained already, fix them with model.eval()"
-        )
-        raise _batch_statistics_error("in training mode", otherwise)
+        raise batch_norm_error("in training mode")
     return _fixed_statistics(call, input, running_mean, running_var, (weight, bias), eps)
-
-
-def _batch_statistics_error(mode: str, otherwise: str) -> NotPerSampleError:
-    return NotPerSampleError(
-        f"BatchNorm {mode} normalises every sample by the mean and variance of the whole batch, so the "
-        "gradient of one sample depends on the others and cannot be clipped on its own. Replace it by "
-        f"GroupNorm with clipgrad.replace_batch_norm(model){otherwise}."
-    )
 
 
 def _fixed_statistics(

@@ -38,12 +38,8 @@ def cross_entropy(
     x, t = call.batched(input), call.batched(target)
     if x.dim() != t.dim() + 1 or reduction not in ("mean", "sum", "none"):
         raise Decline  # PyTorch refuses this call with its own message
-    if x.dim() == 2:
-        losses = F.cross_entropy(x, t, ignore_index=ignore_index, reduction="none")
-    else:
-        losses = F.cross_entropy(
-            x.flatten(0, 1), t.flatten(0, 1), ignore_index=ignore_index, reduction="none"
-        ).view(t.shape)
+    flat = (x, t) if x.dim() == 2 else (x.flatten(0, 1), t.flatten(0, 1))
+    losses = F.cross_entropy(*flat, ignore_index=ignore_index, reduction="none").view(t.shape)
     if reduction == "none":
         return call.finish(losses)
     total = losses.flatten(1).sum(1) if losses.dim() > 1 else losses

@@ -74,11 +74,11 @@ class PrivateLoader:
     def __iter__(self) -> Iterator[Any]:
         """Yield the batches of one iteration; right after :meth:`load_state_dict`, the rest of the saved iteration."""
         batches = iter(self._loader)
-        drawn = self._recorder.drawn
+        pending = self._recorder.pending
         receipts = self._receipts
-        iteration = 0 if receipts is None else receipts.begin_iteration()
+        iteration = 0 if receipts is None else receipts.begin_iteration(self.batch_sampler.part)
         for batch in batches:
-            rows, self._state = drawn.popleft()
+            rows, self._state = pending.popleft()
             if receipts is not None:
                 receipts.hand_out(iteration, self._state["done"] - 1, rows, batch)
             yield batch
@@ -109,16 +109,16 @@ class _Recorder(Sampler[Any]):
 
     def __init__(self, sampler: BatchSampler) -> None:
         self.sampler = sampler
-        self.drawn: deque[tuple[int, dict[str, Any]]] = deque()
+        self.pending: deque[tuple[int, dict[str, Any]]] = deque()
 
     def __len__(self) -> int:
         return len(self.sampler)
 
     def __iter__(self) -> Iterator[Any]:
-        drawn = self.drawn = deque()  # an unfinished earlier iteration keeps its own queue
-        return self._record(drawn)
+        pending = self.pending = deque()  # an unfinished earlier iteration keeps its own queue
+        return self._record(pending)
 
-    def _record(self, drawn: deque[tuple[int, dict[str, Any]]]) -> Iterator[Any]:
+    def _record(self, pending: deque[tuple[int, dict[str, Any]]]) -> Iterator[Any]:
         for batch in self.sampler:
-            drawn.append((len(batch), self.sampler.state_dict()))
+            pending.append((len(batch), self.sampler.state_dict()))
             yield batch

@@ -34,11 +34,11 @@ def require_fit(plan: PrivacyPlan, unit: str, count: int, *, shuffled: bool) -> 
             "sampling rate, and so epsilon, would differ. Make the plan for this dataset."
         )
     if plan.shuffled != shuffled:
-        right, drawn = (
+        right, kind = (
             ("shuffled_loader", "Poisson") if plan.shuffled else ("poisson_loader", "shuffled")
         )
         raise ValueError(
-            f"plan has shuffled={plan.shuffled}, but this loader makes {drawn} batches. Use "
+            f"plan has shuffled={plan.shuffled}, but this loader makes {kind} batches. Use "
             f"clipgrad.{right}(dataset, plan=plan)."
         )
     if plan.declared_sampling is not None:

@@ -41,7 +41,8 @@ class PoissonSampler(Resumable[list[int]]):
             holds for one subset of the whole batch.
         steps: Batches per iteration; by default the number that samples ``num_samples`` indices on average.
         rank: Index of the share to sample from, ``0 <= rank < num_replicas``.
-        num_replicas: Number of shares, the same on every rank.
+        num_replicas: Number of shares, the same on every rank. If neither is given, they are rank and number of
+            processes of ``torch.distributed``, if it was initialised.
         whole_run: Whether the sampler is for one iteration only, as with a plan. The state of a finished iteration is
             then restored as finished, and yields no batch.
         generator: A CPU generator for repeatable and NOT PRIVATE batches; the sampler advances it. With ranks, seed
@@ -119,6 +120,11 @@ class PoissonSampler(Resumable[list[int]]):
         return self._most
 
     @property
+    def part(self) -> tuple[int, int]:
+        """Return which share of the indices is sampled from, and of how many shares."""
+        return self._share.start % self._share.step, self._share.step
+
+    @property
     def sampling(self) -> Poisson | TruncatedPoisson:
         """Return the sampling scheme, for the accountant."""
         if self._most is None:
@@ -137,10 +143,10 @@ class PoissonSampler(Resumable[list[int]]):
             yield batch
 
     def _draw(self) -> list[int]:
-        drawn = self._trials.successes(len(self._share), self._words)
-        if self._most is not None and len(drawn) > self._most:
-            drawn = drawn[random_subset(len(drawn), self._most, self._words)]
-        batch: list[int] = (self._share.start + self._share.step * drawn).tolist()
+        sampled = self._trials.successes(len(self._share), self._words)
+        if self._most is not None and len(sampled) > self._most:
+            sampled = sampled[random_subset(len(sampled), self._most, self._words)]
+        batch: list[int] = (self._share.start + self._share.step * sampled).tolist()
         return batch
 
     def state_dict(self) -> dict[str, Any]:

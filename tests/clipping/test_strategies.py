@@ -126,7 +126,7 @@ def test_resolved_bounds_never_exceed_the_sensitivity(case: str) -> None:
     params = make_params()
     gradient = clipped_grad(mlp, max_grad_norm=CASES[case])
     sizes = [p.numel() for p in params.values()]
-    resolved = make_clipping(CASES[case], list(params), sizes, rescale=False)
+    resolved = make_clipping(CASES[case], list(params), sizes)
     assert resolved.bound() == pytest.approx(gradient.sensitivity(), rel=1e-14)
     assert gradient.sensitivity(Relation.REPLACE_ONE) == 2 * gradient.sensitivity()
 
@@ -152,21 +152,16 @@ def test_constant_norms_give_the_factors_that_they_always_gave() -> None:
     for dtype in (torch.float32, torch.float64):
         n = norms.to(dtype)
         for bound in (1e-3, 0.1, 1 / 3, 1.0, 30.0):
-            clip = make_clipping(bound, rescale=False).factors(n, 0)
+            clip = make_clipping(bound).factors(n, 0)
             assert torch.equal(clip.nan_to_num(-1), (bound / n).clamp(max=1.0).nan_to_num(-1))
-            unit = make_clipping(bound, rescale=True).factors(n, 0)
-            ceiling = torch.full_like(n, 1.0 / bound)
-            expected = torch.minimum(ceiling, n.reciprocal())
-            assert torch.equal(unit.nan_to_num(-1), expected.nan_to_num(-1))
-            assert clip.dtype == unit.dtype == dtype
+            assert clip.dtype == dtype
 
 
 @pytest.mark.parametrize("rule", [0.3, Automatic(0.3, 0.02)], ids=["clip", "normalise"])
-@pytest.mark.parametrize("rescale", [False, True])
-def test_norms_in_a_tensor_give_the_same_factors(rule: Any, rescale: bool) -> None:
+def test_norms_in_a_tensor_give_the_same_factors(rule: Any) -> None:
     norms = torch.tensor([0.0, 1e-9, 0.29, 0.31, 7.0, math.nan])
     for dtype in (torch.float32, torch.float64):
-        constant = make_clipping(rule, rescale=rescale)
+        constant = make_clipping(rule)
         read = constant.with_bounds(torch.tensor([0.3], dtype=torch.float64))
         one, other = (c.factors(norms.to(dtype), 0) for c in (constant, read))
         close(one, other, equal_nan=True)
@@ -231,15 +226,13 @@ def test_what_clipped_grad_refuses(strategy: Any, message: str) -> None:
         clipped_grad(mlp, max_grad_norm=1.0).with_max_grad_norm(strategy)
 
 
-def test_rescaling_layers_is_refused_with_a_remedy() -> None:
-    with pytest.raises(ValueError, match="normalize_by=max_grad_norm"):
-        clipped_grad(mlp, max_grad_norm=PerLayer(2.0), rescale_to_unit_norm=True)
+def test_layers_are_normalised_together() -> None:
     assert clipped_grad(mlp, max_grad_norm=PerLayer(2.0), normalize_by=2.0).sensitivity() == 1.0
 
 
 def test_structure_knows_all_but_the_norms() -> None:
     def made(**changes: Any) -> Clipping:
-        return make_clipping(**{"max_grad_norm": {"a": 1.0, "b": 2.0}, "rescale": False, **changes})
+        return make_clipping(**{"max_grad_norm": {"a": 1.0, "b": 2.0}, **changes})
 
     same = made(max_grad_norm={"a": 5.0, "b": 7.0})
     assert made().structure == same.structure
@@ -249,7 +242,6 @@ def test_structure_knows_all_but_the_norms() -> None:
         made(max_grad_norm={"a": Automatic(1.0), "b": 2.0}),
         made(max_grad_norm={"b": 1.0, "a": 2.0}),
         made(names=["a", "b.x", "b.y"]),
-        made(rescale=True),
     ):
         assert other.structure != made().structure
 

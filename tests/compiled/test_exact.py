@@ -102,7 +102,7 @@ def test_random_model_draws_what_the_eager_step_draws(
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "groups": {"max_grad_norm": {"in": 0.1, "": 0.2}},
-    "rescaled": {"rescale_to_unit_norm": True, "normalize_by": 7.0},
+    "divided": {"normalize_by": 7.0},
     "unclipped": {"max_grad_norm": float("inf")},
     "nothing": {"max_grad_norm": 0.0},
     "no batch axis": {"keep_batch_dim": False},

@@ -1,4 +1,4 @@
-"""Small configurations of model families that people train, each with a batch that looks like theirs."""
+"""This package has small configurations of common model families, each with a typical batch."""
 
 from tests.families import (  # noqa: F401  each adds its families
     adapters,

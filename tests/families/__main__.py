@@ -1,4 +1,4 @@
-"""One row for each family: ``python -m tests.families [name ...] [--compile trace|inductor] [--markdown]``."""
+"""Print one row per family: ``python -m tests.families [name ...] [--compile trace|inductor] [--markdown]``."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ HEADER = ("family", "eager", "captured", "compiled", "error", "on rules", "captu
 
 
 def cells(row: Row) -> list[str]:
-    """The cells of a row, as text."""
+    """Return the cells of a row as text."""
     seconds = f"{row.seconds:.1f}" if row.seconds else ""
     return [
         row.name, row.eager, row.captured, row.compiled, row.error, row.on_rules, seconds, row.reason

@@ -1,4 +1,4 @@
-"""What a family is: a small model, a batch and a loss of the batch."""
+"""This module defines a family: a small model, a batch and a loss."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ FAMILIES: dict[str, Family] = {}
 
 
 def own_loss(model: nn.Module, batch: Batch) -> Tensor:
-    """The loss that a Hugging Face model computes itself."""
+    """Return the loss that a Hugging Face model computes itself."""
     loss: Tensor = model(**batch).loss
     return loss
 
 
 @dataclass(frozen=True)
 class Family:
-    """One family.
+    """This class describes one family.
 
     Attributes:
         make: Builds the model; it may skip the test if a package is missing.
@@ -44,7 +44,7 @@ class Family:
     note: str = ""
 
     def build(self, size: int) -> tuple[nn.Module, Batch]:
-        """Model and batch with fixed seeds, without anything random in the model."""
+        """Return model and batch, made with fixed seeds, without random layers in the model."""
         torch.manual_seed(0)
         model = self.make().train(self.training)
         if self.dtype is not None:
@@ -59,7 +59,7 @@ class Family:
 
 
 def without_randomness(model: nn.Module) -> None:
-    """Switch off dropout and its relatives, which are drawn anew in each run."""
+    """Switch off dropout and similar layers, whose random numbers differ in each run."""
     for module in model.modules():
         for name, value in list(vars(module).items()):
             if ("drop" in name or name == "p") and isinstance(value, float):
@@ -78,7 +78,7 @@ def add(
 
 
 def hugging_face(model: str, config: str, **options: Any) -> Callable[[], nn.Module]:
-    """A builder of a Hugging Face model with random weights."""
+    """Return a function that makes a Hugging Face model with random weights."""
 
     def make() -> nn.Module:
         transformers = importlib.import_module("transformers")
@@ -89,7 +89,7 @@ def hugging_face(model: str, config: str, **options: Any) -> Callable[[], nn.Mod
 
 
 def masked(size: int) -> Batch:
-    """Token ids and an attention mask of unequal lengths."""
+    """Return token ids and an attention mask with unequal lengths."""
     ids = torch.randint(3, VOCABULARY, (size, LENGTH))
     lengths = torch.tensor([LENGTH, LENGTH - 4, LENGTH - 1, 5])[torch.arange(size) % 4]
     mask = (torch.arange(LENGTH) < lengths[:, None]).long()
@@ -97,18 +97,18 @@ def masked(size: int) -> Batch:
 
 
 def language(size: int) -> Batch:
-    """For a language model: labels are the tokens, ignored where padded."""
+    """Return a batch for a language model, whose labels are the tokens without padding."""
     batch = masked(size)
     return {**batch, "labels": batch["input_ids"].where(batch["attention_mask"] == 1, -100)}
 
 
 def labelled(size: int) -> Batch:
-    """For a classifier of texts."""
+    """Return a batch for a text classifier."""
     return {**masked(size), "labels": torch.randint(3, (size,))}
 
 
 def images(pixels: int) -> Callable[[int], Batch]:
-    """For a classifier of images."""
+    """Return a batch for an image classifier."""
     return lambda size: {
         "pixel_values": torch.randn(size, 3, pixels, pixels),
         "labels": torch.randint(3, (size,)),

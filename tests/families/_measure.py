@@ -1,4 +1,4 @@
-"""Compare a family with a loop over its samples: eager as it is, and through the captured loss."""
+"""Compare the eager step and the captured loss of a family with a loop over its samples."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Loss = Callable[[dict[str, Tensor], Batch], Tensor]
 
 @dataclass
 class Row:
-    """What was found of one family; texts, ready to be printed."""
+    """This class holds the results of one family as text."""
 
     name: str
     eager: str = ""
@@ -39,7 +39,7 @@ class Row:
 
 
 def measured(name: str, family: Family, *, compile: str | None = None) -> Row:
-    """The row of a family; what it raises is in the row.
+    """Return the row of a family, including the errors that it raises.
 
     Args:
         name: Of the family.
@@ -83,16 +83,16 @@ def measured(name: str, family: Family, *, compile: str | None = None) -> Row:
 
 def untouched_graphs() -> AbstractContextManager[Any]:
     """Run traced graphs operation by operation instead of compiling them, which takes a minute each."""
-    return mock.patch.object(backend, "compile_graph", lambda module, mode: module)
+    return mock.patch.object(backend, "compile_graph", lambda module, *_: module)
 
 
 def trained(model: nn.Module) -> dict[str, Tensor]:
-    """The parameters that are trained, by name."""
+    """Return the trained parameters by name."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
 def functional(model: nn.Module, family: Family) -> Loss:
-    """The family's loss as a function of parameters."""
+    """Return the family's loss as a function of parameters."""
 
     def loss(params: dict[str, Tensor], batch: Batch) -> Tensor:
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -104,7 +104,7 @@ def functional(model: nn.Module, family: Family) -> Loss:
 
 
 def captured(model: nn.Module, family: Family, batch: Batch) -> Loss:
-    """The same through the graph of the loss of one sample."""
+    """Return the captured graph of the family's loss as a function of parameters."""
     params, one = trained(model), first_sample(batch)
     capture = LossCapture(family.loss)
     graph = capture.graph((model, one), list(params.values()), list(one.values()))
@@ -116,14 +116,14 @@ def captured(model: nn.Module, family: Family, batch: Batch) -> Loss:
 
 
 def first_sample(batch: Batch) -> Batch:
-    """A batch of the first sample alone."""
+    """Return a batch of the first sample alone."""
     return {name: value[:1].clone() for name, value in batch.items()}
 
 
 def by_a_loop(
     model: nn.Module, family: Family, batch: Batch
 ) -> tuple[Tensor, float, dict[str, Tensor]]:
-    """Norm of each sample's gradient, a clipping norm in their middle, and the clipped sums by the definition."""
+    """Return each sample's gradient norm, a clipping norm in their middle, and the clipped sums of a loop."""
     params = trained(model)
     each = []
     for index in range(SIZE):
@@ -160,7 +160,7 @@ def compared(
     *,
     compile: bool = False,
 ) -> tuple[str, str, str]:
-    """Verdict, largest relative error, and reason."""
+    """Return verdict, largest relative error, and reason."""
     norms, max_norm, sums = expected
     try:
         copy = {name: value.clone() for name, value in batch.items()}
@@ -177,7 +177,7 @@ def compared(
 
 
 def share_on_rules(loss: Loss, params: dict[str, Tensor], batch: Batch) -> str:
-    """Percent of the parameters' elements of which no use takes the fallback."""
+    """Return the percentage of elements whose parameters never use the fallback."""
     table = clipgrad.clipped_grad(loss, max_grad_norm=1.0).explain(params, batch)
     total = sum(p.numel() for p in params.values())
     slow = sum(math.prod(row.shape) for row in table.rows if "fallback" in row.by)
@@ -185,6 +185,6 @@ def share_on_rules(loss: Loss, params: dict[str, Tensor], batch: Batch) -> str:
 
 
 def told(error: Exception) -> str:
-    """The first sentence of an error."""
+    """Return the first sentence of an error."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 300 else f"{text[:297]}..."

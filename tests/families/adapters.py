@@ -1,4 +1,4 @@
-"""Adapters of PEFT on frozen models; skipped where PEFT is not installed."""
+"""This module has PEFT adapters on frozen models, which are skipped if PEFT is not installed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Models of sound."""
+"""This module has audio models."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def transcribed(size: int) -> Batch:
 
 
 def frozen(model: str, config: str, **options: Any) -> Callable[[], nn.Module]:
-    """With a frozen feature encoder, as one tunes it; else the model sets ``requires_grad`` of its input."""
+    """Freeze the feature encoder, as in fine-tuning; otherwise the model sets ``requires_grad`` of its input."""
     make = hugging_face(model, config, **{**_CONVOLUTIONS, **options})
 
     def frozen_feature_encoder() -> nn.Module:
@@ -43,7 +43,7 @@ def frozen(model: str, config: str, **options: Any) -> Callable[[], nn.Module]:
 
 
 def ctc(model: nn.Module, batch: Batch) -> Tensor:
-    """The models' own loss without its check of the labels' values, which asks the data."""
+    """Return the model's own loss without its check of the labels, which reads their values."""
     logits = model(input_values=batch["input_values"]).logits
     labels = batch["labels"]
     lengths = torch.full_like(labels[:, 0], logits.shape[1])

@@ -1,4 +1,4 @@
-"""Language models with a causal mask, trained on texts of unequal lengths."""
+"""This module has language models with a causal mask, trained on texts of unequal lengths."""
 
 from __future__ import annotations
 

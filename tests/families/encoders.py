@@ -1,4 +1,4 @@
-"""Encoders that classify texts, or fill in masked tokens, with padding masks."""
+"""This module has encoders with padding masks that classify texts or predict masked tokens."""
 
 from __future__ import annotations
 

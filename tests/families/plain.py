@@ -1,4 +1,4 @@
-"""Models of PyTorch's own layers."""
+"""This module has models made of PyTorch's own layers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.families._family import LENGTH, VOCABULARY, Batch, add, masked
 
 
 class Recurrent(nn.Module):
-    """A language model of one recurrent layer."""
+    """This language model has one recurrent layer."""
 
     def __init__(self, kind: type[nn.RNNBase]) -> None:
         super().__init__()
@@ -24,7 +24,7 @@ class Recurrent(nn.Module):
 
 
 class Encoder(nn.Module):
-    """PyTorch's encoder layers with a padding mask."""
+    """This model has PyTorch's encoder layers with a padding mask."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -39,7 +39,7 @@ class Encoder(nn.Module):
 
 
 class Translator(nn.Module):
-    """``nn.Transformer`` with causal and padding masks; unless told, it looks at the mask to see if it is causal."""
+    """This is ``nn.Transformer`` with causal and padding masks; without ``is_causal`` it reads the mask."""
 
     def __init__(self, told: bool) -> None:
         super().__init__()
@@ -60,7 +60,7 @@ class Translator(nn.Module):
 
 
 class UNet(nn.Module):
-    """Down and up again, with a skip and group normalisation."""
+    """This U-Net has one level, a skip connection and group normalisation."""
 
     def __init__(self, checkpointed: bool = False) -> None:
         super().__init__()

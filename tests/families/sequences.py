@@ -1,4 +1,4 @@
-"""Encoders with decoders: from one sequence to another."""
+"""This module has encoder-decoder models."""
 
 from __future__ import annotations
 

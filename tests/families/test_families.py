@@ -1,4 +1,4 @@
-"""Every family is exact through the captured loss, or refused for the reason that is written here."""
+"""Every family is exact through the captured loss, or refused for a known reason."""
 
 from __future__ import annotations
 

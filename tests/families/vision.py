@@ -1,4 +1,4 @@
-"""Models of images; batch normalisation is in evaluation mode, since it mixes samples in training."""
+"""This module has image models; batch normalisation is in evaluation mode, because it mixes samples in training."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Losses for the tests of the captured loss, and the definition to compare with."""
+"""This module has losses for the tests of the captured loss, and the definition that they are compared with."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ TOLERANCE = 1e-9
 
 
 class Small(nn.Module):
-    """Two layers with a buffer, a number and a place for a step of the test's own."""
+    """This model has two layers, a buffer, a number, and a step that a test may replace."""
 
     def __init__(self, step: Callable[[Small, Tensor, Tensor], Any] | None = None) -> None:
         super().__init__()
@@ -49,7 +49,7 @@ def one_sample() -> Tensor:
 
 
 def clipped(graph: CapturedLoss, params: list[Tensor], *batch: Tensor) -> Any:
-    """The clipped sum through a graph."""
+    """Compute the clipped sum through a captured graph."""
 
     def loss(values: dict[str, Tensor], *leaves: Tensor) -> Tensor:
         return graph([values[str(i)] for i in range(len(params))], leaves, graph.constants)[0]
@@ -59,7 +59,7 @@ def clipped(graph: CapturedLoss, params: list[Tensor], *batch: Tensor) -> Any:
 
 
 def assert_exact(graph: CapturedLoss, model: nn.Module, loss: Any, *batch: Tensor) -> None:
-    """Norms and sums of a graph are those of a loop that calls the loss itself."""
+    """Check norms and sums of a graph against a loop that calls the loss itself."""
     params = [p for p in model.parameters() if p.requires_grad]
     result = clipped(graph, params, *batch)
     norms, sums = [], [torch.zeros_like(p) for p in params]

@@ -1,4 +1,4 @@
-"""The graph of the loss of one sample computes that loss, of whatever it is given."""
+"""The captured graph of a loss computes that loss for other parameters, samples and buffers too."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def without_grad(model: Small, x: Tensor, hidden: Tensor) -> Tensor:
 
 
 class Scaled(torch.autograd.Function):
-    """Keeps an argument, an output and something between; its gradient is not the derivative, so it must be run."""
+    """This function saves an argument, an output and an intermediate; its backward is not the derivative."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, factor: float) -> tuple[Tensor, Tensor]:
@@ -87,8 +87,8 @@ def test_graph_is_exact(step: str) -> None:
     assert_exact(graph, model, small_loss, batch())
 
 
-def test_parameters_of_an_argument() -> None:
-    """They are known by identity, and new ones are inputs of the same graph."""
+def test_parameters_in_an_argument() -> None:
+    """Parameters are recognised by identity, and new parameters are inputs of the same graph."""
     model, one = Small(), one_sample()
 
     def loss(params: dict[str, Tensor], x: Tensor) -> Tensor:
@@ -119,7 +119,7 @@ def test_frozen_and_tied_parameters() -> None:
         assert_exact(graph, each, small_loss, batch())
 
 
-def test_constants_are_as_they_are_now() -> None:
+def test_constants_have_their_present_values() -> None:
     model, one = Small(), one_sample()
     capture, params = LossCapture(small_loss), list(model.parameters())
     capture.graph((model, one), params, [one])
@@ -166,7 +166,7 @@ def test_one_graph_serves_later_lengths() -> None:
     assert numbers == [0, 1, 1, 1, 1]
 
 
-def test_dropout_is_drawn_for_each_sample() -> None:
+def test_dropout_differs_for_each_sample() -> None:
     model, one = Small(), one_sample()
     model.drop.p = 0.5
     params = list(model.parameters())
@@ -187,8 +187,8 @@ def test_recurrent_layers(kind: type[nn.RNNBase]) -> None:
     assert_exact(graph, model, loss, torch.randn(4, 5, 3, dtype=torch.float64))
 
 
-def test_code_is_shared_and_graphs_are_not() -> None:
-    """Losses of one code, as a factory makes them, do not take each other's graphs or lengths."""
+def test_losses_with_shared_code_have_their_own_graphs() -> None:
+    """Losses with one code object, as a factory makes them, do not share graphs or lengths."""
     captures = []
     for length in range(2, 22):
         model, one = Small(), torch.randn(1, length, 3, dtype=torch.float64)
@@ -198,7 +198,7 @@ def test_code_is_shared_and_graphs_are_not() -> None:
         assert not any(isinstance(value, torch.SymInt | int) for value in graph.constants)
 
 
-def test_settings_of_the_process_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_global_settings_do_not_change(monkeypatch: pytest.MonkeyPatch) -> None:
     config = torch._dynamo.config
     before = config.get_config_copy()
     model, one = Small(), one_sample()
@@ -255,7 +255,7 @@ def test_nothing_is_kept_alive() -> None:
     assert [reference() for reference in seen] == [None, None, None]
 
 
-def test_graph_of_a_deleted_model_is_made_anew() -> None:
+def test_graph_is_captured_again_after_its_model_was_deleted() -> None:
     capture = LossCapture(small_loss)
     for _ in range(3):
         model, one = Small(), one_sample()

@@ -1,4 +1,4 @@
-"""What a loss stores at its first call must not carry one sample to the others, captured or compiled."""
+"""A value that a loss stores at its first call must not reach other samples, captured or compiled."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.dp_tools import private, values
 
 
 class Holder(nn.Module):
-    """One layer, and a place for what the loss stores."""
+    """This model has one layer and an attribute for stored values."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ def writes_a_parameter(model: Holder, x: Tensor) -> Tensor:
 
 
 def with_a_question(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """The same, reading a value while it is not captured, so that the eager step captures it."""
+    """This model also reads a value while it is not captured, so that the eager step captures the loss."""
 
     def asks(model: Holder, x: Tensor) -> Tensor:
         if not torch.compiler.is_compiling():

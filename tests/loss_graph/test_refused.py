@@ -1,4 +1,4 @@
-"""What cannot be captured ends in one sentence with the user's line; what would be wrong is refused."""
+"""A loss that cannot be captured, or would be wrong, is refused in one sentence with the user's line."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_refused_with_the_line(case: str) -> None:
     torch.testing.assert_close(one, one_sample(), rtol=0, atol=0)
 
 
-def test_a_tensor_that_requires_grad_and_is_no_parameter() -> None:
+def test_a_tensor_that_requires_grad_and_is_not_a_parameter() -> None:
     model, one = Small(), one_sample()
     with pytest.raises(NotPerSampleError, match=r"shape \(4, 3\) that requires grad"):
         LossCapture(small_loss).graph((model, one), list(model.parameters())[1:], [one])
@@ -96,26 +96,27 @@ def test_a_parameter_that_does_not_require_grad() -> None:
 
 
 @pytest.mark.parametrize("value", [lambda x: [x.sum()], lambda x: None, lambda x: (1.0, x.sum())])
-def test_what_is_no_loss(value: Any) -> None:
+def test_results_that_are_not_a_loss(value: Any) -> None:
     one = torch.ones(1, 3, requires_grad=True)
     with pytest.raises(CannotCapture, match=r"it returns|captured no operation"):
         LossCapture(value).graph((one,), [one], [])
 
 
-def test_what_changes_each_time_ends_in_an_error_that_names_it() -> None:
+def test_a_value_that_changes_each_time_is_named_in_an_error() -> None:
+    """A factor would be an input of one graph; a probability is not."""
     model, one = Small(), one_sample()
     capture, params = LossCapture(small_loss), list(model.parameters())
     for step in range(16):
-        model.factor = 1.0 + step
+        model.drop.p = step / 100
         assert capture.graph((model, one), params, [one]).number == step
-    model.factor = 100.0
-    with pytest.raises(CannotCapture, match=r"16 graphs already.*factor == "):
+    model.drop.p = 0.9
+    with pytest.raises(CannotCapture, match=r"16 graphs already.*p.* == "):
         capture.graph((model, one), params, [one])
-    model.factor = 3.0  # which has its graph
+    model.drop.p = 0.02  # which has its graph
     assert capture.graph((model, one), params, [one]).number == 2
 
 
-def test_capture_switched_off() -> None:
+def test_capture_is_refused_if_torch_compile_is_switched_off() -> None:
     model, one = Small(), one_sample()
     with (
         torch.compiler.set_stance("force_eager"),

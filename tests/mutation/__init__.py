@@ -1,1 +1,1 @@
-"""Small faults, planted one at a time, and whether some test notices: ``python -m tests.mutation``."""
+"""This package plants small faults one at a time and checks that a test fails: ``python -m tests.mutation``."""

@@ -1,4 +1,4 @@
-"""Plant small faults in the rooms that privacy hangs on, and see whether the tests notice each.
+"""Plant small faults in the rooms on which privacy depends, and check whether a test fails for each.
 
     python -m tests.mutation sample --count 320    # needs cosmic-ray
     python -m tests.mutation reach --workers 15    # needs coverage

@@ -1,4 +1,4 @@
-"""Whether some test notices one mutant."""
+"""This module decides whether a test fails for one mutant."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.mutation.reach import Reach, reaching
 from tests.mutation.running import Run, failures
 
 PATIENCE = 120.0
-"""Seconds after which a run hangs, on top of four times what its tests take."""
+"""Seconds, beyond four times the duration of its tests, after which a run counts as hanging."""
 PASSED = (0, 5)  # 5: no test
 Mutant = dict[str, Any]
 
@@ -37,7 +37,7 @@ def mutated(source: str, diff: str) -> str:
 
 
 def stages(numbers: list[int], reach: Reach, options: Namespace) -> Iterator[tuple[str, Run]]:
-    """What a mutant meets, each as a name and a call of its copy of the checkout and a limit."""
+    """Return the checks of a mutant, each as a name and a function of the checkout's copy and a time limit."""
     rest, left = [], options.seconds
     for test in numbers[options.first :]:
         left -= reach["seconds"][test]
@@ -56,7 +56,7 @@ def stages(numbers: list[int], reach: Reach, options: Namespace) -> Iterator[tup
 def judge(
     mutant: Mutant, tree: Path, reach: Reach, options: Namespace, end: float
 ) -> Mutant | None:
-    """Run the tests of a mutant in a copy of the checkout; None if the time is over before there is a verdict."""
+    """Run the tests of a mutant in a copy of the checkout; return None if the time ends before a verdict."""
     path, start = tree / mutant["file"], time.monotonic()
     source = path.read_text(encoding="utf-8")
     numbers = reaching(source, mutant["file"], mutant["line"], reach)
@@ -91,6 +91,6 @@ def judge(
 
 
 def forget_bytecode(path: Path) -> None:
-    """A patch that keeps a file's size may keep its second as well, and Python would run the old code."""
+    """Delete cached bytecode: Python compares size and time in seconds, which a patch may leave unchanged."""
     for compiled in path.parent.glob(f"__pycache__/{path.stem}.*.pyc"):
         compiled.unlink()

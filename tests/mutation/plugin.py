@@ -1,4 +1,4 @@
-"""A pytest plugin: runs chosen tests only, or finds which lines each test reaches.
+"""This pytest plugin runs chosen tests only, or finds which lines each test reaches.
 
 ``CHOSEN`` names a file of test ids, or functions, to be run in that order; ``REACHED`` names where the lines go.
 """
@@ -32,7 +32,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 class Reached:
-    """Collects lines, seconds and failures by test."""
+    """This class collects lines, seconds and failures by test."""
 
     def __init__(self, out: str) -> None:
         import coverage  # needed to make the map only

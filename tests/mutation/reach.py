@@ -1,4 +1,4 @@
-"""Which test reaches which line."""
+"""This module finds which tests reach which lines."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Reach = dict[str, Any]
 
 
 def reach_of_files(files: Iterable[str], workers: int) -> Reach:
-    """Run test files, each on its own, and merge what they say."""
+    """Run each test file in a process of its own, and merge the results."""
     tests: list[str] = []
     seconds: list[float] = []
     lines: dict[str, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
@@ -50,7 +50,7 @@ def reach_of_files(files: Iterable[str], workers: int) -> Reach:
 
 
 def lines_of_statement(source: str, line: int) -> range:
-    """The lines that speak for one: its statement's, the body's for a ``def``, all for what runs at import."""
+    """Return the lines that count as reaching a line: its statement's, a ``def``'s body, all lines for import code."""
     block, inside = ast.parse(source).body, False
     while True:
         node = next((n for n in block if first_line(n) <= line <= (n.end_lineno or 0)), None)
@@ -90,7 +90,7 @@ def all_lines(source: str) -> range:
 
 
 def reaching(source: str, file: str, line: int, reach: Reach) -> list[int]:
-    """Numbers of the tests that reach a line: the quickest of each function first, then the next of each."""
+    """Return the tests that reach a line: first the fastest test of each function, then the next of each."""
     by_line = reach["lines"].get(file, {})
     lines = lines_of_statement(source, line)
     reached = {test for each in lines for test in by_line.get(str(each), ())}

@@ -1,4 +1,4 @@
-"""One run of pytest in a checkout, over chosen tests."""
+"""This module runs chosen tests with pytest in a checkout."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PYTEST += ["-p", "tests.mutation.plugin"]
 def run_pytest(
     tree: Path, arguments: list[str], timeout: float | None = None, **env: str
 ) -> tuple[int | None, str]:
-    """The exit status, None after the timeout, and what was printed."""
+    """Return the exit status, or None after the timeout, and the output."""
     # A session of its own, so that what the tests started ends with them.
     with tempfile.TemporaryFile("w+") as out:
         process = subprocess.Popen(
@@ -36,7 +36,7 @@ def run_pytest(
 
 @dataclass(frozen=True)
 class Run:
-    """Tests by id, or functions with whatever parameters pytest's options let through.
+    """This class holds tests by id, or functions with all parameters that pytest's options allow.
 
     Attributes:
         tests: Run in this order.
@@ -49,7 +49,7 @@ class Run:
     limit: float
 
     def go(self, tree: Path, limit: float, *more: str) -> tuple[int | None, str]:
-        """The exit status, None after the limit, and what was printed; it stops at the first failure."""
+        """Return the exit status, or None after the limit, and the output; stop at the first failure."""
         options = [*self.options, *(more or ("-x",))]
         files = sorted({test.split("::")[0] for test in self.tests})
         with tempfile.NamedTemporaryFile("w", suffix=".tests", encoding="utf-8") as chosen:

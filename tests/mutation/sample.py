@@ -1,4 +1,4 @@
-"""A seeded sample of mutants, made by the operators of cosmic-ray (``pip install cosmic-ray``)."""
+"""This module makes a seeded sample of mutants by the operators of cosmic-ray (``pip install cosmic-ray``)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ DESCRIBES = re.compile(r"cache|overload|wraps|override|final|runtime_checkable|d
 
 
 def spans_without_effect(tree: ast.Module) -> Iterator[tuple[int, int, int, int]]:
-    """Code whose change no test should see: annotations, messages of errors, names, docstrings."""
+    """Yield the code whose changes no test needs to notice: annotations, error messages, names, docstrings."""
     nodes: list[Any] = []
     for node in ast.walk(tree):
         if (
@@ -45,7 +45,7 @@ def spans_without_effect(tree: ast.Module) -> Iterator[tuple[int, int, int, int]
 
 
 def mutants_of(path: str) -> Iterator[dict[str, Any]]:
-    """Every mutant of a file, each with a patch."""
+    """Yield every mutant of a file, each with a patch."""
     from cosmic_ray.ast import ast_nodes, get_ast
     from cosmic_ray.mutating import mutate_code
     from cosmic_ray.operators.provider import OperatorProvider
@@ -74,7 +74,7 @@ def mutants_of(path: str) -> Iterator[dict[str, Any]]:
 
 
 def patch(mutant: dict[str, Any]) -> str | None:
-    """The mutant as a unified diff, None where it is no Python or the same program."""
+    """Return the mutant as a unified diff; None if it is not valid Python or the same program."""
     source, operator, occurrence, mutate_code = mutant["make"]
     mutated = mutate_code(source, operator, occurrence)
     try:
@@ -88,7 +88,7 @@ def patch(mutant: dict[str, Any]) -> str | None:
 
 
 def make_sample(count: int, seed: int) -> list[dict[str, Any]]:
-    """Spread over the rooms by their lines; at most one mutant of a line, each kind of operator as likely."""
+    """Sample in proportion to the rooms' lines, at most one mutant per line, each kind of operator equally likely."""
     random_source = random.Random(seed)
     by_room: dict[str, dict[tuple[str, int], list[dict[str, Any]]]] = {}
     for room in ROOMS:

@@ -1,4 +1,4 @@
-"""What decides which tests a mutant meets, and what is changed by it."""
+"""These tests cover the choice of tests for a mutant, and the patch that makes it."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ def function(
     ("line", "first", "last"),
     [(1, 1, 20), (3, 7, 19), (5, 7, 19), (8, 7, 9), (10, 10, 10), (13, 12, 14), (17, 17, 17), (19, 19, 19)],
 )  # fmt: skip
-def test_lines_that_speak_for_one(line: int, first: int, last: int) -> None:
+def test_lines_that_count_for_a_line(line: int, first: int, last: int) -> None:
     assert lines_of_statement(SOURCE, line) == range(first, last + 1)
 
 
-def test_each_function_has_its_turn_and_the_quickest_come_first() -> None:
+def test_functions_alternate_and_the_fastest_tests_come_first() -> None:
     reach = {
         "tests": ["t.py::a[1]", "t.py::a[2]", "t.py::b", "t.py::c"],
         "seconds": [2.0, 1.0, 3.0, 0.5],
@@ -53,7 +53,7 @@ def test_each_function_has_its_turn_and_the_quickest_come_first() -> None:
     assert reaching(SOURCE, "another", 10, reach) == []
 
 
-def test_a_diff_is_applied_where_it_was_made() -> None:
+def test_a_diff_is_applied_at_its_line() -> None:
     other = SOURCE.replace("LIMIT = 3", "LIMIT = 4").replace("return a", "return not a")
     lines = [text.splitlines(keepends=True) for text in (SOURCE, other)]
     diff = "".join(difflib.unified_diff(*lines, "a/x.py", "b/x.py"))
@@ -73,7 +73,7 @@ def test_a_diff_is_applied_where_it_was_made() -> None:
         ("if x > 1: y = 2", False),
     ],
 )
-def test_what_no_test_should_see_is_left_alone(source: str, dead: bool) -> None:
+def test_code_that_no_test_notices_is_not_changed(source: str, dead: bool) -> None:
     import ast
 
     assert bool(list(spans_without_effect(ast.parse(source)))) == dead

@@ -67,25 +67,12 @@ def test_group_names_match_whole_components() -> None:
     assert result.grads["conv1"]["weight"].all()
 
 
-def test_rescaling_and_normalising(params: Params, batch: Any) -> None:
+def test_normalising(params: Params, batch: Any) -> None:
     norm = median_norm(params, *batch)
     expected = definition(params, *batch, norm=norm)[0]
-    rescaled = clipped_grad(mlp, max_grad_norm=norm, rescale_to_unit_norm=True)
-    close(rescaled(params, *batch).grads, {n: g / norm for n, g in expected.items()})
-    assert rescaled.sensitivity() == 1.0
-    both = clipped_grad(
-        mlp, max_grad_norm=norm, rescale_to_unit_norm=True, normalize_by=8, microbatch_size=4
-    )
-    close(both(params, *batch).grads, {n: g / norm / 8 for n, g in expected.items()})
-    assert both.sensitivity() == 1 / 8
-
-
-def test_rescaling_groups(params: Params, batch: Any) -> None:
-    groups = {"in": 0.3, "": 0.2}
-    plain = clipped_grad(mlp, max_grad_norm=groups)(params, *batch).grads
-    rescaled = clipped_grad(mlp, max_grad_norm=groups, rescale_to_unit_norm=True)(params, *batch)
-    expected = {n: g / groups["in" if n.startswith("in") else ""] for n, g in plain.items()}
-    close(rescaled.grads, expected)
+    divided = clipped_grad(mlp, max_grad_norm=norm, normalize_by=8, microbatch_size=4)
+    close(divided(params, *batch).grads, {n: g / 8 for n, g in expected.items()})
+    assert divided.sensitivity() == norm / 8
 
 
 @pytest.mark.parametrize("microbatch", [None, 4])
@@ -169,9 +156,6 @@ def test_groups_that_do_not_fit(params: Params, batch: Any, groups: Any, message
         ({"max_grad_norm": {"a": 3.0, "b": 4.0}}, 5.0),
         ({"max_grad_norm": {"a": 3.0, "b": 4.0}, "normalize_by": 10}, 0.5),
         ({"max_grad_norm": {"a": 3.0, "b": math.inf}}, math.inf),
-        ({"max_grad_norm": 0.5, "rescale_to_unit_norm": True}, 1.0),
-        ({"max_grad_norm": {"a": 3.0, "b": 4.0}, "rescale_to_unit_norm": True}, math.sqrt(2)),
-        ({"max_grad_norm": 0.5, "rescale_to_unit_norm": True, "normalize_by": 4}, 0.25),
         ({"max_grad_norm": 0.5, "nan_safe": False}, math.inf),
         (
             {

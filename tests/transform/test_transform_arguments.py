@@ -246,14 +246,6 @@ def test_masks_that_are_none(params: Params, batch: Any, mask: Tensor) -> None:
         ({"max_grad_norm": math.nan}, "max_grad_norm must be a non-negative number"),
         ({"max_grad_norm": {"a": -1.0}}, r"max_grad_norm\['a'\] must be a non-negative number"),
         ({"max_grad_norm": {}}, "max_grad_norm is an empty mapping"),
-        (
-            {"max_grad_norm": 0.0, "rescale_to_unit_norm": True},
-            "max_grad_norm=0.0 cannot be rescaled",
-        ),
-        (
-            {"max_grad_norm": math.inf, "rescale_to_unit_norm": True},
-            "max_grad_norm=inf cannot be rescaled",
-        ),
         ({"microbatch_size": 0}, "microbatch_size must be a positive integer"),
         ({"microbatch_size": 2.0}, "microbatch_size must be a positive integer"),
         ({"microbatch_size": True}, "microbatch_size must be a positive integer"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,18 +22,13 @@ class Geometry:
 
     def convolve(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Run the convolution by the public function, the only function that autocast covers on CPU."""
-        axes = len(self.stride)
-        if not self.transposed:
-            plain = getattr(torch, f"conv{axes}d")
-            result: Tensor = plain(
-                input, weight, bias, self.stride, self.padding, self.dilation, self.groups
-            )
-            return result
-        transposed = getattr(torch, f"conv_transpose{axes}d")
-        result = transposed(
-            input, weight, bias, self.stride, self.padding, self.output_padding, self.groups,
-            self.dilation,
-        )  # fmt: skip
+        name = (
+            f"conv_transpose{len(self.stride)}d" if self.transposed else f"conv{len(self.stride)}d"
+        )
+        options: tuple[Any, ...] = (self.stride, self.padding, self.dilation, self.groups)
+        if self.transposed:
+            options = (self.stride, self.padding, self.output_padding, self.groups, self.dilation)
+        result: Tensor = getattr(torch, name)(input, weight, bias, *options)
         return result
 
     def weight_gradient(

@@ -1,7 +1,3 @@
 """This package has the rules for RNN, LSTM and GRU layers and cells."""
 
-from __future__ import annotations
-
-from clipgrad.rules.recurrent import recurrent
-
-__all__ = ["recurrent"]
+from clipgrad.rules.recurrent import recurrent as recurrent

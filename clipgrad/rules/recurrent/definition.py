@@ -51,19 +51,11 @@ def _gru(share: Tensor, from_state: Tensor, states: States) -> States:
     return (n + (update + state_update).sigmoid() * (states[0] - n),)
 
 
-def _rnn_tanh(share: Tensor, from_state: Tensor, states: States) -> States:
-    return ((share + from_state).tanh(),)
-
-
-def _rnn_relu(share: Tensor, from_state: Tensor, states: States) -> States:
-    return ((share + from_state).relu(),)
-
-
 _STEPS: dict[str, Step] = {
     "lstm": _lstm,
     "gru": _gru,
-    "rnn_tanh": _rnn_tanh,
-    "rnn_relu": _rnn_relu,
+    "rnn_tanh": lambda share, from_state, _: ((share + from_state).tanh(),),
+    "rnn_relu": lambda share, from_state, _: ((share + from_state).relu(),),
 }
 
 
