@@ -19,7 +19,7 @@ from clipgrad.clipping import AdaptiveQuantile, Automatic, PerLayer, Relation
 from clipgrad.exact.noise import DiscreteGaussianNoise
 from clipgrad.function import clipped_grad
 from clipgrad.noise import SeededNoise, SystemNoise
-from clipgrad.optimizer import DPOptimizer
+from clipgrad.optimizer import DPOptimizer, RunState
 from clipgrad.options import Performance
 from clipgrad.plan import PrivacyPlan
 from clipgrad.profile import profile_step
@@ -36,6 +36,7 @@ __all__ = [
     "Performance",
     "PrivacyPlan",
     "Relation",
+    "RunState",
     "SeededNoise",
     "SystemNoise",
     "accounting",

@@ -108,11 +108,14 @@ class BatchClipper:
         mask = _validate.padding_mask(is_padding, size)
         settings = self._settings(inputs, max_grad_norm, restore)
         groups = settings.clipping.groups if is_grouped(max_grad_norm) else None
+        rows = self.arithmetic.rows_at_once(max(size, 1))
+        own = len(range(0, size, rows))
+        idle = self.ranks.passes(own) - own
         if size == 0:
-            return _empty(inputs, settings, groups, self._empty_aux(inputs, settings))
+            return self._clip_nothing(inputs, settings, groups, idle)
         sizes, run_rows = self._rows_at_once(inputs, settings)
         results: list[MicrobatchResult] = []
-        sums: list[Tensor] | None = None
+        total: list[Tensor] | None = None
         aliases, start = False, 0
         while start < size:
             part = slice(start, min(start + sizes.rows, size))
@@ -122,20 +125,56 @@ class BatchClipper:
                 continue
             start = part.stop
             aliases = result.aliases_graph and may_alias and part == slice(0, size)
-            sums = result.sums if aliases else accumulate(sums, result)
+            total = result.sums if aliases else accumulate(total, result)
             # Without this, the sums of all microbatches would stay in memory.
             results.append(replace(result, sums=[]))
             del result
         sizes.tell()
-        assert sums is not None
+        sums, _ = self._idle(idle, inputs, settings, total)
         if self.options.normalize_by != 1.0:
-            sums, aliases = [total.div_(self.options.normalize_by) for total in sums], False
+            sums, aliases = [s.div_(self.options.normalize_by) for s in sums], False
         aux = None
         if self.options.has_aux is not False:
             aux = tree_map(lambda *leaves: torch.cat(leaves), *(result.aux for result in results))
             if self._aux_of_none is None:
                 self._aux_of_none = tree_map(lambda leaf: leaf[:0].clone(), aux)
         return ClippedBatch(sums, aux, _outcome(results, settings, groups, mask, size), aliases)
+
+    def _clip_nothing(
+        self, inputs: Inputs, settings: Settings, groups: Sequence[str] | None, idle: int
+    ) -> ClippedBatch:
+        """Return the result of a batch without samples, while other processes may have some."""
+        if idle:
+            sums, aux = self._idle(idle, inputs, settings, None)
+            return _empty(inputs, settings, groups, aux, sums)
+        # A sharded model's forward pass needs all processes, of which some know the metrics already.
+        aux = () if self.ranks.is_sharded else self._empty_aux(inputs, settings)
+        pairs = zip(inputs.params, settings.dtypes, strict=True)
+        zeros = (torch.zeros_like(p, dtype=dtype) for p, dtype in pairs)
+        return _empty(inputs, settings, groups, aux, self.ranks.summed(zeros, inputs.params))
+
+    def _idle(
+        self, passes: int, inputs: Inputs, settings: Settings, sums: list[Tensor] | None
+    ) -> tuple[list[Tensor], Any]:
+        """Take part in what other processes compute together, with a row of padding that contributes nothing.
+
+        Returns:
+            The sums, and the auxiliary output of no samples.
+        """
+        aux: Any = ()
+        if passes:
+            rows = [
+                leaf.new_zeros((1, *leaf.shape[1:])) if isinstance(leaf, Tensor) else leaf
+                for leaf in inputs.batch
+            ]
+            run_rows = self._eagerly(replace(inputs, batch=rows, batch_size=1), settings)
+            is_padding = torch.ones(1, dtype=torch.bool, device=inputs.params[0].device)
+            for _ in range(passes):
+                result = run_rows(slice(0, 1), is_padding)
+                sums = accumulate(sums, result)
+                aux = tree_map(lambda leaf: leaf[:0].clone(), result.aux)
+        assert sums is not None
+        return sums, aux
 
     def explain(
         self, inputs: Inputs, max_grad_norm: ClippingStrategy, *, restore: Restore = list
@@ -275,13 +314,13 @@ def _on_leaves(transform: Callable[[Any], Any], restore: Restore) -> PreClipping
 
 
 def _empty(
-    inputs: Inputs, settings: Settings, groups: Sequence[str] | None, aux: Any
+    inputs: Inputs,
+    settings: Settings,
+    groups: Sequence[str] | None,
+    aux: Any,
+    sums: list[Tensor],
 ) -> ClippedBatch:
-    """Return the zero sums of a batch without samples."""
-    sums = [
-        torch.zeros_like(p, dtype=dtype)
-        for p, dtype in zip(inputs.params, settings.dtypes, strict=True)
-    ]
+    """Return the result of a batch without samples."""
     none = torch.zeros(0, dtype=settings.dtypes[0], device=inputs.params[0].device)
     norms = [none for _ in settings.clipping.groups]
     outcome = Outcome(none, norms, settings.clipping.norms, groups, none.bool(), None, 0)

@@ -26,6 +26,8 @@ class Performance:
         randomness: ``"different"`` samples a dropout mask for each sample, ``"same"`` one for the microbatch.
             ``"error"`` refuses a loss that uses random numbers.
         accumulate_dtype: Dtype of the clipped sums. The default is the parameter's dtype, at least float32.
+        process_group: The processes that train together, a group of ``torch.distributed``. By default they are all
+            processes, if ``init_process_group`` was called. See ``docs/scaling.md``.
 
     Raises:
         ValueError: If a value is out of range.
@@ -39,6 +41,7 @@ class Performance:
     memory_budget: float | None = None
     randomness: str = "different"
     accumulate_dtype: torch.dtype | None = None
+    process_group: Any = None
 
     def __post_init__(self) -> None:
         _validate.one_of("strategy", self.strategy, STRATEGIES)

@@ -26,10 +26,11 @@ ROOMS: dict[str, set[str]] = {
     "clipping": {"_validate", "result"},
     "options": {"_validate"},
     "ranks": set(),
+    "distributed": {"errors", "ranks"},
     "arithmetic": {"clipping", "noise", "options"},
     "exact": {"_validate", "clipping", "noise", "options"},
-    "plan": {"_validate", "accounting", "clipping", "errors"},
-    "sampling": {"accounting", "plan"},
+    "plan": {"_validate", "accounting", "clipping", "errors", "ranks"},
+    "sampling": {"accounting", "plan", "ranks"},
     "engine": {
         "_functorch", "_phases", "_validate", "arithmetic", "clipping", "errors", "kernels", "loss_graph", "options",
         "ranks", "rules",
@@ -43,7 +44,8 @@ ROOMS: dict[str, set[str]] = {
     "function": {"batch", "clipping", "engine", "explain", "options", "result"},
     "optimizer": {
         "_functorch", "_phases", "_validate", "accounting", "arithmetic", "batch", "batch_norm", "clipping", "compiled",
-        "engine", "errors", "exact", "explain", "noise", "options", "plan", "result", "sampling",
+        "distributed", "engine", "errors", "exact", "explain", "noise", "options", "plan", "ranks", "result",
+        "sampling",
     },
     "attached_loop": {"errors", "noise", "optimizer", "options", "plan"},
     "profile": {"_phases", "optimizer"},

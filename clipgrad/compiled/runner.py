@@ -10,9 +10,11 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from clipgrad.compiled.check import compare, tolerance
+from clipgrad.compiled.compiled_step import CompiledStep
+from clipgrad.compiled.lengths import Shapes, shapes_of
 from clipgrad.compiled.shape import pad_batch, pad_mask
 from clipgrad.compiled.signature import refuse_modes, signature
-from clipgrad.compiled.step import CompiledStep, Compiler
+from clipgrad.compiled.step import Compiler, Request
 from clipgrad.engine.advice import NeedsGraphError, ValueReadError
 from clipgrad.engine.captured_loss import GraphOfLoss, LossGraphs
 from clipgrad.engine.clip_and_sum import MicrobatchResult, Settings
@@ -75,14 +77,16 @@ class MicrobatchRunner:
             self._loss = self._capture_loss(batch, mask)
         loss = self._loss
         given = self._graph_inputs(padded, loss.tensors, padding)
-        entry = self._entry = self._entry or self._find_or_compile(padded, given)
-        flat = entry.arguments(given)
+        shapes = shapes_of(padded)
+        entry = self._entry = self._entry or self._find_or_compile(padded, given, shapes)
+        flat = entry.arguments(given, shapes)
         # A replay that was started is of no use if the loss reads other tensors by now.
         in_time = (
             started is not None and started[0] is entry and _are_identical(started[1], loss.tensors)
         )
-        generators = None if in_time or entry.is_trusted(flat) else SavedRngState(self._device)
-        result = entry.call(flat, started=in_time)
+        trusted = in_time or entry.is_trusted(flat, shapes)
+        generators = None if trusted else SavedRngState(self._device)
+        result = entry.call(flat, shapes, started=in_time)
         dropping = entry.graph.needs_finite_check and (
             settings.options.nan_safe or mask is not None or count < size
         )
@@ -129,16 +133,20 @@ class MicrobatchRunner:
     ) -> tuple[CompiledStep, Sequence[Tensor]] | None:
         """Start the graph that served last; on a GPU it runs while the guards are evaluated."""
         last = self._compiler.last
-        if last is None or not last.start(self._graph_inputs(batch, last.tensors, padding)):
+        if last is None or not last.start(
+            self._graph_inputs(batch, last.tensors, padding), shapes_of(batch)
+        ):
             return None
         return last, last.tensors
 
-    def _find_or_compile(self, batch: Sequence[Any], given: Sequence[Tensor]) -> CompiledStep:
+    def _find_or_compile(
+        self, batch: Sequence[Any], given: Sequence[Tensor], shapes: Shapes
+    ) -> CompiledStep:
         inputs, settings, loss = self._inputs, self._settings, self._loss
         assert loss is not None
         now = signature(inputs, loss, self._size, settings.clipping)
-        return self._compiler.find(now) or self._compiler.make(
-            inputs, loss, batch, given, settings, now
+        return self._compiler.find(now, shapes) or self._compiler.make(
+            Request(inputs, loss, batch, given, settings, now, shapes)
         )
 
     def _eagerly(self, batch: Sequence[Any], mask: Tensor | None) -> MicrobatchResult:

@@ -12,14 +12,15 @@ from clipgrad.errors import NotPerSampleError
 
 
 class NeedsGraphError(NotPerSampleError):
-    """The user's Python cannot run on all samples at once, but a graph of the loss of one sample may.
+    """The user's Python cannot run on all samples at once, but the captured graph of one sample's loss may.
 
-    Nothing was found that mixes samples or writes to what they share. Whether the graph serves, the capture decides.
+    Nothing was found that mixes samples or writes to values that samples share. The capture decides whether the graph
+    can be used.
     """
 
 
 class ValueReadError(NeedsGraphError):
-    """The loss asks for the value of a tensor."""
+    """The loss reads the value of a tensor. The captured graph of the loss may run without that value."""
 
 
 class _Advice(NamedTuple):

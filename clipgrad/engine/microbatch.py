@@ -40,7 +40,7 @@ def forward(
     foreign_code.refuse_modes()
     foreign_code.refuse_saved_tensors_hooks()
     size = next(leaf.shape[0] for leaf in batch if isinstance(leaf, Tensor))
-    tape = Tape(names, params, size)
+    tape = Tape(names, params, size, settings.ranks.before_recipe)
 
     versions = [param._version for param in params]
     made: list[weakref.ref[Tensor]] = []
@@ -105,6 +105,8 @@ def run(
     try:
         with phase("forward"):
             choose_strategies(tape, settings)
+        if settings.ranks.is_sharded:
+            settings.ranks.before_backward([values.grad_fn, *tape.graphs_of_expressions()])
         with torch.enable_grad():
             _backward(tape, values, params)
         with torch.no_grad(), _without_autocast(values.device):

@@ -22,11 +22,13 @@ from clipgrad.clipping import (
 from clipgrad.engine.inputs import Inputs, inputs_of_model
 from clipgrad.explain import Explanation
 from clipgrad.noise import NoiseSource
+from clipgrad.optimizer import facts
 from clipgrad.optimizer.batch_parts import by_name, parts_of
 from clipgrad.optimizer.mechanism import make_mechanism
-from clipgrad.optimizer.parameters import TrainedParameters
+from clipgrad.optimizer.parameters import Resident, TrainedParameters
 from clipgrad.optimizer.pending import Pending, unnoised_step_hook
 from clipgrad.optimizer.privacy_state import PrivacyState
+from clipgrad.optimizer.processes import ranks_of
 from clipgrad.optimizer.requirements import check_parts, refuse_foreign_parameters
 from clipgrad.options import Options, Performance
 from clipgrad.plan import PrivacyPlan
@@ -133,7 +135,8 @@ class DPOptimizer(PrivacyState, Generic[Returned]):
             grid=chosen.grid,
             performance=Performance() if performance is None else performance,
         )
-        super().__init__(optimizer, chosen, BatchClipper(options), noise, plan)
+        ranks = ranks_of(options, model)
+        super().__init__(optimizer, chosen, BatchClipper(options, ranks), noise, plan)
         self.model = model
         self.loss_fn = loss_fn
         self._start_batch()
@@ -141,6 +144,9 @@ class DPOptimizer(PrivacyState, Generic[Returned]):
         # Refuse impossible noise now, not at the first step.
         clipping = make_clipping(self.max_grad_norm, names, sizes)
         self._clipper.arithmetic.check_noise(clipping, sizes, self.sigma)
+        ranks.prepare(model, self._settings_of_run, self._noise.state_dict())
+        if self._account is not None:
+            self._account.share_name(ranks)
 
     # ------------------------------------------------------------------ the training loop
 
@@ -180,8 +186,8 @@ class DPOptimizer(PrivacyState, Generic[Returned]):
         if self._account is not None:
             claim = self._account.claim(claim, batch, is_padding)
         self._pending.before_backward(trained.names, trained.parameters)
-        with trained.resident() as parameters:
-            inputs = self._inputs(trained, parameters, batch, bool(named))
+        with trained.resident(self._clipper.ranks, self._step_state.step) as resident:
+            inputs = self._inputs(resident, batch, bool(named), "backward(*batch)")
             found = self._clipper.clip(inputs, self._norm(), is_padding, may_alias=True)
         self._pending.add(
             trained.parameters,
@@ -221,23 +227,25 @@ class DPOptimizer(PrivacyState, Generic[Returned]):
         others = [p for p in self._owned_parameters() if id(p) not in selected]
         sums, observed, aliases_graph = self._pending.take(names, parameters, others)
         claim, self._claim = self._claim, Claim()
+        ranks = self._clipper.ranks
+        ranks.meet("step", self._step_state.step, lambda: self._facts_of_step(claim), parameters)
         if account is not None:
             account.record(claim, self.accounted_noise_multiplier)
-        ranks = self._clipper.ranks
         with torch.no_grad():
             with phase("noise"):
+                share = ranks.share(sums, parameters, is_lent=aliases_graph)
                 means = self._noise.next(
-                    ranks.own_share(sums),
+                    share.parts,
                     self._step_state.step,
                     sigma=sigma,
                     divisor=self.expected_batch_size,
-                    in_place=not aliases_graph,
+                    in_place=share.private,
                 )
                 if observed:
-                    self._noise.count(observed, sigma_observed)
-            self._pending.publish(parameters, ranks.gathered(means))
+                    ranks.one_draw(observed, lambda total: self._noise.count(total, sigma_observed))
+            self._pending.publish(parameters, share.gathered(means))
         # Sums of a CUDA graph may be without noise: a traceback from the wrapped optimizer must not refer to them.
-        del sums
+        del sums, share
         # The step is over before the wrapped optimizer runs, because the means are public and the optimizer may raise.
         self._step_state = self._step_state.next_step(observed, self.expected_batch_size)
         with phase("optimizer"):
@@ -279,8 +287,8 @@ class DPOptimizer(PrivacyState, Generic[Returned]):
         """Return a table of how each parameter's norm is computed for such a batch; this changes no state."""
         batch = parts_of(batch, named)
         trained = self._find_trained_parameters()
-        with trained.resident() as parameters:
-            inputs = self._inputs(trained, parameters, batch, bool(named))
+        with trained.resident(self._clipper.ranks, self._step_state.step) as resident:
+            inputs = self._inputs(resident, batch, bool(named), "explain(*batch)")
             return self._clipper.explain(inputs, self._norm())
 
     # ------------------------------------------------------------------ torch.optim.Optimizer
@@ -315,21 +323,31 @@ class DPOptimizer(PrivacyState, Generic[Returned]):
 
     # ------------------------------------------------------------------ inside
 
-    def _inputs(
-        self,
-        trained: TrainedParameters,
-        parameters: list[Tensor],
-        batch: tuple[Any, ...],
-        named: bool,
-    ) -> Inputs:
-        holding = trained.slots.holding
+    def _inputs(self, resident: Resident, batch: tuple[Any, ...], named: bool, call: str) -> Inputs:
+        names, parameters, holding = resident
         loss_fn: Callable[..., Any] = self.loss_fn
         if named:
             # The same function in each step, since what was captured of it is kept by its identity.
             if self._loss_by_name is None or self._loss_by_name[0] is not loss_fn:
                 self._loss_by_name = loss_fn, by_name(loss_fn)
             loss_fn = self._loss_by_name[1]
-        return inputs_of_model(loss_fn, self.model, trained.names, parameters, holding, batch)
+        return inputs_of_model(loss_fn, self.model, names, parameters, holding, batch, call)
+
+    def _settings_of_run(self) -> dict[str, object]:
+        return facts.of_run(
+            None if self._account is None else self._account.plan,
+            self._norm(),
+            self.noise_multiplier,
+            self.expected_batch_size,
+            self._trained.names,
+            self._trained.parameters,
+            self.inner,
+        )
+
+    def _facts_of_step(self, claim: Claim) -> dict[str, object]:
+        account = self._account
+        position = () if account is None else account.position(claim, self._clipper.ranks)
+        return facts.of_step(self._norm(), self.sigma, self._trained.names, position)
 
     def _start_batch(self) -> None:
         self._trained = TrainedParameters(self.model, list(self._owned_parameters()))

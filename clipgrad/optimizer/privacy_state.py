@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch.optim import Optimizer
@@ -145,10 +145,13 @@ class PrivacyState(OptimizerFacade):
 
         It loads with ``weights_only=True``, and does not contain an unfinished logical batch.
         """
+        return {**self.inner.state_dict(), _STATE_KEY: self._own_state()}
+
+    def _own_state(self) -> dict[str, Any]:
         own = {"noise": self._noise.state_dict(), "progress": self._step_state.state_dict()}
         if self._account is not None:
             own["account"] = self._account.state_dict()
-        return {**self.inner.state_dict(), _STATE_KEY: own}
+        return own
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Restore a saved state, and discard an unfinished logical batch.
@@ -159,20 +162,22 @@ class PrivacyState(OptimizerFacade):
         Raises:
             ValueError: If the state does not fit.
         """
-        own = state_dict.get(_STATE_KEY)
+        inner = {key: value for key, value in state_dict.items() if key != _STATE_KEY}
+        self._load(state_dict.get(_STATE_KEY), lambda: self.inner.load_state_dict(inner))
+
+    def _load(self, own: Mapping[str, Any] | None, load_inner: Callable[[], None]) -> None:
         step_state = self._step_state
         if own is not None and "progress" in own:
             step_state = step_state.restored(own["progress"])
         if self._account is not None:
             self._account.check(own, step_state.step)
-        self.inner.load_state_dict(
-            {key: value for key, value in state_dict.items() if key != _STATE_KEY}
-        )
+        load_inner()
         if own is not None:
             self._noise.load_state_dict(own["noise"])
         self._step_state = step_state
         if own is not None and self._account is not None:
             self._account.load_state_dict(own)
+        self._clipper.ranks.compare_soon()
         self.zero_grad()
 
     def _norm(self) -> ClippingStrategy:

@@ -9,6 +9,7 @@ from clipgrad.accounting import Ledger
 from clipgrad.errors import PrivacyBudgetError
 from clipgrad.plan import PrivacyPlan
 from clipgrad.plan.receipts import Claim, rows_in
+from clipgrad.ranks import Ranks
 
 
 class Account:
@@ -81,6 +82,26 @@ class Account:
             )
         if self.plan.declared_sampling is None:
             self.plan.run.receipts.receipt_to_spend(claim)
+
+    def share_name(self, ranks: Ranks) -> None:
+        """Let the steps of a new run have one name in the ledgers of all processes."""
+        run = self.plan.run
+        name = ranks.same(run.name)
+        if self.steps_done == 0:
+            run.name = name
+
+    def position(self, claim: Claim, ranks: Ranks) -> tuple[str, int, int, int]:
+        """Return the run, the number of its steps, and the batch that a step would use; the same in each process.
+
+        Raises:
+            UnaccountedBatchError: If the batch was sampled from another part of the data than this process's.
+        """
+        run = self.plan.run
+        if self.plan.declared_sampling is not None:
+            return run.name, self.steps_done, 0, 0
+        receipt = run.receipts.receipt_to_spend(claim)
+        run.receipts.check_share(ranks.rank, ranks.size)
+        return run.name, self.steps_done, receipt.iteration, receipt.index
 
     def record(self, claim: Claim, noise_multiplier: float) -> None:
         """Record a step that ``check_step`` has accepted; call this before the step's result becomes visible."""

@@ -62,6 +62,7 @@ class Receipts:
         self._iteration = 0
         self._unspent: dict[int, Receipt] = {}
         self._last_spent = -1
+        self._share = (0, 1)
         # id(tensor) -> the tensor, while it is alive, and its batch.
         self._known: dict[int, tuple[weakref.ref[Tensor], Receipt | None]] = {}
 
@@ -75,8 +76,13 @@ class Receipts:
     def __deepcopy__(self, memo: object) -> Receipts:
         return self
 
-    def begin_iteration(self) -> int:
-        """Begin an iteration of a loader, and invalidate the unspent receipts of the last iteration."""
+    def begin_iteration(self, share: tuple[int, int] = (0, 1)) -> int:
+        """Begin an iteration of a loader, and invalidate the unspent receipts of the last iteration.
+
+        Args:
+            share: Which part of the data the loader samples from, and of how many parts.
+        """
+        self._share = share
         self._iteration += 1
         self._unspent.clear()
         self._last_spent = -1
@@ -147,6 +153,20 @@ class Receipts:
             )
         self._refuse_left_out(receipt)
         return receipt
+
+    def check_share(self, rank: int, ranks: int) -> None:
+        """Refuse batches from other data than the part of one of several processes.
+
+        Raises:
+            UnaccountedBatchError: If the loader samples from another part.
+        """
+        if self._share != (rank, ranks):
+            part, parts = self._share
+            raise UnaccountedBatchError(
+                f"step: the loader of rank {rank} samples from part {part} of {parts} of the data, but {ranks} ranks "
+                "train together, so a sample could be in a batch more often than is accounted for. Make the loader "
+                f"with rank={rank}, num_replicas={ranks}; it finds both by itself after init_process_group."
+            )
 
     def spend(self, receipt: Receipt) -> None:
         """Mark a batch as used in a step."""

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
 from clipgrad.plan import PrivacyPlan
+from clipgrad.ranks import world
 from clipgrad.sampling import _arguments as arguments
 from clipgrad.sampling._collate import EmptyBatchCollate, UserCollate, padded
 from clipgrad.sampling._loader import PrivateLoader
@@ -266,6 +267,11 @@ def shuffled_loader(
         [4, 4, 4]
     """
     count = arguments.length(dataset)
+    if (processes := world()[1]) > 1:
+        raise ValueError(
+            f"shuffled_loader makes the batches of one process, but there are {processes}, whose orders would not fit "
+            "together. Use poisson_loader, whose parts for the ranks are one Poisson sample."
+        )
     require_fit(plan, "sample", count, shuffled=True)
     sampler = ShuffledSampler(
         count, batch_size=int(plan.expected_batch_size), steps=plan.steps, generator=generator

@@ -41,7 +41,8 @@ class PoissonSampler(Resumable[list[int]]):
             holds for one subset of the whole batch.
         steps: Batches per iteration; by default the number that samples ``num_samples`` indices on average.
         rank: Index of the share to sample from, ``0 <= rank < num_replicas``.
-        num_replicas: Number of shares, the same on every rank.
+        num_replicas: Number of shares, the same on every rank. If neither is given, they are rank and number of
+            processes of ``torch.distributed``, if it was initialised.
         whole_run: Whether the sampler is for one iteration only, as with a plan. The state of a finished iteration is
             then restored as finished, and yields no batch.
         generator: A CPU generator for repeatable and NOT PRIVATE batches; the sampler advances it. With ranks, seed
@@ -117,6 +118,11 @@ class PoissonSampler(Resumable[list[int]]):
     def max_batch_size(self) -> int | None:
         """Return the largest number of samples in a batch; None without truncation."""
         return self._most
+
+    @property
+    def part(self) -> tuple[int, int]:
+        """Return which share of the indices is sampled from, and of how many shares."""
+        return self._share.start % self._share.step, self._share.step
 
     @property
     def sampling(self) -> Poisson | TruncatedPoisson:

@@ -53,6 +53,11 @@ class ShuffledSampler(Resumable[list[int]]):
         self._generator = generator
 
     @property
+    def part(self) -> tuple[int, int]:
+        """Return that the whole dataset is sampled from, as one part of one."""
+        return 0, 1
+
+    @property
     def sampling(self) -> FixedSize:
         """Return the sampling scheme, for the accountant."""
         return FixedSize(self._num_samples, self._batch_size)
