@@ -81,6 +81,14 @@ def without_tracing() -> Iterator[None]:
         yield
 
 
+def expected(size: int | torch.SymInt) -> int:
+    """Return a size as a number, also where a graph is traced for sizes that differ from batch to batch.
+
+    It may decide what a result costs, never what it is: the graph then serves batches of other sizes as well.
+    """
+    return int(size.node.hint) if isinstance(size, torch.SymInt) else size
+
+
 def has_vmap_method(function: type[torch.autograd.Function]) -> bool:
     """Return whether a custom function defines a ``vmap`` rule of its own."""
     return bool(has_overridden_vmap_rule(function))

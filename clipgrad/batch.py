@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from operator import attrgetter
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -16,13 +15,12 @@ from torch.utils._pytree import tree_flatten, tree_map
 from clipgrad import _validate
 from clipgrad.arithmetic import Arithmetic, FloatingPoint
 from clipgrad.clipping import ClippingStrategy, Relation, copy_strategy, is_grouped
-from clipgrad.engine.advice import ValueReadError
+from clipgrad.engine.batch_loss import LossRoads
 from clipgrad.engine.clip_and_sum import MicrobatchResult, PreClipping, Settings, accumulate
 from clipgrad.engine.inputs import Inputs, Loss, Restore, copy_samples
 from clipgrad.engine.microbatch import choose_strategies, forward, run
 from clipgrad.engine.microbatch_size import FixedRows, growing_rows, run_or_shrink
 from clipgrad.engine.rng_state import SavedRngState
-from clipgrad.errors import NotPerSampleError
 from clipgrad.exact import GridArithmetic
 from clipgrad.explain import Explanation, make_explanation
 from clipgrad.options import Options
@@ -35,10 +33,8 @@ RunRows = Callable[[slice, Tensor | None], MicrobatchResult]
 # PyTorch's capture and compiler take seconds to import, so they are imported where they are first needed.
 if TYPE_CHECKING:
     from clipgrad.compiled import Compiler
-    from clipgrad.engine.captured_loss import LossGraphs
 
 _DTYPE = attrgetter("dtype")
-_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -75,8 +71,7 @@ class BatchClipper:
             else GridArithmetic(options.grid, options)
         )
         self._compiler: Compiler | None = None
-        self._graphs: LossGraphs | None = None
-        self._runs_as_graph = False
+        self._roads = LossRoads(keep_batch_dim=options.keep_batch_dim, has_aux=options.has_aux)
         # Settings of the last call, because parameters and norm rarely change between calls.
         self._resolved: tuple[Any, Settings] | None = None
         self._sensitivity: tuple[Any, float] | None = None
@@ -200,9 +195,8 @@ class BatchClipper:
         rows = slice(0, min(self.arithmetic.rows_at_once(size), size))
         samples = copy_samples(inputs.rows(rows))
         with torch.enable_grad(), SavedRngState(inputs.params[0].device).restored_on_exit():
-            tape, _, _ = self._with_loss(
-                inputs,
-                lambda loss: forward(loss, inputs.names, inputs.params, samples, settings),
+            tape, _, _ = self._roads.of(inputs).run(
+                lambda loss: forward(loss, inputs.names, inputs.params, samples, settings)
             )
         try:
             return make_explanation(
@@ -228,7 +222,7 @@ class BatchClipper:
 
             try:
                 with torch.enable_grad(), SavedRngState(inputs.params[0].device).restored_on_exit():
-                    aux = self._with_loss(inputs, aux_of_row)
+                    aux = self._roads.of(inputs).run(aux_of_row)
             except Exception:
                 # A loss that takes no zeros: nothing is known of its metrics yet, and most losses have none.
                 return ()
@@ -254,11 +248,12 @@ class BatchClipper:
         return FixedRows(rows), self._eagerly(inputs, settings)
 
     def _eagerly(self, inputs: Inputs, settings: Settings) -> RunRows:
+        batch_loss = self._roads.of(inputs)
+
         def run_rows(rows: slice, mask: Tensor | None) -> MicrobatchResult:
             samples = self.arithmetic.samples(inputs.rows(rows))
-            return self._with_loss(
-                inputs,
-                lambda loss: run(loss, inputs.names, inputs.params, samples, mask, settings),
+            return batch_loss.run(
+                lambda loss: run(loss, inputs.names, inputs.params, samples, mask, settings)
             )
 
         return run_rows
@@ -273,45 +268,7 @@ class BatchClipper:
         size = self.options.microbatch_size
         assert not isinstance(size, str)
         rows = compiler.rows(size, inputs.batch_size)
-        return rows, MicrobatchRunner(compiler, self._loss_graphs(), inputs, settings, rows)
-
-    def _loss_graphs(self) -> LossGraphs:
-        from clipgrad.engine.captured_loss import LossGraphs
-
-        if self._graphs is None:
-            self._graphs = LossGraphs(
-                keep_batch_dim=self.options.keep_batch_dim, has_aux=self.options.has_aux
-            )
-        return self._graphs
-
-    def _graph_loss(self, inputs: Inputs, refusal: ValueReadError) -> Loss:
-        """Return the captured loss, or raise the refusal if PyTorch cannot capture the loss."""
-        from clipgrad.loss_graph import CannotCapture
-
-        try:
-            return self._loss_graphs().graph_for(inputs).loss()
-        except CannotCapture as reason:
-            where = f" It does so at {reason.where}." if reason.where else ""
-            raise NotPerSampleError(f"{refusal}{where}") from reason
-
-    def _graph_or_none(self, inputs: Inputs) -> Loss | None:
-        """Return the captured loss; None if PyTorch cannot capture it now, so that the user's Python must run."""
-        from clipgrad.loss_graph import CannotCapture
-
-        with suppress(CannotCapture):
-            return self._loss_graphs().graph_for(inputs).loss()
-        return None
-
-    def _with_loss(self, inputs: Inputs, body: Callable[[Loss], _T]) -> _T:
-        """Run ``body`` on the user's loss; if this reads values of tensors, on the captured graph of the loss."""
-        if self._runs_as_graph and (loss := self._graph_or_none(inputs)) is not None:
-            return body(loss)
-        try:
-            return body(inputs.loss)
-        except ValueReadError as refusal:
-            loss = self._graph_loss(inputs, refusal)
-            self._runs_as_graph = True
-            return body(loss)
+        return rows, MicrobatchRunner(compiler, self._roads.graphs, inputs, settings, rows)
 
     def _settings(
         self, inputs: Inputs, max_grad_norm: ClippingStrategy, restore: Restore

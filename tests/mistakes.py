@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.autograd.graph import save_on_cpu
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import clipgrad
@@ -273,15 +273,9 @@ KEPT: list[Tensor] = []
 OTHER = nn.Linear(4, 2).double()
 
 
-class Square(torch.autograd.Function):
-    @staticmethod
-    def forward(context: Any, x: Tensor) -> Tensor:
-        context.save_for_backward(x)
-        return x.square()
-
-    @staticmethod
-    def backward(context: Any, gradient: Tensor) -> Any:
-        return 2 * context.saved_tensors[0] * gradient
+def saved_on_cpu(m: nn.Module, x: Tensor) -> Tensor:
+    with save_on_cpu():
+        return squared(m, x)
 
 
 of_loss("a loss of each sample in place of a scalar", lambda m, x: m(x).square().mean(1))
@@ -290,13 +284,12 @@ of_loss("a loss that is detached", lambda m, x: squared(m, x).detach())
 of_loss("a Python number as metric", lambda m, x: (squared(m, x), {"accuracy": 0.5}))
 of_loss("`.item()` in the loss", lambda m, x: squared(m, x) * x.sum().item())
 of_loss("`if` on the value of a tensor", lambda m, x: squared(m, x) if x.sum() > 0 else m(x).sum())
-of_loss("`.numpy()` in the loss", lambda m, x: squared(m, torch.from_numpy(x.numpy())))
+of_loss("`.tolist()` in the loss", lambda m, x: squared(m, x) * x.tolist()[0][0])
 of_loss("a boolean index", lambda m, x: m(x)[m(x) > 0].sum())
 of_loss(
     "an in-place write to a parameter", lambda m, x: m[0].weight.clamp_(-1, 1).sum() + m(x).sum()
 )
-of_loss("`torch.utils.checkpoint`", lambda m, x: checkpoint(m, x, use_reentrant=False).sum())
-of_loss("an `autograd.Function` without a vmap rule", lambda m, x: Square.apply(m(x)).sum())
+of_loss("`save_on_cpu` in the loss", saved_on_cpu)
 of_loss(
     "`backward()` inside of the loss", lambda m, x: (squared(m, x).backward(), squared(m, x))[1]
 )

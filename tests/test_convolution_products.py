@@ -145,7 +145,7 @@ def test_slices_of_every_geometry(
 @pytest.mark.parametrize("case", every(8, USES, lambda case: case.name))
 def test_groups_in_a_graph(case: RuleCase, monkeypatch: pytest.MonkeyPatch) -> None:
     """The library's grouped convolution as one operation of a graph, for every kind of convolution."""
-    monkeypatch.setattr(backend, "compile_graph", lambda module, mode: module)
+    monkeypatch.setattr(backend, "compile_graph", lambda module, *_: module)
     always(methods.by_groups, monkeypatch)
     torch.manual_seed(0)
     params, batch = case.params(), case.batch(3)
@@ -234,7 +234,7 @@ def test_a_graph_holds_the_product_whole(
     monkeypatch.setattr(methods, "convolution_product", product)
     modules: list[GraphModule] = []
 
-    def compile_graph(module: GraphModule, mode: str) -> GraphModule:
+    def compile_graph(module: GraphModule, mode: str, arguments: object) -> GraphModule:
         modules.append(module)
         return module
 

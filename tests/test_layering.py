@@ -19,7 +19,7 @@ ROOMS: dict[str, set[str]] = {
     "batch_norm": {"errors"},
     "checkpoint": set(),
     "kernels": set(),
-    "loss_graph": {"errors"},
+    "loss_graph": {"errors", "kernels"},
     "result": set(),
     "rules": {"_functorch", "batch_norm", "errors", "kernels"},
     "noise": {"kernels"},

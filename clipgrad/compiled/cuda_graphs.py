@@ -11,6 +11,7 @@ import logging
 import math
 import operator
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,15 +33,31 @@ _ATTENTIONS = (
 )
 
 
+class Pool:
+    """This class holds the memory that several recordings share; the first of them makes it."""
+
+    def __init__(self) -> None:
+        self._handle: Any = None
+
+    def handle(self) -> Any:
+        """Return PyTorch's handle."""
+        if self._handle is None:
+            self._handle = torch.cuda.graph_pool_handle()
+        return self._handle
+
+
 class CudaRecorder:
-    """This class records the work of a device while a function runs, as a CUDA graph with its own memory.
+    """This class records the work of a device while a function runs, as a CUDA graph.
+
+    Recordings may share memory, since they run one after the other and each keeps its results alive.
 
     Args:
         device: The device of all tensors.
+        pool: The memory.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
+    def __init__(self, device: torch.device, pool: Pool) -> None:
+        self._device, self._pool = device, pool
         self._graph = torch.cuda.CUDAGraph()
         self._last: torch.cuda.Stream | None = None
 
@@ -52,7 +69,10 @@ class CudaRecorder:
             with torch.cuda.stream(stream):
                 function()  # libraries create their handles and workspaces at the first use of a stream
             now.wait_stream(stream)
-            with torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local"):
+            pool = self._pool.handle()
+            with torch.cuda.graph(
+                self._graph, pool=pool, stream=stream, capture_error_mode="thread_local"
+            ):
                 results = function()
         return results
 

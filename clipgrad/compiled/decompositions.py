@@ -143,6 +143,23 @@ def _delay_activation_gradient(operation: Any) -> Callable[..., Any]:
     return backward
 
 
+def _padded(input: Tensor, pad: Sequence[int], value: float = 0) -> Any:
+    """Pad by concatenation where sizes are symbols; PyTorch's own operation makes numbers of them."""
+    if not any(isinstance(size, torch.SymInt) for size in input.shape):
+        return NotImplemented
+    for number in range(len(pad) // 2):
+        axis = input.dim() - 1 - number
+        before, after = pad[2 * number : 2 * number + 2]
+        start = max(0, -before)
+        input = input.narrow(axis, start, input.shape[axis] - start - max(0, -after))
+        pieces = [
+            input.new_full((*input.shape[:axis], amount, *input.shape[axis + 1 :]), value)
+            for amount in (max(0, before), max(0, after))
+        ]
+        input = torch.cat([pieces[0], input, pieces[1]], axis)
+    return input
+
+
 _ACTIVATIONS = (
     torch.ops.aten.gelu_backward.default,
     torch.ops.aten.mish_backward.default,
@@ -153,6 +170,7 @@ _ACTIVATIONS = (
 DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {
     **{operation: _delay_activation_gradient(operation) for operation in _ACTIVATIONS},
     torch.ops.aten.addmm.default: _product_with_bias,
+    torch.ops.aten.constant_pad_nd.default: _padded,
     torch.ops.aten.convolution_backward.default: _input_gradient,
     torch.ops.aten.max_pool2d_with_indices_backward.default: _pool_backward,
 }

@@ -31,12 +31,17 @@ def is_channels_last(leaf: Tensor) -> bool:
     )
 
 
+def layout_of(leaf: Tensor) -> torch.memory_format:
+    """Return the memory format in which a batch leaf is given to a compiled graph."""
+    return _CHANNELS_LAST[leaf.dim()] if is_channels_last(leaf) else torch.contiguous_format
+
+
 def pad_rows(leaf: Tensor, size: int) -> Tensor:
     """Return a batch leaf with exactly ``size`` rows and the strides for which the graph was compiled.
 
     Missing rows repeat existing rows (at least one); the loss of a row of zeros might not be finite.
     """
-    layout = _CHANNELS_LAST[leaf.dim()] if is_channels_last(leaf) else torch.contiguous_format
+    layout = layout_of(leaf)
     rows = leaf.shape[0]
     if rows < size:
         index = torch.arange(size, device=leaf.device) % rows

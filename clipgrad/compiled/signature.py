@@ -21,6 +21,10 @@ from clipgrad.rules.registry import rules
 _ATTRIBUTES = attrgetter("shape", "dtype", "device", "requires_grad", "layout")
 
 
+READS = "something that the loss reads"
+"""The part that also changes when PyTorch captures the loss again with symbols for lengths."""
+
+
 def describe(tensor: Tensor) -> tuple[Any, ...]:
     """Return the properties of a tensor that a compiled graph depends on."""
     return _ATTRIBUTES(tensor), tensor.stride(), type(tensor)
@@ -38,7 +42,7 @@ def describe_all(tensors: Sequence[Tensor]) -> tuple[Any, ...]:
 def _describe_rows(leaf: Any) -> tuple[Any, ...]:
     """Return the properties of a batch leaf, whose rows are padded."""
     if isinstance(leaf, Tensor):
-        return leaf.shape[1:], leaf.dtype, leaf.device, is_channels_last(leaf), type(leaf)
+        return leaf.dim(), leaf.dtype, leaf.device, is_channels_last(leaf), type(leaf)
     return ("constant",)
 
 
@@ -66,7 +70,7 @@ def _global_settings(kinds: Sequence[str]) -> tuple[Any, ...]:
 
 
 def signature(inputs: Inputs, loss: GraphOfLoss, size: int, clipping: Clipping) -> tuple[Any, ...]:
-    """Equal for two batches exactly if one graph serves both.
+    """Equal for two batches exactly if one graph serves both, given that it serves their lengths.
 
     Args:
         inputs: The arguments.
@@ -82,7 +86,7 @@ def signature(inputs: Inputs, loss: GraphOfLoss, size: int, clipping: Clipping) 
         ("names of the parameters", tuple(inputs.names)),
         ("shape, dtype, device or requires_grad of a parameter", describe_all(inputs.params)),
         ("shape, dtype, device or layout of the batch", tuple(map(_describe_rows, inputs.batch))),
-        ("something that the loss reads", loss.key),
+        (READS, loss.key),
         ("a tensor that the loss reads", describe_all(loss.tensors)),
         ("autocast, default dtype or device, determinism or precision settings", _global_settings(kinds)),
         ("clipping groups or rules, or a norm that became or was 0 or inf", clipping.structure),

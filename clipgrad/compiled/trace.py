@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
 from torch.fx.graph import CodeGen
@@ -23,11 +24,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from clipgrad.compiled.decompositions import DECOMPOSITIONS
+from clipgrad.compiled.lengths import Lengths
 from clipgrad.compiled.zeroing import zero_in_place
 from clipgrad.engine.captured_loss import GraphOfLoss
 from clipgrad.engine.clip_and_sum import MicrobatchResult, Settings
 from clipgrad.engine.inputs import Inputs
 from clipgrad.engine.microbatch import run
+from clipgrad.engine.whole_batch import WholeBatch
 from clipgrad.errors import CompileError, NotPerSampleError
 
 _READS = {
@@ -136,8 +139,9 @@ def trace(
     is_padding: Tensor,
     bounds: Tensor,
     settings: Settings,
+    lengths: Lengths,
 ) -> TracedStep:
-    """Run the eager step on real tensors and write down what it does.
+    """Run the eager step and write down what it does: on real tensors, or on stand-ins if lengths get symbols.
 
     Args:
         inputs: Names and parameters.
@@ -146,6 +150,7 @@ def trace(
         is_padding: Boolean ``[B]``.
         bounds: The clipping norms ``[groups]``, an input so that a norm that changes needs no other graph.
         settings: Of the batch.
+        lengths: Which sizes of the batch get symbols.
 
     Raises:
         CompileError: If the loss does something that a graph cannot repeat.
@@ -175,10 +180,17 @@ def trace(
         layouts.append(layout)
         return results
 
-    with _RefuseReads(), _explain_trace_errors(), torch.autograd.set_multithreading_enabled(False):
-        module = make_fx(step, decomposition_table=DECOMPOSITIONS)(
-            *given, *tensors, *read, is_padding, bounds
-        )
+    arguments = [*given, *tensors, *read, is_padding, bounds]
+    if lengths.mode is not None:
+        arguments = lengths.with_symbols(given, tensors, [*read, is_padding, bounds])
+    with ExitStack() as stack:
+        stack.enter_context(_RefuseReads())
+        stack.enter_context(_explain_trace_errors())
+        stack.enter_context(torch.autograd.set_multithreading_enabled(False))
+        if lengths.mode is not None:
+            stack.enter_context(lengths.mode)
+            stack.enter_context(WholeBatch())
+        module = make_fx(step, decomposition_table=DECOMPOSITIONS)(*arguments)
     constants = _lift_constants(module)
     has_no_side_effects = not any(
         _may_be_random(node) or _writes_outside(node) for node in module.graph.nodes
@@ -197,7 +209,17 @@ def _may_be_random(node: Node) -> bool:
     target = node.target
     if not isinstance(target, OpOverload) or target.namespace not in _KNOWN:
         return True
-    return torch.Tag.nondeterministic_seeded in target.tags
+    return torch.Tag.nondeterministic_seeded in target.tags and _dropout(node) != 0.0
+
+
+def _dropout(node: Node) -> Any:
+    """The probability of dropout in fused attention, which draws nothing without; None for other operations."""
+    assert isinstance(node.target, OpOverload)
+    for index, argument in enumerate(node.target._schema.arguments):
+        if argument.name == "dropout_p":
+            given = node.kwargs.get(argument.name, argument.default_value)
+            return node.args[index] if index < len(node.args) else given
+    return None
 
 
 def _writes_outside(node: Node) -> bool:
@@ -239,7 +261,7 @@ def _lift_constants(module: GraphModule) -> tuple[Tensor, ...]:
             continue
         if node.target not in constants:
             value = getattr(module, node.target)
-            if not isinstance(value, Tensor):
+            if not isinstance(value, Tensor) or isinstance(value, FakeTensor):
                 raise CompileError(
                     f"the traced step holds a {type(value).__name__} that cannot be an input of a graph (a "
                     "torch.cond or a loop operator inside the loss?). Leave compile out."

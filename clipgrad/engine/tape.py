@@ -13,8 +13,16 @@ from torch.autograd.graph import Node
 from clipgrad._functorch import hide_batch_axis
 from clipgrad._phases import phase
 from clipgrad.errors import NotPerSampleError
-from clipgrad.rules.canonical import Outer, PerSample, Use, row_norms_squared, sum_of, widen
-from clipgrad.rules.ghost import ghost_norms_squared
+from clipgrad.rules.canonical import (
+    OneHot,
+    Outer,
+    PerSample,
+    Use,
+    row_norms_squared,
+    sum_of,
+    widen,
+)
+from clipgrad.rules.ghost import ghost_norms_squared, norms_squared_with_rows
 from clipgrad.rules.registry import Extent, Recipe
 
 
@@ -36,6 +44,8 @@ class ExpectedUse:
 
     rule: str
     extent: Extent | None
+    half: torch.dtype | None = None
+    """The half-precision dtype in which products read the factors as they are; None if they are widened first."""
 
 
 @dataclass(eq=False)
@@ -90,14 +100,23 @@ class Tracked:
 
         A gradient of another shape is an error: its addition would broadcast, and norms would be wrong.
         """
-        if self.strategy is not Strategy.KEPT and extent is not None:
-            if isinstance(use, Outer):
-                self._check_shape((use.samples, *use.shape), rule)
+        if isinstance(use, Outer):
+            self._check_shape((use.samples, *use.shape), rule)
+            use = use.aligned()
+        if extent is not None and (self.strategy is not Strategy.KEPT or self._joins_kept(use)):
             self.uses.append(use)
-        else:
-            gradient = use.per_sample()
-            self._check_shape(gradient.shape, rule)
-            self.kept = gradient if self.kept is None else self.kept + gradient
+            return
+        gradient = use.stored() if isinstance(use, Outer) else use.per_sample()
+        self._check_shape(gradient.shape, rule)
+        self._keep(gradient)
+
+    def _joins_kept(self, use: Use) -> bool:
+        """Return whether a one-hot use stays beside a kept gradient, to which it would add a few rows."""
+        one_hot = isinstance(use, Outer) and isinstance(use.left, OneHot)
+        return one_hot and self.kept is not None and self.injective
+
+    def _keep(self, gradient: Tensor) -> None:
+        self.kept = gradient if self.kept is None else widen(self.kept) + widen(gradient)
 
     def _check_shape(self, shape: Sequence[int], rule: str) -> None:
         if tuple(shape) != self.leaf.shape:
@@ -110,11 +129,11 @@ class Tracked:
     def merge_kept_gradients(self) -> None:
         """Materialise all gradients of the entry if one of them is materialised; call after the backward pass."""
         if self.leaf.grad is not None:
-            self.kept = self.leaf.grad if self.kept is None else self.kept + self.leaf.grad
+            self._keep(self.leaf.grad)
             self.leaf.grad = None
-        if self.kept is not None:
+        if self.kept is not None and not all(map(self._joins_kept, self.uses)):
             for use in self.uses:
-                self.kept = self.kept + use.per_sample()
+                self._keep(use.per_sample())
             self.uses = []
 
     @property
@@ -128,25 +147,25 @@ class Tracked:
 
     def per_sample(self) -> Tensor:
         """Return per-sample gradients, ``[B, *shape]``."""
-        if self.kept is not None:
-            return widen(self.kept)
-        return sum_of([use.per_sample() for use in self.uses])
+        kept = [] if self.kept is None else [widen(self.kept)]
+        return sum_of([*kept, *(use.per_sample() for use in self.uses)])
 
     def squared_norms(self) -> Tensor:
         """Return squared norms of the per-sample gradients, ``[B]``."""
-        if self.kept is not None:
+        if self.kept is not None and not self.uses:
             return row_norms_squared(self.kept)
         factors = [outer for use in self.uses if (outer := use.outer()) is not None]
         if len(factors) < len(self.uses) or len({outer.groups for outer in factors}) > 1:
             # Factors cannot be joined if a use has none, or if a convolution weight is used with two numbers of groups.
             return row_norms_squared(self.per_sample())
+        if self.kept is not None:
+            return norms_squared_with_rows(self.kept, factors)
         return ghost_norms_squared(factors)
 
     def weighted_sum(self, factors: Tensor) -> Tensor:
         """Return ``sum_b factors[b] g_b``, in at least float32."""
-        if self.kept is not None:
-            return PerSample(self.kept).weighted_sum(factors)
-        return sum_of([use.weighted_sum(factors) for use in self.uses])
+        kept = [] if self.kept is None else [PerSample(self.kept).weighted_sum(factors)]
+        return sum_of([*kept, *(use.weighted_sum(factors) for use in self.uses)])
 
 
 class Tape:

@@ -187,7 +187,7 @@ class DPOptimizer(PrivacyState, Generic[Returned]):
             claim = self._account.claim(claim, batch, is_padding)
         self._pending.before_backward(trained.names, trained.parameters)
         with trained.resident(self._clipper.ranks, self._step_state.step) as resident:
-            inputs = self._inputs(resident, batch, bool(named))
+            inputs = self._inputs(resident, batch, bool(named), "backward(*batch)")
             found = self._clipper.clip(inputs, self._norm(), is_padding, may_alias=True)
         self._pending.add(
             trained.parameters,
@@ -288,7 +288,7 @@ class DPOptimizer(PrivacyState, Generic[Returned]):
         batch = parts_of(batch, named)
         trained = self._find_trained_parameters()
         with trained.resident(self._clipper.ranks, self._step_state.step) as resident:
-            inputs = self._inputs(resident, batch, bool(named))
+            inputs = self._inputs(resident, batch, bool(named), "explain(*batch)")
             return self._clipper.explain(inputs, self._norm())
 
     # ------------------------------------------------------------------ torch.optim.Optimizer
@@ -323,7 +323,7 @@ class DPOptimizer(PrivacyState, Generic[Returned]):
 
     # ------------------------------------------------------------------ inside
 
-    def _inputs(self, resident: Resident, batch: tuple[Any, ...], named: bool) -> Inputs:
+    def _inputs(self, resident: Resident, batch: tuple[Any, ...], named: bool, call: str) -> Inputs:
         names, parameters, holding = resident
         loss_fn: Callable[..., Any] = self.loss_fn
         if named:
@@ -331,7 +331,7 @@ class DPOptimizer(PrivacyState, Generic[Returned]):
             if self._loss_by_name is None or self._loss_by_name[0] is not loss_fn:
                 self._loss_by_name = loss_fn, by_name(loss_fn)
             loss_fn = self._loss_by_name[1]
-        return inputs_of_model(loss_fn, self.model, names, parameters, holding, batch)
+        return inputs_of_model(loss_fn, self.model, names, parameters, holding, batch, call)
 
     def _settings_of_run(self) -> dict[str, object]:
         return facts.of_run(

@@ -16,12 +16,15 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from clipgrad._functorch import expected
+from clipgrad.kernels.half_products import HALF, product
 from clipgrad.kernels.tensor_cores import set_tf32
 
 # This limit on the elements of one block's Gram matrices keeps a ghost norm's scratch memory below about 256 MiB.
 _ELEMENTS = 1 << 25
 # With fewer positions, half-size blocks are so small that using the symmetry of a Gram matrix is not faster.
 _SYMMETRY_POSITIONS = 256
+_BY_KERNEL = {torch.float32, *HALF}
 
 
 @dataclass(frozen=True)
@@ -55,15 +58,19 @@ class Lengths:
 def gram_sums(left: Tensor, right: Tensor) -> tuple[Tensor, Lengths]:
     """Return squared norms ``[B]`` of ``sum_s left_s (outer product) right_s``, and the lengths of its positions.
 
-    Products never use TF32: where terms cancel, a norm needs the digits that TF32 drops.
+    Products never use TF32: where terms cancel, a norm needs the digits that TF32 drops. Products of half-precision
+    numbers are exact in float32.
 
     Args:
-        left: ``[B, S, rows]``, float32 or float64.
-        right: ``[B, S, columns]``, float32 or float64.
+        left: ``[B, S, rows]``.
+        right: ``[B, S, columns]``; either factor may have half precision, and the result is float32 then.
     """
-    if left.device.type == "cuda" and left.dtype is right.dtype is torch.float32:
+    if left.device.type == "cuda" and {left.dtype, right.dtype} <= _BY_KERNEL:
         norms, *lengths = _on_cuda(left, right).unbind()
     else:
+        left, right = (
+            factor.float() if factor.dtype in HALF else factor for factor in (left, right)
+        )
         norms, *lengths = _by_products(left, right)
     return norms, Lengths(*lengths)
 
@@ -83,7 +90,7 @@ def equal_id_sums(ids: Tensor, right: Tensor) -> tuple[Tensor, Lengths]:
 
 def _by_products(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     positions = left.shape[1]
-    if positions >= _SYMMETRY_POSITIONS:
+    if expected(positions) >= _SYMMETRY_POSITIONS:
         # By symmetry two half-size norms and one off-diagonal block, counted twice, are enough.
         half = positions // 2
         heads, tails = (left[:, :half], right[:, :half]), (left[:, half:], right[:, half:])
@@ -96,25 +103,28 @@ def _by_products(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor, T
 
 def _in_pieces(function: Callable[..., tuple[Tensor, ...]], *factors: Tensor) -> tuple[Tensor, ...]:
     """Apply the function to a few samples at a time, so that their Gram matrices stay small."""
-    elements = factors[0].shape[1] * factors[-1].shape[1]
+    samples = factors[0].shape[0]
+    elements = expected(factors[0].shape[1] * factors[-1].shape[1])
+    if samples * elements <= _ELEMENTS:
+        return function(*factors)
     step = max(1, _ELEMENTS // max(1, elements))
-    starts = range(0, max(1, factors[0].shape[0]), step)
+    starts = range(0, samples, step)
     pieces = [function(*(factor[start : start + step] for factor in factors)) for start in starts]
-    return pieces[0] if len(pieces) == 1 else tuple(map(torch.cat, zip(*pieces, strict=True)))
+    return tuple(map(torch.cat, zip(*pieces, strict=True)))
 
 
 def _product(
     left: Tensor, right: Tensor, other_left: Tensor, other_right: Tensor
 ) -> tuple[Tensor, ...]:
     """Return ``sum_st (left_s . other_left_t) (right_s . other_right_t)`` per sample."""
-    first = torch.bmm(left, other_left.transpose(1, 2))
-    second = torch.bmm(right, other_right.transpose(1, 2))
+    first = product(left, other_left.transpose(1, 2))
+    second = product(right, other_right.transpose(1, 2))
     return (torch.linalg.vecdot(first.flatten(1), second.flatten(1)),)
 
 
 def _product_and_lengths(left: Tensor, right: Tensor, *_: Tensor) -> tuple[Tensor, ...]:
-    first = torch.bmm(left, left.transpose(1, 2))
-    second = torch.bmm(right, right.transpose(1, 2))
+    first = product(left, left.transpose(1, 2))
+    second = product(right, right.transpose(1, 2))
     total = torch.linalg.vecdot(first.flatten(1), second.flatten(1))
     lengths = Lengths.of(*(gram.diagonal(dim1=1, dim2=2).sqrt() for gram in (first, second)))
     return total, lengths.left, lengths.right, lengths.products
@@ -143,4 +153,4 @@ def _on_cuda(left: Tensor, right: Tensor) -> Tensor:
 
 @_on_cuda.register_fake
 def _(left: Tensor, right: Tensor) -> Tensor:
-    return left.new_empty(4, left.shape[0])
+    return left.new_empty(4, left.shape[0], dtype=torch.float32)

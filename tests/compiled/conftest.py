@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from torch.fx import GraphModule
 
 from clipgrad.compiled import backend
+from clipgrad.compiled import step as step_module
 
 
 @dataclass
@@ -29,12 +31,46 @@ class Graphs:
         return len(self.modules)
 
 
+NONSENSE = 77
+
+
+class Recorder:
+    """Counts what is asked of it."""
+
+    made: list[Recorder]
+
+    def __init__(self, device: torch.device, pool: object = None) -> None:
+        self.replays = 0
+        type(self).made.append(self)
+
+    def record(self, function: Callable[[], Sequence[Tensor]]) -> Sequence[Tensor]:
+        self._function = function
+        self._results = [result.clone().fill_(NONSENSE) for result in function()]
+        return self._results
+
+    def wait(self) -> None: ...
+
+    def replay(self) -> None:
+        self.replays += 1
+        for kept, result in zip(self._results, self._function(), strict=True):
+            kept.copy_(result)
+
+
+@pytest.fixture
+def recorders(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Recorder]]:
+    Recorder.made = []
+    monkeypatch.setattr(backend, "uses_cuda_graphs", lambda mode: True)
+    monkeypatch.setattr(step_module, "recordable", lambda module, device: True)
+    monkeypatch.setattr(step_module, "CudaRecorder", Recorder)
+    return Recorder.made
+
+
 @pytest.fixture
 def graphs(monkeypatch: pytest.MonkeyPatch) -> Graphs:
     """Run graphs operation by operation instead of compiling them."""
     found = Graphs()
 
-    def compile_graph(module: GraphModule, mode: str) -> Callable[..., Any]:
+    def compile_graph(module: GraphModule, mode: str, arguments: Any) -> Callable[..., Any]:
         found.modules.append(module)
         return found.alter(module)
 

@@ -6,7 +6,7 @@ Between replays that memory holds nonsense, so what is read from it without a re
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -18,9 +18,9 @@ from torch.fx import symbolic_trace
 
 from clipgrad import DPOptimizer, clipped_grad
 from clipgrad.clipping import make_clipping
-from clipgrad.compiled import backend
 from clipgrad.compiled import step as step_module
 from clipgrad.compiled.cuda_graphs import Replay, recordable
+from clipgrad.compiled.lengths import Lengths, shapes_of
 from clipgrad.compiled.trace import TracedStep, trace
 from clipgrad.engine.captured_loss import LossGraphs
 from clipgrad.engine.clip_and_sum import Settings
@@ -30,7 +30,7 @@ from clipgrad.errors import CompileMismatchError
 from clipgrad.options import Options
 from clipgrad.ranks import OneProcess
 from tests.architectures import ARCHITECTURES
-from tests.compiled.conftest import Graphs
+from tests.compiled.conftest import Graphs, Recorder
 from tests.compiled.test_exact import check
 from tests.nightly import every
 from tests.oracle import clipped_sum, per_sample_gradients
@@ -39,38 +39,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:There is a performance drop"),
     pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad"),
 ]
-NONSENSE = 77
-
-
-class Recorder:
-    """Counts what is asked of it."""
-
-    made: list[Recorder]
-
-    def __init__(self, device: torch.device) -> None:
-        self.replays = 0
-        type(self).made.append(self)
-
-    def record(self, function: Callable[[], Sequence[Tensor]]) -> Sequence[Tensor]:
-        self._function = function
-        self._results = [result.clone().fill_(NONSENSE) for result in function()]
-        return self._results
-
-    def wait(self) -> None: ...
-
-    def replay(self) -> None:
-        self.replays += 1
-        for kept, result in zip(self._results, self._function(), strict=True):
-            kept.copy_(result)
-
-
-@pytest.fixture
-def recorders(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Recorder]]:
-    Recorder.made = []
-    monkeypatch.setattr(backend, "uses_cuda_graphs", lambda mode: True)
-    monkeypatch.setattr(step_module, "recordable", lambda module, device: True)
-    monkeypatch.setattr(step_module, "CudaRecorder", Recorder)
-    return Recorder.made
 
 
 @pytest.mark.parametrize(
@@ -310,10 +278,16 @@ def graph_of(function: Callable[..., Tensor]) -> TracedStep:
     loss = LossGraphs(keep_batch_dim=True, has_aux=False).graph_for(inputs)
     settings = Settings(Options(), make_clipping(1.0, ["w"], [3]), (torch.float32,), OneProcess())
     mask, bounds = torch.zeros(2, dtype=torch.bool), torch.ones(1, dtype=torch.float64)
-    return trace(inputs, loss, [rows], mask, bounds, settings)
+    return trace(inputs, loss, [rows], mask, bounds, settings, Lengths(shapes_of([rows])))
 
 
 BUFFER = torch.ones(3)
+
+
+def attention(x: Tensor, dropout: float) -> Tensor:
+    """PyTorch says of fused attention that it draws, whatever the probability of dropout."""
+    heads = x[:, None, None].expand(-1, 1, 2, -1)
+    return F.scaled_dot_product_attention(heads, heads, heads, dropout_p=dropout).sum()
 
 
 @torch.library.custom_op("clipgrad_tests::draws_in_secret", mutates_args=())
@@ -334,6 +308,8 @@ def _(x: Tensor) -> Tensor:
         (lambda w, x: (w * x).mul(2).add_(1).sum(), True),
         (lambda w, x: F.dropout(w * x).sum(), False),
         (lambda w, x: (w * x + draws_in_secret(x.detach())).sum(), False),
+        (lambda w, x: attention(w * x, dropout=0.0), True),
+        (lambda w, x: attention(w * x, dropout=0.5), False),
     ],
 )
 def test_what_may_run_for_nothing(
@@ -464,7 +440,7 @@ def test_arguments_keep_their_layout() -> None:
         return [x * 2]
 
     Recorder.made = []
-    replay = Replay(run, [False], lambda: Recorder(given.device))
+    replay = Replay(run, [False], lambda: Recorder(given.device, None))
     assert torch.equal(replay([given])[0], given * 2)
     assert set(seen) == {given.stride()}
 

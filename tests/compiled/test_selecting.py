@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from clipgrad import DPOptimizer, Performance, clipped_grad
 from clipgrad.compiled import MicrobatchRunner, trace
-from clipgrad.compiled.step import CompiledStep
+from clipgrad.compiled.compiled_step import CompiledStep
 from clipgrad.kernels import selection
 from tests.architectures import ARCHITECTURES
 from tests.compiled.conftest import Graphs
@@ -45,7 +45,7 @@ def eager_runs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     monkeypatch.setattr(MicrobatchRunner, "_eagerly", counted)
     # Of the comparisons only the first.
-    monkeypatch.setattr(CompiledStep, "is_trusted", lambda self, flat: self.runs > 0)
+    monkeypatch.setattr(CompiledStep, "is_trusted", lambda self, flat, shapes: self.runs > 0)
     return runs
 
 

@@ -37,7 +37,7 @@ Method = Callable[[Tensor, Tensor, torch.Size, Geometry], Tensor]
 def by_patches(gradient: Tensor, input: Tensor, shape: torch.Size, geometry: Geometry) -> Tensor:
     """Unfold the image and take one product per sample, for a limited number of samples at a time."""
     rows, image = rows_and_image(gradient, input, geometry)
-    samples = len(image)
+    samples = image.shape[0]
     size = samples_at_once(image, prod(shape[2:]) * prod(rows.shape[2:]))
     if samples <= size:
         outer = rows_and_patches(gradient, input, shape, geometry)
@@ -64,7 +64,7 @@ def _multiply_into_result(outers: Iterable[Outer], samples: int) -> Tensor:
         if stop == 0:
             found = outer.right.new_empty(samples, *outer.shape)
         start, stop = stop, stop + outer.samples
-        place = found[start:stop].view(len(outer.left), -1, outer.right.shape[2])
+        place = found[start:stop].view(outer.left.shape[0], -1, outer.right.shape[2])
         torch.bmm(outer.left.transpose(1, 2), outer.right, out=place)
     return found
 
@@ -79,7 +79,7 @@ def _product_in_parts(outer: Outer, parts: int) -> Tensor:
         return outer.per_sample(convolution_product)
     assert not isinstance(outer.left, OneHot)
     left, right = (
-        factor.reshape(len(factor) * parts, -1, factor.shape[2])
+        factor.reshape(factor.shape[0] * parts, -1, factor.shape[2])
         for factor in (outer.left, outer.right)
     )
     shape = torch.Size((parts, *left.shape[2:], right.shape[2]))
@@ -124,7 +124,7 @@ def by_rows(gradient: Tensor, input: Tensor, shape: torch.Size, geometry: Geomet
         outer = Outer(patches.transpose(1, 2), image.flatten(2).transpose(1, 2), product_shape)
         products.append(_product_in_parts(outer, _parts(outer, input.device)))
     found = _concatenate(products)
-    found = found.view(len(input), shape[0], *taps, shape[1])
+    found = found.view(input.shape[0], shape[0], *taps, shape[1])
     return found.flip(list(range(2, 2 + len(taps)))).movedim(-1, 2)
 
 
@@ -146,7 +146,7 @@ def by_slices(gradient: Tensor, input: Tensor, shape: torch.Size, geometry: Geom
         columns = slices.flatten(1, 2 + len(others)).flatten(2)
         products.append(window_products(row_chunk.flatten(2), columns, window_stride, first))
     found = _concatenate(products)
-    return found.view(len(rows), first, shape[0], shape[1], *others).movedim(1, 3)
+    return found.view(rows.shape[0], first, shape[0], shape[1], *others).movedim(1, 3)
 
 
 def _concatenate(products: list[Tensor]) -> Tensor:

@@ -69,7 +69,7 @@ def unfold(
 
 def samples_at_once(image: Tensor, copies: int) -> int:
     """Return for how many samples patches are built at once, with ``copies`` elements per channel of the image."""
-    on_cpu, samples = image.device.type == "cpu", len(image)
+    on_cpu, samples = image.device.type == "cpu", image.shape[0]
     elements = max(1, image.shape[1] * copies)
     most = max(_AT_ONCE["cpu" if on_cpu else "cuda"] // elements, 1)
     parts = ceil(samples / max(most, _FEWEST_AT_ONCE if on_cpu else 1))

@@ -1,0 +1,113 @@
+"""One compiled graph, what it serves, and its recordings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from clipgrad.compiled.backend import Run
+from clipgrad.compiled.cuda_graphs import Replay
+from clipgrad.compiled.lengths import Lengths, Shapes
+from clipgrad.compiled.trace import TracedStep
+from clipgrad.engine.clip_and_sum import MicrobatchResult
+
+RECORDINGS = 8
+"""How many lengths of one graph are recorded; each recording holds a copy of all sums."""
+
+
+@contextmanager
+def plain_operations(device: torch.device) -> Iterator[None]:
+    """What holds where a graph is compiled and where it runs; its operations contain the casts of autocast already."""
+    with ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        for kind in {"cpu", device.type}:
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        yield
+
+
+@dataclass
+class CompiledStep:
+    """One compiled graph and what it was made for.
+
+    Attributes:
+        signature: What has to be equal for the graph to serve.
+        lengths: The sizes of batches that it serves.
+        graph: The traced step.
+        run: The compiled step.
+        record: Makes a recording of the compiled step; None where it cannot be recorded.
+        replays: The recordings; a CUDA graph has fixed sizes, so each length has its own.
+        runs: How many microbatches have run on it.
+        tensors: What the loss read besides its arguments when it ran last.
+    """
+
+    signature: tuple[Any, ...]
+    lengths: Lengths
+    graph: TracedStep
+    run: Run
+    record: Callable[[], Replay] | None = None
+    replays: dict[Shapes, Replay] = field(default_factory=dict)
+    runs: int = 0
+    tensors: Sequence[Tensor] = ()
+
+    def replay(self, shapes: Shapes) -> Replay | None:
+        """The recording for batches of these sizes; None if there is none and none may be made."""
+        if (
+            self.record is not None
+            and shapes not in self.replays
+            and len(self.replays) < RECORDINGS
+        ):
+            self.replays[shapes] = self.record()
+        return self.replays.get(shapes)
+
+    def arguments(self, given: Sequence[Tensor], shapes: Shapes) -> list[Tensor]:
+        """What the graph reads: the call's tensors, and those that the trace made of Python numbers."""
+        flat = [*given, *self.graph.constants]
+        return flat if self.replay(shapes) is not None else [tensor.detach() for tensor in flat]
+
+    def is_trusted(self, flat: Sequence[Tensor], shapes: Shapes) -> bool:
+        """Whether the next run needs no comparison with the eager step.
+
+        Runs 1, 2, 4, 8, ... are compared: what PyTorch's guards do not notice cannot stay unnoticed for long.
+        """
+        next_run = self.runs + 1
+        compared = next_run & self.runs == 0
+        replay = self.replay(shapes)
+        return not compared and (replay is None or replay.is_recorded_for(flat))
+
+    def start(self, given: Sequence[Tensor], shapes: Shapes) -> bool:
+        """Replay the step before anybody has checked whether the graph serves, if that can be undone.
+
+        A replay writes to the recording's own memory only. If the graph turns out not to serve, nothing reads it.
+
+        Returns:
+            Whether a replay was started, so that ``call`` has only to fetch the results.
+        """
+        replay = self.replays.get(shapes)
+        if replay is None or not self.graph.has_no_side_effects:
+            return False
+        flat = self.arguments(given, shapes)
+        if not replay.can_replay(flat) or not self.is_trusted(flat, shapes):
+            return False
+        with torch.no_grad():
+            replay.start(flat)
+        return True
+
+    def call(
+        self, flat: Sequence[Tensor], shapes: Shapes, *, started: bool = False
+    ) -> MicrobatchResult:
+        """Run the compiled step on its arguments; sums alias a recorded graph's memory."""
+        layout, replay = self.graph.layout, self.replay(shapes)
+        with plain_operations(flat[0].device):
+            if replay is None:
+                results = self.run(*flat)
+            else:
+                results = replay.results(layout.sums) if started else replay(flat, layout.sums)
+        return layout.restore(
+            results, aliases_graph=replay is not None and replay.returned_uncopied
+        )

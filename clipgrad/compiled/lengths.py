@@ -1,0 +1,180 @@
+"""Let one graph serve batches whose lengths differ, such as texts that are padded to the longest of their batch.
+
+The first batch gets a graph of its sizes. If a later batch differs from it in some sizes only, the step is traced once
+more with symbols for these sizes. What the trace assumes of a symbol (``s >= 3``, ``8 * s**2 <= 2**25``), PyTorch
+writes down as guards; a graph serves a batch only if its sizes fulfil all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import sympy  # type: ignore[import-untyped]  # PyTorch writes its guards with it
+import torch
+from torch import Tensor
+from torch._dynamo.source import ConstantSource
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import (
+    DimDynamic,
+    ShapeEnv,
+    StatelessSymbolicContext,
+)
+
+from clipgrad.compiled.shape import layout_of
+from clipgrad.errors import CompileError
+
+Shapes = tuple[tuple[int, ...], ...]
+"""The shape of each tensor of a batch, without its rows."""
+
+
+class LengthsError(CompileError):
+    """A graph with symbols does not serve other lengths than the one at hand, or not even this one."""
+
+
+def shapes_of(batch: Sequence[Any]) -> Shapes:
+    """Return the sizes of a batch that may differ from one batch to the next."""
+    return tuple(tuple(leaf.shape[1:]) for leaf in batch if isinstance(leaf, Tensor))
+
+
+class Lengths:
+    """This class holds the sizes of the batches that one graph serves.
+
+    Args:
+        seen: The sizes of every batch so far for which a graph was made; the last is the batch at hand. Where they
+            differ, the graph gets a symbol.
+    """
+
+    def __init__(self, *seen: Shapes) -> None:
+        self._seen = seen
+        self._histories = [list(zip(*leaves, strict=True)) for leaves in zip(*seen, strict=True)]
+        self._answers: dict[Shapes, bool] = {}
+        self._sizes: list[list[Any]] = [[history[-1] for history in of] for of in self._histories]
+        self._stand_ins: list[Tensor] = []
+        self.mode: FakeTensorMode | None = None
+        if self.have_symbols:
+            self.mode = FakeTensorMode(shape_env=ShapeEnv())
+
+    @property
+    def seen(self) -> tuple[Shapes, ...]:
+        """Return the sizes for which a graph was made."""
+        return self._seen
+
+    def refuse_unless_open(self, shapes: Shapes) -> None:
+        """Refuse a graph of symbols if one of them became a number, or if it does not serve the batch at hand.
+
+        Raises:
+            LengthsError: If so.
+        """
+        if self.mode is None:
+            return
+        replacements = self._env.replacements
+        symbols = {size for of in self._sizes for size in of if not isinstance(size, int)}
+        if any(replacements.get(s, s).is_number for s in symbols) or not self._allow(shapes):
+            guards = ", ".join(str(guard.expr) for guard in self._env.guards)
+            raise LengthsError(f"the step depends on the lengths of its batch: {guards}")
+
+    def examples(self, flat: Sequence[Tensor]) -> list[Tensor]:
+        """Return arguments of the graph to compile it with."""
+        if self.mode is None:
+            return list(flat)
+        known, self._stand_ins = self._stand_ins, []  # nobody needs them again
+        return [*known, *map(self._fixed, flat[len(known) :])]
+
+    @property
+    def have_symbols(self) -> bool:
+        """Return whether some size differs from batch to batch; a size of one is always a number to PyTorch."""
+        different = [history for of in self._histories for history in of if len(set(history)) > 1]
+        return bool(different) and min(history[-1] for history in different) > 1
+
+    def serve(self, shapes: Shapes) -> bool:
+        """Return whether the graph serves batches of these sizes; ask only after it was compiled."""
+        if shapes not in self._answers:
+            self._answers[shapes] = self._allow(shapes)
+        return self._answers[shapes]
+
+    def _allow(self, shapes: Shapes) -> bool:
+        """Return whether what was assumed so far holds for these sizes."""
+        if self.mode is None:
+            return shapes == self._seen[-1]
+        values: dict[Any, int] = {}
+        for sizes, shape in zip(self._sizes, shapes, strict=True):
+            if len(sizes) != len(shape):
+                return False
+            for known, size in zip(sizes, shape, strict=True):
+                if known != size and (
+                    isinstance(known, int) or values.setdefault(known, size) != size
+                ):
+                    return False
+        return self._hold(values)
+
+    def _hold(self, values: dict[Any, int]) -> bool:
+        env = self._env
+        return all(size in env.bound_sympy(symbol) for symbol, size in values.items()) and all(
+            guard.expr.xreplace(_integers(values)) == sympy.true for guard in env.guards
+        )
+
+    @property
+    def _env(self) -> ShapeEnv:
+        assert self.mode is not None
+        env: ShapeEnv | None = self.mode.shape_env
+        assert env is not None
+        return env
+
+    def with_symbols(
+        self, before: Sequence[Tensor], batch: Sequence[Tensor], after: Sequence[Tensor]
+    ) -> list[Tensor]:
+        """Return stand-ins without values for the arguments of a graph.
+
+        Args:
+            before: Arguments of fixed sizes.
+            batch: Tensors of the batch; they get the symbols.
+            after: Further arguments of fixed sizes.
+        """
+        longest = [tuple(map(max, of)) for of in self._histories]
+        shared = self._named_alike(longest)
+        found = list(map(self._fixed, before))
+        for index, (leaf, sizes) in enumerate(zip(batch, longest, strict=True)):
+            kinds = [DimDynamic.STATIC, *(self._kind(h, shared) for h in self._histories[index])]
+            symbolic = self._stand_in(_like(leaf, sizes), kinds)
+            self._sizes[index] = [_expression(size) for size in symbolic.shape[1:]]
+            found.append(symbolic)
+        self._stand_ins = [*found, *map(self._fixed, after)]
+        return self._stand_ins
+
+    def _named_alike(self, longest: Sequence[tuple[int, ...]]) -> set[int]:
+        """Return the largest sizes that belong to one length only, which may then have one symbol everywhere."""
+        owners: dict[int, set[tuple[int, ...]]] = {}
+        for of, sizes in zip(self._histories, longest, strict=True):
+            for history, size in zip(of, sizes, strict=True):
+                owners.setdefault(size, set()).add(history)
+        return {size for size, histories in owners.items() if len(histories) == 1}
+
+    def _kind(self, history: tuple[int, ...], shared: set[int]) -> DimDynamic:
+        if len(set(history)) == 1:
+            return DimDynamic.STATIC
+        return DimDynamic.DUCK if max(history) in shared else DimDynamic.DYNAMIC
+
+    def _fixed(self, tensor: Tensor) -> Tensor:
+        return self._stand_in(tensor, [DimDynamic.STATIC] * tensor.dim())
+
+    def _stand_in(self, tensor: Tensor, kinds: Sequence[DimDynamic]) -> Tensor:
+        assert self.mode is not None
+        source = ConstantSource(f"argument_{len(self.mode.fake_tensor_converter.tensor_memo)}")
+        context: Any = StatelessSymbolicContext(dynamic_sizes=list(kinds))
+        made: Tensor = self.mode.from_tensor(tensor, source=source, symbolic_context=context)
+        return made
+
+
+def _like(leaf: Tensor, sizes: Sequence[int]) -> Tensor:
+    """Return uninitialised memory of other sizes in the layout of a batch leaf."""
+    shape = (leaf.shape[0], *sizes)
+    return torch.empty(shape, dtype=leaf.dtype, device=leaf.device, memory_format=layout_of(leaf))
+
+
+def _expression(size: int | torch.SymInt) -> Any:
+    return size.node.expr if isinstance(size, torch.SymInt) else size
+
+
+def _integers(values: dict[Any, int]) -> dict[Any, Any]:
+    return {symbol: sympy.Integer(size) for symbol, size in values.items()}

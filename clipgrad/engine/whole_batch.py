@@ -1,0 +1,136 @@
+"""Run operations on the whole batch for which PyTorch's rules for ``vmap`` would fix lengths that are symbols.
+
+These rules are written in C++ and ask for sizes as numbers. The same operation on the tensor with its batch axis does
+not. No result changes: each operation treats the rows of that axis independently.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from clipgrad._functorch import (
+    Decline,
+    below_vmap,
+    current_level,
+    expose_batch_axis,
+    hide_batch_axis,
+)
+from clipgrad.rules.names import by_all_names, each_name
+
+
+class WholeBatch(TorchFunctionMode):
+    """Inside this mode, concatenation, padding and indexing run on the whole batch."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        instead = _TABLE.get(func)
+        if instead is not None and "out" not in kwargs:
+            try:
+                return instead(*args, **kwargs)
+            except Decline:
+                pass
+        return func(*args, **kwargs)
+
+
+def _on_batch(tensors: Sequence[Tensor], operation: Callable[[list[Tensor]], Tensor]) -> Tensor:
+    """Return the operation's result on tensors that all have the batch axis in front.
+
+    Raises:
+        Decline: If none has it, or one belongs to another transform.
+    """
+    level = current_level()
+    if not level:
+        raise Decline
+    whole = [expose_batch_axis(tensor, level) for tensor in tensors]
+    rows = [tensor.shape[0] for tensor in whole if tensor is not None]
+    if not rows:
+        raise Decline
+    with below_vmap():
+        expanded = [
+            tensor.expand(rows[0], *tensor.shape) if batched is None else batched
+            for tensor, batched in zip(tensors, whole, strict=True)
+        ]
+        return hide_batch_axis(operation(expanded), level)
+
+
+def _after_batch(axis: int) -> int:
+    return axis + 1 if axis >= 0 else axis
+
+
+def _cat(tensors: Sequence[Tensor], dim: Any = 0) -> Tensor:
+    if not isinstance(dim, int):
+        raise Decline
+    return _on_batch(list(tensors), lambda whole: torch.cat(whole, _after_batch(dim)))
+
+
+def _pad(
+    input: Tensor, pad: Sequence[int], mode: str = "constant", value: float | None = None
+) -> Tensor:
+    if mode != "constant":
+        raise Decline
+    return _on_batch([input], lambda whole: F.pad(whole[0], list(pad), value=value))
+
+
+def _constant_pad(input: Tensor, pad: Sequence[int], value: float = 0) -> Tensor:
+    return _pad(input, pad, "constant", value)
+
+
+def _gather(input: Tensor, dim: Any, index: Tensor, *, sparse_grad: bool = False) -> Tensor:
+    if not isinstance(dim, int) or not input.dim() or not index.dim():
+        raise Decline
+    return _on_batch([input, index], lambda whole: whole[0].gather(_after_batch(dim), whole[1]))
+
+
+def _pooling(operation: str, axes: int) -> dict[Callable[..., Any], Callable[..., Any]]:
+    """Map each name of a pooling operation to the same operation on all samples at once."""
+
+    def correct(function: Callable[..., Any]) -> Callable[..., Any]:
+        def pooled(*args: Any, **kwargs: Any) -> Any:
+            key = next((name for name in ("input", "self") if name in kwargs), None)
+            input, rest = (args[0], args[1:]) if key is None else (kwargs.pop(key), args)
+
+            def run(whole: list[Tensor]) -> Tensor:
+                leading = whole[0].shape[: -axes - 1]
+                found = function(whole[0].flatten(0, len(leading) - 1), *rest, **kwargs)
+                if not isinstance(found, Tensor):
+                    raise Decline
+                result: Tensor = found.unflatten(0, leading)
+                return result
+
+            if input.dim() <= axes:
+                raise Decline
+            return _on_batch([input], run)
+
+        return pooled
+
+    return each_name(operation, correct)
+
+
+_POOLS = [
+    (f"{kind}_pool{axes}d", axes)
+    for kind in ("max", "avg", "adaptive_avg", "lp")
+    for axes in (1, 2, 3)
+]
+_TABLE: dict[Callable[..., Any], Callable[..., Any]] = {
+    **{
+        name: function
+        for operation, function in (
+            ("cat", _cat), ("concat", _cat), ("concatenate", _cat), ("pad", _pad),
+            ("constant_pad_nd", _constant_pad), ("gather", _gather),
+        )
+        for name, function in by_all_names(operation, function).items()
+    },
+    **{
+        name: function
+        for operation, axes in _POOLS
+        for name, function in _pooling(operation, axes).items()
+    },
+}  # fmt: skip

@@ -1,0 +1,92 @@
+"""Steps that TorchInductor once could not compile, each on the smallest model that shows it, and its errors."""
+
+from __future__ import annotations
+
+import cProfile
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from clipgrad import DPOptimizer
+from clipgrad.errors import CompileError
+from tests.oracle import clipped_sum, per_sample_gradients
+
+
+def gpt2() -> nn.Module:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(
+        n_layer=1, n_embd=32, n_head=2, vocab_size=64, n_positions=32, bos_token_id=1, eos_token_id=1,
+        attn_pdrop=0.0, resid_pdrop=0.0, embd_pdrop=0.0,
+    )  # fmt: skip
+    model: nn.Module = transformers.GPT2LMHeadModel(config)
+    return model
+
+
+def gptj() -> nn.Module:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPTJConfig(
+        n_layer=1, n_embd=32, n_head=2, vocab_size=64, n_positions=32, rotary_dim=8, bos_token_id=1, eos_token_id=1,
+        attn_pdrop=0.0, resid_pdrop=0.0, embd_pdrop=0.0,
+    )  # fmt: skip
+    model: nn.Module = transformers.GPTJForCausalLM(config)
+    return model
+
+
+def own_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    loss: Tensor = model(**batch, use_cache=False).loss
+    return loss
+
+
+def texts(size: int, length: int) -> dict[str, Tensor]:
+    ids = torch.randint(3, 64, (size, length))
+    mask = (torch.arange(length) < torch.randint(3, length, (size, 1))).long()
+    return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
+
+
+def optimizer_of(model: nn.Module, loss: Any, bound: float) -> DPOptimizer:
+    return DPOptimizer(
+        torch.optim.SGD(model.parameters(), lr=0.0), model, loss, max_grad_norm=bound, noise_multiplier=0.0,
+        expected_batch_size=1, compile=True,
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("make", "dtype", "tolerance"),
+    [(gpt2, torch.float32, 1e-5), (gpt2, torch.float64, 1e-9), (gptj, torch.float32, 1e-5)],
+    ids=["gpt2", "gpt2-float64", "gptj"],
+)
+def test_language_models(make: Any, dtype: torch.dtype, tolerance: float) -> None:
+    """Of two heads and 24 samples, PyTorch could not view [24, 2, 16, 16] with strides (512, 16, 1, 32)."""
+    torch.manual_seed(0)
+    model, batch = make().to(dtype), texts(24, 16)
+    gradients = per_sample_gradients(model, own_loss, (batch,))
+    bound = float(clipped_sum(gradients, 1.0)[1].median())
+    expected, _ = clipped_sum(gradients, bound)
+    optimizer = optimizer_of(model, own_loss, bound)
+    optimizer.backward(batch)
+    for name, total in optimizer.clipped_sums.items():
+        torch.testing.assert_close(total, expected[name], rtol=0, atol=tolerance * 24 * bound)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_under_a_profiler() -> None:
+    model, x = nn.Linear(3, 2), torch.randn(4, 3)
+    optimizer = optimizer_of(model, lambda model, x: model(x).square().sum(), 1.0)
+    with cProfile.Profile():
+        optimizer.backward(x)
+    assert set(optimizer.clipped_sums) == {"weight", "bias"}
+
+
+def test_errors_say_what_pytorch_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("Cannot view a tensor with shape [24, 2, 16, 16]")
+
+    monkeypatch.setattr(torch._inductor, "compile", failing)
+    optimizer = optimizer_of(nn.Linear(3, 2), lambda model, x: model(x).square().sum(), 1.0)
+    with pytest.raises(CompileError, match=r"RuntimeError: Cannot view a tensor with shape \[24"):
+        optimizer.backward(torch.randn(4, 3))

@@ -1,0 +1,210 @@
+"""Batches of different lengths: one graph for all of them, or as many graphs as before, and exact in any case."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from clipgrad import DPOptimizer
+from clipgrad.compiled import compiled_step
+from tests.compiled.conftest import Graphs, Recorder
+from tests.oracle import clipped_sum, per_sample_gradients
+
+Loss = Callable[[nn.Module, Tensor], Tensor]
+
+
+class Text(nn.Module):
+    """A small language model with a causal mask."""
+
+    def __init__(self, width: int = 6) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(11, width)
+        self.norm = nn.LayerNorm(width)
+        self.query = nn.Linear(width, width)
+        self.head = nn.Linear(width, 11, bias=False)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.norm(self.embedding(ids))
+        q = self.query(x)[:, None]
+        x = x + F.scaled_dot_product_attention(q, q, x[:, None], is_causal=True)[:, 0]
+        logits: Tensor = self.head(x)
+        return logits
+
+
+def of_next_word(model: nn.Module, ids: Tensor) -> Tensor:
+    labels = F.pad(ids, (0, 1), value=-100)[:, 1:]
+    return F.cross_entropy(model(ids).flatten(0, 1), labels.flatten(), ignore_index=-100)
+
+
+def with_prefix(model: nn.Module, ids: Tensor) -> Tensor:
+    return of_next_word(model, torch.cat([ids.new_zeros(len(ids), 2), ids], 1))
+
+
+def by_gather(model: nn.Module, ids: Tensor) -> Tensor:
+    return -model(ids)[:, :-1].log_softmax(-1).gather(2, ids[:, 1:, None]).mean()
+
+
+def optimizer_of(
+    model: nn.Module, loss: Loss, bound: float = 0.5, **options: object
+) -> DPOptimizer:
+    return DPOptimizer(
+        torch.optim.SGD(model.parameters(), lr=0.0), model, loss, max_grad_norm=bound, noise_multiplier=0.0,
+        expected_batch_size=4, microbatch_size=4, compile=True, **options,
+    )  # fmt: skip
+
+
+def texts(*lengths: int, size: int = 4) -> Iterator[Tensor]:
+    for length in lengths:
+        yield torch.randint(11, (size, length))
+
+
+def check(optimizer: DPOptimizer, model: nn.Module, loss: Loss, ids: Tensor) -> None:
+    expected, _ = clipped_sum(per_sample_gradients(model, loss, (ids,)), 0.5)
+    optimizer.backward(ids)
+    torch.testing.assert_close(optimizer.clipped_sums, dict(expected), rtol=0, atol=1e-9)
+    optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("loss", [of_next_word, with_prefix, by_gather])
+def test_two_graphs_serve_all_lengths(loss: Loss, graphs: Graphs) -> None:
+    model = Text().double()
+    optimizer = optimizer_of(model, loss)
+    for ids in texts(7, 5, 12, 3, 9, 7, 40, 5, 23):
+        check(optimizer, model, loss, ids)
+    assert len(graphs) == 2
+
+
+@pytest.mark.parametrize("strategy", ["kept", "ghost"])
+def test_every_way_to_find_norms(strategy: str, graphs: Graphs) -> None:
+    from clipgrad import Performance
+
+    model = Text().double()
+    optimizer = optimizer_of(model, of_next_word, performance=Performance(strategy=strategy))
+    for ids in texts(7, 5, 12, 3):
+        check(optimizer, model, of_next_word, ids)
+    assert len(graphs) == 2
+
+
+class Pair(nn.Module):
+    """Reads two sequences of different lengths."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.key = nn.Linear(3, 4), nn.Linear(3, 4)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(self.query(x), self.key(y), self.key(y)).mean((1, 2))
+
+
+def test_two_lengths_that_agree_by_chance_have_two_symbols(graphs: Graphs) -> None:
+    model = Pair().double()
+
+    def loss(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        return model(x, y).square().sum()
+
+    optimizer = optimizer_of(model, loss)
+    for one, other in ((5, 5), (7, 3), (4, 4), (3, 9), (7, 7)):
+        batch = [torch.randn(4, length, 3, dtype=torch.float64) for length in (one, other)]
+        expected, _ = clipped_sum(per_sample_gradients(model, loss, tuple(batch)), 0.5)
+        optimizer.backward(*batch)
+        torch.testing.assert_close(optimizer.clipped_sums, dict(expected), rtol=0, atol=1e-9)
+        optimizer.zero_grad()
+    assert len(graphs) == 2
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_images_of_several_sizes(layout: torch.memory_format, graphs: Graphs) -> None:
+    model = nn.Sequential(nn.Conv2d(2, 3, 3, padding=1), nn.GroupNorm(1, 3), nn.ReLU()).double()
+
+    def loss(model: nn.Module, x: Tensor) -> Tensor:
+        return model(x).mean((2, 3)).square().sum()
+
+    optimizer = optimizer_of(model, loss)
+    for height, width in ((6, 6), (8, 5), (4, 9), (7, 7)):
+        x = torch.randn(4, 2, height, width, dtype=torch.float64).to(memory_format=layout)
+        check(optimizer, model, loss, x)
+    assert len(graphs) <= 4
+
+
+def by_pooling(model: nn.Module, ids: Tensor) -> Tensor:
+    """PyTorch's rule for pooling under vmap asks for sizes as numbers."""
+    return F.avg_pool1d(model(ids).mT, 2).square().mean()
+
+
+def test_a_step_that_needs_numbers_gets_a_graph_for_each_length(graphs: Graphs) -> None:
+    model = Text().double()
+    optimizer = optimizer_of(model, by_pooling)
+    for ids in texts(6, 8, 10, 6, 8, 10):
+        check(optimizer, model, by_pooling, ids)
+    assert len(graphs) <= 4
+
+
+def by_length(model: nn.Module, ids: Tensor) -> Tensor:
+    return of_next_word(model, ids) * (2 if ids.shape[1] > 8 else 1)
+
+
+def test_a_loss_that_asks_for_the_length(graphs: Graphs) -> None:
+    model = Text().double()
+    optimizer = optimizer_of(model, by_length)
+    for ids in texts(7, 5, 12, 3, 9, 7, 20, 8):
+        check(optimizer, model, by_length, ids)
+    assert len(graphs) <= 4
+
+
+def test_a_length_of_one(graphs: Graphs) -> None:
+    """PyTorch takes a size of one for a number, so it has a graph of its own and spoils no other."""
+    model = Text().double()
+
+    def loss(model: nn.Module, ids: Tensor) -> Tensor:
+        return model(ids).logsumexp(-1).mean()
+
+    optimizer = optimizer_of(model, loss)
+    for ids in texts(5, 1, 7, 3, 1, 9):
+        check(optimizer, model, loss, ids)
+    assert len(graphs) == 3
+
+
+@pytest.mark.parametrize(
+    "pad",
+    [
+        lambda x: F.pad(x, (1, 2)),
+        lambda x: F.pad(x, (-1, 2, 0, 1), value=3.0),
+        lambda x: torch.constant_pad_nd(x, (0, 1, 2, -1), 0.5),
+        lambda x: torch.ops.aten.pad(x, [1, 0]),
+        lambda x: torch.ops.aten.constant_pad_nd.default(x, [1, 1]),
+        lambda x: F.pad(x, (1, 1), mode="reflect"),
+        lambda x: torch.concat([x, x[:, :1]], -2),
+        lambda x: torch.concatenate((x, x.new_ones(1, 1, x.shape[2])), dim=1),
+        lambda x: torch.ops.aten.cat([x, x], 2),
+        lambda x: torch.gather(x, 1, x.argsort(1)),
+        lambda x: x.gather(-1, torch.zeros(1, 1, 1, dtype=torch.long)),
+        lambda x: torch.ops.aten.gather(x, 2, index=x.argsort(2)),
+    ],
+)
+def test_operations_on_the_whole_batch(pad: Callable[[Tensor], Tensor], graphs: Graphs) -> None:
+    """By all their names, for tensors that samples share and for those that they do not."""
+    model = nn.Linear(3, 3).double()
+
+    def loss(model: nn.Module, x: Tensor) -> Tensor:
+        return pad(model(x)).pow(2).cumsum(1).mean()
+
+    optimizer = optimizer_of(model, loss)
+    for length in (4, 6, 5):
+        check(optimizer, model, loss, torch.randn(4, length, 3, dtype=torch.float64))
+    assert len(graphs) <= 3
+
+
+def test_each_length_has_a_recording_up_to_a_limit(
+    graphs: Graphs, recorders: list[Recorder], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compiled_step, "RECORDINGS", 3)
+    model = Text().double()
+    optimizer = optimizer_of(model, of_next_word)
+    for ids in texts(7, 5, 12, 7, 5, 12, 3, 9, 4, 3, 9, 4, 7, 5, 12):
+        check(optimizer, model, of_next_word, ids)
+    assert len(graphs) == 2
+    assert len(recorders) == 1 + 3
