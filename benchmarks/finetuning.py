@@ -26,11 +26,24 @@ import clipgrad
 Batch = dict[str, Tensor]
 
 
+def loss_fn(model: nn.Module, batch: Batch) -> Tensor:
+    """The model's own loss."""
+    loss: Tensor = model(**batch, use_cache=False).loss
+    return loss
+
+
+def bfloat16_loss(model: nn.Module, batch: Batch) -> Tensor:
+    """The model's own loss under autocast."""
+    with torch.autocast(batch["input_ids"].device.type, torch.bfloat16):
+        return loss_fn(model, batch)
+
+
 class Setting(NamedTuple):
-    """A model, how it is trained, and the batch."""
+    """A model, the batch, and the loss."""
 
     model: nn.Module
     batch: Batch
+    loss: Callable[[nn.Module, Batch], Tensor] = loss_fn
 
 
 def text(vocabulary: int, size: int, length: int, device: str, *, masked: bool = True) -> Batch:
@@ -45,7 +58,7 @@ def text(vocabulary: int, size: int, length: int, device: str, *, masked: bool =
 
 
 def gpt2(device: str, *, tiny: bool = False, masked: bool = True) -> Setting:
-    """GPT-2 small, all parameters trained, float32."""
+    """GPT-2 small, all parameters trained, in float32."""
     import transformers
 
     sizes = {"n_layer": 2, "n_embd": 32, "n_head": 4, "vocab_size": 512} if tiny else {}
@@ -80,19 +93,21 @@ def llama_lora(device: str, *, tiny: bool = False) -> Setting:
     return Setting(model, text(config.vocab_size, *shape, device))
 
 
+def in_bfloat16(setting: Setting) -> Setting:
+    """The same setting under autocast."""
+    return setting._replace(loss=bfloat16_loss)
+
+
 SETTINGS: dict[str, Callable[[str], Setting]] = {
     "gpt2": gpt2,
     "gpt2-unmasked": lambda device: gpt2(device, masked=False),
+    "gpt2-bf16": lambda device: in_bfloat16(gpt2(device)),
+    "gpt2-bf16-unmasked": lambda device: in_bfloat16(gpt2(device, masked=False)),
+    "gpt2-bf16-tiny": lambda device: in_bfloat16(gpt2(device, tiny=True)),
     "gpt2-tiny": lambda device: gpt2(device, tiny=True),
     "llama-lora": llama_lora,
     "llama-lora-tiny": lambda device: llama_lora(device, tiny=True),
 }
-
-
-def loss_fn(model: nn.Module, batch: Batch) -> Tensor:
-    """The model's own loss."""
-    loss: Tensor = model(**batch, use_cache=False).loss
-    return loss
 
 
 def adamw(model: nn.Module, device: str) -> torch.optim.AdamW:
@@ -102,7 +117,7 @@ def adamw(model: nn.Module, device: str) -> torch.optim.AdamW:
 
 def ordinary(setting: Setting, device: str, mode: str) -> Callable[[], None]:
     model, batch = copy.deepcopy(setting.model), setting.batch
-    optimizer, compiled = adamw(model, device), torch.compile(loss_fn, mode=mode)
+    optimizer, compiled = adamw(model, device), torch.compile(setting.loss, mode=mode)
 
     def step() -> None:
         compiled(model, batch).backward()
@@ -116,7 +131,7 @@ def private(setting: Setting, device: str, compile: bool | str) -> Callable[[], 
     model, batch = copy.deepcopy(setting.model), setting.batch
     size = len(batch["input_ids"])
     optimizer = clipgrad.DPOptimizer(
-        adamw(model, device), model, loss_fn, max_grad_norm=1.0, noise_multiplier=1.0, expected_batch_size=size,
+        adamw(model, device), model, setting.loss, max_grad_norm=1.0, noise_multiplier=1.0, expected_batch_size=size,
         microbatch_size=size, compile=compile,
     )  # fmt: skip
 

@@ -35,12 +35,13 @@ def positive(name: str, value: float) -> float:
     return value
 
 
-def positive_int_or_none(name: str, value: int | None) -> int | None:
-    if value is not None and (type(value) is not int or value < 1):
-        raise ValueError(
-            f"{name} must be a positive integer, or None for the whole batch, got {value!r}."
-        )
-    return value
+def microbatch_size(value: int | str | None) -> None:
+    if value is None or value == "auto" or (type(value) is int and value >= 1):
+        return
+    raise ValueError(
+        "microbatch_size must be a positive integer, or None for the whole batch, or 'auto' for what fits into memory, "
+        f"got {value!r}."
+    )
 
 
 def one_of(name: str, value: str, allowed: Sequence[str]) -> str:

@@ -117,7 +117,8 @@ class FloatingPoint:
         return requested or torch.promote_types(dtype, torch.float32)
 
     def rows_at_once(self, size: int) -> int:
-        return self._options.microbatch_size or size
+        rows = self._options.microbatch_size
+        return rows if isinstance(rows, int) else size
 
     def samples(self, batch: Sequence[Any]) -> Sequence[Any]:
         return batch

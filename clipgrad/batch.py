@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from operator import attrgetter
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -15,12 +15,12 @@ from torch.utils._pytree import tree_flatten, tree_map
 from clipgrad import _validate
 from clipgrad.arithmetic import Arithmetic, FloatingPoint
 from clipgrad.clipping import ClippingStrategy, Relation, copy_strategy, is_grouped
-from clipgrad.engine.advice import ValueReadError
+from clipgrad.engine.batch_loss import LossRoads
 from clipgrad.engine.clip_and_sum import MicrobatchResult, PreClipping, Settings, accumulate
 from clipgrad.engine.inputs import Inputs, Loss, Restore, copy_samples
 from clipgrad.engine.microbatch import choose_strategies, forward, run
+from clipgrad.engine.microbatch_size import FixedRows, growing_rows, run_or_shrink
 from clipgrad.engine.rng_state import SavedRngState
-from clipgrad.errors import NotPerSampleError
 from clipgrad.exact import GridArithmetic
 from clipgrad.explain import Explanation, make_explanation
 from clipgrad.options import Options
@@ -33,10 +33,8 @@ RunRows = Callable[[slice, Tensor | None], MicrobatchResult]
 # PyTorch's capture and compiler take seconds to import, so they are imported where they are first needed.
 if TYPE_CHECKING:
     from clipgrad.compiled import Compiler
-    from clipgrad.engine.captured_loss import LossGraphs
 
 _DTYPE = attrgetter("dtype")
-_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -45,7 +43,7 @@ class ClippedBatch:
 
     Attributes:
         sums: The sum of each parameter, in order.
-        aux: Per-sample auxiliary output, or None.
+        aux: Per-sample auxiliary output; None or ``()`` if there is none.
         outcome: Norm, loss and flags of each sample.
         aliases_graph: Whether ``sums`` alias the memory of a CUDA graph, which the next batch overwrites.
     """
@@ -73,11 +71,12 @@ class BatchClipper:
             else GridArithmetic(options.grid, options)
         )
         self._compiler: Compiler | None = None
-        self._graphs: LossGraphs | None = None
-        self._runs_as_graph = False
+        self._roads = LossRoads(keep_batch_dim=options.keep_batch_dim, has_aux=options.has_aux)
         # Settings of the last call, because parameters and norm rarely change between calls.
         self._resolved: tuple[Any, Settings] | None = None
         self._sensitivity: tuple[Any, float] | None = None
+        self._aux_of_none: Any = None
+        self._growing: FixedRows | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return BatchClipper, (self.options, self.ranks)  # a copy has its own compiled graphs
@@ -109,30 +108,73 @@ class BatchClipper:
         mask = _validate.padding_mask(is_padding, size)
         settings = self._settings(inputs, max_grad_norm, restore)
         groups = settings.clipping.groups if is_grouped(max_grad_norm) else None
+        rows = self.arithmetic.rows_at_once(max(size, 1))
+        own = len(range(0, size, rows))
+        idle = self.ranks.passes(own) - own
         if size == 0:
-            return _empty(inputs, settings, groups)
-        rows = self.arithmetic.rows_at_once(size)
-        run_rows: RunRows = self._eagerly(inputs, settings)
-        if self.options.compile_mode is not None:
-            rows, run_rows = self._compiled(inputs, settings)
+            return self._clip_nothing(inputs, settings, groups, idle)
+        sizes, run_rows = self._rows_at_once(inputs, settings)
         results: list[MicrobatchResult] = []
-        sums: list[Tensor] | None = None
-        aliases = False
-        for start in range(0, size, rows):
-            part = slice(start, min(start + rows, size))
-            result = run_rows(part, None if mask is None else mask[part])
-            aliases = result.aliases_graph and may_alias and rows >= size
-            sums = result.sums if aliases else accumulate(sums, result)
+        total: list[Tensor] | None = None
+        aliases, start = False, 0
+        while start < size:
+            part = slice(start, min(start + sizes.rows, size))
+            padding = None if mask is None else mask[part]
+            result = run_or_shrink(partial(run_rows, part, padding), part.stop - start, sizes)
+            if result is None:
+                continue
+            start = part.stop
+            aliases = result.aliases_graph and may_alias and part == slice(0, size)
+            total = result.sums if aliases else accumulate(total, result)
             # Without this, the sums of all microbatches would stay in memory.
             results.append(replace(result, sums=[]))
             del result
-        assert sums is not None
+        sizes.tell()
+        sums, _ = self._idle(idle, inputs, settings, total)
         if self.options.normalize_by != 1.0:
-            sums, aliases = [total.div_(self.options.normalize_by) for total in sums], False
+            sums, aliases = [s.div_(self.options.normalize_by) for s in sums], False
         aux = None
-        if self.options.has_aux:
+        if self.options.has_aux is not False:
             aux = tree_map(lambda *leaves: torch.cat(leaves), *(result.aux for result in results))
+            if self._aux_of_none is None:
+                self._aux_of_none = tree_map(lambda leaf: leaf[:0].clone(), aux)
         return ClippedBatch(sums, aux, _outcome(results, settings, groups, mask, size), aliases)
+
+    def _clip_nothing(
+        self, inputs: Inputs, settings: Settings, groups: Sequence[str] | None, idle: int
+    ) -> ClippedBatch:
+        """Return the result of a batch without samples, while other processes may have some."""
+        if idle:
+            sums, aux = self._idle(idle, inputs, settings, None)
+            return _empty(inputs, settings, groups, aux, sums)
+        # A sharded model's forward pass needs all processes, of which some know the metrics already.
+        aux = () if self.ranks.is_sharded else self._empty_aux(inputs, settings)
+        pairs = zip(inputs.params, settings.dtypes, strict=True)
+        zeros = (torch.zeros_like(p, dtype=dtype) for p, dtype in pairs)
+        return _empty(inputs, settings, groups, aux, self.ranks.summed(zeros, inputs.params))
+
+    def _idle(
+        self, passes: int, inputs: Inputs, settings: Settings, sums: list[Tensor] | None
+    ) -> tuple[list[Tensor], Any]:
+        """Take part in what other processes compute together, with a row of padding that contributes nothing.
+
+        Returns:
+            The sums, and the auxiliary output of no samples.
+        """
+        aux: Any = ()
+        if passes:
+            rows = [
+                leaf.new_zeros((1, *leaf.shape[1:])) if isinstance(leaf, Tensor) else leaf
+                for leaf in inputs.batch
+            ]
+            run_rows = self._eagerly(replace(inputs, batch=rows, batch_size=1), settings)
+            is_padding = torch.ones(1, dtype=torch.bool, device=inputs.params[0].device)
+            for _ in range(passes):
+                result = run_rows(slice(0, 1), is_padding)
+                sums = accumulate(sums, result)
+                aux = tree_map(lambda leaf: leaf[:0].clone(), result.aux)
+        assert sums is not None
+        return sums, aux
 
     def explain(
         self, inputs: Inputs, max_grad_norm: ClippingStrategy, *, restore: Restore = list
@@ -153,9 +195,8 @@ class BatchClipper:
         rows = slice(0, min(self.arithmetic.rows_at_once(size), size))
         samples = copy_samples(inputs.rows(rows))
         with torch.enable_grad(), SavedRngState(inputs.params[0].device).restored_on_exit():
-            tape, _, _ = self._with_loss(
-                inputs,
-                lambda loss: forward(loss, inputs.names, inputs.params, samples, settings),
+            tape, _, _ = self._roads.of(inputs).run(
+                lambda loss: forward(loss, inputs.names, inputs.params, samples, settings)
             )
         try:
             return make_explanation(
@@ -164,6 +205,30 @@ class BatchClipper:
         finally:
             tape.release()
 
+    def _empty_aux(self, inputs: Inputs, settings: Settings) -> Any:
+        """The auxiliary output of no samples: an earlier batch's, else that of a row of zeros, without values."""
+        if self.options.has_aux is False:
+            return None
+        if self._aux_of_none is None:
+            row = [
+                leaf.new_zeros((1, *leaf.shape[1:])) if isinstance(leaf, Tensor) else leaf
+                for leaf in inputs.batch
+            ]
+
+            def aux_of_row(loss: Loss) -> Any:
+                tape, _, aux = forward(loss, inputs.names, inputs.params, row, settings)
+                tape.release()
+                return aux
+
+            try:
+                with torch.enable_grad(), SavedRngState(inputs.params[0].device).restored_on_exit():
+                    aux = self._roads.of(inputs).run(aux_of_row)
+            except Exception:
+                # A loss that takes no zeros: nothing is known of its metrics yet, and most losses have none.
+                return ()
+            self._aux_of_none = tree_map(lambda leaf: leaf[:0].clone(), aux)
+        return tree_map(torch.clone, self._aux_of_none)
+
     def sensitivity(self, max_grad_norm: ClippingStrategy, relation: Relation) -> float:
         """Return the largest L2 change of the sums between neighbouring batches."""
         key = copy_strategy(max_grad_norm), relation
@@ -171,12 +236,24 @@ class BatchClipper:
             self._sensitivity = key, self.arithmetic.sensitivity(max_grad_norm, relation)
         return self._sensitivity[1]
 
+    def _rows_at_once(self, inputs: Inputs, settings: Settings) -> tuple[FixedRows, RunRows]:
+        """How many samples run together, and what runs them."""
+        if self.options.compile_mode is not None:
+            rows, run_rows = self._compiled(inputs, settings)
+            return FixedRows(rows), run_rows
+        if self.options.microbatch_size == "auto" and self.options.grid is None:
+            self._growing = self._growing or growing_rows(inputs.params[0].device)
+            return self._growing, self._eagerly(inputs, settings)
+        rows = self.arithmetic.rows_at_once(inputs.batch_size)
+        return FixedRows(rows), self._eagerly(inputs, settings)
+
     def _eagerly(self, inputs: Inputs, settings: Settings) -> RunRows:
+        batch_loss = self._roads.of(inputs)
+
         def run_rows(rows: slice, mask: Tensor | None) -> MicrobatchResult:
             samples = self.arithmetic.samples(inputs.rows(rows))
-            return self._with_loss(
-                inputs,
-                lambda loss: run(loss, inputs.names, inputs.params, samples, mask, settings),
+            return batch_loss.run(
+                lambda loss: run(loss, inputs.names, inputs.params, samples, mask, settings)
             )
 
         return run_rows
@@ -188,46 +265,10 @@ class BatchClipper:
         mode = self.options.compile_mode
         assert mode is not None
         compiler = self._compiler = self._compiler or Compiler(mode)
-        rows = compiler.rows(self.options.microbatch_size, inputs.batch_size)
-        return rows, MicrobatchRunner(compiler, self._loss_graphs(), inputs, settings, rows)
-
-    def _loss_graphs(self) -> LossGraphs:
-        from clipgrad.engine.captured_loss import LossGraphs
-
-        if self._graphs is None:
-            self._graphs = LossGraphs(
-                keep_batch_dim=self.options.keep_batch_dim, has_aux=self.options.has_aux
-            )
-        return self._graphs
-
-    def _graph_loss(self, inputs: Inputs, refusal: ValueReadError) -> Loss:
-        """Return the captured loss, or raise the refusal if PyTorch cannot capture the loss."""
-        from clipgrad.loss_graph import CannotCapture
-
-        try:
-            return self._loss_graphs().graph_for(inputs).loss()
-        except CannotCapture as reason:
-            where = f" It does so at {reason.where}." if reason.where else ""
-            raise NotPerSampleError(f"{refusal}{where}") from reason
-
-    def _graph_or_none(self, inputs: Inputs) -> Loss | None:
-        """Return the captured loss; None if PyTorch cannot capture it now, so that the user's Python must run."""
-        from clipgrad.loss_graph import CannotCapture
-
-        with suppress(CannotCapture):
-            return self._loss_graphs().graph_for(inputs).loss()
-        return None
-
-    def _with_loss(self, inputs: Inputs, body: Callable[[Loss], _T]) -> _T:
-        """Run ``body`` on the user's loss; if this reads values of tensors, on the captured graph of the loss."""
-        if self._runs_as_graph and (loss := self._graph_or_none(inputs)) is not None:
-            return body(loss)
-        try:
-            return body(inputs.loss)
-        except ValueReadError as refusal:
-            loss = self._graph_loss(inputs, refusal)
-            self._runs_as_graph = True
-            return body(loss)
+        size = self.options.microbatch_size
+        assert not isinstance(size, str)
+        rows = compiler.rows(size, inputs.batch_size)
+        return rows, MicrobatchRunner(compiler, self._roads.graphs, inputs, settings, rows)
 
     def _settings(
         self, inputs: Inputs, max_grad_norm: ClippingStrategy, restore: Restore
@@ -272,16 +313,18 @@ def _on_leaves(transform: Callable[[Any], Any], restore: Restore) -> PreClipping
     return apply
 
 
-def _empty(inputs: Inputs, settings: Settings, groups: Sequence[str] | None) -> ClippedBatch:
-    """Return the zero sums of a batch without samples."""
-    sums = [
-        torch.zeros_like(p, dtype=dtype)
-        for p, dtype in zip(inputs.params, settings.dtypes, strict=True)
-    ]
+def _empty(
+    inputs: Inputs,
+    settings: Settings,
+    groups: Sequence[str] | None,
+    aux: Any,
+    sums: list[Tensor],
+) -> ClippedBatch:
+    """Return the result of a batch without samples."""
     none = torch.zeros(0, dtype=settings.dtypes[0], device=inputs.params[0].device)
     norms = [none for _ in settings.clipping.groups]
     outcome = Outcome(none, norms, settings.clipping.norms, groups, none.bool(), None, 0)
-    return ClippedBatch(sums, None, outcome)
+    return ClippedBatch(sums, aux, outcome)
 
 
 def _outcome(

@@ -26,6 +26,10 @@ class UnaccountedBatchError(RuntimeError):
     """The privacy plan does not account for a batch; nothing was released."""
 
 
+class RanksError(RuntimeError):
+    """The processes that train together differ in what they do, or one of them is gone; the message names it."""
+
+
 class CompileError(RuntimeError):
     """The step cannot be compiled, or can no longer be; the message says why and what to do instead."""
 

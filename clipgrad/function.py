@@ -109,7 +109,7 @@ def clipped_grad(
     keep_batch_dim: bool = True,
     normalize_by: float = 1.0,
     pre_clipping_transform: Callable[[Any], Any] | None = None,
-    microbatch_size: int | None = None,
+    microbatch_size: int | str | None = None,
     nan_safe: bool = True,
     compile: bool | str = False,
     grid: float | None = None,
@@ -137,6 +137,8 @@ def clipped_grad(
             ``[B, *shape]``) before norms are computed. All per-sample gradients are then materialised, which takes
             ``B`` times the parameters' memory.
         microbatch_size: Number of samples that are processed at a time. It bounds memory and changes no result.
+            ``"auto"`` doubles it from 1 during the first batch as long as half of the free memory suffices, and halves
+            it if memory runs out; the logger ``clipgrad`` reports the number.
         nan_safe: Whether a sample whose gradient norm is not finite contributes exactly nothing, and is counted.
         compile: True, or a mode of ``torch.compile`` (``"reduce-overhead"`` uses CUDA graphs, ``"max-autotune"``):
             the step of a microbatch runs as one compiled graph. Compilation takes seconds to minutes, at the first

@@ -26,6 +26,8 @@ class Performance:
         randomness: ``"different"`` samples a dropout mask for each sample, ``"same"`` one for the microbatch.
             ``"error"`` refuses a loss that uses random numbers.
         accumulate_dtype: Dtype of the clipped sums. The default is the parameter's dtype, at least float32.
+        process_group: The processes that train together, a group of ``torch.distributed``. By default they are all
+            processes, if ``init_process_group`` was called. See ``docs/scaling.md``.
 
     Raises:
         ValueError: If a value is out of range.
@@ -39,6 +41,7 @@ class Performance:
     memory_budget: float | None = None
     randomness: str = "different"
     accumulate_dtype: torch.dtype | None = None
+    process_group: Any = None
 
     def __post_init__(self) -> None:
         _validate.one_of("strategy", self.strategy, STRATEGIES)
@@ -59,21 +62,29 @@ class Options:
         ValueError: If a value is out of range, or two options exclude each other.
     """
 
-    has_aux: bool = False
+    # None: whether the loss returns (loss, aux) is found from what it returns.
+    has_aux: bool | None = False
     keep_batch_dim: bool = True
     normalize_by: float = 1.0
     pre_clipping_transform: Callable[[Any], Any] | None = None
-    microbatch_size: int | None = None
+    microbatch_size: int | str | None = None
     nan_safe: bool = True
     compile: bool | str = False
     grid: float | None = None
     performance: Performance = field(default_factory=Performance)
 
     def __post_init__(self) -> None:
-        for name in ("has_aux", "keep_batch_dim", "nan_safe"):
+        for name in ("keep_batch_dim", "nan_safe"):
             _validate.flag(name, getattr(self, name))
+        if self.has_aux is not None:
+            _validate.flag("has_aux", self.has_aux)
         _validate.positive("normalize_by", self.normalize_by)
-        _validate.positive_int_or_none("microbatch_size", self.microbatch_size)
+        _validate.microbatch_size(self.microbatch_size)
+        if self.microbatch_size == "auto" and self.compile is not False:
+            raise ValueError(
+                "microbatch_size='auto' cannot be combined with compile: a graph is compiled for one size. Run a few "
+                "eager steps with 'auto', and set the number that the logger 'clipgrad' reports."
+            )
         if not isinstance(self.performance, Performance):
             raise TypeError(
                 f"performance must be a clipgrad.Performance, got {self.performance!r}; "

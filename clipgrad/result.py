@@ -6,10 +6,11 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,18 @@ class Outcome:
         """Return the mean loss of the samples that are not padding; NaN if there is none."""
         losses = self.losses if self.is_padding is None else self.losses[~self.is_padding]
         return losses.mean()
+
+
+class NotPrivate(NamedTuple):
+    """What ``backward`` returns if the loss returns ``(loss, metrics)``. **Not private**, neither of them.
+
+    Attributes:
+        loss: The mean loss of the samples that are not padding, detached.
+        metrics: What the loss returned beside its value, of each sample that is not padding: ``[B, ...]``.
+    """
+
+    loss: Tensor
+    metrics: Any
 
 
 @dataclass(frozen=True)
@@ -130,3 +143,13 @@ def diagnostics_of(outcome: Outcome) -> Diagnostics:
     size = outcome.batch_size
     share = float(outcome.num_clipped) / size if size else math.nan
     return Diagnostics(outcome.losses, outcome.grad_norms, size, share, int(outcome.num_nonfinite))
+
+
+def loss_and_metrics(outcome: Outcome, aux: Any) -> Tensor | NotPrivate:
+    """Return the mean loss, and the metrics of all samples but padding; ``()`` stands for a loss without metrics."""
+    if isinstance(aux, tuple) and not aux:
+        return outcome.mean_loss
+    if outcome.is_padding is not None:
+        kept = ~outcome.is_padding
+        aux = tree_map(lambda leaf: leaf[kept.to(leaf.device)], aux)
+    return NotPrivate(outcome.mean_loss, aux)

@@ -24,6 +24,8 @@ def test_there_are_examples():
     "example", thinned(EXAMPLES, lambda path: path.stem == "digits", lambda path: path.stem)
 )
 def test_example_runs(example: Path, tmp_path: Path):
+    for package in NEEDS.get(example.stem, ()):
+        pytest.importorskip(package)
     arguments, check = CHECKS.get(example.stem, ([], lambda output, folder: None))
     result = run(example, *arguments, folder=tmp_path)
     assert result.returncode == 0, result.stdout + result.stderr
@@ -41,7 +43,7 @@ def run(example: Path, *arguments: str, folder: Path) -> subprocess.CompletedPro
     environment["COLUMNS"] = "80"
     command = [sys.executable, "-W", "error", str(example), "--quick", *arguments]
     return subprocess.run(
-        command, cwd=folder, env=environment, capture_output=True, encoding="utf-8", timeout=120
+        command, cwd=folder, env=environment, capture_output=True, encoding="utf-8", timeout=300
     )
 
 
@@ -76,7 +78,55 @@ def check_audit(output: str, folder: Path) -> None:
     assert "NOT as private as claimed" in output
 
 
+def check_resume(output: str, folder: Path) -> None:
+    assert "from step 0" in output
+    assert "killed in step 5" in output
+    assert "from step 4" in output
+    done, spent, planned = re.findall(
+        r"done: step (\d+), epsilon ([\d.]+), planned ([\d.]+)", output
+    )[0]
+    assert done == "10"
+    assert spent == planned
+
+
+def check_users(output: str, folder: Path) -> None:
+    assert "adding or removing one user" in output
+    first, second = map(float, re.findall(r"after phase \d: epsilon ([\d.]+)", output))
+    assert first < second
+    assert "15 rounds in one ledger" in output
+
+
+def check_gan(output: str, folder: Path) -> None:
+    assert re.search(r"epsilon 1\.\d+ after 20 steps", output)
+
+
+def check_robust(output: str, folder: Path) -> None:
+    ordinary, clipped = map(float, re.findall(r"weights ([\d.]+), bias", output))
+    assert clipped < ordinary / 2
+
+
+def check_distill(output: str, folder: Path) -> None:
+    accuracies = list(map(int, re.findall(r"accuracy of the batch (\d+)%", output)))
+    assert accuracies[-1] > 50  # chance is 10
+    assert "student: epsilon" in output
+
+
+def check_finetune_lm(output: str, folder: Path) -> None:
+    assert (folder / "finetune_lm.png").read_bytes().startswith(b"\x89PNG")
+    before = float(re.findall(r"public model: perplexity ([\d.]+)", output)[0])
+    rows = dict(re.findall(r"^(\w.*?) +[\d.inf]+ +([\d.]+)   epsilon >=", output, re.MULTILINE))
+    assert rows.keys() == {"DPTrainer, epsilon 4", "plain loop", "not private"}
+    assert all(float(perplexity) < before for perplexity in rows.values())
+
+
+NEEDS = {"finetune_lm": ("transformers", "accelerate", "peft")}
 CHECKS: dict[str, tuple[list[str], Callable[[str, Path], None]]] = {
     "audit": (["--noise", "0.25"], check_audit),
     "digits": (["--seed", "0"], check_digits),
+    "distill": ([], check_distill),
+    "finetune_lm": ([], check_finetune_lm),
+    "gan": ([], check_gan),
+    "resume": ([], check_resume),
+    "robust": ([], check_robust),
+    "users": ([], check_users),
 }

@@ -75,7 +75,6 @@ def test_hostile(name: str) -> None:
     [
         "saved tensors hooks inside",
         "saved tensors hooks around",
-        "checkpoint",
         "dispatch mode inside",
         "node hook",
         "module full backward hook",

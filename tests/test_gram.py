@@ -68,6 +68,26 @@ def test_on_cuda_in_full_precision(shape: tuple[int, int, int, int], tf32: bool)
 
 @pytest.mark.cuda
 @needs_cuda
+@pytest.mark.parametrize(
+    "dtypes", [(torch.bfloat16,) * 2, (torch.float16,) * 2, (torch.bfloat16, torch.float32)]
+)
+@pytest.mark.parametrize(
+    "shape", [(4, 8, 5, 3), (32, 64, 256, 768), (8, 100, 9, 64), (2, 300, 50_257, 8)]
+)
+def test_half_precision_on_cuda(
+    shape: tuple[int, int, int, int], dtypes: tuple[torch.dtype, torch.dtype]
+) -> None:
+    """All of one sign, so that digits which tensor cores cut off would add up."""
+    samples, positions, rows, columns = shape
+    left = torch.rand(samples, positions, rows, device="cuda").to(dtypes[0])
+    right = torch.rand(samples, positions, columns, device="cuda").to(dtypes[1])
+    torch.testing.assert_close(
+        found(left, right).double(), expected(left, right), rtol=1e-5, atol=0
+    )
+
+
+@pytest.mark.cuda
+@needs_cuda
 @needs_triton
 def test_kernel_is_used_on_cuda() -> None:
     from clipgrad.kernels import gram_launch
@@ -76,6 +96,28 @@ def test_kernel_is_used_on_cuda() -> None:
     result = gram_launch.gram_sums(left, right)
     assert result is not None
     assert torch.equal(result, found(left, right))
+
+
+@pytest.mark.cuda
+@needs_cuda
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("positions", [2, 64])
+def test_what_cancels_is_clipped_enough_in_half_precision(
+    positions: int, dtype: torch.dtype
+) -> None:
+    """Positions differ from their opposites by one last digit, in an odd vocabulary."""
+    torch.manual_seed(0)
+    half = positions // 2
+    left = torch.randn(64, 1, 97, device="cuda").to(dtype).repeat(1, positions, 1)
+    left[:, half:] *= -1
+    right = torch.randn(64, half, 80, device="cuda").to(dtype).repeat(1, 2, 1)
+    right[:, half:, 0] *= 1 + torch.finfo(dtype).eps
+    use = Outer(left, right, torch.Size([97, 80])).aligned()
+    norms = ghost_norms_squared([use]).sqrt()
+    for sample in range(64):
+        factors = torch.zeros(64, device="cuda")
+        factors[sample] = 1 / norms[sample]  # clipped to 1
+        assert float(use.weighted_sum(factors).norm()) < 1.2
 
 
 @pytest.mark.cuda

@@ -207,7 +207,7 @@ class Limping(KeyDeriver):
 def test_a_broken_derivation_is_found(
     recorder: Recorder, monkeypatch: pytest.MonkeyPatch, broken: type[KeyDeriver]
 ) -> None:
-    monkeypatch.setattr("clipgrad.noise.system.Lineage", broken)
+    monkeypatch.setattr("clipgrad.noise.system.KeyDeriver", broken)
     with pytest.raises(AssertionError, match="used twice"):
         check_no_overlap(everything(recorder))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -310,3 +311,23 @@ def test_a_loss_that_raises_leaves_the_logical_batch_as_it_was() -> None:
         optimizer.backward(data(seed=2))
     assert_same(optimizer.clipped_sums, before)
     optimizer.step()
+
+
+@pytest.mark.parametrize("clear", ["model.zero_grad", "grad = None", "optimizer.zero_grad"])
+def test_published_gradients_are_not_kept_after_they_are_cleared(clear: str) -> None:
+    """Some loops clear gradients through the model; the optimizer must not hold one more copy each step."""
+    model = mlp()
+    optimizer = private(model, noise_multiplier=1.0)
+    clears: dict[str, Callable[[], object]] = {
+        "model.zero_grad": model.zero_grad,
+        "grad = None": lambda: [setattr(p, "grad", None) for p in model.parameters()],
+        "optimizer.zero_grad": optimizer.zero_grad,
+    }
+    published = []
+    for _ in range(3):
+        optimizer.backward(data())
+        optimizer.step()
+        published.append([weakref.ref(gradient) for gradient in grads(model)])
+        clears[clear]()
+    optimizer.backward(data())
+    assert not any(reference() is not None for step in published for reference in step)

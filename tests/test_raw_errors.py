@@ -16,7 +16,7 @@ from clipgrad import Performance, clipped_grad
 from clipgrad.engine import reference
 from clipgrad.errors import NotPerSampleError
 from clipgrad.testing import Params
-from tests.dp_tools import data, mlp, private, squared
+from tests.dp_tools import clipped, data, mlp, private, squared
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:There is a performance drop", "ignore:.*prototype stage", "ignore:.*beta state"
@@ -192,14 +192,18 @@ def test_a_hook_on_a_node() -> None:
 
 
 def test_inputs_that_are_made_to_require_grad() -> None:
-    """What PEFT's ``enable_input_require_grads`` registers."""
+    """What PEFT's ``enable_input_require_grads`` registers; it changes nothing where the layer is trained."""
     model = mlp()
     handle = model[0].register_forward_hook(
         lambda module, args, output: output.requires_grad_(True)
     )
+    optimizer = private(model)
+    optimizer.backward(data())
+    torch.testing.assert_close(optimizer.clipped_sums, clipped(model, data())[0])
+    model[0].requires_grad_(False)
     with pytest.raises(
         NotPerSampleError,
-        match=r"enable_input_require_grads.*gradient_checkpointing_disable\(\), model\.disable_input",
+        match=r"enable_input_require_grads.*remove it: model\.disable_input_require_grads\(\)",
     ) as caught:
         private(model).backward(data())
     assert len(str(caught.value)) < 420
@@ -225,21 +229,15 @@ def test_gradient_checkpointing_of_hugging_face(reentrant: bool) -> None:
         warnings.simplefilter("ignore", FutureWarning)  # newer versions have another name for it
         model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     optimizer = private(model, loss)
-    with pytest.raises(NotPerSampleError, match=r"gradient_checkpointing_disable\(\)"):
-        optimizer.backward(ids)
-    model.disable_input_require_grads()
-    with pytest.raises(NotPerSampleError, match=r"gradient_checkpointing_disable\(\).*microbatch"):
-        optimizer.backward(ids)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        model.gradient_checkpointing_disable()
     optimizer.backward(ids)
+    expected = clipped(model, ids, loss=loss)[0]
+    torch.testing.assert_close(optimizer.clipped_sums, expected, rtol=0, atol=1e-9)
 
 
 # ------------------------------------------------------------------------- values that are logged
 
 LOGGED = r"(value that the loss kept|per-sample value that the loss kept).*has_aux=True.*optimizer\.diagnostics"
-READ = r"To log (it|a value), read optimizer\.diagnostics after backward\(\), or return it \(.*has_aux=True\)"
+READ = r"To log (it|a value), read optimizer\.diagnostics after backward\(\), or return it as .*has_aux=True\)"
 
 
 class Logged(nn.Module):

@@ -29,16 +29,6 @@ STRANGER = nn.Parameter(torch.ones(2, dtype=torch.float64))
 TEACHER = nn.Linear(4, 2).double()
 
 
-class _OldStyle(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return grad
-
-
 def _fixed_zeros(m: nn.Module, x: Tensor) -> Tensor:
     out = torch.zeros(x.shape[0], 3, dtype=x.dtype)
     out[:, :2] = m(x)
@@ -147,11 +137,13 @@ LOSSES: dict[str, tuple[Loss, str]] = {
     "masked_select": (lambda m, x: m(x).masked_select(m(x) > 0).sum(), SHAPE),
     "unique": (lambda m, x: m(x).sum() * x.unique().numel(), SHAPE),
     "tolist": (lambda m, x: m(x).sum() * x.tolist()[0][0], RAW),
-    "numpy": (lambda m, x: m(torch.from_numpy(x.numpy())).sum(), RAW),
     "deepcopy": (lambda m, x: copy.deepcopy(m)(x).sum(), RAW),
     "vector": (lambda m, x: m(x).mean(-1), SCALAR + r".*has_aux=True"),
     "matrix": (lambda m, x: m(x), r"shape \(1, 2\)"),
-    "tuple": (lambda m, x: (m(x).sum(), x), r"got tuple.*clipped_grad with has_aux=True"),
+    "three values": (
+        lambda m, x: (m(x).sum(), x, x),
+        r"got tuple.*return \(loss, metrics\) to DPOptimizer.*clipped_grad with has_aux=True",
+    ),
     "number": (lambda m, x: 3.0, r"got float"),
     "nothing": (lambda m, x: None, r"got NoneType"),
     "integer": (lambda m, x: m(x).sum().long(), r"floating-point scalar, got torch\.int64"),
@@ -177,7 +169,6 @@ LOSSES: dict[str, tuple[Loss, str]] = {
     "autograd.grad": (_inner_gradient, TORCH_FUNC),
     "backward": (_inner_backward, TORCH_FUNC),
     "requires_grad_": (lambda m, x: m(x.requires_grad_()).sum(), TORCH_FUNC),
-    "old Function": (lambda m, x: squared(m, _OldStyle.apply(x)), r"autograd\.Function.*setup_context"),
     "checkpoint": (
         lambda m, x: m[2](checkpoint(m[0], x, use_reentrant=True)).sum(),
         r"torch\.utils\.checkpoint.*microbatch_size",
@@ -254,14 +245,6 @@ def test_inference_mode() -> None:
     optimizer = private(mlp())
     with torch.inference_mode(), pytest.raises(ValueError, match=r"inference_mode.*no_grad"):
         optimizer.backward(data())
-
-
-@pytest.mark.parametrize("backend", ["aot_eager"])
-def test_compiled_code(backend: str) -> None:
-    model = mlp()
-    compiled = torch.compile(model, backend=backend)
-    with pytest.raises(NotPerSampleError, match=r"torch\.compile.*_orig_mod"):
-        private(compiled, inner=torch.optim.SGD(model.parameters())).backward(data())  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("old", [True, False])

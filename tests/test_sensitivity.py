@@ -48,6 +48,7 @@ class Model:
     shape: tuple[int, ...]
     dtype: torch.dtype = torch.float32
     rounding: float = ROUNDING
+    autocast: torch.dtype | None = None
 
     def make(self) -> Params:
         generator = torch.Generator().manual_seed(0)
@@ -106,6 +107,11 @@ MODELS = {
     "tied, float16": Model(tied, {"table": (WORDS, 3), "shift": (3,)}, (4, 3), **HALF),
     "normalised, float16": Model(normalised, MLP, (5,), **HALF),
     "sliced, bfloat16": Model(sliced, SLICED, (3, 4), torch.bfloat16, 4e-2),
+    "cnn, autocast": Model(cnn, CNN, (2, 5, 5), rounding=4e-2, autocast=torch.bfloat16),
+    "normalised, autocast": Model(normalised, MLP, (5,), rounding=5e-3, autocast=torch.float16),
+    "difference, autocast": Model(
+        difference, {"w": (3, 6)}, (2, 6), rounding=4e-2, autocast=torch.bfloat16
+    ),
 }
 
 # What one row may hold, applied to a normal row.
@@ -172,7 +178,19 @@ def transform(model: Model, options: dict[str, Any]) -> ClippedGrad:
     if norm == "grouped":
         names = list(model.params)
         norm = {names[0]: 0.5} if len(names) == 1 else {names[0]: 0.5, "": 2.0}
-    return clipped_grad(model.loss, **{**options, "max_grad_norm": norm})
+    return clipped_grad(lowered(model), **{**options, "max_grad_norm": norm})
+
+
+def lowered(model: Model) -> Callable[..., Tensor]:
+    """The model's loss, under autocast if the model asks for it."""
+    if model.autocast is None:
+        return model.loss
+
+    def loss(*args: Any) -> Tensor:
+        with torch.autocast("cpu", model.autocast):
+            return model.loss(*args).float()
+
+    return loss
 
 
 def distance(first: Params, second: Params) -> float:

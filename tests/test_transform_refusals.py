@@ -270,14 +270,19 @@ def test_a_failure_leaves_nothing_behind(params: Params, x: Tensor) -> None:
 
 @pytest.mark.parametrize("part", [lambda w: w.chunk(3)[0], lambda w: w.split(1)[1]])
 def test_a_checkpoint_that_takes_a_parameter_apart(part: Callable[[Tensor], Any]) -> None:
-    """It fails in another place than a checkpoint that only reads it."""
+    """It fails in another place than a checkpoint that only reads it, and runs as a graph like that one."""
 
     def loss(w: Tensor, x: Tensor) -> Tensor:
         return checkpoint(lambda h: F.linear(h, part(w)).tanh(), x, use_reentrant=False).sum()
 
-    gradient = clipped_grad(loss, max_grad_norm=1.0)
-    with pytest.raises(NotPerSampleError, match="checkpoint"):
-        gradient(torch.ones(3, 1), torch.ones(2, 1))
+    def plain(w: Tensor, x: Tensor) -> Tensor:
+        return F.linear(x, part(w)).tanh().sum()
+
+    w, x = torch.ones(3, 1), torch.arange(1.0, 3.0)[:, None]
+    found = clipped_grad(loss, max_grad_norm=0.3)(w, x)
+    expected = clipped_grad(plain, max_grad_norm=0.3)(w, x)
+    close(found.grads, expected.grads)
+    close(found.grad_norms, expected.grad_norms)
 
 
 @pytest.mark.parametrize("sees", ["a list", "nothing"])

@@ -15,13 +15,14 @@ from clipgrad.compiled.lengths import Shapes, shapes_of
 from clipgrad.compiled.shape import pad_batch, pad_mask
 from clipgrad.compiled.signature import refuse_modes, signature
 from clipgrad.compiled.step import Compiler, Request
-from clipgrad.engine.advice import ValueReadError
+from clipgrad.engine.advice import NeedsGraphError, ValueReadError
 from clipgrad.engine.captured_loss import GraphOfLoss, LossGraphs
 from clipgrad.engine.clip_and_sum import MicrobatchResult, Settings
 from clipgrad.engine.foreign_code import refuse_saved_tensors_hooks
 from clipgrad.engine.inputs import Inputs, copy_samples
 from clipgrad.engine.microbatch import run
 from clipgrad.engine.rng_state import SavedRngState
+from clipgrad.engine.sample_loop import run_sample_loop
 from clipgrad.errors import CompileMismatchError
 from clipgrad.loss_graph import CannotCapture
 
@@ -94,8 +95,7 @@ class MicrobatchRunner:
             entry.runs += entry.runs > 0
             return self._eagerly(batch, mask)
         if generators is not None:
-            with generators.temporarily_restored():
-                eager = self._eagerly(padded, padding)
+            eager = self._expected(padded, padding, generators)
             slack = tolerance(entry.graph.module, self._device)
             try:
                 compare(result, eager, self._inputs.names, settings.clipping, slack)
@@ -150,15 +150,45 @@ class MicrobatchRunner:
         )
 
     def _eagerly(self, batch: Sequence[Any], mask: Tensor | None) -> MicrobatchResult:
-        """Run the eager step on the user's Python, or on the captured loss if the Python reads values of tensors."""
-        inputs = self._inputs
+        """Run the eager step on the user's Python, or on the captured loss where the Python cannot be batched."""
         try:
-            return run(inputs.loss, inputs.names, inputs.params, batch, mask, self._settings)
-        except ValueReadError:
+            return self._of_python(batch, mask)
+        except NeedsGraphError:
             if self._loss is None:
                 raise
-            loss = self._loss.loss()
-            return run(loss, inputs.names, inputs.params, batch, mask, self._settings)
+            return self._of_graph(self._loss, batch, mask)
+
+    def _expected(
+        self, batch: Sequence[Any], mask: Tensor | None, generators: SavedRngState
+    ) -> MicrobatchResult:
+        """Return what the compiled step has to compute, by the user's Python as long as that is possible.
+
+        Args:
+            batch: Rows of one microbatch.
+            mask: Which of them are padding.
+            generators: The RNG state at which the step started; every attempt starts there.
+        """
+        assert self._loss is not None
+        try:
+            with generators.temporarily_restored():
+                return self._of_python(batch, mask)
+        except NeedsGraphError:
+            with generators.temporarily_restored():
+                found = run_sample_loop(self._inputs, batch, mask, self._settings)
+        if found is None:
+            with generators.temporarily_restored():
+                found = self._of_graph(self._loss, batch, mask)
+        return found
+
+    def _of_python(self, batch: Sequence[Any], mask: Tensor | None) -> MicrobatchResult:
+        inputs = self._inputs
+        return run(inputs.loss, inputs.names, inputs.params, batch, mask, self._settings)
+
+    def _of_graph(
+        self, loss: GraphOfLoss, batch: Sequence[Any], mask: Tensor | None
+    ) -> MicrobatchResult:
+        inputs = self._inputs
+        return run(loss.loss(), inputs.names, inputs.params, batch, mask, self._settings)
 
 
 def _are_identical(one: Sequence[Tensor], other: Sequence[Tensor]) -> bool:

@@ -209,7 +209,17 @@ def _may_be_random(node: Node) -> bool:
     target = node.target
     if not isinstance(target, OpOverload) or target.namespace not in _KNOWN:
         return True
-    return torch.Tag.nondeterministic_seeded in target.tags
+    return torch.Tag.nondeterministic_seeded in target.tags and _dropout(node) != 0.0
+
+
+def _dropout(node: Node) -> Any:
+    """The probability of dropout in fused attention, which draws nothing without; None for other operations."""
+    assert isinstance(node.target, OpOverload)
+    for index, argument in enumerate(node.target._schema.arguments):
+        if argument.name == "dropout_p":
+            given = node.kwargs.get(argument.name, argument.default_value)
+            return node.args[index] if index < len(node.args) else given
+    return None
 
 
 def _writes_outside(node: Node) -> bool:

@@ -11,8 +11,16 @@ from clipgrad.engine.foreign_code import SAVED_TENSORS_HOOKS
 from clipgrad.errors import NotPerSampleError
 
 
-class ValueReadError(NotPerSampleError):
-    """The loss asks for the value of a tensor. A graph of the loss of one sample may do without the question."""
+class NeedsGraphError(NotPerSampleError):
+    """The user's Python cannot run on all samples at once, but the captured graph of one sample's loss may.
+
+    Nothing was found that mixes samples or writes to values that samples share. The capture decides whether the graph
+    can be used.
+    """
+
+
+class ValueReadError(NeedsGraphError):
+    """The loss reads the value of a tensor. The captured graph of the loss may run without that value."""
 
 
 class _Advice(NamedTuple):
@@ -32,7 +40,7 @@ _ADVICE = (
         "the loss registers a hook with torch.autograd.graph, which would see the gradients of all samples at once. "
         "Remove it; change values in the forward pass, or gradients with pre_clipping_transform.",
     ),
-    _Advice(("saved tensors hooks", "saved tensor hooks"), SAVED_TENSORS_HOOKS),
+    _Advice(("saved tensors hooks", "saved tensor hooks"), SAVED_TENSORS_HOOKS, NeedsGraphError),
     _Advice(
         (
             "data-dependent control flow",
@@ -49,14 +57,16 @@ _ADVICE = (
         (".item() on a Tensor", "item() on a Tensor"),
         "the loss reads the value of a tensor with .item() (or int(), float()), which is data-dependent control "
         "flow: under per-sample gradients it has one value per sample. Keep it a tensor, and branch by torch.where. "
-        "To log it, read optimizer.diagnostics after backward(), or return it (clipped_grad with has_aux=True).",
+        "To log it, read optimizer.diagnostics after backward(), or return it as (loss, metrics) (clipped_grad: with "
+        "has_aux=True).",
         ValueReadError,
     ),
     _Advice(
         ("Cannot access data pointer of Tensor", "Cannot access storage of BatchedTensor"),
         "the loss takes the values out of a tensor (tolist, numpy, deepcopy, pickle), where they cannot be followed. "
         "Use tensor operations; make copies of modules outside the loss. To log a value, read optimizer.diagnostics "
-        "after backward(), or return it (clipped_grad with has_aux=True).",
+        "after backward(), or return it as (loss, metrics) (clipped_grad: with has_aux=True).",
+        NeedsGraphError,
     ),
     _Advice(
         ("needed for gradient computation has been modified",),
@@ -103,11 +113,13 @@ _ADVICE = (
         "the loss calls a custom autograd.Function that vmap cannot batch. Give it setup_context and "
         "generate_vmap_rule = True. If it is torch.utils.checkpoint, drop it (gradient_checkpointing_disable()): "
         "microbatch_size bounds the memory instead. If it is a module's backward hook, remove it.",
+        NeedsGraphError,
     ),
     _Advice(
         ("escaped from inside a function being vmapped", "maybe_level.has_value()"),
         "the loss recomputes part of its forward pass during the backward pass (torch.utils.checkpoint), outside the "
         "transform. Switch checkpointing off: microbatch_size bounds the memory instead.",
+        NeedsGraphError,
     ),
     _Advice(
         ("with `.data` under vmap", "accessing `data` under vmap"),
@@ -131,9 +143,9 @@ _ADVICE = (
             "element 0 of tensors does not require grad",
         ),
         "the loss differentiates with requires_grad_(), backward() or torch.autograd, which cannot see single samples. "
-        "Use torch.func.grad (or vjp, jacrev) for gradients inside the loss. If it is gradient checkpointing of "
-        "Hugging Face or PEFT (a forward hook of enable_input_require_grads), switch it off: "
-        "model.gradient_checkpointing_disable(), model.disable_input_require_grads().",
+        "Use torch.func.grad (or vjp, jacrev) for gradients inside the loss. If it is the hook that "
+        "enable_input_require_grads of Hugging Face and PEFT adds, remove it: model.disable_input_require_grads().",
+        NeedsGraphError,
     ),
     _Advice(
         ("inside of vmap for memory_format",),
@@ -144,6 +156,7 @@ _ADVICE = (
         ("TORCHDYNAMO_VERBOSE",),
         "the loss runs code compiled by torch.compile (or torch.cond), which cannot be followed. Pass the model and "
         "the loss uncompiled (a compiled model holds it in _orig_mod).",
+        NeedsGraphError,
     ),
     _Advice(
         (

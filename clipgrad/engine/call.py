@@ -11,6 +11,7 @@ from torch import Tensor
 from clipgrad._functorch import Decline, expose_batch_axis, hide_batch_axis
 from clipgrad.engine.foreign_code import refuse_kind
 from clipgrad.engine.tape import ExpectedUse, Tape, Tracked, hook_output
+from clipgrad.kernels.half_products import multiplies
 from clipgrad.rules.registry import Recipe
 
 
@@ -106,8 +107,9 @@ class BoundCall:
                     self._without_recipe.pop(id(recipe.parameter), None)
                     entries.append((tracked, recipe))
         if entries:
+            half = output.dtype if multiplies(output, output) else None
             for tracked, recipe in entries:
-                tracked.expected.append(ExpectedUse(self._rule, recipe.extent))
+                tracked.expected.append(ExpectedUse(self._rule, recipe.extent, half))
             tape = self._capture.tape
             output = hook_output(
                 output, tape.anchor, tape.gradient_hook(entries, saved, self._rule)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -20,6 +21,7 @@ from clipgrad._functorch import (
 )
 from clipgrad.engine import custom_vmap, stale_values
 from clipgrad.engine.call import BoundCall
+from clipgrad.engine.escapes import escape_message
 from clipgrad.engine.expressions import (
     SHAREABLE,
     VIEWS,
@@ -30,8 +32,10 @@ from clipgrad.engine.expressions import (
 from clipgrad.engine.fallback import CORRECTIONS
 from clipgrad.engine.foreign_code import PLAIN, dispatch_modes, refuse_dispatch_modes, refuse_kind
 from clipgrad.engine.one_by_one import retry_one_by_one
+from clipgrad.engine.recompute import checkpointed
 from clipgrad.engine.tape import Tape, Tracked
 from clipgrad.errors import EscapedParameterError, NotPerSampleError
+from clipgrad.kernels.region import run_region
 from clipgrad.rules.registry import Decomposition, Rule, rules
 
 _RULES = rules()
@@ -81,8 +85,16 @@ class Capture(TorchFunctionMode):
         self.originals = {id(t): name.name for t, name in zip(originals, tape.tracked, strict=True)}
         self.positions = {id(t): index for index, t in enumerate(originals)}
         # An id identifies an object only while the object is alive.
-        self._kept_alive = (list(wrappers), list(originals))
+        self.parameters = list(originals)
+        self._kept_alive = list(wrappers)
         self.made: list[weakref.ref[Tensor]] = []
+
+    def again(self) -> Capture:
+        """A capture for another run of a part of this loss, at the level of ``vmap`` that is active now."""
+        twin = copy.copy(self)
+        twin.level, twin.modes = current_level(), dispatch_modes()
+        twin.table, twin.made = {}, []
+        return twin
 
     def __torch_function__(
         self,
@@ -94,6 +106,8 @@ class Capture(TorchFunctionMode):
         kwargs = kwargs or {}
         if func == _REQUIRES_GRAD:
             return self._requires_grad(args[0])
+        if func is run_region:
+            return checkpointed(self, *args)
         if types or dispatch_modes() != self.modes:
             refuse_dispatch_modes()
             for kind in types:
@@ -275,12 +289,4 @@ def written_expression_message(name: str) -> str:
     return (
         f"the loss wrote in place to {name}, which is computed from parameters alone, so that all samples share it. "
         "Use the out-of-place form: w = w * mask, torch.where(mask, w, 0.0), or torch.cat for a part of w."
-    )
-
-
-def escape_message(name: str, operation: str) -> str:
-    return (
-        f"parameter {name!r} reached {operation} from outside the transform (held in a list, a closure or an "
-        "attribute that is not a registered parameter), so its gradient would escape clipping. Read it through "
-        "the model or the params argument inside the loss: register it as nn.Parameter or in nn.ParameterList."
     )

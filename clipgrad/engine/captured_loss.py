@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from clipgrad.engine.inputs import Inputs, Loss
@@ -17,10 +19,10 @@ class LossGraphs:
 
     Args:
         keep_batch_dim: Whether the loss sees a batch axis of one.
-        has_aux: Whether the loss also returns auxiliary values.
+        has_aux: Whether the loss also returns auxiliary values; None if that shows when it runs.
     """
 
-    def __init__(self, *, keep_batch_dim: bool, has_aux: bool) -> None:
+    def __init__(self, *, keep_batch_dim: bool, has_aux: bool | None) -> None:
         self._keep_batch_dim = keep_batch_dim
         self._has_aux = has_aux
         self._fn: Any = None
@@ -49,7 +51,7 @@ class LossGraphs:
         sample = [leaf[first] if isinstance(leaf, Tensor) else leaf for leaf in inputs.batch]
         with call.context():
             captured = self._capture.graph(call.arguments(sample), call.parameters, sample)
-        return GraphOfLoss(captured, self._has_aux, self._captures)
+        return GraphOfLoss(captured, self._has_aux, self._captures, inputs.params[0].device)
 
 
 @dataclass(frozen=True)
@@ -60,22 +62,36 @@ class GraphOfLoss:
         captured: The graph, and its inputs other than parameters and sample.
         has_aux: Whether the loss returns auxiliary values.
         capture: Number of the capture; each capture counts its graphs from zero.
+        device: Of the parameters.
     """
 
     captured: CapturedLoss
-    has_aux: bool
+    has_aux: bool | None
     capture: int
+    device: torch.device
 
-    @property
+    @cached_property
     def tensors(self) -> list[Tensor]:
-        """Return the tensors that the loss reads besides parameters and sample: buffers, attributes, closures."""
-        return [value for value in self.captured.constants if isinstance(value, Tensor)]
+        """Return what the loss reads besides parameters and sample: buffers, attributes, closures, numbers."""
+        constants = self.captured.constants
+        return [
+            value
+            if isinstance(value, Tensor)
+            else torch.tensor(value, dtype=torch.float64, device=self.device)
+            for index, value in enumerate(constants)
+            if self._is_tensor(index)
+        ]
 
     @property
     def key(self) -> tuple[Any, ...]:
         """Return a key that two calls share exactly if they use the same graph and the same Python numbers."""
-        numbers = [value for value in self.captured.constants if not isinstance(value, Tensor)]
+        constants = self.captured.constants
+        numbers = [v for index, v in enumerate(constants) if not self._is_tensor(index)]
         return (self.capture, self.captured.number, *numbers)
+
+    def _is_tensor(self, index: int) -> bool:
+        """Whether a constant is a tensor, or a number that may be given as one."""
+        return index in self.captured.lifted or isinstance(self.captured.constants[index], Tensor)
 
     def loss(self, tensors: Sequence[Tensor] | None = None) -> Loss:
         """Return the graph as a loss.
@@ -87,7 +103,10 @@ class GraphOfLoss:
         constants = list(captured.constants)
         if tensors is not None:
             given = iter(tensors)
-            constants = [next(given) if isinstance(value, Tensor) else value for value in constants]
+            constants = [
+                next(given) if self._is_tensor(index) else value
+                for index, value in enumerate(constants)
+            ]
 
         def loss(leaves: Sequence[Tensor], sample: Sequence[Any]) -> Any:
             value, aux = captured(leaves, sample, constants)

@@ -108,10 +108,16 @@ def clip(
         factors = [torch.where(keep, factor, 0.0) for factor in factors]
         if settings.always_selects:
             gradients.select(keep)
+    asks = dropping and not settings.defers_finite_check
+    if asks and settings.ranks.is_sharded:
+        # Sums leave this process as they are formed, so none may be formed twice.
+        if not bool(finite.all()):
+            gradients.select(keep)
+        asks = False
     with phase("contraction"):
         sums = _weighted_sums(gradients, factors, settings)
     # The check comes last, because on a GPU it waits for all queued work, and the sums are queued by now.
-    if dropping and not settings.defers_finite_check and not bool(finite.all()):
+    if asks and not bool(finite.all()):
         # ``0 * inf`` is NaN, so such samples must be zeroed in the factors.
         gradients.select(keep)
         with phase("contraction"):
@@ -124,10 +130,11 @@ def clip(
 def _weighted_sums(
     gradients: Gradients, factors: Sequence[Tensor], settings: Settings
 ) -> list[Tensor]:
-    return [
+    totals = (
         gradients.weighted_sum(index, factors[settings.clipping.assignment[index]]).to(dtype)
         for index, dtype in enumerate(settings.dtypes)
-    ]
+    )
+    return settings.ranks.summed(totals, gradients.parameters)
 
 
 def accumulate(sums: list[Tensor] | None, piece: MicrobatchResult) -> list[Tensor]:

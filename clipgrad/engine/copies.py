@@ -6,10 +6,13 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 
 def copies(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Return copies of all tensors, with one launch per dtype."""
+    if not {Tensor, Parameter}.issuperset(map(type, tensors)):  # DTensors have no such operation
+        return [tensor.clone() for tensor in tensors]
     found = list(map(torch.empty_like, tensors))
     for dtype in {tensor.dtype for tensor in tensors}:
         alike = [pair for pair in zip(found, tensors, strict=True) if pair[0].dtype is dtype]

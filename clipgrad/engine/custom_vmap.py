@@ -15,6 +15,7 @@ import torch
 from torch._ops import OpOverload, OpOverloadPacket
 
 from clipgrad._functorch import FUNCTION_CALL, has_vmap_method
+from clipgrad.engine.advice import NeedsGraphError
 from clipgrad.errors import NotPerSampleError
 
 _PYTORCHS_OWN = {"aten", "prims", "prim"}
@@ -44,7 +45,7 @@ def has_custom_vmap(function: Callable[..., Any], args: Sequence[Any]) -> bool:
 def custom_vmap_error(function: Callable[..., Any], args: Sequence[Any]) -> NotPerSampleError:
     """Return the error to raise if the backward pass of such a call would run."""
     if function is FUNCTION_CALL:
-        return NotPerSampleError(
+        return NeedsGraphError(
             f"the loss calls {args[0].__name__}, an autograd.Function with a vmap method of its own. {_MIXES} Set "
             "generate_vmap_rule = True in its place, or register a rule for a function that calls it, with "
             "clipgrad.rules.register_rule."

@@ -22,9 +22,9 @@ from clipgrad.errors import NotPerSampleError
 
 _ALL_AT_ONCE = "would see the tensors of all samples at once, so that one sample could change the gradients of others"
 SAVED_TENSORS_HOOKS = (
-    "the loss or backward() runs under saved tensors hooks (torch.autograd.graph.saved_tensors_hooks, save_on_cpu, or "
-    f"torch.utils.checkpoint and gradient_checkpointing_enable()), which {_ALL_AT_ONCE}. Leave them out, or switch "
-    "them off (gradient_checkpointing_disable()): microbatch_size bounds the memory instead."
+    "the loss or backward() runs under saved tensors hooks (saved_tensors_hooks, save_on_cpu, torch.utils.checkpoint), "
+    f"which {_ALL_AT_ONCE}. Leave them out (gradient_checkpointing_disable()): microbatch_size bounds the memory "
+    "instead."
 )
 PLAIN: set[type] = {Tensor, nn.Parameter}
 """Classes that are known to have no ``__torch_function__`` or ``__torch_dispatch__`` of their own."""

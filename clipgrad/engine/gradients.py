@@ -33,6 +33,7 @@ class Gradients:
             if entry.has_gradient:
                 for index in entry.parameters:
                     self._parts[index].append(entry)
+        self.parameters = [entry.shared for entry in tape.tracked if not entry.derived]
         self._summed: dict[int, Tensor] = {}
         self._pulled: dict[int, list[Tensor | None]] = {}
         self._bundled: dict[int, Bundle] = {}
@@ -60,8 +61,10 @@ class Gradients:
         found = {}
         for index in members:
             parts = self._parts[index]
-            if len(parts) == 1 and not parts[0].derived and parts[0].kept is not None:
-                found[index] = parts[0].kept
+            if len(parts) == 1 and not parts[0].derived and not parts[0].uses:
+                kept = parts[0].kept
+                if kept is not None:
+                    found[index] = kept
         return found
 
     def _squared_norms(self, index: int) -> Tensor | None:

@@ -129,6 +129,7 @@ def inputs_of_model(
     params: list[Tensor],
     holding: Callable[[Sequence[Tensor]], AbstractContextManager[None]],
     batch: tuple[Any, ...],
+    call: str,
 ) -> Inputs:
     """Return the inputs of ``loss_fn(model, *batch)``.
 
@@ -139,6 +140,7 @@ def inputs_of_model(
         params: The parameters, each once.
         holding: A context manager that replaces the parameters by other tensors.
         batch: Pytrees of tensors.
+        call: The user's call, for an error about arguments that do not fit.
 
     Raises:
         ValueError: If the batch or a parameter cannot be clipped per sample.
@@ -162,7 +164,7 @@ def inputs_of_model(
     def loss(parameters: Sequence[Tensor], sample: Sequence[Any]) -> Any:
         given = (model, *samples.restore(sample))
         with holding(parameters):
-            return _called(loss_fn, given, "backward(*batch)")
+            return _called(loss_fn, given, call)
 
     def sample_call() -> SampleCall:
         return SampleCall(

@@ -13,19 +13,20 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from clipgrad._functorch import expose_or_broadcast, hide_batch_axis, vmap_level
 from clipgrad._phases import phase
-from clipgrad.engine import foreign_code, refused_nodes, stale_values
+from clipgrad.engine import foreign_code, stale_values
 from clipgrad.engine.advice import explain_vmap_errors
-from clipgrad.engine.capture import Capture, escape_message, written_message
+from clipgrad.engine.capture import Capture, written_message
 from clipgrad.engine.clip_and_sum import (
     MicrobatchResult,
     Settings,
     clip,
 )
+from clipgrad.engine.escapes import refuse_escapes
 from clipgrad.engine.gradients import Gradients
 from clipgrad.engine.inputs import Loss
 from clipgrad.engine.norm_method import Choice, choose
 from clipgrad.engine.tape import Tape
-from clipgrad.errors import EscapedParameterError, NotPerSampleError
+from clipgrad.errors import NotPerSampleError
 
 
 def forward(
@@ -37,8 +38,9 @@ def forward(
 ) -> tuple[Tape, Tensor, Any]:
     """Run the loss on all samples at once and record the uses of the parameters."""
     foreign_code.refuse_modes()
+    foreign_code.refuse_saved_tensors_hooks()
     size = next(leaf.shape[0] for leaf in batch if isinstance(leaf, Tensor))
-    tape = Tape(names, params, size)
+    tape = Tape(names, params, size, settings.ranks.before_recipe)
 
     versions = [param._version for param in params]
     made: list[weakref.ref[Tensor]] = []
@@ -78,12 +80,13 @@ def _one_sample(
     capture.made.extend(weakref.ref(leaf) for leaf in sample if isinstance(leaf, Tensor))
     with capture:
         result = loss(leaves, sample)
-    value, aux = _value_and_aux(result, settings.options.has_aux)
+    value, aux = value_and_aux(result, settings.options.has_aux)
     flat, structure = tree_flatten(aux)
     for leaf in flat:
         if not isinstance(leaf, Tensor):
             raise NotPerSampleError(
-                f"aux may hold tensors only, got {type(leaf).__name__}; return constants outside the loss."
+                f"aux may hold tensors only, got {type(leaf).__name__}. Return (loss, metrics) with metrics that are "
+                "tensors of the one sample, and keep constants outside the loss."
             )
     return value, flat, structure
 
@@ -102,6 +105,8 @@ def run(
     try:
         with phase("forward"):
             choose_strategies(tape, settings)
+        if settings.ranks.is_sharded:
+            settings.ranks.before_backward([values.grad_fn, *tape.graphs_of_expressions()])
         with torch.enable_grad():
             _backward(tape, values, params)
         with torch.no_grad(), _without_autocast(values.device):
@@ -126,7 +131,10 @@ def choose_strategies(tape: Tape, settings: Settings) -> list[Choice]:
     return choices
 
 
-def _value_and_aux(result: Any, has_aux: bool) -> tuple[Tensor, Any]:
+def value_and_aux(result: Any, has_aux: bool | None) -> tuple[Tensor, Any]:
+    """Return what a loss returned as the loss and what is beside it; refuse what is no loss."""
+    if has_aux is None:
+        has_aux = isinstance(result, tuple) and len(result) == 2
     if has_aux:
         if not (isinstance(result, tuple) and len(result) == 2):
             raise NotPerSampleError(
@@ -143,7 +151,7 @@ def _value_and_aux(result: Any, has_aux: bool) -> tuple[Tensor, Any]:
         )
         raise NotPerSampleError(
             f"the loss must return a scalar tensor for one sample, got {got}. Reduce it with .mean() or .sum(); "
-            "to return more, use clipgrad.clipped_grad with has_aux=True."
+            "to return more, return (loss, metrics) to DPOptimizer, or use clipgrad.clipped_grad with has_aux=True."
         )
     if not value.is_floating_point():
         raise NotPerSampleError(
@@ -159,38 +167,9 @@ def _backward(tape: Tape, values: Tensor, params: Sequence[Tensor]) -> None:
             "inference_mode, or made of other tensors), so there is no gradient to clip. "
             "Compute the loss from the model's output, and let the gradient through."
         )
-    _refuse_escapes(tape, values, params)
+    refuse_escapes(tape, [values], params)
     with phase("backward"), _without_autocast(values.device), explain_vmap_errors():
         values.sum().backward()
-
-
-def _refuse_escapes(tape: Tape, values: Tensor, params: Sequence[Tensor]) -> None:
-    """Refuse unknown leaves of the graph before it runs, because they would receive an unclipped gradient.
-
-    The capture does not see every operation on them (in a custom ``autograd.Function``, in a C++ extension).
-    """
-    leaf_ids = {id(entry.leaf) for entry in tape.tracked} | {id(tape.anchor)}
-    seen = set()
-    stack = [values.grad_fn]
-    while stack:
-        node = stack.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        kind = type(node).__name__
-        if kind in refused_nodes.WRONG:
-            refused_nodes.refuse(node, tape.corrected)
-        variable = node.variable if kind == "AccumulateGrad" else None  # type: ignore[attr-defined]
-        if variable is not None and id(variable) not in leaf_ids:
-            for entry, original in zip(tape.tracked, params, strict=False):
-                if variable is original:
-                    raise EscapedParameterError(escape_message(entry.name, "the loss"))
-            raise EscapedParameterError(
-                f"the loss depends on a tensor of shape {tuple(variable.shape)} that requires grad and is not "
-                "among the parameters, so its gradient would escape clipping. Pass it with the parameters, "
-                "register it in the model, or detach it."
-            )
-        stack.extend(following for following, _ in node.next_functions)
 
 
 def _without_autocast(device: torch.device) -> AbstractContextManager[Any]:

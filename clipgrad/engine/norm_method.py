@@ -12,12 +12,16 @@ ghost     ``B S^2 (I + O)`` FLOPs (symmetry halves it)  the factors ``B S (I + O
 Kept factors and kept gradients take the same memory at ``S = I O / (I + O)``. For larger ``S``, keeping the gradients
 takes less memory *and* less time. For smaller ``S``, the ghost norm costs less than ``u``, so building gradients twice
 is never the best choice. Whether it costs less than keeping depends on the ratio of arithmetic to memory bandwidth.
+
+An embedding that is tied to the output layer has one-hot uses beside dense ones. They add little to either strategy.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+import torch
 
 from clipgrad._functorch import expected
 from clipgrad.engine.tape import Strategy, Tracked
@@ -26,7 +30,9 @@ from clipgrad.rules.registry import Extent
 # FLOPs that a machine computes in the time of moving one byte. CPUs and GPUs in float32 lie between 5 and 15. Near the
 # crossing both strategies cost about the same, so one number serves both kinds of device.
 _FLOPS_PER_BYTE = 10.0
-_BYTES = 4
+# The same for half precision where a device multiplies it without widening: tensor cores of an H100 or H200.
+_HALF_FLOPS_PER_BYTE = 75.0
+_BYTES, _HALF_BYTES = 4, 2
 
 
 @dataclass(frozen=True)
@@ -94,38 +100,49 @@ def _has_choice(entry: Tracked) -> bool:
 
 
 def _preference(entry: Tracked, batch_size: int, forced: Strategy | None) -> Choice:
-    kept_bytes = batch_size * entry.shared.numel() * _BYTES
     extents = [_expected(extent) for extent in entry.extents if extent is not None]
-    factor_bytes = sum(_factor_bytes(extent, batch_size) for extent in extents)
+    half = _half_precision(entry)
+    size = _BYTES if half is None else _HALF_BYTES
+    kept_size = _HALF_BYTES if half is torch.bfloat16 else _BYTES
+    kept_bytes = batch_size * entry.shared.numel() * kept_size
+    factor_bytes = sum(_factor_bytes(extent, batch_size, size) for extent in extents)
     if not _has_choice(entry):
         return Choice(Strategy.KEPT, _why_kept(entry), kept_bytes, factor_bytes)
     if forced is not None:
         return Choice(forced, "forced by strategy=", kept_bytes, factor_bytes)
-    if any(extent.one_hot for extent in extents):
-        return Choice(
-            Strategy.GHOST,
-            "ids pick few rows, and a tied head needs one Gram matrix",
-            kept_bytes,
-            factor_bytes,
-        )
-    positions = sum(extent.positions for extent in extents)
-    rows, columns, groups = extents[0].rows, extents[0].columns, extents[0].groups
-    if positions == 1:
+    dense = [extent for extent in extents if not extent.one_hot]
+    if not dense:
+        return Choice(Strategy.GHOST, "ids pick few rows", kept_bytes, factor_bytes)
+    positions = sum(extent.positions for extent in dense)
+    rows, columns, groups = dense[0].rows, dense[0].columns, dense[0].groups
+    if positions == 1 and dense == extents:
         return Choice(
             Strategy.GHOST, "one position: |input|^2 |output gradient|^2", kept_bytes, factor_bytes
         )
-    ghost = groups * positions**2 * (rows + columns) / _FLOPS_PER_BYTE
-    kept = 3 * groups * rows * columns * _BYTES
     crossing = f"{positions} positions against {rows}x{columns}"
     if kept_bytes <= factor_bytes:
         return Choice(
             Strategy.KEPT, f"{crossing}: smaller than its factors", kept_bytes, factor_bytes
         )
+    elements = float(groups * rows * columns)
+    kept = 3 * elements * kept_size
+    if half is not None:
+        # The clipped sum of two terms is two products, and that of kept gradients is none.
+        ghost = groups * positions**2 * (rows + columns) + positions * elements
+        ghost /= _HALF_FLOPS_PER_BYTE
+    else:
+        ghost = groups * positions**2 * (rows + columns) / _FLOPS_PER_BYTE
     if ghost < kept:
         return Choice(
             Strategy.GHOST, f"{crossing}: Gram matrices are cheap", kept_bytes, factor_bytes
         )
     return Choice(Strategy.KEPT, f"{crossing}: Gram matrices cost more", kept_bytes, factor_bytes)
+
+
+def _half_precision(entry: Tracked) -> torch.dtype | None:
+    """Return the half-precision dtype that products of the entry's dense uses read as it is, or None."""
+    dense = {use.half for use in entry.expected if use.extent and not use.extent.one_hot}
+    return dense.pop() if len(dense) == 1 else None
 
 
 def _expected(extent: Extent) -> Extent:
@@ -149,9 +166,9 @@ def _why_kept(entry: Tracked) -> str:
     return "one sum over positions" if entry.expected else "not used"
 
 
-def _factor_bytes(extent: Extent, batch_size: int) -> int:
+def _factor_bytes(extent: Extent, batch_size: int, size: int) -> int:
     width = extent.columns + (2 if extent.one_hot else extent.rows)
-    return batch_size * extent.groups * extent.positions * width * _BYTES
+    return batch_size * extent.groups * extent.positions * width * size
 
 
 def _mebibytes(size: float) -> str:

@@ -20,8 +20,8 @@ from clipgrad._functorch import current_level, is_wrapped, level_of, unwrap_once
 from clipgrad.errors import NotPerSampleError
 
 _OUTSIDE = (
-    "after the pass. Return what you want to log: clipped_grad(..., has_aux=True) hands it back per sample, and "
-    "optimizer.diagnostics holds losses and norms. Neither is private."
+    "after the pass. Return what you want to log as (loss, metrics): backward hands it back per sample (clipped_grad: "
+    "has_aux=True). optimizer.diagnostics holds losses and norms. None of it is private."
 )
 _kept: dict[int, weakref.ref[Tensor]] = {}
 
@@ -77,5 +77,6 @@ def stale_value_error(operation: str) -> NotPerSampleError:
     return NotPerSampleError(
         f"{operation} received a per-sample value that the loss kept from an earlier batch or microbatch (in an "
         "attribute, a list or a cache), so old samples would influence the gradients of new ones. Compute it anew in "
-        "every call, and keep nothing of one call for the next; for metrics use has_aux=True or optimizer.diagnostics."
+        "every call, and keep nothing of one call for the next; to log metrics, return (loss, metrics) (clipped_grad: "
+        "has_aux=True), or read optimizer.diagnostics."
     )

@@ -8,12 +8,21 @@ from enum import Enum
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import Node
 
 from clipgrad._functorch import hide_batch_axis
 from clipgrad._phases import phase
 from clipgrad.errors import NotPerSampleError
-from clipgrad.rules.canonical import Outer, PerSample, Use, row_norms_squared, sum_of, widen
-from clipgrad.rules.ghost import ghost_norms_squared
+from clipgrad.rules.canonical import (
+    OneHot,
+    Outer,
+    PerSample,
+    Use,
+    row_norms_squared,
+    sum_of,
+    widen,
+)
+from clipgrad.rules.ghost import ghost_norms_squared, norms_squared_with_rows
 from clipgrad.rules.registry import Extent, Recipe
 
 
@@ -35,6 +44,8 @@ class ExpectedUse:
 
     rule: str
     extent: Extent | None
+    half: torch.dtype | None = None
+    """The half-precision dtype in which products read the factors as they are; None if they are widened first."""
 
 
 @dataclass(eq=False)
@@ -89,14 +100,23 @@ class Tracked:
 
         A gradient of another shape is an error: its addition would broadcast, and norms would be wrong.
         """
-        if self.strategy is not Strategy.KEPT and extent is not None:
-            if isinstance(use, Outer):
-                self._check_shape((use.samples, *use.shape), rule)
+        if isinstance(use, Outer):
+            self._check_shape((use.samples, *use.shape), rule)
+            use = use.aligned()
+        if extent is not None and (self.strategy is not Strategy.KEPT or self._joins_kept(use)):
             self.uses.append(use)
-        else:
-            gradient = use.per_sample()
-            self._check_shape(gradient.shape, rule)
-            self.kept = gradient if self.kept is None else self.kept + gradient
+            return
+        gradient = use.stored() if isinstance(use, Outer) else use.per_sample()
+        self._check_shape(gradient.shape, rule)
+        self._keep(gradient)
+
+    def _joins_kept(self, use: Use) -> bool:
+        """Return whether a one-hot use stays beside a kept gradient, to which it would add a few rows."""
+        one_hot = isinstance(use, Outer) and isinstance(use.left, OneHot)
+        return one_hot and self.kept is not None and self.injective
+
+    def _keep(self, gradient: Tensor) -> None:
+        self.kept = gradient if self.kept is None else widen(self.kept) + widen(gradient)
 
     def _check_shape(self, shape: Sequence[int], rule: str) -> None:
         if tuple(shape) != self.leaf.shape:
@@ -109,11 +129,11 @@ class Tracked:
     def merge_kept_gradients(self) -> None:
         """Materialise all gradients of the entry if one of them is materialised; call after the backward pass."""
         if self.leaf.grad is not None:
-            self.kept = self.leaf.grad if self.kept is None else self.kept + self.leaf.grad
+            self._keep(self.leaf.grad)
             self.leaf.grad = None
-        if self.kept is not None:
+        if self.kept is not None and not all(map(self._joins_kept, self.uses)):
             for use in self.uses:
-                self.kept = self.kept + use.per_sample()
+                self._keep(use.per_sample())
             self.uses = []
 
     @property
@@ -127,32 +147,39 @@ class Tracked:
 
     def per_sample(self) -> Tensor:
         """Return per-sample gradients, ``[B, *shape]``."""
-        if self.kept is not None:
-            return widen(self.kept)
-        return sum_of([use.per_sample() for use in self.uses])
+        kept = [] if self.kept is None else [widen(self.kept)]
+        return sum_of([*kept, *(use.per_sample() for use in self.uses)])
 
     def squared_norms(self) -> Tensor:
         """Return squared norms of the per-sample gradients, ``[B]``."""
-        if self.kept is not None:
+        if self.kept is not None and not self.uses:
             return row_norms_squared(self.kept)
         factors = [outer for use in self.uses if (outer := use.outer()) is not None]
         if len(factors) < len(self.uses) or len({outer.groups for outer in factors}) > 1:
             # Factors cannot be joined if a use has none, or if a convolution weight is used with two numbers of groups.
             return row_norms_squared(self.per_sample())
+        if self.kept is not None:
+            return norms_squared_with_rows(self.kept, factors)
         return ghost_norms_squared(factors)
 
     def weighted_sum(self, factors: Tensor) -> Tensor:
         """Return ``sum_b factors[b] g_b``, in at least float32."""
-        if self.kept is not None:
-            return PerSample(self.kept).weighted_sum(factors)
-        return sum_of([use.weighted_sum(factors) for use in self.uses])
+        kept = [] if self.kept is None else [PerSample(self.kept).weighted_sum(factors)]
+        return sum_of([*kept, *(use.weighted_sum(factors) for use in self.uses)])
 
 
 class Tape:
     """The tape holds all parameters of one microbatch and the tracked expressions computed from them."""
 
-    def __init__(self, names: Sequence[str], parameters: Sequence[Tensor], batch_size: int) -> None:
+    def __init__(
+        self,
+        names: Sequence[str],
+        parameters: Sequence[Tensor],
+        batch_size: int,
+        before_recipe: Callable[[Sequence[Tensor]], None] | None = None,
+    ) -> None:
         self.batch_size = batch_size
+        self._before_recipe = before_recipe
         self.corrected: list[
             tuple[int, int]
         ] = []  # ranges of autograd's sequence numbers: first, and last plus one
@@ -164,8 +191,19 @@ class Tape:
         self.anchor = torch.zeros((), dtype=first.dtype, device=first.device, requires_grad=True)
 
     def _track(self, name: str, shared: Tensor, parameters: tuple[int, ...]) -> Tracked:
-        leaf = shared.detach().expand(self.batch_size, *shared.shape).requires_grad_()
+        leaf = self._expanded(shared).requires_grad_()
         return Tracked(name, shared, leaf, leaf, parameters)
+
+    def _expanded(self, shared: Tensor) -> Tensor:
+        """Return ``[B, *shape]`` in the memory of a parameter, which may be freed until the parameter is gathered."""
+        storage = shared.untyped_storage() if self._before_recipe is not None else None
+        is_freed = storage is not None and storage.nbytes() == 0 and shared.numel() > 0
+        if storage is not None and is_freed:  # PyTorch makes views of allocated memory only
+            storage.resize_(shared.numel() * shared.element_size())
+        leaf = shared.detach().expand(self.batch_size, *shared.shape)
+        if storage is not None and is_freed:
+            storage.resize_(0)
+        return leaf
 
     def derive(
         self,
@@ -192,6 +230,12 @@ class Tape:
         tracked.wide = wide
         self.tracked.append(tracked)
         return tracked
+
+    def graphs_of_expressions(self) -> list[Node | None]:
+        """Return the last nodes of the graphs through which gradients of expressions are pulled back."""
+        entries = [entry for entry in self.tracked if entry.derived]
+        values = [value for entry in entries for value in (entry.shared, entry.wide)]
+        return [value.grad_fn for value in values if value is not None]
 
     def release(self) -> None:
         """Free all factors and gradients after the sums are computed, or after the loss is refused.
@@ -227,6 +271,8 @@ class Tape:
                 )
             with phase("per-sample gradients"):
                 for tracked, recipe in waiting:
+                    if self._before_recipe is not None:
+                        self._before_recipe([self.tracked[i].shared for i in tracked.parameters])
                     tracked.receive(recipe.make(gradient), recipe.extent, rule)
             waiting.clear()
             held.clear()

@@ -14,10 +14,11 @@ def _block_of_gram(
     width: tl.constexpr,
     position_stride,
     element_stride,
+    one,
     TILE: tl.constexpr,
     DEPTH: tl.constexpr,
 ):
-    """Return ``factor[rows] @ factor[columns]^T`` in float32 precision, by three TF32 products."""
+    """Return ``factor[rows] @ factor[columns]^T`` in float32, by three TF32 products or one of half precision."""
     block = tl.zeros((TILE, TILE), tl.float32)
     element = tl.arange(0, DEPTH)
     for start in range(0, width, DEPTH):
@@ -33,7 +34,12 @@ def _block_of_gram(
             mask=(columns[None, :] < positions) & inside[:, None],
             other=0.0,
         )
-        block = tl.dot(a, b, block, input_precision="tf32x3")
+        if factor.dtype.element_ty == tl.float32:
+            block = tl.dot(a, b, block, input_precision="tf32x3")
+        else:
+            # Tensor cores cut off digits when they add, which makes long sums too small. So each product starts at
+            # zero. Times an unknown one, since the compiler would move a plain sum into the tensor cores.
+            block += tl.dot(a, b) * one
     return block
 
 
@@ -52,14 +58,25 @@ def gram_sums(
     right_sample_stride,
     right_position_stride,
     right_element_stride,
+    one,
+    UNIT: tl.constexpr,
     TILE: tl.constexpr,
     DEPTH: tl.constexpr,
 ):
     """Sum one block of the upper triangle of one sample's Gram matrices; off-diagonal blocks count twice by symmetry.
 
     ``out[program]`` holds the block's contributions to the squared norm, and to the sums of the left lengths, of the
-    right lengths and of their products. The lengths are found on the diagonal.
+    right lengths and of their products. The lengths are found on the diagonal. Strides of samples and positions are in
+    units of ``UNIT`` elements, so that the compiler knows how they are aligned.
     """
+    left_sample_stride, left_position_stride = (
+        left_sample_stride * UNIT,
+        left_position_stride * UNIT,
+    )
+    right_sample_stride, right_position_stride = (
+        right_sample_stride * UNIT,
+        right_position_stride * UNIT,
+    )
     program = tl.program_id(0)
     sample = (program // blocks).to(tl.int64)
     block = program % blocks
@@ -72,11 +89,11 @@ def gram_sums(
     rows, columns = row * TILE + lane, column * TILE + lane
     lefts = _block_of_gram(
         left + sample * left_sample_stride, rows, columns, positions, left_width,
-        left_position_stride, left_element_stride, TILE, DEPTH,
+        left_position_stride, left_element_stride, one, TILE, DEPTH,
     )  # fmt: skip
     rights = _block_of_gram(
         right + sample * right_sample_stride, rows, columns, positions, right_width,
-        right_position_stride, right_element_stride, TILE, DEPTH,
+        right_position_stride, right_element_stride, one, TILE, DEPTH,
     )  # fmt: skip
     on_diagonal = (lane[:, None] == lane[None, :]) & (row == column)
     left_lengths = tl.sqrt(tl.sum(tl.where(on_diagonal, lefts, 0.0), 1))

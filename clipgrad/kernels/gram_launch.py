@@ -18,19 +18,23 @@ _DEPTH, _SMALLER_DEPTH, _ROOMY = 64, 32, 128 * 1024
 _FEWEST_POSITIONS, _FEWEST_BLOCKS = 16, 32
 _LARGEST_OFFSET = 2**31  # the kernel's offsets within a sample have 32 bits
 _SELF_TEST_TOLERANCE = 1e-5  # the largest relative error of three TF32 products on an H100 was 7e-7
+_UNIT = 8  # elements: 16 bytes of half precision
 _log = logging.getLogger("clipgrad")
-_usable: dict[torch.device, bool] = {}
+_usable: dict[tuple[torch.device, torch.dtype], bool] = {}
 
 
 def gram_sums(left: Tensor, right: Tensor) -> Tensor | None:
     """Return squared norms and the three lengths of ``rules/gram.py``, ``[4, B]``, or None if the kernel does not suit.
 
-    ``left`` is ``[B, S, rows]`` and ``right`` is ``[B, S, columns]``, both float32 on one CUDA device.
+    ``left`` is ``[B, S, rows]`` and ``right`` is ``[B, S, columns]``, both float32 or of half precision, on one CUDA
+    device.
     """
     positions = left.shape[1]
     if positions < _FEWEST_POSITIONS or len(left) * _blocks(positions) < _FEWEST_BLOCKS:
         return None
-    if max(map(_extent, (left, right))) >= _LARGEST_OFFSET or not _usable_on(left.device):
+    if max(map(_extent, (left, right))) >= _LARGEST_OFFSET:
+        return None
+    if not all(_usable_on(left.device, dtype) for dtype in {left.dtype, right.dtype}):
         return None
     return launch(left, right)
 
@@ -38,7 +42,9 @@ def gram_sums(left: Tensor, right: Tensor) -> Tensor | None:
 def launch(left: Tensor, right: Tensor) -> Tensor:
     samples, positions, _ = left.shape
     blocks = _blocks(positions)
-    found = left.new_empty(samples, blocks, 4)
+    found = left.new_empty(samples, blocks, 4, dtype=torch.float32)
+    strides = *left.stride()[:2], *right.stride()[:2]
+    unit = _UNIT if all(stride % _UNIT == 0 for stride in strides) else 1
     with _on(left.device):
         kernels.gram_sums[(samples * blocks,)](
             left,
@@ -48,8 +54,10 @@ def launch(left: Tensor, right: Tensor) -> Tensor:
             blocks,
             left.shape[2],
             right.shape[2],
-            *left.stride(),
-            *right.stride(),
+            *_in_units(left, unit),
+            *_in_units(right, unit),
+            1.0,
+            UNIT=unit,
             TILE=_TILE,
             DEPTH=_depth(left.device),
             num_warps=4,
@@ -58,13 +66,18 @@ def launch(left: Tensor, right: Tensor) -> Tensor:
     return found.sum(1).t().contiguous()
 
 
-def passes_self_test(device: torch.device) -> bool:
+def _in_units(factor: Tensor, unit: int) -> tuple[int, ...]:
+    sample, position, element = factor.stride()
+    return sample // unit, position // unit, element
+
+
+def passes_self_test(device: torch.device, dtype: torch.dtype = torch.float32) -> bool:
     """Return whether the kernel agrees with float64 for full and partial tiles, and dense rows and columns."""
     for positions, rows, columns in ((64, 64, 32), (67, 5, 40), (200, 33, 7), (67, 200, 130)):
         count = 3 * positions * (rows + columns)
         # These values are pseudorandom without a change to any RNG state.
         ordinals = torch.arange(count, dtype=torch.float64, device=device)
-        values = ordinals.sin().mul(43758.5453).frac().float().double()
+        values = ordinals.sin().mul(43758.5453).frac().to(dtype).double()
         left = values[: 3 * positions * rows].view(3, rows, positions).transpose(1, 2)
         right = values[3 * positions * rows :].view(3, positions, columns)
         expected = (left.transpose(1, 2) @ right).square().sum((1, 2))
@@ -72,25 +85,29 @@ def passes_self_test(device: torch.device) -> bool:
         wanted = torch.stack(
             [expected, *(length.sum(1) for length in lengths), (lengths[0] * lengths[1]).sum(1)]
         )
-        error = (launch(left.float(), right.float()).double() - wanted).abs() / wanted
+        error = (launch(left.to(dtype), right.to(dtype)).double() - wanted).abs() / wanted
         if not bool((error < _SELF_TEST_TOLERANCE).all()):
             return False
     return True
 
 
-def _usable_on(device: torch.device) -> bool:
-    if device not in _usable:
+def _usable_on(device: torch.device, dtype: torch.dtype) -> bool:
+    key = device, dtype
+    if key not in _usable:
         reason = "its self-test differs from float64"
         try:
-            _usable[device] = torch.version.hip is None and passes_self_test(device)
+            _usable[key] = torch.version.hip is None and passes_self_test(device, dtype)
         except Exception as error:  # compilers and drivers raise errors of many types
-            _usable[device] = False
+            _usable[key] = False
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        if not _usable[device] and torch.version.hip is None:
+        if not _usable[key] and torch.version.hip is None:
             _log.warning(
-                "clipgrad computes norms on %s without the Triton kernel (%s).", device, reason
+                "clipgrad computes %s norms on %s without the Triton kernel (%s).",
+                dtype,
+                device,
+                reason,
             )
-    return _usable[device]
+    return _usable[key]
 
 
 @cache

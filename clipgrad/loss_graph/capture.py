@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import threading
 import types
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -27,6 +28,7 @@ from clipgrad.loss_graph.graph import (
     make_pure,
     remove_unused_inputs,
 )
+from clipgrad.loss_graph.numbers import take_numbers
 from clipgrad.loss_graph.reasons import CannotCapture, capture_error
 from clipgrad.loss_graph.side_effects import refuse_side_effects, refuse_writes
 
@@ -35,6 +37,8 @@ GRAPHS = 16
 
 _log = logging.getLogger("clipgrad")
 _numbers = itertools.count()
+# PyTorch's capture keeps state for the process, and two threads at once break it.
+_ONE_AT_A_TIME = threading.RLock()
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
@@ -57,8 +61,8 @@ class LossCapture:
     def __init__(self, fn: Callable[..., Any]) -> None:
         self._graphs: list[GraphModule] = []
         self._seen: dict[Any, int] = {}
-        self._served: tuple[GraphModule, tuple[Any, ...], list[Tensor]] | None = None
-        self._guards_only = self._graphs_lost = False
+        self._served: tuple[GraphModule, list[Any], dict[int, bool], list[Tensor]] | None = None
+        self._guards_only = False
         self._call = torch.compile(_with_own_code(fn), backend=self._backend, fullgraph=True)
 
     def graph(
@@ -80,18 +84,18 @@ class LossCapture:
         """
         if not all(parameter.requires_grad for parameter in parameters):
             raise ValueError("parameters must require grad; pass p.detach().requires_grad_().")
-        result = self._run(args)
-        if self._served is None:
+        with _ONE_AT_A_TIME:
+            result = self._run(args)
+            served, self._served = self._served, None
+        if served is None:
             raise CannotCapture(
                 "PyTorch captured no operation: the loss computes nothing, or torch.compile is switched off"
             )
-        module, inputs, outputs = self._served
-        self._served = None
-        return self._captured(module, inputs, outputs, result, parameters, leaves)
+        return self._captured(*served, result, parameters, leaves)
 
     def _run(self, args: Sequence[Any]) -> Any:
         """Evaluate the guards, and capture the loss if no graph has valid guards."""
-        self._served, self._graphs_lost = None, False
+        self._served = None
         self._guards_only = bool(self._graphs)
         reason = None
         with torch.enable_grad():
@@ -101,9 +105,8 @@ class LossCapture:
                         return self._call(_global_hooks(), *args)
                 except RecompileError as error:
                     reason = _first_failed_guard(str(error))
-                except Exception as error:
-                    if not self._graphs_lost:
-                        raise capture_error(error) from error
+                except Exception:
+                    # PyTorch has no graph left, and would capture the loss under other settings than ours.
                     reason = "an object that it was captured with was deleted"
                 finally:
                     self._guards_only = False
@@ -122,12 +125,14 @@ class LossCapture:
     def _backend(self, module: GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         """Store a new graph. PyTorch calls this method as its backend; the loss itself never runs."""
         if self._guards_only:  # PyTorch deletes all graphs together with a model that they refer to
-            self._graphs_lost = True
             raise RuntimeError("no graph is left")
         refuse_side_effects()
         module = make_pure(module)
+        numbers = take_numbers(module)
         refuse_writes(module)
         kept = remove_unused_inputs(module)
+        places = module.graph.find_nodes(op="placeholder")
+        lifted = {index: numbers[place] for index, place in enumerate(places) if place in numbers}
         forget_examples(module)
         self._graphs.append(module)
         (output,) = module.graph.find_nodes(op="output")
@@ -135,7 +140,10 @@ class LossCapture:
         outputs = [torch.zeros(()) for _ in output.args[0]]
 
         def served(*inputs: Any) -> list[Tensor]:
-            self._served = module, tuple(inputs[position] for position in kept), outputs
+            taken = [inputs[position] for position in kept]
+            for index in lifted:
+                taken[index] = float(taken[index])
+            self._served = module, taken, lifted, outputs
             return outputs
 
         return served
@@ -143,7 +151,8 @@ class LossCapture:
     def _captured(
         self,
         module: GraphModule,
-        inputs: tuple[Any, ...],
+        inputs: list[Any],
+        numbers: dict[int, bool],
         outputs: list[Tensor],
         result: Any,
         parameters: Sequence[Tensor],
@@ -151,20 +160,25 @@ class LossCapture:
     ) -> CapturedLoss:
         known = {id(value): Place("leaf", i) for i, value in enumerate(leaves)}
         known |= {id(value): Place("parameter", i) for i, value in enumerate(parameters)}
-        constants: list[Tensor | int] = []
+        constants: list[Tensor | int | float] = []
+        lifted = set()
         places = []
-        for value in inputs:
+        for index, value in enumerate(inputs):
             place = known.get(id(value))
             if place is None or not isinstance(value, Tensor):
                 place = Place("constant", len(constants))
                 constants.append(_check_constant(value))
+                if numbers.get(index):
+                    lifted.add(place.index)
             known.setdefault(id(value), place)
             places.append(place)
         known |= {id(value): Place("output", i) for i, value in enumerate(outputs)}
         results, aux = _results(result, known, outputs)
         key = (self._graphs.index(module), tuple(places), results, aux)
         number = self._seen.setdefault(key, len(self._seen))
-        return CapturedLoss(module, number, tuple(places), results, aux, constants)
+        return CapturedLoss(
+            module, number, tuple(places), results, aux, constants, frozenset(lifted)
+        )
 
 
 def _with_own_code(fn: Callable[..., Any]) -> Callable[..., Any]:
@@ -193,8 +207,8 @@ def _global_hooks() -> str:
     )
 
 
-def _check_constant(value: Any) -> Tensor | int:
-    if isinstance(value, int):
+def _check_constant(value: Any) -> Tensor | int | float:
+    if isinstance(value, int | float):
         return value
     if type(value) not in _PLAIN:
         raise CannotCapture(f"it reads a {type(value).__name__}, which is not an ordinary tensor")

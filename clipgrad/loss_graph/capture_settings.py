@@ -42,8 +42,8 @@ def capture_settings(limit: int) -> contextlib.AbstractContextManager[Any]:
         # Both exceed clipgrad's own limit, whose error names the change; the second counts failed attempts too.
         recompile_limit=limit + 1,
         accumulated_recompile_limit=100 * limit,
-        # Otherwise the graph would read a float from a tensor, and a later trace would make it a constant.
-        specialize_float=True,
+        # A float that changes becomes an input of the graph; ``take_numbers`` rewrites how the graph reads it.
+        specialize_float=False,
         # If True, PyTorch would run the loss without a capture instead of raising an error.
         suppress_errors=False,
     )

@@ -13,11 +13,10 @@ from torch.fx import GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils._pytree import TreeSpec, tree_unflatten
 
+from clipgrad.loss_graph.checkpoints import CHECKPOINT, rebuild_checkpoint, refuse_lost_gradients
 from clipgrad.loss_graph.functions import CUSTOM_FUNCTION, rebuild_custom_function
 from clipgrad.loss_graph.reasons import CannotCapture, line_in
 from clipgrad.loss_graph.regions import close_regions, rewrite_regions
-
-_CHECKPOINT = torch.ops.higher_order.tag_activation_checkpoint
 
 
 class Place(NamedTuple):
@@ -42,7 +41,8 @@ class CapturedLoss:
         inputs: Place of each input of the graph.
         results: Place of the loss, and then of each leaf of the auxiliary output.
         aux: Structure of the auxiliary output; None if there is none.
-        constants: Present value of each input that is neither parameter nor leaf: a tensor, or an integer.
+        constants: Present value of each input that is neither parameter nor leaf: a tensor, or a number.
+        lifted: Positions of the constants that are numbers, but may be given as tensors without axes.
     """
 
     module: GraphModule
@@ -50,13 +50,14 @@ class CapturedLoss:
     inputs: tuple[Place, ...]
     results: tuple[Place, ...]
     aux: TreeSpec | None
-    constants: list[Tensor | int]
+    constants: list[Tensor | int | float]
+    lifted: frozenset[int] = frozenset()
 
     def __call__(
         self,
         parameters: Sequence[Tensor],
         leaves: Sequence[Any],
-        constants: Sequence[Tensor | int],
+        constants: Sequence[Tensor | int | float],
     ) -> tuple[Tensor, Any]:
         """Run the graph; under ``torch.func.vmap`` each argument may differ from sample to sample.
 
@@ -88,8 +89,8 @@ def make_pure(module: GraphModule) -> GraphModule:
     for node in list(graph.nodes):
         _refuse(module, node)
     for node in list(graph.nodes):
-        if node.target is _CHECKPOINT:
-            _inline_checkpoint(graph, node)
+        if node.target is CHECKPOINT:
+            rebuild_checkpoint(module, graph, node)
         elif node.target is CUSTOM_FUNCTION:
             rebuild_custom_function(module, graph, node, line_in(node.meta.get("stack_trace")))
     rewrite_regions(graph)
@@ -118,22 +119,6 @@ def forget_examples(module: GraphModule) -> None:
                 node.meta = {key: node.meta[key] for key in ("stack_trace",) if key in node.meta}
 
 
-def _inline_checkpoint(graph: torch.fx.Graph, node: Node) -> None:
-    """Call the body of a checkpointed region in place of the operation that would recompute it.
-
-    Its results are the same; what is saved for the backward pass is as much as without the checkpoint.
-    """
-    body = node.args[0]
-    assert isinstance(body, Node)
-    with graph.inserting_before(node):
-        call = graph.call_module(str(body.target), node.args[1:])
-    call.meta = dict(node.meta)
-    node.replace_all_uses_with(call)
-    graph.erase_node(node)
-    if not body.users:
-        graph.erase_node(body)
-
-
 def _refuse(module: GraphModule, node: Node) -> None:
     where = line_in(node.meta.get("stack_trace"))
     if node.op == "get_attr":
@@ -145,9 +130,11 @@ def _refuse(module: GraphModule, node: Node) -> None:
         else:
             raise CannotCapture(f"it holds {type(held).__name__} as a constant of the graph", where)
     target: Any = node.target
-    known = target is _CHECKPOINT or target is CUSTOM_FUNCTION
+    known = target is CHECKPOINT or target is CUSTOM_FUNCTION
     if isinstance(target, torch._ops.HigherOrderOperator) and not known:
         raise CannotCapture(f"it uses {target.name()}, which cannot run per sample", where)
+    if target is CHECKPOINT:
+        refuse_lost_gradients(node, where)
     if node.op == "call_method" and str(node.target).startswith("register_"):
         raise CannotCapture(
             f"it calls {node.target}; a hook would see the gradients of all samples at once", where

@@ -12,6 +12,7 @@ from torch.fx import GraphModule, Interpreter, Node
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from clipgrad.loss_graph.checkpoints import checkpoints_of
 from clipgrad.loss_graph.reasons import CannotCapture, line_in, line_of
 from clipgrad.loss_graph.regions import close_regions
 
@@ -27,6 +28,8 @@ def refuse_side_effects() -> None:
     """
     translator = InstructionTranslator.current_tx()
     effects = translator.output.side_effects
+    if effects.tensor_hooks:
+        raise CannotCapture("it registers a hook on a tensor that it was given")
     for owner in effects._get_modified_vars():
         if owner.source is None:
             continue  # made by the loss itself
@@ -95,12 +98,15 @@ class _Writes(TorchDispatchMode):
     def __init__(self, inputs: Sequence[Any]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.node: Node | None = None
+        self.drawing: set[Any] = set()
         self._memory = {_memory(value) for value in inputs if isinstance(value, Tensor)}
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
+        if torch.Tag.nondeterministic_seeded in func.tags and self.node is not None:
+            self.drawing.add(self.node.target)
         for value in _written(func, args, kwargs):
             if _memory(value) in self._memory:
                 where = line_in(self.node.meta.get("stack_trace")) if self.node else None
@@ -142,6 +148,8 @@ class _Run(Interpreter):
 def refuse_writes(module: GraphModule) -> None:
     """Refuse a graph that writes to its inputs; the graph runs once on fake tensors.
 
+    The run also tells which checkpointed regions draw random numbers.
+
     Args:
         module: The captured graph, with an example at each input.
 
@@ -155,3 +163,6 @@ def refuse_writes(module: GraphModule) -> None:
     writes = _Writes(examples)
     with torch.enable_grad(), modes[0], writes, close_regions():
         _Run(module, writes).run(*examples, enable_io_processing=False)
+    for name, child in module.named_children():
+        for region in checkpoints_of(child):
+            region.draws = name in writes.drawing

@@ -3,5 +3,6 @@
 from __future__ import annotations
 
 from clipgrad.optimizer.dp_optimizer import DPOptimizer
+from clipgrad.optimizer.run_state import RunState
 
-__all__ = ["DPOptimizer"]
+__all__ = ["DPOptimizer", "RunState"]

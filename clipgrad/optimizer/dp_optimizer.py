@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Generic, cast
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from typing_extensions import TypeVar
 
 from clipgrad._phases import phase
 from clipgrad.batch import BatchClipper
@@ -20,19 +21,25 @@ from clipgrad.clipping import (
 from clipgrad.engine.inputs import Inputs, inputs_of_model
 from clipgrad.explain import Explanation
 from clipgrad.noise import NoiseSource
+from clipgrad.optimizer import facts
+from clipgrad.optimizer.batch_parts import by_name, parts_of
 from clipgrad.optimizer.mechanism import make_mechanism
-from clipgrad.optimizer.parameters import TrainedParameters
+from clipgrad.optimizer.parameters import Resident, TrainedParameters
 from clipgrad.optimizer.pending import Pending, unnoised_step_hook
 from clipgrad.optimizer.privacy_state import PrivacyState
+from clipgrad.optimizer.processes import ranks_of
 from clipgrad.optimizer.requirements import check_parts, refuse_foreign_parameters
 from clipgrad.options import Options, Performance
 from clipgrad.plan import PrivacyPlan
 from clipgrad.plan.receipts import Claim
-from clipgrad.result import Diagnostics, Outcome, diagnostics_of
+from clipgrad.result import Diagnostics, Outcome, diagnostics_of, loss_and_metrics
 from clipgrad.sampling import PaddedBatch
 
+Returned = TypeVar("Returned", default=Any)
+"""What the loss returns: a tensor, or a pair of a tensor and metrics."""
 
-class DPOptimizer(PrivacyState):
+
+class DPOptimizer(PrivacyState, Generic[Returned]):
     """This class wraps a ``torch.optim.Optimizer`` for differentially private training (DP-SGD, Abadi et al. 2016).
 
     Each ``backward`` adds to the clipped sums of per-sample gradients. ``step`` adds Gaussian noise of standard
@@ -44,7 +51,8 @@ class DPOptimizer(PrivacyState):
         optimizer: The optimizer to wrap. It owns the parameters to train.
         model: The model. Trainable parameters that ``optimizer`` does not own are treated as constants.
         loss_fn: ``loss_fn(model, *batch) -> scalar``, the function that a non-private loop calls on a whole batch. Here
-            it sees a batch of one, so ``mean`` and ``sum`` reductions both work.
+            it sees a batch of one, so ``mean`` and ``sum`` reductions both work. It may return ``(scalar, metrics)``,
+            with any pytree of tensors as metrics of the one sample.
         plan: A ``PrivacyPlan``, which replaces the next three arguments. Each step is then recorded in ``ledger``,
             ``epsilon()`` returns the cost so far, and steps beyond the plan are refused. Batches that no loader of this
             plan made are refused too, unless the plan declares its sampling.
@@ -56,6 +64,7 @@ class DPOptimizer(PrivacyState):
         expected_batch_size: The public constant by which sums are divided: sampling rate times dataset size, not the
             size of the present batch, which is private.
         microbatch_size: Number of samples that are processed at a time. It bounds memory and changes no result.
+            ``"auto"`` finds a number that fits; see ``clipped_grad``.
         keep_batch_dim: If False, ``loss_fn`` sees an element of the batch without a batch axis of one. With
             ``user_loader`` an element is a user with K samples, ``[K, ...]``, and users are clipped and protected.
         noise: The noise source. The default, ``SystemNoise()``, is seeded by the operating system.
@@ -93,18 +102,19 @@ class DPOptimizer(PrivacyState):
     _pending: Pending
     _claim: Claim
     _last_outcome: Outcome | None
+    _loss_by_name: tuple[Callable[..., Any], Callable[..., Any]] | None
 
     def __init__(
         self,
         optimizer: Optimizer,
         model: nn.Module,
-        loss_fn: Callable[..., Tensor],
+        loss_fn: Callable[..., Returned],
         *,
         plan: PrivacyPlan | None = None,
         max_grad_norm: ClippingStrategy | None = None,
         noise_multiplier: float | Schedule | None = None,
         expected_batch_size: float | None = None,
-        microbatch_size: int | None = None,
+        microbatch_size: int | str | None = None,
         keep_batch_dim: bool = True,
         noise: NoiseSource | None = None,
         compile: bool | str = False,
@@ -117,13 +127,15 @@ class DPOptimizer(PrivacyState):
 
             microbatch_size = fixed_size(chosen.expected_batch_size)
         options = Options(
+            has_aux=None,
             keep_batch_dim=keep_batch_dim,
             microbatch_size=microbatch_size,
             compile=compile,
             grid=chosen.grid,
             performance=Performance() if performance is None else performance,
         )
-        super().__init__(optimizer, chosen, BatchClipper(options), noise, plan)
+        ranks = ranks_of(options, model)
+        super().__init__(optimizer, chosen, BatchClipper(options, ranks), noise, plan)
         self.model = model
         self.loss_fn = loss_fn
         self._start_batch()
@@ -131,10 +143,13 @@ class DPOptimizer(PrivacyState):
         # Refuse impossible noise now, not at the first step.
         clipping = make_clipping(self.max_grad_norm, names, sizes)
         self._clipper.arithmetic.check_noise(clipping, sizes, self.sigma)
+        ranks.prepare(model, self._settings_of_run, self._noise.state_dict())
+        if self._account is not None:
+            self._account.share_name(ranks)
 
     # ------------------------------------------------------------------ the training loop
 
-    def backward(self, *batch: Any, is_padding: Tensor | None = None) -> Tensor:
+    def backward(self, *batch: Any, is_padding: Tensor | None = None, **named: Any) -> Returned:
         """Add the batch's clipped per-sample gradients to the sums to which ``step`` adds noise.
 
         All calls before a ``step`` form one logical batch. One batch of the loader is one step. A large batch may be
@@ -144,11 +159,15 @@ class DPOptimizer(PrivacyState):
 
         Args:
             *batch: The arguments of ``loss_fn`` after the model: pytrees of tensors, batch axis first; or one
-                ``PaddedBatch`` of a loader with ``pad=True``. The batch may be empty.
+                ``PaddedBatch`` of a loader with ``pad=True``. The batch may be empty. Mappings such as Hugging Face's
+                ``BatchEncoding`` reach the loss as dictionaries, without columns of strings.
             is_padding: Boolean ``[B]``; samples marked True contribute exactly nothing.
+            **named: The arguments of ``loss_fn`` by name: ``backward(**batch)`` calls ``loss_fn(model, **batch)``.
 
         Returns:
-            The mean per-sample loss, detached; NaN for an empty batch. It is not private.
+            The mean per-sample loss, detached; NaN for an empty batch. If the loss returns ``(loss, metrics)``, a named
+            pair ``NotPrivate(loss, metrics)`` of the mean loss and the metrics of each sample that is not padding,
+            stacked on a leading axis. It is not private.
 
         Raises:
             ValueError: If the batch is malformed, or a tensor in it requires grad.
@@ -161,12 +180,13 @@ class DPOptimizer(PrivacyState):
             is_padding = batch[0].is_padding
             inside = batch[0].batch
             batch = tuple(inside) if isinstance(inside, tuple | list) else (inside,)
+        batch = parts_of(batch, named)
         trained, claim = self._find_trained_parameters(), self._claim
         if self._account is not None:
             claim = self._account.claim(claim, batch, is_padding)
         self._pending.before_backward(trained.names, trained.parameters)
-        with trained.resident() as parameters:
-            inputs = self._inputs(trained, parameters, batch)
+        with trained.resident(self._clipper.ranks, self._step_state.step) as resident:
+            inputs = self._inputs(resident, batch, bool(named), "backward(*batch)")
             found = self._clipper.clip(inputs, self._norm(), is_padding, may_alias=True)
         self._pending.add(
             trained.parameters,
@@ -176,7 +196,7 @@ class DPOptimizer(PrivacyState):
         )
         self._claim = claim
         self._last_outcome = found.outcome
-        return found.outcome.mean_loss
+        return cast(Returned, loss_and_metrics(found.outcome, found.aux))
 
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Add noise to the clipped sums, divide them by ``expected_batch_size``, and step the wrapped optimizer.
@@ -194,7 +214,8 @@ class DPOptimizer(PrivacyState):
         if closure is not None:
             raise ValueError(
                 "step: a closure would compute gradients again after the noise was added, unclipped. Call "
-                "backward(*batch) and then step(); optimizers that need a closure (LBFGS) cannot be private here."
+                "backward(*batch) and then step(). Lightning passes a closure: use "
+                "clipgrad.integrations.lightning.DPModule. Optimizers that need one (LBFGS) cannot be private here."
             )
         account = self._account
         if account is not None and self._pending.unfinished:
@@ -205,23 +226,26 @@ class DPOptimizer(PrivacyState):
         others = [p for p in self._owned_parameters() if id(p) not in selected]
         sums, observed, aliases_graph = self._pending.take(names, parameters, others)
         claim, self._claim = self._claim, Claim()
+        ranks = self._clipper.ranks
+        ranks.meet("step", self._step_state.step, lambda: self._facts_of_step(claim), parameters)
         if account is not None:
             account.record(claim, self.accounted_noise_multiplier)
-        ranks = self._clipper.ranks
         with torch.no_grad():
             with phase("noise"):
+                share = ranks.share(sums, parameters, is_lent=aliases_graph)
                 means = self._noise.next(
-                    ranks.own_share(sums),
+                    share.parts,
                     self._step_state.step,
+                    names=names,
                     sigma=sigma,
                     divisor=self.expected_batch_size,
-                    in_place=not aliases_graph,
+                    in_place=share.private,
                 )
                 if observed:
-                    self._noise.count(observed, sigma_observed)
-            self._pending.publish(parameters, ranks.gathered(means))
+                    ranks.one_draw(observed, lambda total: self._noise.count(total, sigma_observed))
+            self._pending.publish(parameters, share.gathered(means))
         # Sums of a CUDA graph may be without noise: a traceback from the wrapped optimizer must not refer to them.
-        del sums
+        del sums, share
         # The step is over before the wrapped optimizer runs, because the means are public and the optimizer may raise.
         self._step_state = self._step_state.next_step(observed, self.expected_batch_size)
         with phase("optimizer"):
@@ -259,18 +283,19 @@ class DPOptimizer(PrivacyState):
             raise RuntimeError("diagnostics: no backward has run yet; call backward(*batch) first.")
         return diagnostics_of(last)
 
-    def explain(self, *batch: Any) -> Explanation:
+    def explain(self, *batch: Any, **named: Any) -> Explanation:
         """Return a table of how each parameter's norm is computed for such a batch; this changes no state."""
+        batch = parts_of(batch, named)
         trained = self._find_trained_parameters()
-        with trained.resident() as parameters:
-            inputs = self._inputs(trained, parameters, batch)
+        with trained.resident(self._clipper.ranks, self._step_state.step) as resident:
+            inputs = self._inputs(resident, batch, bool(named), "explain(*batch)")
             return self._clipper.explain(inputs, self._norm())
 
     # ------------------------------------------------------------------ torch.optim.Optimizer
 
     def __getstate__(self) -> dict[str, Any]:
         # ``step`` may be a scheduler's wrapper that is bound to this object. An unfinished logical batch is not copied.
-        left_out = ("step", "_pending", "_claim", "_last_outcome", "_trained")
+        left_out = ("step", "_pending", "_claim", "_last_outcome", "_trained", "_loss_by_name")
         return {key: value for key, value in self.__dict__.items() if key not in left_out}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -298,17 +323,38 @@ class DPOptimizer(PrivacyState):
 
     # ------------------------------------------------------------------ inside
 
-    def _inputs(
-        self, trained: TrainedParameters, parameters: list[Tensor], batch: tuple[Any, ...]
-    ) -> Inputs:
-        holding = trained.slots.holding
-        return inputs_of_model(self.loss_fn, self.model, trained.names, parameters, holding, batch)
+    def _inputs(self, resident: Resident, batch: tuple[Any, ...], named: bool, call: str) -> Inputs:
+        names, parameters, holding = resident
+        loss_fn: Callable[..., Any] = self.loss_fn
+        if named:
+            # The same function in each step, since what was captured of it is kept by its identity.
+            if self._loss_by_name is None or self._loss_by_name[0] is not loss_fn:
+                self._loss_by_name = loss_fn, by_name(loss_fn)
+            loss_fn = self._loss_by_name[1]
+        return inputs_of_model(loss_fn, self.model, names, parameters, holding, batch, call)
+
+    def _settings_of_run(self) -> dict[str, object]:
+        return facts.of_run(
+            None if self._account is None else self._account.plan,
+            self._norm(),
+            self.noise_multiplier,
+            self.expected_batch_size,
+            self._trained.names,
+            self._trained.parameters,
+            self.inner,
+        )
+
+    def _facts_of_step(self, claim: Claim) -> dict[str, object]:
+        account = self._account
+        position = () if account is None else account.position(claim, self._clipper.ranks)
+        return facts.of_step(self._norm(), self.sigma, self._trained.names, position)
 
     def _start_batch(self) -> None:
         self._trained = TrainedParameters(self.model, list(self._owned_parameters()))
         self._pending = Pending()
         self._claim = Claim()
         self._last_outcome = None
+        self._loss_by_name = None
         self.inner.register_step_pre_hook(unnoised_step_hook(weakref.ref(self._pending)))
 
     def _owned_parameters(self) -> Iterator[Tensor]:

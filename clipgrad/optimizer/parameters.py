@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from itertools import chain
 from operator import attrgetter, is_
 from typing import Any, NamedTuple
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from clipgrad.optimizer.requirements import parameters_to_train
 from clipgrad.optimizer.swap import ParameterSlots
+from clipgrad.ranks import Ranks
 
 # Methods that walk a model. A module that overrides one may depend on state that the snapshot does not contain.
 _WALKS = (
@@ -21,6 +22,20 @@ _OF_MODULES = attrgetter(
     "training", "_parameters", "_modules", "_backward_hooks", "_backward_pre_hooks"
 )
 _OF_PARAMETERS = attrgetter("requires_grad", "_backward_hooks", "_post_accumulate_grad_hooks")
+
+
+class Resident(NamedTuple):
+    """This class holds the whole parameters to train while a batch is processed.
+
+    Attributes:
+        names: Their names.
+        parameters: Themselves.
+        holding: Puts other tensors in every place in the model that holds one.
+    """
+
+    names: list[str]
+    parameters: list[Tensor]
+    holding: Callable[[Sequence[Tensor]], AbstractContextManager[None]]
 
 
 class TrainedParameters:
@@ -54,12 +69,25 @@ class TrainedParameters:
         self._seen = self._snapshot() if usual else None
 
     @contextmanager
-    def resident(self) -> Iterator[list[Tensor]]:
+    def resident(self, ranks: Ranks, step: int) -> Iterator[Resident]:
         """Yield the whole parameters, in order.
 
-        A model whose parameters are distributed over devices can be gathered here.
+        Args:
+            ranks: They gather the parameters if each process holds a part of them.
+            step: Number of the step, which errors name.
         """
-        yield self.parameters
+        with ranks.whole(self._model, step) as gathered:
+            if gathered is None:
+                yield Resident(self.names, self.parameters, self.slots.holding)
+                return
+            whole = gathered.whole_parameters(self.names)
+
+            @contextmanager
+            def holding(tensors: Sequence[Tensor]) -> Iterator[None]:
+                with self.slots.guarded_buffers(), gathered.holding(whole, tensors):
+                    yield
+
+            yield Resident(self.names, whole, holding)
 
     def refreshed(self, model: nn.Module, owned: Sequence[Tensor]) -> TrainedParameters:
         """Return this object if nothing has changed since it was made, else a new one."""

@@ -38,7 +38,7 @@ class Pending:
         self._sums: list[Tensor] | None = None
         self._others: list[Tensor] = []
         self._aliases_graph = False
-        # Gradients that hold noisy means or zeros, by id. The references keep the ids valid.
+        # Gradients that hold noisy means or zeros, by the id of their parameter. A loop may clear .grad itself.
         self._allowed_gradients: dict[int, Tensor] = {}
 
     @property
@@ -66,7 +66,7 @@ class Pending:
             parameters: The parameters that may have a ``.grad`` now.
         """
         self._sums = None
-        self._allowed_gradients = {id(p.grad): p.grad for p in parameters if p.grad is not None}
+        self._allowed_gradients = {id(p): p.grad for p in parameters if p.grad is not None}
 
     def check_same_parameters(self, before: Sequence[Tensor], now: Sequence[Tensor]) -> None:
         """Refuse other parameters than those of the sums so far.
@@ -133,7 +133,7 @@ class Pending:
             )
         self._clear_gradients(names, parameters)
         for parameter in others:
-            if parameter.grad is not None and id(parameter.grad) not in self._allowed_gradients:
+            if parameter.grad is not None and not self._is_allowed(parameter, parameter.grad):
                 raise UnclippedGradientError(
                     f"a parameter of shape {tuple(parameter.shape)} was not trained by backward (it is frozen, or was "
                     "frozen then), but holds a .grad that was not clipped here, and the wrapped optimizer would step "
@@ -148,21 +148,24 @@ class Pending:
         for parameter, mean in zip(parameters, means, strict=True):
             gradient = mean if mean.dtype is parameter.dtype else mean.to(parameter.dtype)
             parameter.grad = gradient
-            self._allowed_gradients[id(gradient)] = gradient
+            self._allowed_gradients[id(parameter)] = gradient
 
     def _clear_gradients(self, names: Sequence[str], parameters: Sequence[Tensor]) -> None:
         found = [(n, p, p.grad) for n, p in zip(names, parameters, strict=True)]
-        for name, _, gradient in found:
-            if gradient is not None and id(gradient) not in self._allowed_gradients:
+        for name, parameter, gradient in found:
+            if gradient is not None and not self._is_allowed(parameter, gradient):
                 raise UnclippedGradientError(
                     f"parameter {name!r}: its .grad was written by other code (loss.backward(), an assignment), and "
                     "was not clipped. Only DPOptimizer may write gradients: .grad is None from backward to step, and "
                     "holds the noised mean after step. Clear it with optimizer.zero_grad()."
                 )
         for _, parameter, gradient in found:
+            self._allowed_gradients.pop(id(parameter), None)
             if gradient is not None:
-                del self._allowed_gradients[id(gradient)]
                 parameter.grad = None
+
+    def _is_allowed(self, parameter: Tensor, gradient: Tensor) -> bool:
+        return self._allowed_gradients.get(id(parameter)) is gradient
 
 
 def unnoised_step_hook(pending: weakref.ref[Pending]) -> Callable[..., None]:

@@ -12,7 +12,14 @@ from clipgrad.batch_norm import batch_norm_error
 from clipgrad.errors import NotPerSampleError
 from clipgrad.optimizer.facade import OptimizerFacade
 
-_PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+# What a wrapper is replaced by: its own communication would add up gradients that are not clipped.
+_INSTEAD = {
+    "DataParallel": "Pass the bare module (model.module), and start one process for each device with torchrun.",
+    "DistributedDataParallel": "Pass the bare module, DPOptimizer(optimizer, model.module, ...): it adds up the "
+    "clipped sums of all ranks itself.",
+    "FullyShardedDataParallel": "Its flat parameters mix layers; shard the model with "
+    "torch.distributed.fsdp.fully_shard (FSDP2) instead.",
+}
 
 
 def check_parts(optimizer: Any, model: Any, loss_fn: Any) -> None:
@@ -23,7 +30,8 @@ def check_parts(optimizer: Any, model: Any, loss_fn: Any) -> None:
     """
     if isinstance(optimizer, OptimizerFacade) or not isinstance(optimizer, Optimizer):
         raise ValueError(
-            f"optimizer must be an ordinary torch.optim.Optimizer, got {type(optimizer).__name__}."
+            f"optimizer must be an ordinary torch.optim.Optimizer, got {type(optimizer).__name__}. Pass an instance "
+            "such as torch.optim.AdamW(model.parameters()), and of a DPOptimizer what it wraps: optimizer.inner."
         )
     if isinstance(optimizer, LBFGS):
         raise ValueError(
@@ -32,17 +40,33 @@ def check_parts(optimizer: Any, model: Any, loss_fn: Any) -> None:
         )
     if not isinstance(model, nn.Module):
         raise ValueError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
-    for module in model.modules():
-        if isinstance(module, _PARALLEL) or type(module).__name__ == "FullyShardedDataParallel":
-            raise ValueError(
-                f"model holds a {type(module).__name__}, whose own gradient communication would never run, so replicas "
-                "would drift apart or train unclipped. Pass the bare module (model.module); training on several "
-                "devices is not supported yet."
-            )
+    _refuse_wrappers(model)
     if not callable(loss_fn) or isinstance(loss_fn, nn.modules.loss._Loss):
         raise ValueError(
             f"loss_fn must be a function loss_fn(model, *batch) that returns a scalar, got {type(loss_fn).__name__}. "
             "Wrap a criterion: def loss_fn(model, x, y): return criterion(model(x), y)."
+        )
+
+
+def _refuse_wrappers(model: nn.Module) -> None:
+    """Refuse models that another library spreads over devices.
+
+    Raises:
+        ValueError: With what to do instead.
+    """
+    for module in model.modules():
+        for kind in type(module).__mro__:
+            if kind.__name__ in _INSTEAD:
+                raise ValueError(
+                    f"model holds a {type(module).__name__}, whose own gradient communication would never run, so "
+                    f"replicas would drift apart or train unclipped. {_INSTEAD[kind.__name__]}"
+                )
+    devices = sorted({str(parameter.device) for parameter in model.parameters()})
+    if len(devices) > 1:
+        raise ValueError(
+            f"the parameters of the model lie on several devices ({', '.join(devices[:4])}), as device_map places "
+            "them, which is not supported. Put the whole model on one device, and shard it with "
+            "torch.distributed.fsdp.fully_shard if it is too large for one."
         )
 
 
@@ -118,7 +142,8 @@ def parameters_to_train(
     selection = tuple((name, p) for name, p in named if id(p) in owned_ids and p.requires_grad)
     if not selection:
         raise ValueError(
-            "optimizer holds no parameter of the model that requires grad; there is nothing to train."
+            "optimizer holds no parameter of the model that requires grad; there is nothing to train. "
+            "Switch gradients on for some of them before: parameter.requires_grad_()."
         )
     refuse_batch_norm(model)
     refuse_hooks(model, selection)

@@ -68,16 +68,28 @@ class ParameterSlots:
         Raises:
             NotPerSampleError: If the body wrote to a buffer.
         """
+        with self.guarded_buffers():
+            flat = [list(module._flat_weights) for module, _ in self._flat]
+            try:
+                self._place(tensors)
+                yield
+            finally:
+                self._restore(flat)
+
+    @contextmanager
+    def guarded_buffers(self) -> Iterator[None]:
+        """Restore buffers after the body.
+
+        Raises:
+            NotPerSampleError: If the body wrote to one.
+        """
         before = [_save_buffers(module) for module in self._modules if module._buffers]
         without = [module for module in self._modules if not module._buffers]
-        flat = [list(module._flat_weights) for module, _ in self._flat]
         try:
-            self._place(tensors)
             yield
             for buffers in (*before, *_new_buffers(without)):
                 _check_buffers(buffers)
         finally:
-            self._restore(flat)
             for buffers in (*before, *_new_buffers(without)):
                 _restore_buffers(buffers)
 

@@ -53,15 +53,16 @@ class Receipts:
     after the last batch that was used in a step.
 
     Args:
-        without_gaps: Whether steps must use all batches in their order. If a shuffled batch is left out, later steps
-            reach into another pass.
+        without_gaps: What the loader is called if steps must use all its batches in their order, else empty. If a
+            shuffled or a cyclic batch is left out, samples take part sooner again than is accounted for.
     """
 
-    def __init__(self, *, without_gaps: bool = False) -> None:
+    def __init__(self, *, without_gaps: str = "") -> None:
         self._without_gaps = without_gaps
         self._iteration = 0
         self._unspent: dict[int, Receipt] = {}
         self._last_spent = -1
+        self._share = (0, 1)
         # id(tensor) -> the tensor, while it is alive, and its batch.
         self._known: dict[int, tuple[weakref.ref[Tensor], Receipt | None]] = {}
 
@@ -75,8 +76,13 @@ class Receipts:
     def __deepcopy__(self, memo: object) -> Receipts:
         return self
 
-    def begin_iteration(self) -> int:
-        """Begin an iteration of a loader, and invalidate the unspent receipts of the last iteration."""
+    def begin_iteration(self, share: tuple[int, int] = (0, 1)) -> int:
+        """Begin an iteration of a loader, and invalidate the unspent receipts of the last iteration.
+
+        Args:
+            share: Which part of the data the loader samples from, and of how many parts.
+        """
+        self._share = share
         self._iteration += 1
         self._unspent.clear()
         self._last_spent = -1
@@ -148,6 +154,20 @@ class Receipts:
         self._refuse_left_out(receipt)
         return receipt
 
+    def check_share(self, rank: int, ranks: int) -> None:
+        """Refuse batches from other data than the part of one of several processes.
+
+        Raises:
+            UnaccountedBatchError: If the loader samples from another part.
+        """
+        if self._share != (rank, ranks):
+            part, parts = self._share
+            raise UnaccountedBatchError(
+                f"step: the loader of rank {rank} samples from part {part} of {parts} of the data, but {ranks} ranks "
+                "train together, so a sample could be in a batch more often than is accounted for. Make the loader "
+                f"with rank={rank}, num_replicas={ranks}; it finds both by itself after init_process_group."
+            )
+
     def spend(self, receipt: Receipt) -> None:
         """Mark a batch as used in a step."""
         del self._unspent[receipt.index]
@@ -182,9 +202,9 @@ class Receipts:
                 )
             if index < receipt.index and self._without_gaps:
                 raise UnaccountedBatchError(
-                    f"step: batch {index} of the shuffled loader was left out, or comes later. The steps would then "
-                    "need more passes, and a sample would be used more often than is accounted for. Take a step on "
-                    "every batch, in the loader's order."
+                    f"step: batch {index} of the {self._without_gaps} loader was left out, or comes later. Samples "
+                    "would then be used more often, or sooner again, than is accounted for. Take a step on every "
+                    "batch, in the loader's order."
                 )
 
     def _unknown_batch_message(self, rows: int) -> str:

@@ -36,7 +36,7 @@ class StepProfile:
     clipped: float
     standard: float
     batch_size: int
-    microbatch_size: int | None
+    microbatch_size: int | str | None
     device: str
     threads: int
     rounds: int

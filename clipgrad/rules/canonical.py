@@ -23,17 +23,41 @@ from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
+from clipgrad.kernels.half_products import (
+    HALF,
+    in_terms,
+    missing_to_alignment,
+    multiplies,
+    product,
+)
 from clipgrad.kernels.selection import reshape_to_broadcast, select_rows, select_rows_reusing
 
+_LOWERED = (torch.float32, torch.float16, torch.bfloat16)  # autocast leaves float64 alone
 BatchedProduct = Callable[[Tensor, Tensor], Tensor]
 
 
 def widen(tensor: Tensor) -> Tensor:
     """Convert half precision to float32, because norms and sums of half-precision factors cancel."""
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+
+
+def lowered(tensor: Tensor) -> Tensor:
+    """Return an operand as autocast rounds it for a product, so that a rule records what is multiplied.
+
+    This is for operations that autocast lowers on every device: ``linear``, ``matmul``, ``addmm``, convolutions.
+    """
+    if (
+        not torch._C._is_any_autocast_enabled()
+    ):  # most of the time; asking for the device takes a microsecond more
+        return tensor
+    device = tensor.device.type
+    if not torch.is_autocast_enabled(device) or tensor.dtype not in _LOWERED:
+        return tensor
+    return tensor.to(torch.get_autocast_dtype(device))
 
 
 def scale_rows(tensor: Tensor, factors: Tensor) -> Tensor:
@@ -110,10 +134,19 @@ class PerSample:
         return self.gradient
 
     def weighted_sum(self, factors: Tensor) -> Tensor:
-        wide = widen(self.gradient)
+        gradient = self.gradient
         if get_proxy_mode() is not None:
             # A compiler fuses this sum with the operations before it, in any layout; it does not fuse a matrix product.
-            return scale_rows(wide, factors).sum(0)
+            return scale_rows(widen(gradient), factors).sum(0)
+        if gradient.dtype is torch.bfloat16 and multiplies(gradient, gradient):
+            # Three terms hold all digits of the factors, and the gradients are not widened.
+            terms = torch.stack(in_terms(factors, 3))
+            return (
+                product(terms[None], gradient.reshape(1, len(gradient), -1))[0]
+                .sum(0)
+                .view(gradient.shape[1:])
+            )
+        wide = widen(gradient)
         if wide.dim() == 1:
             return factors.to(wide.dtype) @ wide
         ordered, axes = in_memory_order(wide)
@@ -149,45 +182,101 @@ class Outer:
         right: ``[B * groups, S, columns]``.
         shape: The parameter's shape, with ``rows * columns`` elements, rows first.
         groups: Number of blocks of rows with separate factors (grouped convolutions).
+        zeros: Number of zeros behind the rows of each position in ``left``, and behind its columns in ``right``.
     """
 
     left: Tensor | OneHot
     right: Tensor
     shape: torch.Size
     groups: int = 1
+    zeros: tuple[int, int] = (0, 0)
 
     @property
     def samples(self) -> int:
         return self.right.shape[0] // self.groups
 
+    @property
+    def columns(self) -> int:
+        return self.right.shape[-1] - self.zeros[1]
+
+    def aligned(self) -> Outer:
+        """Return this use with zeros behind the elements of each position, if a product then reads them faster.
+
+        A vocabulary of 50257 ids would take a GPU two to five times as long. The zeros contribute nothing.
+        """
+        if isinstance(self.left, OneHot) or self.groups > 1 or any(self.zeros):
+            return self
+        zeros = missing_to_alignment(self.left), missing_to_alignment(self.right)
+        if not any(zeros):
+            return self
+        left, right = (
+            F.pad(factor, (0, behind)) if behind else factor
+            for factor, behind in zip((self.left, self.right), zeros, strict=True)
+        )
+        return replace(self, left=left, right=right, zeros=zeros)
+
+    def trimmed(self) -> Outer:
+        """Return this use without the zeros of ``aligned``."""
+        if not any(self.zeros):
+            return self
+        assert isinstance(self.left, Tensor)
+        left = self.left[..., : self.left.shape[-1] - self.zeros[0]]
+        return replace(self, left=left, right=self.right[..., : self.columns], zeros=(0, 0))
+
+    @property
+    def stays_half(self) -> bool:
+        """Return whether products read the factors in half precision, as they are."""
+        return isinstance(self.left, Tensor) and multiplies(self.left, self.right)
+
     def outer(self) -> Outer:
         return self
 
-    def per_sample(self, batched_product: BatchedProduct = torch.bmm) -> Tensor:
-        right = widen(self.right)
+    def per_sample(self, batched_product: BatchedProduct = product) -> Tensor:
         if isinstance(self.left, OneHot):
-            return _scatter_rows(self.left, right).view(self.samples, *self.shape)
-        left = widen(self.left)
-        if left.shape[1] == 1:  # a broadcast product is faster than bmm with one position
-            product = left.transpose(1, 2) * right
+            rows = _scatter_rows(self.left, widen(self.right))
+            return rows.view(self.samples, *self.shape)
+        if self.left.shape[1] == 1:  # a broadcast product is faster than bmm with one position
+            found = widen(self.left).transpose(1, 2) * widen(self.right)
+        elif self.stays_half:
+            found = batched_product(self.left.transpose(1, 2), self.right)
         else:
-            product = batched_product(left.transpose(1, 2), right)
-        return product.view(self.samples, *self.shape)
+            found = batched_product(widen(self.left).transpose(1, 2), widen(self.right))
+        return self._shaped(found, self.samples)
+
+    def stored(self) -> Tensor:
+        """Return per-sample gradients as they are kept until they are summed.
+
+        If a device multiplies bfloat16 factors, the product is rounded to bfloat16, as ordinary autograd rounds the
+        gradient of a weight. Norms are then those of the rounded gradients, which are summed in float32.
+        """
+        if not self.in_two_terms or self.right.shape[1] == 1:
+            return self.per_sample()
+        assert isinstance(self.left, Tensor)
+        found = torch.bmm(self.left.transpose(1, 2), self.right)
+        return self._shaped(found, self.samples)
+
+    def _shaped(self, product: Tensor, gradients: int) -> Tensor:
+        if any(self.zeros):
+            product = product[:, : product.shape[1] - self.zeros[0], : self.columns]
+        return product.reshape(gradients, *self.shape)
 
     def weighted_sum(self, factors: Tensor) -> Tensor:
         if self.groups > 1:
             return PerSample(self.per_sample()).weighted_sum(factors)
-        right = widen(self.right)
         if isinstance(self.left, OneHot):
-            rows = scale_rows(right, factors).flatten(0, 1)
-            total = right.new_zeros(self.left.width, right.shape[-1])
+            rows = scale_rows(widen(self.right), factors).flatten(0, 1)
+            total = rows.new_zeros(self.left.width, rows.shape[-1])
             return total.index_add_(0, self.left.ids.flatten(), rows).view(self.shape)
-        left = widen(self.left)
-        if self._scales_left(left):
-            left = scale_rows(left, factors)
+        scales_left = self._scales_left(self.left)
+        scaled, other = (self.left, self.right) if scales_left else (self.right, self.left)
+        scaled = scale_rows(widen(scaled), factors)
+        if self.in_two_terms:
+            # A scaled factor has more digits than bfloat16 holds.
+            terms = [(term, other) for term in in_terms(scaled, 2)]
         else:
-            right = scale_rows(right, factors)
-        return (left.flatten(0, 1).t() @ right.flatten(0, 1)).view(self.shape)
+            terms = [(scaled, widen(other))]
+        total = sum_of([_over_all(*(pair if scales_left else pair[::-1])) for pair in terms])
+        return self._shaped(total[None], 1)[0]
 
     def select(self, keep: Tensor) -> Outer:
         if self.groups > 1:
@@ -201,9 +290,20 @@ class Outer:
             left, right = select_rows_reusing(self.left, keep), select_rows(self.right, keep)
         return replace(self, left=left, right=right)
 
+    @property
+    def in_two_terms(self) -> bool:
+        """Return whether the weighted sum is a bfloat16 product, for which the scaled factor is split in two terms."""
+        return self.stays_half and self.groups == 1 and self.right.dtype is torch.bfloat16
+
     def _scales_left(self, left: Tensor) -> bool:
         """Return whether a weighted sum scales the left factor, because it is the narrower factor."""
         return left.shape[-1] <= self.right.shape[-1]
+
+
+def _over_all(left: Tensor, right: Tensor) -> Tensor:
+    """Return the product ``[rows, columns]`` over the positions of all samples."""
+    left, right = left.flatten(0, 1).t(), right.flatten(0, 1)
+    return product(left[None], right[None])[0] if right.dtype in HALF else left @ right
 
 
 def _scatter_rows(left: OneHot, right: Tensor) -> Tensor:

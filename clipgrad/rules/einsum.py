@@ -10,7 +10,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from clipgrad.rules.canonical import Outer, PerSample, widen
+from clipgrad.rules.canonical import Outer, PerSample, lowered, widen
 from clipgrad.rules.names import functional_aten_names_of
 from clipgrad.rules.registry import Call, Decline, Extent, Recipe, register_rule
 
@@ -33,6 +33,10 @@ def einsum(call: Call, equation: str, *operands: Tensor | Sequence[Tensor]) -> T
     x = call.batched(data)
     letters = _parse(equation, data_first, x.dim() - 1)
     axes = Axes.of(letters, w.shape, x.shape)
+    autocasts = torch.is_autocast_enabled(x.device.type)
+    if autocasts and not axes.contracted:
+        raise Decline  # without a sum, ``einsum`` is a product of elements, which autocast lowers on some devices
+    x = lowered(x)
     if axes.is_outer:
         return _as_products(call, x, weight, w, axes)
     sample_axis = axes.sample_axis

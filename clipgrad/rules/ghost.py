@@ -28,6 +28,8 @@ _NEGLIGIBLE = 2.0**26
 _FEW_POSITIONS, _FEW_ELEMENTS = 256, 1 << 24
 # Relative error of a product of two float32 numbers that are first rounded to TF32.
 _TF32_PRODUCT = 2.0**-10
+# Relative error of a float32 number that is split in two bfloat16 terms.
+_TWO_TERMS = 2.0**-16
 
 
 def ghost_norms_squared(uses: Sequence[Outer]) -> Tensor:
@@ -43,22 +45,16 @@ def ghost_norms_squared(uses: Sequence[Outer]) -> Tensor:
     lengths: list[Lengths] = []
     if dense is not None:
         assert isinstance(dense.left, Tensor)
-        left, right = widen(dense.left), widen(dense.right)
-        if hot is None and left.shape[1] == 1:
-            norms = _one_position(left, right)
+        if hot is None and dense.left.shape[1] == 1:
+            norms = _one_position(widen(dense.left), widen(dense.right))
             return norms.view(dense.samples, dense.groups).sum(1)
-        norms, found = gram_sums(left, right)
+        norms, found = gram_sums(dense.left, dense.right)
         parts.append(norms.view(dense.samples, dense.groups).sum(1))
         lengths.append(found)
     by_gram = dense is not None
     if hot is not None:
-        assert isinstance(hot.left, OneHot)
-        right = widen(hot.right)
-        if _few_positions(right):
-            by_gram = True
-            norms, found = equal_id_sums(hot.left.ids, right)
-        else:
-            norms, found = row_norms_squared(_segment_sums(hot.left, right)), lengths_of([hot])
+        norms, found, few = _one_hot_norms(hot)
+        by_gram = by_gram or few
         parts.append(norms)
         lengths.append(found)
         if dense is not None:
@@ -66,6 +62,35 @@ def ghost_norms_squared(uses: Sequence[Outer]) -> Tensor:
     assert parts, "a ghost norm of no uses"
     total = Lengths.total(lengths)
     return raised_to_rounding_bound(sum_of(parts), total, uses, materialised=not by_gram)
+
+
+def norms_squared_with_rows(kept: Tensor, uses: Sequence[Outer]) -> Tensor:
+    """Return squared norms ``[B]`` of kept per-sample gradients plus one-hot uses, which add to a few of their rows.
+
+    The kept gradients ``[B, *shape]`` are read once for their norm. Their rows at the ids give the cross term.
+    """
+    hot = _join(uses)
+    assert hot is not None
+    assert isinstance(hot.left, OneHot)
+    own = row_norms_squared(kept)
+    rows = kept.reshape(len(kept), hot.left.width, hot.columns)
+    samples = torch.arange(len(kept), device=kept.device)[:, None]
+    right = widen(hot.right)
+    picked = widen(rows[samples, hot.left.ids])
+    cross: Tensor = torch.linalg.vecdot(picked.flatten(1), right.flatten(1))
+    added_norms, lengths, _ = _one_hot_norms(hot)
+    total = replace(lengths, products=lengths.products + own.sqrt())
+    norms = own + 2 * cross + added_norms
+    return raised_to_rounding_bound(norms, total, [hot], materialised=False)
+
+
+def _one_hot_norms(hot: Outer) -> tuple[Tensor, Lengths, bool]:
+    """Return squared norms and lengths of a one-hot use, and whether a Gram matrix gave them."""
+    assert isinstance(hot.left, OneHot)
+    right = widen(hot.right)
+    if _few_positions(right):
+        return *equal_id_sums(hot.left.ids, right), True
+    return row_norms_squared(_segment_sums(hot.left, right)), lengths_of([hot]), False
 
 
 def raised_to_rounding_bound(
@@ -85,14 +110,12 @@ def raised_to_rounding_bound(
         materialised: True for norms of a built gradient (error relative to ``m``), False for norms from Gram matrices
             (error of the squared norm relative to ``m^2``).
     """
-    shape, groups, columns = uses[0].shape, uses[0].groups, uses[0].right.shape[-1]
+    shape, groups, columns = uses[0].shape, uses[0].groups, uses[0].columns
     rows = shape.numel() // max(1, columns * groups)
     margin = _ROUNDING_MARGIN * (8 + math.sqrt(rows) + math.sqrt(columns))
     margin *= torch.finfo(norms.dtype).eps
     share = margin**2 if materialised else margin
-    # Uses with one-hot factors only are exempt: their rows are added, and TF32 affects products only.
-    if any(isinstance(use.left, Tensor) for use in uses) and _may_round_to_tf32(norms):
-        share = max(share, (_ROUNDING_MARGIN * _TF32_PRODUCT) ** 2)
+    share = max(share, (_ROUNDING_MARGIN * _rounding_of_sum(norms, uses)) ** 2)
     floor = lengths.products.square() * share
     norms = torch.maximum(norms, floor.view(-1, groups).sum(1))
     if materialised:
@@ -109,6 +132,16 @@ def lengths_of(uses: Sequence[Outer]) -> Lengths:
         left = _lengths(widen(use.left)) if isinstance(use.left, Tensor) else torch.ones_like(right)
         found.append(Lengths.of(left, right))
     return Lengths.total(found)
+
+
+def _rounding_of_sum(norms: Tensor, uses: Sequence[Outer]) -> float:
+    """Return how much a weighted sum may round each scaled element, relative to the element, beyond float32."""
+    dense = [use for use in uses if isinstance(use.left, Tensor)]
+    if not dense:
+        return 0.0  # rows are added, and not multiplied
+    if all(use.in_two_terms for use in dense):
+        return _TWO_TERMS
+    return _TF32_PRODUCT if _may_round_to_tf32(norms) else 0.0
 
 
 def _may_round_to_tf32(norms: Tensor) -> bool:
@@ -142,6 +175,8 @@ def _underflow(left: Tensor, rows: int, right: Tensor, columns: int) -> Tensor:
 def _join(uses: Sequence[Outer]) -> Outer | None:
     if len(uses) <= 1:
         return uses[0] if uses else None
+    if len({use.zeros for use in uses}) > 1:
+        uses = [use.trimmed() for use in uses]
     right = torch.cat([use.right for use in uses], dim=1)
     first = uses[0].left
     if isinstance(first, OneHot):
@@ -171,8 +206,10 @@ def _cross(hot: Outer, dense: Outer) -> Tensor:
     assert isinstance(dense.left, Tensor)
     assert isinstance(hot.left, OneHot)
     ids = hot.left.ids[:, None, :].expand(-1, dense.left.shape[1], -1)
-    picked = widen(dense.left).gather(2, ids)
-    products = full_product(widen(dense.right), widen(hot.right).transpose(1, 2))
+    picked = widen(dense.left.gather(2, ids))
+    products = full_product(
+        widen(dense.right[..., : dense.columns]), widen(hot.right).transpose(1, 2)
+    )
     products_summed: Tensor = torch.linalg.vecdot(picked.flatten(1), products.flatten(1))
     return products_summed
 

@@ -17,12 +17,14 @@ import torch
 from torch import Tensor
 
 from clipgrad._functorch import expected
+from clipgrad.kernels.half_products import HALF, product
 from clipgrad.kernels.tensor_cores import set_tf32
 
 # This limit on the elements of one block's Gram matrices keeps a ghost norm's scratch memory below about 256 MiB.
 _ELEMENTS = 1 << 25
 # With fewer positions, half-size blocks are so small that using the symmetry of a Gram matrix is not faster.
 _SYMMETRY_POSITIONS = 256
+_BY_KERNEL = {torch.float32, *HALF}
 
 
 @dataclass(frozen=True)
@@ -56,15 +58,19 @@ class Lengths:
 def gram_sums(left: Tensor, right: Tensor) -> tuple[Tensor, Lengths]:
     """Return squared norms ``[B]`` of ``sum_s left_s (outer product) right_s``, and the lengths of its positions.
 
-    Products never use TF32: where terms cancel, a norm needs the digits that TF32 drops.
+    Products never use TF32: where terms cancel, a norm needs the digits that TF32 drops. Products of half-precision
+    numbers are exact in float32.
 
     Args:
-        left: ``[B, S, rows]``, float32 or float64.
-        right: ``[B, S, columns]``, float32 or float64.
+        left: ``[B, S, rows]``.
+        right: ``[B, S, columns]``; either factor may have half precision, and the result is float32 then.
     """
-    if left.device.type == "cuda" and left.dtype is right.dtype is torch.float32:
+    if left.device.type == "cuda" and {left.dtype, right.dtype} <= _BY_KERNEL:
         norms, *lengths = _on_cuda(left, right).unbind()
     else:
+        left, right = (
+            factor.float() if factor.dtype in HALF else factor for factor in (left, right)
+        )
         norms, *lengths = _by_products(left, right)
     return norms, Lengths(*lengths)
 
@@ -111,14 +117,14 @@ def _product(
     left: Tensor, right: Tensor, other_left: Tensor, other_right: Tensor
 ) -> tuple[Tensor, ...]:
     """Return ``sum_st (left_s . other_left_t) (right_s . other_right_t)`` per sample."""
-    first = torch.bmm(left, other_left.transpose(1, 2))
-    second = torch.bmm(right, other_right.transpose(1, 2))
+    first = product(left, other_left.transpose(1, 2))
+    second = product(right, other_right.transpose(1, 2))
     return (torch.linalg.vecdot(first.flatten(1), second.flatten(1)),)
 
 
 def _product_and_lengths(left: Tensor, right: Tensor, *_: Tensor) -> tuple[Tensor, ...]:
-    first = torch.bmm(left, left.transpose(1, 2))
-    second = torch.bmm(right, right.transpose(1, 2))
+    first = product(left, left.transpose(1, 2))
+    second = product(right, right.transpose(1, 2))
     total = torch.linalg.vecdot(first.flatten(1), second.flatten(1))
     lengths = Lengths.of(*(gram.diagonal(dim1=1, dim2=2).sqrt() for gram in (first, second)))
     return total, lengths.left, lengths.right, lengths.products
@@ -147,4 +153,4 @@ def _on_cuda(left: Tensor, right: Tensor) -> Tensor:
 
 @_on_cuda.register_fake
 def _(left: Tensor, right: Tensor) -> Tensor:
-    return left.new_empty(4, left.shape[0])
+    return left.new_empty(4, left.shape[0], dtype=torch.float32)

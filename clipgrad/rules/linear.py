@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clipgrad.rules.canonical import Outer, PerSample, widen
+from clipgrad.rules.canonical import Outer, PerSample, lowered, widen
 from clipgrad.rules.names import functional_aten_names_of
 from clipgrad.rules.registry import Call, Decline, Extent, Recipe, register_rule
 
@@ -30,7 +32,7 @@ def linear(call: Call, input: Tensor, weight: Tensor, bias: Tensor | None = None
     """Run ``y = x W^T + b``; the output gradient gives the rows of W and the input gives the columns."""
     if not call.has_batch_axis(input):
         raise Decline
-    x, w = call.batched(input), call.shared(weight)
+    x, w = lowered(call.batched(input)), call.shared(weight)
     if w.dim() != 2 or (bias is not None and bias.shape != w.shape[:1]):
         raise Decline  # the gradient of a broadcast bias differs
     factor = positions_first(x)
@@ -82,11 +84,14 @@ def mm(call: Call, input: Tensor, mat2: Tensor) -> Tensor:
 @register_rule(torch.mv, torch.Tensor.mv, *functional_aten_names_of("mv"), name="mv")
 def mv(call: Call, input: Tensor, vec: Tensor) -> Tensor:
     """Run ``matmul`` of a matrix and a vector; the second argument is named ``vec``."""
-    return matmul(call, input, vec)
+    on_cpu = input.device.type == "cpu"
+    # Autocast lowers ``matmul`` on every device, but ``mv`` not on the CPU.
+    with torch.autocast("cpu", enabled=False) if on_cpu else nullcontext():
+        return matmul(call, input, vec)
 
 
 def _data_times_weight(call: Call, data: Tensor, weight: Tensor) -> Tensor:
-    x, w = call.batched(data), call.shared(weight)
+    x, w = lowered(call.batched(data)), call.shared(weight)
     if w.dim() > 2:
         raise Decline
     matrix = w[:, None] if w.dim() == 1 else w
@@ -104,7 +109,7 @@ def _data_times_weight(call: Call, data: Tensor, weight: Tensor) -> Tensor:
 
 
 def _weight_times_data(call: Call, weight: Tensor, data: Tensor) -> Tensor:
-    w, x = call.shared(weight), call.batched(data)
+    w, x = call.shared(weight), lowered(call.batched(data))
     if w.dim() != 2:
         raise Decline
     vector = x.dim() == 2  # one vector per sample
@@ -134,7 +139,7 @@ def addmm(
     """Run ``beta * bias + alpha * x @ W`` with the weight on the right, as in Hugging Face's ``Conv1D``."""
     if not call.has_batch_axis(mat1) or call.has_batch_axis(input) or input.shape != mat2.shape[1:]:
         raise Decline  # a bias of any other shape is broadcast and has a different gradient
-    x, w, b = call.batched(mat1), call.shared(mat2), call.shared(input)
+    x, w, b = lowered(call.batched(mat1)), call.shared(mat2), call.shared(input)
     y = torch.addmm(b, x.flatten(0, 1), w, beta=beta, alpha=alpha)
 
     def gradient(g: Tensor, scale: float) -> Tensor:

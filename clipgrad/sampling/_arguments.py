@@ -5,6 +5,8 @@ from __future__ import annotations
 import numbers
 from collections.abc import Sized
 
+from clipgrad.ranks import world
+
 
 def count(name: str, value: object, *, most: int | None = None) -> int:
     """Return an integer of at least 1, and at most ``most``."""
@@ -36,7 +38,7 @@ def within(name: str, value: object, most: int) -> float:
 def share(size: int, rank: object, num_replicas: object) -> range:
     """Return the part of ``range(size)`` that belongs to a rank: every ``num_replicas``-th, or all without ranks."""
     if rank is None and num_replicas is None:
-        return range(size)
+        rank, num_replicas = world()
     if rank is None or num_replicas is None:
         raise ValueError(
             f"rank and num_replicas are {rank} and {num_replicas}; give both, such as "
@@ -56,6 +58,7 @@ def length(dataset: object) -> int:
     if not isinstance(dataset, Sized):
         raise TypeError(
             f"dataset must have a length, got {type(dataset).__name__}; use a map-style dataset, "
-            "whose samples can be read by index."
+            "whose samples can be read by index. For a stream, make its batches yourself, and say how in the plan: "
+            "PrivacyPlan(declared_sampling='...') (docs/sampling.md)."
         )
     return len(dataset)

@@ -114,6 +114,21 @@ class UserCollate:
         )
 
 
+def padded(
+    pad: bool,
+    name: str,
+    size: int | None,
+    example: Any,
+    collate: Callable[[list[Any]], Any],
+) -> Callable[[list[Any]], Any]:
+    """Return ``collate``, or with ``pad`` a :class:`PaddingCollate` around it; ``name`` is the argument of the size."""
+    if not pad:
+        return collate
+    if size is None:
+        raise ValueError(f"pad = True needs a size to pad to, but {name} is None; give {name}.")
+    return PaddingCollate(example, collate, size)
+
+
 def _repeat(samples: Sequence[T], size: int) -> list[T]:
     return list(islice(cycle(samples), size))
 

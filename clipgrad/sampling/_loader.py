@@ -28,6 +28,7 @@ class PrivateLoader:
         num_workers: As in ``DataLoader``.
         pin_memory: As in ``DataLoader``.
         persistent_workers: As in ``DataLoader``.
+        prefetch_factor: As in ``DataLoader``.
         receipts: The receipts of a plan; the plan's optimizers use them to identify batches.
     """
 
@@ -41,6 +42,7 @@ class PrivateLoader:
         num_workers: int = 0,
         pin_memory: bool = False,
         persistent_workers: bool = False,
+        prefetch_factor: int | None = None,
     ) -> None:
         self._recorder = _Recorder(sampler)
         self._receipts = receipts
@@ -52,6 +54,7 @@ class PrivateLoader:
             num_workers=num_workers,
             pin_memory=pin_memory,
             persistent_workers=persistent_workers,
+            prefetch_factor=prefetch_factor,
         )
 
     @property
@@ -73,7 +76,7 @@ class PrivateLoader:
         batches = iter(self._loader)
         pending = self._recorder.pending
         receipts = self._receipts
-        iteration = 0 if receipts is None else receipts.begin_iteration()
+        iteration = 0 if receipts is None else receipts.begin_iteration(self.batch_sampler.part)
         for batch in batches:
             rows, self._state = pending.popleft()
             if receipts is not None:

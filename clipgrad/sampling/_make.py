@@ -10,10 +10,11 @@ from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
 from clipgrad.plan import PrivacyPlan
+from clipgrad.ranks import world
 from clipgrad.sampling import _arguments as arguments
-from clipgrad.sampling._collate import EmptyBatchCollate, PaddingCollate, UserCollate
+from clipgrad.sampling._collate import EmptyBatchCollate, UserCollate, padded
 from clipgrad.sampling._loader import PrivateLoader
-from clipgrad.sampling._planned import numbers_of_plan, require_fit
+from clipgrad.sampling._planned import bands_of, numbers_of_plan, require_fit
 from clipgrad.sampling._poisson import PoissonSampler
 from clipgrad.sampling._shuffled import ShuffledSampler
 from clipgrad.sampling._users import UserSampler
@@ -35,6 +36,7 @@ def poisson_loader(
     num_workers: int = 0,
     pin_memory: bool = False,
     persistent_workers: bool = False,
+    prefetch_factor: int | None = None,
 ) -> PrivateLoader:
     """Make a loader of Poisson batches, including empty batches.
 
@@ -55,6 +57,7 @@ def poisson_loader(
         num_workers: As in ``DataLoader``.
         pin_memory: As in ``DataLoader``.
         persistent_workers: As in ``DataLoader``.
+        prefetch_factor: As in ``DataLoader``.
 
     Returns:
         The loader; its ``batch_sampler`` is the :class:`PoissonSampler`.
@@ -84,6 +87,7 @@ def poisson_loader(
         expected_batch_size=expected_batch_size,
         sample_rate=sample_rate,
         max_batch_size=max_batch_size,
+        bands=bands_of(plan),
         steps=steps,
         rank=rank,
         num_replicas=num_replicas,
@@ -94,12 +98,13 @@ def poisson_loader(
     return PrivateLoader(
         dataset,
         sampler,
-        collate_fn=_padded(
+        collate_fn=padded(
             pad, "max_batch_size", max_batch_size, example, EmptyBatchCollate(example, collate_fn)
         ),
         num_workers=num_workers,
         pin_memory=pin_memory,
         persistent_workers=persistent_workers,
+        prefetch_factor=prefetch_factor,
         receipts=None if plan is None else plan.run.receipts,
     )
 
@@ -122,6 +127,7 @@ def user_loader(
     num_workers: int = 0,
     pin_memory: bool = False,
     persistent_workers: bool = False,
+    prefetch_factor: int | None = None,
 ) -> PrivateLoader:
     """Make a loader of Poisson batches of users, for privacy of whole users.
 
@@ -148,6 +154,7 @@ def user_loader(
         num_workers: As in ``DataLoader``.
         pin_memory: As in ``DataLoader``.
         persistent_workers: As in ``DataLoader``.
+        prefetch_factor: As in ``DataLoader``.
 
     Returns:
         The loader; its ``batch_sampler`` is the :class:`UserSampler`.
@@ -191,6 +198,7 @@ def user_loader(
         sample_rate=sample_rate,
         samples_per_user=samples_per_user,
         max_users=max_users,
+        bands=bands_of(plan),
         steps=steps,
         rank=rank,
         num_replicas=num_replicas,
@@ -208,10 +216,11 @@ def user_loader(
     return PrivateLoader(
         by_user,
         sampler,
-        collate_fn=_padded(pad, "max_users", max_users, example, collate),
+        collate_fn=padded(pad, "max_users", max_users, example, collate),
         num_workers=num_workers,
         pin_memory=pin_memory,
         persistent_workers=persistent_workers,
+        prefetch_factor=prefetch_factor,
         receipts=None if plan is None else plan.run.receipts,
     )
 
@@ -225,10 +234,12 @@ def shuffled_loader(
     num_workers: int = 0,
     pin_memory: bool = False,
     persistent_workers: bool = False,
+    prefetch_factor: int | None = None,
 ) -> PrivateLoader:
     """Make a loader of shuffled batches for a plan with ``shuffled=True``; each sample is used at most once a pass.
 
-    One iteration is the whole run, over as many passes as the plan's steps need.
+    One iteration is the whole run, over as many passes as the plan's steps need. If the plan has a ``mechanism``, all
+    passes have the same order, which is drawn once.
 
     Args:
         dataset: A map-style dataset.
@@ -238,6 +249,7 @@ def shuffled_loader(
         num_workers: As in ``DataLoader``.
         pin_memory: As in ``DataLoader``.
         persistent_workers: As in ``DataLoader``.
+        prefetch_factor: As in ``DataLoader``.
 
     Raises:
         ValueError: If the plan is for other batches or another dataset.
@@ -258,9 +270,18 @@ def shuffled_loader(
         [4, 4, 4]
     """
     count = arguments.length(dataset)
+    if (processes := world()[1]) > 1:
+        raise ValueError(
+            f"shuffled_loader makes the batches of one process, but there are {processes}, whose orders would not fit "
+            "together. Use poisson_loader, whose parts for the ranks are one Poisson sample."
+        )
     require_fit(plan, "sample", count, shuffled=True)
     sampler = ShuffledSampler(
-        count, batch_size=int(plan.expected_batch_size), steps=plan.steps, generator=generator
+        count,
+        batch_size=int(plan.expected_batch_size),
+        steps=plan.steps,
+        fixed_order=plan.mechanism is not None,
+        generator=generator,
     )
     return PrivateLoader(
         dataset,
@@ -269,6 +290,7 @@ def shuffled_loader(
         num_workers=num_workers,
         pin_memory=pin_memory,
         persistent_workers=persistent_workers,
+        prefetch_factor=prefetch_factor,
         receipts=plan.run.receipts,
     )
 
@@ -281,17 +303,3 @@ class _ByUser(Dataset[list[Any]]):
 
     def __getitem__(self, indices: list[int]) -> list[Any]:
         return [self._samples[index] for index in indices]
-
-
-def _padded(
-    pad: bool,
-    name: str,
-    size: int | None,
-    example: Any,
-    collate: Callable[[list[Any]], Any],
-) -> Callable[[list[Any]], Any]:
-    if not pad:
-        return collate
-    if size is None:
-        raise ValueError(f"pad = True needs a size to pad to, but {name} is None; give {name}.")
-    return PaddingCollate(example, collate, size)

@@ -284,6 +284,12 @@ def graph_of(function: Callable[..., Tensor]) -> TracedStep:
 BUFFER = torch.ones(3)
 
 
+def attention(x: Tensor, dropout: float) -> Tensor:
+    """PyTorch says of fused attention that it draws, whatever the probability of dropout."""
+    heads = x[:, None, None].expand(-1, 1, 2, -1)
+    return F.scaled_dot_product_attention(heads, heads, heads, dropout_p=dropout).sum()
+
+
 @torch.library.custom_op("clipgrad_tests::draws_in_secret", mutates_args=())
 def draws_in_secret(x: Tensor) -> Tensor:
     return torch.rand_like(x)
@@ -302,6 +308,8 @@ def _(x: Tensor) -> Tensor:
         (lambda w, x: (w * x).mul(2).add_(1).sum(), True),
         (lambda w, x: F.dropout(w * x).sum(), False),
         (lambda w, x: (w * x + draws_in_secret(x.detach())).sum(), False),
+        (lambda w, x: attention(w * x, dropout=0.0), True),
+        (lambda w, x: attention(w * x, dropout=0.5), False),
     ],
 )
 def test_what_may_run_for_nothing(

@@ -154,7 +154,8 @@ def test_change_of_a_value_is_followed(place: str) -> None:
             numbers.append(serving(capture, model, one).number)
     finally:
         change(1.0)
-    assert numbers in ([0, 1, 0, 1], [0, 0, 0, 0])  # a graph for each, or an input
+    # A graph for each, an input from the second value on, or an input.
+    assert numbers in ([0, 1, 0, 1], [0, 1, 1, 1], [0, 0, 0, 0])
 
 
 def test_values_that_the_loss_does_not_read_have_no_effect() -> None:

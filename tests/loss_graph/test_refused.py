@@ -103,15 +103,16 @@ def test_results_that_are_not_a_loss(value: Any) -> None:
 
 
 def test_a_value_that_changes_each_time_is_named_in_an_error() -> None:
+    """A factor would be an input of one graph; a probability is not."""
     model, one = Small(), one_sample()
     capture, params = LossCapture(small_loss), list(model.parameters())
     for step in range(16):
-        model.factor = 1.0 + step
+        model.drop.p = step / 100
         assert capture.graph((model, one), params, [one]).number == step
-    model.factor = 100.0
-    with pytest.raises(CannotCapture, match=r"16 graphs already.*factor == "):
+    model.drop.p = 0.9
+    with pytest.raises(CannotCapture, match=r"16 graphs already.*p.* == "):
         capture.graph((model, one), params, [one])
-    model.factor = 3.0  # which has its graph
+    model.drop.p = 0.02  # which has its graph
     assert capture.graph((model, one), params, [one]).number == 2
 
 

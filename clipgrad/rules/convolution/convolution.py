@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clipgrad.rules.canonical import PerSample, Use, widen
+from clipgrad.rules.canonical import PerSample, Use, lowered, widen
 from clipgrad.rules.convolution.geometry import Geometry
 from clipgrad.rules.convolution.use import ConvolutionUse
 from clipgrad.rules.names import functional_aten_names_of
@@ -38,7 +38,7 @@ def _convolve(
 ) -> Tensor:
     if not call.has_batch_axis(input):
         raise Decline
-    x, w = call.batched(input), call.shared(weight)
+    x, w = lowered(call.batched(input)), call.shared(weight)
     b = None if bias is None else call.shared(bias)
     if x.numel() == 0:
         raise Decline  # the fallback runs empty inputs

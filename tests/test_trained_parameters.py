@@ -1,4 +1,4 @@
-"""What is kept of a model between batches is found anew whenever something that it depends on has changed."""
+"""The parameters to train are searched again whenever the model or the optimizer has changed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.dp_tools import data, private, sgd
 
 
 class Model(nn.Module):
-    """Something of everything that a survey looks at."""
+    """This model has one example of everything that the search reads."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -114,7 +114,7 @@ def model() -> Model:
 
 
 def outcome(make: Callable[[], DPOptimizer]) -> Any:
-    """The gradients by name, or what was refused."""
+    """Return the gradients by name, or the message of the refusal."""
     try:
         optimizer = make()
         optimizer.zero_grad()
@@ -134,7 +134,7 @@ def test_a_change_is_seen(case: str, model: Model) -> None:
 
 
 @pytest.mark.parametrize("case", CHANGES)
-def test_after_a_change_all_is_as_for_a_new_optimizer(case: str, model: Model) -> None:
+def test_after_a_change_results_equal_those_of_a_new_optimizer(case: str, model: Model) -> None:
     inner = sgd(model)
     optimizer = private(model, inner=inner)
     optimizer.backward(data(3))
@@ -146,7 +146,7 @@ def test_after_a_change_all_is_as_for_a_new_optimizer(case: str, model: Model) -
         torch.testing.assert_close(changed, new, rtol=0, atol=0)
 
 
-def test_nothing_is_looked_for_twice_while_nothing_changes(
+def test_without_a_change_there_is_no_second_search(
     model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     optimizer = private(model, noise_multiplier=0.0)
@@ -158,10 +158,10 @@ def test_nothing_is_looked_for_twice_while_nothing_changes(
 
 
 def test_another_model_or_optimizer(model: Model) -> None:
-    survey = TrainedParameters(model, owned(sgd(model)))
-    assert not survey.holds(Model(), owned(sgd(model)))
-    assert not survey.holds(model, owned(sgd(model))[1:])
-    assert not survey.holds(model, owned(sgd(model))[::-1])
+    trained = TrainedParameters(model, owned(sgd(model)))
+    assert not trained.holds(Model(), owned(sgd(model)))
+    assert not trained.holds(model, owned(sgd(model))[1:])
+    assert not trained.holds(model, owned(sgd(model))[::-1])
 
 
 class Renaming(nn.Linear):
@@ -169,24 +169,24 @@ class Renaming(nn.Linear):
         return ((f"my.{name}", p) for name, p in super().named_parameters(*args, **kwargs))
 
 
-def test_what_is_walked_in_its_own_way_is_walked_each_time() -> None:
+def test_a_module_that_overrides_a_walk_is_walked_each_time() -> None:
     own = nn.Linear(4, 2)
     own.named_modules = lambda *a, **k: nn.Module.named_modules(own, *a, **k)  # type: ignore[method-assign]
     with pytest.warns(DeprecationWarning, match="script"):
         script = nn.Sequential(torch.jit.script(nn.Tanh()), nn.Linear(4, 2))
     for model in (Renaming(4, 2), own, script):
-        survey = TrainedParameters(model, owned(sgd(model)))
-        assert not survey.holds(model, owned(sgd(model)))
+        trained = TrainedParameters(model, owned(sgd(model)))
+        assert not trained.holds(model, owned(sgd(model)))
 
 
 def test_a_module_with_a_table_of_another_kind_is_walked_each_time(model: Model) -> None:
     model.first._modules = OrderedDict()
-    survey = TrainedParameters(model, owned(sgd(model)))
-    assert not survey.holds(model, owned(sgd(model)))
+    trained = TrainedParameters(model, owned(sgd(model)))
+    assert not trained.holds(model, owned(sgd(model)))
 
 
 def test_another_dtype() -> None:
-    """The parameters stay the same objects; what was resolved for their dtype does not serve any more."""
+    """The parameters stay the same objects, but settings for their old dtype are invalid."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
     optimizer = private(model)

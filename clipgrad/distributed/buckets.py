@@ -1,0 +1,95 @@
+"""Flat buckets: many tensors in one piece of memory, which is cut into one part for each rank."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# Large enough that the start of a collective does not count, small enough that two more of them fit into memory.
+_BUCKET_BYTES = 2**25
+# Each tensor starts where vectorised kernels like it.
+_ALIGNED = 16
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a tensor lies in its bucket.
+
+    Attributes:
+        index: Position of the tensor among all.
+        start: Its first element in the bucket.
+        like: A tensor of the same shape and strides.
+    """
+
+    index: int
+    start: int
+    like: Tensor
+
+    def of(self, flat: Tensor) -> Tensor:
+        """The tensor's place in a bucket's memory."""
+        like = self.like
+        if _is_dense(like):
+            return flat.as_strided(like.shape, like.stride(), self.start)
+        return flat[self.start : self.start + like.numel()].view(like.shape)
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Tensors of one dtype that travel together.
+
+    Attributes:
+        places: Where each lies; the last tensor of the model comes first.
+        length: Elements of the bucket, a multiple of the number of ranks.
+        dtype: In which means travel.
+    """
+
+    places: tuple[Place, ...]
+    length: int
+    dtype: torch.dtype
+
+
+def buckets(sums: Sequence[Tensor], parameters: Sequence[Tensor], ranks: int) -> Iterator[Bucket]:
+    """Cut all tensors into buckets, from the last to the first.
+
+    Args:
+        sums: Clipped sums.
+        parameters: Of the same shapes, strides and order.
+        ranks: Into how many equal parts a bucket is cut.
+    """
+    places: list[Place] = []
+    length = 0
+    kind: tuple[object, ...] = ()
+    for index in range(len(sums) - 1, -1, -1):
+        total, parameter = sums[index], parameters[index]
+        now = (total.dtype, total.device, parameter.dtype)
+        full = length * total.element_size() >= _BUCKET_BYTES
+        if places and (now != kind or full):
+            yield _bucket(places, length, ranks, parameters)
+            places, length = [], 0
+        kind = now
+        places.append(Place(index, length, parameter.detach()))
+        length += -(-total.numel() // _ALIGNED) * _ALIGNED
+    if places:
+        yield _bucket(places, length, ranks, parameters)
+
+
+def _bucket(places: list[Place], length: int, ranks: int, parameters: Sequence[Tensor]) -> Bucket:
+    length = max(length, 1)
+    return Bucket(tuple(places), -(-length // ranks) * ranks, parameters[places[0].index].dtype)
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    """Whether the tensor's elements fill its memory without gaps or overlaps, in any order."""
+    expected = 1
+    sizes = sorted(zip(tensor.stride(), tensor.shape, strict=True))
+    for stride, size in sizes:
+        if size == 0:
+            return False
+        if size > 1:
+            if stride != expected:
+                return False
+            expected *= size
+    return True

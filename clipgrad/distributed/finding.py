@@ -1,0 +1,41 @@
+"""Find out which processes train the model together."""
+
+from __future__ import annotations
+
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from clipgrad.distributed.replicated import Replicated
+from clipgrad.ranks import OneProcess, Ranks
+
+
+def find_ranks(group: object, model: nn.Module) -> Ranks:
+    """The processes of a group, or of all of ``torch.distributed``, as they hold the model.
+
+    Args:
+        group: A process group; None finds all processes.
+        model: The model.
+
+    Raises:
+        ValueError: If there is no such group, or the model is spread in a way that is not supported.
+    """
+    if group is None:
+        if not (dist.is_available() and dist.is_initialized()):
+            return OneProcess()
+        group = dist.group.WORLD
+    if not (dist.is_available() and isinstance(group, dist.ProcessGroup)):
+        raise ValueError(
+            f"process_group must be a torch.distributed.ProcessGroup that this process belongs to, got {group!r}. Call "
+            "torch.distributed.init_process_group first, and leave process_group out to train on all processes."
+        )
+    ranks = dist.get_world_size(group)
+    if any(_is_spread(parameter) for parameter in model.parameters()):
+        from clipgrad.distributed.sharded import Sharded, refuse_what_is_no_fsdp
+
+        refuse_what_is_no_fsdp(model, ranks)
+        return Sharded(group)
+    return OneProcess() if ranks == 1 else Replicated(group)
+
+
+def _is_spread(parameter: Tensor) -> bool:
+    return hasattr(parameter, "device_mesh")

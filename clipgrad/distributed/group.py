@@ -1,0 +1,101 @@
+"""What replicated and sharded ranks have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NoReturn
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from clipgrad.distributed import agreement
+from clipgrad.distributed.collectives import host_group, nobody_lost
+from clipgrad.ranks import Facts
+
+# Steps from one comparison of all parameters to the next; it reads all of them.
+_COMPARED_EVERY = 100
+
+
+class Group:
+    """Processes of one group that train together: how they start, meet and draw common noise.
+
+    Args:
+        group: The processes.
+    """
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self._group = group
+        self._host = host_group(group)
+        self.rank = dist.get_rank(group)
+        self.size = dist.get_world_size(group)
+        self._during = "the start"
+        self._compared = False
+
+    def __copy__(self) -> Group:
+        return self
+
+    def __deepcopy__(self, memo: object) -> Group:
+        return self
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "An optimizer of several processes cannot be pickled, since a process group cannot. Save its state_dict()."
+        )
+
+    def prepare(self, model: nn.Module, facts: Facts, noise: Mapping[str, Any]) -> None:
+        """Compare settings and noise, and take parameters and buffers from the first rank, as DDP does."""
+        with nobody_lost(self._during, self._host):
+            agreement.refuse_differences(self._during, facts(), self._host)
+            agreement.refuse_shared_noise(noise, self._host)
+        with nobody_lost(self._during, self._host), torch.no_grad():
+            for tensor in self._replicated([*model.parameters(), *model.buffers()]):
+                self._broadcast(tensor.detach())
+
+    def same(self, value: str) -> str:
+        """The value of the first rank."""
+        found: list[Any] = [value]
+        with nobody_lost(self._during, self._host):
+            dist.broadcast_object_list(found, src=self._first(self._host), group=self._host)
+        return str(found[0])
+
+    def meet(self, call: str, step: int, facts: Facts, parameters: Sequence[Tensor]) -> None:
+        """Wait for every rank, and compare; now and then also the parameters."""
+        self._during = f"{call} {step}"
+        told = dict(facts())
+        told["parameters"] = None
+        if not self._compared or step % _COMPARED_EVERY == 0:
+            self._compared = True
+            told["parameters"] = self._checksum(parameters)
+        agreement.meet(call, step, told, self._host)
+
+    def compare_soon(self) -> None:
+        """Compare all parameters at the next step."""
+        self._compared = False
+
+    def one_draw(self, counts: list[Tensor], add_noise: Callable[[list[Tensor]], None]) -> None:
+        """Totals on the first rank, noise there, and from there to the others."""
+        total = torch.stack(counts)
+        with nobody_lost(self._during, self._host):
+            dist.reduce(total, dst=self._first(self._group), group=self._group)
+        noised = list(total.unbind())
+        if self.rank == 0:
+            add_noise(noised)
+        result = torch.stack(noised)
+        with nobody_lost(self._during, self._host):
+            self._broadcast(result)
+        torch._foreach_copy_(counts, list(result.unbind()))
+
+    def _broadcast(self, tensor: Tensor) -> None:
+        dist.broadcast(tensor, src=self._first(self._group), group=self._group)
+
+    @staticmethod
+    def _first(group: dist.ProcessGroup) -> int:
+        return dist.get_global_rank(group, 0)
+
+    def _replicated(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Those of the tensors that every rank holds as a whole."""
+        return tensors
+
+    def _checksum(self, parameters: Sequence[Tensor]) -> int:
+        return agreement.checksum(self._replicated(parameters))

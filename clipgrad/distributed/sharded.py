@@ -1,0 +1,169 @@
+"""Ranks that each hold a shard of every parameter (FSDP2): gathered for a batch, sums scattered to the shards."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.autograd.graph import Node
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+from clipgrad.distributed import agreement
+from clipgrad.distributed.collectives import nobody_lost
+from clipgrad.distributed.fsdp import fsdp_modules, own_schedule, policy_of
+from clipgrad.distributed.group import Group
+from clipgrad.distributed.scattered import ScatteredSums
+from clipgrad.distributed.shards import Keys, scattered
+from clipgrad.distributed.streaming import Streaming
+from clipgrad.ranks import Alone, Share
+
+_HALF = (torch.float16, torch.bfloat16)
+
+
+class Sharded(Group):
+    """Processes of one group that hold a model of ``fully_shard``, each with samples of its own.
+
+    Storage is FSDP's: parameters, gradients and the optimizer's state are DTensors. The schedule is not: FSDP would
+    reduce gradients of whole batches.
+    """
+
+    is_sharded = True
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        super().__init__(group)
+        self._calls = 0
+        self._streaming: Streaming | None = None
+
+    @contextmanager
+    def whole(self, model: nn.Module, step: int) -> Iterator[Streaming]:
+        """Gather parameters while the body runs; every rank has to come, also with an empty batch."""
+        self._calls += 1
+        self._during = f"backward {step}"
+        agreement.meet("backward", step, {"the number of backward calls": self._calls}, self._host)
+        if self._streaming is None or not self._streaming.fits(model):
+            if self._streaming is not None:
+                self._streaming.close()
+            self._streaming = Streaming(model, self._reached)
+        with own_schedule(fsdp_modules(model)), self._streaming.running():
+            yield self._streaming
+
+    def passes(self, own: int) -> int:
+        """The most microbatches of a rank: all gather and send the same number of times."""
+        most = torch.tensor(own)
+        with self._reached():
+            dist.all_reduce(most, dist.ReduceOp.MAX, group=self._host)
+        return int(most)
+
+    def before_backward(self, roots: Sequence[Node | None]) -> None:
+        """Gather weights again when the backward pass asks for them."""
+        assert self._streaming is not None
+        self._streaming.before_backward(roots)
+
+    def before_recipe(self, parameters: Sequence[Tensor]) -> None:
+        """Gather weights again for a recipe that may read them."""
+        assert self._streaming is not None
+        self._streaming.before_recipe(parameters)
+
+    def summed(self, totals: Iterator[Tensor], parameters: Sequence[Tensor]) -> list[Tensor]:
+        """Sums over all ranks in the shards of the parameters, so that whole sums are freed module by module."""
+        assert self._streaming is not None
+        keys = Keys(self._streaming.sharded, self._streaming.group)
+        return scattered(totals, parameters, keys, self._reached)
+
+    def _reached(self) -> AbstractContextManager[None]:
+        return nobody_lost(self._during, self._host)
+
+    def squared_norms(self, own: Tensor) -> Tensor:
+        """The norms as they are: a rank holds whole gradients of its samples."""
+        return own
+
+    def share(self, sums: list[Tensor], parameters: Sequence[Tensor], *, is_lent: bool) -> Share:
+        """This rank's shard of each total; between replicas of a shard, its part of it."""
+        local = [cast(DTensor, total).to_local() for total in sums]
+        sums.clear()
+        sharded = [cast(DTensor, parameter) for parameter in parameters]
+        mesh = sharded[0].device_mesh
+        inner: Share = Alone(local, private=True)
+        if mesh.ndim == 2:
+            shards: list[Tensor] = [parameter.to_local() for parameter in sharded]
+            inner = ScatteredSums(local, shards, mesh.get_group(0), self._during)
+        return Shards(inner, sharded)
+
+    def _replicated(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+        return [tensor for tensor in tensors if not isinstance(tensor, DTensor)]
+
+
+class Shards:
+    """The shards of totals that one rank noises.
+
+    Args:
+        inner: Shards as plain tensors, or parts of them.
+        parameters: The sharded parameters.
+    """
+
+    private = True
+
+    def __init__(self, inner: Share, parameters: Sequence[DTensor]) -> None:
+        self._inner, self._parameters = inner, parameters
+        self.parts = inner.parts
+
+    def gathered(self, means: list[Tensor]) -> list[Tensor]:
+        """The means as DTensors that lie as their parameters do."""
+        return [
+            DTensor.from_local(
+                mean, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride()
+            )
+            for mean, p in zip(self._inner.gathered(means), self._parameters, strict=True)
+        ]
+
+
+def refuse_what_is_no_fsdp(model: nn.Module, ranks: int) -> None:
+    """Refuse a model with DTensors that ``fully_shard`` did not make, or made for another kind of training.
+
+    Raises:
+        ValueError: With the remedy.
+    """
+    modules = fsdp_modules(model)
+    for name, parameter in model.named_parameters():
+        if not isinstance(parameter, DTensor):
+            if parameter.requires_grad:
+                raise ValueError(
+                    f"parameter {name!r} is not sharded, but others are. Call fully_shard on the root module too, "
+                    "without ignored_params, so that every trained parameter is."
+                )
+            continue
+        if not (modules and _is_data_parallel(parameter)):
+            raise ValueError(_TENSOR_PARALLEL.format(name=name, placements=parameter.placements))
+        if parameter.device_mesh.size() != ranks:
+            raise ValueError(
+                f"parameter {name!r} is sharded over {parameter.device_mesh.size()} ranks, but {ranks} train together. "
+                "Pass the group of its mesh: Performance(process_group=...)."
+            )
+        if parameter.to_local().device.type != parameter.device_mesh.device_type:
+            raise ValueError(
+                f"parameter {name!r} is offloaded to {parameter.to_local().device}, which is not supported. Leave "
+                "offload_policy out of fully_shard."
+            )
+    for module in modules:
+        if policy_of(module).reduce_dtype in _HALF:
+            raise ValueError(
+                f"fully_shard: reduce_dtype={policy_of(module).reduce_dtype} would round sums over samples, which can "
+                "change them by more than their sensitivity. Leave it out: clipped sums are reduced in float32."
+            )
+
+
+def _is_data_parallel(parameter: DTensor) -> bool:
+    first, *others = parameter.placements
+    if not others:
+        return isinstance(first, Shard)
+    return len(others) == 1 and isinstance(first, Replicate) and isinstance(others[0], Shard)
+
+
+_TENSOR_PARALLEL = (
+    "parameter {name!r} is a DTensor with placements {placements}, as tensor parallelism makes it. Its autograd "
+    "functions cannot run per sample, so it is not supported. Shard the model with fully_shard alone."
+)

@@ -1,0 +1,124 @@
+"""Clipped sums of sharded parameters: one reduce-scatter for all parameters of a module, in the layout of FSDP2."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from math import prod
+from typing import Any, NamedTuple
+
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
+
+from clipgrad.distributed.collectives import reduce_scatter
+
+# Modules whose sums are on their way at once.
+_IN_FLIGHT = 2
+
+
+class Keys(NamedTuple):
+    """The sharded parameter that a whole one belongs to, and the module that it is gathered with."""
+
+    sharded: Callable[[Tensor], DTensor]
+    group: Callable[[Tensor], int]
+
+
+def scattered(
+    totals: Iterator[Tensor],
+    parameters: Sequence[Tensor],
+    keys: Keys,
+    reached: Callable[[], AbstractContextManager[None]],
+) -> list[Tensor]:
+    """Sums over all ranks in the shards of their parameters; between replicas of a shard they stay terms.
+
+    Args:
+        totals: Sums of this rank, formed one by one; those of one module are sent together, and then freed.
+        parameters: The whole parameters.
+        keys: What is known of them.
+        reached: Names the step in the errors of a collective that its body starts.
+    """
+    found: list[Tensor] = []
+    works: deque[tuple[Any, Tensor]] = deque()
+    waiting: list[Tensor] = []
+    placed: list[DTensor] = []
+    now: tuple[Any, ...] = ()
+
+    def send() -> None:
+        if not waiting:
+            return
+        while len(works) >= _IN_FLIGHT:
+            works.popleft()[0].wait()
+        with reached():
+            found.extend(_sent(waiting, placed, works))
+        waiting.clear()
+        placed.clear()
+
+    for total, parameter in zip(totals, parameters, strict=True):
+        sharded = keys.sharded(parameter)
+        key = (keys.group(parameter), total.dtype, sharded.device_mesh, sharded.placements)
+        if key != now:
+            send()
+        now = key
+        waiting.append(total)
+        placed.append(sharded)
+    send()
+    with reached():
+        for work, _ in works:
+            work.wait()
+    return found
+
+
+def _sent(
+    totals: Sequence[Tensor], parameters: Sequence[DTensor], works: deque[tuple[Any, Tensor]]
+) -> list[Tensor]:
+    """Start to send the sums of one module."""
+    mesh = parameters[0].device_mesh
+    wanted: list[Placement] = [
+        Partial("sum") if isinstance(placement, Replicate) else placement
+        for placement in parameters[0].placements
+    ]
+    along = wanted[-1]
+    if not (isinstance(along, Shard) and along.dim == 0 and type(along) is Shard):
+        terms = [
+            DTensor.from_local(total, mesh, [Partial("sum")] * mesh.ndim, run_check=False)
+            for total in totals
+        ]
+        return [term.redistribute(placements=wanted) for term in terms]
+    ranks = mesh.size(mesh.ndim - 1)
+    # FSDP cuts the first axis into pieces of one size, of which the last ones may be smaller or empty.
+    rows = [-(-total.shape[0] // ranks) for total in totals]
+    widths = [row * prod(total.shape[1:]) for row, total in zip(rows, totals, strict=True)]
+    flat = totals[0].new_zeros(ranks, sum(widths))
+    for place, total in zip(flat.split(widths, 1), totals, strict=True):
+        _fill(place, total)
+    part = flat.new_empty(flat.shape[1])
+    works.append((reduce_scatter(part, flat.view(-1), mesh.get_group(mesh.ndim - 1)), flat))
+    found: list[Tensor] = []
+    for piece, parameter in zip(part.split(widths), parameters, strict=True):
+        shape = parameter.to_local().shape
+        local = piece[: shape.numel()].view(shape)
+        found.append(
+            DTensor.from_local(
+                local,
+                mesh,
+                wanted,
+                run_check=False,
+                shape=parameter.shape,
+                stride=parameter.stride(),
+            )
+        )
+    return found
+
+
+def _fill(place: Tensor, total: Tensor) -> None:
+    """Write a sum into ``[ranks, width]``: whole rows first, then what the last rank with a part has."""
+    ranks, width = place.shape
+    flat = total.reshape(-1)
+    if width == 0:
+        return
+    full = flat.numel() // width
+    place[:full].copy_(flat[: full * width].view(full, width))
+    if full < ranks and full * width < flat.numel():
+        rest = flat[full * width :]
+        place[full, : rest.numel()].copy_(rest)

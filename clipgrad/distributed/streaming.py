@@ -1,0 +1,295 @@
+"""Which modules of an FSDP2 model hold their whole parameters: only those that are computing.
+
+Forward: a module of ``fully_shard`` gathers its parameters before it runs, and frees them afterwards. Backward:
+autograd asks for a saved weight, or a recipe runs; the weight's module is then gathered again, and the one before it
+freed. The root's own parameters stay for the whole batch. Freeing and gathering keep tensors and only change their
+memory, so what autograd and the tape hold stays valid.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import Node
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from torch.utils.hooks import RemovableHandle
+
+from clipgrad.distributed.fsdp import fsdp_modules
+
+# Modules beside the root that are whole during the backward pass: an operation may need weights of two.
+_KEPT = 2
+
+
+class _Slot(NamedTuple):
+    """A place in the model, and the parameter that belongs there: whole, and as FSDP keeps it."""
+
+    module: nn.Module
+    name: str
+    whole: Tensor
+    sharded: DTensor
+
+
+class Streaming:
+    """The schedule of one model.
+
+    Args:
+        model: A model of ``fully_shard``; its parameters are gathered once, module by module, to know them.
+        reached: Names the step in the errors of a collective that its body starts.
+    """
+
+    def __init__(
+        self, model: nn.Module, reached: Callable[[], AbstractContextManager[None]]
+    ) -> None:
+        self._model = model
+        self._reached = reached
+        self._modules = fsdp_modules(model)
+        self._slots = [self._slots_of(module) for module in self._modules]
+        self._parameters = list(model.parameters())
+        self._sharded = {
+            _storage(slot.whole): slot.sharded for slots in self._slots for slot in slots
+        }
+        self._group_of_storage: dict[int, int] = {}
+        for group, slots in enumerate(self._slots):
+            for slot in slots:
+                self._group_of_storage[_storage(slot.whole)] = group
+        self._root = next(
+            (i for i, m in enumerate(self._modules) if cast(nn.Module, m) is model), None
+        )
+        self._handles: list[RemovableHandle] = []
+        self._here: list[int] = []
+        self._coming: set[int] = set()
+        # Which module was gathered after which one the last time, in the forward and in the backward pass.
+        self._followers: dict[tuple[bool, int], int] = {}
+        self._last: int | None = None
+        self._is_backward = False
+        self._tensors: dict[int, Tensor] = {}
+        self._streams = False
+        self._places = False
+        for group, module in enumerate(self._modules):
+            self._watch(cast(nn.Module, module), group)
+
+    def fits(self, model: nn.Module) -> bool:
+        """Whether the model still holds the same sharded parameters."""
+        return model is self._model and list(map(id, model.parameters())) == list(
+            map(id, self._parameters)
+        )
+
+    def close(self) -> None:
+        """Leave the model alone."""
+        for handle in self._handles:
+            handle.remove()
+
+    def group(self, whole: Tensor) -> int:
+        """The number of the module that a whole parameter is gathered with."""
+        return self._group_of_storage[_storage(whole)]
+
+    def sharded(self, whole: Tensor) -> DTensor:
+        """The parameter as FSDP keeps it."""
+        return self._sharded[_storage(whole)]
+
+    def whole_parameters(self, names: Sequence[str]) -> list[Tensor]:
+        """The whole parameters by name; most of them have no memory now."""
+        prefixes = {id(module): name for name, module in self._model.named_modules()}
+        found: dict[str, Tensor] = {}
+        for slots in self._slots:
+            for module, name, whole, _ in slots:
+                prefix = prefixes[id(module)]
+                found[f"{prefix}.{name}" if prefix else name] = whole
+        return [found[name] for name in names]
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Gather and free around what the body computes; afterwards all is sharded."""
+        # A recurrent layer has a second list of its weights, which no gathering module updates.
+        self._streams = not any(isinstance(m, nn.RNNBase) for m in self._model.modules())
+        try:
+            if not self._streams:
+                self.gather_all()
+            elif self._root is not None:
+                self._gather(self._root)
+            yield
+        finally:
+            self._streams = False
+            for group in self._coming:
+                self._unshard(self._modules[group])
+            for module in self._modules:
+                module.reshard()
+            self._here.clear()
+            self._coming.clear()
+
+    def gather_all(self) -> None:
+        """Gather everything until the end: a captured graph calls no modules."""
+        self._streams = False
+        for group in range(len(self._modules)):
+            self._gather(group)
+
+    @contextmanager
+    def holding(self, parameters: Sequence[Tensor], tensors: Sequence[Tensor]) -> Iterator[None]:
+        """Put ``tensors[i]`` in every place of whole parameter ``i`` while its module is gathered."""
+        if all(a is b for a, b in zip(parameters, tensors, strict=True)):
+            self.gather_all()
+        self._tensors = {id(p): t for p, t in zip(parameters, tensors, strict=True)}
+        self._places = True
+        self._is_backward, self._last = False, None
+        try:
+            for group in self._here:
+                self._place(group)
+            yield
+        finally:
+            self._places = False
+            for group in self._here:
+                self._put_back(group)
+
+    def before_recipe(self, parameters: Sequence[Tensor]) -> None:
+        """Gather the modules of parameters whose values a recipe may read."""
+        for parameter in parameters:
+            self._need(parameter)
+
+    def before_backward(self, roots: Sequence[Node | None]) -> None:
+        """Gather the module of a weight when the backward pass asks for it."""
+        if not self._streams:
+            return
+        self._is_backward, self._last = True, None
+        seen: set[Node] = set()
+        stack = list(roots)
+        while stack:
+            node = stack.pop()
+            if node is None or node in seen:
+                continue
+            seen.add(node)
+            for saved, tensor in _saved_by(node):
+                if _storage(tensor) in self._group_of_storage:
+                    saved.register_hooks(_packed, self._unpacked)
+            stack.extend(following for following, _ in node.next_functions)
+
+    def _unpacked(self, packed: tuple[Tensor, int]) -> Tensor:
+        tensor, version = packed
+        if tensor._version != version:
+            raise RuntimeError(
+                "one of the variables needed for gradient computation has been modified by an inplace operation: a "
+                f"parameter of shape {tuple(tensor.shape)}"
+            )
+        self._need(tensor)
+        return tensor
+
+    def _need(self, tensor: Tensor) -> None:
+        """Gather the module whose parameters' memory a tensor lies in, and free those that were needed before."""
+        group = self._group_of_storage.get(_storage(tensor))
+        if group is None or not self._streams:
+            return
+        if group in self._here:
+            if group != self._root:
+                self._here.remove(group)
+                self._here.append(group)
+            return
+        while len([g for g in self._here if g != self._root]) >= _KEPT:
+            self._free(next(g for g in self._here if g != self._root))
+        self._gather(group)
+
+    def _watch(self, module: nn.Module, group: int) -> None:
+        def before(_: nn.Module, args: Any) -> None:
+            if self._streams:
+                self._gather(group)
+
+        def after(_: nn.Module, args: Any, output: Any) -> None:
+            if self._streams and group != self._root:
+                self._free(group)
+
+        self._handles.append(module.register_forward_pre_hook(before))
+        self._handles.append(module.register_forward_hook(after))
+
+    def _gather(self, group: int) -> None:
+        self._unshard(self._modules[group])
+        self._coming.discard(group)
+        if group not in self._here:
+            self._here.append(group)
+        if self._places:
+            self._place(group)
+        if self._streams:
+            self._start_next(group)
+
+    def _start_next(self, group: int) -> None:
+        """Start to gather the module that followed this one the last time, while this one computes."""
+        if self._last is not None and self._last != group:
+            self._followers[self._is_backward, self._last] = group
+        self._last = group
+        following = self._followers.get((self._is_backward, group))
+        if following is not None and following not in self._here and following not in self._coming:
+            with self._reached(), torch._C.DisableTorchFunction():
+                self._modules[following].unshard(async_op=True)
+            self._coming.add(following)
+
+    def _unshard(self, module: FSDPModule) -> None:
+        # The capture of the loss need not see what FSDP does.
+        with self._reached(), torch._C.DisableTorchFunction():
+            module.unshard()
+
+    def _free(self, group: int) -> None:
+        with torch._C.DisableTorchFunction():
+            self._modules[group].reshard()
+        if group in self._here:
+            self._here.remove(group)
+
+    def _place(self, group: int) -> None:
+        for module, name, whole, _ in self._slots[group]:
+            tensor = self._tensors.get(id(whole))
+            if tensor is None:
+                tensor = whole.detach() if whole.requires_grad else whole
+            module._parameters[name] = tensor  # type: ignore[assignment]
+
+    def _put_back(self, group: int) -> None:
+        for module, name, whole, _ in self._slots[group]:
+            module._parameters[name] = whole  # type: ignore[assignment]
+
+    def _slots_of(self, gathered: FSDPModule) -> list[_Slot]:
+        """Gather one module's parameters, and find where they are."""
+        places: list[tuple[nn.Module, str, Any]] = [
+            (module, name, parameter)
+            for module in self._model.modules()
+            for name, parameter in cast(dict[str, Any], module._parameters).items()
+            if isinstance(parameter, DTensor)
+        ]
+        self._unshard(gathered)
+        try:
+            now = [module._parameters[name] for module, name, _ in places]
+            return [
+                _Slot(module, name, whole, before)
+                for (module, name, before), whole in zip(places, now, strict=True)
+                if whole is not None and not isinstance(whole, DTensor)
+            ]
+        finally:
+            gathered.reshard()
+
+
+def _storage(tensor: Tensor) -> int:
+    """A number for a tensor's memory that stays the same when it is freed and allocated again."""
+    return int(tensor.untyped_storage()._cdata)
+
+
+def _packed(tensor: Tensor) -> tuple[Tensor, int]:
+    detached = tensor.detach()  # shares the version; with its graph it would keep itself alive
+    return detached, detached._version
+
+
+_NAMES: dict[type, list[str]] = {}
+
+
+def _saved_by(node: Node) -> Iterator[tuple[Any, Tensor]]:
+    """What a node of autograd's graph has saved, as PyTorch's handle and as a tensor."""
+    kind = type(node)
+    if kind not in _NAMES:
+        _NAMES[kind] = [name for name in dir(node) if name.startswith("_raw_saved_")]
+    for name in _NAMES[kind]:
+        raw = getattr(node, name)
+        of_function = name == "_raw_saved_tensors" and hasattr(node, "saved_tensors")
+        tensors = getattr(node, "saved_tensors" if of_function else name.removeprefix("_raw"))
+        several = isinstance(raw, tuple | list)
+        pairs: Any = zip(raw, tensors, strict=True) if several else [(raw, tensors)]
+        for saved, tensor in pairs:
+            if isinstance(tensor, Tensor) and tensor.layout is torch.strided:
+                yield saved, tensor

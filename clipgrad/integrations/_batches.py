@@ -1,0 +1,162 @@
+"""Logical batches in the pieces in which a loop with gradient accumulation asks for them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import islice, repeat
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.data import IterableDataset
+
+from clipgrad.plan import PrivacyPlan
+from clipgrad.sampling import PrivateLoader, poisson_loader, shuffled_loader, user_loader
+
+_IGNORED = -100  # the label that cross entropy leaves out
+
+
+class LogicalBatches(IterableDataset[Any]):
+    """The batches of one run, each cut into pieces, an epoch at a time.
+
+    A loop that accumulates gradients asks for a fixed number of pieces before each step, and iterates once an epoch.
+    One iteration of a plan's loader is the whole run, so each iteration here continues where the one before it ended.
+
+    Args:
+        loader: The loader of the run.
+        pieces: Pieces of a batch. Some may be empty.
+        rows: Rows of a piece; the last piece has the rest.
+        epoch: Batches of an epoch.
+        done: Tells at the first iteration how many batches an interrupted run has used. The loop skips those of the
+            present epoch, so that None stands for each of their pieces.
+    """
+
+    def __init__(
+        self,
+        loader: PrivateLoader,
+        *,
+        pieces: int,
+        rows: int,
+        epoch: int,
+        done: Callable[[], int],
+    ) -> None:
+        self._loader, self._done = loader, done
+        self._pieces, self._rows, self._epoch = pieces, rows, epoch
+        self._batches: Iterator[Any] | None = None
+
+    def __len__(self) -> int:
+        """Return the number of pieces of an epoch."""
+        return self._epoch * self._pieces
+
+    def __iter__(self) -> Iterator[Any]:
+        """Yield the pieces of the next epoch."""
+        skipped = 0
+        if self._batches is None:
+            if done := self._done():
+                self._loader.load_state_dict({**self._loader.state_dict(), "done": done})
+                skipped = done % self._epoch
+            self._batches = iter(self._loader)
+        yield from repeat(None, skipped * self._pieces)
+        for batch in islice(self._batches, self._epoch - skipped):
+            yield from cut(batch, self._pieces, self._rows)
+
+
+class EpochLoader:
+    """The batches of a plan, an epoch at a time; its state is the position in the run.
+
+    Args:
+        loader: The loader of the plan, one iteration of which is the whole run.
+        epoch: Batches of an epoch.
+    """
+
+    def __init__(self, loader: PrivateLoader, epoch: int) -> None:
+        self.loader, self._epoch, self._left = loader, epoch, epoch
+        self._batches: Iterator[Any] | None = None
+
+    def __len__(self) -> int:
+        """Return the number of batches of an epoch."""
+        return self._epoch
+
+    def __iter__(self) -> Iterator[Any]:
+        """Yield the batches of the next epoch, or the rest of an interrupted one."""
+        if self._batches is None:
+            self._batches = iter(self.loader)
+        count, self._left = self._left, self._epoch
+        return islice(self._batches, count)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the position of the loader."""
+        return self.loader.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue a saved run with batches that are drawn afresh."""
+        self.loader.load_state_dict(state)
+        self._batches = None
+        self._left = self._epoch - int(state["done"]) % self._epoch
+
+
+def epoch_of(num_samples: int, expected_batch_size: float) -> int:
+    """Return the number of steps of an epoch."""
+    return max(1, round(num_samples / expected_batch_size))
+
+
+def loader_of(
+    plan: PrivacyPlan,
+    dataset: Any,
+    users: Sequence[Any] | None,
+    samples_per_user: int | None,
+    **options: Any,
+) -> PrivateLoader:
+    """Return the loader of the batches that a plan accounts for.
+
+    Args:
+        plan: The plan.
+        dataset: A map-style dataset.
+        users: The user of each sample; None if batches consist of samples.
+        samples_per_user: The largest number of samples of a user in a batch.
+        **options: Of every loader.
+    """
+    if users is not None:
+        return user_loader(dataset, users, plan=plan, samples_per_user=samples_per_user, **options)
+    return (shuffled_loader if plan.shuffled else poisson_loader)(dataset, plan=plan, **options)
+
+
+def cut(batch: Any, pieces: int, rows: int) -> Iterator[Any]:
+    """Yield a batch in pieces of ``rows`` rows; the last has the rest, and a single one is the batch itself."""
+    if isinstance(batch, tuple):
+        batch = of_users(*batch)
+    batch = dict(batch)
+    if pieces == 1:
+        yield batch
+        return
+    for number in range(pieces):
+        end = (number + 1) * rows if number < pieces - 1 else None
+        part = slice(number * rows, end)
+        yield tree_map(lambda leaf, part=part: leaf[part] if _has_rows(leaf) else leaf, batch)
+
+
+def of_users(inputs: Mapping[str, Any], present: Tensor) -> dict[str, Any]:
+    """The inputs of users, without labels where a free place repeats a sample.
+
+    Raises:
+        ValueError: If the labels have no value that stands for "leave this out".
+    """
+    labels = inputs.get("labels")
+    if not isinstance(labels, Tensor) or labels.is_floating_point():
+        kind = "none" if labels is None else getattr(labels, "dtype", type(labels).__name__)
+        raise ValueError(
+            f"user_column needs integer labels, of which -100 marks what the loss leaves out, but the labels are "
+            f"{kind}. Use clipgrad.user_loader and a loop of your own, with a loss that reads `present`."
+        )
+    shown = present.reshape(*present.shape, *[1] * (labels.dim() - 2))
+    return {**inputs, "labels": torch.where(shown, labels, _IGNORED)}
+
+
+def rows_of(batch: Any) -> int:
+    """Return the rows of a batch, by its first tensor."""
+    return next((int(leaf.shape[0]) for leaf in tree_leaves(batch) if _has_rows(leaf)), 0)
+
+
+def _has_rows(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor) and leaf.dim() > 0

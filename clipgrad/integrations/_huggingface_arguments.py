@@ -1,0 +1,237 @@
+"""``TrainingArguments`` that a private training cannot follow, each refused by its name."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from clipgrad.integrations._batches import epoch_of
+from clipgrad.plan import PrivacyPlan
+
+
+class _Conflict(NamedTuple):
+    """A value of an argument that is refused.
+
+    Attributes:
+        name: Of the argument.
+        conflicts: Whether a value is refused.
+        why: What is wrong with it, and what to do.
+    """
+
+    name: str
+    conflicts: Callable[[Any], bool]
+    why: str
+
+
+_DEFAULT_NORM = 1.0
+_CHECKPOINTING = (
+    "runs the forward pass again during backward, which vmap cannot batch. Leave it out, and lower "
+    "per_device_train_batch_size, which bounds memory as well."
+)
+_ONE_DEVICE = "trains on several devices, which DPTrainer does not do yet. Leave it out."
+_CONFLICTS = (
+    _Conflict(
+        "fp16",
+        bool,
+        "scales the loss, and per-sample gradients cannot be unscaled. Use bf16=True.",
+    ),
+    _Conflict(
+        "torch_compile",
+        bool,
+        "compiles the model without its per-sample gradients. Use DPTrainer(compile=True).",
+    ),
+    _Conflict("gradient_checkpointing", bool, _CHECKPOINTING),
+    _Conflict("activation_checkpointing", bool, _CHECKPOINTING),
+    _Conflict(
+        "use_liger_kernel",
+        bool,
+        "replaces operations by kernels without per-sample gradients. Leave it out.",
+    ),
+    _Conflict(
+        "auto_find_batch_size",
+        bool,
+        "changes the batch size, and with it what the plan accounts for. Set per_device_train_batch_size to what fits; "
+        "gradient_accumulation_steps makes up for the rest.",
+    ),
+    _Conflict(
+        "train_sampling_strategy",
+        lambda value: value != "random",
+        "orders the samples, but the plan accounts for batches at random. Leave it out.",
+    ),
+    _Conflict(
+        "dataloader_drop_last",
+        bool,
+        "has no meaning for Poisson batches, all of which are steps. Leave it out.",
+    ),
+    _Conflict(
+        "include_num_input_tokens_seen",
+        lambda value: value not in (False, "no"),
+        "logs how many tokens were sampled, which is private. Leave it out.",
+    ),
+    _Conflict(
+        "ignore_data_skip",
+        bool,
+        "would repeat the interrupted epoch after a restart. Leave it out: DPTrainer resumes with fresh batches.",
+    ),
+    _Conflict("deepspeed", bool, _ONE_DEVICE),
+    _Conflict("fsdp", bool, _ONE_DEVICE),
+    _Conflict(
+        "n_gpu",
+        lambda value: value > 1,
+        "splits batches over several devices, which DPTrainer does not do yet. Set CUDA_VISIBLE_DEVICES=0.",
+    ),
+    _Conflict(
+        "world_size",
+        lambda value: value > 1,
+        "trains with several processes, which DPTrainer does not do yet. Start one process.",
+    ),
+    _Conflict(
+        "optim",
+        lambda value: "lomo" in str(value) or str(value).endswith("layerwise"),
+        "steps during backward, before gradients are clipped and noised. Use adamw_torch, for example.",
+    ),
+)
+
+
+def refuse_conflicts(args: Any) -> None:
+    """Refuse arguments that would break the promise, or that could not be followed.
+
+    Raises:
+        ValueError: With the argument's name, value and remedy.
+    """
+    for name, conflicts, why in _CONFLICTS:
+        value = getattr(args, name, None)
+        if value is not None and conflicts(value):
+            raise ValueError(f"TrainingArguments({name}={value!s}) {why}")
+
+
+def logical_batch_size(args: Any) -> int:
+    """Return the expected batch size that the arguments describe."""
+    return int(args.per_device_train_batch_size * args.gradient_accumulation_steps)
+
+
+def steps_wanted(args: Any, epoch: int) -> int:
+    """Return the number of steps that the Trainer would take."""
+    return int(args.max_steps) if args.max_steps > 0 else math.ceil(args.num_train_epochs * epoch)
+
+
+def plan_and_users(
+    args: Any,
+    dataset: Any,
+    user_column: str | None,
+    plan: PrivacyPlan | None,
+    target_epsilon: float | None,
+    delta: float | None,
+) -> tuple[PrivacyPlan, list[Any] | None]:
+    """Return the plan, given or made for a target epsilon, and the user of each sample if users are protected.
+
+    Raises:
+        ValueError: If arguments are missing, or say something else than the plan.
+    """
+    if dataset is None:
+        raise ValueError("DPTrainer needs train_dataset; the plan depends on its size.")
+    users = None if user_column is None else _column(dataset, user_column)
+    if plan is None:
+        unit, count = ("user", len(set(users))) if users else ("sample", _length(dataset))
+        plan = _plan_of(args, count, unit, target_epsilon, delta)
+    elif target_epsilon is not None or delta is not None:
+        raise ValueError(
+            "plan says already what target_epsilon and delta would say; leave them out."
+        )
+    _refuse_other_plan(args, plan)
+    return plan, users
+
+
+def _plan_of(
+    args: Any, num_samples: int, unit: str, target_epsilon: float | None, delta: float | None
+) -> PrivacyPlan:
+    """Return the plan for a target epsilon; everything else comes from the arguments.
+
+    Raises:
+        ValueError: If a number is missing or out of range.
+    """
+    if target_epsilon is None or delta is None:
+        raise ValueError(
+            f"DPTrainer needs plan=clipgrad.PrivacyPlan(...), or target_epsilon and delta, which are {target_epsilon} "
+            f"and {delta}. For {num_samples} {unit}s, delta={0.1 / num_samples:.0e} is a usual choice."
+        )
+    if not args.max_grad_norm > 0:
+        raise ValueError(
+            f"TrainingArguments(max_grad_norm={args.max_grad_norm}) turns clipping off, but it is the norm to which "
+            "each sample's gradient is clipped. Set it to 1.0, for example."
+        )
+    size = logical_batch_size(args)
+    if size > num_samples:
+        raise ValueError(
+            f"TrainingArguments: per_device_train_batch_size * gradient_accumulation_steps is {size}, more than the "
+            f"{num_samples} {unit}s of train_dataset. Lower one of them."
+        )
+    return PrivacyPlan.for_epsilon(
+        target_epsilon,
+        num_samples=num_samples,
+        expected_batch_size=size,
+        steps=steps_wanted(args, epoch_of(num_samples, size)),
+        delta=delta,
+        max_grad_norm=float(args.max_grad_norm),
+        unit=unit,
+    )
+
+
+def _refuse_other_plan(args: Any, plan: PrivacyPlan) -> None:
+    """Refuse arguments that say something else than the plan.
+
+    Raises:
+        ValueError: With the argument's name, value and remedy.
+    """
+    each, pieces = args.per_device_train_batch_size, args.gradient_accumulation_steps
+    fitting = max(1, math.ceil(plan.expected_batch_size / each))
+    if pieces != fitting:
+        raise ValueError(
+            f"TrainingArguments(per_device_train_batch_size={each}, gradient_accumulation_steps={pieces}) is not the "
+            f"plan's expected_batch_size={plan.expected_batch_size:g}. Set gradient_accumulation_steps={fitting}: the "
+            "samples of a step pass in pieces of per_device_train_batch_size."
+        )
+    wanted = steps_wanted(args, epoch_of(plan.num_samples, plan.expected_batch_size))
+    if wanted > plan.steps:
+        asked = "max_steps" if args.max_steps > 0 else "num_train_epochs"
+        raise ValueError(
+            f"TrainingArguments({asked}={getattr(args, asked):g}) asks for {wanted} steps, but the plan has "
+            f"{plan.steps}. Set max_steps={plan.steps}, or plan for more steps."
+        )
+    if args.max_grad_norm not in (0.0, _DEFAULT_NORM, plan.max_grad_norm):
+        raise ValueError(
+            f"TrainingArguments(max_grad_norm={args.max_grad_norm}) differs from the plan's "
+            f"max_grad_norm={plan.max_grad_norm}. Leave it out: the plan says to which norm gradients are clipped."
+        )
+
+
+def _length(dataset: Any) -> int:
+    """The number of samples of a dataset.
+
+    Raises:
+        ValueError: If it has no length.
+    """
+    if not hasattr(dataset, "__len__"):
+        raise ValueError(
+            f"train_dataset is a {type(dataset).__name__} without a length, from which no Poisson batches can be "
+            "drawn. Give plan=clipgrad.PrivacyPlan(declared_sampling='...', ...), which says how its batches are drawn."
+        )
+    return len(dataset)
+
+
+def _column(dataset: Any, name: str) -> list[Any]:
+    """The column of a ``datasets.Dataset``, or of a list of dictionaries.
+
+    Raises:
+        ValueError: If there is none of that name.
+    """
+    if name in getattr(dataset, "column_names", ()):
+        return list(dataset[name])
+    try:
+        return [row[name] for row in dataset]
+    except (KeyError, TypeError, IndexError) as error:
+        raise ValueError(
+            f"user_column={name!r} is no column of train_dataset; give the name of the column that says whose each "
+            "sample is."
+        ) from error

@@ -1,0 +1,43 @@
+"""Arguments of Lightning's ``Trainer`` that a private training cannot follow, each refused by its name."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from clipgrad.plan import PrivacyPlan
+
+
+def refuse_conflicts(trainer: Any, plan: PrivacyPlan) -> None:
+    """Refuse arguments of the trainer that contradict the plan, or that could not be followed.
+
+    Raises:
+        ValueError: With the argument's name, value and remedy.
+    """
+    pieces, clip = trainer.accumulate_grad_batches, trainer.gradient_clip_val
+    if pieces != 1:
+        raise ValueError(
+            f"Trainer(accumulate_grad_batches={pieces}) would add up batches of the plan in one step, which costs more "
+            "than is accounted for. Leave it out, and bound memory by private(..., microbatch_size=...)."
+        )
+    if clip:
+        raise ValueError(
+            f"Trainer(gradient_clip_val={clip}) clips the sum of a batch. Leave it out: the plan's max_grad_norm is "
+            "the norm to which each sample's gradient is clipped."
+        )
+    if getattr(trainer.precision_plugin, "scaler", None) is not None:
+        raise ValueError(
+            "Trainer(precision='16-mixed') scales the loss, and per-sample gradients cannot be unscaled. Use "
+            "precision='bf16-mixed'."
+        )
+    if trainer.world_size > 1:
+        raise ValueError(
+            f"Trainer trains with {trainer.world_size} processes, which DPModule does not do yet. Set devices=1."
+        )
+    steps = trainer.estimated_stepping_batches
+    if steps > plan.steps:
+        number = "without end" if math.isinf(steps) else f"{int(steps)} steps"
+        raise ValueError(
+            f"Trainer asks for {number}, but the plan has {plan.steps}. Set Trainer(max_steps={plan.steps}), or plan "
+            "for more steps."
+        )

@@ -1,0 +1,250 @@
+"""``DPTrainer``: Hugging Face's ``Trainer`` with differential privacy. It needs the extra ``huggingface``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from clipgrad.accounting import Ledger
+from clipgrad.errors import PrivacyBudgetError
+from clipgrad.integrations._batches import LogicalBatches, epoch_of, loader_of, rows_of
+from clipgrad.integrations._huggingface_arguments import plan_and_users, refuse_conflicts
+from clipgrad.noise import NoiseSource
+from clipgrad.optimizer import DPOptimizer
+from clipgrad.options import Performance
+from clipgrad.plan import PrivacyPlan
+from clipgrad.result import NotPrivate
+
+try:
+    from accelerate.utils import send_to_device
+    from transformers import Trainer, TrainerCallback
+except ImportError as error:
+    raise ImportError(
+        "clipgrad.integrations.huggingface needs transformers and accelerate: pip install 'clipgrad[huggingface]'."
+    ) from error
+
+
+class PrivateTraining:
+    """What makes a ``transformers.Trainer`` private; a mix-in, to be named before the trainer's class.
+
+    Args:
+        *args: As for the trainer.
+        plan: The plan of the run. One step of the trainer is one step of the plan, on one Poisson batch, which passes
+            in ``gradient_accumulation_steps`` pieces of ``per_device_train_batch_size`` samples.
+        target_epsilon: In place of a plan: the epsilon to end at. ``TrainingArguments`` says the rest: batch size,
+            ``num_train_epochs`` or ``max_steps``, and ``max_grad_norm``, to which each sample's gradient is clipped.
+        delta: Probability with which epsilon may fail to hold.
+        user_column: Name of the column of ``train_dataset`` that says whose each sample is. Users are then sampled,
+            clipped and protected; the batch sizes count users.
+        samples_per_user: With ``user_column``: the largest number of samples of a user in a batch.
+        noise: As for ``DPOptimizer``.
+        compile: As for ``DPOptimizer``.
+        performance: As for ``DPOptimizer``.
+        **trainer: As for the trainer.
+
+    Raises:
+        ValueError: If an argument is refused; ``TrainingArguments`` are refused by name.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        plan: PrivacyPlan | None = None,
+        target_epsilon: float | None = None,
+        delta: float | None = None,
+        user_column: str | None = None,
+        samples_per_user: int | None = None,
+        noise: NoiseSource | None = None,
+        compile: bool | str = False,
+        performance: Performance | None = None,
+        **trainer: Any,
+    ) -> None:
+        self._private: DPOptimizer[Any] | None = None
+        super().__init__(*args, **trainer)
+        refuse_conflicts(self.args)
+        self._samples_per_user = samples_per_user
+        self.plan, self._users = plan_and_users(
+            self.args, self.train_dataset, user_column, plan, target_epsilon, delta
+        )
+        self._mechanism: dict[str, Any] = {
+            "noise": noise,
+            "compile": compile,
+            "performance": performance,
+        }
+        self._rows_of_step = 0
+        self._loss: Any = None
+        self._watch = _NoisedNorm()
+        self.add_callback(self._watch)
+
+    @property
+    def dp_optimizer(self) -> DPOptimizer[Any]:
+        """The optimizer that clips and adds noise; it exists once ``train`` has begun."""
+        if self._private is None:
+            raise RuntimeError("dp_optimizer exists once train() has begun; call train() first.")
+        return self._private
+
+    @property
+    def ledger(self) -> Ledger:
+        """What was released so far."""
+        return self.dp_optimizer.ledger
+
+    def epsilon(self, delta: float | None = None) -> float:
+        """The epsilon of what was released so far; 0 before the first step."""
+        return 0.0 if self._private is None else self._private.epsilon(delta)
+
+    # ------------------------------------------------------------------ hooks of the trainer
+
+    def create_optimizer(self, model: nn.Module | None = None) -> Any:
+        """Wrap the trainer's own optimizer in a ``DPOptimizer``."""
+        inner = super().create_optimizer(model)
+        # On a second train() it is there already, inside of what accelerate has wrapped around it.
+        if self._private is not None and getattr(inner, "optimizer", inner) is self._private:
+            return inner
+        self._loss = self._loss_of_batch()
+        self.optimizer = self._private = DPOptimizer(
+            inner,
+            self.model,
+            self._loss,
+            plan=self.plan,
+            microbatch_size=self.args.per_device_train_batch_size,
+            keep_batch_dim=self.plan.unit == "sample",
+            **self._mechanism,
+        )
+        return self.optimizer
+
+    def get_train_dataloader(self) -> Any:
+        """The plan's batches in pieces; those of the trainer itself if the plan declares how they are drawn."""
+        usual, plan = super().get_train_dataloader(), self.plan
+        if plan.declared_sampling is not None:
+            return usual
+        args = self.args
+        loader = loader_of(
+            plan,
+            usual.dataset,
+            self._users,
+            self._samples_per_user,
+            collate_fn=usual.collate_fn,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory and torch.cuda.is_available(),
+            persistent_workers=args.dataloader_persistent_workers,
+            prefetch_factor=args.dataloader_prefetch_factor,
+        )
+        pieces = LogicalBatches(
+            loader,
+            pieces=args.gradient_accumulation_steps,
+            rows=args.per_device_train_batch_size,
+            epoch=epoch_of(plan.num_samples, plan.expected_batch_size),
+            done=lambda: self.state.global_step,
+        )
+        return DataLoader(pieces, batch_size=None)
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], None]:
+        """The pieces of one step. Each sample's loss is its own mean, so tokens are not counted over the batch."""
+        pieces = list(islice(epoch_iterator, num_batches))
+        self._rows_of_step = sum(map(rows_of, pieces))
+        return pieces, None
+
+    def training_step(
+        self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None
+    ) -> Tensor:
+        """Add the clipped gradients of a piece; return its share of the mean loss of the step, which is not private."""
+        self._check(model)
+        model.train()
+        piece = send_to_device(dict(inputs), self.args.device)
+        if self._loss is _model_loss and not set(self.label_names) & piece.keys():
+            raise ValueError(
+                f"a batch holds {', '.join(piece)}, but no {' or '.join(self.label_names)}, without which the model "
+                "returns no loss. Add them to the dataset or by the data_collator, or give compute_loss_func."
+            )
+        rows = rows_of(piece)
+        returned = self.dp_optimizer.backward(piece)
+        loss: Tensor = returned.loss if isinstance(returned, NotPrivate) else returned
+        return loss * (rows / self._rows_of_step) if rows else loss.new_zeros(())
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log epsilon and the norm of the noised gradient; losses are named as not private."""
+        if "grad_norm" in logs:  # the trainer measured .grad where it is empty
+            del logs["grad_norm"]
+            logs["noised_grad_norm"] = self._watch.norm()
+        for name in ("loss", "train_loss"):
+            if name in logs:
+                logs[f"{name}_not_private"] = logs.pop(name)
+                logs["epsilon"] = self.epsilon()
+        super().log(logs, start_time)
+
+    def num_examples(self, dataloader: Any) -> int:
+        """The number of samples (or users) of the training set, which is public; of another set, its own."""
+        ours = isinstance(dataloader.dataset, LogicalBatches)
+        return self.plan.num_samples if ours else int(super().num_examples(dataloader))
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        """Zero: the work of a step would tell how many samples were drawn, which is private."""
+        return 0
+
+    def hyperparameter_search(self, *args: Any, **kwargs: Any) -> Any:
+        """Refuse: each trial would be a training on the private data that nobody accounts for."""
+        raise ValueError(
+            "hyperparameter_search trains on the private data many times, which the plan does not account for. Search "
+            "on public data, or account for each trial with plan.continuing(ledger)."
+        )
+
+    # ------------------------------------------------------------------ inside
+
+    def _check(self, model: nn.Module) -> None:
+        """Refuse a model whose gradients would not be clipped, and a restart that forgets steps."""
+        if model is not self.dp_optimizer.model:
+            raise ValueError(
+                f"the model was wrapped in a {type(model).__name__} after DPTrainer was made, so its gradients would "
+                "not be clipped. Train the bare model on one device."
+            )
+        done, known = self.state.global_step, self.ledger.steps_of(self.plan.run.name)
+        if known < done:
+            raise PrivacyBudgetError(
+                f"the checkpoint is at step {done}, but holds {known} steps of the ledger, so epsilon would be too "
+                "small. Resume from a checkpoint with its optimizer.pt (save_only_model=False)."
+            )
+
+    def _loss_of_batch(self) -> Any:
+        """The model's own loss where nothing else is asked for: a function that PyTorch can capture."""
+        usual = type(self).compute_loss is Trainer.compute_loss
+        if usual and self.label_smoother is None and self.compute_loss_func is None:
+            return _model_loss
+
+        def loss_fn(model: nn.Module, inputs: dict[str, Any]) -> Any:
+            with self.compute_loss_context_manager():
+                return self.compute_loss(model, inputs)
+
+        return loss_fn
+
+
+class DPTrainer(PrivateTraining, Trainer):
+    """A ``transformers.Trainer`` that trains with differential privacy; see ``PrivateTraining`` for its arguments.
+
+    Collators, evaluation, schedulers, callbacks, checkpoints, resuming and PEFT models are as usual.
+    """
+
+
+class _NoisedNorm(TrainerCallback):
+    """Keeps the norm of the last step's noised gradient, which is public, before the trainer clears it."""
+
+    def __init__(self) -> None:
+        self._norm: Tensor | None = None
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        gradients = [p.grad for p in kwargs["model"].parameters() if p.grad is not None]
+        self._norm = torch.nn.utils.get_total_norm(gradients)
+
+    def norm(self) -> float:
+        return float("nan") if self._norm is None else float(self._norm)
+
+
+def _model_loss(model: nn.Module, inputs: dict[str, Any]) -> Any:
+    outputs = model(**inputs)
+    return outputs["loss"] if isinstance(outputs, dict) else outputs[0]

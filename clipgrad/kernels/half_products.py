@@ -1,0 +1,92 @@
+"""Products of half-precision factors with float32 sums, without widening the factors first.
+
+A product of two bfloat16 or two float16 numbers has at most 22 binary digits, so float32 holds it exactly. Tensor cores
+multiply half precision and add in float32. So the result is that of widening the factors first, up to the order of
+additions, in a fraction of the time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
+
+HALF = (torch.float16, torch.bfloat16)
+# On CUDA PyTorch multiplies half precision with float32 results; elsewhere, and on ROCm, factors are widened.
+_ON_CUDA = torch.version.hip is None
+_ON_EVERY_DEVICE = False  # tests set this
+# A product reads rows fast that start at multiples of this many bytes.
+_ALIGNMENT = 16
+
+
+def _serves(tensor: Tensor) -> bool:
+    return (tensor.is_cuda and _ON_CUDA) or _ON_EVERY_DEVICE
+
+
+def multiplies(a: Tensor, b: Tensor) -> bool:
+    """Return whether two factors are of one half-precision dtype, on a device that multiplies them without widening."""
+    return a.dtype is b.dtype and a.dtype in HALF and _serves(a)
+
+
+def missing_to_alignment(factor: Tensor) -> int:
+    """Return how many elements the last axis needs, so that a product on the factor's device reads it fast."""
+    if not _serves(factor):
+        return 0
+    return -factor.shape[-1] % max(1, _ALIGNMENT // factor.element_size())
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """Return ``torch.bmm(a, b)``; in float32 if both factors are of one half-precision dtype."""
+    if a.dtype is not b.dtype or a.dtype not in HALF:
+        return torch.bmm(a, b)
+    if not multiplies(a, b):
+        return torch.bmm(a.float(), b.float())
+    if get_proxy_mode() is None:
+        return _half_product(a, b)
+    found: Tensor = half_product(a, b)
+    return found
+
+
+def _half_product(a: Tensor, b: Tensor) -> Tensor:
+    if not a.is_cuda:
+        return torch.bmm(a.float(), b.float())
+    with _sums_in_float32(a.dtype):
+        return torch.bmm(a, b, out_dtype=torch.float32)
+
+
+# A custom operation keeps the setting for sums inside one node of a traced graph.
+@torch.library.custom_op("clipgrad::half_product", mutates_args=())
+def half_product(a: Tensor, b: Tensor) -> Tensor:
+    """Return the float32 product of two half-precision tensors ``[B, N, K]`` and ``[B, K, M]``."""
+    return _half_product(a, b)
+
+
+@half_product.register_fake
+def _(a: Tensor, b: Tensor) -> Tensor:
+    return a.new_empty(a.shape[0], a.shape[1], b.shape[2], dtype=torch.float32)
+
+
+def in_terms(wide: Tensor, count: int) -> list[Tensor]:
+    """Return ``count`` bfloat16 tensors whose sum is the float32 tensor, up to ``2^(-8 count)`` of each element."""
+    terms = []
+    for _ in range(count):
+        terms.append(wide.bfloat16())
+        wide = wide - terms[-1].float()
+    return terms
+
+
+@contextmanager
+def _sums_in_float32(dtype: torch.dtype) -> Iterator[None]:
+    """Forbid float16 sums inside of float16 products, which a process may allow for its own products."""
+    matmul = torch.backends.cuda.matmul
+    if dtype is not torch.float16 or not matmul.allow_fp16_accumulation:
+        yield
+        return
+    matmul.allow_fp16_accumulation = False
+    try:
+        yield
+    finally:
+        matmul.allow_fp16_accumulation = True

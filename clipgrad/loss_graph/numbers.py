@@ -1,0 +1,127 @@
+"""Python numbers with a fraction that change from call to call: inputs of one graph instead of a graph for each.
+
+PyTorch hands such a number to a graph as a tensor and reads it there, which no later trace could follow. Here the
+graph takes the number itself. Where it is used in arithmetic alone, the graph may be given a tensor as well.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from clipgrad.loss_graph.checkpoints import Checkpoint
+
+
+def _arithmetic(operation: Callable[[Any, Any], Any]) -> Callable[..., Any]:
+    """The operation, such that a number may also be a tensor without axes, of float64."""
+
+    def calculate(a: Any, b: Any, is_number: tuple[bool, bool]) -> Any:
+        pairs = list(zip((a, b), is_number, strict=True))
+        values = [value for value, number in pairs if isinstance(value, Tensor) and not number]
+        if not values or not any(isinstance(value, Tensor) for value, number in pairs if number):
+            return operation(a, b)
+        dtype = values[0].dtype
+        if not (dtype.is_floating_point or dtype.is_complex):
+            dtype = torch.get_default_dtype()
+        # PyTorch computes with halves and a number in float32, and a number never widens a tensor.
+        within = torch.promote_types(dtype, torch.float32)
+        a, b = (value.to(within) if isinstance(value, Tensor) else value for value in (a, b))
+        return operation(a, b).to(dtype)
+
+    calculate.__name__ = calculate.__qualname__ = operation.__name__
+    return calculate
+
+
+_FUNCTIONS = {
+    function: _arithmetic(getattr(operator, name))
+    for name, functions in {
+        "add": (operator.add, torch.add),
+        "sub": (operator.sub, torch.sub),
+        "mul": (operator.mul, torch.mul),
+        "truediv": (operator.truediv, torch.div, torch.true_divide),
+        "pow": (operator.pow, torch.pow),
+    }.items()
+    for function in functions
+}
+_METHODS = {"add": torch.add, "sub": torch.sub, "mul": torch.mul, "div": torch.div, "pow": torch.pow}  # fmt: skip
+
+
+def take_numbers(module: GraphModule) -> dict[Node, bool]:
+    """Let a graph take numbers instead of the tensors out of which it reads them.
+
+    Returns:
+        The inputs that are numbers, and for each whether a tensor without axes serves as well.
+    """
+    graph = module.graph
+    found: dict[Node, set[Node]] = {}  # of each number, the inputs that it depends on
+    rigid: set[Node] = set()
+    for node in list(graph.nodes):
+        place = node.args[0] if node.target == "item" and node.op == "call_method" else None
+        if isinstance(place, Node) and place.op == "placeholder" and _is_number(node):
+            place.meta["example_value"] = node.meta["example_value"].node.hint
+            node.replace_all_uses_with(place)
+            graph.erase_node(node)
+            found[place] = {place}
+    regions = {node: _taken_by_region(module, node) for node in graph.find_nodes(op="call_module")}
+    for taken in regions.values():
+        for place, (example, serves) in taken.items():
+            place.meta["example_value"] = example
+            found[place] = {place}
+            rigid |= set() if serves else {place}
+    inputs = list(found)
+    calculations = []
+    for node in graph.nodes:
+        given = [arg for arg in node.all_input_nodes if arg not in regions.get(node, ())]
+        origins = {origin for arg in given for origin in found.get(arg, ())}
+        if not origins or node in found:
+            continue
+        if _calculation(node) is None:
+            rigid |= origins
+        else:
+            calculations.append(node)
+        if _is_number(node):
+            found[node] = origins
+    for node in calculations:
+        is_number = tuple(not isinstance(arg, Node) or arg in found for arg in node.args)
+        with graph.inserting_before(node):
+            new = graph.call_function(_calculation(node), (*node.args, is_number))  # type: ignore[arg-type]
+        new.meta = dict(node.meta)
+        if node in found:
+            found[new] = found[node]
+        node.replace_all_uses_with(new)
+        graph.erase_node(node)
+    module.recompile()
+    return {place: place not in rigid for place in inputs}
+
+
+def _taken_by_region(module: GraphModule, node: Node) -> dict[Node, tuple[Any, bool]]:
+    """The inputs of a graph that a checkpointed region reads as numbers: an example, and whether a tensor serves."""
+    region = module.get_submodule(str(node.target))
+    if not isinstance(region, Checkpoint):
+        return {}
+    inner = take_numbers(region.body)
+    places = region.body.graph.find_nodes(op="placeholder")
+    return {
+        arg: (place.meta["example_value"], inner[place])
+        for arg, place in zip(node.args, places, strict=True)
+        if place in inner and isinstance(arg, Node) and arg.op == "placeholder"
+    }
+
+
+def _is_number(node: Node) -> bool:
+    return isinstance(node.meta.get("example_value"), torch.SymFloat)
+
+
+def _calculation(node: Node) -> Callable[..., Any] | None:
+    """What computes the node of numbers that may be tensors; None if nothing of ours does."""
+    target: Any = node.target
+    if node.op == "call_method":
+        target = _METHODS.get(target)
+    if len(node.args) != 2 or node.kwargs or node.op not in ("call_method", "call_function"):
+        return None
+    return _FUNCTIONS.get(target)

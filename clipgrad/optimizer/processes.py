@@ -1,0 +1,38 @@
+"""This module finds the processes that train together, and refuses what they cannot do together."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from clipgrad.options import Options
+from clipgrad.ranks import OneProcess, Ranks, initialised
+
+
+def ranks_of(options: Options, model: nn.Module) -> Ranks:
+    """Return the processes that the user names, or all that there are.
+
+    Raises:
+        ValueError: If the options exclude several processes, or the model is spread over them in another way.
+    """
+    group = options.performance.process_group
+    if group is None and not initialised():
+        return OneProcess()
+    from clipgrad.distributed import find_ranks
+
+    ranks = find_ranks(group, model)
+    if options.compile_mode is not None and ranks.is_sharded:
+        raise ValueError(
+            "compile cannot be combined with a model of fully_shard: a compiled step reads parameters where they lay "
+            "when it was compiled, and FSDP gathers them anew for each batch. Leave compile out."
+        )
+    if options.microbatch_size == "auto" and ranks.is_sharded:
+        raise ValueError(
+            "microbatch_size='auto' cannot be combined with a model of fully_shard, whose ranks run the same number of "
+            "microbatches. Give a number, the same on all ranks."
+        )
+    if ranks.size > 1 and options.grid is not None:
+        raise ValueError(
+            f"exact mode (grid={options.grid}) proves the sums of one process, but {ranks.size} train together. Leave "
+            "the grid out, or train in one process."
+        )
+    return ranks

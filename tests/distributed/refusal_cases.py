@@ -1,0 +1,73 @@
+"""Models that are spread in ways that are not supported."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from tests.distributed.difference_cases import squares
+
+
+def build(rank: int, size: int, kind: str) -> None:
+    """Make an optimizer of such a model, and call backward."""
+    import torch.distributed.fsdp as fsdp
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import parallel
+
+    from clipgrad import DPOptimizer
+
+    model: nn.Module = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    mesh = init_device_mesh("cpu", (size,))
+    if kind == "DDP":
+        model = nn.parallel.DistributedDataParallel(model)
+    if kind == "FSDP1":
+        model = fsdp.FullyShardedDataParallel(model, device_id=torch.device("cpu"))
+    if kind == "DataParallel":
+        model = nn.DataParallel(model)
+    if kind == "tensor parallel":
+        plan = {"0": parallel.ColwiseParallel(), "1": parallel.RowwiseParallel()}
+        model = parallel.parallelize_module(model, mesh, plan)
+    if kind == "tensor parallel and FSDP":
+        both = init_device_mesh("cpu", (1, size), mesh_dim_names=("data", "model"))
+        plan = {"0": parallel.ColwiseParallel(), "1": parallel.RowwiseParallel()}
+        model = parallel.parallelize_module(model, both["model"], plan)
+        fsdp.fully_shard(model, mesh=both["data"])
+    if kind == "root not sharded":
+        fsdp.fully_shard(model[0])
+    if kind == "reduce in half precision":
+        policy = fsdp.MixedPrecisionPolicy(reduce_dtype=torch.bfloat16)
+        fsdp.fully_shard(model, mp_policy=policy)
+    if kind == "compiled":
+        fsdp.fully_shard(model)
+    optimizer = DPOptimizer(
+        torch.optim.SGD(model.parameters(), lr=0.1),
+        model,
+        squares,
+        max_grad_norm=1.0,
+        noise_multiplier=1.0,
+        expected_batch_size=2.0,
+        compile=kind == "compiled",
+    )
+    optimizer.backward(torch.ones(2, 3))
+
+
+def missing_backward(rank: int, size: int) -> None:
+    """One rank steps where the other calls backward once more."""
+    from torch.distributed.fsdp import fully_shard
+
+    from clipgrad import DPOptimizer
+
+    model = nn.Linear(3, 2)
+    fully_shard(model)
+    optimizer = DPOptimizer(
+        torch.optim.SGD(model.parameters(), lr=0.1),
+        model,
+        squares,
+        max_grad_norm=1.0,
+        noise_multiplier=1.0,
+        expected_batch_size=2.0,
+    )
+    optimizer.backward(torch.ones(2, 3))
+    if rank == 0:
+        optimizer.backward(torch.ones(2, 3))
+    optimizer.step()

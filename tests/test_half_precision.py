@@ -1,0 +1,254 @@
+"""Half-precision factors: products, norms and clipped sums, and what one sample may contribute.
+
+A GPU multiplies half-precision factors as they are. On the CPU a fixture takes the same way, with widened products at
+its end.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from clipgrad import Performance, clipped_grad
+from clipgrad.engine.reference import clipped_sum, per_sample_gradients_by_loop
+from clipgrad.kernels import half_products
+from clipgrad.kernels.half_products import HALF, half_product, in_terms, product
+from clipgrad.rules.canonical import Outer, PerSample
+from clipgrad.rules.ghost import ghost_norms_squared
+from tests.compiled.conftest import Graphs, graphs  # noqa: F401 - a fixture
+from tests.test_sensitivity import KINDS
+
+STRATEGIES = ("auto", "kept", "ghost")
+Params = dict[str, Tensor]
+
+
+@pytest.fixture(params=["widened", "as on a GPU"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Both ways to multiply half-precision factors."""
+    if request.param == "as on a GPU":
+        monkeypatch.setattr(half_products, "_ON_EVERY_DEVICE", True)
+    return str(request.param)
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_products_lose_nothing(dtype: torch.dtype, way: str) -> None:
+    torch.manual_seed(0)
+    a, b = torch.randn(3, 5, 70).to(dtype), torch.randn(3, 70, 4).to(dtype)
+    for found in (product(a, b), half_product(a, b)):
+        assert found.dtype is torch.float32
+        torch.testing.assert_close(found.double(), a.double() @ b.double(), rtol=1e-5, atol=1e-5)
+
+
+def test_products_of_other_pairs() -> None:
+    a, b = torch.randn(2, 3, 4), torch.randn(2, 4, 5)
+    assert torch.equal(product(a, b), torch.bmm(a, b))
+    assert product(a.double(), b.double()).dtype is torch.float64
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_terms_hold_eight_digits_each(count: int) -> None:
+    torch.manual_seed(0)
+    wide = torch.randn(10_000) * torch.logspace(-20, 20, 10_000)
+    terms = in_terms(wide, count)
+    assert {term.dtype for term in terms} == {torch.bfloat16}
+    error = (sum(term.double() for term in terms) - wide.double()).abs()
+    assert bool((error <= 2.0 ** (-8 * count) * wide.double().abs()).all())
+
+
+@pytest.mark.parametrize("shape", [(4,), (4, 3), (4, 2, 3, 5)])
+def test_a_weighted_sum_of_bfloat16_gradients(shape: tuple[int, ...], way: str) -> None:
+    torch.manual_seed(0)
+    gradient, factors = torch.randn(shape).bfloat16(), torch.rand(4)
+    expected = (gradient.double() * factors.double().view(-1, *[1] * (len(shape) - 1))).sum(0)
+    for layout in (gradient, gradient.mT.contiguous().mT if len(shape) > 2 else gradient):
+        found = PerSample(layout).weighted_sum(factors)
+        assert found.dtype is torch.float32
+        torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(3, 1, 4, 5), (3, 7, 4, 5), (1, 2, 1, 1), (0, 3, 4, 5)])
+@pytest.mark.parametrize("dtype", HALF)
+def test_uses_equal_the_definition(shape: tuple[int, ...], dtype: torch.dtype, way: str) -> None:
+    """Per-sample gradients, weighted sum and norms of one pair of factors, in float64 by hand."""
+    torch.manual_seed(0)
+    samples, positions, rows, columns = shape
+    left = torch.randn(samples, positions, rows).to(dtype)
+    right = torch.randn(samples, positions, columns).to(dtype)
+    factors = torch.rand(samples)
+    use = Outer(left, right, torch.Size([rows, columns]))
+    each = left.double().mT @ right.double()
+    close = {"rtol": 1e-5, "atol": 1e-5}
+    torch.testing.assert_close(use.per_sample().double(), each, **close)
+    total = (each * factors.double()[:, None, None]).sum(0)
+    split = {"rtol": 1e-4, "atol": 1e-4} if use.in_two_terms else close
+    torch.testing.assert_close(use.weighted_sum(factors).double(), total, **split)
+    kept = use.stored()
+    if use.in_two_terms and positions > 1:
+        assert kept.dtype is torch.bfloat16
+        torch.testing.assert_close(kept.double(), each, rtol=2.0**-8, atol=1e-5)
+    else:
+        torch.testing.assert_close(kept.double(), each, **close)
+    norms = each.square().sum((1, 2))
+    torch.testing.assert_close(ghost_norms_squared([use]).double(), norms, **close)
+
+
+def network(p: Params, x: Tensor) -> Tensor:
+    """Two layers with a norm between, a bias, and a weight that is used twice."""
+    h = F.layer_norm(F.linear(x, p["in"], p["bias"]), (4,), p["gain"])
+    return (F.linear(h, p["out"]).float().square() + F.linear(h.flip(1), p["out"]).float()).sum()
+
+
+SHAPES = {"in": (4, 6), "bias": (4,), "gain": (4,), "out": (3, 4)}
+
+
+def make(dtype: torch.dtype, samples: int) -> tuple[Params, Tensor]:
+    torch.manual_seed(0)
+    params = {name: torch.randn(*shape).to(dtype) for name, shape in SHAPES.items()}
+    return params, torch.randn(samples, 5, 6).to(dtype)
+
+
+@pytest.mark.parametrize("poison", [torch.nan, torch.inf, 6e4])
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("strategy", ["kept", "ghost"])
+def test_a_dropped_sample_leaves_no_trace(
+    strategy: str,
+    compiled: bool,
+    poison: float,
+    way: str,
+    graphs: Graphs,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A NaN, an inf or a float16 overflow; the graph does as on a GPU and asks nobody whether there is one."""
+    if way == "as on a GPU":
+        monkeypatch.setattr("clipgrad.compiled.trace.checks_finite_on_host", lambda device: False)
+    params, x = make(torch.float16, 4)
+    x[2] = poison
+    gradient = clipped_grad(
+        network, max_grad_norm=1.0, compile=compiled, performance=Performance(strategy=strategy)
+    )
+    found = gradient(params, x)
+    assert found.num_nonfinite == 1
+    others = gradient(params, x, is_padding=torch.arange(4) == 2)
+    for name, total in found.grads.items():
+        assert total.isfinite().all()
+        assert torch.equal(total, others.grads[name])
+        assert total.any()
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("autocast", [False, True])
+def test_one_sample_contributes_at_most_the_norm(
+    kind: str, dtype: torch.dtype, autocast: bool, way: str
+) -> None:
+    """To one part in 1e5: factors are exact, and norms and sums are float32's."""
+    params, x = make(torch.float32 if autocast else dtype, 1)
+    x = KINDS[kind](x[0].float()).to(x.dtype)[None]
+    for norm in (1e-3, 1.0, 100.0):
+        for strategy in STRATEGIES:
+            gradient = clipped_grad(
+                network, max_grad_norm=norm, performance=Performance(strategy=strategy)
+            )
+            with torch.autocast("cpu", dtype, enabled=autocast):
+                sums = gradient(params, x).grads
+            total = torch.cat([each.double().flatten() for each in sums.values()]).norm()
+            assert total <= norm * (1 + 1e-5), strategy
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("gap", [0, 1, 3])
+@pytest.mark.parametrize("size", [1.0, 100.0])
+def test_cancelling_positions(
+    size: float, gap: int, strategy: str, dtype: torch.dtype, way: str
+) -> None:
+    """Two positions differ in the last digits of a few elements, and their gradients all but cancel."""
+    generator = torch.Generator().manual_seed(0)
+    first = (size * torch.randn(10, 64, generator=generator)).to(dtype)
+    last = first.clone()
+    step = torch.finfo(dtype).eps * last[:, :gap].abs()
+    last[:, :gap] = last[:, :gap] + step
+    x = torch.stack([first, last], 1)
+    params = {"w": torch.randn(64, 64, generator=generator).to(dtype)}
+
+    def loss(p: Params, x: Tensor) -> Tensor:
+        return F.linear(x, p["w"]).float().diff(dim=1).sum()
+
+    gradient = clipped_grad(loss, max_grad_norm=1e-2, performance=Performance(strategy=strategy))
+    for i in range(len(x)):
+        found = gradient(params, x[i : i + 1])
+        exact = 8 * (last[i].double() - first[i].double()).norm()  # 64 rows of the same difference
+        assert found.grad_norms[0].double() >= exact * (1 - 1e-5)
+        assert found.grads["w"].double().norm() <= 1e-2 * (1 + 1e-2)  # as in float32
+
+
+def tied(p: Params, ids: Tensor) -> Tensor:
+    """A head that is tied to the embedding, used twice, and a head of its own behind it."""
+    h = F.embedding(ids, p["table"])
+    logits = F.linear(h, p["table"]) * 0.1
+    return (logits.float().sin() + (h @ p["w"]).float() ** 2).sum() + F.linear(
+        h.tanh(), p["table"]
+    ).float().sum()
+
+
+def make_tied(first: int, second: int, dtype: torch.dtype) -> Params:
+    torch.manual_seed(0)
+    return {
+        "table": torch.randn(first, second).to(dtype),
+        "w": torch.randn(second, first).to(dtype),
+    }
+
+
+@pytest.mark.parametrize("first", [8, 13])
+@pytest.mark.parametrize("second", [8, 5])
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF])
+@pytest.mark.parametrize("strategy", ["kept", "ghost"])
+def test_zeros_behind_odd_axes(
+    first: int, second: int, dtype: torch.dtype, strategy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An odd vocabulary or width: products read aligned memory, and nobody sees the zeros."""
+    params = make_tied(first, second, dtype)
+    ids = torch.randint(first, (3, 6))
+    gradient = clipped_grad(tied, max_grad_norm=1.0, performance=Performance(strategy=strategy))
+    expected = gradient(params, ids)
+    monkeypatch.setattr(half_products, "_ON_EVERY_DEVICE", True)
+    found = gradient(params, ids)
+    slack = 1e-2 if strategy == "kept" and dtype is torch.bfloat16 else 1e-4
+    torch.testing.assert_close(found.grads, expected.grads, rtol=slack, atol=slack / 10)
+    torch.testing.assert_close(found.grad_norms, expected.grad_norms, rtol=slack, atol=0)
+
+
+@pytest.mark.parametrize("strategy", ["auto", "kept", "ghost"])
+@pytest.mark.parametrize("positions", [1, 6, 300])
+def test_a_tied_embedding_beside_kept_gradients(positions: int, strategy: str) -> None:
+    """The embedding adds to a few rows of the head's gradient, also where both all but cancel, in float64."""
+    params = make_tied(7, 5, torch.float64)
+    ids = torch.randint(7, (4, positions))
+    _, each = per_sample_gradients_by_loop(tied, params, ids)
+    expected, norms = clipped_sum(each, 1.0)
+    gradient = clipped_grad(tied, max_grad_norm=1.0, performance=Performance(strategy=strategy))
+    found = gradient(params, ids)
+    torch.testing.assert_close(found.grad_norms, norms, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(found.grads, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_a_tied_embedding_that_cancels_is_clipped_enough() -> None:
+    """The head's gradient is the negative of the embedding's, up to float32's rounding."""
+    torch.manual_seed(0)
+    table = torch.randn(9, 16)
+
+    def loss(p: Params, ids: Tensor, x: Tensor) -> Tensor:
+        head = F.linear(x[0], p["table"])[torch.arange(2), ids[0]].sum()
+        return head - (F.embedding(ids, p["table"]) * (x * (1 + 1e-7))).sum()
+
+    for seed in range(20):
+        torch.manual_seed(seed)
+        batch = torch.randint(9, (1, 2)), 1e4 * torch.randn(1, 2, 16)
+        for strategy in STRATEGIES:
+            gradient = clipped_grad(
+                loss, max_grad_norm=1e-3, performance=Performance(strategy=strategy)
+            )
+            total = gradient({"table": table}, *batch).grads["table"]
+            assert total.norm() <= 1e-3 * 1.01
