@@ -29,17 +29,11 @@ _BY_KERNEL = {torch.float32, *HALF}
 
 @dataclass(frozen=True)
 class Lengths:
-    """This class holds sums of lengths over the positions of a sample, each ``[B]``.
+    """This class holds sums of lengths over the positions of a sample, each ``[B]``."""
 
-    Attributes:
-        left: ``sum_s |left_s|``.
-        right: ``sum_s |right_s|``.
-        products: ``sum_s |left_s| |right_s|``, the norm of the gradient if no terms cancelled.
-    """
-
-    left: Tensor
-    right: Tensor
-    products: Tensor
+    left: Tensor  # ``sum_s |left_s|``
+    right: Tensor  # ``sum_s |right_s|``
+    products: Tensor  # ``sum_s |left_s| |right_s|``, the norm of the gradient if no terms cancelled
 
     @classmethod
     def of(cls, left: Tensor, right: Tensor) -> Lengths:
@@ -61,9 +55,7 @@ def gram_sums(left: Tensor, right: Tensor) -> tuple[Tensor, Lengths]:
     Products never use TF32: where terms cancel, a norm needs the digits that TF32 drops. Products of half-precision
     numbers are exact in float32.
 
-    Args:
-        left: ``[B, S, rows]``.
-        right: ``[B, S, columns]``; either factor may have half precision, and the result is float32 then.
+    The factors are ``[B, S, rows]`` and ``[B, S, columns]``; with half precision of either the result is float32.
     """
     if left.device.type == "cuda" and {left.dtype, right.dtype} <= _BY_KERNEL:
         norms, *lengths = _on_cuda(left, right).unbind()
@@ -76,12 +68,7 @@ def gram_sums(left: Tensor, right: Tensor) -> tuple[Tensor, Lengths]:
 
 
 def equal_id_sums(ids: Tensor, right: Tensor) -> tuple[Tensor, Lengths]:
-    """Return ``gram_sums`` for one-hot rows on the left, whose inner products are 1 for equal ids and else 0.
-
-    Args:
-        ids: ``[B, S]``.
-        right: ``[B, S, columns]``.
-    """
+    """Return ``gram_sums`` for one-hot rows with ids ``[B, S]``, whose inner products are 1 if equal and else 0."""
     gram = torch.bmm(right, right.transpose(1, 2))
     equal = ids[:, :, None] == ids[:, None, :]
     length = gram.diagonal(dim1=1, dim2=2).sqrt()

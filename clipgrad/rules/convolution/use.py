@@ -15,19 +15,12 @@ from clipgrad.rules.convolution.unfolding import rows_and_patches
 
 @dataclass(frozen=True)
 class ConvolutionUse:
-    """This class holds one use of a convolution's weight.
+    """This class holds one use of a convolution's weight."""
 
-    Attributes:
-        input: Input, ``[B, C_in, *spatial]``.
-        gradient: Output gradient, ``[B, C_out, *spatial]``.
-        weight: The shared weight; only its shape and dtype are read.
-        geometry: Static arguments of the convolution.
-    """
-
-    input: Tensor
-    gradient: Tensor
-    weight: Tensor
-    geometry: Geometry
+    input: Tensor  # Input, ``[B, C_in, *spatial]``
+    gradient: Tensor  # Output gradient, ``[B, C_out, *spatial]``
+    weight: Tensor  # The shared weight; only its shape and dtype are read
+    geometry: Geometry  # Static arguments of the convolution
 
     def outer(self) -> Outer:
         return rows_and_patches(self.gradient, self.input, self.weight.shape, self.geometry)
