@@ -9,15 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from functools import cache
-from importlib.util import find_spec
-from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from clipgrad._functorch import expected
 from clipgrad.kernels.half_products import HALF, product
+from clipgrad.kernels.launcher import launcher
 from clipgrad.kernels.tensor_cores import set_tf32
 
 # This limit on the elements of one block's Gram matrices keeps a ghost norm's scratch memory below about 256 MiB.
@@ -117,22 +115,12 @@ def _product_and_lengths(left: Tensor, right: Tensor, *_: Tensor) -> tuple[Tenso
     return total, lengths.left, lengths.right, lengths.products
 
 
-@cache
-def _launcher() -> ModuleType | None:
-    """Return the module that launches the kernel, or None without Triton; cached, since a failed search is slow."""
-    if find_spec("triton") is None:
-        return None
-    from clipgrad.kernels import gram_launch
-
-    return gram_launch
-
-
 # A custom operation keeps the TF32 setting and the kernel inside one node of a traced graph.
 @torch.library.custom_op("clipgrad::gram_sums", mutates_args=())
 def _on_cuda(left: Tensor, right: Tensor) -> Tensor:
     """Return squared norms and the three lengths, ``[4, B]``, from clipgrad's Triton kernel where it is usable."""
-    launcher = _launcher()
-    if launcher is not None and (found := launcher.gram_sums(left, right)) is not None:
+    launch = launcher("gram_launch")
+    if launch is not None and (found := launch.gram_sums(left, right)) is not None:
         return found  # type: ignore[no-any-return]
     with set_tf32(False):
         return torch.stack(_by_products(left, right))

@@ -43,17 +43,12 @@ class ConvolutionUse:
 
     def select(self, keep: Tensor) -> ConvolutionUse:
         # The next step scales one operand, which a compiler fuses with its selection; the library reads the other one.
-        if self._scales_input():
-            input, gradient = (
-                select_rows(self.input, keep),
-                select_rows_reusing(self.gradient, keep),
-            )
-        else:
-            input, gradient = (
-                select_rows_reusing(self.input, keep),
-                select_rows(self.gradient, keep),
-            )
-        return replace(self, input=input, gradient=gradient)
+        of_input, of_gradient = select_rows, select_rows_reusing
+        if not self._scales_input():
+            of_input, of_gradient = of_gradient, of_input
+        return replace(
+            self, input=of_input(self.input, keep), gradient=of_gradient(self.gradient, keep)
+        )
 
     def _scales_input(self) -> bool:
         return self.input[:1].numel() < self.gradient[:1].numel()
