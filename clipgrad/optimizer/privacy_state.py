@@ -60,6 +60,7 @@ class PrivacyState(OptimizerFacade):
     @noise.setter
     def noise(self, noise: NoiseSource) -> None:
         self._noise = make_step_noise(noise, self._clipper.arithmetic, self.expected_batch_size)
+        self._clipper.ranks.compare_soon()
 
     @property
     def expected_batch_size(self) -> float:
