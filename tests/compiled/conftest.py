@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from clipgrad.compiled import backend
-from clipgrad.compiled import step as step_module
+from clipgrad.compiled import compiler as compiler_module
 
 
 @dataclass
@@ -60,8 +60,8 @@ class Recorder:
 def recorders(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Recorder]]:
     Recorder.made = []
     monkeypatch.setattr(backend, "uses_cuda_graphs", lambda mode: True)
-    monkeypatch.setattr(step_module, "recordable", lambda module, device: True)
-    monkeypatch.setattr(step_module, "CudaRecorder", Recorder)
+    monkeypatch.setattr(compiler_module, "recordable", lambda module, device: True)
+    monkeypatch.setattr(compiler_module, "CudaRecorder", Recorder)
     return Recorder.made
 
 

@@ -18,7 +18,7 @@ from torch.fx import symbolic_trace
 
 from clipgrad import DPOptimizer, clipped_grad
 from clipgrad.clipping import make_clipping
-from clipgrad.compiled import step as step_module
+from clipgrad.compiled import compiler as compiler_module
 from clipgrad.compiled.cuda_graphs import Replay, recordable
 from clipgrad.compiled.lengths import Lengths, shapes_of
 from clipgrad.compiled.trace import TracedStep, trace
@@ -363,7 +363,7 @@ def test_a_new_recording_is_checked_again(
             self._results[0].mul_(1.5)
 
     Broken.made = []
-    monkeypatch.setattr(step_module, "CudaRecorder", Broken)
+    monkeypatch.setattr(compiler_module, "CudaRecorder", Broken)
     optimizer.backward(*data(4))  # the first recording still serves
     model[0].weight.data = model[0].weight.data.clone()
     optimizer.zero_grad()
@@ -417,7 +417,7 @@ def test_what_cannot_be_recorded_runs_as_it_is_and_is_told_once(
             raise RuntimeError("operation not permitted when stream is capturing")
 
     Unable.made = []
-    monkeypatch.setattr(step_module, "CudaRecorder", Unable)
+    monkeypatch.setattr(compiler_module, "CudaRecorder", Unable)
     model = net().eval()
     optimizer = private(model, microbatch_size=4)
     x, y = data(4)
