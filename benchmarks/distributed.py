@@ -160,18 +160,20 @@ def private(
 # ---------------------------------------------------------------------------------- sums
 
 
-def sums(setting: Setting, device: torch.device, *, sharded: bool, alone: Any) -> dict[str, Tensor]:
-    """Clipped sums in float32 without noise, of the whole batch: of all ranks, or of the first alone."""
+def sums(
+    setting: Setting, device: torch.device, *, sharded: bool, alone: Any, left_out: int = 0
+) -> dict[str, Tensor]:
+    """Clipped sums in float32 without noise, of the whole batch: of all ranks, or of each alone in one pass."""
     model = built(setting, device)
     rows = batch(setting, model, device)
-    mine = rows if alone is not None else own(rows)
+    mine = rows[left_out:] if alone is not None else own(rows)
     if sharded:
         shard(model, half=False)
     trained = [p for p in model.parameters() if p.requires_grad]
     performance = clipgrad.Performance(process_group=alone)
     optimizer = private(
         model, loss_fn, torch.optim.SGD(trained, lr=0.0), 1, noise_multiplier=0.0, performance=performance,
-        microbatch_size=setting.rows,
+        microbatch_size=max(1, setting.rows // 2) if alone is None else None,
     )  # fmt: skip
     optimizer.backward(mine)
     optimizer.step()
@@ -190,9 +192,16 @@ def compared(setting: Setting, device: torch.device) -> dict[str, Any]:
     expected = sums(setting, device, sharded=False, alone=groups[dist.get_rank()])
     largest = max(float(value.abs().max()) for value in expected.values())
     row: dict[str, Any] = {"parameters": len(expected), "largest element": largest}
-    for kind in ("replicated", "fsdp2"):
+    for kind in ("replicated", "fsdp2", "one row left out"):
         freed()
-        found = sums(setting, device, sharded=kind == "fsdp2", alone=None)
+        planted = kind == "one row left out"  # the comparison has to see this
+        found = sums(
+            setting,
+            device,
+            sharded=kind == "fsdp2",
+            alone=groups[dist.get_rank()] if planted else None,
+            left_out=int(planted),
+        )
         row[kind] = max(
             float((found[name] - value).abs().max() / value.abs().max().clamp_min(1e-30))
             for name, value in expected.items()

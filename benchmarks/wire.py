@@ -27,8 +27,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-LAYERS, WIDTH, ROWS = 8, 1024, 16
-STEPS = 4
+LAYERS, WIDTH, ROWS = 8, 2048, 16
+STEPS = 2
 KINDS = ("DDP", "replicated, clipped", "FSDP2", "FSDP2, clipped")
 
 

@@ -6,7 +6,7 @@ What a training loop needs is here. The rest lives in public modules: ``clipgrad
 
 >>> import clipgrad
 >>> sorted(clipgrad.__all__)[:3]
-['AdaptiveQuantile', 'Automatic', 'DPOptimizer']
+['AdaptiveQuantile', 'Automatic', 'BandedFactorisation']
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from clipgrad.batch_norm import replace_batch_norm
 from clipgrad.checkpoint import load_checkpoint, save_checkpoint
 from clipgrad.clipping import AdaptiveQuantile, Automatic, PerLayer, Relation
 from clipgrad.exact.noise import DiscreteGaussianNoise
+from clipgrad.factorisation import BandedFactorisation, BufferedToeplitz
 from clipgrad.function import clipped_grad
 from clipgrad.noise import SeededNoise, SystemNoise
 from clipgrad.optimizer import DPOptimizer, RunState
@@ -30,6 +31,8 @@ __version__ = "0.1.0"
 __all__ = [
     "AdaptiveQuantile",
     "Automatic",
+    "BandedFactorisation",
+    "BufferedToeplitz",
     "DPOptimizer",
     "DiscreteGaussianNoise",
     "PerLayer",

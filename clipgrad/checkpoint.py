@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import logging
 import os
 import secrets
 from collections.abc import Mapping
@@ -12,6 +13,8 @@ from typing import Any, Protocol
 import torch
 
 _FORMAT = "clipgrad.checkpoint/1"
+_log = logging.getLogger("clipgrad")
+_said: set[str] = set()
 
 
 class Stateful(Protocol):
@@ -33,6 +36,10 @@ def save_checkpoint(path: str | os.PathLike[str], parts: Mapping[str, Stateful])
     operation of the file system. So ``path`` always holds the complete old or new checkpoint, even if the process is
     killed. Only one process at a time may write to ``path``.
     Save between ``step()`` and the next ``backward()``: the checkpoint does not contain an unfinished logical batch.
+
+    **Secret checkpoints.** A part whose attribute ``secret_state`` is a text has a state that must stay secret, and the
+    text says why. An optimizer whose plan has correlated noise is one: its state holds the noise that was added. Only
+    the owner may then read and write the file (mode 600), and the logger ``clipgrad`` says so once for each path.
 
     Args:
         path: The path of the file.
@@ -57,7 +64,7 @@ def save_checkpoint(path: str | os.PathLike[str], parts: Mapping[str, Stateful])
     }
     beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     try:
-        with beside.open("wb") as file:
+        with os.fdopen(_created(beside, path, parts), "wb") as file:
             torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())
@@ -78,7 +85,9 @@ def load_checkpoint(
     """Restore all parts from a file that ``save_checkpoint`` wrote.
 
     A restored run samples new noise and new batches, so that no noise is used twice. Only random numbers from a
-    ``torch.Generator`` that you passed are repeated.
+    ``torch.Generator`` that you passed are repeated. Correlated noise goes on: new noise is drawn, and a part of the
+    saved noise is taken back. So continue each checkpoint of such a run once, and publish nothing that was trained
+    after the checkpoint from which you continue.
 
     Args:
         path: The path of the file.
@@ -112,6 +121,23 @@ def load_checkpoint(
     for name in sorted(parts, key=lambda name: not isinstance(parts[name], torch.optim.Optimizer)):
         parts[name].load_state_dict(found["parts"][name])
     return True
+
+
+def _created(beside: Path, path: Path, parts: Mapping[str, Stateful]) -> int:
+    """Return a descriptor of a new file, which only its owner may read if the state of a part is secret."""
+    secrets_of = {
+        name: text for name, part in parts.items() if (text := getattr(part, "secret_state", ""))
+    }
+    if secrets_of and str(path) not in _said:
+        _said.add(str(path))
+        _log.warning(
+            "save_checkpoint: %s is secret, and only its owner may read it. %s. Keep copies as secret, also after the "
+            "training, and publish the model's weights from a file of their own.",
+            path,
+            ". ".join(f"The state of {name!r} holds {text}" for name, text in secrets_of.items()),
+        )
+    mode = 0o600 if secrets_of else 0o666  # less what the process's umask takes away
+    return os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), mode)
 
 
 def _replace_file(beside: Path, path: Path) -> None:

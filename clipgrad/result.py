@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 
 @dataclass(frozen=True)
@@ -142,3 +143,13 @@ def diagnostics_of(outcome: Outcome) -> Diagnostics:
     size = outcome.batch_size
     share = float(outcome.num_clipped) / size if size else math.nan
     return Diagnostics(outcome.losses, outcome.grad_norms, size, share, int(outcome.num_nonfinite))
+
+
+def loss_and_metrics(outcome: Outcome, aux: Any) -> Tensor | NotPrivate:
+    """Return the mean loss, and the metrics of all samples but padding; ``()`` stands for a loss without metrics."""
+    if isinstance(aux, tuple) and not aux:
+        return outcome.mean_loss
+    if outcome.is_padding is not None:
+        kept = ~outcome.is_padding
+        aux = tree_map(lambda leaf: leaf[kept.to(leaf.device)], aux)
+    return NotPrivate(outcome.mean_loss, aux)

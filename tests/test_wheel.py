@@ -16,7 +16,7 @@ import clipgrad
 from tests.test_readme import python_blocks
 
 ROOT = Path(__file__).resolve().parents[1]
-DATA = {"clipgrad/noise/float32_loop.c", "clipgrad/py.typed"}
+DATA = {"clipgrad/noise/float32_loop.c", "clipgrad/noise/recurrence.c", "clipgrad/py.typed"}
 """Files that are no modules, which a build leaves out most easily."""
 
 BEFORE = """

@@ -2,9 +2,9 @@
 
 The mathematics is Google's ``dp-accounting``; this package describes the run to it. Every step adds Gaussian noise to a
 sum of clipped gradients. Its cost depends on how its batch was sampled: :class:`Poisson`, :class:`TruncatedPoisson`,
-:class:`FixedSize` or :class:`FullBatch`. A plain ``sample_rate=`` means :class:`Poisson`, as sampled by
-:class:`clipgrad.sampling.PoissonSampler`; its figures do not hold for shuffled batches. No figure covers other
-computations on the data, such as the tuning of hyperparameters or statistics for normalisation.
+:class:`FixedSize`, :class:`FullBatch` or :class:`CyclicPoisson`. A plain ``sample_rate=`` means :class:`Poisson`, as
+sampled by :class:`clipgrad.sampling.PoissonSampler`; its figures do not hold for shuffled batches. No figure covers
+other computations on the data, such as the tuning of hyperparameters or statistics for normalisation.
 
 :func:`epsilon`, :func:`noise_multiplier` and :func:`steps` plan a run of equal steps. A :class:`Ledger` adds up the
 steps that were released, also with changing noise or sampling.
@@ -24,10 +24,19 @@ from ._checks import Accountant
 from ._entries import Entry
 from ._ledger import Ledger
 from ._run import epsilon, noise_multiplier, steps
-from ._sampling import FixedSize, FullBatch, Poisson, Sampling, TruncatedPoisson, require_supported
+from ._sampling import (
+    CyclicPoisson,
+    FixedSize,
+    FullBatch,
+    Poisson,
+    Sampling,
+    TruncatedPoisson,
+    require_supported,
+)
 
 __all__ = [
     "Accountant",
+    "CyclicPoisson",
     "Entry",
     "FixedSize",
     "FullBatch",

@@ -6,9 +6,10 @@ from dataclasses import astuple, dataclass, replace
 from typing import Any
 
 from . import _checks
-from ._sampling import FixedSize, FullBatch, Poisson, Sampling, TruncatedPoisson
+from ._sampling import CyclicPoisson, FixedSize, FullBatch, Poisson, Sampling, TruncatedPoisson
 
-_DESCRIPTIONS = {kind.__name__: kind for kind in (Poisson, TruncatedPoisson, FixedSize, FullBatch)}
+_KINDS = (Poisson, TruncatedPoisson, FixedSize, FullBatch, CyclicPoisson)
+_DESCRIPTIONS = {kind.__name__: kind for kind in _KINDS}
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,8 @@ class Entry:
         noise_multiplier: Standard deviation of the noise per unit of the relation's sensitivity.
         sampling: How the batches were sampled.
         steps: Number of steps.
-        segment: Numbers the segments of ``FixedSize`` steps; a new segment starts with a new pass.
+        segment: Numbers the segments of ``FixedSize`` and ``CyclicPoisson`` steps; a new segment starts with a new
+            pass, or with a new round of all groups.
         run: Name of the run of a plan that the steps belong to; empty without a plan.
         declared: How the batches were sampled, in the user's own words; empty if a loader of clipgrad sampled them.
     """

@@ -7,7 +7,14 @@ from functools import lru_cache
 
 from . import _checks
 from ._backends import backend, epsilon_of
-from ._sampling import Poisson, Sampling, TruncatedPoisson, require_sampling, require_supported
+from ._sampling import (
+    CyclicPoisson,
+    Poisson,
+    Sampling,
+    TruncatedPoisson,
+    require_sampling,
+    require_supported,
+)
 from ._terms import Terms, terms_of
 
 
@@ -66,6 +73,8 @@ class EqualSteps:
             case Poisson(rate) | TruncatedPoisson(rate):
                 near = Poisson(min(1.0, rate * self.group_size))
                 return replace(renyi, sampling=near, relation="add_or_remove_one", group_size=1)
+            case CyclicPoisson():
+                return replace(renyi, relation="add_or_remove_one")
         return renyi
 
 

@@ -11,8 +11,11 @@ from . import _checks
 from ._backends import Backend, backend, delta_of, epsilon_of
 from ._checks import Accountant
 from ._entries import Entry, entry_from, entry_state, is_continuation
-from ._sampling import FixedSize, Sampling, require_sampling, require_supported
+from ._sampling import CyclicPoisson, FixedSize, Sampling, require_sampling, require_supported
 from ._terms import terms_of
+
+# Sampling for which steps cost less if they belong to the same pass, or to the same round of all groups.
+_IN_SEGMENTS = (FixedSize, CyclicPoisson)
 
 
 class Ledger:
@@ -107,10 +110,12 @@ class Ledger:
             require_supported(sampling, relation=self._relation, accountant=self._accountant)
         noise = _checks.at_least_0("noise_multiplier", noise_multiplier)
         count = _checks.integer("steps", steps, least=1)
-        segment = self._segment if isinstance(sampling, FixedSize) else 0
-        both = last and isinstance(sampling, FixedSize) and isinstance(last.sampling, FixedSize)
+        segment = self._segment if isinstance(sampling, _IN_SEGMENTS) else 0
+        both = last and isinstance(sampling, _IN_SEGMENTS) and type(last.sampling) is type(sampling)
         if last and both and last.run != run:  # passes of two runs do not continue one another
             segment = self._segment = max(entry.segment for entry in self._history) + 1
+        elif last and both and run and isinstance(sampling, CyclicPoisson):
+            segment = last.segment  # the groups of a plan's run stay as they are over a restart
         entry = Entry(noise, sampling, count, segment, run, declared)
         if last and replace(entry, steps=last.steps) == last:
             self._history[-1] = replace(last, steps=last.steps + count)
@@ -126,9 +131,11 @@ class Ledger:
         """Declare that the next step begins a training run, or continues one after a restart.
 
         The next :class:`FixedSize` step then starts a new pass, because the order of the batches changes. If the last
-        pass was unfinished, that costs up to one additional pass. For other sampling this method has no effect.
+        pass was unfinished, that costs up to one additional pass. The next :class:`CyclicPoisson` step starts a new
+        round of all groups, unless it belongs to the run of a plan, which keeps its groups. For other sampling this
+        method has no effect.
         """
-        if self._history and isinstance(self._history[-1].sampling, FixedSize):
+        if self._history and isinstance(self._history[-1].sampling, _IN_SEGMENTS):
             self._segment = self._history[-1].segment + 1
 
     def epsilon(self, delta: float, *, group_size: int = 1) -> float:

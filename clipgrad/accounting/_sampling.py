@@ -112,14 +112,53 @@ class FullBatch:
     """Each sample is in every batch."""
 
 
-Sampling = Poisson | TruncatedPoisson | FixedSize | FullBatch
+@dataclass(frozen=True)
+class CyclicPoisson:
+    """Each sample belongs to one of ``bands`` groups, and the batch of step t is a Poisson sample of group t mod bands.
+
+    It serves noise that is correlated over ``bands`` steps (:class:`clipgrad.BandedFactorisation`). The noise
+    multiplier is then that of the independent noise Z, per unit of sensitivity times the norm of a column of C.
+
+    **Why this holds** (Choquette-Choo et al., "(Amplified) Banded Matrix Factorization", 2023, theorem 4). Fix all
+    groups. The columns of C of one group's steps have no row in common. So the run is, for a sample of the group, a
+    sequence of blocks of ``bands`` steps. In each block the sample takes part with probability q, and then moves the
+    block by one column times its clipped gradient. That is one Gaussian mechanism on a Poisson sample. All other terms
+    of a block follow from earlier releases and from other samples. There are at most ``ceil(steps / bands)`` blocks,
+    and fewer if the run stops early.
+
+    **Groups** must be drawn for each sample on its own, independently of the data and of other samples, once for the
+    run. A bound for all fixed groups then holds for random ones (hockey-stick divergence is jointly convex), also if
+    neighbours differ in size.
+
+    Args:
+        sample_rate: Probability q of a sample of the group to be in the batch: the expected batch size times ``bands``
+            over the size of the dataset, at most 1.
+        bands: Number of groups, at least the number of bands of C.
+
+    Raises:
+        ValueError: If a number is out of range.
+    """
+
+    sample_rate: float
+    bands: int
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "sample_rate", _checks.rate("sample_rate", self.sample_rate))
+        object.__setattr__(self, "bands", _checks.integer("bands", self.bands, least=1))
+
+    def rounds(self, steps: int) -> int:
+        """Return how often a sample can take part in ``steps`` consecutive steps of a run."""
+        return -(-steps // self.bands)
+
+
+Sampling = Poisson | TruncatedPoisson | FixedSize | FullBatch | CyclicPoisson
 
 
 def require_sampling(value: object) -> Sampling:
     """Return ``value`` if it describes a sampling."""
-    if not isinstance(value, Poisson | TruncatedPoisson | FixedSize | FullBatch):
+    if not isinstance(value, Sampling):
         raise TypeError(
-            "sampling must be a Poisson, TruncatedPoisson, FixedSize or FullBatch, got "
+            "sampling must be a Poisson, TruncatedPoisson, FixedSize, FullBatch or CyclicPoisson, got "
             f"{value!r}; Poisson(256 / 60_000), for example."
         )
     return value
@@ -155,7 +194,12 @@ def require_supported(
                 f"group_size = {group_size} is not supported for TruncatedPoisson sampling; use "
                 "Poisson, which never cuts a batch."
             )
-    if isinstance(sampling, Poisson) and sampling.sample_rate < 1.0:
+    if isinstance(sampling, CyclicPoisson) and group_size > 1:
+        raise ValueError(
+            f"group_size = {group_size} is not supported for CyclicPoisson sampling: samples of one person have their "
+            "turns in different steps, whose noise is correlated. Sample users (user_loader) instead."
+        )
+    if isinstance(sampling, Poisson | CyclicPoisson) and sampling.sample_rate < 1.0:
         if relation == "replace_one" and accountant != "pld":
             raise ValueError(
                 f"accountant {accountant!r} cannot treat relation 'replace_one' under Poisson sampling; use "

@@ -11,12 +11,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby, pairwise
 
-from ._sampling import FixedSize, FullBatch, Poisson, Sampling, TruncatedPoisson
+from ._sampling import CyclicPoisson, FixedSize, FullBatch, Poisson, Sampling, TruncatedPoisson
 
 # With less noise epsilon is too large to be useful, so infinity is as good a bound.
 LEAST_NOISE = 1e-3
 
-# A run consists of noise multiplier, sampling, steps, and the segment of passes that the steps belong to.
+# A run consists of noise multiplier, sampling, steps, and the segment of passes or rounds that the steps belong to.
 Run = tuple[float, Sampling, int, int]
 
 
@@ -71,6 +71,9 @@ def terms_of(history: Sequence[Run], *, relation: str, group_size: int) -> Terms
                 count * noise**-2 for noise, count in _worst_step_of_each_pass(sampling, runs)
             )
             continue
+        if isinstance(sampling, CyclicPoisson):
+            # A block of steps may have rows of different noise; the least of it bounds every block.
+            runs = [(min(noise for noise, _ in runs), sampling.rounds(sum(n for _, n in runs)))]
         for noise, steps in runs:
             mechanism = _mechanism(sampling, noise, relation, group_size)
             if mechanism is None:
@@ -87,13 +90,13 @@ def _mechanism(
     # dp-accounting counts noise in clip norms, and replacing a sample moves the sum by two.
     in_clip_norms = noise * (2 if relation == "replace_one" else 1)
     match sampling:
-        case Poisson(rate) if rate < 1.0:
+        case Poisson(rate) | CyclicPoisson(rate) if rate < 1.0:
             return Mechanism(in_clip_norms, rate, relation, group_size)
         case TruncatedPoisson(rate, num_samples, most):
             # The larger neighbour counts; under add-or-remove it has one sample more than the dataset.
             larger = num_samples + (relation == "add_or_remove_one")
             return Mechanism(in_clip_norms, rate, relation, group_size, (larger, most))
-        case Poisson() | FullBatch():
+        case Poisson() | CyclicPoisson() | FullBatch():
             return None
     raise AssertionError(f"no mechanism for {sampling!r}")
 

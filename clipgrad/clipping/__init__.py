@@ -27,6 +27,7 @@ from clipgrad.clipping._strategies import (
     Schedule,
     copy_strategy,
     is_grouped,
+    with_norms,
 )
 from clipgrad.clipping._underflow import refuse_tiny_norms
 
@@ -45,4 +46,5 @@ __all__ = [
     "refuse_tiny_norms",
     "relation_of",
     "sensitivity",
+    "with_norms",
 ]

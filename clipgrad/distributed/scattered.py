@@ -61,11 +61,15 @@ class ScatteredSums:
 
     def _gathered(self, means: list[Tensor]) -> list[Tensor]:
         whole: dict[int, Tensor] = {}
-        works: list[Any] = []
-        means.reverse()
+        works: deque[tuple[Any, Tensor]] = deque()
+        parts = means[::-1]  # the only references: each part is freed when it was sent
+        means.clear()
+        self.parts.clear()
         for bucket in self._buckets:
+            while len(works) >= _IN_FLIGHT:
+                works.popleft()[0].wait()
             # Rounded to the parameter's dtype on the way, as it would be in .grad.
-            part = means.pop().to(bucket.dtype)
+            part = parts.pop().to(bucket.dtype)
             flat = part.new_empty(bucket.length)
             works.append((all_gather(flat, part, self._group), part))
             whole.update((place.index, place.of(flat)) for place in bucket.places)

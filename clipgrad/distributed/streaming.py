@@ -220,16 +220,18 @@ class Streaming:
         self._last = group
         following = self._followers.get((self._is_backward, group))
         if following is not None and following not in self._here and following not in self._coming:
-            with self._reached():
+            with self._reached(), torch._C.DisableTorchFunction():
                 self._modules[following].unshard(async_op=True)
             self._coming.add(following)
 
     def _unshard(self, module: FSDPModule) -> None:
-        with self._reached():
+        # The capture of the loss need not see what FSDP does.
+        with self._reached(), torch._C.DisableTorchFunction():
             module.unshard()
 
     def _free(self, group: int) -> None:
-        self._modules[group].reshard()
+        with torch._C.DisableTorchFunction():
+            self._modules[group].reshard()
         if group in self._here:
             self._here.remove(group)
 

@@ -15,20 +15,25 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 HALF = (torch.float16, torch.bfloat16)
-# On CUDA PyTorch multiplies half precision with float32 results; elsewhere factors are widened. Tests set this.
-_ON_EVERY_DEVICE = False
+# On CUDA PyTorch multiplies half precision with float32 results; elsewhere, and on ROCm, factors are widened.
+_ON_CUDA = torch.version.hip is None
+_ON_EVERY_DEVICE = False  # tests set this
 # A product reads rows fast that start at multiples of this many bytes.
 _ALIGNMENT = 16
 
 
+def _serves(tensor: Tensor) -> bool:
+    return (tensor.is_cuda and _ON_CUDA) or _ON_EVERY_DEVICE
+
+
 def multiplies(a: Tensor, b: Tensor) -> bool:
     """Return whether two factors are of one half-precision dtype, on a device that multiplies them without widening."""
-    return a.dtype is b.dtype and a.dtype in HALF and (a.is_cuda or _ON_EVERY_DEVICE)
+    return a.dtype is b.dtype and a.dtype in HALF and _serves(a)
 
 
 def missing_to_alignment(factor: Tensor) -> int:
     """Return how many elements the last axis needs, so that a product on the factor's device reads it fast."""
-    if not (factor.is_cuda or _ON_EVERY_DEVICE):
+    if not _serves(factor):
         return 0
     return -factor.shape[-1] % max(1, _ALIGNMENT // factor.element_size())
 

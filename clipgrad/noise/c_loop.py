@@ -81,10 +81,21 @@ class LoopedBoxMuller:
         The loop writes by address. A tensor operation would check the grad mode, which each thread has for itself; so
         any thread may call this method.
         """
+        self._add_pieces(keystream, target, scale, divisor, zeroed=False)
+
+    def fill(self, keystream: Bits, target: Tensor, scale: float) -> None:
+        """Replace each value by ``scale * N(0, 1)``; what is zeroed is still in the cache when the noise comes."""
+        self._add_pieces(keystream, target, scale, 1.0, zeroed=True)
+
+    def _add_pieces(
+        self, keystream: Bits, target: Tensor, scale: float, divisor: float, *, zeroed: bool
+    ) -> None:
         assert target.dtype is torch.float32, "the loop handles float32 only"
         size, address = target.numel(), target.data_ptr()
         for start in range(0, size, CAPACITY):
             count = min(CAPACITY, size - start)
+            if zeroed:
+                ctypes.memset(address + _BYTES * start, 0, _BYTES * count)
             self._add(keystream, count, scale, divisor, address + _BYTES * start)
         if not target.is_inference():
             # Autograd and other users of version counters do not notice a write by address.
@@ -132,18 +143,28 @@ def _compile_and_verify() -> Loop | None:
 
 
 def compile_loop(source: str) -> Loop:
-    """Compile the text of ``float32_loop.c`` for this machine, in a third of a second, and leave nothing on disk.
+    """Compile the text of ``float32_loop.c``; see :func:`compile_library`."""
+    loop: Loop = compile_library(source).clipgrad_add_gaussians
+    loop.restype = None  # type: ignore[attr-defined]
+    loop.argtypes = [  # type: ignore[attr-defined]
+        ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_float, ctypes.c_void_p,
+    ]  # fmt: skip
+    return loop
+
+
+def compile_library(source: str) -> ctypes.CDLL:
+    """Compile a text in C for this machine, in a third of a second, and leave nothing on disk.
 
     Raises:
         RuntimeError: If no compiler accepts the source.
         OSError: If the library cannot be loaded.
     """
     with tempfile.TemporaryDirectory(prefix="clipgrad-") as folder:
-        text, library = Path(folder, "loop.c"), Path(folder, "loop.so")
+        text, built = Path(folder, "loop.c"), Path(folder, "loop.so")
         text.write_text(source, encoding="utf-8")
         complaints = []
         for command in _commands():
-            full = [*command, *_FLAGS, str(text), "-o", str(library), "-lm"]
+            full = [*command, *_FLAGS, str(text), "-o", str(built), "-lm"]
             ran = subprocess.run(
                 full, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=_SECONDS
             )
@@ -152,12 +173,7 @@ def compile_loop(source: str) -> Loop:
             complaints.append(f"{shlex.join(command)}: {ran.stderr.strip()}")
         else:
             raise RuntimeError("; ".join(complaints) or "there is no C compiler")
-        loop: Loop = ctypes.CDLL(str(library)).clipgrad_add_gaussians
-    loop.restype = None  # type: ignore[attr-defined]
-    loop.argtypes = [  # type: ignore[attr-defined]
-        ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_float, ctypes.c_void_p,
-    ]  # fmt: skip
-    return loop
+        return ctypes.CDLL(str(built))
 
 
 def _commands() -> Iterator[list[str]]:

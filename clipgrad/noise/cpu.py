@@ -82,6 +82,20 @@ class CpuNoise:
             if divisor != 1.0:
                 torch._foreach_div_(piece, divisor)
 
+    def fill(self, flats: list[Tensor], sigma: float) -> None:
+        """Replace the values of flat CPU tensors by noise; the noise of all tensors must have one dtype."""
+        size = sum(map(Tensor.numel, flats))
+        gaussians = self._gaussians_for(checks.NOISE_DTYPE[flats[0].dtype], size)
+        plain = isinstance(gaussians, LoopedBoxMuller) and flats[0].dtype is torch.float32
+        if not plain or self._draws > 1 or size >= _MANY:
+            torch._foreach_zero_(flats)
+            self.add(flats, sigma)
+            return
+        assert isinstance(gaussians, LoopedBoxMuller)
+        keystream = self._keystream()
+        for flat in flats:
+            gaussians.fill(keystream, flat, sigma)
+
     def _keystream(self) -> Keystream:
         return Keystream(partial(self._key_deriver.key, _CPU, KEY_BYTES))
 

@@ -21,19 +21,35 @@ class StepNoise(Protocol):
     Attributes:
         source: The source of independent noise.
         accounting: Name of the accounting that the steps need. A plan refuses noise of another kind.
+        secret: Why a state must stay secret; empty if it need not.
     """
 
     source: NoiseSource
     accounting: str
+    secret: str
 
     def next(
-        self, sums: list[Tensor], step: int, *, sigma: float, divisor: float, in_place: bool
+        self,
+        sums: list[Tensor],
+        step: int,
+        *,
+        names: Sequence[str],
+        sigma: float,
+        divisor: float,
+        in_place: bool,
     ) -> list[Tensor]:
-        """Return ``(sums + noise of this step) / divisor``; ``sums`` may be overwritten."""
+        """Return ``(sums + noise of this step) / divisor``; ``sums`` may be overwritten.
+
+        ``names`` are those of the parameters to which the sums belong.
+        """
         ...
 
     def count(self, counts: Sequence[Tensor], sigma: float) -> None:
         """Add independent noise to counts in place."""
+        ...
+
+    def change_source(self, source: NoiseSource) -> None:
+        """Take independent noise from another source."""
         ...
 
     def state_dict(self) -> dict[str, Any]:
@@ -53,18 +69,27 @@ class IndependentNoise:
     """
 
     accounting = "independent"
+    secret = ""
 
     def __init__(self, source: NoiseSource) -> None:
         self.source = source
 
     def next(
-        self, sums: list[Tensor], step: int, *, sigma: float, divisor: float, in_place: bool
+        self,
+        sums: list[Tensor],
+        step: int,
+        *,
+        names: Sequence[str],
+        sigma: float,
+        divisor: float,
+        in_place: bool,
     ) -> list[Tensor]:
         """Return ``(sums + N(0, sigma^2)) / divisor``.
 
         Args:
             sums: Clipped sums, which may be overwritten.
             step: Number of the step, from 0; it has no effect.
+            names: Names of the parameters; they have no effect.
             sigma: Standard deviation of the noise on the sums.
             divisor: A public constant.
             in_place: Return the tensors of ``sums``; otherwise new tensors, if ``sums`` alias a CUDA graph's memory.
@@ -74,6 +99,10 @@ class IndependentNoise:
     def count(self, counts: Sequence[Tensor], sigma: float) -> None:
         """Add ``N(0, sigma^2)`` to counts in place."""
         self.source.add_gaussian_(counts, sigma)
+
+    def change_source(self, source: NoiseSource) -> None:
+        """Take noise from another source."""
+        self.source = source
 
     def state_dict(self) -> dict[str, Any]:
         """Return the source's state; no step depends on an earlier step."""

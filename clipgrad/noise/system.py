@@ -80,11 +80,19 @@ class SystemNoise:
         out_of_place: bool = False,
     ) -> list[Tensor]:
         """Add and divide, in one pass where possible; ``step_noise.noised_mean`` calls this method too."""
-        process_noise = self._process_noise
-        # A forked child has a copy of its parent's makers.
-        if process_noise is None or process_noise.process != process():
-            process_noise = self._process_noise = _ProcessNoise(self._draws, self._compile)
-        return process_noise.add(checked, sigma, divisor, out_of_place)
+        return self._of_this_process().add(checked, sigma, divisor, out_of_place)
+
+    def _fill(self, flats: list[Tensor], sigma: float) -> None:
+        """Replace the values of flat tensors of one dtype on the CPU by ``N(0, sigma^2)``."""
+        checked = checks.targets(flats, sigma)
+        self._of_this_process().fill(checked, sigma)
+
+    def _of_this_process(self) -> _ProcessNoise:
+        found = self._process_noise
+        # A forked child has a copy of its parent's object.
+        if found is None or found.process != process():
+            found = self._process_noise = _ProcessNoise(self._draws, self._compile)
+        return found
 
     def state_dict(self) -> dict[str, Any]:
         """Return a marker without the key: with the key a reader of the checkpoint could subtract the noise."""
@@ -130,6 +138,11 @@ class _ProcessNoise:
                 for index, result in zip(indices, found, strict=True):
                     results[index] = result
             return results
+
+    def fill(self, flats: list[Tensor], sigma: float) -> None:
+        """Replace the values of flat CPU tensors by noise."""
+        with self._lock, torch.no_grad():
+            self._cpu.fill(flats, sigma)
 
     def _add_to(
         self,

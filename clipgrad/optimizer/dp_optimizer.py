@@ -9,7 +9,6 @@ from typing import Any, Generic, cast
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils._pytree import tree_map
 from typing_extensions import TypeVar
 
 from clipgrad._phases import phase
@@ -33,7 +32,7 @@ from clipgrad.optimizer.requirements import check_parts, refuse_foreign_paramete
 from clipgrad.options import Options, Performance
 from clipgrad.plan import PrivacyPlan
 from clipgrad.plan.receipts import Claim
-from clipgrad.result import Diagnostics, NotPrivate, Outcome, diagnostics_of
+from clipgrad.result import Diagnostics, Outcome, diagnostics_of, loss_and_metrics
 from clipgrad.sampling import PaddedBatch
 
 Returned = TypeVar("Returned", default=Any)
@@ -197,7 +196,7 @@ class DPOptimizer(PrivacyState, Generic[Returned]):
         )
         self._claim = claim
         self._last_outcome = found.outcome
-        return cast(Returned, _returned(found.outcome, found.aux))
+        return cast(Returned, loss_and_metrics(found.outcome, found.aux))
 
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Add noise to the clipped sums, divide them by ``expected_batch_size``, and step the wrapped optimizer.
@@ -237,6 +236,7 @@ class DPOptimizer(PrivacyState, Generic[Returned]):
                 means = self._noise.next(
                     share.parts,
                     self._step_state.step,
+                    names=names,
                     sigma=sigma,
                     divisor=self.expected_batch_size,
                     in_place=share.private,
@@ -367,13 +367,3 @@ class DPOptimizer(PrivacyState, Generic[Returned]):
         self._pending.check_same_parameters(self._trained.parameters, trained.parameters)
         self._trained = trained
         return trained
-
-
-def _returned(outcome: Outcome, aux: Any) -> Tensor | NotPrivate:
-    """Return what ``backward`` returns; ``()`` stands for a loss without metrics."""
-    if isinstance(aux, tuple) and not aux:
-        return outcome.mean_loss
-    if outcome.is_padding is not None:
-        kept = ~outcome.is_padding
-        aux = tree_map(lambda leaf: leaf[kept.to(leaf.device)], aux)
-    return NotPrivate(outcome.mean_loss, aux)

@@ -9,6 +9,7 @@ from clipgrad.arithmetic import Arithmetic
 from clipgrad.clipping import ClippingStrategy, Relation, Schedule, StepState
 from clipgrad.exact import DiscreteGaussianNoise
 from clipgrad.noise import NoiseSource
+from clipgrad.noise.correlated import CorrelatedNoise
 from clipgrad.noise.step_noise import IndependentNoise, StepNoise
 from clipgrad.plan import PrivacyPlan
 
@@ -78,9 +79,27 @@ def make_mechanism(
 
 
 def make_step_noise(
-    noise: NoiseSource | None, arithmetic: Arithmetic, expected_batch_size: float
+    noise: NoiseSource | None,
+    arithmetic: Arithmetic,
+    expected_batch_size: float,
+    plan: PrivacyPlan | None,
 ) -> StepNoise:
-    """Return the noise of a step, from the given source or the default source.
+    """Return the noise of a step, correlated if the plan says so, from the given source or the default source.
+
+    Raises:
+        ValueError: If ``noise`` is no noise source, or does not fit the arithmetic.
+    """
+    source = check_source(noise, arithmetic, expected_batch_size)
+    strategy = None if plan is None else plan.strategy
+    if plan is None or strategy is None:
+        return IndependentNoise(source)
+    return CorrelatedNoise(source, strategy, plan.noise_accounting)
+
+
+def check_source(
+    noise: NoiseSource | None, arithmetic: Arithmetic, expected_batch_size: float
+) -> NoiseSource:
+    """Return the given source of noise, or the default source.
 
     Raises:
         ValueError: If ``noise`` is no noise source, or does not fit the arithmetic.
@@ -90,7 +109,7 @@ def make_step_noise(
             f"noise must be a NoiseSource such as clipgrad.SystemNoise(), got {noise!r}; noise_multiplier sets the "
             "amount of noise."
         )
-    return IndependentNoise(arithmetic.noise_source(noise, expected_batch_size))
+    return arithmetic.noise_source(noise, expected_batch_size)
 
 
 def refuse_adaptive_on_grid(step_state: StepState, arithmetic: Arithmetic) -> None:

@@ -13,9 +13,15 @@ from clipgrad.batch import BatchClipper
 from clipgrad.clipping import ClippingStrategy, Relation, Schedule, StepState, copy_strategy
 from clipgrad.noise import NoiseSource
 from clipgrad.optimizer.facade import OptimizerFacade
-from clipgrad.optimizer.mechanism import Mechanism, make_step_noise, refuse_adaptive_on_grid
+from clipgrad.optimizer.mechanism import (
+    Mechanism,
+    check_source,
+    make_step_noise,
+    refuse_adaptive_on_grid,
+)
 from clipgrad.plan import PrivacyPlan
 from clipgrad.plan.account import Account
+from clipgrad.ranks import OneProcess
 
 _STATE_KEY = "clipgrad"
 
@@ -47,7 +53,15 @@ class PrivacyState(OptimizerFacade):
         self._mechanism = mechanism
         self._step_state = StepState.start(mechanism.max_grad_norm, mechanism.noise_multiplier)
         self._clipper = clipper
-        self._noise = make_step_noise(noise, clipper.arithmetic, mechanism.expected_batch_size)
+        self._noise = make_step_noise(
+            noise, clipper.arithmetic, mechanism.expected_batch_size, plan
+        )
+        if self._noise.accounting != "independent" and not isinstance(clipper.ranks, OneProcess):
+            raise ValueError(
+                f"the plan's mechanism, {self._noise.accounting}, is for a single process, but torch.distributed was "
+                "initialised: which process keeps which past noise is not settled. Leave mechanism out, or train in "
+                "one process."
+            )
         self._account = None if plan is None else Account(plan, self._noise.accounting)
         refuse_adaptive_on_grid(self._step_state, clipper.arithmetic)
         clipper.arithmetic.clipping(self.max_grad_norm)
@@ -59,7 +73,8 @@ class PrivacyState(OptimizerFacade):
 
     @noise.setter
     def noise(self, noise: NoiseSource) -> None:
-        self._noise = make_step_noise(noise, self._clipper.arithmetic, self.expected_batch_size)
+        source = check_source(noise, self._clipper.arithmetic, self.expected_batch_size)
+        self._noise.change_source(source)
 
     @property
     def expected_batch_size(self) -> float:
@@ -81,6 +96,8 @@ class PrivacyState(OptimizerFacade):
         """Return the standard deviation of the noise on the clipped sum at this step.
 
         It is ``noise_multiplier * sensitivity``, or slightly more with ``AdaptiveQuantile``, whose count needs noise.
+        With a ``BandedFactorisation`` it is the deviation of the independent noise from which correlated noise is made,
+        for a matrix whose columns have norm 1.
         """
         return self._clipper.arithmetic.sigma(self._noise_levels()[0], self.sensitivity)
 
@@ -139,6 +156,11 @@ class PrivacyState(OptimizerFacade):
     def max_grad_norm(self) -> ClippingStrategy:
         """Return the clipping norm at this step, in which every norm is a number."""
         return copy_strategy(self._norm())
+
+    @property
+    def secret_state(self) -> str:
+        """Return why :meth:`state_dict` must stay secret; empty if it reveals nothing that is not public already."""
+        return self._noise.secret
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of the wrapped optimizer, of the noise source and of the step.

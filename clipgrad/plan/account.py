@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from clipgrad.accounting import Ledger
-from clipgrad.errors import PrivacyBudgetError
+from clipgrad.errors import PrivacyBudgetError, UnaccountedBatchError
 from clipgrad.plan import PrivacyPlan
 from clipgrad.plan.receipts import Claim, rows_in
 from clipgrad.ranks import Ranks
@@ -80,8 +80,20 @@ class Account:
                 f"{step} of them by this optimizer, so it would repeat the noise of step {step}. Let one optimizer "
                 "take all steps of a plan with a schedule."
             )
+        if self.plan.mechanism is not None and self.steps_done != step:
+            raise PrivacyBudgetError(
+                f"step: the plan's noise is correlated over steps, and {self.steps_done} steps of the plan were taken, "
+                f"{step} of them by this optimizer, which does not know the noise of the others. Let one optimizer "
+                "carry out such a plan."
+            )
         if self.plan.declared_sampling is None:
-            self.plan.run.receipts.receipt_to_spend(claim)
+            receipt = self.plan.run.receipts.receipt_to_spend(claim)
+            if self.plan.mechanism is not None and receipt.index != self.steps_done:
+                raise UnaccountedBatchError(
+                    f"step {self.steps_done}: batch {receipt.index} of the loader is of another step. Correlated noise "
+                    "is accounted for if each group of samples keeps its turn: batch k belongs to step k. Use one "
+                    "iteration of one loader, and restore its state together with the optimizer's."
+                )
 
     def share_name(self, ranks: Ranks) -> None:
         """Let the steps of a new run have one name in the ledgers of all processes."""

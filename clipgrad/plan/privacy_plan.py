@@ -8,9 +8,26 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from clipgrad import _validate, accounting
-from clipgrad.accounting import FixedSize, FullBatch, Ledger, Poisson, Sampling, TruncatedPoisson
+from clipgrad.accounting import (
+    CyclicPoisson,
+    FixedSize,
+    FullBatch,
+    Ledger,
+    Poisson,
+    Sampling,
+    TruncatedPoisson,
+)
 from clipgrad.clipping import ClippingStrategy, Relation, Schedule, relation_of
+from clipgrad.factorisation import BandedFactorisation
+from clipgrad.factorisation.strategy import Strategy
 from clipgrad.plan.checks import refuse_contradictions, require_count, steps_of
+from clipgrad.plan.correlated import (
+    Mechanism,
+    best_bands,
+    error_of,
+    refuse_uncorrelatable,
+    sampling_of,
+)
 from clipgrad.plan.receipts import Receipts
 from clipgrad.plan.run import Run
 
@@ -45,6 +62,10 @@ class PrivacyPlan:
         relation: The definition of neighbouring datasets.
         accountant: ``"pld"`` (tight), ``"rdp"`` (fast, for a progress bar) or, with a grid, ``"rdp_integer"``.
         grid: The spacing of the integer grid of exact mode; see ``DPOptimizer``.
+        mechanism: ``BandedFactorisation(bands=...)`` correlates the noise over steps, so that at the same epsilon sums
+            of gradients have less noise, and so does ``BufferedToeplitz`` for shuffled passes. None is independent
+            noise. See ``docs/noise.md`` for what serves which run,
+            and what it excludes.
 
     Raises:
         ValueError: If a number is out of range, or the settings exclude each other.
@@ -82,6 +103,7 @@ class PrivacyPlan:
     relation: Relation = Relation.ADD_OR_REMOVE_ONE
     accountant: accounting.Accountant = "pld"
     grid: float | None = None
+    mechanism: Mechanism | None = None
     run: Run = field(init=False, repr=False, compare=False)
     """The state of the run: batches handed out and steps released. Loaders and optimizers update it."""
 
@@ -122,10 +144,24 @@ class PrivacyPlan:
             accountant=self.accountant,
             grid=self.grid,
         )
+        refuse_uncorrelatable(
+            self.mechanism,
+            shuffled=self.shuffled,
+            num_samples=self.num_samples,
+            expected_batch_size=self.expected_batch_size,
+            noise_multiplier=self.noise_multiplier,
+            max_grad_norm=self.max_grad_norm,
+            others={
+                "max_batch_size": self.max_batch_size,
+                "declared_sampling": self.declared_sampling,
+                "grid": self.grid,
+            },
+        )
         accounting.require_supported(
             self.sampling, relation=self.relation.value, accountant=self.accountant
         )
-        object.__setattr__(self, "run", Run(receipts=Receipts(without_gaps=self.shuffled)))
+        in_order = "shuffled" if self.shuffled else "cyclic" if self.mechanism is not None else ""
+        object.__setattr__(self, "run", Run(receipts=Receipts(without_gaps=in_order)))
         if self.delta >= 1 / self.num_samples:
             warnings.warn(
                 f"delta = {self.delta:g} is not below 1 / num_samples = {1 / self.num_samples:g}. A mechanism that "
@@ -151,6 +187,7 @@ class PrivacyPlan:
         relation: Relation = Relation.ADD_OR_REMOVE_ONE,
         accountant: accounting.Accountant = "pld",
         grid: float | None = None,
+        mechanism: Mechanism | None = None,
     ) -> PrivacyPlan:
         """Return the plan with the least noise that stays within ``target_epsilon``.
 
@@ -170,6 +207,8 @@ class PrivacyPlan:
             relation: As for the plan.
             accountant: As for the plan.
             grid: As for the plan.
+            mechanism: As for the plan. With ``bands="auto"`` the plan gets the number of bands with the least
+                ``expected_error``, which takes some seconds to find.
 
         Raises:
             ValueError: If no noise multiplier meets the target, or every one does, or not exactly one of ``steps`` and
@@ -181,10 +220,21 @@ class PrivacyPlan:
                 "target_epsilon must be finite, got inf, which guarantees nothing. For a run without noise make "
                 "PrivacyPlan(noise_multiplier=0.0, ...)."
             )
+        count = steps_of(steps, epochs, num_samples, expected_batch_size)
+        if isinstance(mechanism, BandedFactorisation) and mechanism.bands == "auto":
+            mechanism = best_bands(
+                mechanism,
+                target_epsilon,
+                num_samples=num_samples,
+                expected_batch_size=expected_batch_size,
+                steps=count,
+                delta=delta,
+                shuffled=shuffled,
+            )
         plan = cls(
             num_samples=num_samples,
             expected_batch_size=expected_batch_size,
-            steps=steps_of(steps, epochs, num_samples, expected_batch_size),
+            steps=count,
             delta=delta,
             noise_multiplier=1.0,
             max_grad_norm=max_grad_norm,
@@ -195,6 +245,7 @@ class PrivacyPlan:
             relation=relation,
             accountant=accountant,
             grid=grid,
+            mechanism=mechanism,
         )
         noise = accounting.noise_multiplier(
             target_epsilon=target_epsilon,
@@ -255,6 +306,10 @@ class PrivacyPlan:
     @property
     def sampling(self) -> Sampling:
         """Return the sampling scheme, for the accountant."""
+        if self.mechanism is not None:
+            return sampling_of(
+                self.mechanism, self.expected_batch_size, self.num_samples, self.shuffled
+            )
         if self.shuffled:
             return FixedSize(self.num_samples, int(self.expected_batch_size))
         if self.max_batch_size is not None:
@@ -263,8 +318,14 @@ class PrivacyPlan:
 
     @property
     def noise_accounting(self) -> str:
-        """Return the kind of noise, for the accountant: each step has independent noise."""
-        return "independent"
+        """Return the kind of noise, for the accountant: independent in each step, or correlated over some steps."""
+        return "independent" if self.mechanism is None else str(self.mechanism)
+
+    @property
+    def strategy(self) -> Strategy | None:
+        """Return the matrix of correlated noise; None for independent noise."""
+        separation = math.floor(self.num_samples / self.expected_batch_size)
+        return None if self.mechanism is None else self.mechanism.strategy(self.steps, separation)
 
     def noise_at(self, step: int) -> float:
         """Return the noise multiplier of a step; the first step is step 0."""
@@ -291,6 +352,16 @@ class PrivacyPlan:
         """Return the epsilon of the first ``steps`` steps at the plan's delta, by default of all steps."""
         return self.ledger(steps).epsilon(self.delta)
 
+    def expected_error(self) -> float:
+        """Return the noise in the sum of the gradients of all steps so far, as a root mean square over the run.
+
+        It is the deviation in one coordinate, in sensitivities: noise in the sum of ``.grad`` over the first t steps,
+        for t from 1 to ``steps``. Compare it between plans of the same epsilon, steps and norm: plain gradient descent
+        moves by this sum. Momentum and adaptive optimizers weigh steps otherwise, and profit less or more.
+        """
+        noise = [self.noise_at(step) for step in range(self.steps)]
+        return error_of(self.strategy, noise) / self.expected_batch_size
+
     def __str__(self) -> str:
         kind = "Gaussian" if self.grid is None else "discrete Gaussian"
         noise = (
@@ -298,11 +369,19 @@ class PrivacyPlan:
             if callable(self.noise_multiplier)
             else f"{kind} noise of {self.noise_multiplier:.2f} sensitivities"
         )
+        if self.mechanism is not None:
+            bands = getattr(self.mechanism, "bands", "all")
+            noise += f", correlated over {bands} steps"
         text = (
             f"(epsilon = {_round_up(self.epsilon())}, delta = {self.delta:g})-differentially private towards "
             f"{_RELATIONS[self.relation].format(unit=self.unit)}: {self.steps} steps on {self._describe_batches()}, "
             f"{noise}, clipping norm {self.max_grad_norm}, accountant {self.accountant}."
         )
+        if self.mechanism is not None:
+            text += (
+                " Epsilon holds for the run as a whole: one sequence of noise, which a restart must continue from a "
+                "checkpoint that is kept secret."
+            )
         if self.declared_sampling is None:
             return text
         return f"{text} Declared, not checked: {self.declared_sampling.strip()}."
@@ -310,9 +389,15 @@ class PrivacyPlan:
     def _describe_batches(self) -> str:
         size, units = f"{self.expected_batch_size:g}", f"{self.num_samples} {self.unit}s"
         if self.shuffled:
-            return f"shuffled batches of {size} of {units}"
+            once = "" if self.mechanism is None else ", in one order for all passes"
+            return f"shuffled batches of {size} of {units}{once}"
         if isinstance(self.sampling, FullBatch):
             return f"batches of all {units}"
+        if isinstance(self.sampling, CyclicPoisson):
+            return (
+                f"cyclic Poisson batches of {size} of {units} (each in every {self.sampling.bands}th step with "
+                f"q = {self.sampling.sample_rate:g})"
+            )
         most = "" if self.max_batch_size is None else f", at most {self.max_batch_size},"
         return f"Poisson batches of {size}{most} of {units} (q = {self.sample_rate:g})"
 

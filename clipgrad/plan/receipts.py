@@ -53,11 +53,11 @@ class Receipts:
     after the last batch that was used in a step.
 
     Args:
-        without_gaps: Whether steps must use all batches in their order. If a shuffled batch is left out, later steps
-            reach into another pass.
+        without_gaps: What the loader is called if steps must use all its batches in their order, else empty. If a
+            shuffled or a cyclic batch is left out, samples take part sooner again than is accounted for.
     """
 
-    def __init__(self, *, without_gaps: bool = False) -> None:
+    def __init__(self, *, without_gaps: str = "") -> None:
         self._without_gaps = without_gaps
         self._iteration = 0
         self._unspent: dict[int, Receipt] = {}
@@ -202,9 +202,9 @@ class Receipts:
                 )
             if index < receipt.index and self._without_gaps:
                 raise UnaccountedBatchError(
-                    f"step: batch {index} of the shuffled loader was left out, or comes later. The steps would then "
-                    "need more passes, and a sample would be used more often than is accounted for. Take a step on "
-                    "every batch, in the loader's order."
+                    f"step: batch {index} of the {self._without_gaps} loader was left out, or comes later. Samples "
+                    "would then be used more often, or sooner again, than is accounted for. Take a step on every "
+                    "batch, in the loader's order."
                 )
 
     def _unknown_batch_message(self, rows: int) -> str:

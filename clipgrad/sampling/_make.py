@@ -14,7 +14,7 @@ from clipgrad.ranks import world
 from clipgrad.sampling import _arguments as arguments
 from clipgrad.sampling._collate import EmptyBatchCollate, UserCollate, padded
 from clipgrad.sampling._loader import PrivateLoader
-from clipgrad.sampling._planned import numbers_of_plan, require_fit
+from clipgrad.sampling._planned import bands_of, numbers_of_plan, require_fit
 from clipgrad.sampling._poisson import PoissonSampler
 from clipgrad.sampling._shuffled import ShuffledSampler
 from clipgrad.sampling._users import UserSampler
@@ -87,6 +87,7 @@ def poisson_loader(
         expected_batch_size=expected_batch_size,
         sample_rate=sample_rate,
         max_batch_size=max_batch_size,
+        bands=bands_of(plan),
         steps=steps,
         rank=rank,
         num_replicas=num_replicas,
@@ -197,6 +198,7 @@ def user_loader(
         sample_rate=sample_rate,
         samples_per_user=samples_per_user,
         max_users=max_users,
+        bands=bands_of(plan),
         steps=steps,
         rank=rank,
         num_replicas=num_replicas,
@@ -236,7 +238,8 @@ def shuffled_loader(
 ) -> PrivateLoader:
     """Make a loader of shuffled batches for a plan with ``shuffled=True``; each sample is used at most once a pass.
 
-    One iteration is the whole run, over as many passes as the plan's steps need.
+    One iteration is the whole run, over as many passes as the plan's steps need. If the plan has a ``mechanism``, all
+    passes have the same order, which is drawn once.
 
     Args:
         dataset: A map-style dataset.
@@ -274,7 +277,11 @@ def shuffled_loader(
         )
     require_fit(plan, "sample", count, shuffled=True)
     sampler = ShuffledSampler(
-        count, batch_size=int(plan.expected_batch_size), steps=plan.steps, generator=generator
+        count,
+        batch_size=int(plan.expected_batch_size),
+        steps=plan.steps,
+        fixed_order=plan.mechanism is not None,
+        generator=generator,
     )
     return PrivateLoader(
         dataset,

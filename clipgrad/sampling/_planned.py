@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from clipgrad.accounting import CyclicPoisson
 from clipgrad.plan import PrivacyPlan
 
 
@@ -17,6 +18,12 @@ def numbers_of_plan(
         )
     require_fit(plan, unit, count, shuffled=False)
     return plan.expected_batch_size, plan.max_batch_size, plan.steps
+
+
+def bands_of(plan: PrivacyPlan | None) -> int | None:
+    """Return the number of groups of a plan with correlated noise; None for plain Poisson batches."""
+    sampling = None if plan is None else plan.sampling
+    return sampling.bands if isinstance(sampling, CyclicPoisson) else None
 
 
 def require_fit(plan: PrivacyPlan, unit: str, count: int, *, shuffled: bool) -> None:

@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 
-from clipgrad.accounting import Poisson, TruncatedPoisson
+from clipgrad.accounting import CyclicPoisson, Poisson, TruncatedPoisson
 from clipgrad.sampling import _arguments as arguments
+from clipgrad.sampling._groups import Groups
 from clipgrad.sampling._resumable import Resumable
 from clipgrad.sampling._trials import LARGEST, Trials, random_subset
 from clipgrad.sampling._words import words_from
@@ -32,6 +33,11 @@ class PoissonSampler(Resumable[list[int]]):
     r + 2n, ...``. The shares are disjoint and make up the dataset. So the batches of all ranks together are one Poisson
     sample of the whole dataset with the same q, without any communication.
 
+    **Cyclic** (``bands``): each index belongs to one of ``bands`` groups, drawn for each index on its own. The batch of
+    step t has indices of group ``t % bands`` only, each with probability ``q * bands``. So an index is in two batches
+    that are at least ``bands`` steps apart, as correlated noise needs it (:class:`clipgrad.BandedFactorisation`). The
+    groups are part of the state, and a restored sampler keeps them.
+
     Args:
         num_samples: Size of the dataset.
         expected_batch_size: Mean size of a batch, ``q * num_samples``, of all ranks together and before truncation;
@@ -39,6 +45,7 @@ class PoissonSampler(Resumable[list[int]]):
         sample_rate: Probability q of each sample to be in a batch, ``0 < q <= 1``.
         max_batch_size: The largest number of samples in a batch. It excludes ranks, since the analysis of truncation
             holds for one subset of the whole batch.
+        bands: Number of groups that have their turn one after the other; 1 for plain Poisson batches.
         steps: Batches per iteration; by default the number that samples ``num_samples`` indices on average.
         rank: Index of the share to sample from, ``0 <= rank < num_replicas``.
         num_replicas: Number of shares, the same on every rank. If neither is given, they are rank and number of
@@ -75,6 +82,7 @@ class PoissonSampler(Resumable[list[int]]):
         expected_batch_size: float | None = None,
         sample_rate: float | None = None,
         max_batch_size: int | None = None,
+        bands: int | None = None,
         steps: int | None = None,
         rank: int | None = None,
         num_replicas: int | None = None,
@@ -99,12 +107,27 @@ class PoissonSampler(Resumable[list[int]]):
         )
         self._generator = generator
         self._words = words_from(generator)
+        self._rate = rate
+        self._groups: Groups | None = None
+        if bands is not None:
+            if self._most is not None:
+                raise ValueError(
+                    f"max_batch_size = {max_batch_size} and bands = {bands} exclude each other: no analysis covers "
+                    "cyclic batches that are cut. Leave max_batch_size out."
+                )
+            number = arguments.count("bands", bands)
+            self._groups = Groups.drawn(len(self._share), number, self._words)
+            rate = arguments.within(
+                "expected_batch_size * bands / num_samples",
+                self._expected * number / self._num_samples,
+                1,
+            )
         self._trials = Trials.of_rate(rate)
 
     @property
     def sample_rate(self) -> float:
-        """Return the probability of each sample to be in a batch, before truncation."""
-        return self._trials.rate
+        """Return the probability of each sample to be in a batch, before truncation and over all groups."""
+        return self._rate
 
     @property
     def expected_batch_size(self) -> float:
@@ -125,8 +148,10 @@ class PoissonSampler(Resumable[list[int]]):
         return self._share.start % self._share.step, self._share.step
 
     @property
-    def sampling(self) -> Poisson | TruncatedPoisson:
+    def sampling(self) -> Poisson | TruncatedPoisson | CyclicPoisson:
         """Return the sampling scheme, for the accountant."""
+        if self._groups is not None:
+            return CyclicPoisson(sample_rate=self._trials.rate, bands=self._groups.bands)
         if self._most is None:
             return Poisson(sample_rate=self.sample_rate)
         return TruncatedPoisson(
@@ -138,12 +163,16 @@ class PoissonSampler(Resumable[list[int]]):
     def __iter__(self) -> Iterator[list[int]]:
         """Yield the batches of one iteration; right after :meth:`load_state_dict`, the rest of the saved iteration."""
         for step in self._to_come():
-            batch = self._draw()
+            batch = self._draw(step)
             self._done = step + 1
             yield batch
 
-    def _draw(self) -> list[int]:
-        sampled = self._trials.successes(len(self._share), self._words)
+    def _draw(self, step: int) -> list[int]:
+        if self._groups is None:
+            sampled = self._trials.successes(len(self._share), self._words)
+        else:
+            group = self._groups.of_step(step)
+            sampled = group[self._trials.successes(len(group), self._words)]
         if self._most is not None and len(sampled) > self._most:
             sampled = sampled[random_subset(len(sampled), self._most, self._words)]
         batch: list[int] = (self._share.start + self._share.step * sampled).tolist()
@@ -158,6 +187,8 @@ class PoissonSampler(Resumable[list[int]]):
         state = super().state_dict()
         if self._generator is not None:
             state["generator"] = self._generator.get_state()
+        if self._groups is not None:
+            state["groups"] = self._groups.state()
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -176,7 +207,16 @@ class PoissonSampler(Resumable[list[int]]):
                 f"state {'has' if 'generator' in state else 'lacks'} a generator's state, unlike "
                 "this sampler; construct both with a generator, or both without."
             )
+        if state.get("kind") == self._kind and ("groups" in state) != (self._groups is not None):
+            raise ValueError(
+                f"state {'has' if 'groups' in state else 'lacks'} the groups of cyclic batches, unlike this sampler; "
+                "construct it with the plan it was saved with."
+            )
+        groups = self._groups
+        if groups is not None and "groups" in state:
+            groups = groups.restored(state["groups"])
         super().load_state_dict(state)
+        self._groups = groups
         if self._generator is not None:
             self._generator.set_state(state["generator"].cpu())
 

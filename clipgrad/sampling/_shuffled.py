@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 
@@ -21,6 +22,9 @@ class ShuffledSampler(Resumable[list[int]]):
         num_samples: Size of the dataset.
         batch_size: Number of samples in every batch.
         steps: Batches per iteration, over as many passes as needed.
+        fixed_order: Whether all passes have the same random order, as correlated noise needs it: a sample then takes
+            part exactly once in ``num_samples // batch_size`` steps. Samples that fill no batch never take part. The
+            order is part of the state.
         generator: A CPU generator for a repeatable order.
 
     Raises:
@@ -41,6 +45,7 @@ class ShuffledSampler(Resumable[list[int]]):
         *,
         batch_size: int,
         steps: int,
+        fixed_order: bool = False,
         generator: torch.Generator | None = None,
     ) -> None:
         self._num_samples = arguments.count("num_samples", num_samples)
@@ -51,6 +56,7 @@ class ShuffledSampler(Resumable[list[int]]):
             )
         super().__init__(arguments.count("steps", steps), whole_run=True)
         self._generator = generator
+        self._order = torch.randperm(num_samples, generator=generator) if fixed_order else None
 
     @property
     def part(self) -> tuple[int, int]:
@@ -65,14 +71,43 @@ class ShuffledSampler(Resumable[list[int]]):
     def __iter__(self) -> Iterator[list[int]]:
         """Yield the batches of one iteration; right after :meth:`load_state_dict`, the rest of it.
 
-        The rest begins with a new pass, which the ledger counts as another pass.
+        The rest begins with a new pass, which the ledger counts as another pass; with a fixed order it goes on.
         """
         to_come = self._to_come()
         per_pass = self._num_samples // self._batch_size
-        order: list[int] = []
+        start = to_come.start if self._order is None else 0
+        order: list[int] = [] if self._order is None else self._order.tolist()
         for step in to_come:
-            at = (step - to_come.start) % per_pass
-            if at == 0:
+            at = (step - start) % per_pass
+            if at == 0 and self._order is None:
                 order = torch.randperm(self._num_samples, generator=self._generator).tolist()
             self._done = step + 1
             yield order[at * self._batch_size : (at + 1) * self._batch_size]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the number of batches of the iteration so far, and a fixed order."""
+        state = super().state_dict()
+        return state if self._order is None else {**state, "order": self._order}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue a saved iteration.
+
+        Args:
+            state: The ``state_dict`` of a sampler for the same data and plan, or of its loader.
+
+        Raises:
+            ValueError: If ``state`` does not fit.
+        """
+        order = state.get("order")
+        if state.get("kind") == self._kind and (order is None) != (self._order is None):
+            raise ValueError(
+                f"state {'lacks' if order is None else 'has'} a fixed order, unlike this sampler; construct it with "
+                "the plan it was saved with."
+            )
+        if order is not None and sorted(order.tolist()) != list(range(self._num_samples)):
+            raise ValueError(
+                f"state has an order of {len(order)} samples, which does not fit {self._num_samples} samples; "
+                "construct the sampler with the data it was saved with."
+            )
+        super().load_state_dict(state)
+        self._order = None if order is None else order.cpu()

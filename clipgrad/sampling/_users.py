@@ -29,6 +29,7 @@ class UserSampler(PoissonSampler):
         samples_per_user: The largest number of samples of a user in a batch, chosen anew each time, uniformly and
             without replacement; None for all samples.
         max_users: The largest number of users in a batch: see ``max_batch_size`` of :class:`PoissonSampler`.
+        bands: Number of groups of users that have their turn one after the other; see :class:`PoissonSampler`.
         steps: Batches per iteration; see :class:`PoissonSampler`.
         rank: Index of the share of the users to sample from.
         num_replicas: Number of shares.
@@ -55,6 +56,7 @@ class UserSampler(PoissonSampler):
         sample_rate: float | None = None,
         samples_per_user: int | None = None,
         max_users: int | None = None,
+        bands: int | None = None,
         steps: int | None = None,
         rank: int | None = None,
         num_replicas: int | None = None,
@@ -80,6 +82,7 @@ class UserSampler(PoissonSampler):
             expected_batch_size=expected_users,
             sample_rate=sample_rate,
             max_batch_size=max_users,
+            bands=bands,
             steps=steps,
             rank=rank,
             num_replicas=num_replicas,

@@ -358,7 +358,22 @@ def masked(model: nn.Module, x: Tensor) -> Tensor:
     return model(input_ids=x, attention_mask=mask, labels=x).loss
 
 
+class Checkpointed(nn.Module):
+    """A layer whose activations are computed again in the backward pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(4, 5)
+        self.last = nn.Linear(5, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        from torch.utils.checkpoint import checkpoint
+
+        return self.last(checkpoint(lambda x: self.first(x).tanh(), x, use_reentrant=False))
+
+
 UNUSUAL = {
+    "checkpointed": Case(Checkpointed),
     "padding mask": Case(_llama, masked, 17),
     "recurrent": Case(Recurrent),
     "nonfinite": Case(_mlp),

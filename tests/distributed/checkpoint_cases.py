@@ -121,7 +121,7 @@ def step_with_fault(
         if rank == 1 and step == at and fault == "dies":
             os._exit(1)
         if rank == 1 and step == at and fault == "stalls":
-            time.sleep(12)
+            time.sleep(600)
         before = [_local(p) for p in model.parameters()]
         try:
             optimizer.backward(torch.ones(2, 3))

@@ -85,6 +85,14 @@ class Processes:
             self.broken = True  # a rank may still be inside of a collective
         return found
 
+    def outcome_of_first(self, function: Callable[..., Any], *arguments: Any) -> tuple[bool, Any]:
+        """What became of the first rank, whatever the others do; nothing else may run here afterwards."""
+        self.broken = True
+        for pipe in self._pipes:
+            pipe.send((function, arguments))
+        found: tuple[bool, Any] = self._pipes[0].recv()
+        return found
+
     def run(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
         """The results of all ranks."""
         found = self.outcomes(function, *arguments)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from clipgrad import DPOptimizer
+from clipgrad import DPOptimizer, Performance
 from tests.distributed import cases
 from tests.distributed.conftest import Pool
 
@@ -60,4 +60,18 @@ def test_a_model_on_several_devices_is_refused() -> None:
             max_grad_norm=1.0,
             noise_multiplier=0.0,
             expected_batch_size=1.0,
+        )
+
+
+def test_what_is_no_process_group_is_refused() -> None:
+    model = nn.Linear(4, 2)
+    with pytest.raises(ValueError, match="process_group must be a torch"):
+        DPOptimizer(
+            torch.optim.SGD(model.parameters(), lr=0.1),
+            model,
+            cases.squares,
+            max_grad_norm=1.0,
+            noise_multiplier=0.0,
+            expected_batch_size=1.0,
+            performance=Performance(process_group="all"),
         )

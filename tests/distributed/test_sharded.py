@@ -99,7 +99,7 @@ def test_only_the_layers_that_compute_are_whole(pool: Pool) -> None:
         assert around == [0, 0]
 
 
-@pytest.mark.parametrize("name", ["padding mask", "recurrent", "nonfinite", "in place"])
+@pytest.mark.parametrize("name", list(cases.UNUSUAL))
 def test_unusual_models(pool: Pool, name: str) -> None:
     expected = cases.unusual(0, 1, name)
     for found in pool(2).run(cases.unusual, name):

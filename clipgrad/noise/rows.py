@@ -1,0 +1,213 @@
+"""Rows of correlated noise on one device: the noise of past steps, and on the CPU of some steps ahead."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import math
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from clipgrad.noise.c_loop import compile_library
+from clipgrad.noise.source import NoiseSource
+from clipgrad.noise.system import SystemNoise
+
+SOURCE = Path(__file__).with_name("recurrence.c")
+_SMALL = 2**15  # values
+_PAGE, _PAD = 1024, 48  # values
+_log = logging.getLogger("clipgrad")
+_found: list[ctypes.CDLL | None] = []
+_compiling = threading.Lock()
+
+
+class Rows:
+    """Rows of ``C^-1 Z``, one for each step, for all values of one device and dtype.
+
+    Row t is ``z_t - c_1 row_{t-1} - c_2 row_{t-2} - ...``. Rows of several steps are made at once, so that each past
+    row is read once for all of them. A ring holds them and the rows that they need.
+
+    Args:
+        tail: The coefficients after the first one, which is 1.
+        past: Rows of past steps, oldest first, at most as many as ``tail`` has numbers.
+        shapes: Shapes of the tensors that share a row, one after the other.
+        like: A tensor with the device and dtype of the rows.
+        ahead: Number of rows to make at once.
+    """
+
+    def __init__(
+        self,
+        tail: Sequence[float],
+        past: Sequence[Tensor],
+        shapes: Sequence[torch.Size],
+        like: Tensor,
+        ahead: int,
+    ) -> None:
+        self._tail, self._ahead, self._shapes = list(tail), ahead, list(shapes)
+        self._views: dict[int, list[Tensor]] = {}
+        size = sum(map(math.prod, shapes))
+        with torch.inference_mode(False):
+            # Rows a multiple of a page apart would compete for the same places in the cache.
+            padded = size + (_PAD - size) % _PAGE
+            ring = torch.empty((len(tail) + ahead, padded), dtype=like.dtype, device=like.device)
+            self._ring = ring[:, :size]
+            for index, row in enumerate(past):
+                self._ring[index].copy_(row)
+        self._known = len(past)
+        self._first = len(past)
+        """Index of the next row, in the ring."""
+        self._left = 0
+        """Rows that are made and not used."""
+
+    def next(self, source: NoiseSource, scale: float) -> list[Tensor]:
+        """Return the row of the next step, cut into tensors that are valid until the call after it."""
+        if not self._left:
+            self._make(source, scale)
+            self._left = self._ahead
+        row = self._cut(self._first)
+        self._first = (self._first + 1) % len(self._ring)
+        self._known = min(self._known + 1, len(self._tail))
+        self._left -= 1
+        return row
+
+    def _cut(self, index: int) -> list[Tensor]:
+        """Return views of a row; they are made once, since many small ones take long."""
+        if index not in self._views:
+            parts = self._ring[index].split([math.prod(shape) for shape in self._shapes])
+            self._views[index] = [
+                part.view(shape) for part, shape in zip(parts, self._shapes, strict=True)
+            ]
+        return self._views[index]
+
+    def past(self) -> list[Tensor]:
+        """Return the rows of past steps that further rows depend on, oldest first; rows made ahead are no part."""
+        indices = range(self._first - self._known, self._first)
+        return [self._ring[index % len(self._ring)] for index in indices]
+
+    def _make(self, source: NoiseSource, scale: float) -> None:
+        count = len(self._ring)
+        fresh = [self._ring[(self._first + k) % count] for k in range(self._ahead)]
+        if self._ahead > 1 and isinstance(source, SystemNoise) and scale:
+            source._fill(fresh, scale)
+        else:
+            torch._foreach_zero_(fresh)
+            source.add_gaussian_(fresh, scale)
+        compiled = _compiled() if _is_plain(fresh[0]) else None
+        correlate = correlate_by_torch if compiled is None else Correlate(compiled)
+        correlate(self._ring, self._tail, self._first, self._ahead, self._known)
+
+
+def correlate_by_torch(
+    ring: Tensor, tail: Sequence[float], first: int, ahead: int, known: int
+) -> None:
+    """Take the weighted rows before it away from each of ``ahead`` rows, from row ``first`` of the ring on.
+
+    These are additions of whole rows and no matrix product, whose precision PyTorch's settings may lower.
+
+    Args:
+        ring: The rows, ``[rows, values]``; row 0 follows on the last one.
+        tail: The weights, of the latest row first.
+        first: The first row to change.
+        ahead: How many rows to change.
+        known: How many rows before the first one count.
+    """
+    for k in range(ahead):
+        row = ring[(first + k) % len(ring)]
+        for lag, weight in enumerate(tail[: k + known], start=1):
+            row.add_(ring[(first + k - lag) % len(ring)], alpha=-weight)
+
+
+class Correlate:
+    """The same by the loop in C, for float32 on the CPU."""
+
+    def __init__(self, loops: ctypes.CDLL) -> None:
+        self._loop = loops.clipgrad_correlate
+
+    def __call__(
+        self, ring: Tensor, tail: Sequence[float], first: int, ahead: int, known: int
+    ) -> None:
+        """Change the rows; the loop writes by address."""
+        assert _is_plain(ring[0])
+        assert ring.stride(1) == 1
+        numbers = (ring.stride(0), len(ring), first, ahead, known, len(tail))
+        self._loop(
+            ctypes.c_void_p(ring.data_ptr()),
+            *map(ctypes.c_int64, numbers),
+            (ctypes.c_float * max(1, len(tail)))(*tail),
+            ctypes.c_int64(ring.shape[1]),
+        )
+
+
+def add_and_divide(sums: list[Tensor], noise: list[Tensor], divisor: float) -> None:
+    """Compute ``(sums + noise) / divisor`` in place, rounded after each of the two."""
+    # For small tensors the calls cost more than a second pass.
+    large = sum(map(Tensor.numel, sums)) > _SMALL * len(sums)
+    loops = _compiled() if large and all(map(_is_plain, sums)) else None
+    if loops is None or not all(map(_is_plain, noise)):
+        torch._foreach_add_(sums, noise)
+        torch._foreach_div_(sums, divisor)
+        return
+    for total, row in zip(sums, noise, strict=True):
+        loops.clipgrad_add_and_divide(
+            ctypes.c_void_p(total.data_ptr()),
+            ctypes.c_void_p(row.data_ptr()),
+            ctypes.c_int64(total.numel()),
+            ctypes.c_float(divisor),
+        )
+        torch.autograd.graph.increment_version(total)
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    return (
+        tensor.device.type == "cpu"
+        and tensor.dtype is torch.float32
+        and tensor.is_contiguous()
+        and not tensor.is_neg()
+        and not tensor.is_inference()
+    )
+
+
+def _compiled() -> ctypes.CDLL | None:
+    """Return the loops in C, compiled and proved once in a process, or None."""
+    with _compiling, torch.inference_mode(False), torch.no_grad():
+        if not _found:
+            try:
+                loops = compile_library(SOURCE.read_text(encoding="utf-8"))
+                prove(loops)
+                _found.append(loops)
+            except (
+                Exception
+            ) as error:  # a compiler can fail in any way; PyTorch's operations do the same
+                _log.info(
+                    "Correlated noise is made without a C compiler, which is slower: %s", error
+                )
+                _found.append(None)
+    return _found[0]
+
+
+def prove(loops: ctypes.CDLL) -> None:
+    """Compare the loops with PyTorch's operations.
+
+    Raises:
+        RuntimeError: If a value differs by more than rounding.
+    """
+    tail = [0.75, 0.5, -0.25, 0.125]
+    for first, known, width in ((0, 0, 700), (5, 4, 256), (3, 2, 1)):
+        start = torch.arange(7 * (width + 3), dtype=torch.float32, device="cpu").remainder(11.0) - 5
+        rings = [start.view(7, -1).clone() for _ in range(2)]
+        correlate_by_torch(rings[0][:, 2 : 2 + width], tail, first, 3, known)
+        Correlate(loops)(rings[1][:, 2 : 2 + width], tail, first, 3, known)
+        means = start.clone()
+        loops.clipgrad_add_and_divide(
+            ctypes.c_void_p(means.data_ptr()),
+            ctypes.c_void_p(rings[1].data_ptr()),
+            ctypes.c_int64(len(means)),
+            ctypes.c_float(3.0),
+        )
+        expected = (start + rings[1].flatten()) / 3.0
+        # This form rejects NaN too.
+        if not ((rings[0] - rings[1]).abs() <= 1e-5).all() or not torch.equal(means, expected):
+            raise RuntimeError("the compiled loops compute something else than PyTorch")

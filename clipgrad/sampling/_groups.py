@@ -1,0 +1,70 @@
+"""This file holds ``Groups``, which says whose turn it is in cyclic Poisson sampling."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from clipgrad.sampling._words import Words
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Each index belongs to one group, and group ``t % bands`` has its turn in step t.
+
+    The group of each index is drawn on its own. So the groups of the others do not depend on whether a sample is in
+    the dataset, and the accountant's bound for fixed groups holds towards adding and removing a sample too. Groups
+    differ in size, and the batches of a large group are larger on average. Sums are divided by a public constant
+    anyway.
+
+    Attributes:
+        bands: Number of groups.
+        group: The group of each index.
+    """
+
+    bands: int
+    group: NDArray[np.int32]
+
+    @classmethod
+    def drawn(cls, size: int, bands: int, words: Words) -> Self:
+        """Draw a group for each of ``size`` indices; the bound does not need groups of equal probability."""
+        return cls(bands, (words(size) % np.uint64(bands)).astype(np.int32))
+
+    @cached_property
+    def _order(self) -> NDArray[np.int64]:
+        return np.argsort(self.group, kind="stable")
+
+    @cached_property
+    def _bounds(self) -> NDArray[np.int64]:
+        return np.cumsum([0, *np.bincount(self.group, minlength=self.bands)])
+
+    def of_step(self, step: int) -> NDArray[np.int64]:
+        """Return the indices of the group that has its turn, in ascending order."""
+        start, end = self._bounds[step % self.bands : step % self.bands + 2]
+        return self._order[start:end]
+
+    def state(self) -> Tensor:
+        """Return what a checkpoint keeps."""
+        return torch.from_numpy(self.group)
+
+    def restored(self, state: Tensor) -> Groups:
+        """Return saved groups of the same indices.
+
+        Raises:
+            ValueError: If the state is of other indices, or of more groups.
+        """
+        found = np.array(state.cpu().numpy(), dtype=np.int32)
+        if found.shape != self.group.shape or (
+            found.size and not 0 <= found.min() <= found.max() < self.bands
+        ):
+            raise ValueError(
+                f"state has groups of {found.shape} samples, which do not fit {len(self.group)} samples in "
+                f"{self.bands} groups; construct the sampler with the data and the plan it was saved with."
+            )
+        return Groups(self.bands, found)
