@@ -97,8 +97,6 @@ class PrivateTraining:
         """The epsilon of what was released so far; 0 before the first step."""
         return 0.0 if self._private is None else self._private.epsilon(delta)
 
-    # ------------------------------------------------------------------ hooks of the trainer
-
     def create_optimizer(self, model: nn.Module | None = None) -> Any:
         """Wrap the trainer's own optimizer in a ``DPOptimizer``."""
         inner = super().create_optimizer(model)
@@ -196,8 +194,6 @@ class PrivateTraining:
             "hyperparameter_search trains on the private data many times, which the plan does not account for. Search "
             "on public data, or account for each trial with plan.continuing(ledger)."
         )
-
-    # ------------------------------------------------------------------ inside
 
     def _check(self, model: nn.Module) -> None:
         """Refuse a model whose gradients would not be clipped, and a restart that forgets steps."""
