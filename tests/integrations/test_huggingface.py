@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import clipgrad
 from clipgrad import DPOptimizer, PrivacyPlan
 from clipgrad.errors import PrivacyBudgetError, UnclippedGradientError
 from tests.integrations import language
@@ -462,3 +463,24 @@ def test_a_batch_without_labels_says_so(tmp_path: Path) -> None:
         ValueError, match=r"holds input_ids, but no labels, without which.*Add them"
     ):
         trainer.train()
+
+
+def test_a_restart_of_correlated_noise_is_refused_since_its_groups_are_not_saved(
+    tmp_path: Path,
+) -> None:
+    """Other groups after the restart would let a sample take part too soon again."""
+
+    def plan() -> PrivacyPlan:
+        mechanism = clipgrad.BandedFactorisation(bands=2)
+        return small_plan(accountant="pld", mechanism=mechanism)
+
+    options = {"save_strategy": "steps", "save_steps": 1, "max_steps": 7}
+    first = DPTrainer(
+        gpt2(), small(tmp_path, **options), train_dataset=texts(), plan=plan(),
+        callbacks=[stops_after(3)],
+    )  # fmt: skip
+    with pytest.raises(Stop):
+        first.train()
+    again = DPTrainer(gpt2(), small(tmp_path, **options), train_dataset=texts(), plan=plan())
+    with pytest.raises(ValueError, match="groups of its cyclic batches are not in the checkpoint"):
+        again.train(resume_from_checkpoint=True)
