@@ -58,8 +58,8 @@ class LogicalBatches(IterableDataset[Any]):
                 if "groups" in state:
                     raise ValueError(
                         f"the training was interrupted after {done} steps, but the groups of its cyclic batches are "
-                        "not in the checkpoint, and correlated noise needs the same ones. Train without interruption, or "
-                        "with a loop of your own and clipgrad.save_checkpoint."
+                        "not in the checkpoint, and correlated noise needs the same ones. Train without interruption, "
+                        "or with a loop of your own and clipgrad.save_checkpoint."
                     )
                 self._loader.load_state_dict({**state, "done": done})
                 skipped = done % self._epoch
