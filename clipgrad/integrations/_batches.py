@@ -54,7 +54,14 @@ class LogicalBatches(IterableDataset[Any]):
         skipped = 0
         if self._batches is None:
             if done := self._done():
-                self._loader.load_state_dict({**self._loader.state_dict(), "done": done})
+                state = self._loader.state_dict()
+                if "groups" in state:
+                    raise ValueError(
+                        f"the training was interrupted after {done} steps, but the groups of its cyclic batches are "
+                        "not in the checkpoint, and correlated noise needs the same ones. Train without interruption, "
+                        "or with a loop of your own and clipgrad.save_checkpoint."
+                    )
+                self._loader.load_state_dict({**state, "done": done})
                 skipped = done % self._epoch
             self._batches = iter(self._loader)
         yield from repeat(None, skipped * self._pieces)

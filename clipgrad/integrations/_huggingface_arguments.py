@@ -25,10 +25,6 @@ class _Conflict(NamedTuple):
 
 
 _DEFAULT_NORM = 1.0
-_CHECKPOINTING = (
-    "runs the forward pass again during backward, which vmap cannot batch. Leave it out, and lower "
-    "per_device_train_batch_size, which bounds memory as well."
-)
 _ONE_DEVICE = "trains on several devices, which DPTrainer does not do yet. Leave it out."
 _CONFLICTS = (
     _Conflict(
@@ -41,8 +37,6 @@ _CONFLICTS = (
         bool,
         "compiles the model without its per-sample gradients. Use DPTrainer(compile=True).",
     ),
-    _Conflict("gradient_checkpointing", bool, _CHECKPOINTING),
-    _Conflict("activation_checkpointing", bool, _CHECKPOINTING),
     _Conflict(
         "use_liger_kernel",
         bool,

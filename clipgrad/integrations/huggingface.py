@@ -71,7 +71,7 @@ class PrivateTraining:
         self.plan, self._users = plan_and_users(
             self.args, self.train_dataset, user_column, plan, target_epsilon, delta
         )
-        self._mechanism: dict[str, Any] = {
+        self._chosen: dict[str, Any] = {
             "noise": noise,
             "compile": compile,
             "performance": performance,
@@ -97,14 +97,14 @@ class PrivateTraining:
         """The epsilon of what was released so far; 0 before the first step."""
         return 0.0 if self._private is None else self._private.epsilon(delta)
 
-    # ------------------------------------------------------------------ hooks of the trainer
-
     def create_optimizer(self, model: nn.Module | None = None) -> Any:
         """Wrap the trainer's own optimizer in a ``DPOptimizer``."""
         inner = super().create_optimizer(model)
         # On a second train() it is there already, inside of what accelerate has wrapped around it.
         if self._private is not None and getattr(inner, "optimizer", inner) is self._private:
             return inner
+        # Reentrant checkpoints needed this hook of PEFT; here it would set requires_grad on one sample's tensor.
+        getattr(self.model, "disable_input_require_grads", lambda: None)()
         self._loss = self._loss_of_batch()
         self.optimizer = self._private = DPOptimizer(
             inner,
@@ -113,7 +113,7 @@ class PrivateTraining:
             plan=self.plan,
             microbatch_size=self.args.per_device_train_batch_size,
             keep_batch_dim=self.plan.unit == "sample",
-            **self._mechanism,
+            **self._chosen,
         )
         return self.optimizer
 
@@ -194,8 +194,6 @@ class PrivateTraining:
             "hyperparameter_search trains on the private data many times, which the plan does not account for. Search "
             "on public data, or account for each trial with plan.continuing(ledger)."
         )
-
-    # ------------------------------------------------------------------ inside
 
     def _check(self, model: nn.Module) -> None:
         """Refuse a model whose gradients would not be clipped, and a restart that forgets steps."""

@@ -9,8 +9,9 @@ documentation. A private training starts from the public model, as one would sta
 LoRA adapters alone. The picture shows what each epsilon buys: perplexity on private text that was held out.
 
 Canaries are random strings, half of which are in the training by the toss of a coin. ``clipgrad.audit`` bounds epsilon
-from below by how much better the model knows those that were. Without privacy it finds them. The size of the training
-set depends on the coins a little, which a serious audit avoids (docs/audit.md).
+from below by how much better the model knows those that were. The bound is 0 here, also without privacy: in so short a
+training each canary is one row of 12 000, seen once or twice. The size of the training set depends on the coins a
+little, which a serious audit avoids (docs/audit.md has one that finds planted bugs).
 """
 
 from __future__ import annotations
@@ -157,6 +158,8 @@ def plot(found: dict[str, tuple[float, float]], before: float, output: Path) -> 
         ylabel="perplexity by character, held-out private text",
         xscale="log",
     )
+    axes.set_xticks([e for e, _ in points], [f"{e:g}" for e, _ in points])
+    axes.minorticks_off()
     axes.legend()
     figure.tight_layout()
     figure.savefig(output, dpi=120)

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import clipgrad
 from clipgrad import DPOptimizer, PrivacyPlan
 from clipgrad.errors import PrivacyBudgetError, UnclippedGradientError
 from tests.integrations import language
@@ -114,6 +115,18 @@ def test_pieces_are_one_logical_batch(each: int, pieces: int, tmp_path: Path) ->
     trainer.train()
     assert_close(trained(model), expected)
     assert (trainer.state.global_step, trainer.ledger.steps) == (3, 3)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama with LoRA"])
+def test_activation_checkpoints_change_nothing(name: str, tmp_path: Path) -> None:
+    if "LoRA" in name:
+        pytest.importorskip("peft")
+    model, norm = MODELS[name](), 0.05 if "LoRA" in name else NORM
+    expected = by_hand(copy.deepcopy(model), 1, norm=norm)
+    args = arguments(tmp_path, max_steps=1, activation_checkpointing=True)
+    plan = plan_of(1, max_grad_norm=norm)
+    DPTrainer(model, args, train_dataset=texts(), plan=plan).train()
+    assert_close(trained(model), expected)
 
 
 class Stop(Exception):
@@ -377,10 +390,6 @@ def test_what_is_saved_holds_no_loss_under_its_own_name(tmp_path: Path) -> None:
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "fp16": ({"fp16": True}, r"TrainingArguments\(fp16=True\) scales the loss.*bf16=True"),
     "torch_compile": ({"torch_compile": True}, r"torch_compile=True.*DPTrainer\(compile=True\)"),
-    "gradient_checkpointing": (
-        {"gradient_checkpointing": True},
-        r"_checkpointing=True.*lower per_device_train_batch_size",
-    ),
     "auto_find_batch_size": ({"auto_find_batch_size": True}, "auto_find_batch_size=True"),
     "strategy": ({"train_sampling_strategy": "sequential"}, "train_sampling_strategy=sequential"),
     "drop_last": ({"dataloader_drop_last": True}, "dataloader_drop_last=True"),
@@ -454,3 +463,24 @@ def test_a_batch_without_labels_says_so(tmp_path: Path) -> None:
         ValueError, match=r"holds input_ids, but no labels, without which.*Add them"
     ):
         trainer.train()
+
+
+def test_a_restart_of_correlated_noise_is_refused_since_its_groups_are_not_saved(
+    tmp_path: Path,
+) -> None:
+    """Other groups after the restart would let a sample take part too soon again."""
+
+    def plan() -> PrivacyPlan:
+        mechanism = clipgrad.BandedFactorisation(bands=2)
+        return small_plan(accountant="pld", mechanism=mechanism)
+
+    options = {"save_strategy": "steps", "save_steps": 1, "max_steps": 7}
+    first = DPTrainer(
+        gpt2(), small(tmp_path, **options), train_dataset=texts(), plan=plan(),
+        callbacks=[stops_after(3)],
+    )  # fmt: skip
+    with pytest.raises(Stop):
+        first.train()
+    again = DPTrainer(gpt2(), small(tmp_path, **options), train_dataset=texts(), plan=plan())
+    with pytest.raises(ValueError, match="groups of its cyclic batches are not in the checkpoint"):
+        again.train(resume_from_checkpoint=True)
