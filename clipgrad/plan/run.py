@@ -21,6 +21,7 @@ class Run:
         has_optimizer: Whether an optimizer was built.
         receipts: The receipts of the run.
         iteration: The loader's iteration in which the last step was taken.
+        turns: Names which sample has its turn when, with correlated noise; empty before the first step.
     """
 
     name: str = field(default_factory=lambda: secrets.token_hex(8))
@@ -28,6 +29,7 @@ class Run:
     has_optimizer: bool = False
     receipts: Receipts = field(default_factory=Receipts)
     iteration: int = 0
+    turns: str = ""
 
     def __copy__(self) -> Run:
         return self
