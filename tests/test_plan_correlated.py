@@ -647,6 +647,6 @@ def test_who_would_write_the_noise_to_an_open_file_refuses() -> None:
     with pytest.raises(ValueError, match="must stay secret"):
         loader_of(run.plan, dataset(), None, None)
     with pytest.raises(
-        ValueError, match="holds the noise of past steps.*Use clipgrad.save_checkpoint"
+        ValueError, match=r"holds the noise of past steps.*Use clipgrad\.save_checkpoint"
     ):
         RunState(run.model, run.optimizer)

@@ -74,8 +74,8 @@ class RunState:
             )
         if optimizer.secret_state:
             raise ValueError(
-                f"RunState writes files that others can read, but the optimizer's state holds {optimizer.secret_state}. "
-                "Use clipgrad.save_checkpoint."
+                "RunState writes files that others can read, but the optimizer's state holds "
+                f"{optimizer.secret_state}. Use clipgrad.save_checkpoint."
             )
         self._model, self._optimizer, self._loader = model, optimizer, loader
         self._own()  # what cannot be saved is refused here, not at the first checkpoint
