@@ -17,6 +17,9 @@ from torch.autograd.graph import Node
 Facts = Callable[[], Mapping[str, object]]
 """What every process must be doing the same way; a function, since only several processes compare it."""
 
+NoiseState = Callable[[], Mapping[str, Any]]
+"""The state of the noise source, of which each process must have another."""
+
 
 def initialised() -> bool:
     """Return whether ``torch.distributed`` was initialised."""
@@ -79,13 +82,13 @@ class Ranks(Protocol):
         """Called with parameters whose values a recipe may read; None if they lie here in any case."""
         ...
 
-    def prepare(self, model: nn.Module, facts: Facts, noise: Mapping[str, Any]) -> None:
+    def prepare(self, model: nn.Module, facts: Facts, noise: NoiseState) -> None:
         """Start from the same parameters and settings, and from different noise, in every process.
 
         Args:
             model: The model.
             facts: Settings of the run.
-            noise: The state of the noise source.
+            noise: Returns the state of the noise source.
 
         Raises:
             RanksError: If the processes differ where they must not, or share noise.
@@ -111,7 +114,7 @@ class Ranks(Protocol):
         ...
 
     def compare_soon(self) -> None:
-        """Compare the parameters at the next step: something else than a step has written to them."""
+        """Compare parameters and noise at the next step: something else than a step has changed them."""
         ...
 
     def whole(self, model: nn.Module, step: int) -> AbstractContextManager[Gathering | None]:
@@ -168,7 +171,7 @@ class OneProcess:
     is_sharded = False
     before_recipe: Callable[[Sequence[Tensor]], None] | None = None
 
-    def prepare(self, model: nn.Module, facts: Facts, noise: Mapping[str, Any]) -> None:
+    def prepare(self, model: nn.Module, facts: Facts, noise: NoiseState) -> None:
         """Nothing can differ."""
 
     def same(self, value: str) -> str:

@@ -15,25 +15,15 @@ from torch.utils._pytree import tree_map
 
 @dataclass(frozen=True)
 class Outcome:
-    """This class holds norm, loss and flags of each sample. Counts are computed at first use and then cached.
+    """This class holds norm, loss and flags of each sample. Counts are computed at first use and then cached."""
 
-    Attributes:
-        losses: Per-sample losses, ``[B]``.
-        norms: Per-sample gradient norms before clipping, ``[B]`` per clipping group.
-        bounds: The clipping norm of each group.
-        groups: Name of each group; None if the whole gradient is clipped at once.
-        nonfinite: Boolean ``[B]``: samples that were dropped because their gradient was not finite.
-        is_padding: Boolean ``[B]``, or None if no sample is padding.
-        batch_size: Number of samples that are not padding.
-    """
-
-    losses: Tensor
-    norms: Sequence[Tensor]
-    bounds: Sequence[float]
-    groups: Sequence[str] | None
-    nonfinite: Tensor
-    is_padding: Tensor | None
-    batch_size: int
+    losses: Tensor  # Per-sample losses, ``[B]``
+    norms: Sequence[Tensor]  # Per-sample gradient norms before clipping, ``[B]`` per clipping group
+    bounds: Sequence[float]  # The clipping norm of each group
+    groups: Sequence[str] | None  # Their names; None if the whole gradient is clipped at once
+    nonfinite: Tensor  # Boolean ``[B]``: samples dropped because their gradient was not finite
+    is_padding: Tensor | None  # Boolean ``[B]``, or None if no sample is padding
+    batch_size: int  # Number of samples that are not padding
 
     @property
     def grad_norms(self) -> Tensor | Mapping[str, Tensor]:

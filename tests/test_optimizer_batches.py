@@ -35,17 +35,27 @@ class Encoding(UserDict):  # type: ignore[type-arg]
     """A mapping that is no pytree, as Hugging Face's ``BatchEncoding``."""
 
 
+class Columns(dict):  # type: ignore[type-arg]
+    """A subclass of ``dict``, which is no pytree either."""
+
+
 def assert_sums(optimizer: DPOptimizer[Any], model: nn.Module) -> None:
     sums, _ = clipped(model, columns()["x"] * columns()["scale"][:, None])
     torch.testing.assert_close(optimizer.clipped_sums, sums, rtol=0, atol=1e-9)
 
 
+@pytest.mark.parametrize("kind", [Encoding, Columns])
 @pytest.mark.parametrize("microbatch_size", [None, 2])
-def test_an_encoding_is_a_batch(microbatch_size: int | None) -> None:
+def test_a_mapping_is_a_batch(microbatch_size: int | None, kind: Any) -> None:
     model = mlp()
     optimizer = private(model, by_mapping, microbatch_size=microbatch_size)
-    optimizer.backward(Encoding(columns()))
+    optimizer.backward(kind(columns()))
     assert_sums(optimizer, model)
+    second = private(
+        model, lambda model, x, more: named(model, x, **more), microbatch_size=microbatch_size
+    )
+    second.backward(columns()["x"], kind(scale=columns()["scale"]))
+    assert_sums(second, model)
 
 
 def test_hugging_faces_own_encoding() -> None:

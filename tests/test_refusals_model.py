@@ -181,15 +181,34 @@ BATCHES: dict[str, tuple[tuple[Any, ...], str]] = {
     "unequal": ((data(5), data(4)), r"disagree about the batch size \(\[0\]: 5, \[1\]: 4\)"),
     "unequal in a dict": (({"a": data(5), "b": data(4)},), r"\['a'\]: 5, .*\['b'\]: 4"),
     "numpy": ((data(), np.zeros(5)), r"ndarray, not a tensor.*torch\.as_tensor"),
-    "unknown mapping": ((data(), UserDict(a=data())), r"UserDict, not a tensor.*dict\(batch\)"),
+    "mapping in a mapping": (
+        ({"x": data(), "more": UserDict(a=data())},),
+        r"\['more'\] is UserDict, not a tensor.*dict\(batch\)",
+    ),
+    "mapping in a list": (([data(), UserDict(a=data())],), r"\[0\]\[1\] is UserDict, not a tensor"),
     "unknown object": (
         (data(), SimpleNamespace(a=data())),
         r"\[1\] is SimpleNamespace, not a tensor",
     ),
-    "subclass of dict": ((data(), type("Batch", (dict,), {})(a=data())), r"\[1\] is Batch, not a"),
+    "subclass of dict in a tuple": (
+        (data(), (type("Batch", (dict,), {})(a=data()),)),
+        r"\[1\]\[0\] is Batch, not a",
+    ),
+    "unequal in a mapping": (
+        (data(5), UserDict(a=data(4))),
+        r"\[0\]: 5, \[1\]\['a'\]: 4",
+    ),
+    "labels in a mapping": (
+        (data(), UserDict(label=[0, 1, 0, 1, 1])),
+        r"list of 5 Python values \(0, \.\.\.\)",
+    ),
     "list of labels": ((data(), [0, 1, 0, 1, 1]), r"list of 5 Python values.*torch\.as_tensor"),
     "list of names": (
-        (data(), {"name": list("abcde")}),
+        (data(), list("abcde")),
+        r"list of 5 Python values \('a', \.\.\.\)",
+    ),
+    "list of names in an inner mapping": (
+        (data(), {"more": {"name": list("abcde")}}),
         r"list of 5 Python values \('a', \.\.\.\)",
     ),
     "list of targets": (

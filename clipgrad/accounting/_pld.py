@@ -18,8 +18,7 @@ _COARSEST_GRID = 100.0  # the exponential overflows from 700 on
 class PrivacyLoss:
     """This accountant serves growing histories: it caches the PLD of all mechanisms but the last.
 
-    Args:
-        coarseness: Factor on the grid's interval, a power of two; a larger factor is faster and gives a larger bound.
+    ``coarseness``, a power of two, is a factor on the grid's interval: larger is faster and gives a larger bound.
     """
 
     def __init__(self, coarseness: int = 1) -> None:

@@ -10,11 +10,7 @@ from ._terms import Mechanism, Terms
 
 
 class Renyi:
-    """This accountant serves growing histories: it caches the sum over all mechanisms but the last.
-
-    Args:
-        integer_orders: Whether to omit the orders that are not integers.
-    """
+    """This accountant serves growing histories: it caches the sum over all mechanisms but the last."""
 
     def __init__(self, *, integer_orders: bool = False) -> None:
         orders = _orders()

@@ -22,35 +22,25 @@ Run = tuple[float, Sampling, int, int]
 
 @dataclass(frozen=True)
 class Mechanism:
-    """This class describes a Gaussian mechanism on a random batch, in dp-accounting's numbers.
+    """This class describes a Gaussian mechanism on a random batch, in dp-accounting's numbers."""
 
-    Attributes:
-        noise: Standard deviation in clip norms.
-        rate: Probability of a sample to be in the batch.
-        relation: Which datasets are neighbours.
-        group_size: Number of samples of one person.
-        truncation: Size of the dataset and the largest number of samples in a batch; None if batches are not cut.
-    """
-
-    noise: float
-    rate: float
-    relation: str
-    group_size: int = 1
+    noise: float  # Standard deviation in clip norms
+    rate: float  # Probability of a sample to be in the batch
+    relation: str  # Which datasets are neighbours
+    group_size: int = 1  # Number of samples of one person
+    # Size of the dataset and the largest number of samples in a batch; None if batches are not cut
     truncation: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
 class Terms:
-    """This class holds everything in a history that epsilon depends on.
+    """This class holds everything in a history that epsilon depends on."""
 
-    Attributes:
-        precision: Sum of ``1 / sigma^2`` over Gaussian mechanisms without sampling, sigma in units of the neighbour's
-            change. Together they are one mechanism of ``sigma = precision^-1/2``. Infinite if anything was released
-            almost without noise.
-        sampled: The other mechanisms and how often each ran; the most recently used mechanism is the last.
-    """
-
+    # Sum of ``1 / sigma^2`` over Gaussian mechanisms without sampling, sigma in units of the neighbour's change.
+    # Together they are one mechanism of ``sigma = precision^-1/2``. Infinite if anything was released almost
+    # without noise.
     precision: float
+    # The other mechanisms and how often each ran; the most recently used mechanism is the last
     sampled: tuple[tuple[Mechanism, int], ...]
 
 

@@ -20,15 +20,7 @@ _BISECTIONS = 30
 
 
 def p_value(epsilon: float, *, delta: float, m: int, guesses: int, correct: int) -> float:
-    """Bound the probability of at least this many correct guesses if the claim holds.
-
-    Args:
-        epsilon: The claim, at least 0.
-        delta: The claim's delta.
-        m: Number of canaries.
-        guesses: Number of guessed coins, at most ``m``.
-        correct: Number of correct guesses.
-    """
+    """Bound the probability of so many ``correct`` of ``guesses`` guesses at ``m`` coins, if the claim holds."""
     if correct == 0:
         return 1.0
     q = 1.0 / (1.0 + math.exp(-epsilon))

@@ -26,15 +26,7 @@ _PRECISION = 1e-5
 
 
 def rejects(mu: float, *, m: int, guesses: int, correct: int, significance: float) -> bool:
-    """Return whether no ``mu``-GDP run has at least ``correct`` correct guesses with probability ``significance``.
-
-    Args:
-        mu: The claim, at least 0.
-        m: Number of canaries.
-        guesses: Number of guessed coins, at most ``m``.
-        correct: Number of correct guesses.
-        significance: One minus the confidence.
-    """
+    """Return whether no ``mu``-GDP run guesses so many of ``m`` coins right with probability ``significance``."""
     right = significance * correct / m
     wrong = significance * (guesses - correct) / m
     everything = guesses / m
@@ -50,10 +42,7 @@ def rejects(mu: float, *, m: int, guesses: int, correct: int, significance: floa
 
 
 def mu_exceeded(*, m: int, guesses: int, correct: int, significance: float, above: float) -> float:
-    """Return the largest ``mu`` that is rejected, or the known bound ``above`` if the data shows no more.
-
-    The other arguments are those of ``rejects``.
-    """
+    """Return the largest ``mu`` that ``rejects`` refuses, or the known bound ``above`` if the data shows no more."""
 
     def rejected(mu: float) -> bool:
         return rejects(mu, m=m, guesses=guesses, correct=correct, significance=significance)

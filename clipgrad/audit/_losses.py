@@ -45,11 +45,7 @@ def canary_losses(model: nn.Module, loss_fn: Callable[..., Tensor], *canaries: A
 
 
 def count(canaries: Any) -> int:
-    """Return the number of canaries in a pytree of ``[m, ...]`` tensors.
-
-    Raises:
-        ValueError: If there are no canaries, or a leaf is not such a tensor.
-    """
+    """Return the number of canaries in a pytree of ``[m, ...]`` tensors, at least 1."""
     leaves = tree_leaves(canaries)
     sizes = {len(leaf) if isinstance(leaf, Tensor) and leaf.dim() else None for leaf in leaves}
     size = sizes.pop() if len(sizes) == 1 else None

@@ -158,7 +158,9 @@ class StepRecorder:
                 product, squared = vmap(along, randomness="different", chunk_size=self._chunk_size)(
                     self._canaries
                 )
-        bound = _bound(self._optimizer)
+        # The largest norm of a clipped gradient; several groups are treated as one.
+        moves = 2 if self._optimizer.relation is Relation.REPLACE_ONE else 1
+        bound = self._optimizer.sensitivity / moves
         clipped = product * (bound / squared.sqrt()).clamp(max=1.0)
         # A canary whose gradient is not finite contributes nothing to training.
         return torch.where(clipped.isfinite() & squared.isfinite(), clipped, 0.0).cpu()
@@ -174,9 +176,3 @@ class _Loss(nn.Module):
 
     def forward(self, *batch: Any) -> Any:
         return self.loss_fn(self.model, *batch)
-
-
-def _bound(optimizer: DPOptimizer) -> float:
-    """Return the largest norm of a clipped gradient; several groups are treated as one."""
-    moves = 2 if optimizer.relation is Relation.REPLACE_ONE else 1
-    return optimizer.sensitivity / moves

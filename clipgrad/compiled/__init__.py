@@ -16,8 +16,8 @@
 
 from __future__ import annotations
 
+from clipgrad.compiled.compiler import Compiler
 from clipgrad.compiled.runner import MicrobatchRunner
 from clipgrad.compiled.shape import fixed_size
-from clipgrad.compiled.step import Compiler
 
 __all__ = ["Compiler", "MicrobatchRunner", "fixed_size"]

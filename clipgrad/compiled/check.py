@@ -1,7 +1,7 @@
 """Compare the compiled step with the eager step before its results are used.
 
-The comparison covers every clipped sum, loss, norm, finite flag and auxiliary output of the first microbatch of each
-signature, at the same RNG state. It does not cover later batches.
+The comparison covers every clipped sum, loss, norm, finite flag and auxiliary output of a microbatch, at the same RNG
+state.
 """
 
 from __future__ import annotations
@@ -21,6 +21,14 @@ from clipgrad.errors import CompileMismatchError
 # and change one sample by a thousandth. A sample that is left out or not clipped changes norms or sums by more.
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 _TF32 = 1e-2
+
+
+def is_compared(run: int) -> bool:
+    """Return whether a graph's run with this number, from 1, is compared: 1, 2, 4, 8 and so on.
+
+    So a change that PyTorch's guards do not notice cannot stay unnoticed for long.
+    """
+    return run & (run - 1) == 0
 
 
 def tolerance(module: GraphModule, device: torch.device) -> float:

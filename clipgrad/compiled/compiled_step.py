@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from clipgrad.compiled.backend import Run
+from clipgrad.compiled.check import is_compared
 from clipgrad.compiled.cuda_graphs import Replay
 from clipgrad.compiled.lengths import Lengths, Shapes
 from clipgrad.compiled.trace import TracedStep
@@ -71,14 +72,9 @@ class CompiledStep:
         return flat if self.replay(shapes) is not None else [tensor.detach() for tensor in flat]
 
     def is_trusted(self, flat: Sequence[Tensor], shapes: Shapes) -> bool:
-        """Whether the next run needs no comparison with the eager step.
-
-        Runs 1, 2, 4, 8, ... are compared: what PyTorch's guards do not notice cannot stay unnoticed for long.
-        """
-        next_run = self.runs + 1
-        compared = next_run & self.runs == 0
+        """Whether the next run needs no comparison with the eager step."""
         replay = self.replay(shapes)
-        return not compared and (replay is None or replay.is_recorded_for(flat))
+        return not is_compared(self.runs + 1) and (replay is None or replay.is_recorded_for(flat))
 
     def start(self, given: Sequence[Tensor], shapes: Shapes) -> bool:
         """Replay the step before anybody has checked whether the graph serves, if that can be undone.

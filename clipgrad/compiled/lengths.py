@@ -75,9 +75,13 @@ class Lengths:
             raise LengthsError(f"the step depends on the lengths of its batch: {guards}")
 
     def examples(self, flat: Sequence[Tensor]) -> list[Tensor]:
-        """Return arguments of the graph to compile it with."""
+        """Return stand-ins for the arguments of the graph to compile it with.
+
+        PyTorch's caches of compiled code take only graphs of stand-ins that have a ``ShapeEnv``.
+        """
         if self.mode is None:
-            return list(flat)
+            mode = FakeTensorMode(shape_env=ShapeEnv())
+            return [mode.from_tensor(tensor, static_shapes=True) for tensor in flat]
         known, self._stand_ins = self._stand_ins, []  # nobody needs them again
         return [*known, *map(self._fixed, flat[len(known) :])]
 

@@ -11,13 +11,13 @@ from torch.utils._pytree import tree_map
 
 from clipgrad.compiled.check import compare, tolerance
 from clipgrad.compiled.compiled_step import CompiledStep
+from clipgrad.compiled.compiler import Compiler, Request
 from clipgrad.compiled.lengths import Shapes, shapes_of
 from clipgrad.compiled.shape import pad_batch, pad_mask
 from clipgrad.compiled.signature import refuse_modes, signature
-from clipgrad.compiled.step import Compiler, Request
-from clipgrad.engine.advice import NeedsGraphError, ValueReadError
 from clipgrad.engine.captured_loss import GraphOfLoss, LossGraphs
 from clipgrad.engine.clip_and_sum import MicrobatchResult, Settings
+from clipgrad.engine.error_messages import NeedsGraphError, ValueReadError
 from clipgrad.engine.foreign_code import refuse_saved_tensors_hooks
 from clipgrad.engine.inputs import Inputs, copy_samples
 from clipgrad.engine.microbatch import run

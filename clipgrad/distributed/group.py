@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from clipgrad.distributed import agreement
 from clipgrad.distributed.collectives import host_group, nobody_lost
-from clipgrad.ranks import Facts
+from clipgrad.ranks import Facts, NoiseState
 
 # Steps from one comparison of all parameters to the next; it reads all of them.
 _COMPARED_EVERY = 100
@@ -31,6 +31,7 @@ class Group:
         self.size = dist.get_world_size(group)
         self._during = "the start"
         self._compared = False
+        self._noise: NoiseState = dict
 
     def __copy__(self) -> Group:
         return self
@@ -43,11 +44,12 @@ class Group:
             "An optimizer of several processes cannot be pickled, since a process group cannot. Save its state_dict()."
         )
 
-    def prepare(self, model: nn.Module, facts: Facts, noise: Mapping[str, Any]) -> None:
+    def prepare(self, model: nn.Module, facts: Facts, noise: NoiseState) -> None:
         """Compare settings and noise, and take parameters and buffers from the first rank, as DDP does."""
         with nobody_lost(self._during, self._host):
             agreement.refuse_differences(self._during, facts(), self._host)
-            agreement.refuse_shared_noise(noise, self._host)
+            agreement.refuse_shared_noise(noise(), self._host)
+        self._noise = noise
         with nobody_lost(self._during, self._host), torch.no_grad():
             for tensor in self._replicated([*model.parameters(), *model.buffers()]):
                 self._broadcast(tensor.detach())
@@ -65,12 +67,15 @@ class Group:
         told = dict(facts())
         told["parameters"] = None
         if not self._compared or step % _COMPARED_EVERY == 0:
-            self._compared = True
             told["parameters"] = self._checksum(parameters)
         agreement.meet(call, step, told, self._host)
+        if told["parameters"] is not None:  # on all ranks, or they would differ
+            self._compared = True
+            with nobody_lost(self._during, self._host):
+                agreement.refuse_shared_noise(self._noise(), self._host)
 
     def compare_soon(self) -> None:
-        """Compare all parameters at the next step."""
+        """Compare all parameters, and the noise, at the next step."""
         self._compared = False
 
     def one_draw(self, counts: list[Tensor], add_noise: Callable[[list[Tensor]], None]) -> None:

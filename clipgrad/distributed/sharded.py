@@ -19,7 +19,7 @@ from clipgrad.distributed.group import Group
 from clipgrad.distributed.scattered import ScatteredSums
 from clipgrad.distributed.shards import Keys, scattered
 from clipgrad.distributed.streaming import Streaming
-from clipgrad.ranks import Alone, Share
+from clipgrad.ranks import Alone, Facts, NoiseState, Share
 
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -37,6 +37,16 @@ class Sharded(Group):
         super().__init__(group)
         self._calls = 0
         self._streaming: Streaming | None = None
+
+    def prepare(self, model: nn.Module, facts: Facts, noise: NoiseState) -> None:
+        """Compare settings and noise; replicas of a shard start from the first one's."""
+        super().prepare(model, facts, noise)
+        with self._reached(), torch.no_grad():
+            for parameter in model.parameters():
+                if isinstance(parameter, DTensor) and parameter.device_mesh.ndim == 2:
+                    replicas = parameter.device_mesh.get_group(0)
+                    shard = cast(DTensor, parameter.detach()).to_local()
+                    dist.broadcast(shard, src=dist.get_global_rank(replicas, 0), group=replicas)
 
     @contextmanager
     def whole(self, model: nn.Module, step: int) -> Iterator[Streaming]:

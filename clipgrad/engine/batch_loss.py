@@ -6,7 +6,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING, TypeVar
 
-from clipgrad.engine.advice import NeedsGraphError, ValueReadError
+from clipgrad.engine.error_messages import NeedsGraphError, ValueReadError
 from clipgrad.engine.inputs import Inputs, Loss
 from clipgrad.errors import NotPerSampleError
 

@@ -15,7 +15,7 @@ import torch
 from torch._ops import OpOverload, OpOverloadPacket
 
 from clipgrad._functorch import FUNCTION_CALL, has_vmap_method
-from clipgrad.engine.advice import NeedsGraphError
+from clipgrad.engine.error_messages import NeedsGraphError
 from clipgrad.errors import NotPerSampleError
 
 _PYTORCHS_OWN = {"aten", "prims", "prim"}

@@ -18,7 +18,7 @@ from torch.utils._pytree import (
 )
 
 from clipgrad import _validate
-from clipgrad.engine.advice import note_arguments
+from clipgrad.engine.error_messages import note_arguments
 from clipgrad.engine.foreign_code import refuse_subclasses
 
 

@@ -21,7 +21,7 @@ from clipgrad._functorch import (
     hide_batch_axis,
     is_wrapped,
 )
-from clipgrad.engine.advice import is_refusal
+from clipgrad.engine.error_messages import is_refusal
 from clipgrad.engine.expressions import writes_in_place, writes_to_first
 from clipgrad.engine.rng_state import SavedRngState
 from clipgrad.errors import NotPerSampleError

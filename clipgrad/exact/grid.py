@@ -31,17 +31,11 @@ _MOST_EXPONENT = 900
 
 @dataclass(frozen=True)
 class Grid:
-    """This class describes a grid of spacing ``gamma`` and clips to it.
+    """This class describes a grid of spacing ``gamma`` and clips to it."""
 
-    Attributes:
-        spacing: The distance of neighbouring grid points, ``gamma``.
-        clipping: Groups and their norms C.
-        sizes: Number of elements of each parameter.
-    """
-
-    spacing: float
-    clipping: Clipping
-    sizes: tuple[int, ...]
+    spacing: float  # The distance of neighbouring grid points, ``gamma``
+    clipping: Clipping  # Groups and their norms C
+    sizes: tuple[int, ...]  # Number of elements of each parameter
 
     def __post_init__(self) -> None:
         for group, norm in enumerate(self.clipping.norms):
@@ -56,15 +50,10 @@ class Grid:
     def clip(
         self, gradients: Sequence[Tensor], is_padding: Tensor | None
     ) -> tuple[list[Tensor], list[Tensor], Tensor]:
-        """Clip every sample to the grid and sum the samples.
+        """Clip every sample to the grid and sum the samples, except for padding.
 
-        Args:
-            gradients: Per-sample gradients, ``[B, *shape]`` for each parameter.
-            is_padding: Boolean ``[B]``, true for samples that contribute nothing; or None.
-
-        Returns:
-            The sum of each parameter in float64; the norms before clipping, ``[B]`` per group; and which samples were
-            dropped, boolean ``[B]``.
+        Return the sum of each parameter in float64; the norms before clipping, ``[B]`` per group; and which samples
+        were dropped, boolean ``[B]``.
         """
         rounded: list[Tensor] = [gradient[:0] for gradient in gradients]
         norms, kept = [], []
@@ -115,10 +104,7 @@ def squares_within(rows: Sequence[Tensor], limit: int) -> Tensor:
     Squares and their partial sums below 2**53 are exact in float64, in any order. Rounding is monotonic and no term is
     negative. So a partial sum that reaches 2**53 never falls below it again, and exceeds the limit. A NaN fails every
     comparison.
-
-    Args:
-        rows: Float64 integers ``[B, elements]``, the parts of one vector per sample.
-        limit: Less than 2**53; ``(C / gamma)^2`` is at most 2**52.
+    The limit is less than 2**53, since ``(C / gamma)^2`` is at most 2**52.
     """
     totals = torch.stack([row.square().sum(1) for row in rows]).sum(0)
     return totals <= float(limit)
@@ -130,12 +116,7 @@ def squared_limit(norm: float, spacing: float) -> int:
 
 
 def check_grid(grid: float, clipping: Clipping, strategy: ClippingStrategy) -> float:
-    """Return the spacing, or refuse it if it is no power of two or does not suit the norms or the strategy.
-
-    Raises:
-        ValueError: If the strategy is not exact, or the spacing is no power of two or too fine for a norm. The message
-            names a spacing that works.
-    """
+    """Return the spacing, or refuse it if it is no power of two or does not suit the norms or the strategy."""
     rules = strategy.values() if isinstance(strategy, Mapping) else [strategy]
     if any(isinstance(rule, Automatic | PerLayer) for rule in rules):
         raise ValueError(

@@ -24,15 +24,7 @@ _MOST_SAMPLES = 2**26
 
 
 class GridArithmetic:
-    """This arithmetic makes sums that are integer multiples of ``grid``; see ``clipgrad.arithmetic.Arithmetic``.
-
-    Args:
-        grid: The spacing, a power of two.
-        options: The user's options.
-
-    Raises:
-        ValueError: If an option prevents exact sums.
-    """
+    """This arithmetic makes sums that are integer multiples of ``grid``; see ``clipgrad.arithmetic.Arithmetic``."""
 
     allows_adaptive_norms = False
 
@@ -87,11 +79,7 @@ class GridArithmetic:
         return exact_sigma(noise_multiplier, sensitivity)
 
     def noise_source(self, source: NoiseSource | None, expected_batch_size: float) -> NoiseSource:
-        """Return the noise source for sums on the grid.
-
-        Raises:
-            ValueError: If ``source`` has another grid or none, because its noise would leave the grid.
-        """
+        """Return the noise source for sums on the grid; noise of another grid, or of none, would leave the grid."""
         _check_samples(2 * expected_batch_size, "twice the expected_batch_size")
         if source is None:
             return DiscreteGaussianNoise(self.grid)

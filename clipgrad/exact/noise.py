@@ -77,10 +77,10 @@ class DiscreteGaussianNoise:
         return {"kind": "DiscreteGaussianNoise", "format": 1}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Check that ``require_state`` belongs to this class; there is nothing to restore.
+        """Check that ``state`` belongs to this class; there is nothing to restore.
 
         Raises:
-            ValueError: If ``require_state`` comes from another noise source.
+            ValueError: If ``state`` comes from another noise source.
         """
         checks.require_state(state, "DiscreteGaussianNoise")
 
@@ -100,11 +100,7 @@ class DiscreteGaussianNoise:
 
 
 def whole_steps(sigma: float, grid: float) -> int:
-    """Return ``sigma / grid`` rounded up to an integer, exactly.
-
-    Raises:
-        ValueError: If the result is below 100 or above 2**28; the message names a grid that works.
-    """
+    """Return ``sigma / grid`` rounded up to an integer, exactly."""
     steps = math.ceil(Fraction(sigma) / Fraction(grid))
     if not _LEAST_SIGMA <= steps <= MOST_SIGMA:
         raise ValueError(

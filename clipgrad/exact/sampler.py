@@ -29,12 +29,7 @@ _AT_ONCE = 2**16  # values; they fit a cache, and the last few rejections among 
 def discrete_gaussian(count: int, sigma: int) -> Integers:
     """Return independent integers z with a probability proportional to ``exp(-z^2 / (2 sigma^2))``.
 
-    Args:
-        count: Number of integers.
-        sigma: An integer from 1 to 2**28; the standard deviation is smaller by at most one part in a million.
-
-    Raises:
-        ValueError: If ``sigma`` is out of range.
+    ``sigma`` is from 1 to 2**28; the standard deviation is smaller by at most one part in a million.
     """
     if not 1 <= sigma <= MOST_SIGMA:
         raise ValueError(f"sigma must be from 1 to 2**28, got {sigma}; choose another grid.")

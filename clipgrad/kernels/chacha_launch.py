@@ -57,20 +57,12 @@ class TritonChaCha:
         divisor: float = 1.0,
         into: list[Tensor] | None = None,
     ) -> None:
-        """Add ``N(0, sigma^2)`` to tensors of the device and divide the sums.
+        """Add ``N(0, sigma^2)``, each value the scaled sum of ``draws`` values, and divide the sums.
 
-        Args:
-            tensors: Tensors of any shape without gaps in memory (contiguous up to the order of axes).
-            sigma: Standard deviation, positive.
-            draws: Number of independent values whose scaled sum is one noise value.
-            key: 32 bytes, used for nothing else.
-            divisor: The sums are multiplied by its rounded inverse, as in CUDA's division by a number.
-            into: Tensors for the results, with equal sizes and dtypes, which overlap no other tensor of either list.
-                None writes in place.
-
-        Raises:
-            RuntimeError: If the key has too few blocks or a CUDA graph is captured. Tensors of the dtypes that are not
-                launched yet stay unchanged.
+        Tensors have no gaps in memory (contiguous up to the order of axes). The key is used for nothing else. Sums are
+        multiplied by the rounded inverse of ``divisor``, as in CUDA's division by a number. Results are written in
+        place or to ``into``, tensors with equal sizes and dtypes, which overlap no other tensor of either list. After
+        a RuntimeError, tensors of the dtypes that are not launched yet are unchanged.
         """
         both = zip(tensors, tensors if into is None else into, strict=True)
         filled = [pair for pair in both if pair[0].numel()]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 
 from clipgrad.kernels import gram_kernels as kernels
+from clipgrad.kernels.launcher import passes
 
 _TILE = 64
 # Elements multiplied at a time; the larger depth needs 96 KiB of shared memory and a fifth less time on an H100.
@@ -19,8 +19,6 @@ _FEWEST_POSITIONS, _FEWEST_BLOCKS = 16, 32
 _LARGEST_OFFSET = 2**31  # the kernel's offsets within a sample have 32 bits
 _SELF_TEST_TOLERANCE = 1e-5  # the largest relative error of three TF32 products on an H100 was 7e-7
 _UNIT = 8  # elements: 16 bytes of half precision
-_log = logging.getLogger("clipgrad")
-_usable: dict[tuple[torch.device, torch.dtype], bool] = {}
 
 
 def gram_sums(left: Tensor, right: Tensor) -> Tensor | None:
@@ -91,23 +89,11 @@ def passes_self_test(device: torch.device, dtype: torch.dtype = torch.float32) -
     return True
 
 
+@cache
 def _usable_on(device: torch.device, dtype: torch.dtype) -> bool:
-    key = device, dtype
-    if key not in _usable:
-        reason = "its self-test differs from float64"
-        try:
-            _usable[key] = torch.version.hip is None and passes_self_test(device, dtype)
-        except Exception as error:  # compilers and drivers raise errors of many types
-            _usable[key] = False
-            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        if not _usable[key] and torch.version.hip is None:
-            _log.warning(
-                "clipgrad computes %s norms on %s without the Triton kernel (%s).",
-                dtype,
-                device,
-                reason,
-            )
-    return _usable[key]
+    return torch.version.hip is None and passes(
+        lambda: passes_self_test(device, dtype), f"computes {dtype} norms on {device}"
+    )
 
 
 @cache

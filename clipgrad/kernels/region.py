@@ -10,12 +10,9 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 
 def run_region(body: Callable[..., Any], draws: bool, *args: Any) -> Any:
-    """Run the body, or leave it to the mode that is active.
+    """Run the body, a pure function of tensors and numbers, or leave it to the mode that is active.
 
-    Args:
-        body: A pure function of its arguments.
-        draws: Whether it may draw random numbers.
-        *args: Tensors, and numbers.
+    ``draws`` says whether the body may draw random numbers.
     """
     tensors = tuple(arg for arg in args if isinstance(arg, Tensor))
     if has_torch_function(tensors):

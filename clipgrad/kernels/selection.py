@@ -6,13 +6,11 @@ tensor. Writing zeros to dropped samples in place costs nothing if there are non
 
 from __future__ import annotations
 
-from functools import cache
-from importlib.util import find_spec
-from types import ModuleType
-
 import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
+
+from clipgrad.kernels.launcher import launcher
 
 # On these devices graphs write zeros in place instead of a selection.
 _ZEROED_IN_GRAPHS_ON = {"cuda"}
@@ -73,21 +71,11 @@ def zero_rows_(tensor: Tensor, keep: Tensor) -> None:
             f"Zeros for one sample would overwrite other samples (shape {tuple(tensor.shape)}, strides "
             f"{tensor.stride()}). This is a bug in clipgrad; please report it, and omit compile until then."
         )
-    launcher = _launcher() if tensor.device.type == "cuda" else None
-    if launcher is None or not launcher.zero_rows_(tensor, keep):
+    launch = launcher("selection_launch") if tensor.device.type == "cuda" else None
+    if launch is None or not launch.zero_rows_(tensor, keep):
         tensor.masked_fill_(~reshape_to_broadcast(keep, tensor), 0.0)
 
 
 @zero_rows_.register_fake
 def _(tensor: Tensor, keep: Tensor) -> None:
     return None
-
-
-@cache
-def _launcher() -> ModuleType | None:
-    """Return the module that launches the kernel, or None without Triton; cached, since a failed search is slow."""
-    if find_spec("triton") is None:
-        return None
-    from clipgrad.kernels import selection_launch
-
-    return selection_launch

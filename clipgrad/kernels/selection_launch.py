@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import logging
 from functools import cache
 
 import torch
 from torch import Tensor
 
 from clipgrad.kernels import selection_kernels as kernels
+from clipgrad.kernels.launcher import passes
 
-_log = logging.getLogger("clipgrad")
 _BLOCK = 2048
 _PROGRAMS = 1024  # enough to use a whole device, and few enough to cost nothing without drops
 
@@ -41,22 +40,15 @@ def _launch(tensor: Tensor, keep: Tensor, size: int) -> None:
 
 @cache
 def _usable_on(device: torch.device) -> bool:
-    """Return whether the kernel writes exactly the expected zeros, tested on a tensor with unused elements around."""
-    reason = "its self-test wrote wrong elements"
-    try:
-        room = torch.full((4, 3 * _BLOCK), torch.nan, device=device)
-        keep = torch.tensor([True, False, False, True], device=device)
-        _launch(room[:, :-5], keep, 3 * _BLOCK - 5)
-        usable = bool((room == 0).sum() == 2 * (3 * _BLOCK - 5)) and not room[1:3, :-5].any()
-    except Exception as error:  # compilers and drivers raise errors of many types
-        usable, reason = False, f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-    if not usable:
-        _log.warning(
-            "clipgrad writes zeros to dropped samples on %s without the Triton kernel (%s).",
-            device,
-            reason,
-        )
-    return usable
+    return passes(lambda: _passes_self_test(device), f"writes zeros to dropped samples on {device}")
+
+
+def _passes_self_test(device: torch.device) -> bool:
+    """Return whether the kernel writes exactly the expected zeros to a tensor with unused elements around."""
+    room = torch.full((4, 3 * _BLOCK), torch.nan, device=device)
+    keep = torch.tensor([True, False, False, True], device=device)
+    _launch(room[:, :-5], keep, 3 * _BLOCK - 5)
+    return bool((room == 0).sum() == 2 * (3 * _BLOCK - 5)) and not room[1:3, :-5].any()
 
 
 def _in_blocks(tensor: Tensor) -> bool:

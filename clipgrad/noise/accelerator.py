@@ -25,13 +25,9 @@ _warning_lock = threading.Lock()
 
 
 class AcceleratorNoise:
-    """Add noise to tensors on one device. Only one call may run at a time.
+    """Add noise to tensors on one device, not the CPU. Only one call may run at a time.
 
-    Args:
-        device: The device, not the CPU.
-        key_deriver: Derives the keys.
-        cpu: Makes the noise if the device has no verified cipher.
-        draws: Number of independent Gaussians that are summed and scaled for each value of the noise.
+    Each value is the scaled sum of ``draws`` Gaussians. ``cpu`` makes them if the device has no verified cipher.
     """
 
     def __init__(
@@ -47,13 +43,9 @@ class AcceleratorNoise:
         divisor: float = 1.0,
         into: list[Tensor] | None = None,
     ) -> None:
-        """Add noise to tensors of the device and divide the sums by ``divisor``.
+        """Add noise to contiguous tensors whose noise has one dtype, and divide the sums by ``divisor``.
 
-        Args:
-            tensors: Contiguous tensors whose noise has one dtype. Their values may be overwritten if ``into`` is given.
-            sigma: Standard deviation, positive.
-            divisor: A public constant.
-            into: Tensors of the same shapes that receive the results; None works in place.
+        The results go to ``into``, tensors of the same shapes, or stay in place; ``tensors`` may change anyway.
         """
         into = tensors if into is None else into
         if self._cipher is None:

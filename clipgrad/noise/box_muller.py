@@ -55,12 +55,9 @@ class _Layout(NamedTuple):
 
 
 class BoxMuller:
-    """Make Gaussians in a cache-sized buffer of its own. Only one thread may use an object at a time.
+    """Make float32 or float64 Gaussians in a cache-sized buffer of its own, by one thread at a time.
 
-    Args:
-        dtype: ``torch.float32`` or ``torch.float64``.
-        capacity: The largest number of values per call, an even number; also an attribute.
-        shared: Whether torch's threads may share the work.
+    ``capacity``, an even number, is the most values per call. With ``shared`` torch's threads may share the work.
     """
 
     def __init__(self, dtype: torch.dtype, capacity: int, *, shared: bool = False) -> None:

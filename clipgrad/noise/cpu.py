@@ -36,11 +36,7 @@ class CpuNoise:
 
     Without the C loop, large calls run on torch's own threads, which are awake after a backward pass. Python threads
     took longer than a single thread: they contend for the GIL while torch's threads keep spinning.
-
-    Args:
-        key_deriver: Derives the keys.
-        draws: Number of independent Gaussians that are summed and scaled for each value of the noise.
-        compiled: Whether a loop in C makes float32 noise, if there is a compiler.
+    Each value is the scaled sum of ``draws`` Gaussians. ``compiled`` allows the C loop, if there is a compiler.
     """
 
     def __init__(self, key_deriver: KeyDeriver, draws: int, *, compiled: bool = True) -> None:

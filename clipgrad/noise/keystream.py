@@ -40,9 +40,8 @@ class Bits(Protocol):
 class Keystream:
     """This class writes bytes that never repeat: the cipher counts its own blocks and cannot go back.
 
-    Args:
-        new_key: Called for the first key and again after every ``KEY_GOOD_FOR`` bytes. It must never return the same
-            key twice, in this object or elsewhere; ``KeyDeriver.key`` never does.
+    ``new_key`` is called for the first key and after every ``KEY_GOOD_FOR`` bytes. It must never return the same key
+    twice, in this object or elsewhere; ``KeyDeriver.key`` never does.
     """
 
     def __init__(self, new_key: Callable[[], bytes]) -> None:

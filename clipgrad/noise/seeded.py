@@ -64,13 +64,10 @@ class SeededNoise:
         return {"kind": "SeededNoise", "format": 1, "device": device, "generator": state}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue exactly where ``require_state`` was saved.
-
-        Args:
-            state: The result of :meth:`state_dict`, saved with a generator on the same type of device.
+        """Continue exactly where ``state`` was saved, with a generator on the same type of device.
 
         Raises:
-            ValueError: If ``require_state`` comes from another noise source or another type of device.
+            ValueError: If ``state`` comes from another noise source or another type of device.
         """
         checks.require_state(state, "SeededNoise")
         device = self._generator.device.type

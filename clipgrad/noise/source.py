@@ -33,7 +33,11 @@ class NoiseSource(Protocol):
         ...
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore a state that :meth:`state_dict` of the same class returned."""
+        """Restore a state that :meth:`state_dict` of the same class returned.
+
+        Raises:
+            ValueError: If the state is something else.
+        """
         ...
 
 

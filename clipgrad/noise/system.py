@@ -101,11 +101,8 @@ class SystemNoise:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Make a new master key: a checkpoint restored twice must not use the same noise twice.
 
-        Args:
-            state: The result of :meth:`state_dict`.
-
         Raises:
-            ValueError: If ``require_state`` comes from another noise source.
+            ValueError: If ``state`` comes from another noise source.
         """
         checks.require_state(state, "SystemNoise")
         self._process_noise = None

@@ -143,7 +143,7 @@ class DPOptimizer(PrivacyState, Generic[Returned]):
         # Refuse impossible noise now, not at the first step.
         clipping = make_clipping(self.max_grad_norm, names, sizes)
         self._clipper.arithmetic.check_noise(clipping, sizes, self.sigma)
-        ranks.prepare(model, self._settings_of_run, self._noise.state_dict())
+        ranks.prepare(model, self._settings_of_run, lambda: self._noise.state_dict())
         if self._account is not None:
             self._account.share_name(ranks)
 

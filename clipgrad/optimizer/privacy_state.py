@@ -75,6 +75,7 @@ class PrivacyState(OptimizerFacade):
     def noise(self, noise: NoiseSource) -> None:
         source = check_source(noise, self._clipper.arithmetic, self.expected_batch_size)
         self._noise.change_source(source)
+        self._clipper.ranks.compare_soon()
 
     @property
     def expected_batch_size(self) -> float:

@@ -15,12 +15,7 @@ from clipgrad.ranks import Ranks
 class Account:
     """This class connects a plan with the ledger of its steps. All optimizers of one plan share ledger and budget.
 
-    Args:
-        plan: The plan of the run.
-        noise: The accounting that the noise of a step needs: ``StepNoise.accounting``.
-
-    Raises:
-        ValueError: If the plan accounts for another kind of noise.
+    ``noise`` is the accounting that the noise of a step needs, ``StepNoise.accounting``, and must be the plan's.
     """
 
     def __init__(self, plan: PrivacyPlan, noise: str) -> None:
@@ -50,23 +45,14 @@ class Account:
         return self.ledger.steps_of(self.plan.run.name)
 
     def claim(self, claim: Claim, batch: Any, is_padding: Any) -> Claim:
-        """Add the rows of one ``backward`` that are no padding to the claim of the logical batch.
-
-        Raises:
-            UnaccountedBatchError: If the rows are not from one batch of a loader of the plan.
-        """
+        """Add the rows of one ``backward`` that are no padding to the claim of the logical batch."""
         rows = rows_in(batch, is_padding)
         if self.plan.declared_sampling is not None:
             return Claim(None, claim.rows + rows)
         return self.plan.run.receipts.claim(claim, batch, rows)
 
     def check_step(self, claim: Claim, step: int) -> None:
-        """Refuse a step that is not planned; this changes no state. ``step`` counts the optimizer's own steps.
-
-        Raises:
-            PrivacyBudgetError: If all planned steps were taken, or the plan's schedule is at another step.
-            UnaccountedBatchError: If the logical batch is not one whole batch of a loader of the plan.
-        """
+        """Refuse a step that is not planned; this changes no state. ``step`` counts the optimizer's own steps."""
         if self.steps_done >= self.plan.steps:
             raise PrivacyBudgetError(
                 f"step: all {self.plan.steps} steps of the plan were taken, and a further one would cost more than "
@@ -115,11 +101,7 @@ class Account:
             run.name = name
 
     def position(self, claim: Claim, ranks: Ranks) -> tuple[str, int, int, int]:
-        """Return the run, the number of its steps, and the batch that a step would use; the same in each process.
-
-        Raises:
-            UnaccountedBatchError: If the batch was sampled from another part of the data than this process's.
-        """
+        """Return the run, the number of its steps, and the batch that a step would use; the same in each process."""
         run = self.plan.run
         if self.plan.declared_sampling is not None:
             return run.name, self.steps_done, 0, 0
@@ -151,9 +133,7 @@ class Account:
     def check(self, state: Mapping[str, Any] | None, step: int) -> None:
         """Refuse a state that ``load_state_dict`` cannot load, or that would forget steps; this changes no state.
 
-        Args:
-            state: The part of the optimizer's state that holds ``account``.
-            step: Number of steps that the optimizer itself has taken according to the same state.
+        ``step`` is the number of steps that the optimizer itself has taken according to the same state.
         """
         if state is None or "account" not in state:
             raise ValueError(

@@ -20,29 +20,19 @@ from clipgrad.errors import UnaccountedBatchError
 
 @dataclass(frozen=True)
 class Receipt:
-    """A receipt stands for one batch that a loader handed out.
+    """A receipt stands for one batch that a loader handed out."""
 
-    Attributes:
-        iteration: Number of the iteration, counted over all loaders of the plan.
-        index: Position in its iteration, from 0.
-        rows: Number of samples (or users) in the batch, without padding.
-    """
-
-    iteration: int
-    index: int
-    rows: int
+    iteration: int  # Number of the iteration, counted over all loaders of the plan
+    index: int  # Position in its iteration, from 0
+    rows: int  # Number of samples (or users) in the batch, without padding
 
 
 class Claim(NamedTuple):
-    """A claim says which rows of the handed-out batches a logical batch has used so far.
+    """A claim says which rows of the handed-out batches a logical batch has used so far."""
 
-    Attributes:
-        receipt: The receipt of the batch that its tensors belong to; None if the loop made new tensors.
-        rows: Number of rows so far, without padding.
-    """
-
+    # The receipt of the batch that its tensors belong to; None if the loop made new tensors
     receipt: Receipt | None = None
-    rows: int = 0
+    rows: int = 0  # Number of rows so far, without padding
 
 
 class Receipts:
@@ -51,10 +41,8 @@ class Receipts:
     A batch is identified by its tensors, also if they are unpacked or in another container. If the loop made new
     tensors (``x.to(device)``), rows are counted instead: a batch with that number of rows must have been handed out
     after the last batch that was used in a step.
-
-    Args:
-        without_gaps: What the loader is called if steps must use all its batches in their order, else empty. If a
-            shuffled or a cyclic batch is left out, samples take part sooner again than is accounted for.
+    If ``without_gaps`` names the loader, steps must use all its batches in their order: if a shuffled or a cyclic batch
+    is left out, samples take part sooner again than is accounted for.
     """
 
     def __init__(self, *, without_gaps: str = "") -> None:
@@ -79,11 +67,9 @@ class Receipts:
         return self
 
     def begin_iteration(self, share: tuple[int, int] = (0, 1), turns: str = "") -> int:
-        """Begin an iteration of a loader, and invalidate the unspent receipts of the last iteration.
+        """Begin an iteration of a loader of one part of the data, and invalidate the last one's unspent receipts.
 
-        Args:
-            share: Which part of the data the loader samples from, and of how many parts.
-            turns: A name of which sample has its turn when; empty if samples take no turns.
+        ``turns`` names which sample has its turn when; it is empty if samples take no turns.
         """
         self._share = share
         self._iteration += 1
@@ -109,8 +95,7 @@ class Receipts:
     def claim(self, claim: Claim, batch: Any, rows: int) -> Claim:
         """Add the rows of one ``backward``, without padding, to the claim of a logical batch.
 
-        Raises:
-            UnaccountedBatchError: If the rows cannot be from one handed-out batch that no step has used yet.
+        Rows that cannot be from one handed-out batch that no step has used yet are refused.
         """
         found = {known for leaf in _tensors(batch) if (known := self._receipt_of(leaf)) is not None}
         if claim.receipt is not None:
@@ -135,9 +120,7 @@ class Receipts:
     def receipt_to_spend(self, claim: Claim) -> Receipt:
         """Return the receipt that a step on a logical batch would spend, without spending it.
 
-        Raises:
-            UnaccountedBatchError: If the logical batch is not one whole batch, if a step has used that batch, or if an
-                earlier batch was left out that must not be.
+        Refuse part of a batch, a batch that a step has used, and a gap that must not be.
         """
         receipt = claim.receipt
         if receipt is None:
@@ -159,11 +142,7 @@ class Receipts:
         return receipt
 
     def check_share(self, rank: int, ranks: int) -> None:
-        """Refuse batches from other data than the part of one of several processes.
-
-        Raises:
-            UnaccountedBatchError: If the loader samples from another part.
-        """
+        """Refuse batches from other data than the part of one of several processes."""
         if self._share != (rank, ranks):
             part, parts = self._share
             raise UnaccountedBatchError(

@@ -14,22 +14,18 @@ class Run:
     """This class holds the state of a plan's run; every loader and optimizer of the plan shares it.
 
     A copy in the same process is the same run, since a copied optimizer spends the same budget.
-
-    Attributes:
-        name: The name of the run's steps in a ledger.
-        ledger: The ledger of the steps; None before the first optimizer is built, unless the plan continues a ledger.
-        has_optimizer: Whether an optimizer was built.
-        receipts: The receipts of the run.
-        iteration: The loader's iteration in which the last step was taken.
-        turns: Names which sample has its turn when, with correlated noise; empty before the first step.
     """
 
+    # The name of the run's steps in a ledger
     name: str = field(default_factory=lambda: secrets.token_hex(8))
+    # The ledger of the steps; None before the first optimizer is built, unless the plan continues a ledger
     ledger: Ledger | None = None
-    has_optimizer: bool = False
-    receipts: Receipts = field(default_factory=Receipts)
-    iteration: int = 0
-    turns: str = ""
+    has_optimizer: bool = False  # Whether an optimizer was built
+    receipts: Receipts = field(default_factory=Receipts)  # The receipts of the run
+    iteration: int = 0  # The loader's iteration in which the last step was taken
+    turns: str = (
+        ""  # Which sample has its turn when, with correlated noise; empty before the first step
+    )
 
     def __copy__(self) -> Run:
         return self

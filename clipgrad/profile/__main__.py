@@ -55,14 +55,7 @@ def example() -> tuple[DPOptimizer, tuple[Tensor, Tensor]]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Parse ``arguments`` (default: those of the command line), measure, and print the table.
-
-    Args:
-        arguments: Arguments as on the command line.
-
-    Raises:
-        SystemExit: With status 2 and a message, if an argument is invalid.
-    """
+    """Parse ``arguments`` (default: those of the command line), measure, and print the table."""
     parser = _parser()
     given = parser.parse_args(arguments)
     factory = example if given.factory is None else _load(parser, given.factory)

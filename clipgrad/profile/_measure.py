@@ -112,9 +112,7 @@ def profile_with(
 class Stopwatch:
     """This class times steps as a whole or by phase; the time of an inner phase does not count for the outer phase.
 
-    Args:
-        clock: A function that returns the time in seconds.
-        device: The device to synchronise before the clock is read, so that each kernel counts for its own phase.
+    The device is synchronised before the clock is read, so that each kernel counts for its own phase.
     """
 
     def __init__(self, clock: Clock, device: torch.device) -> None:

@@ -36,13 +36,13 @@ from clipgrad.kernels.half_products import (
 )
 from clipgrad.kernels.selection import reshape_to_broadcast, select_rows, select_rows_reusing
 
-_LOWERED = (torch.float32, torch.float16, torch.bfloat16)  # autocast leaves float64 alone
+_LOWERED = (torch.float32, *HALF)  # autocast leaves float64 alone
 BatchedProduct = Callable[[Tensor, Tensor], Tensor]
 
 
 def widen(tensor: Tensor) -> Tensor:
     """Convert half precision to float32, because norms and sums of half-precision factors cancel."""
-    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+    return tensor.float() if tensor.dtype in HALF else tensor
 
 
 def lowered(tensor: Tensor) -> Tensor:
@@ -140,12 +140,9 @@ class PerSample:
             return scale_rows(widen(gradient), factors).sum(0)
         if gradient.dtype is torch.bfloat16 and multiplies(gradient, gradient):
             # Three terms hold all digits of the factors, and the gradients are not widened.
-            terms = torch.stack(in_terms(factors, 3))
-            return (
-                product(terms[None], gradient.reshape(1, len(gradient), -1))[0]
-                .sum(0)
-                .view(gradient.shape[1:])
-            )
+            terms = torch.stack(in_terms(factors, 3))[None]
+            totals = product(terms, gradient.reshape(1, len(gradient), -1))[0]
+            return totals.sum(0).view(gradient.shape[1:])
         wide = widen(gradient)
         if wide.dim() == 1:
             return factors.to(wide.dtype) @ wide
@@ -284,11 +281,10 @@ class Outer:
         if isinstance(self.left, OneHot):
             return replace(self, right=select_rows(self.right, keep))
         # The next step scales one factor, which a compiler fuses with its selection; a product reads the other factor.
-        if self._scales_left(self.left):
-            left, right = select_rows(self.left, keep), select_rows_reusing(self.right, keep)
-        else:
-            left, right = select_rows_reusing(self.left, keep), select_rows(self.right, keep)
-        return replace(self, left=left, right=right)
+        of_left, of_right = select_rows, select_rows_reusing
+        if not self._scales_left(self.left):
+            of_left, of_right = of_right, of_left
+        return replace(self, left=of_left(self.left, keep), right=of_right(self.right, keep))
 
     @property
     def in_two_terms(self) -> bool:

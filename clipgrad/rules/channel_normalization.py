@@ -219,20 +219,6 @@ def _finish(
     affine: tuple[Tensor | None, Tensor | None],
     gradients: _ChannelAffine,
 ) -> Tensor:
-    weight, bias = affine
-
-    def view(y: Tensor) -> Tensor:
-        # ``_fixed_statistics`` flattens the positions of images to one axis.
-        return (
-            y.view_as(gradients.x).view(shape)
-            if y.dim() < gradients.x.dim()
-            else y.unflatten(0, shape[:2])
-        )
-
-    return call.finish(
-        y,
-        Recipe(weight, gradients.weight),
-        Recipe(bias, gradients.bias),
-        saved=(gradients.x,),
-        view=view,
-    )
+    recipes = Recipe(affine[0], gradients.weight), Recipe(affine[1], gradients.bias)
+    # ``_fixed_statistics`` flattens the positions of images to one axis.
+    return call.finish(y, *recipes, saved=(gradients.x,), view=lambda y: y.view(shape))

@@ -58,29 +58,17 @@ def einsum(call: Call, equation: str, *operands: Tensor | Sequence[Tensor]) -> T
 
 @dataclass(frozen=True)
 class Axes:
-    """This class holds the letters of an equation, with the role of each axis of the weight.
+    """This class holds the letters of an equation, with the role of each axis of the weight."""
 
-    Attributes:
-        data: Letters of the data, without its sample axis.
-        weight: Letters of the weight.
-        output: Letters of the output, without its sample axis.
-        sample_axis: Letter of the sample axis.
-        groups: Axes that weight, data and output have: independent products.
-        contracted: Axes that weight and data have, and the output does not.
-        kept: Axes that weight and output have, and the data does not.
-        positions: Axes that data and output have, and the weight does not.
-        sizes: Length of every axis.
-    """
-
-    data: str
-    weight: str
-    output: str
-    sample_axis: str
-    groups: str
-    contracted: str
-    kept: str
-    positions: str
-    sizes: dict[str, int]
+    data: str  # Letters of the data, without its sample axis
+    weight: str  # Letters of the weight
+    output: str  # Letters of the output, without its sample axis
+    sample_axis: str  # Letter of the sample axis
+    groups: str  # Axes that weight, data and output have: independent products
+    contracted: str  # Axes that weight and data have, and the output does not
+    kept: str  # Axes that weight and output have, and the data does not
+    positions: str  # Axes that data and output have, and the weight does not
+    sizes: dict[str, int]  # Length of every axis
 
     @classmethod
     def of(
@@ -88,9 +76,8 @@ class Axes:
     ) -> Axes:
         """Sort the axes by role.
 
-        Raises:
-            Decline: If the weight's gradient is not just a sum of products of data and output gradient: the equation
-                takes a diagonal of the weight, or sums or broadcasts one of its axes.
+        Decline if the weight's gradient is not just a sum of products of data and output gradient: the equation takes
+        a diagonal of the weight, or sums or broadcasts one of its axes.
         """
         data, weight, output = letters
         if len(set(weight)) != len(weight) or set(weight) - set(data) - set(output):

@@ -49,7 +49,9 @@ def embedding_bag(
         counted = input != padding_idx % weight.shape[0]
     if offsets is None:
         return _reduce(rows, counted, mode)
-    bag = _bag_of_position(offsets, input)
+    _check_offsets(offsets, input.shape[0])
+    positions = torch.arange(input.shape[0], device=input.device)
+    bag = (positions[:, None] >= offsets[None, :]).sum(1) - 1  # of each position
     bags = offsets.shape[0] - include_last_offset
     return _reduce_by_bag(rows, bag.where(counted, bags), bags, mode)
 
@@ -64,13 +66,6 @@ def _reduce(rows: Tensor, counted: Tensor, mode: str) -> Tensor:
     # Rows are masked, not multiplied by zero, because a row that does not count may hold an inf.
     total = rows.masked_fill(~counted, 0).sum(-2)
     return total / counted.sum(-2).clamp(min=1) if mode == "mean" else total
-
-
-def _bag_of_position(offsets: Tensor, input: Tensor) -> Tensor:
-    """Return the bag of each position of the input, from the offsets at which bags start."""
-    _check_offsets(offsets, input.shape[0])
-    positions = torch.arange(input.shape[0], device=input.device)
-    return (positions[:, None] >= offsets[None, :]).sum(1) - 1
 
 
 def _check_offsets(offsets: Tensor, length: int) -> None:

@@ -103,12 +103,8 @@ def raised_to_rounding_bound(
     error exceeds the norm, and a norm that is too small would let a sample contribute many times the clipping norm.
     The clipped sum is a product of the same factors; if this product may run in TF32, its error counts too.
 
-    Args:
-        norms: Squared norms as computed.
-        lengths: Lengths of all positions, ``[B * groups]``.
-        uses: Uses from which the norms were computed.
-        materialised: True for norms of a built gradient (error relative to ``m``), False for norms from Gram matrices
-            (error of the squared norm relative to ``m^2``).
+    The error of a norm of a ``materialised`` gradient is relative to ``m``; that of a squared norm from Gram matrices
+    is relative to ``m^2``. The lengths are ``[B * groups]``.
     """
     shape, groups, columns = uses[0].shape, uses[0].groups, uses[0].columns
     rows = shape.numel() // max(1, columns * groups)

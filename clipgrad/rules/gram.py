@@ -9,15 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from functools import cache
-from importlib.util import find_spec
-from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from clipgrad._functorch import expected
 from clipgrad.kernels.half_products import HALF, product
+from clipgrad.kernels.launcher import launcher
 from clipgrad.kernels.tensor_cores import set_tf32
 
 # This limit on the elements of one block's Gram matrices keeps a ghost norm's scratch memory below about 256 MiB.
@@ -29,17 +27,11 @@ _BY_KERNEL = {torch.float32, *HALF}
 
 @dataclass(frozen=True)
 class Lengths:
-    """This class holds sums of lengths over the positions of a sample, each ``[B]``.
+    """This class holds sums of lengths over the positions of a sample, each ``[B]``."""
 
-    Attributes:
-        left: ``sum_s |left_s|``.
-        right: ``sum_s |right_s|``.
-        products: ``sum_s |left_s| |right_s|``, the norm of the gradient if no terms cancelled.
-    """
-
-    left: Tensor
-    right: Tensor
-    products: Tensor
+    left: Tensor  # ``sum_s |left_s|``
+    right: Tensor  # ``sum_s |right_s|``
+    products: Tensor  # ``sum_s |left_s| |right_s|``, the norm of the gradient if no terms cancelled
 
     @classmethod
     def of(cls, left: Tensor, right: Tensor) -> Lengths:
@@ -61,9 +53,7 @@ def gram_sums(left: Tensor, right: Tensor) -> tuple[Tensor, Lengths]:
     Products never use TF32: where terms cancel, a norm needs the digits that TF32 drops. Products of half-precision
     numbers are exact in float32.
 
-    Args:
-        left: ``[B, S, rows]``.
-        right: ``[B, S, columns]``; either factor may have half precision, and the result is float32 then.
+    The factors are ``[B, S, rows]`` and ``[B, S, columns]``; with half precision of either the result is float32.
     """
     if left.device.type == "cuda" and {left.dtype, right.dtype} <= _BY_KERNEL:
         norms, *lengths = _on_cuda(left, right).unbind()
@@ -76,12 +66,7 @@ def gram_sums(left: Tensor, right: Tensor) -> tuple[Tensor, Lengths]:
 
 
 def equal_id_sums(ids: Tensor, right: Tensor) -> tuple[Tensor, Lengths]:
-    """Return ``gram_sums`` for one-hot rows on the left, whose inner products are 1 for equal ids and else 0.
-
-    Args:
-        ids: ``[B, S]``.
-        right: ``[B, S, columns]``.
-    """
+    """Return ``gram_sums`` for one-hot rows with ids ``[B, S]``, whose inner products are 1 if equal and else 0."""
     gram = torch.bmm(right, right.transpose(1, 2))
     equal = ids[:, :, None] == ids[:, None, :]
     length = gram.diagonal(dim1=1, dim2=2).sqrt()
@@ -130,22 +115,12 @@ def _product_and_lengths(left: Tensor, right: Tensor, *_: Tensor) -> tuple[Tenso
     return total, lengths.left, lengths.right, lengths.products
 
 
-@cache
-def _launcher() -> ModuleType | None:
-    """Return the module that launches the kernel, or None without Triton; cached, since a failed search is slow."""
-    if find_spec("triton") is None:
-        return None
-    from clipgrad.kernels import gram_launch
-
-    return gram_launch
-
-
 # A custom operation keeps the TF32 setting and the kernel inside one node of a traced graph.
 @torch.library.custom_op("clipgrad::gram_sums", mutates_args=())
 def _on_cuda(left: Tensor, right: Tensor) -> Tensor:
     """Return squared norms and the three lengths, ``[4, B]``, from clipgrad's Triton kernel where it is usable."""
-    launcher = _launcher()
-    if launcher is not None and (found := launcher.gram_sums(left, right)) is not None:
+    launch = launcher("gram_launch")
+    if launch is not None and (found := launch.gram_sums(left, right)) is not None:
         return found  # type: ignore[no-any-return]
     with set_tf32(False):
         return torch.stack(_by_products(left, right))

@@ -25,11 +25,7 @@ _SPACES = {
 
 
 def names_of(operation: str) -> list[Function]:
-    """Return every function under which an ATen operation can be called.
-
-    Args:
-        operation: ATen's name, such as ``"embedding"`` or ``"linalg_solve"``.
-    """
+    """Return every function under which one of ATen's operations, such as ``"linalg_solve"``, can be called."""
     found = [getattr(home, operation) for home in _HOMES if hasattr(home, operation)]
     space, _, short = operation.partition("_")
     for home in _SPACES.get(space, ()):

@@ -64,11 +64,6 @@ class PaddingCollate:
 
     Padding repeats the samples of the batch, or ``example`` if the batch is empty. It is not zeros, because the loss of
     a zero row might not be finite.
-
-    Args:
-        example: One sample.
-        collate_fn: Makes a batch of at least one sample.
-        size: Number of rows of every batch.
     """
 
     def __init__(self, example: Any, collate_fn: Callable[[list[Any]], Any], size: int) -> None:
@@ -83,13 +78,7 @@ class PaddingCollate:
 class UserCollate:
     """This class collates users, each a list of samples, into ``[users, width, ...]``.
 
-    Args:
-        example: One sample.
-        collate_fn: Makes tensors whose first axis is the batch axis, as for :class:`EmptyBatchCollate`.
-        width: Number of places for the samples of a user. Free places repeat samples of the same user.
-
-    Raises:
-        TypeError: If ``collate_fn`` returns something without a first axis.
+    Free places repeat samples of the same user. ``collate_fn`` is as for :class:`EmptyBatchCollate`.
     """
 
     def __init__(self, example: Any, collate_fn: Callable[[list[Any]], Any], width: int) -> None:

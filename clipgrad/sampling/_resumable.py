@@ -11,11 +11,9 @@ T = TypeVar("T", covariant=True)
 
 
 class Resumable(Sampler[T]):
-    """This sampler counts its batches, and can continue a saved iteration.
+    """This sampler counts its batches, ``steps`` per iteration, and can continue a saved iteration.
 
-    Args:
-        steps: Batches per iteration.
-        whole_run: Whether the state of a finished iteration is restored as finished, and yields no batch.
+    With ``whole_run`` the state of a finished iteration is restored as finished, and yields no batch.
     """
 
     _kind: ClassVar[str]

@@ -35,15 +35,11 @@ class Trials:
     succeeds, given all earlier trials, is a quotient of sums of products of at most m + 1 of them. Hence, **given any
     earlier trials, a trial succeeds with probability ``q * (1 + e)``, ``|e| <= (m + 1) * 2**-62``**. The error e is 0
     for ``q >= 1/2``, at most ``2**-57`` for ``q >= 1e-9``, and at most ``2**-51`` for the smallest float.
-
-    Attributes:
-        rate: The probability q, ``0 < q <= 1``.
-        empty: The number of words, out of ``2**64``, for which a window has no success.
-        ones: For each binary digit, lowest first, the number of words, out of ``2**64``, for which the digit is 1.
     """
 
-    rate: float
-    empty: int
+    rate: float  # The probability q, ``0 < q <= 1``
+    empty: int  # The number of words, out of ``2**64``, for which a window has no success
+    # For each binary digit, lowest first, the number of words, out of ``2**64``, for which the digit is 1
     ones: tuple[int, ...]
 
     @classmethod
@@ -62,15 +58,7 @@ class Trials:
             return cls(rate, round(power * 2**64), tuple(ones))
 
     def successes(self, size: int, words: Words) -> NDArray[np.int64]:
-        """Simulate ``size`` trials.
-
-        Args:
-            size: Number of trials, at most ``LARGEST``.
-            words: The source of random words.
-
-        Returns:
-            The indices of the successful trials, counted from 0, in ascending order.
-        """
+        """Simulate ``size <= LARGEST`` trials, and return the indices of the successful ones in ascending order."""
         window = min(2 ** len(self.ones), size)  # a window need not reach beyond the last trial
         found = [np.empty(0, dtype=np.int64)]
         last = -1

@@ -15,11 +15,7 @@ Words = Callable[[int], NDArray[np.uint64]]
 
 
 def words_from(generator: torch.Generator | None) -> Words:
-    """Return a source of words: the operating system, or a generator, whose words are repeatable and NOT PRIVATE.
-
-    Raises:
-        TypeError: If ``generator`` is not a generator on the CPU.
-    """
+    """Return a source of words: the operating system, or a CPU generator, which is repeatable and NOT PRIVATE."""
     if generator is None:
         return system_words
     if getattr(generator, "device", None) != torch.device("cpu"):

@@ -66,7 +66,7 @@ def test_clipping_dropped_by_the_compiler_is_seen(
             patch.setattr(Clipping, "factors", lambda self, norms, group: torch.ones_like(norms))
             return trace(*args)
 
-    monkeypatch.setattr("clipgrad.compiled.step.trace", without_clipping)
+    monkeypatch.setattr("clipgrad.compiled.compiler.trace", without_clipping)
     with pytest.raises(CompileMismatchError, match="clipped sum"):
         clipped_grad(mlp, max_grad_norm=0.5, compile=True)(make_params(), *make_batch())
 

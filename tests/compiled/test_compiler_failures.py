@@ -7,7 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
+from torch._inductor.utils import fresh_cache
 
 from clipgrad import DPOptimizer
 from clipgrad.errors import CompileError
@@ -80,6 +83,25 @@ def test_under_a_profiler() -> None:
     with cProfile.Profile():
         optimizer.backward(x)
     assert set(optimizer.clipped_sums) == {"weight", "bias"}
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_graphs_come_from_pytorchs_cache_also_for_other_lengths() -> None:
+    """So a second process compiles nothing; operations of our own and names must not be in the way."""
+
+    def loss(model: nn.Module, x: Tensor) -> Tensor:
+        return F.gelu(model(x)).mean(1).square().sum()
+
+    found = counters["inductor"]
+    with fresh_cache():
+        before = found["fxgraph_cache_miss"], found["fxgraph_cache_hit"]
+        for lengths in ((4, 6), (4, 7, 5)):
+            optimizer = optimizer_of(nn.Linear(3, 2), loss, 1.0)
+            for length in lengths:
+                optimizer.backward(torch.randn(4, length, 3))
+        now = found["fxgraph_cache_miss"], found["fxgraph_cache_hit"]
+    assert (now[0] - before[0], now[1] - before[1]) == (2, 2)
 
 
 def test_errors_say_what_pytorch_said(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -229,6 +229,10 @@ def train_sharded(
     """The whole parameters after some steps of a model of FSDP2."""
     case = CASES[name]
     model = case.model()
+    if shard is shard_replicas and rank >= size // 2:  # replicas start from the first one's shard
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(1.0)
     shard(model)
     optimizer = private(model, case, inner(model), **(options or {}))
     for step, batch in enumerate(case.batches(steps)):

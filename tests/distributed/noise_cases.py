@@ -97,11 +97,11 @@ def adaptive(rank: int, size: int, noise_multiplier: float) -> list[float]:
     return norms
 
 
-def seeded(rank: int, size: int, seeds: Sequence[int]) -> None:
-    """An optimizer with a generator of its own on each rank."""
+def seeded(rank: int, size: int, seeds: Sequence[int], change: str = "") -> None:
+    """An optimizer with a generator of its own on each rank, which may be replaced or restored later."""
     generator = torch.Generator().manual_seed(seeds[rank])
     model = nn.Linear(3, 2)
-    DPOptimizer(
+    optimizer = DPOptimizer(
         torch.optim.SGD(model.parameters(), lr=0.1),
         model,
         loss,
@@ -110,3 +110,11 @@ def seeded(rank: int, size: int, seeds: Sequence[int]) -> None:
         expected_batch_size=1.0,
         noise=SeededNoise(generator),
     )
+    if change == "replaced":
+        optimizer.noise = SeededNoise(torch.Generator().manual_seed(7))
+    if change == "restored":
+        states: list[Any] = [optimizer.state_dict()]
+        dist.broadcast_object_list(states, src=0)
+        optimizer.load_state_dict(states[0])
+    optimizer.backward(torch.zeros(1, 3))
+    optimizer.step()

@@ -59,7 +59,11 @@ def test_adaptive_norm_follows_the_samples_of_all_ranks(pool: Pool) -> None:
 
 def test_ranks_with_the_same_generator_are_refused(pool: Pool) -> None:
     assert pool(2).run(noise_cases.seeded, (1, 2)) == [None, None]
-    for good, error in pool(2).outcomes(noise_cases.seeded, (1, 1)):
+    for good, error in [
+        *pool(2).outcomes(noise_cases.seeded, (1, 1)),
+        *pool(2).outcomes(noise_cases.seeded, (1, 2), "replaced"),
+        *pool(2).outcomes(noise_cases.seeded, (1, 2), "restored"),
+    ]:
         assert not good
         assert error[0] == RanksError.__name__
         assert "ranks 0 and 1 have the same generator state" in error[1]

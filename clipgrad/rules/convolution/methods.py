@@ -49,11 +49,9 @@ def by_patches(gradient: Tensor, input: Tensor, shape: torch.Size, geometry: Geo
         )
         for start in range(0, samples, size)
     )
-    return (
-        _multiply_into_result(outers, samples)
-        if input.device.type == "cpu"
-        else _concatenate_products(outers)
-    )
+    if input.device.type == "cpu":
+        return _multiply_into_result(outers, samples)
+    return torch.cat([outer.per_sample(convolution_product) for outer in outers])
 
 
 def _multiply_into_result(outers: Iterable[Outer], samples: int) -> Tensor:
@@ -67,10 +65,6 @@ def _multiply_into_result(outers: Iterable[Outer], samples: int) -> Tensor:
         place = found[start:stop].view(outer.left.shape[0], -1, outer.right.shape[2])
         torch.bmm(outer.left.transpose(1, 2), outer.right, out=place)
     return found
-
-
-def _concatenate_products(outers: Iterable[Outer]) -> Tensor:
-    return torch.cat([outer.per_sample(convolution_product) for outer in outers])
 
 
 def _product_in_parts(outer: Outer, parts: int) -> Tensor:

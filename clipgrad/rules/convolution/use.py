@@ -15,19 +15,12 @@ from clipgrad.rules.convolution.unfolding import rows_and_patches
 
 @dataclass(frozen=True)
 class ConvolutionUse:
-    """This class holds one use of a convolution's weight.
+    """This class holds one use of a convolution's weight."""
 
-    Attributes:
-        input: Input, ``[B, C_in, *spatial]``.
-        gradient: Output gradient, ``[B, C_out, *spatial]``.
-        weight: The shared weight; only its shape and dtype are read.
-        geometry: Static arguments of the convolution.
-    """
-
-    input: Tensor
-    gradient: Tensor
-    weight: Tensor
-    geometry: Geometry
+    input: Tensor  # Input, ``[B, C_in, *spatial]``
+    gradient: Tensor  # Output gradient, ``[B, C_out, *spatial]``
+    weight: Tensor  # The shared weight; only its shape and dtype are read
+    geometry: Geometry  # Static arguments of the convolution
 
     def outer(self) -> Outer:
         return rows_and_patches(self.gradient, self.input, self.weight.shape, self.geometry)
@@ -50,17 +43,12 @@ class ConvolutionUse:
 
     def select(self, keep: Tensor) -> ConvolutionUse:
         # The next step scales one operand, which a compiler fuses with its selection; the library reads the other one.
-        if self._scales_input():
-            input, gradient = (
-                select_rows(self.input, keep),
-                select_rows_reusing(self.gradient, keep),
-            )
-        else:
-            input, gradient = (
-                select_rows_reusing(self.input, keep),
-                select_rows(self.gradient, keep),
-            )
-        return replace(self, input=input, gradient=gradient)
+        of_input, of_gradient = select_rows, select_rows_reusing
+        if not self._scales_input():
+            of_input, of_gradient = of_gradient, of_input
+        return replace(
+            self, input=of_input(self.input, keep), gradient=of_gradient(self.gradient, keep)
+        )
 
     def _scales_input(self) -> bool:
         return self.input[:1].numel() < self.gradient[:1].numel()

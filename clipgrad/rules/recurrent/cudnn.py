@@ -31,11 +31,7 @@ def can_run(cell: Cell, z: Tensor, weights: Weights) -> bool:
 def run(
     cell: Cell, z: Tensor, h: Tensor, c: Tensor | None, weights: Weights, traces: list[Trace]
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Run a cell over the projected input ``z``, and append its trace to ``traces`` in the forward pass.
-
-    Returns:
-        The state after each step ``[T, N, H]``, the last state and the last cell state.
-    """
+    """Run a cell as ``recurrence.run`` does, but append its trace to ``traces`` in the forward pass."""
     mode, gates, hidden = _mode(cell), z.shape[-1], h.shape[-1]
     flat = _weights_with_identity(z, weights)
     block = torch._cudnn_rnn_flatten_weight(flat, 4, gates, mode, hidden, 0, 1, False, False)

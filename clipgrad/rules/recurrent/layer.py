@@ -34,16 +34,11 @@ class State:
 
 @dataclass
 class Factors:
-    """This class makes the factors ``[B, positions, features]`` of the weights' gradients in one layer and direction.
+    """This class makes the factors ``[B, positions, features]`` of a layer's weight gradients in one direction."""
 
-    Attributes:
-        samples: Number of samples in the microbatch.
-        steps: Number of steps of the sequence.
-        traces: List that holds one trace before recipes run.
-    """
-
-    samples: int
-    steps: int
+    samples: int  # Number of samples in the microbatch
+    steps: int  # Number of steps of the sequence
+    # List that holds one trace before recipes run
     traces: list[Trace] = field(default_factory=list)
     _input_side: Tensor | None = None
 
@@ -81,19 +76,10 @@ class Factors:
 def run_layer(
     call: Call, cell: Cell, x: Tensor, state: State, weights: Mapping[str, Tensor], reverse: bool
 ) -> tuple[Tensor, State]:
-    """Run one layer in one direction.
+    """Run one layer in one direction, and return the state after each step, ``[T, N, P]``, and the last state.
 
-    Args:
-        call: The intercepted call.
-        cell: The kind of recurrent cell.
-        x: Input, ``[T, N, I]``.
-        state: Initial state, ``[N, P]``.
-        weights: ``w_ih`` ``[G, I]``, ``w_hh`` ``[G, P]``, and if present ``b_ih``, ``b_hh`` ``[G]`` and the projection
-            ``w_hr`` ``[P, H]``, as user code passed them. All samples share them.
-        reverse: Whether time runs backwards.
-
-    Returns:
-        The state after each step, ``[T, N, P]``, and the last state.
+    The input ``x`` is ``[T, N, I]`` and ``state`` ``[N, P]``. All samples share the weights, as user code passed them:
+    ``w_ih`` ``[G, I]``, ``w_hh`` ``[G, P]``, and if present ``b_ih``, ``b_hh`` ``[G]`` and ``w_hr`` ``[P, H]``.
     """
     constants = {name: _constant(call, name, w).to(x.dtype) for name, w in weights.items()}
     bias, hidden_bias = constants.get("b_ih"), constants.get("b_hh")

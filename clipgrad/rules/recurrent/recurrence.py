@@ -29,19 +29,13 @@ Backward = tuple["Trace", Tensor, Tensor, Tensor | None]
 
 @dataclass(frozen=True)
 class Weights:
-    """This class holds the weights of one sequence, as constants that all samples share.
+    """This class holds the weights of one sequence, as constants that all samples share."""
 
-    Attributes:
-        recurrent: Weight from the state to the gates, ``[G, P]``.
-        hidden_bias: Bias of the state's share of the gates, ``[G]``; only a GRU has it apart from the input's bias.
-        projection: Weight from an LSTM's cell output to its state, ``[P, H]``.
-        reverse: Whether time runs backwards.
-    """
-
-    recurrent: Tensor
+    recurrent: Tensor  # Weight from the state to the gates, ``[G, P]``
+    # Bias of the state's share of the gates, ``[G]``; only a GRU has it apart from the input's bias
     hidden_bias: Tensor | None = None
-    projection: Tensor | None = None
-    reverse: bool = False
+    projection: Tensor | None = None  # Weight from an LSTM's cell output to its state, ``[P, H]``
+    reverse: bool = False  # Whether time runs backwards
 
     def order(self, steps: int) -> Sequence[int]:
         return range(steps - 1, -1, -1) if self.reverse else range(steps)
@@ -59,36 +53,24 @@ class Weights:
 
 @dataclass
 class Trace:
-    """This class holds tensors for the weights' recipes, filled before the hook of the projected input runs.
+    """This class holds tensors for the weights' recipes, filled before the hook of the projected input runs."""
 
-    Attributes:
-        previous: The state before each step, ``[T, N, P]``.
-        hidden: Gradient of the state's share of the gates, ``[T, N, G]``; None if the input's share gives it.
-        reset: A GRU's reset gate at all steps, ``[T, N, H]``, if cuDNN ran the sequence.
-        unprojected: Input of an LSTM's projection, ``[T, N, H]``.
-        projected: Gradient of the projection's output, ``[T, N, P]``.
-    """
-
-    previous: Tensor
+    previous: Tensor  # The state before each step, ``[T, N, P]``
+    # Gradient of the state's share of the gates, ``[T, N, G]``; None if the input's share gives it
     hidden: Tensor | None = None
+    # A GRU's reset gate at all steps, ``[T, N, H]``, if cuDNN ran the sequence
     reset: Tensor | None = None
-    unprojected: Tensor | None = None
-    projected: Tensor | None = None
+    unprojected: Tensor | None = None  # Input of an LSTM's projection, ``[T, N, H]``
+    projected: Tensor | None = None  # Gradient of the projection's output, ``[T, N, P]``
 
 
 @dataclass(frozen=True)
 class OutputGradients:
-    """This class holds the gradients of the outputs of a sequence.
+    """This class holds the gradients of the outputs of a sequence."""
 
-    Attributes:
-        states: Gradient of each step's state, ``T`` tensors ``[N, P]``.
-        last: Gradient of the last state, ``[N, P]``.
-        cell: Gradient of an LSTM's last cell state, ``[N, H]``, or None.
-    """
-
-    states: Sequence[Tensor]
-    last: Tensor
-    cell: Tensor | None
+    states: Sequence[Tensor]  # Gradient of each step's state, ``T`` tensors ``[N, P]``
+    last: Tensor  # Gradient of the last state, ``[N, P]``
+    cell: Tensor | None  # Gradient of an LSTM's last cell state, ``[N, H]``, or None
 
     def walk(self, order: Sequence[int]) -> list[tuple[int, Tensor]]:
         """Return the steps, last step first, each with the incoming gradient of the state before the step."""

@@ -88,7 +88,7 @@ class Compiler:
 
     def forget(self) -> None:
         """Drop all graphs."""
-        self._entries = []
+        self._entries, self._trials = [], TRIALS
 
     def find(self, now: tuple[Any, ...], shapes: Shapes) -> CompiledStep | None:
         """The graph that serves a signature and the sizes of a batch; None if there is none."""
