@@ -537,6 +537,32 @@ def test_auto_takes_many_bands_where_they_cost_nothing() -> None:
     assert found.expected_error() < 0.6 * independent.expected_error()
 
 
+@pytest.mark.parametrize("kind", [{}, SHUFFLED])
+def test_turns_that_are_drawn_anew_are_refused_at_the_right_position(kind: dict[str, Any]) -> None:
+    """What a tool does that restores a loader by counting steps: position right, groups another."""
+    first = plan(mechanism=BandedFactorisation(4), **kind)
+    model = mlp()
+    make = clipgrad.shuffled_loader if kind else poisson_loader
+    optimizer = DPOptimizer(sgd(model), model, loss, plan=first, noise=seeded())
+    for step, batch in enumerate(make(dataset(), plan=first)):
+        optimizer.backward(*batch)
+        optimizer.step()
+        if step == 2:
+            break
+    state = through_a_file(optimizer.state_dict())
+    second = plan(mechanism=BandedFactorisation(4), **kind)
+    optimizer = DPOptimizer(sgd(model), model, loss, plan=second, noise=seeded())
+    optimizer.load_state_dict(state)
+    loader = make(dataset(), plan=second)
+    loader.load_state_dict({**loader.state_dict(), "done": 3})
+    optimizer.backward(*next(iter(loader)))
+    with pytest.raises(UnaccountedBatchError, match="has drawn anew which samples take turns"):
+        optimizer.step()
+    del state["clipgrad"]["account"]["turns"]
+    with pytest.raises(ValueError, match="the account must hold"):
+        optimizer.load_state_dict(state)
+
+
 def test_groups_of_other_data_are_refused() -> None:
     loader = poisson_loader(dataset(), plan=plan())
     state = loader.state_dict()
@@ -611,3 +637,16 @@ def test_a_new_plan_is_a_new_run() -> None:
     Run(replace(a_plan)).go(2)
     assert isinstance(poisson_loader(dataset(), plan=a_plan), PrivateLoader)
     assert prefix_sum_error(np.ones(1), 1) == 1.0
+
+
+def test_who_would_write_the_noise_to_an_open_file_refuses() -> None:
+    from clipgrad.integrations._batches import loader_of
+    from clipgrad.optimizer.run_state import RunState
+
+    run = Run(plan())
+    with pytest.raises(ValueError, match="must stay secret"):
+        loader_of(run.plan, dataset(), None, None)
+    with pytest.raises(
+        ValueError, match=r"holds the noise of past steps.*Use clipgrad\.save_checkpoint"
+    ):
+        RunState(run.model, run.optimizer)

@@ -123,7 +123,16 @@ def loader_of(
         users: The user of each sample; None if batches consist of samples.
         samples_per_user: The largest number of samples of a user in a batch.
         **options: Of every loader.
+
+    Raises:
+        ValueError: If the plan's noise is correlated: the trainer's own checkpoints would not be secret.
     """
+    if plan.mechanism is not None:
+        raise ValueError(
+            f"plan has mechanism={plan.mechanism!r}, whose checkpoints hold the noise that was added and must stay "
+            "secret. The trainer writes files that others can read. Use clipgrad.save_checkpoint in a loop of your "
+            "own, or leave mechanism out."
+        )
     if users is not None:
         return user_loader(dataset, users, plan=plan, samples_per_user=samples_per_user, **options)
     return (shuffled_loader if plan.shuffled else poisson_loader)(dataset, plan=plan, **options)

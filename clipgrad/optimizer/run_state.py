@@ -72,6 +72,11 @@ class RunState:
                 "RunState cannot read the parts of a ZeroRedundancyOptimizer. Call optimizer.inner."
                 "consolidate_state_dict(), then clipgrad.save_checkpoint on the first rank and load_checkpoint on all."
             )
+        if optimizer.secret_state:
+            raise ValueError(
+                "RunState writes files that others can read, but the optimizer's state holds "
+                f"{optimizer.secret_state}. Use clipgrad.save_checkpoint."
+            )
         self._model, self._optimizer, self._loader = model, optimizer, loader
         self._own()  # what cannot be saved is refused here, not at the first checkpoint
 

@@ -8,7 +8,7 @@ from typing import Any
 from clipgrad.accounting import Ledger
 from clipgrad.errors import PrivacyBudgetError, UnaccountedBatchError
 from clipgrad.plan import PrivacyPlan
-from clipgrad.plan.receipts import Claim, rows_in
+from clipgrad.plan.receipts import Claim, Receipt, rows_in
 from clipgrad.ranks import Ranks
 
 
@@ -74,12 +74,24 @@ class Account:
             )
         if self.plan.declared_sampling is None:
             receipt = self.plan.run.receipts.receipt_to_spend(claim)
-            if self.plan.mechanism is not None and receipt.index != self.steps_done:
-                raise UnaccountedBatchError(
-                    f"step {self.steps_done}: batch {receipt.index} of the loader is of another step. Correlated noise "
-                    "is accounted for if each group of samples keeps its turn: batch k belongs to step k. Use one "
-                    "iteration of one loader, and restore its state together with the optimizer's."
-                )
+            if self.plan.mechanism is not None:
+                self._check_turn(receipt)
+
+    def _check_turn(self, receipt: Receipt) -> None:
+        """Refuse a batch in which samples take part out of turn: correlated noise does not account for it."""
+        remedy = (
+            "Correlated noise is accounted for if each sample keeps its turn for the whole run. Use one iteration of "
+            "one loader, and after a restart load its state together with the optimizer's."
+        )
+        run = self.plan.run
+        if receipt.index != self.steps_done:
+            raise UnaccountedBatchError(
+                f"step {self.steps_done}: batch {receipt.index} of the loader is of another step. {remedy}"
+            )
+        if self.steps_done and run.turns != run.receipts.turns:
+            raise UnaccountedBatchError(
+                f"step {self.steps_done}: the loader has drawn anew which samples take turns. {remedy}"
+            )
 
     def share_name(self, ranks: Ranks) -> None:
         """Let the steps of a new run have one name in the ledgers of all processes."""
@@ -103,6 +115,7 @@ class Account:
         if self.plan.declared_sampling is None:
             receipt = run.receipts.receipt_to_spend(claim)
             run.receipts.spend(receipt)
+            run.turns = run.receipts.turns
             if receipt.iteration != run.iteration:
                 self.ledger.begin()  # each iteration shuffles anew
                 run.iteration = receipt.iteration
@@ -114,7 +127,8 @@ class Account:
         )
 
     def state_dict(self) -> dict[str, Any]:
-        return {"run": self.plan.run.name, "ledger": self.ledger.state_dict()}
+        state = {"run": self.plan.run.name, "ledger": self.ledger.state_dict()}
+        return {**state, "turns": self.plan.run.turns} if self.plan.mechanism is not None else state
 
     def check(self, state: Mapping[str, Any] | None, step: int) -> None:
         """Refuse a state that ``load_state_dict`` cannot load, or that would forget steps; this changes no state.
@@ -127,7 +141,8 @@ class Account:
                 "be forgotten. Load the state of an optimizer with a plan, or the wrapped one's into optimizer.inner."
             )
         found = state["account"]
-        whole = isinstance(found, Mapping) and found.keys() == {"run", "ledger"}
+        wanted = {"run", "ledger"} | ({"turns"} if self.plan.mechanism is not None else set())
+        whole = isinstance(found, Mapping) and found.keys() == wanted
         if not (whole and isinstance(found["run"], str) and isinstance(found["ledger"], Mapping)):
             raise ValueError(
                 f"state_dict: the account must hold 'run' and 'ledger', got {found!r}; load what "
@@ -150,3 +165,4 @@ class Account:
         self.ledger.load_state_dict(state["account"]["ledger"])
         self.ledger.begin()
         self.plan.run.name = state["account"]["run"]
+        self.plan.run.turns = str(state["account"].get("turns", ""))

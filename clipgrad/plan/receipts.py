@@ -48,6 +48,8 @@ class Receipts:
     def __init__(self, *, without_gaps: str = "") -> None:
         self._without_gaps = without_gaps
         self._iteration = 0
+        self.turns = ""
+        """Names which sample has its turn when, in the batches of this iteration; empty if none has."""
         self._unspent: dict[int, Receipt] = {}
         self._last_spent = -1
         self._share = (0, 1)
@@ -64,10 +66,14 @@ class Receipts:
     def __deepcopy__(self, memo: object) -> Receipts:
         return self
 
-    def begin_iteration(self, share: tuple[int, int] = (0, 1)) -> int:
-        """Begin an iteration of a loader of one part of the data, and invalidate the last one's unspent receipts."""
+    def begin_iteration(self, share: tuple[int, int] = (0, 1), turns: str = "") -> int:
+        """Begin an iteration of a loader of one part of the data, and invalidate the last one's unspent receipts.
+
+        ``turns`` names which sample has its turn when; it is empty if samples take no turns.
+        """
         self._share = share
         self._iteration += 1
+        self.turns = turns
         self._unspent.clear()
         self._last_spent = -1
         return self._iteration

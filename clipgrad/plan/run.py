@@ -23,6 +23,7 @@ class Run:
     has_optimizer: bool = False  # Whether an optimizer was built
     receipts: Receipts = field(default_factory=Receipts)  # The receipts of the run
     iteration: int = 0  # The loader's iteration in which the last step was taken
+    turns: str = ""  # Which sample has its turn when; empty before the first step
 
     def __copy__(self) -> Run:
         return self

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -12,6 +13,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from clipgrad.sampling._words import Words
+
+
+def named(numbers: NDArray[Any]) -> str:
+    """Return a hash of numbers."""
+    return hashlib.sha256(numbers.astype(np.int64).tobytes()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -48,6 +54,11 @@ class Groups:
         """Return the indices of the group that has its turn, in ascending order."""
         start, end = self._bounds[step % self.bands : step % self.bands + 2]
         return self._order[start:end]
+
+    @property
+    def name(self) -> str:
+        """Return a name of the groups of all indices; others have another one."""
+        return named(self.group)
 
     def state(self) -> Tensor:
         """Return what a checkpoint keeps."""

@@ -76,7 +76,11 @@ class PrivateLoader:
         batches = iter(self._loader)
         pending = self._recorder.pending
         receipts = self._receipts
-        iteration = 0 if receipts is None else receipts.begin_iteration(self.batch_sampler.part)
+        iteration = (
+            0
+            if receipts is None
+            else receipts.begin_iteration(self.batch_sampler.part, self.batch_sampler.turns)
+        )
         for batch in batches:
             rows, self._state = pending.popleft()
             if receipts is not None:

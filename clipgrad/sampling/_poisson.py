@@ -143,6 +143,11 @@ class PoissonSampler(Resumable[list[int]]):
         return self._most
 
     @property
+    def turns(self) -> str:
+        """Return a name of the groups of cyclic batches; empty for others."""
+        return "" if self._groups is None else self._groups.name
+
+    @property
     def part(self) -> tuple[int, int]:
         """Return which share of the indices is sampled from, and of how many shares."""
         return self._share.start % self._share.step, self._share.step

@@ -27,6 +27,11 @@ class Resumable(Sampler[T]):
         """Return the number of batches in one iteration, the same on every rank."""
         return self._steps
 
+    @property
+    def turns(self) -> str:
+        """Return a name of which sample has its turn when; empty if samples take no turns."""
+        return ""
+
     def _to_come(self) -> range:
         """Return the numbers of the batches of an iteration that begins now."""
         first = self._done if self._resume else 0

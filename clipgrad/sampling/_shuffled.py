@@ -9,6 +9,7 @@ import torch
 
 from clipgrad.accounting import FixedSize
 from clipgrad.sampling import _arguments as arguments
+from clipgrad.sampling._groups import named
 from clipgrad.sampling._resumable import Resumable
 
 
@@ -83,6 +84,11 @@ class ShuffledSampler(Resumable[list[int]]):
                 order = torch.randperm(self._num_samples, generator=self._generator).tolist()
             self._done = step + 1
             yield order[at * self._batch_size : (at + 1) * self._batch_size]
+
+    @property
+    def turns(self) -> str:
+        """Return a name of a fixed order; empty without one."""
+        return "" if self._order is None else named(self._order.numpy())
 
     def state_dict(self) -> dict[str, Any]:
         """Return the number of batches of the iteration so far, and a fixed order."""
