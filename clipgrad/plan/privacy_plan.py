@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from clipgrad import _validate, accounting
 from clipgrad.accounting import (
-    CyclicPoisson,
     FixedSize,
     FullBatch,
     Ledger,
@@ -30,6 +28,7 @@ from clipgrad.plan.correlated import (
 )
 from clipgrad.plan.receipts import Receipts
 from clipgrad.plan.run import Run
+from clipgrad.plan.sentence import describe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -363,56 +362,4 @@ class PrivacyPlan:
         return error_of(self.strategy, noise) / self.expected_batch_size
 
     def __str__(self) -> str:
-        kind = "Gaussian" if self.grid is None else "discrete Gaussian"
-        noise = (
-            f"scheduled {kind} noise"
-            if callable(self.noise_multiplier)
-            else f"{kind} noise of {self.noise_multiplier:.2f} sensitivities"
-        )
-        if self.mechanism is not None:
-            bands = getattr(self.mechanism, "bands", "all")
-            noise += f", correlated over {bands} steps"
-        text = (
-            f"(epsilon = {_round_up(self.epsilon())}, delta = {self.delta:g})-differentially private towards "
-            f"{_RELATIONS[self.relation].format(unit=self.unit)}: {self.steps} steps on {self._describe_batches()}, "
-            f"{noise}, clipping norm {self.max_grad_norm}, accountant {self.accountant}."
-        )
-        if self.mechanism is not None:
-            text += (
-                " Epsilon holds for the run as a whole: one sequence of noise, which a restart must continue from a "
-                "checkpoint that is kept secret."
-            )
-        if self.declared_sampling is None:
-            return text
-        return f"{text} Declared, not checked: {self.declared_sampling.strip()}."
-
-    def _describe_batches(self) -> str:
-        size, units = f"{self.expected_batch_size:g}", f"{self.num_samples} {self.unit}s"
-        if self.shuffled:
-            once = "" if self.mechanism is None else ", in one order for all passes"
-            return f"shuffled batches of {size} of {units}{once}"
-        if isinstance(self.sampling, FullBatch):
-            return f"batches of all {units}"
-        if isinstance(self.sampling, CyclicPoisson):
-            return (
-                f"cyclic Poisson batches of {size} of {units} (each in every {self.sampling.bands}th step with "
-                f"q = {self.sampling.sample_rate:g})"
-            )
-        most = "" if self.max_batch_size is None else f", at most {self.max_batch_size},"
-        return f"Poisson batches of {size}{most} of {units} (q = {self.sample_rate:g})"
-
-
-_RELATIONS: Mapping[Relation, str] = {
-    Relation.ADD_OR_REMOVE_ONE: "adding or removing one {unit}",
-    Relation.REPLACE_ONE: "replacing one {unit} by any other",
-    Relation.REPLACE_SPECIAL: "replacing one {unit} by a null {unit}",
-}
-
-
-def _round_up(epsilon: float) -> str:
-    """Return epsilon with three digits, rounded up."""
-    if epsilon == 0 or math.isinf(epsilon):
-        return f"{epsilon:g}"
-    unit = 10.0 ** (math.floor(math.log10(epsilon)) - 2)
-    digits = max(0, 2 - math.floor(math.log10(epsilon)))
-    return f"{math.ceil(epsilon / unit * (1 - 1e-12)) * unit:.{digits}f}"
+        return describe(self)
