@@ -43,7 +43,11 @@ def of_entry(entry: Any) -> Defaults | None:
 
 
 CASES = [
-    (f"{getattr(entry, 'name', 'correction')}-{operation}", operation, entry)
+    (
+        f"{getattr(entry, 'name', 'correction')}-{getattr(operation, '__name__', operation)}",
+        operation,
+        entry,
+    )
     for table in (rules(), CORRECTIONS)
     for operation, entry in table.items()
     if of_entry(entry) and (of_python(operation) or of_schema(operation))
