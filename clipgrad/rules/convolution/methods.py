@@ -51,7 +51,7 @@ def by_patches(gradient: Tensor, input: Tensor, shape: torch.Size, geometry: Geo
     )
     if input.device.type == "cpu":
         return _multiply_into_result(outers, samples)
-    return torch.cat([outer.per_sample(convolution_product) for outer in outers])
+    return _concatenate_products(outers)
 
 
 def _multiply_into_result(outers: Iterable[Outer], samples: int) -> Tensor:
@@ -65,6 +65,10 @@ def _multiply_into_result(outers: Iterable[Outer], samples: int) -> Tensor:
         place = found[start:stop].view(outer.left.shape[0], -1, outer.right.shape[2])
         torch.bmm(outer.left.transpose(1, 2), outer.right, out=place)
     return found
+
+
+def _concatenate_products(outers: Iterable[Outer]) -> Tensor:
+    return torch.cat([outer.per_sample(convolution_product) for outer in outers])
 
 
 def _product_in_parts(outer: Outer, parts: int) -> Tensor:
