@@ -37,13 +37,13 @@ def nobody_asks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
 def eager_runs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Rows of each microbatch that ran eagerly."""
     runs: list[int] = []
-    eagerly = MicrobatchRunner._eagerly
+    eagerly = MicrobatchRunner._of_python
 
     def counted(self, batch, mask):  # type: ignore[no-untyped-def]
         runs.append(len(batch[0]))
         return eagerly(self, batch, mask)
 
-    monkeypatch.setattr(MicrobatchRunner, "_eagerly", counted)
+    monkeypatch.setattr(MicrobatchRunner, "_of_python", counted)
     # Of the comparisons only the first.
     monkeypatch.setattr(CompiledStep, "is_trusted", lambda self, flat, shapes: self.runs > 0)
     return runs
