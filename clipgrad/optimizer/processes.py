@@ -46,6 +46,6 @@ def refuse_correlated(ranks: Ranks, accounting: str) -> None:
     """
     if ranks.size > 1 and accounting != "independent":
         raise ValueError(
-            f"{accounting} noise remembers the noise of earlier steps, which is not supported for {ranks.size} processes "
-            "that each add noise to a part. Use independent noise, or train in one process."
+            f"{accounting} noise remembers the noise of earlier steps, which is not supported for {ranks.size} "
+            "processes that each add noise to a part. Use independent noise, or train in one process."
         )
