@@ -32,7 +32,6 @@ from clipgrad.engine.expressions import (
 from clipgrad.engine.fallback import CORRECTIONS
 from clipgrad.engine.foreign_code import PLAIN, dispatch_modes, refuse_dispatch_modes, refuse_kind
 from clipgrad.engine.one_by_one import retry_one_by_one
-from clipgrad.engine.recompute import checkpointed
 from clipgrad.engine.tape import Tape, Tracked
 from clipgrad.errors import EscapedParameterError, NotPerSampleError
 from clipgrad.kernels.region import run_region
@@ -70,11 +69,19 @@ class Capture(TorchFunctionMode):
         wrappers: The tensor that the loss holds for each parameter, in the tape's order.
         originals: The parameter tensors that the caller passed; if the loss computes with one, its gradient would
             escape clipping.
+        run_checkpointed: What runs a checkpointed region: it receives this capture and the region's arguments.
     """
 
-    def __init__(self, tape: Tape, wrappers: Sequence[Tensor], originals: Sequence[Tensor]) -> None:
+    def __init__(
+        self,
+        tape: Tape,
+        wrappers: Sequence[Tensor],
+        originals: Sequence[Tensor],
+        run_checkpointed: Callable[..., Any],
+    ) -> None:
         super().__init__()
         self.tape = tape
+        self._run_checkpointed = run_checkpointed
         self.level = current_level()
         self.randomness = current_randomness()
         self.modes = dispatch_modes()
@@ -107,7 +114,7 @@ class Capture(TorchFunctionMode):
         if func == _REQUIRES_GRAD:
             return self._requires_grad(args[0])
         if func is run_region:
-            return checkpointed(self, *args)
+            return self._run_checkpointed(self, *args)
         if types or dispatch_modes() != self.modes:
             refuse_dispatch_modes()
             for kind in types:

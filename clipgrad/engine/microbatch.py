@@ -25,6 +25,7 @@ from clipgrad.engine.escapes import refuse_escapes
 from clipgrad.engine.gradients import Gradients
 from clipgrad.engine.inputs import Loss
 from clipgrad.engine.norm_method import Choice, choose
+from clipgrad.engine.recompute import checkpointed
 from clipgrad.engine.tape import Tape
 from clipgrad.errors import NotPerSampleError
 
@@ -54,7 +55,7 @@ def forward(
             rows = [
                 hide_batch_axis(leaf, level) if isinstance(leaf, Tensor) else leaf for leaf in batch
             ]
-            capture = Capture(tape, leaves, params)
+            capture = Capture(tape, leaves, params, checkpointed)
             made = capture.made
             value, aux, structure = _one_sample(loss, capture, leaves, rows, settings)
             values = expose_or_broadcast(value, level, size)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,13 +19,11 @@ from clipgrad._functorch import (
     hide_batch_axis,
     vmap_level,
 )
+from clipgrad.engine.capture import Capture
 from clipgrad.engine.escapes import refuse_escapes
 from clipgrad.engine.rng_state import SavedRngState
 from clipgrad.engine.tape import Tracked
 from clipgrad.errors import NotPerSampleError
-
-if TYPE_CHECKING:
-    from clipgrad.engine.capture import Capture
 
 _CHANGED = (
     "a checkpointed region (torch.utils.checkpoint) changes in place a value that it was given, so running it again in "

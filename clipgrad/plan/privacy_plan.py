@@ -28,7 +28,7 @@ from clipgrad.plan.correlated import (
 )
 from clipgrad.plan.receipts import Receipts
 from clipgrad.plan.run import Run
-from clipgrad.plan.sentence import describe
+from clipgrad.plan.sentence import RELATIONS, describe_batches, describe_noise, round_up
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -362,4 +362,28 @@ class PrivacyPlan:
         return error_of(self.strategy, noise) / self.expected_batch_size
 
     def __str__(self) -> str:
-        return describe(self)
+        noise = describe_noise(
+            self.noise_multiplier, discrete=self.grid is not None, mechanism=self.mechanism
+        )
+        batches = describe_batches(
+            self.sampling,
+            size=self.expected_batch_size,
+            units=f"{self.num_samples} {self.unit}s",
+            sample_rate=self.sample_rate,
+            most=self.max_batch_size,
+            shuffled=self.shuffled,
+            in_one_order=self.mechanism is not None,
+        )
+        text = (
+            f"(epsilon = {round_up(self.epsilon())}, delta = {self.delta:g})-differentially private towards "
+            f"{RELATIONS[self.relation].format(unit=self.unit)}: {self.steps} steps on {batches}, {noise}, clipping "
+            f"norm {self.max_grad_norm}, accountant {self.accountant}."
+        )
+        if self.mechanism is not None:
+            text += (
+                " Epsilon holds for the run as a whole: one sequence of noise, which a restart must continue from a "
+                "checkpoint that is kept secret."
+            )
+        if self.declared_sampling is None:
+            return text
+        return f"{text} Declared, not checked: {self.declared_sampling.strip()}."
