@@ -97,7 +97,7 @@ lock: ## resolve constraints.txt anew
 	$(call say,resolving all extras in $(VENV)-lock)
 	@$(PYTHON) -m venv --clear $(VENV)-lock
 	@$(VENV)-lock/bin/pip install $(PIPFLAGS) "$$(grep '^torch==' constraints.txt)" hatchling
-	@$(VENV)-lock/bin/pip install $(PIPFLAGS) --no-build-isolation -e '.[accounting,bench,demo,dev,docs,test]'
+	@$(VENV)-lock/bin/pip install $(PIPFLAGS) --no-build-isolation -e '.[accounting,bench,demo,dev,docs,huggingface,lightning,test]'
 	@$(VENV)-lock/bin/pip install $(PIPFLAGS) --no-deps backpack-for-pytorch
 	@sed -n '/^#/p' constraints.txt > $(VENV)-lock/constraints.txt
 	@$(VENV)-lock/bin/pip freeze --all --exclude pip --exclude clipgrad | sed 's/+[a-z0-9.]*$$//' >> $(VENV)-lock/constraints.txt

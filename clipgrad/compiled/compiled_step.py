@@ -44,7 +44,7 @@ class CompiledStep:
         record: Makes a recording of the compiled step; None where it cannot be recorded.
         replays: The recordings; a CUDA graph has fixed sizes, so each length has its own.
         runs: How many microbatches have run on it.
-        tensors: What the loss read besides its arguments when it ran last.
+        tensors: What the loss read besides its arguments when it ran last; None if the next call reads other tensors.
     """
 
     signature: tuple[Any, ...]
@@ -54,7 +54,7 @@ class CompiledStep:
     record: Callable[[], Replay] | None = None
     replays: dict[Shapes, Replay] = field(default_factory=dict)
     runs: int = 0
-    tensors: Sequence[Tensor] = ()
+    tensors: Sequence[Tensor] | None = ()
 
     def replay(self, shapes: Shapes) -> Replay | None:
         """The recording for batches of these sizes; None if there is none and none may be made."""

@@ -196,12 +196,11 @@ class Compiler:
 
 
 def _recording(entry: CompiledStep, request: Request, device: torch.device) -> Callable[[], Replay]:
-    """Parameters, and what the loss reads besides its batch, stay where they are; the rest does not."""
+    """Parameters, and tensors that the loss reads besides its batch, stay where they are; the rest does not."""
     params = len(request.inputs.params)
     samples = sum(isinstance(leaf, Tensor) for leaf in request.batch)
-    read = len(request.given) - params - samples - 2
     constants = len(entry.graph.constants)
-    resident = [True] * params + [False] * samples + [True] * read + [False] * 2
+    resident = [True] * params + [False] * samples + request.loss.are_resident + [False] * 2
     resident += [True] * constants
     pool = Pool()  # recordings of one graph never run at the same time, so they share memory
     return lambda: Replay(entry.run, resident, lambda: CudaRecorder(device, pool))

@@ -110,7 +110,7 @@ class MicrobatchRunner:
                     "compiled anew."
                 ) from None
         entry.runs += 1
-        entry.tensors = loss.tensors
+        entry.tensors = loss.tensors if all(loss.are_resident) else None
         return _without_added_rows(result, count)
 
     def _capture_loss(self, batch: Sequence[Any], mask: Tensor | None) -> GraphOfLoss:
@@ -133,11 +133,10 @@ class MicrobatchRunner:
     ) -> tuple[CompiledStep, Sequence[Tensor]] | None:
         """Start the graph that served last; on a GPU it runs while the guards are evaluated."""
         last = self._compiler.last
-        if last is None or not last.start(
-            self._graph_inputs(batch, last.tensors, padding), shapes_of(batch)
-        ):
+        if last is None or last.tensors is None:
             return None
-        return last, last.tensors
+        given = self._graph_inputs(batch, last.tensors, padding)
+        return (last, last.tensors) if last.start(given, shapes_of(batch)) else None
 
     def _find_or_compile(
         self, batch: Sequence[Any], given: Sequence[Tensor], shapes: Shapes

@@ -83,6 +83,12 @@ class GraphOfLoss:
         ]
 
     @property
+    def are_resident(self) -> list[bool]:
+        """Return for each of ``tensors`` whether it is the same object at each call, which a number's tensor is not."""
+        constants = enumerate(self.captured.constants)
+        return [isinstance(value, Tensor) for index, value in constants if self._is_tensor(index)]
+
+    @property
     def key(self) -> tuple[Any, ...]:
         """Return a key that two calls share exactly if they use the same graph and the same Python numbers."""
         constants = self.captured.constants

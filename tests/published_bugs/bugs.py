@@ -104,14 +104,13 @@ def _(patch: pytest.MonkeyPatch) -> None:
     right = Tracked.squared_norms
 
     def wrong(self: Tracked) -> Tensor:
-        uses, total = list(self.uses), None
-        for use in uses:
-            self.uses[:] = [use]
-            norms = right(self)
-            total = norms if total is None else total + norms
-        self.uses[:] = uses
-        assert total is not None
-        return total
+        uses, kept = list(self.uses), self.kept
+        apart = [(None, [use]) for use in uses] + ([] if kept is None else [(kept, [])])
+        norms = []
+        for self.kept, self.uses[:] in apart:
+            norms.append(right(self))
+        self.kept, self.uses[:] = kept, uses
+        return torch.stack(norms).sum(0)
 
     patch.setattr(Tracked, "squared_norms", wrong)
 
