@@ -130,7 +130,10 @@ def test_expected_error_is_that_of_dense_matrices() -> None:
     assert scheduled.expected_error() == pytest.approx(np.sqrt(variances.mean()) / 6, rel=1e-12)
 
 
-@pytest.mark.parametrize(("epsilon", "kind"), [(0.3, "square_root"), (8.0, "optimised")])
+@pytest.mark.parametrize(
+    ("epsilon", "kind"),
+    [(0.3, "square_root"), pytest.param(8.0, "optimised", marks=pytest.mark.nightly)],
+)
 def test_auto_has_the_least_error(epsilon: float, kind: str) -> None:
     run: dict[str, Any] = {"num_samples": 1000, "expected_batch_size": 20, "steps": 100}
     run |= {"delta": 1e-5, "accountant": "rdp"}

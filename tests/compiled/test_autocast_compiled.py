@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tests.compiled.conftest import Graphs
+from tests.nightly import some
 from tests.test_autocast import HALVES, Trial
 
 KINDS = (
@@ -21,9 +22,7 @@ KINDS = (
 )
 
 
-@pytest.mark.parametrize("inside", [False, True], ids=["around", "inside"])
-@pytest.mark.parametrize("dtype", HALVES)
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize(("name", "dtype", "inside"), some(4, KINDS, HALVES, [False, True]))
 def test_a_compiled_step_records_what_was_multiplied(
     name: str, dtype: torch.dtype, inside: bool, graphs: Graphs
 ) -> None:

@@ -59,8 +59,11 @@ def optimizer_of(model: nn.Module, loss: Any, bound: float) -> DPOptimizer:
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
     ("make", "dtype", "tolerance"),
-    [(gpt2, torch.float32, 1e-5), (gpt2, torch.float64, 1e-9), (gptj, torch.float32, 1e-5)],
-    ids=["gpt2", "gpt2-float64", "gptj"],
+    [
+        pytest.param(gpt2, torch.float32, 1e-5, id="gpt2"),
+        pytest.param(gpt2, torch.float64, 1e-9, id="gpt2-float64", marks=pytest.mark.nightly),
+        pytest.param(gptj, torch.float32, 1e-5, id="gptj", marks=pytest.mark.nightly),
+    ],
 )
 def test_language_models(make: Any, dtype: torch.dtype, tolerance: float) -> None:
     """Of two heads and 24 samples, PyTorch could not view [24, 2, 16, 16] with strides (512, 16, 1, 32)."""
@@ -85,6 +88,7 @@ def test_under_a_profiler() -> None:
     assert set(optimizer.clipped_sums) == {"weight", "bias"}
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_graphs_come_from_pytorchs_cache_also_for_other_lengths() -> None:

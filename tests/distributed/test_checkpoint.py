@@ -23,7 +23,13 @@ from tests.distributed.test_replicated import largest_difference
 Shard = Callable[[nn.Module], None] | None
 
 
-@pytest.mark.parametrize("shard", [None, cases.shard_root], ids=["replicated", "fsdp2"])
+@pytest.mark.parametrize(
+    "shard",
+    [
+        pytest.param(None, id="replicated", marks=pytest.mark.nightly),
+        pytest.param(cases.shard_root, id="fsdp2"),
+    ],
+)
 def test_one_and_two_ranks_go_on_from_each_other(pool: Pool, tmp_path: Path, shard: Shard) -> None:
     """Parameters, moments, position and budget: as if nothing had stopped."""
     whole = checkpoints.run(0, 1, str(tmp_path / "whole"), checkpoints.STEPS)
@@ -103,8 +109,8 @@ def test_generators_are_not_saved() -> None:
     ("fault", "shard", "call"),
     [
         ("dies", None, "step 2"),
-        ("dies within", None, "step 2"),
-        ("stalls", None, "step 2"),
+        pytest.param("dies within", None, "step 2", marks=pytest.mark.nightly),
+        pytest.param("stalls", None, "step 2", marks=pytest.mark.nightly),
         ("dies", cases.shard_root, "backward 2"),
     ],
 )

@@ -14,6 +14,7 @@ from clipgrad.optimizer.processes import refuse_correlated
 from clipgrad.ranks import OneProcess
 from tests.distributed import cases
 from tests.distributed.conftest import Pool
+from tests.nightly import rows
 
 
 def largest_difference(found: dict[str, Any], expected: dict[str, Any]) -> float:
@@ -29,7 +30,7 @@ RUNS = [
 ]
 
 
-@pytest.mark.parametrize(("name", "inner"), RUNS)
+@pytest.mark.parametrize(("name", "inner"), rows(2, RUNS))
 def test_two_ranks_train_as_one_process(
     pool: Pool, name: str, inner: Callable[..., torch.optim.Optimizer]
 ) -> None:

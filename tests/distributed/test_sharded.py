@@ -12,6 +12,7 @@ from tests.distributed import cases, noise_cases, refusal_cases
 from tests.distributed.conftest import Pool
 from tests.distributed.test_noise import judged
 from tests.distributed.test_replicated import largest_difference
+from tests.nightly import rows
 
 RUNS = [
     *((name, cases.shard_layers, cases.sgd) for name in cases.CASES),
@@ -20,7 +21,7 @@ RUNS = [
 ]
 
 
-@pytest.mark.parametrize(("name", "shard", "inner"), RUNS)
+@pytest.mark.parametrize(("name", "shard", "inner"), rows(2, RUNS))
 def test_two_ranks_train_as_one_process(
     pool: Pool,
     name: str,

@@ -20,6 +20,7 @@ from clipgrad.errors import NotPerSampleError
 from tests.compiled.conftest import Graphs, graphs  # noqa: F401
 from tests.dp_tools import clipped, private, trained
 from tests.loss_graph.test_lifted import OldStyle
+from tests.nightly import chosen, rows
 
 pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop")
 
@@ -169,7 +170,7 @@ CASES += [
 ]
 
 
-@pytest.mark.parametrize(("name", "options"), CASES)
+@pytest.mark.parametrize(("name", "options"), rows(2, CASES))
 def test_equals_the_loop(name: str, options: dict[str, Any], runs: list[str]) -> None:
     model = MODELS[name]()
     optimizer = private(model, loss, max_grad_norm=0.5, **options)
@@ -197,7 +198,10 @@ def test_inside_of_a_transform_it_runs_once(runs: list[str]) -> None:
     assert not runs
 
 
-@pytest.mark.parametrize("name", ["tied", "frozen base", "nested", "several outputs", "fallback"])
+@pytest.mark.parametrize(
+    "name",
+    chosen(["tied", "frozen base", "nested", "several outputs", "fallback"], {"tied", "nested"}),
+)
 def test_compiled(name: str, graphs: Graphs, runs: list[str]) -> None:  # noqa: F811
     model = MODELS[name]()
     optimizer = private(model, loss, max_grad_norm=0.5, compile=True)

@@ -18,6 +18,7 @@ from tests.dp_tools import clipped, data, mlp, private, squared
 from tests.loss_graph.conftest import Small, assert_exact, one_sample, small_loss
 from tests.loss_graph.test_capture import batch
 from tests.loss_graph.test_lifted import OldStyle
+from tests.nightly import some
 
 
 class Annealed:
@@ -43,8 +44,7 @@ USES: dict[str, Callable[[Any, Tensor], Tensor]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("compile", [False, True])
-@pytest.mark.parametrize("use", USES)
+@pytest.mark.parametrize(("use", "compile"), some(3, list(USES), [False, True]))
 def test_one_graph_serves_all_values(use: str, compile: bool, graphs: Graphs) -> None:  # noqa: F811
     def loss(m: nn.Module, x: Tensor) -> Tensor:
         return USES[use](m, OldStyle.apply(x) if not compile else x)  # type: ignore[no-untyped-call]
