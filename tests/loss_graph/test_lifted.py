@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -40,8 +39,6 @@ class OldStyle(torch.autograd.Function):
         return 3 * grad / grad.norm() + x
 
 
-torch_compile = inspect.unwrap(torch.compile)  # Lightning puts a function of its own in its place
-
 LOSSES: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "an old autograd.Function": lambda m, x: squared(m[2], OldStyle.apply(m[:2](x))),
     "a function with a rule of its own": lambda m, x: squared(m[2], _OwnRule.apply(m[:2](x))),
@@ -50,7 +47,7 @@ LOSSES: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "a reentrant checkpoint": lambda m, x: squared(m[2], checkpoint(m[1], m[0](x), use_reentrant=True)),
     "NumPy": lambda m, x: squared(m, torch.from_numpy(x.numpy() * 2)),
     "the values of a hidden layer": lambda m, x: squared(m, x * torch.from_numpy(m(x).detach().numpy()).sum()),
-    "a layer that is compiled": lambda m, x: squared(torch_compile(m, backend="aot_eager"), x),
+    "a layer that is compiled": lambda m, x: squared(torch.compile(m, backend="aot_eager"), x),
 }  # fmt: skip
 
 
