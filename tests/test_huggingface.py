@@ -15,6 +15,7 @@ import clipgrad
 from tests import oracle
 from tests.architectures import Architecture
 from tests.hf_models import HF_MODELS
+from tests.nightly import some
 
 pytest.importorskip("transformers")
 
@@ -42,8 +43,7 @@ def functional(
     return loss, {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
-@pytest.mark.parametrize("microbatch_size", [None, 3])
-@pytest.mark.parametrize("name", HF_MODELS)
+@pytest.mark.parametrize(("name", "microbatch_size"), some(2, list(HF_MODELS), [None, 3]))
 def test_equals_a_loop_over_samples(name: str, microbatch_size: int | None) -> None:
     architecture = HF_MODELS[name]
     model, batch = architecture.build(4)

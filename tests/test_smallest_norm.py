@@ -15,6 +15,7 @@ from torch import Tensor
 from clipgrad import AdaptiveQuantile, Automatic, Performance, PerLayer, clipped_grad
 from clipgrad.clipping._underflow import smallest_norm
 from tests.dp_tools import data, mlp, private
+from tests.nightly import some
 
 Params = dict[str, Tensor]
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -88,10 +89,10 @@ def contributions(gradient: Any, params: Params, *rows: Tensor) -> Tensor:
     return torch.stack(alone)
 
 
-@pytest.mark.parametrize("flush", [False, True])
-@pytest.mark.parametrize("strategy", ["kept", "ghost"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", list(LOSSES))
+@pytest.mark.parametrize(
+    ("name", "dtype", "strategy", "flush"),
+    some(2, list(LOSSES), list(DTYPES), ["kept", "ghost"], [False, True]),
+)
 def test_no_sample_exceeds_the_norm(
     name: str, dtype: torch.dtype, strategy: str, flush: bool
 ) -> None:
