@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 from clipgrad import _validate
 from clipgrad.arithmetic import Arithmetic, FloatingPoint
 from clipgrad.clipping import ClippingStrategy, Relation, copy_strategy, is_grouped
-from clipgrad.engine.batch_loss import LossRoads
+from clipgrad.engine.batch_loss import LossHistory
 from clipgrad.engine.clip_and_sum import MicrobatchResult, PreClipping, Settings, accumulate
 from clipgrad.engine.inputs import Inputs, Loss, Restore, copy_samples
 from clipgrad.engine.microbatch import choose_strategies, forward, run
@@ -71,7 +71,9 @@ class BatchClipper:
             else GridArithmetic(options.grid, options)
         )
         self._compiler: Compiler | None = None
-        self._roads = LossRoads(keep_batch_dim=options.keep_batch_dim, has_aux=options.has_aux)
+        self._loss_history = LossHistory(
+            keep_batch_dim=options.keep_batch_dim, has_aux=options.has_aux
+        )
         # Settings of the last call, because parameters and norm rarely change between calls.
         self._resolved: tuple[Any, Settings] | None = None
         self._sensitivity: tuple[Any, float] | None = None
@@ -129,7 +131,7 @@ class BatchClipper:
             # Without this, the sums of all microbatches would stay in memory.
             results.append(replace(result, sums=[]))
             del result
-        sizes.tell()
+        sizes.report()
         sums, _ = self._idle(idle, inputs, settings, total)
         if self.options.normalize_by != 1.0:
             sums, aliases = [s.div_(self.options.normalize_by) for s in sums], False
@@ -137,7 +139,7 @@ class BatchClipper:
         if self.options.has_aux is not False:
             aux = tree_map(lambda *leaves: torch.cat(leaves), *(result.aux for result in results))
             if self._aux_of_none is None:
-                self._aux_of_none = tree_map(lambda leaf: leaf[:0].clone(), aux)
+                self._aux_of_none = _without_samples(aux)
         return ClippedBatch(sums, aux, _outcome(results, settings, groups, mask, size), aliases)
 
     def _clip_nothing(
@@ -163,16 +165,13 @@ class BatchClipper:
         """
         aux: Any = ()
         if passes:
-            rows = [
-                leaf.new_zeros((1, *leaf.shape[1:])) if isinstance(leaf, Tensor) else leaf
-                for leaf in inputs.batch
-            ]
-            run_rows = self._eagerly(replace(inputs, batch=rows, batch_size=1), settings)
+            zeros = replace(inputs, batch=_row_of_zeros(inputs), batch_size=1)
+            run_rows = self._eagerly(zeros, settings)
             is_padding = torch.ones(1, dtype=torch.bool, device=inputs.params[0].device)
             for _ in range(passes):
                 result = run_rows(slice(0, 1), is_padding)
                 sums = accumulate(sums, result)
-                aux = tree_map(lambda leaf: leaf[:0].clone(), result.aux)
+                aux = _without_samples(result.aux)
         assert sums is not None
         return sums, aux
 
@@ -195,7 +194,7 @@ class BatchClipper:
         rows = slice(0, min(self.arithmetic.rows_at_once(size), size))
         samples = copy_samples(inputs.rows(rows))
         with torch.enable_grad(), SavedRngState(inputs.params[0].device).restored_on_exit():
-            tape, _, _ = self._roads.of(inputs).run(
+            tape, _, _ = self._loss_history.of(inputs).run(
                 lambda loss: forward(loss, inputs.names, inputs.params, samples, settings)
             )
         try:
@@ -210,10 +209,7 @@ class BatchClipper:
         if self.options.has_aux is False:
             return None
         if self._aux_of_none is None:
-            row = [
-                leaf.new_zeros((1, *leaf.shape[1:])) if isinstance(leaf, Tensor) else leaf
-                for leaf in inputs.batch
-            ]
+            row = _row_of_zeros(inputs)
 
             def aux_of_row(loss: Loss) -> Any:
                 tape, _, aux = forward(loss, inputs.names, inputs.params, row, settings)
@@ -222,11 +218,11 @@ class BatchClipper:
 
             try:
                 with torch.enable_grad(), SavedRngState(inputs.params[0].device).restored_on_exit():
-                    aux = self._roads.of(inputs).run(aux_of_row)
+                    aux = self._loss_history.of(inputs).run(aux_of_row)
             except Exception:
                 # A loss that takes no zeros: nothing is known of its metrics yet, and most losses have none.
                 return ()
-            self._aux_of_none = tree_map(lambda leaf: leaf[:0].clone(), aux)
+            self._aux_of_none = _without_samples(aux)
         return tree_map(torch.clone, self._aux_of_none)
 
     def sensitivity(self, max_grad_norm: ClippingStrategy, relation: Relation) -> float:
@@ -248,7 +244,7 @@ class BatchClipper:
         return FixedRows(rows), self._eagerly(inputs, settings)
 
     def _eagerly(self, inputs: Inputs, settings: Settings) -> RunRows:
-        batch_loss = self._roads.of(inputs)
+        batch_loss = self._loss_history.of(inputs)
 
         def run_rows(rows: slice, mask: Tensor | None) -> MicrobatchResult:
             samples = self.arithmetic.samples(inputs.rows(rows))
@@ -268,7 +264,7 @@ class BatchClipper:
         size = self.options.microbatch_size
         assert not isinstance(size, str)
         rows = compiler.rows(size, inputs.batch_size)
-        return rows, MicrobatchRunner(compiler, self._roads.graphs, inputs, settings, rows)
+        return rows, MicrobatchRunner(compiler, self._loss_history.graphs, inputs, settings, rows)
 
     def _settings(
         self, inputs: Inputs, max_grad_norm: ClippingStrategy, restore: Restore
@@ -311,6 +307,19 @@ def _on_leaves(transform: Callable[[Any], Any], restore: Restore) -> PreClipping
         return leaves
 
     return apply
+
+
+def _row_of_zeros(inputs: Inputs) -> list[Any]:
+    """Return leaves of a batch with one sample, whose tensors hold zeros."""
+    return [
+        leaf.new_zeros((1, *leaf.shape[1:])) if isinstance(leaf, Tensor) else leaf
+        for leaf in inputs.batch
+    ]
+
+
+def _without_samples(aux: Any) -> Any:
+    """Return auxiliary output of the same structure, for a batch without samples."""
+    return tree_map(lambda leaf: leaf[:0].clone(), aux)
 
 
 def _empty(

@@ -142,8 +142,13 @@ class Ranks(Protocol):
         """Squared norms ``[B]`` of whole gradients, from those of the parameters that this process holds."""
         ...
 
-    def share(self, sums: list[Tensor], parameters: Sequence[Tensor], *, is_lent: bool) -> Share:
-        """The totals over all processes; uses up ``sums``, which somebody else may hold if they are lent."""
+    def share(
+        self, sums: list[Tensor], parameters: Sequence[Tensor], *, aliases_graph: bool
+    ) -> Share:
+        """Return the totals over all processes; ``sums`` may be overwritten.
+
+        ``aliases_graph`` says whether they alias the memory of a CUDA graph.
+        """
         ...
 
     def one_draw(self, counts: list[Tensor], add_noise: Callable[[list[Tensor]], None]) -> None:
@@ -203,9 +208,11 @@ class OneProcess:
         """The norms as they are."""
         return own
 
-    def share(self, sums: list[Tensor], parameters: Sequence[Tensor], *, is_lent: bool) -> Share:
+    def share(
+        self, sums: list[Tensor], parameters: Sequence[Tensor], *, aliases_graph: bool
+    ) -> Share:
         """All sums."""
-        return Alone(sums, private=not is_lent)
+        return Alone(sums, private=not aliases_graph)
 
     def one_draw(self, counts: list[Tensor], add_noise: Callable[[list[Tensor]], None]) -> None:
         """Add the noise."""

@@ -21,7 +21,7 @@ from clipgrad import (
 )
 from clipgrad.errors import NotPerSampleError, UnaccountedBatchError, UnclippedGradientError
 from tests import oracle
-from tests.dp_tools import mlp, sgd, values
+from tests.dp_tools import mlp, plan_of, sgd, values
 
 NORM = 0.5
 LABELS = torch.arange(12) % 2
@@ -30,19 +30,6 @@ LABELS = torch.arange(12) % 2
 def data() -> TensorDataset:
     generator = torch.Generator().manual_seed(1)
     return TensorDataset(torch.randn(12, 4, generator=generator, dtype=torch.float64), LABELS)
-
-
-def plan_of(steps: int = 3, **options: Any) -> PrivacyPlan:
-    defaults = {
-        "num_samples": 12,
-        "expected_batch_size": 12,
-        "steps": steps,
-        "delta": 1e-3,
-        "noise_multiplier": 0.0,
-        "max_grad_norm": NORM,
-        "accountant": "rdp",
-    }
-    return PrivacyPlan(**{**defaults, **options})
 
 
 def loop(model: Any, optimizer: Any, criterion: Any, loader: Any) -> list[float]:
@@ -79,7 +66,7 @@ CRITERIA: dict[str, Callable[..., Tensor]] = {
 def test_the_unchanged_loop_takes_the_steps_of_a_slow_one(
     name: str, microbatch_size: int | None
 ) -> None:
-    criterion, model, plan = CRITERIA[name], mlp(), plan_of()
+    criterion, model, plan = CRITERIA[name], mlp(), plan_of(3)
     expected = copy.deepcopy(model)
     losses = []
     for _ in range(3):
@@ -152,7 +139,7 @@ def test_the_loop_resumes_with_its_ledger(tmp_path: Any) -> None:
 
 def test_evaluation_is_the_model_itself() -> None:
     model = mlp()
-    attached, _, criterion = attach(model, sgd(model), nn.CrossEntropyLoss(), plan=plan_of())
+    attached, _, criterion = attach(model, sgd(model), nn.CrossEntropyLoss(), plan=plan_of(3))
     x, y = data().tensors
     with torch.no_grad():
         assert torch.equal(attached(x), model(x))
@@ -174,7 +161,7 @@ def test_autocast_of_the_loop_holds_in_backward() -> None:
         return nn.functional.cross_entropy(output.float(), y)
 
     model = mlp(dtype=torch.float32)
-    attached, optimizer, criterion_ = attach(model, sgd(model), criterion, plan=plan_of())
+    attached, optimizer, criterion_ = attach(model, sgd(model), criterion, plan=plan_of(3))
     for x, y in poisson_loader(data(), plan=optimizer._account.plan):  # type: ignore[union-attr]
         with torch.autocast("cpu", dtype=torch.bfloat16):
             loss = criterion_(attached(x.float()), y)
@@ -245,7 +232,7 @@ REFUSED: dict[str, tuple[Loop, str]] = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_the_loop_does_besides_is_refused(name: str) -> None:
     act, message = REFUSED[name]
-    model, plan = mlp(), plan_of()
+    model, plan = mlp(), plan_of(3)
     before = values(model)
     attached, optimizer, criterion = attach(model, sgd(model), nn.CrossEntropyLoss(), plan=plan)
     (x, y) = next(iter(poisson_loader(data(), plan=plan)))
@@ -258,7 +245,7 @@ def test_what_the_loop_does_besides_is_refused(name: str) -> None:
 def test_the_optimizer_and_the_loader_of_before_are_refused() -> None:
     model = mlp()
     old = sgd(model)
-    attached, optimizer, criterion = attach(model, old, nn.CrossEntropyLoss(), plan=plan_of())
+    attached, optimizer, criterion = attach(model, old, nn.CrossEntropyLoss(), plan=plan_of(3))
     with pytest.raises(UnaccountedBatchError):
         loop(attached, optimizer, criterion, DataLoader(data(), batch_size=4))
     for x, y in poisson_loader(data(), plan=optimizer._account.plan):  # type: ignore[union-attr]
@@ -267,7 +254,7 @@ def test_the_optimizer_and_the_loader_of_before_are_refused() -> None:
             old.step()
         break
     model_itself = mlp()
-    private = attach(model_itself, sgd(model_itself), nn.CrossEntropyLoss(), plan=plan_of())
+    private = attach(model_itself, sgd(model_itself), nn.CrossEntropyLoss(), plan=plan_of(3))
     x, y = data().tensors
     nn.CrossEntropyLoss()(model_itself(x), y).backward()  # past attach
     with pytest.raises(UnclippedGradientError):
@@ -277,7 +264,7 @@ def test_the_optimizer_and_the_loader_of_before_are_refused() -> None:
 def test_arguments() -> None:
     model = mlp()
     with pytest.raises(ValueError, match=r"criterion must be a function.*got str"):
-        attach(model, sgd(model), "mse", plan=plan_of())  # type: ignore[arg-type]
+        attach(model, sgd(model), "mse", plan=plan_of(3))  # type: ignore[arg-type]
     assert isinstance(
-        attach(model, sgd(model), nn.MSELoss(), plan=plan_of()).optimizer, DPOptimizer
+        attach(model, sgd(model), nn.MSELoss(), plan=plan_of(3)).optimizer, DPOptimizer
     )

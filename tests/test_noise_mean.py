@@ -116,13 +116,13 @@ class FewBlocks:
 @pytest.fixture
 def few_blocks(monkeypatch: pytest.MonkeyPatch) -> FewBlocks:
     """What lies on the CPU is taken for an accelerator's."""
-    cipher, found = FewBlocks(), system._by_device_and_dtype
+    cipher, found = FewBlocks(), system.by_device_and_noise_dtype
     monkeypatch.setattr(accelerator, "verified_cipher", lambda device: cipher)
     elsewhere = torch.device("mps")
     monkeypatch.setattr(
         system,
-        "_by_device_and_dtype",
-        lambda tensors: [(elsewhere, at) for _, at in found(tensors)],
+        "by_device_and_noise_dtype",
+        lambda tensors: {(elsewhere, dtype): at for (_, dtype), at in found(tensors).items()},
     )
     return cipher
 

@@ -40,7 +40,7 @@ class Replicated(Group):
         return own
 
     def share(
-        self, sums: list[Tensor], parameters: Sequence[Tensor], *, is_lent: bool
+        self, sums: list[Tensor], parameters: Sequence[Tensor], *, aliases_graph: bool
     ) -> ScatteredSums:
         """This rank's part of the totals, one flat tensor for each bucket."""
         with nobody_lost(self._during, self._host):

@@ -91,7 +91,9 @@ class Sharded(Group):
         """The norms as they are: a rank holds whole gradients of its samples."""
         return own
 
-    def share(self, sums: list[Tensor], parameters: Sequence[Tensor], *, is_lent: bool) -> Share:
+    def share(
+        self, sums: list[Tensor], parameters: Sequence[Tensor], *, aliases_graph: bool
+    ) -> Share:
         """This rank's shard of each total; between replicas of a shard, its part of it."""
         local = [cast(DTensor, total).to_local() for total in sums]
         sums.clear()

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 _T = TypeVar("_T")
 
 
-class LossRoads:
+class LossHistory:
     """What is known of a loss from earlier batches: its graphs, and whether its Python was refused.
 
     Args:
@@ -48,12 +48,12 @@ class BatchLoss:
     """The loss of one batch, for all of its microbatches; PyTorch's guards are evaluated once.
 
     Args:
-        roads: Of the loss.
+        history: What earlier batches have shown about the loss.
         inputs: The batch.
     """
 
-    def __init__(self, roads: LossRoads, inputs: Inputs) -> None:
-        self._roads, self._inputs = roads, inputs
+    def __init__(self, history: LossHistory, inputs: Inputs) -> None:
+        self._loss_history, self._inputs = history, inputs
         self._graph: Loss | None = None
         self._asked = False
 
@@ -63,7 +63,7 @@ class BatchLoss:
         Raises:
             NotPerSampleError: If neither can be attributed to single samples.
         """
-        if self._roads.begins_with_graph and not self._asked:
+        if self._loss_history.begins_with_graph and not self._asked:
             self._graph, self._asked = self._graph_or_none(), True
         if self._graph is not None:
             return body(self._graph)
@@ -71,7 +71,7 @@ class BatchLoss:
             return body(self._inputs.loss)
         except NeedsGraphError as refusal:
             self._graph = self._graph_instead(refusal)
-            self._roads.begins_with_graph = True
+            self._loss_history.begins_with_graph = True
             return body(self._graph)
 
     def _graph_instead(self, refusal: NeedsGraphError) -> Loss:
@@ -79,7 +79,7 @@ class BatchLoss:
         from clipgrad.loss_graph import CannotCapture
 
         try:
-            return self._roads.graphs.graph_for(self._inputs).loss()
+            return self._loss_history.graphs.graph_for(self._inputs).loss()
         except CannotCapture as reason:
             does = "It does so" if isinstance(refusal, ValueReadError) else "PyTorch's capture ends"
             where = f" {does} at {reason.where}." if reason.where else ""
@@ -90,5 +90,5 @@ class BatchLoss:
         from clipgrad.loss_graph import CannotCapture
 
         with suppress(CannotCapture):
-            return self._roads.graphs.graph_for(self._inputs).loss()
+            return self._loss_history.graphs.graph_for(self._inputs).loss()
         return None

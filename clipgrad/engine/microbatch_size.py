@@ -28,7 +28,7 @@ class FixedRows:
         """Return whether to try again with fewer samples after memory ran out."""
         return False
 
-    def tell(self) -> None:
+    def report(self) -> None:
         """Log a number of samples that was chosen."""
 
 
@@ -47,7 +47,7 @@ class GrowingRows(FixedRows):
         super().__init__(1)
         self._budget, self._peak, self._before = budget, peak, peak()
         self._settled = False
-        self._told = 0
+        self._reported = 0
 
     def ran(self, rows: int) -> None:
         if self._settled or rows < self.rows:  # the last rows of a batch say nothing
@@ -62,9 +62,9 @@ class GrowingRows(FixedRows):
         self.rows = max(1, rows // 2)
         return rows > 1
 
-    def tell(self) -> None:
-        if self.rows != self._told:
-            self._told = self.rows
+    def report(self) -> None:
+        if self.rows != self._reported:
+            self._reported = self.rows
             limit = "" if self._settled else "up to "
             _log.info("microbatch_size='auto': %s%d samples at a time.", limit, self.rows)
 

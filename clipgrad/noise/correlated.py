@@ -15,7 +15,7 @@ from clipgrad.noise.buffers import Buffers
 from clipgrad.noise.keys import process
 from clipgrad.noise.rows import Rows, add_and_divide
 from clipgrad.noise.source import NoiseSource
-from clipgrad.noise.system import SystemNoise
+from clipgrad.noise.system import by_device_and_noise_dtype, is_plain_system_noise
 
 # On the CPU this many rows are made at once, and no more than there are past rows. Elsewhere and for other sources than
 # the default, one: such a source may be asked to repeat itself step by step.
@@ -62,7 +62,7 @@ class CorrelatedNoise:
         self._sigma = 0.0
         self._coordinates = _Coordinates((), ())
         self._rows: dict[tuple[torch.device, torch.dtype], Rows | Buffers] = {}
-        self._members: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+        self._members: dict[tuple[torch.device, torch.dtype], Sequence[int]] = {}
         self._kinds: list[tuple[torch.device, torch.dtype]] = []
         self._loaded: dict[str, Tensor] = {}
         self._process = process()
@@ -141,9 +141,7 @@ class CorrelatedNoise:
         if kinds == self._kinds:
             return
         self._kinds = kinds
-        members: dict[tuple[torch.device, torch.dtype], list[int]] = {}
-        for index, total in enumerate(sums):
-            members.setdefault((total.device, checks.NOISE_DTYPE[total.dtype]), []).append(index)
+        members = by_device_and_noise_dtype(sums)
         past = self._loaded or self._past()
         self._rows, self._members, self._loaded = {}, members, {}
         for (device, dtype), indices in members.items():
@@ -162,7 +160,7 @@ class CorrelatedNoise:
         if weights:
             return Buffers(weights, decays, past, shapes, like)
         tail = column[1:]
-        plain = _is_default(self.source) and like.device.type == "cpu"
+        plain = is_plain_system_noise(self.source) and like.device.type == "cpu"
         ahead = max(1, min(len(tail), _MOST_AHEAD)) if plain else 1
         return Rows(tail, past, shapes, like, ahead)
 
@@ -191,11 +189,8 @@ class CorrelatedNoise:
     def change_source(self, source: NoiseSource) -> None:
         """Take independent draws from another source, from the next step on."""
         self._loaded = self._loaded or self._past()
-        self._rows, self._members, self._kinds = (
-            {},
-            {},
-            [],
-        )  # without what the other source made ahead
+        # The next step arranges the rows anew, without those that the other source made ahead.
+        self._rows, self._members, self._kinds = {}, {}, []
         self.source = source
 
     def state_dict(self) -> dict[str, Any]:
@@ -276,12 +271,6 @@ def _strategy_from(state: Any, own: Strategy) -> Strategy | None:
     if [len(column), len(weights), len(decays)] != [bands, len(own.weights), len(own.decays)]:
         return None
     return Strategy(tuple(column or own.column), float(scale), tuple(weights), tuple(decays))
-
-
-def _is_default(source: NoiseSource) -> bool:
-    """Return whether noise may be made ahead: not if a subclass or a wrapper has a method of its own."""
-    asked = getattr(source.add_gaussian_, "__func__", None)
-    return isinstance(source, SystemNoise) and asked is SystemNoise.add_gaussian_
 
 
 def _listed(coordinates: _Coordinates) -> str:

@@ -10,9 +10,7 @@ from torch import Tensor
 
 from clipgrad.noise import checks
 from clipgrad.noise.source import NoiseSource
-from clipgrad.noise.system import SystemNoise
-
-_PLAIN = SystemNoise.add_gaussian_
+from clipgrad.noise.system import is_plain_system_noise
 
 
 class StepNoise(Protocol):
@@ -139,8 +137,7 @@ def noised_mean(
         TypeError: If a tensor is refused. No tensor is changed.
     """
     scale = checks.scale("sigma", sigma)
-    asked = getattr(source.add_gaussian_, "__func__", None)  # a subclass or wrapper has another one
-    if scale != 0.0 and isinstance(source, SystemNoise) and asked is _PLAIN:
+    if scale != 0.0 and is_plain_system_noise(source):
         return source._add(checks.targets(sums, scale), scale, divisor, out_of_place=out_of_place)
     source.add_gaussian_(sums, sigma)
     if out_of_place:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from clipgrad.noise.accelerator import AcceleratorNoise
 from clipgrad.noise.cpu import CpuNoise
 from clipgrad.noise.keys import KeyDeriver, process
 from clipgrad.noise.pieces import contiguous_targets, flat
+from clipgrad.noise.source import NoiseSource
 
 # A new tensor costs the host a microsecond, as long as a large GPU takes for one more pass over this many values.
 # Smaller results are allocated by the division, all at once.
@@ -129,7 +130,7 @@ class _ProcessNoise:
         """Return ``(tensors + N(0, sigma^2)) / divisor``, in place or in new tensors; ``tensors`` may change anyway."""
         with self._lock, torch.no_grad():
             results = list(tensors)
-            for device, indices in _by_device_and_dtype(tensors):
+            for (device, _), indices in by_device_and_noise_dtype(tensors).items():
                 members = [tensors[index] for index in indices]
                 found = self._add_to(device, members, sigma, divisor, out_of_place)
                 for index, result in zip(indices, found, strict=True):
@@ -193,12 +194,21 @@ def _out_of_place_pays(tensors: list[Tensor]) -> bool:
     return large and not any(map(Tensor.is_neg, tensors))
 
 
-def _by_device_and_dtype(tensors: list[Tensor]) -> list[tuple[torch.device, Sequence[int]]]:
-    """Group the tensors by device and by the dtype of their noise."""
+def by_device_and_noise_dtype(
+    tensors: Sequence[Tensor],
+) -> dict[tuple[torch.device, torch.dtype], Sequence[int]]:
+    """Return the positions of the tensors on each device whose noise has the same dtype."""
     kinds = {(tensor.device, tensor.dtype) for tensor in tensors}
     if len(kinds) == 1:
-        return [(tensors[0].device, range(len(tensors)))]
+        device, dtype = kinds.pop()
+        return {(device, checks.NOISE_DTYPE[dtype]): range(len(tensors))}
     groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
     for index, tensor in enumerate(tensors):
         groups.setdefault((tensor.device, checks.NOISE_DTYPE[tensor.dtype]), []).append(index)
-    return [(device, indices) for (device, _), indices in groups.items()]
+    return dict(groups)
+
+
+def is_plain_system_noise(source: NoiseSource) -> TypeGuard[SystemNoise]:
+    """Return whether the source is a ``SystemNoise`` whose ``add_gaussian_`` no subclass or wrapper replaces."""
+    method = getattr(source.add_gaussian_, "__func__", None)
+    return isinstance(source, SystemNoise) and method is SystemNoise.add_gaussian_

@@ -233,7 +233,7 @@ class DPOptimizer(PrivacyState, Generic[Returned]):
             account.record(claim, self.accounted_noise_multiplier)
         with torch.no_grad():
             with phase("noise"):
-                share = ranks.share(sums, parameters, is_lent=aliases_graph)
+                share = ranks.share(sums, parameters, aliases_graph=aliases_graph)
                 means = self._noise.next(
                     share.parts,
                     self._step_state.step,

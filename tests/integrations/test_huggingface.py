@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import clipgrad
 from clipgrad import DPOptimizer, PrivacyPlan
 from clipgrad.errors import PrivacyBudgetError, UnclippedGradientError
+from tests.dp_tools import plan_of
 from tests.integrations import language
 from tests.integrations.language import gpt2, llama, lora, model_loss, texts, together
 
@@ -41,20 +42,6 @@ def arguments(folder: Path, **options: Any) -> Any:
         "use_cpu": True, "logging_steps": 1, "save_strategy": "no",
     }  # fmt: skip
     return transformers.TrainingArguments(str(folder), **{**defaults, **options})
-
-
-def plan_of(steps: int = 4, **options: Any) -> PrivacyPlan:
-    """All of the 12 samples in each batch, without noise: what follows has no chance in it."""
-    defaults = {
-        "num_samples": 12,
-        "expected_batch_size": 12,
-        "steps": steps,
-        "delta": 1e-3,
-        "noise_multiplier": 0.0,
-        "max_grad_norm": NORM,
-        "accountant": "rdp",
-    }
-    return PrivacyPlan(**{**defaults, **options})
 
 
 def trained(model: nn.Module) -> Trained:

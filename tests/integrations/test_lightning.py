@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from clipgrad import PrivacyPlan, poisson_loader
 from clipgrad.errors import NotPerSampleError, UnaccountedBatchError
 from tests import oracle
-from tests.dp_tools import mlp, trained, values
+from tests.dp_tools import mlp, plan_of, trained, values
 
 L = pytest.importorskip("lightning.pytorch")
 # Lightning puts a function of its own in the place of torch.compile, also for the other tests of this process.
@@ -42,19 +42,6 @@ def data() -> TensorDataset:
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(12, 4, generator=generator, dtype=torch.float64)
     return TensorDataset(x, (x.sum(1) > 0).long())
-
-
-def plan_of(steps: int = 4, **options: Any) -> PrivacyPlan:
-    defaults = {
-        "num_samples": 12,
-        "expected_batch_size": 12,
-        "steps": steps,
-        "delta": 1e-3,
-        "noise_multiplier": 0.0,
-        "max_grad_norm": NORM,
-        "accountant": "rdp",
-    }
-    return PrivacyPlan(**{**defaults, **options})
 
 
 class Classifier(DPModule):

@@ -61,7 +61,7 @@ def test_one_graph_serves_all_values(use: str, compile: bool, graphs: Graphs) ->
     finally:
         NOW.beta, NOW.temperature = 0.5, 1.5
     assert len(graphs) == (2 if compile else 0)  # PyTorch takes the first value for a constant
-    assert len(optimizer._clipper._roads.graphs._capture._graphs) <= 3  # type: ignore[union-attr]
+    assert len(optimizer._clipper._loss_history.graphs._capture._graphs) <= 3  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
