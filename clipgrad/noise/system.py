@@ -208,7 +208,11 @@ def by_device_and_noise_dtype(
     return dict(groups)
 
 
+# It is read once, on import: a later replacement in the class itself must be called, not passed over.
+_OWN_METHOD = SystemNoise.add_gaussian_
+
+
 def is_plain_system_noise(source: NoiseSource) -> TypeGuard[SystemNoise]:
-    """Return whether the source is a ``SystemNoise`` whose ``add_gaussian_`` no subclass or wrapper replaces."""
+    """Return whether the source is a ``SystemNoise`` whose ``add_gaussian_`` nobody has replaced."""
     method = getattr(source.add_gaussian_, "__func__", None)
-    return isinstance(source, SystemNoise) and method is SystemNoise.add_gaussian_
+    return isinstance(source, SystemNoise) and method is _OWN_METHOD
