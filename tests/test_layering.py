@@ -37,7 +37,7 @@ ROOMS: dict[str, set[str]] = {
         "ranks", "rules",
     },
     "compiled": {"clipping", "engine", "errors", "kernels", "loss_graph", "rules"},
-    "explain": {"engine"},
+    "explain": {"engine", "ranks"},
     "batch": {
         "_validate", "arithmetic", "clipping", "compiled", "engine", "errors", "exact", "explain", "loss_graph",
         "options", "ranks", "result",

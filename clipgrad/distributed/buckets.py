@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# Large enough that the start of a collective does not count, small enough that two more of them fit into memory.
-_BUCKET_BYTES = 2**25
+# Large enough that the start of a collective does not count, and an eighth of a small model, since up to three more
+# of them are in memory than there are sums.
+_BUCKET_BYTES, _EIGHTH, _LEAST_BYTES = 2**25, 8, 2**22
 # Each tensor starts where vectorised kernels like it.
 _ALIGNED = 16
 
@@ -61,11 +62,13 @@ def buckets(sums: Sequence[Tensor], parameters: Sequence[Tensor], ranks: int) ->
     """
     places: list[Place] = []
     length = 0
+    everything = sum(total.numel() * total.element_size() for total in sums)
+    enough = min(_BUCKET_BYTES, max(everything // _EIGHTH, _LEAST_BYTES))
     kind: tuple[object, ...] = ()
     for index in range(len(sums) - 1, -1, -1):
         total, parameter = sums[index], parameters[index]
         now = (total.dtype, total.device, parameter.dtype)
-        full = length * total.element_size() >= _BUCKET_BYTES
+        full = length * total.element_size() >= enough
         if places and (now != kind or full):
             yield _bucket(places, length, ranks, parameters)
             places, length = [], 0

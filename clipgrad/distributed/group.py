@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, NoReturn
 
 import torch
@@ -46,18 +47,18 @@ class Group:
 
     def prepare(self, model: nn.Module, facts: Facts, noise: NoiseState) -> None:
         """Compare settings and noise, and take parameters and buffers from the first rank, as DDP does."""
-        with nobody_lost(self._during, self._host):
+        with self._reached():
             agreement.refuse_differences(self._during, facts(), self._host)
             agreement.refuse_shared_noise(noise(), self._host)
         self._noise = noise
-        with nobody_lost(self._during, self._host), torch.no_grad():
+        with self._reached(), torch.no_grad():
             for tensor in self._replicated([*model.parameters(), *model.buffers()]):
                 self._broadcast(tensor.detach())
 
     def same(self, value: str) -> str:
         """The value of the first rank."""
         found: list[Any] = [value]
-        with nobody_lost(self._during, self._host):
+        with self._reached():
             dist.broadcast_object_list(found, src=self._first(self._host), group=self._host)
         return str(found[0])
 
@@ -71,7 +72,7 @@ class Group:
         agreement.meet(call, step, told, self._host)
         if told["parameters"] is not None:  # on all ranks, or they would differ
             self._compared = True
-            with nobody_lost(self._during, self._host):
+            with self._reached():
                 agreement.refuse_shared_noise(self._noise(), self._host)
 
     def compare_soon(self) -> None:
@@ -81,15 +82,19 @@ class Group:
     def one_draw(self, counts: list[Tensor], add_noise: Callable[[list[Tensor]], None]) -> None:
         """Totals on the first rank, noise there, and from there to the others."""
         total = torch.stack(counts)
-        with nobody_lost(self._during, self._host):
+        with self._reached():
             dist.reduce(total, dst=self._first(self._group), group=self._group)
         noised = list(total.unbind())
         if self.rank == 0:
             add_noise(noised)
         result = torch.stack(noised)
-        with nobody_lost(self._during, self._host):
+        with self._reached():
             self._broadcast(result)
         torch._foreach_copy_(counts, list(result.unbind()))
+
+    def _reached(self) -> AbstractContextManager[None]:
+        """Say at which step a collective failed."""
+        return nobody_lost(self._during, self._host)
 
     def _broadcast(self, tensor: Tensor) -> None:
         dist.broadcast(tensor, src=self._first(self._group), group=self._group)

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 
 import torch.distributed as dist
 from torch import Tensor
 
 from clipgrad.distributed.buckets import Bucket, buckets
-from clipgrad.distributed.collectives import all_gather, nobody_lost, reduce_scatter
-
-# Buckets on their way at once: one is filled while the one before travels.
-_IN_FLIGHT = 2
+from clipgrad.distributed.collectives import OnItsWay, all_gather, reduce_scatter
 
 
 class ScatteredSums:
@@ -23,7 +19,7 @@ class ScatteredSums:
         sums: Clipped sums of this rank; the list is emptied.
         parameters: Of the same shapes and strides.
         group: The ranks.
-        during: What an error names.
+        reached: Names the step in the errors of a collective that its body starts or waits for.
     """
 
     private = True
@@ -33,46 +29,40 @@ class ScatteredSums:
         sums: list[Tensor],
         parameters: Sequence[Tensor],
         group: dist.ProcessGroup,
-        during: str,
+        reached: Callable[[], AbstractContextManager[None]],
     ) -> None:
-        self._group, self._during, self._count = group, during, len(sums)
+        self._group, self._reached, self._count = group, reached, len(sums)
         ranks = dist.get_world_size(group)
         self._buckets: list[Bucket] = list(buckets(sums, parameters, ranks))
         self.parts: list[Tensor] = []
-        works: deque[tuple[Any, Tensor]] = deque()
+        sent = OnItsWay(reached)
         for bucket in self._buckets:
-            while len(works) >= _IN_FLIGHT:
-                works.popleft()[0].wait()
+            # A bucket is filled while the one before travels.
             flat = sums[-1].new_zeros(bucket.length)
             for place in bucket.places:
                 place.of(flat).copy_(sums.pop())
             part = flat.new_empty(bucket.length // ranks)
-            works.append(
-                (reduce_scatter(part, flat, group), flat)
-            )  # it reads flat until it is done
+            sent.wait()
+            with reached():
+                sent.start(reduce_scatter(part, flat, group), flat)
             self.parts.append(part)
-        for work, _ in works:
-            work.wait()
+        sent.wait()
 
     def gathered(self, means: list[Tensor]) -> list[Tensor]:
         """The means of all ranks, as views of one memory for each bucket; ``means`` is emptied."""
-        with nobody_lost(self._during, self._group):
-            return self._gathered(means)
-
-    def _gathered(self, means: list[Tensor]) -> list[Tensor]:
         whole: dict[int, Tensor] = {}
-        works: deque[tuple[Any, Tensor]] = deque()
+        sent = OnItsWay(self._reached)
         parts = means[::-1]  # the only references: each part is freed when it was sent
         means.clear()
         self.parts.clear()
         for bucket in self._buckets:
-            while len(works) >= _IN_FLIGHT:
-                works.popleft()[0].wait()
             # Rounded to the parameter's dtype on the way, as it would be in .grad.
             part = parts.pop().to(bucket.dtype)
+            sent.wait()
             flat = part.new_empty(bucket.length)
-            works.append((all_gather(flat, part, self._group), part))
+            with self._reached():
+                sent.start(all_gather(flat, part, self._group), part)
+            del part
             whole.update((place.index, place.of(flat)) for place in bucket.places)
-        for work, _ in works:
-            work.wait()
+        sent.wait()
         return [whole[index] for index in range(self._count)]
