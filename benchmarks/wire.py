@@ -4,8 +4,8 @@
     python -m benchmarks.wire --ranks 1 2     # fewer processes
 
 Processes talk over TCP (gloo), and the kernel counts what each socket has sent. The peak is that of the process's
-resident memory, set back before the step; freed tensors are given back to the system, so that it holds none. The model is a stack of linear layers, trained by SGD, so that memory is
-parameters, gradients and what is on its way.
+resident memory, set back before the step; freed tensors are given back to the system, so that it holds none. The model
+is a stack of linear layers, trained by SGD, so that memory is parameters, gradients and what is on its way.
 """
 
 from __future__ import annotations
