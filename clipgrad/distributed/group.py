@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NoReturn
@@ -13,6 +14,8 @@ from torch import Tensor, nn
 from clipgrad.distributed import agreement
 from clipgrad.distributed.collectives import host_group, nobody_lost
 from clipgrad.ranks import Facts, NoiseState
+
+_log = logging.getLogger("clipgrad")
 
 # Steps from one comparison of all parameters to the next; it reads all of them.
 _COMPARED_EVERY = 100
@@ -64,7 +67,7 @@ class Group:
 
     def meet(self, call: str, step: int, facts: Facts, parameters: Sequence[Tensor]) -> None:
         """Wait for every rank, and compare; now and then also the parameters."""
-        self._during = f"{call} {step}"
+        self._begin(call, step)
         told = dict(facts())
         told["parameters"] = None
         if not self._compared or step % _COMPARED_EVERY == 0:
@@ -91,6 +94,12 @@ class Group:
         with self._reached():
             self._broadcast(result)
         torch._foreach_copy_(counts, list(result.unbind()))
+
+    def _begin(self, call: str, step: int) -> None:
+        """Name what this rank does from here on, in errors and in the log."""
+        self._during = f"{call} {step}"
+        # NCCL ends a process whose collective stalls without an exception: then the log's last line tells the step.
+        _log.info("%s on rank %d of %d", self._during, self.rank, self.size)
 
     def _reached(self) -> AbstractContextManager[None]:
         """Say at which step a collective failed."""

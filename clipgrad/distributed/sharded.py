@@ -51,7 +51,7 @@ class Sharded(Group):
     def whole(self, model: nn.Module, step: int) -> Iterator[Streaming]:
         """Gather parameters while the body runs; every rank has to come, also with an empty batch."""
         self._calls += 1
-        self._during = f"backward {step}"
+        self._begin("backward", step)
         agreement.meet("backward", step, {"the number of backward calls": self._calls}, self._host)
         if self._streaming is None or not self._streaming.fits(model):
             if self._streaming is not None:
