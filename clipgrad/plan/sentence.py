@@ -1,4 +1,4 @@
-"""This file holds the words of the sentence that a printed ``PrivacyPlan`` shows."""
+"""Write the parts of the sentence that a printed ``PrivacyPlan`` shows."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def describe_batches(
 
 
 def round_up(epsilon: float) -> str:
-    """Return epsilon with three digits, rounded up."""
+    """Return epsilon as text with three significant digits, rounded up."""
     if epsilon == 0 or math.isinf(epsilon):
         return f"{epsilon:g}"
     unit = 10.0 ** (math.floor(math.log10(epsilon)) - 2)
