@@ -38,9 +38,10 @@ ROOMS: dict[str, set[str]] = {
     },
     "compiled": {"clipping", "engine", "errors", "kernels", "loss_graph", "rules"},
     "explain": {"engine"},
+    "empty_batch": {"engine", "errors", "result"},
     "batch": {
-        "_validate", "arithmetic", "clipping", "compiled", "engine", "errors", "exact", "explain", "loss_graph",
-        "options", "ranks", "result",
+        "_validate", "arithmetic", "clipping", "compiled", "empty_batch", "engine", "errors", "exact", "explain",
+        "loss_graph", "options", "ranks", "result",
     },
     "function": {"batch", "clipping", "engine", "explain", "options", "result"},
     "optimizer": {
