@@ -17,7 +17,8 @@ from clipgrad.arithmetic import Arithmetic, FloatingPoint
 from clipgrad.clipping import ClippingStrategy, Relation, copy_strategy, is_grouped
 from clipgrad.engine.batch_loss import LossHistory
 from clipgrad.engine.clip_and_sum import MicrobatchResult, Settings, accumulate
-from clipgrad.engine.inputs import Inputs, Restore, copy_samples
+from clipgrad.engine.flat_tree import Restore
+from clipgrad.engine.inputs import Inputs, copy_samples
 from clipgrad.engine.microbatch import choose_strategies, forward, run
 from clipgrad.engine.microbatch_size import FixedRows, growing_rows, run_or_shrink
 from clipgrad.engine.pre_clipping import on_leaves

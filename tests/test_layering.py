@@ -70,7 +70,8 @@ SAMPLERS = {"sampling._poisson", "sampling._users", "sampling._loader", "samplin
 # Inside of a room. A name stands for all below it.
 FORBIDDEN: dict[str, set[str]] = {
     "rules.canonical": RULES,
-    "rules.ghost": RULES - {"rules.canonical", "rules.gram"},
+    "rules.row_norms": RULES - {"rules.canonical"},
+    "rules.ghost": RULES - {"rules.canonical", "rules.gram", "rules.row_norms"},
     "rules.gram": RULES,
     "kernels.gram_kernels": {"torch"},
     "kernels.selection_kernels": {"torch"},

@@ -15,7 +15,7 @@ from clipgrad.clipping import Clipping
 from clipgrad.engine.copies import copies
 from clipgrad.engine.gradients import Gradients
 from clipgrad.engine.pre_clipping import PreClipping
-from clipgrad.engine.tape import Strategy
+from clipgrad.engine.tracked import Strategy
 from clipgrad.options import Options
 from clipgrad.ranks import Ranks
 

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils._pytree import tree_flatten
 
-from clipgrad.engine.inputs import Restore
+from clipgrad.engine.flat_tree import Restore
 
 PreClipping = Callable[[list[Tensor]], list[Tensor]]
 """A function from the per-sample gradients of all parameters to as many gradients of the same shapes."""

@@ -22,7 +22,7 @@ from clipgrad._functorch import (
 from clipgrad.engine.capture import Capture
 from clipgrad.engine.escapes import refuse_escapes
 from clipgrad.engine.rng_state import SavedRngState
-from clipgrad.engine.tape import Tracked
+from clipgrad.engine.tracked import Tracked
 from clipgrad.errors import NotPerSampleError
 
 _CHANGED = (
