@@ -66,7 +66,8 @@ NOISE = {
     "noise.keystream", "noise.keys",
 }  # fmt: skip
 RULES = {f"rules.{path.stem}" for path in (PACKAGE / "rules").iterdir()}
-SAMPLERS = {"sampling._poisson", "sampling._users", "sampling._loader", "sampling._make"}
+LOADERS = {"sampling._make", "sampling._user_loader"}
+SAMPLERS = {"sampling._poisson", "sampling._users", "sampling._loader", *LOADERS}
 # Inside of a room. A name stands for all below it.
 FORBIDDEN: dict[str, set[str]] = {
     "rules.canonical": RULES,
@@ -91,8 +92,8 @@ FORBIDDEN: dict[str, set[str]] = {
     "sampling._trials": SAMPLERS,
     "sampling._collate": SAMPLERS,
     "sampling._poisson": SAMPLERS - {"sampling._poisson"},
-    "sampling._users": {"sampling._loader", "sampling._make"},
-    "sampling._loader": {"sampling._make"},
+    "sampling._users": {"sampling._loader", *LOADERS},
+    "sampling._loader": LOADERS,
     "exact.grid": {"exact.noise", "exact.sampler"},
     "exact.sampler": {"torch", "exact.noise", "exact.grid"},
     "accounting": {"torch"},
