@@ -1,4 +1,4 @@
-"""Batches of different lengths: one graph for all of them, or as many graphs as before, and exact in any case."""
+"""Test that batches of different lengths share one graph or have one graph each, and are exact in both cases."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Loss = Callable[[nn.Module, Tensor], Tensor]
 
 
 class Text(nn.Module):
-    """A small language model with a causal mask."""
+    """This small language model has a causal mask."""
 
     def __init__(self, width: int = 6) -> None:
         super().__init__()
@@ -91,7 +91,7 @@ def test_every_way_to_find_norms(strategy: str, graphs: Graphs) -> None:
 
 
 class Pair(nn.Module):
-    """Reads two sequences of different lengths."""
+    """This model reads two sequences of different lengths."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -132,7 +132,7 @@ def test_images_of_several_sizes(layout: torch.memory_format, graphs: Graphs) ->
 
 
 def by_pooling(model: nn.Module, ids: Tensor) -> Tensor:
-    """PyTorch's rule for pooling under vmap asks for sizes as numbers."""
+    """Return a loss with pooling, whose vmap rule in PyTorch turns sizes into numbers."""
     return F.avg_pool1d(model(ids).mT, 2).square().mean()
 
 
@@ -159,7 +159,7 @@ def test_a_loss_that_asks_for_the_length(graphs: Graphs) -> None:
 
 
 def test_a_length_of_one(graphs: Graphs) -> None:
-    """PyTorch takes a size of one for a number, so it has a graph of its own and spoils no other."""
+    """PyTorch treats a size of 1 as a number, so that length has its own graph and other graphs keep symbols."""
     model = Text().double()
 
     def loss(model: nn.Module, ids: Tensor) -> Tensor:
@@ -192,7 +192,7 @@ def test_a_length_of_one(graphs: Graphs) -> None:
     ),
 )
 def test_operations_on_the_whole_batch(pad: Callable[[Tensor], Tensor], graphs: Graphs) -> None:
-    """By all their names, for tensors that samples share and for those that they do not."""
+    """Padding, concatenation and gather are exact under each name, for shared and for per-sample tensors."""
     model = nn.Linear(3, 3).double()
 
     def loss(model: nn.Module, x: Tensor) -> Tensor:

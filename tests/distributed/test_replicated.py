@@ -1,4 +1,4 @@
-"""Several ranks with the whole model train as one process does."""
+"""Test that several ranks with the whole model train as one process does."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ranks with the shards of FSDP2 train as one process does."""
+"""Test that ranks with shards of FSDP2 train as one process does."""
 
 from __future__ import annotations
 

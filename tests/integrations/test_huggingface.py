@@ -1,4 +1,4 @@
-"""``DPTrainer`` trains as ``DPOptimizer`` does: sums, steps, ledger; and refuses what it cannot follow."""
+"""Test that ``DPTrainer`` trains as ``DPOptimizer`` does, and that it refuses arguments that it cannot follow."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def trained(model: nn.Module) -> Trained:
 
 
 def by_hand(model: nn.Module, steps: int, *, norm: float = NORM, masks: bool = False) -> Trained:
-    """The plain loop with a slow oracle: the clipped sum over all rows, divided by 12."""
+    """Train by a plain loop with a slow oracle: the clipped sum over all rows, divided by 12."""
     rows = texts(masks=masks)
     for _ in range(steps):
         sums = language.clipped(model, rows, norm)
@@ -118,7 +118,7 @@ def test_activation_checkpoints_change_nothing(name: str, tmp_path: Path) -> Non
 
 
 class Stop(Exception):
-    """A kill in the middle of a training."""
+    """This error stops a training in the middle, as a kill would."""
 
 
 def stops_after(step: int) -> Any:
@@ -131,7 +131,7 @@ def stops_after(step: int) -> Any:
 
 
 def small_plan(steps: int = 7, **options: Any) -> PrivacyPlan:
-    """Poisson batches of 4 of 12: three steps are an epoch."""
+    """Poisson batches of 4 of 12 samples have three steps in an epoch."""
     return plan_of(steps, **{"expected_batch_size": 4, "noise_multiplier": 1.0, **options})
 
 
@@ -203,7 +203,7 @@ def test_resume_within_an_epoch_keeps_the_ledger(stop: int, tmp_path: Path) -> N
 
 @pytest.mark.nightly
 def test_a_resumed_training_is_the_uninterrupted_one(tmp_path: Path) -> None:
-    """Without noise, and with all samples in each batch, nothing may differ: model, optimizer and schedule go on."""
+    """Without noise and with all samples in each batch, a resumed run equals an uninterrupted one."""
     options = {
         "max_steps": 4, "save_strategy": "steps", "save_steps": 1, "optim": "adamw_torch",
         "lr_scheduler_type": "linear", "learning_rate": 0.01,
@@ -253,7 +253,7 @@ def test_a_target_epsilon_takes_the_rest_from_the_arguments(tmp_path: Path) -> N
 
 
 def test_users_are_clipped_as_a_whole(tmp_path: Path) -> None:
-    """Five authors with two or three texts each; a free place repeats a text and has no label."""
+    """Five authors have two or three texts each; a text that only fills up an author has no label."""
     model, rows = gpt2(), texts()
     before = trained(model)
     by_author = [[r for r in rows if r["author"] == f"author {a}"] for a in range(5)]
@@ -293,7 +293,7 @@ def test_an_empty_batch_is_a_step(tmp_path: Path) -> None:
 
 @pytest.mark.nightly
 def test_losses_of_the_trainers_own_kinds(tmp_path: Path) -> None:
-    """compute_loss_func, label smoothing and an overridden compute_loss see one sample as well."""
+    """``compute_loss_func``, label smoothing and an overridden ``compute_loss`` receive one sample."""
 
     def own(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
         return 0.5 * nn.functional.cross_entropy(
@@ -416,7 +416,7 @@ def test_other_refusals(tmp_path: Path) -> None:
         ValueError, match=r"needs plan=.*or target_epsilon and delta, which are 3.0 and None"
     ):
         DPTrainer(gpt2(), args, train_dataset=texts(), target_epsilon=3.0)
-    with pytest.raises(ValueError, match="plan says already what target_epsilon"):
+    with pytest.raises(ValueError, match="plan already sets what target_epsilon and delta"):
         DPTrainer(gpt2(), args, train_dataset=texts(), plan=plan_of(), delta=1e-3)
     with pytest.raises(ValueError, match="needs train_dataset"):
         DPTrainer(gpt2(), args, plan=plan_of())
