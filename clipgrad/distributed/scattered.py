@@ -1,4 +1,4 @@
-"""Sums that are scattered over ranks in flat buckets, and means that are gathered from them."""
+"""Scatter sums over ranks in flat buckets, and gather the means."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ import torch.distributed as dist
 from torch import Tensor
 
 from clipgrad.distributed.buckets import Bucket, buckets
-from clipgrad.distributed.collectives import OnItsWay, all_gather, reduce_scatter
+from clipgrad.distributed.collectives import Started, all_gather, reduce_scatter
 
 
 class ScatteredSums:
-    """This rank's part of the clipped sums over all ranks.
+    """This class holds this rank's part of the clipped sums over all ranks.
 
     Args:
-        sums: Clipped sums of this rank; the list is emptied.
-        parameters: Of the same shapes and strides.
-        group: The ranks.
-        reached: Names the step in the errors of a collective that its body starts or waits for.
+        sums: Clipped sums of this rank; the call empties the list.
+        parameters: Parameters of the same shapes and strides.
+        group: The process group.
+        reached: A context manager that names the step in errors of the collectives inside it.
     """
 
     private = True
@@ -35,9 +35,9 @@ class ScatteredSums:
         ranks = dist.get_world_size(group)
         self._buckets: list[Bucket] = list(buckets(sums, parameters, ranks))
         self.parts: list[Tensor] = []
-        sent = OnItsWay(reached)
+        sent = Started(reached)
         for bucket in self._buckets:
-            # A bucket is filled while the one before travels.
+            # A bucket is filled while the previous one is sent.
             flat = sums[-1].new_zeros(bucket.length)
             for place in bucket.places:
                 place.of(flat).copy_(sums.pop())
@@ -49,14 +49,15 @@ class ScatteredSums:
         sent.wait()
 
     def gathered(self, means: list[Tensor]) -> list[Tensor]:
-        """The means of all ranks, as views of one memory for each bucket; ``means`` is emptied."""
+        """Return the means of all ranks as views of their buckets; the call empties ``means``."""
         whole: dict[int, Tensor] = {}
-        sent = OnItsWay(self._reached)
-        parts = means[::-1]  # the only references: each part is freed when it was sent
+        sent = Started(self._reached)
+        # These are the only references, so each part is freed after it is sent.
+        parts = means[::-1]
         means.clear()
         self.parts.clear()
         for bucket in self._buckets:
-            # Rounded to the parameter's dtype on the way, as it would be in .grad.
+            # Means are sent in the parameter's dtype, to which .grad would round them anyway.
             part = parts.pop().to(bucket.dtype)
             sent.wait()
             flat = part.new_empty(bucket.length)

@@ -1,4 +1,4 @@
-"""Clipped sums of sharded parameters: one reduce-scatter for all parameters of a module, in the layout of FSDP2."""
+"""Sum clipped sums of sharded parameters: one reduce-scatter for each module, in the layout of FSDP2."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
-from clipgrad.distributed.collectives import OnItsWay, reduce_scatter
+from clipgrad.distributed.collectives import Started, reduce_scatter
 
 
 class Keys(NamedTuple):
-    """The sharded parameter that a whole one belongs to, and the module that it is gathered with."""
+    """These functions map a whole parameter to its sharded parameter and to the number of its module."""
 
     sharded: Callable[[Tensor], DTensor]
     group: Callable[[Tensor], int]
@@ -26,16 +26,16 @@ def scattered(
     keys: Keys,
     reached: Callable[[], AbstractContextManager[None]],
 ) -> list[Tensor]:
-    """Sums over all ranks in the shards of their parameters; between replicas of a shard they stay terms.
+    """Return sums over the ranks of each shard; replicas of a shard are not added up yet.
 
     Args:
-        totals: Sums of this rank, formed one by one; those of one module are sent together, and then freed.
+        totals: Sums of this rank, computed one by one. The sums of a module are sent together and then freed.
         parameters: The whole parameters.
-        keys: What is known of them.
-        reached: Names the step in the errors of a collective that its body starts or waits for.
+        keys: Functions that find a parameter's shard and module.
+        reached: A context manager that names the step in errors of the collectives inside it.
     """
     found: list[Tensor] = []
-    sent = OnItsWay(reached)
+    sent = Started(reached)
     waiting: list[Tensor] = []
     placed: list[DTensor] = []
     now: tuple[Any, ...] = ()
@@ -43,7 +43,7 @@ def scattered(
     def send() -> None:
         if not waiting:
             return
-        # The sums of a module are formed while those of the one before travel.
+        # The sums of a module are formed while those of the previous module are sent.
         sent.wait()
         with reached():
             found.extend(_sent(waiting, placed, sent))
@@ -65,8 +65,8 @@ def scattered(
     return found
 
 
-def _sent(totals: Sequence[Tensor], parameters: Sequence[DTensor], sent: OnItsWay) -> list[Tensor]:
-    """Start to send the sums of one module."""
+def _sent(totals: Sequence[Tensor], parameters: Sequence[DTensor], sent: Started) -> list[Tensor]:
+    """Start to send the sums of one module, and return the shards that will hold the results."""
     mesh = parameters[0].device_mesh
     wanted: list[Placement] = [
         Partial("sum") if isinstance(placement, Replicate) else placement
@@ -80,7 +80,7 @@ def _sent(totals: Sequence[Tensor], parameters: Sequence[DTensor], sent: OnItsWa
         ]
         return [term.redistribute(placements=wanted) for term in terms]
     ranks = mesh.size(mesh.ndim - 1)
-    # FSDP cuts the first axis into pieces of one size, of which the last ones may be smaller or empty.
+    # FSDP splits the first axis into chunks of one size; the last chunks may be smaller or empty.
     rows = [-(-total.shape[0] // ranks) for total in totals]
     widths = [row * prod(total.shape[1:]) for row, total in zip(rows, totals, strict=True)]
     flat = totals[0].new_zeros(ranks, sum(widths))
@@ -106,7 +106,7 @@ def _sent(totals: Sequence[Tensor], parameters: Sequence[DTensor], sent: OnItsWa
 
 
 def _fill(place: Tensor, total: Tensor) -> None:
-    """Write a sum into ``[ranks, width]``: whole rows first, then what the last rank with a part has."""
+    """Write a sum into ``place``, ``[ranks, width]``: the full rows, then the row that it fills only in part."""
     ranks, width = place.shape
     flat = total.reshape(-1)
     if width == 0:
