@@ -63,22 +63,15 @@ class Gathering(Protocol):
         ...
 
 
-class Share(Protocol):
-    """This class holds one process's part of the sums of a logical batch over all processes.
+class Noised(Protocol):
+    """This function makes noised means of sums."""
 
-    Attributes:
-        parts: Sums over all processes, for the coordinates to which this process adds noise.
-        private: Whether no other code holds ``parts``, so that noise may be added in place.
-    """
-
-    parts: list[Tensor]
-    private: bool
-
-    def gathered(self, means: list[Tensor]) -> list[Tensor]:
-        """Return the noisy means of all processes in the form of the parameters.
+    def __call__(self, sums: list[Tensor], *, in_place: bool) -> list[Tensor]:
+        """Return ``(sums + noise) / divisor``.
 
         Args:
-            means: Noisy means of ``parts``; the call may overwrite them and empty the list.
+            sums: Sums over all processes.
+            in_place: Whether to write the means to the memory of ``sums``.
         """
         ...
 
@@ -161,14 +154,20 @@ class Ranks(Protocol):
         """Return squared norms ``[B]`` of whole gradients from the norms ``own`` of this process's parameters."""
         ...
 
-    def share(
-        self, sums: list[Tensor], parameters: Sequence[Tensor], *, aliases_graph: bool
-    ) -> Share:
-        """Return this process's part of the sums over all processes.
+    def means(
+        self,
+        sums: list[Tensor],
+        parameters: Sequence[Tensor],
+        noised: Noised,
+        *,
+        aliases_graph: bool,
+    ) -> list[Tensor]:
+        """Return the noised means over all processes, in the form of the parameters.
 
         Args:
-            sums: Clipped sums of this process; the call may overwrite them and empty the list.
+            sums: Sums of this process, which may be overwritten; several processes empty the list.
             parameters: The trained parameters.
+            noised: Adds noise to the part of the sums for which this process draws it.
             aliases_graph: Whether ``sums`` alias the memory of a CUDA graph.
         """
         ...
@@ -187,18 +186,6 @@ class Ranks(Protocol):
             dtypes: In which their sums are formed.
         """
         ...
-
-
-class Alone:
-    """This class holds the sums of a process that trains alone."""
-
-    def __init__(self, parts: list[Tensor], *, private: bool) -> None:
-        self.parts = parts
-        self.private = private
-
-    def gathered(self, means: list[Tensor]) -> list[Tensor]:
-        """Return ``means``."""
-        return means
 
 
 class OneProcess:
@@ -241,11 +228,16 @@ class OneProcess:
         """Return the norms unchanged."""
         return own
 
-    def share(
-        self, sums: list[Tensor], parameters: Sequence[Tensor], *, aliases_graph: bool
-    ) -> Share:
-        """Return all sums."""
-        return Alone(sums, private=not aliases_graph)
+    def means(
+        self,
+        sums: list[Tensor],
+        parameters: Sequence[Tensor],
+        noised: Noised,
+        *,
+        aliases_graph: bool,
+    ) -> list[Tensor]:
+        """Return the noised means of all sums."""
+        return noised(sums, in_place=not aliases_graph)
 
     def one_draw(self, counts: list[Tensor], add_noise: Callable[[list[Tensor]], None]) -> None:
         """Add noise to ``counts`` in place."""

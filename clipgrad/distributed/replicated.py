@@ -11,8 +11,8 @@ from torch.autograd.graph import Node
 
 from clipgrad.distributed import costs
 from clipgrad.distributed.group import Group
-from clipgrad.distributed.scattered import ScatteredSums
-from clipgrad.ranks import Cost
+from clipgrad.distributed.scattered import scattered_means
+from clipgrad.ranks import Cost, Noised
 
 
 class Replicated(Group):
@@ -41,11 +41,16 @@ class Replicated(Group):
         """Return ``own``, since a rank holds whole gradients of its samples."""
         return own
 
-    def share(
-        self, sums: list[Tensor], parameters: Sequence[Tensor], *, aliases_graph: bool
-    ) -> ScatteredSums:
-        """Return this rank's part of the totals, one flat tensor for each bucket."""
-        return ScatteredSums(sums, parameters, self._group, self._reached)
+    def means(
+        self,
+        sums: list[Tensor],
+        parameters: Sequence[Tensor],
+        noised: Noised,
+        *,
+        aliases_graph: bool,
+    ) -> list[Tensor]:
+        """Return the noised means, bucket by bucket; each rank draws the noise of its part of each bucket."""
+        return scattered_means(sums, parameters, noised, self._group, self._reached)
 
     def costs(
         self, parameters: Sequence[Tensor], dtypes: Sequence[torch.dtype]

@@ -15,10 +15,10 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from clipgrad.distributed import agreement, costs
 from clipgrad.distributed.fsdp import fsdp_modules, own_schedule, policy_of
 from clipgrad.distributed.group import Group
-from clipgrad.distributed.scattered import ScatteredSums
+from clipgrad.distributed.scattered import scattered_means
 from clipgrad.distributed.shards import Keys, scattered
 from clipgrad.distributed.streaming import Streaming
-from clipgrad.ranks import Alone, Cost, Facts, NoiseState, Share
+from clipgrad.ranks import Cost, Facts, Noised, NoiseState
 
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -88,19 +88,33 @@ class Sharded(Group):
         """Return ``own``, since a rank holds whole gradients of its samples."""
         return own
 
-    def share(
-        self, sums: list[Tensor], parameters: Sequence[Tensor], *, aliases_graph: bool
-    ) -> Share:
-        """Return this rank's shard of each total, or its part of the shard if shards have replicas."""
+    def means(
+        self,
+        sums: list[Tensor],
+        parameters: Sequence[Tensor],
+        noised: Noised,
+        *,
+        aliases_graph: bool,
+    ) -> list[Tensor]:
+        """Return the noised means as DTensors with the placements of their parameters.
+
+        Each rank draws the noise of its shards; the replicas of a shard divide that among them.
+        """
         local = [cast(DTensor, total).to_local() for total in sums]
         sums.clear()
         sharded = [cast(DTensor, parameter) for parameter in parameters]
         mesh = sharded[0].device_mesh
-        inner: Share = Alone(local, private=True)
         if mesh.ndim == 2:
             shards: list[Tensor] = [parameter.to_local() for parameter in sharded]
-            inner = ScatteredSums(local, shards, mesh.get_group(0), self._reached)
-        return Shards(inner, sharded)
+            means = scattered_means(local, shards, noised, mesh.get_group(0), self._reached)
+        else:
+            means = noised(local, in_place=True)
+        return [
+            DTensor.from_local(
+                mean, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride()
+            )
+            for mean, p in zip(means, sharded, strict=True)
+        ]
 
     def costs(
         self, parameters: Sequence[Tensor], dtypes: Sequence[torch.dtype]
@@ -123,30 +137,6 @@ class Sharded(Group):
 
     def _replicated(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
         return [tensor for tensor in tensors if not isinstance(tensor, DTensor)]
-
-
-class Shards:
-    """This class holds the shards of totals to which one rank adds noise.
-
-    Args:
-        inner: Shards as plain tensors, or parts of shards.
-        parameters: The sharded parameters.
-    """
-
-    private = True
-
-    def __init__(self, inner: Share, parameters: Sequence[DTensor]) -> None:
-        self._inner, self._parameters = inner, parameters
-        self.parts = inner.parts
-
-    def gathered(self, means: list[Tensor]) -> list[Tensor]:
-        """Return the means as DTensors with the placements of their parameters."""
-        return [
-            DTensor.from_local(
-                mean, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride()
-            )
-            for mean, p in zip(self._inner.gathered(means), self._parameters, strict=True)
-        ]
 
 
 def refuse_what_is_no_fsdp(model: nn.Module, ranks: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Generic, cast
 
 import torch
@@ -219,22 +220,20 @@ class DPOptimizer(LogicalBatch, Generic[Returned]):
         ranks.meet("step", self._step_state.step, lambda: self._facts_of_step(claim), parameters)
         if account is not None:
             account.record(claim, self.accounted_noise_multiplier)
-        with torch.no_grad():
-            with phase("noise"):
-                share = ranks.share(sums, parameters, aliases_graph=aliases_graph)
-                means = self._noise.next(
-                    share.parts,
-                    self._step_state.step,
-                    names=names,
-                    sigma=sigma,
-                    divisor=self.expected_batch_size,
-                    in_place=share.private,
-                )
-                if observed:
-                    ranks.one_draw(observed, lambda total: self._noise.count(total, sigma_observed))
-            self._pending.publish(parameters, share.gathered(means))
+        noised = partial(
+            self._noise.next,
+            step=self._step_state.step,
+            names=names,
+            sigma=sigma,
+            divisor=self.expected_batch_size,
+        )
+        with torch.no_grad(), phase("noise"):
+            means = ranks.means(sums, parameters, noised, aliases_graph=aliases_graph)
+            if observed:
+                ranks.one_draw(observed, lambda total: self._noise.count(total, sigma_observed))
+        self._pending.publish(parameters, means)
         # Sums of a CUDA graph may be without noise: a traceback from the wrapped optimizer must not refer to them.
-        del sums, share
+        del sums
         # The step is over before the wrapped optimizer runs, because the means are public and the optimizer may raise.
         self._step_state = self._step_state.next_step(observed, self.expected_batch_size)
         with phase("optimizer"):
