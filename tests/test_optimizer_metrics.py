@@ -41,7 +41,7 @@ def assert_metrics(found: Any, model: nn.Module, x: Tensor) -> None:
     [
         {},
         {"microbatch_size": 2},
-        {"compile": True, "microbatch_size": 3},
+        pytest.param({"compile": True, "microbatch_size": 3}, marks=pytest.mark.nightly),
     ],
     ids=["whole", "microbatches", "compiled"],
 )

@@ -130,6 +130,7 @@ def test_expected_error_is_that_of_dense_matrices() -> None:
     assert scheduled.expected_error() == pytest.approx(np.sqrt(variances.mean()) / 6, rel=1e-12)
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     ("epsilon", "kind"),
     [(0.3, "square_root"), pytest.param(8.0, "optimised", marks=pytest.mark.nightly)],

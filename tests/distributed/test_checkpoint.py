@@ -108,7 +108,7 @@ def test_generators_are_not_saved() -> None:
 @pytest.mark.parametrize(
     ("fault", "shard", "call"),
     [
-        ("dies", None, "step 2"),
+        pytest.param("dies", None, "step 2", marks=pytest.mark.nightly),
         pytest.param("dies within", None, "step 2", marks=pytest.mark.nightly),
         pytest.param("stalls", None, "step 2", marks=pytest.mark.nightly),
         ("dies", cases.shard_root, "backward 2"),

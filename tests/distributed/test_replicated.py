@@ -30,7 +30,7 @@ RUNS = [
 ]
 
 
-@pytest.mark.parametrize(("name", "inner"), rows(2, RUNS))
+@pytest.mark.parametrize(("name", "inner"), rows(3, RUNS))
 def test_two_ranks_train_as_one_process(
     pool: Pool, name: str, inner: Callable[..., torch.optim.Optimizer]
 ) -> None:

@@ -44,7 +44,7 @@ USES: dict[str, Callable[[Any, Tensor], Tensor]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("use", "compile"), some(3, list(USES), [False, True]))
+@pytest.mark.parametrize(("use", "compile"), some(5, list(USES), [False, True]))
 def test_one_graph_serves_all_values(use: str, compile: bool, graphs: Graphs) -> None:  # noqa: F811
     def loss(m: nn.Module, x: Tensor) -> Tensor:
         return USES[use](m, OldStyle.apply(x) if not compile else x)  # type: ignore[no-untyped-call]
