@@ -21,6 +21,7 @@ from clipgrad.factorisation.strategy import banded
 from clipgrad.factorisation.toeplitz import column_norm, inverse, square_root
 from clipgrad.noise import NoiseSource, SystemNoise, cpu, keys, rows
 from clipgrad.noise.correlated import CorrelatedNoise
+from clipgrad.noise.step_noise import StepSums
 from tests.dp_tools import through_a_file
 from tests.factorisation.oracle import matrix
 from tests.noise_checks import seeded
@@ -58,7 +59,7 @@ def step(
 ) -> list[Tensor]:
     options: dict[str, Any] = {"names": [f"p{i}" for i in range(len(sums))], "divisor": 1.0}
     options |= {"in_place": True, **changes}
-    return noise.next(sums, number, sigma=sigma, **options)
+    return noise.next(StepSums(sums, number, sigma=sigma, **options))
 
 
 def run(noise: CorrelatedNoise, steps: range, size: int, **options: Any) -> Tensor:
@@ -248,7 +249,7 @@ def test_a_loop_that_is_wrong_is_not_used(monkeypatch: pytest.MonkeyPatch) -> No
     }
     for right, other in wrong.items():
         assert right in real
-        with pytest.raises(RuntimeError, match="something else"):
+        with pytest.raises(RuntimeError, match="compute different values"):
             rows.prove(rows.compile_library(real.replace(right, other)))
 
 
