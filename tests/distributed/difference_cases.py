@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
@@ -144,3 +145,19 @@ def group_of_one(rank: int, size: int) -> Tensor:
     optimizer = make(noise_multiplier=0.0, max_grad_norm=1.0 + rank, performance=alone)
     take(optimizer, 1 + rank)
     return optimizer.model.weight.detach()
+
+
+def logged(rank: int, size: int) -> list[str]:
+    """What the log holds after two steps."""
+    log, lines = logging.getLogger("clipgrad"), []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    before = log.level
+    log.setLevel(logging.INFO)
+    log.addHandler(handler)
+    try:
+        take(make(), 2)
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(before)
+    return lines
