@@ -96,7 +96,10 @@ def _summary(plt: Any, rows: Sequence[Row]) -> Any:
         for position, row in enumerate(rows):
             fastest = next((cell for cell in _bars(row) if chosen(cell)), None)
             if fastest is not None:
-                place, value = position + 0.27 * (line - 1), 100 * speed(fastest, row.baseline()).value
+                place, value = (
+                    position + 0.27 * (line - 1),
+                    100 * speed(fastest, row.baseline()).value,
+                )
                 axis.barh(place, value, 0.25, color=colour, label=label if position == 0 else None)
                 name = f" {fastest.label}" if fastest.kind == "peer" else ""
                 box = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
