@@ -491,10 +491,17 @@ def _without_numbers(text: str) -> str:
 
 
 def write() -> None:
-    page = PAGE.read_text(encoding="utf-8")
-    head = page.split("| mistake | error |")[0]
-    lines = ["| mistake | error | what it says |", "|---|---|---|", *map(row, MISTAKES)]
-    PAGE.write_text(head + "\n".join(lines) + "\n", encoding="utf-8")
+    """Write the table of each section anew; its heading is the class of its errors, and what stands above it stays."""
+    head, *sections = re.split(r"^(?=## )", PAGE.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    lines = list(map(row, MISTAKES))
+    for number, section in enumerate(sections):
+        kind = section.split("\n")[0].removeprefix("## ")
+        found = [line for line in lines if f"| `{kind}` |" in line]
+        if found:
+            above = section.split("| mistake | error |")[0]
+            table = ["| mistake | error | what it says |", "|---|---|---|", *found]
+            sections[number] = above + "\n".join(table) + "\n\n"
+    PAGE.write_text((head + "".join(sections)).rstrip() + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
