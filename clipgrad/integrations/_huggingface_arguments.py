@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from clipgrad.integrations._batches import epoch_of
 from clipgrad.plan import PrivacyPlan
 
 
-class _Conflict(NamedTuple):
+class Conflict(NamedTuple):
     """A value of an argument that is refused.
 
     Attributes:
@@ -26,61 +26,61 @@ class _Conflict(NamedTuple):
 
 _DEFAULT_NORM = 1.0
 _ONE_DEVICE = "trains on several devices, which DPTrainer does not do yet. Leave it out."
-_CONFLICTS = (
-    _Conflict(
+CONFLICTS: tuple[Conflict, ...] = (
+    Conflict(
         "fp16",
         bool,
         "scales the loss, and per-sample gradients cannot be unscaled. Use bf16=True.",
     ),
-    _Conflict(
+    Conflict(
         "torch_compile",
         bool,
         "compiles the model without its per-sample gradients. Use DPTrainer(compile=True).",
     ),
-    _Conflict(
+    Conflict(
         "use_liger_kernel",
         bool,
         "replaces operations by kernels without per-sample gradients. Leave it out.",
     ),
-    _Conflict(
+    Conflict(
         "auto_find_batch_size",
         bool,
         "changes the batch size, and with it what the plan accounts for. Set per_device_train_batch_size to what fits; "
         "gradient_accumulation_steps makes up for the rest.",
     ),
-    _Conflict(
+    Conflict(
         "train_sampling_strategy",
         lambda value: value != "random",
         "orders the samples, but the plan accounts for batches at random. Leave it out.",
     ),
-    _Conflict(
+    Conflict(
         "dataloader_drop_last",
         bool,
         "has no meaning for Poisson batches, all of which are steps. Leave it out.",
     ),
-    _Conflict(
+    Conflict(
         "include_num_input_tokens_seen",
         lambda value: value not in (False, "no"),
         "logs how many tokens were sampled, which is private. Leave it out.",
     ),
-    _Conflict(
+    Conflict(
         "ignore_data_skip",
         bool,
         "would repeat the interrupted epoch after a restart. Leave it out: DPTrainer resumes with fresh batches.",
     ),
-    _Conflict("deepspeed", bool, _ONE_DEVICE),
-    _Conflict("fsdp", bool, _ONE_DEVICE),
-    _Conflict(
+    Conflict("deepspeed", bool, _ONE_DEVICE),
+    Conflict("fsdp", bool, _ONE_DEVICE),
+    Conflict(
         "n_gpu",
         lambda value: value > 1,
         "splits batches over several devices, which DPTrainer does not do yet. Set CUDA_VISIBLE_DEVICES=0.",
     ),
-    _Conflict(
+    Conflict(
         "world_size",
         lambda value: value > 1,
         "trains with several processes, which DPTrainer does not do yet. Start one process.",
     ),
-    _Conflict(
+    Conflict(
         "optim",
         lambda value: "lomo" in str(value) or str(value).endswith("layerwise"),
         "steps during backward, before gradients are clipped and noised. Use adamw_torch, for example.",
@@ -88,15 +88,15 @@ _CONFLICTS = (
 )
 
 
-def refuse_conflicts(args: Any) -> None:
+def refuse_conflicts(args: Any, conflicts: Sequence[Conflict]) -> None:
     """Refuse arguments that would break the promise, or that could not be followed.
 
     Raises:
         ValueError: With the argument's name, value and remedy.
     """
-    for name, conflicts, why in _CONFLICTS:
+    for name, conflict, why in conflicts:
         value = getattr(args, name, None)
-        if value is not None and conflicts(value):
+        if value is not None and conflict(value):
             raise ValueError(f"TrainingArguments({name}={value!s}) {why}")
 
 

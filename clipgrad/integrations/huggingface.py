@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from clipgrad.accounting import Ledger
 from clipgrad.errors import PrivacyBudgetError
 from clipgrad.integrations._batches import LogicalBatches, epoch_of, loader_of, rows_of
-from clipgrad.integrations._huggingface_arguments import plan_and_users, refuse_conflicts
+from clipgrad.integrations._huggingface_arguments import CONFLICTS, plan_and_users, refuse_conflicts
 from clipgrad.noise import NoiseSource
 from clipgrad.optimizer import DPOptimizer
 from clipgrad.options import Performance
@@ -51,6 +51,8 @@ class PrivateTraining:
         ValueError: If an argument is refused; ``TrainingArguments`` are refused by name.
     """
 
+    _conflicts = CONFLICTS
+
     def __init__(
         self,
         *args: Any,
@@ -66,7 +68,7 @@ class PrivateTraining:
     ) -> None:
         self._private: DPOptimizer[Any] | None = None
         super().__init__(*args, **trainer)
-        refuse_conflicts(self.args)
+        refuse_conflicts(self.args, self._conflicts)
         self._samples_per_user = samples_per_user
         self.plan, self._users = plan_and_users(
             self.args, self.train_dataset, user_column, plan, target_epsilon, delta
@@ -158,7 +160,7 @@ class PrivateTraining:
         self._check(model)
         model.train()
         piece = send_to_device(dict(inputs), self.args.device)
-        if self._loss is _model_loss and not set(self.label_names) & piece.keys():
+        if self._loss is model_loss and not set(self.label_names) & piece.keys():
             raise ValueError(
                 f"a batch holds {', '.join(piece)}, but no {' or '.join(self.label_names)}, without which the model "
                 "returns no loss. Add them to the dataset or by the data_collator, or give compute_loss_func."
@@ -213,7 +215,7 @@ class PrivateTraining:
         """The model's own loss where nothing else is asked for: a function that PyTorch can capture."""
         usual = type(self).compute_loss is Trainer.compute_loss
         if usual and self.label_smoother is None and self.compute_loss_func is None:
-            return _model_loss
+            return model_loss
 
         def loss_fn(model: nn.Module, inputs: dict[str, Any]) -> Any:
             with self.compute_loss_context_manager():
@@ -223,10 +225,7 @@ class PrivateTraining:
 
 
 class DPTrainer(PrivateTraining, Trainer):
-    """A ``transformers.Trainer`` that trains with differential privacy; see ``PrivateTraining`` for its arguments.
-
-    Collators, evaluation, schedulers, callbacks, checkpoints, resuming and PEFT models are as usual.
-    """
+    """``transformers.Trainer`` with privacy: all that is not an argument of ``PrivateTraining`` is as usual."""
 
 
 class _NoisedNorm(TrainerCallback):
@@ -243,6 +242,7 @@ class _NoisedNorm(TrainerCallback):
         return float("nan") if self._norm is None else float(self._norm)
 
 
-def _model_loss(model: nn.Module, inputs: dict[str, Any]) -> Any:
+def model_loss(model: nn.Module, inputs: dict[str, Any]) -> Any:
+    """Return the loss that a model computes by itself."""
     outputs = model(**inputs)
     return outputs["loss"] if isinstance(outputs, dict) else outputs[0]
