@@ -28,6 +28,7 @@ def run(page: str) -> dict[str, Any]:
     return names
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_choosing_runs(capsys: pytest.CaptureFixture[str]) -> None:
     names: dict[str, Any] = {}
