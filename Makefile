@@ -12,6 +12,8 @@ JAX      ?= 1
 VENV := .venv
 BIN  := $(VENV)/bin
 PIP   = $(BIN)/python -m pip --disable-pip-version-check
+# Python compiles a module when it first imports it. To compile all of them here would take a minute more.
+INSTALL = $(PIP) install $(PIPFLAGS) --no-compile -c constraints.txt
 say   = @echo "==> $(1)"
 
 .DEFAULT_GOAL := help
@@ -36,13 +38,13 @@ $(BIN)/pip:
 # hatchling comes first so that the build of the package itself is pinned as well.
 $(VENV)/.stamp-%: pyproject.toml constraints.txt | $(BIN)/pip
 	$(call say,installing clipgrad[$(EXTRAS_$*)] from constraints.txt: minutes the first time)
-	@$(PIP) install $(PIPFLAGS) -c constraints.txt hatchling
-	@$(PIP) install $(PIPFLAGS) -c constraints.txt --no-build-isolation -e '.[$(EXTRAS_$*)]'
+	@$(INSTALL) hatchling
+	@$(INSTALL) --no-build-isolation -e '.[$(EXTRAS_$*)]'
 	@$(if $(findstring bench,$(EXTRAS_$*)),$(BACKPACK))
 	@touch $@
 
 # It asks for torchvision, which it never imports, and whose builds do not fit every build of torch.
-BACKPACK = $(PIP) install $(PIPFLAGS) -c constraints.txt --no-deps backpack-for-pytorch
+BACKPACK = $(INSTALL) --no-deps backpack-for-pytorch
 
 # jax_privacy is measured beside clipgrad in an environment of its own: JAX and torch pin different packages.
 $(VENV)-jax/.stamp: benchmarks/jax-constraints.txt

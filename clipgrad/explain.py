@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from clipgrad.engine.norm_method import Choice
-from clipgrad.engine.tape import Tracked
+from clipgrad.engine.tracked import Tracked
 
 
 @dataclass(frozen=True)

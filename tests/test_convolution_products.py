@@ -15,11 +15,12 @@ import clipgrad
 from clipgrad import Performance
 from clipgrad.compiled import backend
 from clipgrad.kernels import tensor_cores
-from clipgrad.rules.canonical import Outer, PerSample, row_norms_squared
+from clipgrad.rules.canonical import Outer, PerSample
 from clipgrad.rules.convolution import gradient as gradient_module
 from clipgrad.rules.convolution import methods, unfolding
 from clipgrad.rules.convolution.geometry import Geometry
 from clipgrad.rules.convolution.methods import Method
+from clipgrad.rules.row_norms import row_norms_squared
 from clipgrad.testing import RuleCase, assert_rule_matches_reference
 from tests.nightly import every, pairs, some
 from tests.rule_cases.convolution import CASES

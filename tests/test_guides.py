@@ -19,6 +19,7 @@ def blocks(page: str) -> list[str]:
     return re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_choosing_runs(capsys: pytest.CaptureFixture[str]) -> None:
     names: dict[str, Any] = {}

@@ -2,8 +2,8 @@
 
 On a CPU the rows of a batch have a symbol from the first batch on. For other sizes the first batch gets a graph of its
 own. If a later batch differs from it in some sizes only, the step is traced once more with symbols for these sizes.
-What the trace assumes of a symbol (``s >= 3``, ``8 * s**2 <= 2**25``), PyTorch writes down as guards; a graph serves a
-batch only if its sizes fulfil all of them.
+PyTorch records the assumptions of the trace about a symbol as guards (``s >= 3``, ``8 * s**2 <= 2**25``). A graph
+serves a batch only if the batch's sizes fulfil all guards.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import sympy  # type: ignore[import-untyped]  # PyTorch writes its guards with it
+import sympy  # type: ignore[import-untyped]  # PyTorch's guards are its expressions.
 import torch
 from torch import Tensor
 from torch._dynamo.source import ConstantSource
@@ -30,7 +30,7 @@ Shapes = tuple[tuple[int, ...], ...]
 
 
 class LengthsError(CompileError):
-    """A graph with symbols does not serve other lengths than the one at hand, or not even this one."""
+    """This error says that a graph with symbols serves only one length, or not even the length of its own batch."""
 
 
 def shapes_of(batch: Sequence[Any]) -> Shapes:
@@ -47,8 +47,8 @@ class Lengths:
     """This class holds the sizes of the batches that one graph serves.
 
     Args:
-        seen: The sizes of every batch so far for which a graph was made; the last is the batch at hand. Where they
-            differ, the graph gets a symbol.
+        seen: Sizes of every batch for which a graph was made; the last one is the present batch. The graph gets a
+            symbol for each size that differs.
     """
 
     def __init__(self, *seen: Shapes) -> None:
@@ -67,10 +67,10 @@ class Lengths:
         return self._seen
 
     def refuse_unless_open(self, shapes: Shapes) -> None:
-        """Refuse a graph of symbols if one of them became a number, or if it does not serve the batch at hand.
+        """Refuse a graph in which a symbol became a number, or which does not serve the present batch.
 
         Raises:
-            LengthsError: If so.
+            LengthsError: If the graph is refused; the message shows its guards.
         """
         if self.mode is None:
             return
@@ -78,17 +78,17 @@ class Lengths:
         symbols = {size for of in self._sizes for size in of if not isinstance(size, int)}
         if any(replacements.get(s, s).is_number for s in symbols) or not self._allow(shapes):
             guards = ", ".join(str(guard.expr) for guard in self._env.guards)
-            raise LengthsError(f"the step depends on the lengths of its batch: {guards}")
+            raise LengthsError(f"the step's graph serves only some lengths of its batch: {guards}")
 
     def examples(self, flat: Sequence[Tensor]) -> list[Tensor]:
-        """Return stand-ins for the arguments of the graph to compile it with.
+        """Return fake tensors in place of the graph's arguments, with which the graph is compiled.
 
-        PyTorch's caches of compiled code take only graphs of stand-ins that have a ``ShapeEnv``.
+        PyTorch's caches of compiled code accept only graphs whose fake tensors have a ``ShapeEnv``.
         """
         if self.mode is None:
             mode = FakeTensorMode(shape_env=ShapeEnv())
             return [mode.from_tensor(tensor, static_shapes=True) for tensor in flat]
-        known, self._stand_ins = self._stand_ins, []  # nobody needs them again
+        known, self._stand_ins = self._stand_ins, []
         return [*known, *map(self._fixed, flat[len(known) :])]
 
     @property
@@ -97,13 +97,13 @@ class Lengths:
         return any(_differs(history) for of in self._histories for history in of)
 
     def serve(self, shapes: Shapes) -> bool:
-        """Return whether the graph serves batches of these sizes; ask only after it was compiled."""
+        """Return whether the compiled graph serves batches of these sizes."""
         if shapes not in self._answers:
             self._answers[shapes] = self._allow(shapes)
         return self._answers[shapes]
 
     def _allow(self, shapes: Shapes) -> bool:
-        """Return whether what was assumed so far holds for these sizes."""
+        """Return whether the guards recorded so far hold for these sizes."""
         if self.mode is None:
             return shapes == self._seen[-1]
         values: dict[Any, int] = {}
@@ -138,7 +138,7 @@ class Lengths:
         padding: Tensor,
         bounds: Tensor,
     ) -> list[Tensor]:
-        """Return stand-ins without values for the arguments of a graph, in the order of ``trace``.
+        """Return fake tensors for the arguments of a graph, in the order of ``trace``.
 
         Tensors of the batch and the mask of its padding get the symbols.
         """
@@ -157,7 +157,7 @@ class Lengths:
         return self._stand_ins
 
     def _named_alike(self, longest: Sequence[tuple[int, ...]]) -> set[int]:
-        """Return the largest sizes that belong to one length only, which may then have one symbol everywhere."""
+        """Return the largest sizes whose axes had equal sizes in all batches, so that they can share one symbol."""
         owners: dict[int, set[tuple[int, ...]]] = {}
         for of, sizes in zip(self._histories, longest, strict=True):
             for history, size in zip(of, sizes, strict=True):

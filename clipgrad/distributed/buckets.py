@@ -1,4 +1,4 @@
-"""Flat buckets: many tensors in one piece of memory, which is cut into one part for each rank."""
+"""Lay many tensors out in flat buckets, each of which is split into one part for each rank."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# Large enough that the start of a collective does not count, small enough that two more of them fit into memory.
+# The start of a collective costs little beside a bucket of this size, and two more such buckets fit into memory.
 _BUCKET_BYTES = 2**25
-# Each tensor starts where vectorised kernels like it.
+# Each tensor starts at a multiple of this many elements, for vectorised kernels.
 _ALIGNED = 16
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a tensor lies in its bucket.
+    """This class says where a tensor is in its bucket.
 
     Attributes:
-        index: Position of the tensor among all.
-        start: Its first element in the bucket.
+        index: Position of the tensor in the list of all tensors.
+        start: Index of the tensor's first element in the bucket.
         like: A tensor of the same shape and strides.
     """
 
@@ -29,7 +29,7 @@ class Place:
     like: Tensor
 
     def of(self, flat: Tensor) -> Tensor:
-        """The tensor's place in a bucket's memory."""
+        """Return the tensor as a view of the bucket ``flat``."""
         like = self.like
         if _is_dense(like):
             return flat.as_strided(like.shape, like.stride(), self.start)
@@ -38,12 +38,12 @@ class Place:
 
 @dataclass(frozen=True)
 class Bucket:
-    """Tensors of one dtype that travel together.
+    """This class describes tensors of one dtype that one collective sends together.
 
     Attributes:
-        places: Where each lies; the last tensor of the model comes first.
-        length: Elements of the bucket, a multiple of the number of ranks.
-        dtype: In which means travel.
+        places: Place of each tensor; the last tensor of the model comes first.
+        length: Number of elements of the bucket, a multiple of the number of ranks.
+        dtype: Dtype of the parameters, in which means are sent.
     """
 
     places: tuple[Place, ...]
@@ -52,12 +52,12 @@ class Bucket:
 
 
 def buckets(sums: Sequence[Tensor], parameters: Sequence[Tensor], ranks: int) -> Iterator[Bucket]:
-    """Cut all tensors into buckets, from the last to the first.
+    """Yield buckets of all tensors, from the last tensor to the first.
 
     Args:
         sums: Clipped sums.
-        parameters: Of the same shapes, strides and order.
-        ranks: Into how many equal parts a bucket is cut.
+        parameters: Parameters of the same shapes, strides and order.
+        ranks: Number of equal parts of a bucket.
     """
     places: list[Place] = []
     length = 0
@@ -82,7 +82,7 @@ def _bucket(places: list[Place], length: int, ranks: int, parameters: Sequence[T
 
 
 def _is_dense(tensor: Tensor) -> bool:
-    """Whether the tensor's elements fill its memory without gaps or overlaps, in any order."""
+    """Return whether the tensor's elements fill its memory without gaps or overlaps, in any order."""
     expected = 1
     sizes = sorted(zip(tensor.stride(), tensor.shape, strict=True))
     for stride, size in sizes:

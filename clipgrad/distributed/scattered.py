@@ -1,4 +1,4 @@
-"""Sums that are scattered over ranks in flat buckets, and means that are gathered from them."""
+"""Scatter sums over ranks in flat buckets, and gather the means."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from torch import Tensor
 from clipgrad.distributed.buckets import Bucket, buckets
 from clipgrad.distributed.collectives import all_gather, nobody_lost, reduce_scatter
 
-# Buckets on their way at once: one is filled while the one before travels.
+# Number of buckets that are sent at the same time: one is filled while the previous one is sent.
 _IN_FLIGHT = 2
 
 
 class ScatteredSums:
-    """This rank's part of the clipped sums over all ranks.
+    """This class holds this rank's part of the clipped sums over all ranks.
 
     Args:
-        sums: Clipped sums of this rank; the list is emptied.
-        parameters: Of the same shapes and strides.
-        group: The ranks.
-        during: What an error names.
+        sums: Clipped sums of this rank; the call empties the list.
+        parameters: Parameters of the same shapes and strides.
+        group: The process group.
+        during: The call and the step that an error names.
     """
 
     private = True
@@ -47,28 +47,29 @@ class ScatteredSums:
             for place in bucket.places:
                 place.of(flat).copy_(sums.pop())
             part = flat.new_empty(bucket.length // ranks)
-            works.append(
-                (reduce_scatter(part, flat, group), flat)
-            )  # it reads flat until it is done
+            # The collective reads flat until it ends, so flat is kept with it.
+            works.append((reduce_scatter(part, flat, group), flat))
             self.parts.append(part)
         for work, _ in works:
             work.wait()
 
     def gathered(self, means: list[Tensor]) -> list[Tensor]:
-        """The means of all ranks, as views of one memory for each bucket; ``means`` is emptied."""
+        """Return the means of all ranks as views of their buckets; the call empties ``means``."""
         with nobody_lost(self._during, self._group):
             return self._gathered(means)
 
     def _gathered(self, means: list[Tensor]) -> list[Tensor]:
         whole: dict[int, Tensor] = {}
         works: deque[tuple[Any, Tensor]] = deque()
-        parts = means[::-1]  # the only references: each part is freed when it was sent
+        parts = means[
+            ::-1
+        ]  # These are the only references, so each part is freed after it is sent.
         means.clear()
         self.parts.clear()
         for bucket in self._buckets:
             while len(works) >= _IN_FLIGHT:
                 works.popleft()[0].wait()
-            # Rounded to the parameter's dtype on the way, as it would be in .grad.
+            # Means are sent in the parameter's dtype, to which .grad would round them anyway.
             part = parts.pop().to(bucket.dtype)
             flat = part.new_empty(bucket.length)
             works.append((all_gather(flat, part, self._group), part))

@@ -1,4 +1,4 @@
-"""Clipped sums of sharded parameters: one reduce-scatter for all parameters of a module, in the layout of FSDP2."""
+"""Sum clipped sums of sharded parameters: one reduce-scatter for each module, in the layout of FSDP2."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 
 from clipgrad.distributed.collectives import reduce_scatter
 
-# Modules whose sums are on their way at once.
+# Number of modules whose sums are sent at the same time.
 _IN_FLIGHT = 2
 
 
 class Keys(NamedTuple):
-    """The sharded parameter that a whole one belongs to, and the module that it is gathered with."""
+    """These functions map a whole parameter to its sharded parameter and to the number of its module."""
 
     sharded: Callable[[Tensor], DTensor]
     group: Callable[[Tensor], int]
@@ -30,13 +30,13 @@ def scattered(
     keys: Keys,
     reached: Callable[[], AbstractContextManager[None]],
 ) -> list[Tensor]:
-    """Sums over all ranks in the shards of their parameters; between replicas of a shard they stay terms.
+    """Return sums over the ranks of each shard; replicas of a shard are not added up yet.
 
     Args:
-        totals: Sums of this rank, formed one by one; those of one module are sent together, and then freed.
+        totals: Sums of this rank, computed one by one. The sums of a module are sent together and then freed.
         parameters: The whole parameters.
-        keys: What is known of them.
-        reached: Names the step in the errors of a collective that its body starts.
+        keys: Functions that find a parameter's shard and module.
+        reached: A context manager that names the step in errors of the collectives inside it.
     """
     found: list[Tensor] = []
     works: deque[tuple[Any, Tensor]] = deque()
@@ -72,7 +72,7 @@ def scattered(
 def _sent(
     totals: Sequence[Tensor], parameters: Sequence[DTensor], works: deque[tuple[Any, Tensor]]
 ) -> list[Tensor]:
-    """Start to send the sums of one module."""
+    """Start to send the sums of one module, and return the shards that will hold the results."""
     mesh = parameters[0].device_mesh
     wanted: list[Placement] = [
         Partial("sum") if isinstance(placement, Replicate) else placement
@@ -86,7 +86,7 @@ def _sent(
         ]
         return [term.redistribute(placements=wanted) for term in terms]
     ranks = mesh.size(mesh.ndim - 1)
-    # FSDP cuts the first axis into pieces of one size, of which the last ones may be smaller or empty.
+    # FSDP splits the first axis into chunks of one size; the last chunks may be smaller or empty.
     rows = [-(-total.shape[0] // ranks) for total in totals]
     widths = [row * prod(total.shape[1:]) for row, total in zip(rows, totals, strict=True)]
     flat = totals[0].new_zeros(ranks, sum(widths))
@@ -112,7 +112,7 @@ def _sent(
 
 
 def _fill(place: Tensor, total: Tensor) -> None:
-    """Write a sum into ``[ranks, width]``: whole rows first, then what the last rank with a part has."""
+    """Write a sum into ``place``, ``[ranks, width]``: the full rows, then the row that it fills only in part."""
     ranks, width = place.shape
     flat = total.reshape(-1)
     if width == 0:

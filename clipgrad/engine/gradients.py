@@ -15,9 +15,11 @@ from clipgrad._functorch import (
     without_tracing,
 )
 from clipgrad.engine.bundle import Bundle, make_bundle
-from clipgrad.engine.tape import Tape, Tracked
+from clipgrad.engine.tape import Tape
+from clipgrad.engine.tracked import Tracked
 from clipgrad.kernels.selection import select_rows
-from clipgrad.rules.canonical import PerSample, row_norms_squared, sum_of, widen
+from clipgrad.rules.canonical import PerSample, sum_of, widen
+from clipgrad.rules.row_norms import row_norms_squared
 
 
 class Gradients:

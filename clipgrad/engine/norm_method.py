@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import torch
 
 from clipgrad._functorch import expected
-from clipgrad.engine.tape import Strategy, Tracked
+from clipgrad.engine.tracked import Strategy, Tracked
 from clipgrad.rules.registry import Extent
 
 # FLOPs that a machine computes in the time of moving one byte. CPUs and GPUs in float32 lie between 5 and 15. Near the

@@ -70,9 +70,6 @@ def sum_of(tensors: Sequence[Tensor]) -> Tensor:
     return sum(tensors[1:], start=tensors[0])
 
 
-_LONG_ROW = 1 << 12
-
-
 def in_memory_order(tensor: Tensor) -> tuple[Tensor, list[int]]:
     """Return the tensor with all axes but the first in memory order, and the original index of each of these axes.
 
@@ -82,21 +79,6 @@ def in_memory_order(tensor: Tensor) -> tuple[Tensor, list[int]]:
     if not tensor.is_contiguous():
         axes.sort(key=tensor.stride, reverse=True)
     return tensor.permute(0, *axes), axes
-
-
-def row_norms_squared(tensor: Tensor) -> Tensor:
-    """Return the squared L2 norm of every sample, ``[B]``."""
-    flat = in_memory_order(tensor)[0].flatten(1) if tensor.dim() > 1 else tensor[:, None]
-    dtype = widen(flat[:0]).dtype
-    if flat.device.type == "cpu" and flat.shape[1] > _LONG_ROW:
-        # On CPU one float32 sum over millions of values is too small by up to 1e-3; a sum of partial sums is not.
-        whole = flat.shape[1] - flat.shape[1] % _LONG_ROW
-        pieces = flat[:, :whole].unflatten(1, (-1, _LONG_ROW))
-        parts = torch.linalg.vector_norm(pieces, dim=2, dtype=dtype)
-        rest = torch.linalg.vector_norm(flat[:, whole:], dim=1, keepdim=True, dtype=dtype)
-        flat = torch.cat((parts, rest), 1)
-    norms: Tensor = torch.linalg.vector_norm(flat, dim=1, dtype=dtype)
-    return norms.square()
 
 
 @runtime_checkable

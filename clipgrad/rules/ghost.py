@@ -15,8 +15,9 @@ from torch import Tensor
 
 from clipgrad._functorch import expected
 from clipgrad.kernels.tensor_cores import convolutions_allow_tf32, full_product
-from clipgrad.rules.canonical import OneHot, Outer, row_norms_squared, sum_of, widen
+from clipgrad.rules.canonical import OneHot, Outer, sum_of, widen
 from clipgrad.rules.gram import Lengths, equal_id_sums, gram_sums
+from clipgrad.rules.row_norms import row_norms_squared
 
 # Rounding errors of a ghost norm stay below ``8 + sqrt(rows) + sqrt(columns)`` units in the last place of the norm
 # without cancellation, for the worst inputs found (constant ones). This is the safety factor on that bound.

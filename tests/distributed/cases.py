@@ -1,4 +1,4 @@
-"""Small trainings that run alike on one process and on several."""
+"""Define small trainings that run on one process and on several with the same result."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _FIRST = (0.4, 1.0, 0.0, 0.7, 0.5)
 
 
 class Tied(nn.Module):
-    """An embedding whose transpose is the head."""
+    """This model's head is the transpose of its embedding."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -33,7 +33,7 @@ class Tied(nn.Module):
 
 
 class LowRank(nn.Module):
-    """A frozen layer with a trained low-rank path."""
+    """This layer adds a trained low-rank product to a frozen layer."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
@@ -101,7 +101,7 @@ def language(model: nn.Module, x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Case:
-    """A model, its loss and its data."""
+    """This class holds a model, its loss and its data."""
 
     make: Callable[[], nn.Module]
     loss: Callable[..., Tensor] = squares
@@ -140,7 +140,7 @@ CASES = {
 
 
 def own_rows(batch: Tensor, step: int, rank: int, size: int) -> Tensor:
-    """The rows of one rank; every row belongs to one."""
+    """Return the rows of one rank; every row belongs to exactly one rank."""
     if size == 1:
         return batch
     first = round(len(batch) * _FIRST[step % len(_FIRST)])
@@ -185,7 +185,7 @@ def train(
     steps: int = STEPS,
     options: dict[str, Any] | None = None,
 ) -> dict[str, Tensor]:
-    """The parameters after some steps."""
+    """Return the parameters after some steps."""
     case = CASES[name]
     model = case.model()
     optimizer = private(model, case, inner(model), **(options or {}))
@@ -206,7 +206,7 @@ def shard_root(model: nn.Module) -> None:
 
 
 def shard_layers(model: nn.Module) -> None:
-    """Each direct child with parameters, and each block of a language model, is a group of its own."""
+    """Shard each direct child with parameters and each block of a language model as a module of its own."""
     from torch.distributed.fsdp import fully_shard
 
     blocks = [m for m in model.modules() if type(m).__name__ in ("GPT2Block", "LlamaDecoderLayer")]
@@ -226,7 +226,7 @@ def train_sharded(
     steps: int = STEPS,
     options: dict[str, Any] | None = None,
 ) -> dict[str, Tensor]:
-    """The whole parameters after some steps of a model of FSDP2."""
+    """Return the whole parameters of a model of FSDP2 after some steps."""
     case = CASES[name]
     model = case.model()
     if shard is shard_replicas and rank >= size // 2:  # replicas start from the first one's shard
@@ -245,7 +245,7 @@ def train_sharded(
 
 
 def shard_replicas(model: nn.Module) -> None:
-    """Half of the ranks hold shards, and the other half the same shards again."""
+    """Shard over half of the ranks; the other half holds replicas of the shards."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
@@ -264,7 +264,7 @@ def shard_half_precision(model: nn.Module) -> None:
 
 
 class HalfPrecision(nn.Module):
-    """What the mixed precision policy says, written out for parameters in half precision."""
+    """This model casts as the mixed precision policy does, for parameters in half precision."""
 
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()
@@ -281,7 +281,7 @@ class HalfPrecision(nn.Module):
 
 
 def half_precision(rank: int, size: int) -> dict[str, Tensor]:
-    """Clipped sums of one batch under the policy; on one process, of the model that is written out."""
+    """Return clipped sums of one batch under the policy; one process uses the model that casts itself."""
     case = CASES["mlp"]
     model = case.model().float()
     wrapped: nn.Module = model
@@ -301,11 +301,11 @@ def half_precision(rank: int, size: int) -> dict[str, Tensor]:
 def watched_memory(
     rank: int, size: int, shard: Callable[[nn.Module], None]
 ) -> tuple[list[int], int, list[int]]:
-    """How many of the layers are whole whenever one computes, and how large the root's group is.
+    """Count the elements of whole parameters whenever a layer computes.
 
     Returns:
-        Elements of whole parameters at each forward and backward pass of a layer, the most that one layer has, and the
-        elements of whole parameters before and after ``backward``.
+        Elements of whole parameters at each forward and backward pass of a layer, the largest number of elements of one
+        layer, and the elements of whole parameters before and after ``backward``.
     """
     model = nn.Sequential(*(nn.Linear(10, 10) for _ in range(6))).double()
     shard(model)
@@ -332,7 +332,7 @@ def watched_memory(
 
 
 class Packed(nn.Module):
-    """Weights that are sliced, normalised and used twice; a write in place after a layer."""
+    """This model slices and normalises weights, uses them twice, and writes in place after a layer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -363,7 +363,7 @@ def masked(model: nn.Module, x: Tensor) -> Tensor:
 
 
 class Checkpointed(nn.Module):
-    """A layer whose activations are computed again in the backward pass."""
+    """This model computes a layer's activations again in the backward pass."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -386,7 +386,7 @@ UNUSUAL = {
 
 
 def unusual(rank: int, size: int, name: str) -> dict[str, Tensor]:
-    """Clipped sums of a batch, of which one rank has all rows but one; the other has an infinite one."""
+    """Return clipped sums of a batch; one rank has all rows but one, and the other rank has an infinite row."""
     case = UNUSUAL[name]
     model = case.model()
     if size > 1:

@@ -1,4 +1,4 @@
-"""Runs that are stopped and go on, with another number of ranks."""
+"""Define runs that stop and continue with another number of ranks."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def run(
     noise_multiplier: float = 1e-9,
     before_saving: Callable[[int], None] = lambda step: None,
 ) -> dict[str, Any]:
-    """Go on from the folder's checkpoint until a step; what a rank knows then."""
+    """Continue from the folder's checkpoint until a step, and return the rank's state."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 2)).double()
     if shard is not None:
@@ -69,7 +69,7 @@ def run(
 
 
 def beyond(rank: int, size: int, folder: str) -> None:
-    """One more step than planned, after a restart."""
+    """Try one more step than planned, after a restart."""
     model = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 2)).double()
     planned = plan(1e-9)
     optimizer = DPOptimizer(
@@ -92,15 +92,15 @@ def _whole(parameter: Any) -> Tensor:
 def step_with_fault(
     rank: int, size: int, fault: str, at: int, shard: Callable[[nn.Module], None] | None = None
 ) -> tuple[str, bool, int]:
-    """A run in which the second rank dies or stalls at a step; what the first one sees.
+    """Run until the second rank dies or stalls at a step, and return what the first rank observes.
 
     Returns:
-        The error, whether parameters are those before the step, and the steps in the ledger.
+        The error's text, whether the parameters are unchanged by the step, and the number of steps in the ledger.
     """
     import time
 
     class Dying(clipgrad.SystemNoise):
-        """Ends the process between the sums and the means."""
+        """This source ends its process after the sums are scattered and before the means are gathered."""
 
         def add_gaussian_(self, tensors: Any, sigma: float) -> None:
             if rank == 1 and fault == "dies within" and optimizer.ledger.steps > at:

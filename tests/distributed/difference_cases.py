@@ -1,4 +1,4 @@
-"""Ranks that do not do the same."""
+"""Define ranks that differ in a setting, a call or a parameter."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def settings(rank: int, size: int, name: str, values: tuple[Any, Any]) -> None:
 
 
 def schedule(rank: int, size: int) -> None:
-    """A norm that is a function of the step, another one on the second rank."""
+    """Step with a norm that is a function of the step and differs on the second rank."""
     optimizer = make(max_grad_norm=lambda step: 1.0 + step * rank)
     take(optimizer, 2)
 
@@ -83,7 +83,7 @@ def plans(rank: int, size: int, values: tuple[dict[str, Any], dict[str, Any]]) -
 
 
 def sampled(rank: int, size: int, skipped: bool = False) -> tuple[int, float, str, list[list[int]]]:
-    """A planned run; the numbers of the samples that each step used here."""
+    """Run a plan, and return the numbers of the samples that each step used on this rank."""
     planned = plan()
     rows = torch.arange(40.0)[:, None].expand(40, 3).clone()
     data = torch.utils.data.TensorDataset(rows)
@@ -101,7 +101,7 @@ def sampled(rank: int, size: int, skipped: bool = False) -> tuple[int, float, st
 
 
 def users(rank: int, size: int) -> list[int]:
-    """The users that a rank samples from."""
+    """Return the users from which a rank samples."""
     data = torch.utils.data.TensorDataset(torch.arange(12.0))
     loader = clipgrad.user_loader(
         data, [n // 2 for n in range(12)], sample_rate=1.0, samples_per_user=1, steps=1
@@ -141,7 +141,7 @@ def start_is_the_first_ranks(rank: int, size: int) -> tuple[Tensor, Tensor]:
 
 
 def group_of_one(rank: int, size: int) -> Tensor:
-    """A rank that trains alone beside others."""
+    """Train on each rank alone."""
     groups = [torch.distributed.new_group([number]) for number in range(size)]
     alone = clipgrad.Performance(process_group=groups[rank])
     optimizer = make(noise_multiplier=0.0, max_grad_norm=1.0 + rank, performance=alone)

@@ -1,4 +1,4 @@
-"""Models that are spread in ways that are not supported."""
+"""Define models that are spread over processes in unsupported ways."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from tests.distributed.difference_cases import squares
 
 
 def build(rank: int, size: int, kind: str) -> None:
-    """Make an optimizer of such a model, and call backward."""
+    """Make an optimizer of a model that is spread as ``kind`` says, and call backward."""
     import torch.distributed.fsdp as fsdp
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import parallel
@@ -52,7 +52,7 @@ def build(rank: int, size: int, kind: str) -> None:
 
 
 def missing_backward(rank: int, size: int) -> None:
-    """One rank steps where the other calls backward once more."""
+    """Call step on one rank while the other rank calls backward once more."""
     from torch.distributed.fsdp import fully_shard
 
     from clipgrad import DPOptimizer

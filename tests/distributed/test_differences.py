@@ -1,4 +1,4 @@
-"""A rank that does something else is found and named; sampling and accounting are those of one run."""
+"""Test that a rank that differs is named, and that sampling and accounting are those of one run."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.distributed.conftest import Pool
 
 
 def refused(pool: Pool, function: Callable[..., Any], *arguments: Any) -> set[str]:
-    """The messages of ranks that all refuse."""
+    """Return the distinct messages of ranks that all refuse."""
     messages = set()
     for good, error in pool(2).outcomes(function, *arguments):
         assert not good

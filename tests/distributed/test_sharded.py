@@ -1,4 +1,4 @@
-"""Ranks with the shards of FSDP2 train as one process does."""
+"""Test that ranks with shards of FSDP2 train as one process does."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.distributed import cases, noise_cases, refusal_cases
 from tests.distributed.conftest import Pool
 from tests.distributed.test_noise import judged
 from tests.distributed.test_replicated import largest_difference
-from tests.nightly import rows
+from tests.nightly import chosen, rows
 
 RUNS = [
     *((name, cases.shard_layers, cases.sgd) for name in cases.CASES),
@@ -21,7 +21,7 @@ RUNS = [
 ]
 
 
-@pytest.mark.parametrize(("name", "shard", "inner"), rows(2, RUNS))
+@pytest.mark.parametrize(("name", "shard", "inner"), rows(3, RUNS))
 def test_two_ranks_train_as_one_process(
     pool: Pool,
     name: str,
@@ -100,7 +100,7 @@ def test_only_the_layers_that_compute_are_whole(pool: Pool) -> None:
         assert around == [0, 0]
 
 
-@pytest.mark.parametrize("name", list(cases.UNUSUAL))
+@pytest.mark.parametrize("name", chosen(cases.UNUSUAL, {"checkpointed", "nonfinite", "in place"}))
 def test_unusual_models(pool: Pool, name: str) -> None:
     expected = cases.unusual(0, 1, name)
     for found in pool(2).run(cases.unusual, name):
