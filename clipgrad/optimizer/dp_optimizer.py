@@ -65,9 +65,10 @@ class DPOptimizer(LogicalBatch, Generic[Returned]):
         noise: The noise source. The default, ``SystemNoise()``, is seeded by the operating system.
             ``SeededNoise(generator)`` is repeatable, for experiments, and **not private**.
             ``DiscreteGaussianNoise(grid)`` chooses exact mode; see ``docs/exact.md``.
-        compile: Run the step as one compiled graph; see ``clipped_grad``. Without ``microbatch_size`` the graph has
-            rows for a Poisson batch two standard deviations above ``expected_batch_size``. If all batches have the same
-            size, pass this size as ``microbatch_size`` to avoid padding.
+        compile: Run the step as one compiled graph; see ``clipped_grad``. Without ``microbatch_size`` a graph on a CPU
+            serves Poisson batches of every size. A graph on a GPU has rows for a batch two standard deviations above
+            ``expected_batch_size``, and smaller batches are padded. If all batches have the same size, pass this size
+            as ``microbatch_size``.
         performance: Further options that change time and memory only.
 
     Raises:
@@ -111,10 +112,11 @@ class DPOptimizer(LogicalBatch, Generic[Returned]):
     ) -> None:
         check_parts(optimizer, model, loss_fn)
         chosen = make_mechanism(plan, max_grad_norm, noise_multiplier, expected_batch_size, noise)
+        room = None
         if compile and microbatch_size is None:
             from clipgrad.compiled import fixed_size  # PyTorch's compiler takes seconds to import
 
-            microbatch_size = fixed_size(chosen.expected_batch_size)
+            room = fixed_size(chosen.expected_batch_size)
         options = Options(
             has_aux=None,
             keep_batch_dim=keep_batch_dim,
@@ -124,7 +126,7 @@ class DPOptimizer(LogicalBatch, Generic[Returned]):
             performance=Performance() if performance is None else performance,
         )
         ranks = ranks_of(options, model)
-        super().__init__(optimizer, chosen, BatchClipper(options, ranks), noise, plan)
+        super().__init__(optimizer, chosen, BatchClipper(options, ranks, room), noise, plan)
         self.model = model
         self.loss_fn = loss_fn
         self._start_batch()
