@@ -66,7 +66,7 @@ class Gathering(Protocol):
 class Noised(Protocol):
     """This function makes noised means of sums."""
 
-    def __call__(self, sums: list[Tensor], *, in_place: bool) -> list[Tensor]:
+    def __call__(self, sums: list[Tensor], /, *, in_place: bool) -> list[Tensor]:
         """Return ``(sums + noise) / divisor``.
 
         Args:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from clipgrad.integrations._batches import epoch_of
 from clipgrad.plan import PrivacyPlan
 
 
-class _Conflict(NamedTuple):
+class Conflict(NamedTuple):
     """This tuple describes refused values of one argument.
 
     Attributes:
@@ -29,58 +29,58 @@ _WHOLE = (
     "spreads the model over processes, but here each process holds all of it. Leave it out, or shard the model with "
     "fully_shard and write a loop of your own (docs/scaling.md)."
 )
-_CONFLICTS = (
-    _Conflict(
+CONFLICTS: tuple[Conflict, ...] = (
+    Conflict(
         "fp16",
         bool,
         "scales the loss, and per-sample gradients cannot be unscaled. Use bf16=True.",
     ),
-    _Conflict(
+    Conflict(
         "torch_compile",
         bool,
         "compiles the model without per-sample gradients. Use DPTrainer(compile=True).",
     ),
-    _Conflict(
+    Conflict(
         "use_liger_kernel",
         bool,
         "replaces operations by kernels without per-sample gradients. Leave it out.",
     ),
-    _Conflict(
+    Conflict(
         "auto_find_batch_size",
         bool,
         "changes the batch size, which the plan accounts for. Set per_device_train_batch_size to a number that fits "
         "into memory, and gradient_accumulation_steps to the number of such microbatches in a batch.",
     ),
-    _Conflict(
+    Conflict(
         "train_sampling_strategy",
         lambda value: value != "random",
         "orders the samples, but the plan accounts for random batches. Leave it out.",
     ),
-    _Conflict(
+    Conflict(
         "dataloader_drop_last",
         bool,
         "has no effect, since every Poisson batch is a step. Leave it out.",
     ),
-    _Conflict(
+    Conflict(
         "include_num_input_tokens_seen",
         lambda value: value not in (False, "no"),
         "logs the number of sampled tokens, which is private. Leave it out.",
     ),
-    _Conflict(
+    Conflict(
         "ignore_data_skip",
         bool,
         "would repeat the interrupted epoch after a restart. Leave it out: DPTrainer resumes with fresh batches.",
     ),
-    _Conflict("deepspeed", bool, _WHOLE),
-    _Conflict("fsdp", bool, _WHOLE),
-    _Conflict("parallelism_config", bool, _WHOLE),
-    _Conflict(
+    Conflict("deepspeed", bool, _WHOLE),
+    Conflict("fsdp", bool, _WHOLE),
+    Conflict("parallelism_config", bool, _WHOLE),
+    Conflict(
         "n_gpu",
         lambda value: value > 1,
         "splits batches over several devices of one process. Start a process for each: "
         "torchrun --nproc-per-node=gpu train.py, or set CUDA_VISIBLE_DEVICES=0.",
     ),
-    _Conflict(
+    Conflict(
         "optim",
         lambda value: "lomo" in str(value) or str(value).endswith("layerwise"),
         "steps during backward, before gradients are clipped and get noise. Use adamw_torch, for example.",
@@ -88,15 +88,15 @@ _CONFLICTS = (
 )
 
 
-def refuse_conflicts(args: Any) -> None:
+def refuse_conflicts(args: Any, conflicts: Sequence[Conflict]) -> None:
     """Refuse arguments that would break privacy, or that have no effect in a private training.
 
     Raises:
         ValueError: If an argument is refused; the message names argument, value and remedy.
     """
-    for name, conflicts, why in _CONFLICTS:
+    for name, conflict, why in conflicts:
         value = getattr(args, name, None)
-        if value is not None and conflicts(value):
+        if value is not None and conflict(value):
             raise ValueError(f"TrainingArguments({name}={value!s}) {why}")
 
 

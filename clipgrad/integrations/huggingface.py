@@ -14,6 +14,7 @@ from clipgrad.accounting import Ledger
 from clipgrad.errors import PrivacyBudgetError
 from clipgrad.integrations._batches import LogicalBatches, epoch_of, loader_of, rows_of
 from clipgrad.integrations._huggingface_arguments import (
+    CONFLICTS,
     plan_and_users,
     refuse_conflicts,
     refuse_spread_model,
@@ -55,6 +56,8 @@ class PrivateTraining:
         ValueError: If an argument is refused; the message names refused ``TrainingArguments``.
     """
 
+    _conflicts = CONFLICTS
+
     def __init__(
         self,
         *args: Any,
@@ -70,7 +73,7 @@ class PrivateTraining:
     ) -> None:
         self._private: DPOptimizer[Any] | None = None
         super().__init__(*args, **trainer)
-        refuse_conflicts(self.args)
+        refuse_conflicts(self.args, self._conflicts)
         refuse_spread_model(self)
         self._samples_per_user = samples_per_user
         self.plan, self._users = plan_and_users(
@@ -171,7 +174,7 @@ class PrivateTraining:
         self._check(model)
         model.train()
         piece = send_to_device(dict(inputs), self.args.device)
-        if self._loss is _model_loss and not set(self.label_names) & piece.keys():
+        if self._loss is model_loss and not set(self.label_names) & piece.keys():
             raise ValueError(
                 f"a batch holds {', '.join(piece)}, but no {' or '.join(self.label_names)}, without which the model "
                 "returns no loss. Add them in the dataset or the data_collator, or pass compute_loss_func."
@@ -230,7 +233,7 @@ class PrivateTraining:
         """Return the model's own loss, which PyTorch can capture, unless the trainer computes another loss."""
         usual = type(self).compute_loss is Trainer.compute_loss
         if usual and self.label_smoother is None and self.compute_loss_func is None:
-            return _model_loss
+            return model_loss
 
         def loss_fn(model: nn.Module, inputs: dict[str, Any]) -> Any:
             with self.compute_loss_context_manager():
@@ -260,6 +263,7 @@ class _NoisedNorm(TrainerCallback):
         return float("nan") if self._norm is None else float(self._norm)
 
 
-def _model_loss(model: nn.Module, inputs: dict[str, Any]) -> Any:
+def model_loss(model: nn.Module, inputs: dict[str, Any]) -> Any:
+    """Return the loss that a model computes by itself."""
     outputs = model(**inputs)
     return outputs["loss"] if isinstance(outputs, dict) else outputs[0]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any, Generic, cast
 
 import torch
@@ -17,6 +16,7 @@ from clipgrad.clipping import ClippingStrategy, Schedule, make_clipping
 from clipgrad.engine.inputs import Inputs, inputs_of_model
 from clipgrad.explain import Explanation
 from clipgrad.noise import NoiseSource
+from clipgrad.noise.step_noise import StepSums
 from clipgrad.optimizer import facts
 from clipgrad.optimizer.batch_parts import by_name, parts_of
 from clipgrad.optimizer.logical_batch import LogicalBatch
@@ -65,9 +65,10 @@ class DPOptimizer(LogicalBatch, Generic[Returned]):
         noise: The noise source. The default, ``SystemNoise()``, is seeded by the operating system.
             ``SeededNoise(generator)`` is repeatable, for experiments, and **not private**.
             ``DiscreteGaussianNoise(grid)`` chooses exact mode; see ``docs/exact.md``.
-        compile: Run the step as one compiled graph; see ``clipped_grad``. Without ``microbatch_size`` the graph has
-            rows for a Poisson batch two standard deviations above ``expected_batch_size``. If all batches have the same
-            size, pass this size as ``microbatch_size`` to avoid padding.
+        compile: Run the step as one compiled graph; see ``clipped_grad``. Without ``microbatch_size`` a graph on a CPU
+            serves Poisson batches of every size. A graph on a GPU has rows for a batch two standard deviations above
+            ``expected_batch_size``, and smaller batches are padded. If all batches have the same size, pass this size
+            as ``microbatch_size``.
         performance: Further options that change time and memory only.
 
     Raises:
@@ -111,10 +112,11 @@ class DPOptimizer(LogicalBatch, Generic[Returned]):
     ) -> None:
         check_parts(optimizer, model, loss_fn)
         chosen = make_mechanism(plan, max_grad_norm, noise_multiplier, expected_batch_size, noise)
+        room = None
         if compile and microbatch_size is None:
             from clipgrad.compiled import fixed_size  # PyTorch's compiler takes seconds to import
 
-            microbatch_size = fixed_size(chosen.expected_batch_size)
+            room = fixed_size(chosen.expected_batch_size)
         options = Options(
             has_aux=None,
             keep_batch_dim=keep_batch_dim,
@@ -124,7 +126,7 @@ class DPOptimizer(LogicalBatch, Generic[Returned]):
             performance=Performance() if performance is None else performance,
         )
         ranks = ranks_of(options, model)
-        super().__init__(optimizer, chosen, BatchClipper(options, ranks), noise, plan)
+        super().__init__(optimizer, chosen, BatchClipper(options, ranks, room), noise, plan)
         self.model = model
         self.loss_fn = loss_fn
         self._start_batch()
@@ -220,13 +222,12 @@ class DPOptimizer(LogicalBatch, Generic[Returned]):
         ranks.meet("step", self._step_state.step, lambda: self._facts_of_step(claim), parameters)
         if account is not None:
             account.record(claim, self.accounted_noise_multiplier)
-        noised = partial(
-            self._noise.next,
-            step=self._step_state.step,
-            names=names,
-            sigma=sigma,
-            divisor=self.expected_batch_size,
-        )
+        step, divisor = self._step_state.step, self.expected_batch_size
+
+        def noised(parts: list[Tensor], *, in_place: bool) -> list[Tensor]:
+            given = StepSums(parts, step, names, sigma, divisor, in_place=in_place)
+            return self._noise.next(given)
+
         with torch.no_grad(), phase("noise"):
             means = ranks.means(sums, parameters, noised, aliases_graph=aliases_graph)
             if observed:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import clipgrad
 from clipgrad import DPOptimizer, PrivacyPlan, RunState
-from tests.distributed.difference_cases import squares
+from tests.distributed.cases import squares
 
 STEPS = 8
 

@@ -10,14 +10,11 @@ from torch import Tensor, nn
 
 import clipgrad
 from clipgrad import DPOptimizer, PrivacyPlan
+from tests.distributed.cases import squares
 
 
-def squares(model: nn.Module, x: Tensor) -> Tensor:
-    return model(x).square().sum()
-
-
-def make(**options: Any) -> DPOptimizer:
-    model = nn.Linear(3, 2)
+def make(model: nn.Module | None = None, **options: Any) -> DPOptimizer:
+    model = nn.Linear(3, 2) if model is None else model
     if "plan" not in options:
         given = {"max_grad_norm": 1.0, "noise_multiplier": 1.0, "expected_batch_size": 4.0}
         options = {**given, **options}
