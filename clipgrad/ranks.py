@@ -59,6 +59,14 @@ class Share(Protocol):
     parts: list[Tensor]
     private: bool
 
+    def places(self, names: Sequence[str]) -> list[str]:
+        """For each part a name of its coordinates: equal for the same ones, and different for others.
+
+        Args:
+            names: Of the parameters.
+        """
+        ...
+
     def gathered(self, means: list[Tensor]) -> list[Tensor]:
         """The noised means in the form of the parameters, from everybody's parts."""
         ...
@@ -162,6 +170,10 @@ class Alone:
     def __init__(self, parts: list[Tensor], *, private: bool) -> None:
         self.parts = parts
         self.private = private
+
+    def places(self, names: Sequence[str]) -> list[str]:
+        """The parameters."""
+        return list(names)
 
     def gathered(self, means: list[Tensor]) -> list[Tensor]:
         """All means."""

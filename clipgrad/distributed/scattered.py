@@ -54,6 +54,15 @@ class ScatteredSums:
         for work, _ in works:
             work.wait()
 
+    def places(self, names: Sequence[str]) -> list[str]:
+        """What each bucket holds and where, and which part of it this is."""
+        rank, ranks = dist.get_rank(self._group), dist.get_world_size(self._group)
+        return [
+            f"part {rank + 1} of {ranks} of {bucket.length} values: "
+            + ", ".join(f"{names[place.index]} from {place.start}" for place in bucket.places)
+            for bucket in self._buckets
+        ]
+
     def gathered(self, means: list[Tensor]) -> list[Tensor]:
         """The means of all ranks, as views of one memory for each bucket; ``means`` is emptied."""
         with nobody_lost(self._during, self._group):

@@ -123,6 +123,14 @@ class Shards:
         self._inner, self._parameters = inner, parameters
         self.parts = inner.parts
 
+    def places(self, names: Sequence[str]) -> list[str]:
+        """Which shard of each parameter this is; between replicas of a shard, which part of it."""
+        shards = [
+            f"{name} {tuple(p.shape)} {p.placements} at {p.device_mesh.get_coordinate()} of {p.device_mesh.shape}"
+            for name, p in zip(names, self._parameters, strict=True)
+        ]
+        return self._inner.places(shards)
+
     def gathered(self, means: list[Tensor]) -> list[Tensor]:
         """The means as DTensors that lie as their parameters do."""
         return [

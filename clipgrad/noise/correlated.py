@@ -82,7 +82,8 @@ class CorrelatedNoise:
         Args:
             sums: Clipped sums, which are used up.
             step: Number of the step, from 0.
-            names: What the sums belong to; the same in every step.
+            names: What the sums belong to: parameters, or the part of their coordinates that this process noises. They
+                are the same in every step.
             sigma: Standard deviation of the independent noise, for a C whose columns have norm 1. It is the same in
                 every step.
             divisor: A public constant.
@@ -132,7 +133,8 @@ class CorrelatedNoise:
             raise ValueError(
                 f"step {step}: the trained parameters are {_listed(coordinates)}, but were "
                 f"{_listed(self._coordinates)} in the steps before. Correlated noise belongs to its "
-                "parameter for the whole run. Do not freeze, add or rename parameters under this plan."
+                "parameter for the whole run. Do not freeze, add or rename parameters under this plan. Of several "
+                "processes each continues the checkpoint that it wrote itself, and their number stays the same."
             )
 
     def _arrange(self, sums: list[Tensor]) -> None:

@@ -27,7 +27,7 @@ from clipgrad.optimizer.mechanism import make_mechanism
 from clipgrad.optimizer.parameters import Resident, TrainedParameters
 from clipgrad.optimizer.pending import Pending, unnoised_step_hook
 from clipgrad.optimizer.privacy_state import PrivacyState
-from clipgrad.optimizer.processes import ranks_of, refuse_correlated
+from clipgrad.optimizer.processes import ranks_of
 from clipgrad.optimizer.requirements import check_parts, refuse_foreign_parameters
 from clipgrad.options import Options, Performance
 from clipgrad.plan import PrivacyPlan
@@ -143,8 +143,7 @@ class DPOptimizer(PrivacyState, Generic[Returned]):
         # Refuse impossible noise now, not at the first step.
         clipping = make_clipping(self.max_grad_norm, names, sizes)
         self._clipper.arithmetic.check_noise(clipping, sizes, self.sigma)
-        refuse_correlated(ranks, self._noise.accounting)
-        ranks.prepare(model, self._settings_of_run, lambda: self._noise.state_dict())
+        ranks.prepare(model, self._settings_of_run, lambda: self.noise.state_dict())
         if self._account is not None:
             self._account.share_name(ranks)
 
@@ -237,7 +236,7 @@ class DPOptimizer(PrivacyState, Generic[Returned]):
                 means = self._noise.next(
                     share.parts,
                     self._step_state.step,
-                    names=names,
+                    names=share.places(names) if self.secret_state else names,
                     sigma=sigma,
                     divisor=self.expected_batch_size,
                     in_place=share.private,

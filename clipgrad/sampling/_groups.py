@@ -76,6 +76,7 @@ class Groups:
         ):
             raise ValueError(
                 f"state has groups of {found.shape} samples, which do not fit {len(self.group)} samples in "
-                f"{self.bands} groups; construct the sampler with the data and the plan it was saved with."
+                f"{self.bands} groups; construct the sampler with the data, the plan and the number of "
+                "processes it was saved with."
             )
         return Groups(self.bands, found)
