@@ -12,14 +12,16 @@ JAX      ?= 1
 VENV := .venv
 BIN  := $(VENV)/bin
 PIP   = $(BIN)/python -m pip --disable-pip-version-check
+# Python compiles a module when it first imports it. To compile all of them here would take a minute more.
+INSTALL = $(PIP) install $(PIPFLAGS) --no-compile -c constraints.txt
 say   = @echo "==> $(1)"
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-all bench lint format docs lock clean distclean
+.PHONY: help demo test test-all bench lint format docs docs-check lock clean distclean
 
 help: ## show this list
-	@sed -n 's/^\([a-z][a-z]*\):[^#]*## \(.*\)/  make \1|\2/p' Makefile | awk -F'|' '{ printf "%-18s %s\n", $$1, $$2 }'
+	@sed -n 's/^\([a-z][a-z-]*\):[^#]*## \(.*\)/  make \1|\2/p' Makefile | awk -F'|' '{ printf "%-18s %s\n", $$1, $$2 }'
 
 # ------------------------------------------------------------------------------------ environment
 
@@ -36,13 +38,13 @@ $(BIN)/pip:
 # hatchling comes first so that the build of the package itself is pinned as well.
 $(VENV)/.stamp-%: pyproject.toml constraints.txt | $(BIN)/pip
 	$(call say,installing clipgrad[$(EXTRAS_$*)] from constraints.txt: minutes the first time)
-	@$(PIP) install $(PIPFLAGS) -c constraints.txt hatchling
-	@$(PIP) install $(PIPFLAGS) -c constraints.txt --no-build-isolation -e '.[$(EXTRAS_$*)]'
+	@$(INSTALL) hatchling
+	@$(INSTALL) --no-build-isolation -e '.[$(EXTRAS_$*)]'
 	@$(if $(findstring bench,$(EXTRAS_$*)),$(BACKPACK))
 	@touch $@
 
 # It asks for torchvision, which it never imports, and whose builds do not fit every build of torch.
-BACKPACK = $(PIP) install $(PIPFLAGS) -c constraints.txt --no-deps backpack-for-pytorch
+BACKPACK = $(INSTALL) --no-deps backpack-for-pytorch
 
 # jax_privacy is measured beside clipgrad in an environment of its own: JAX and torch pin different packages.
 $(VENV)-jax/.stamp: benchmarks/jax-constraints.txt
@@ -92,6 +94,10 @@ docs: $(VENV)/.stamp-docs ## build the documentation into site/
 	@$(BIN)/zensical build --clean --strict
 	$(call say,done: site/index.html)
 
+docs-check: docs ## build it, and open every page in a headless Chromium: links, errors, screenshots
+	$(call say,python -m tests.site)
+	@$(BIN)/python -m tests.site
+
 # torch stays as pinned: raise its pin by hand, then run this.
 lock: ## resolve constraints.txt anew
 	$(call say,resolving all extras in $(VENV)-lock)
@@ -106,7 +112,7 @@ lock: ## resolve constraints.txt anew
 
 clean: ## remove everything generated but .venv
 	$(call say,removing caches and build products)
-	@rm -rf digits.png build dist site .benchmarks .cache .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	@rm -rf digits.png build dist site site-pictures .benchmarks .cache .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	@find . -name '.venv*' -prune -o -name __pycache__ -type d -exec rm -rf {} +
 
 distclean: clean ## remove .venv as well

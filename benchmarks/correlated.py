@@ -19,7 +19,7 @@ from clipgrad import BandedFactorisation, PrivacyPlan, SystemNoise
 from clipgrad.factorisation.strategy import banded
 from clipgrad.factorisation.toeplitz import square_root
 from clipgrad.noise.correlated import CorrelatedNoise
-from clipgrad.noise.step_noise import IndependentNoise, StepNoise
+from clipgrad.noise.step_noise import IndependentNoise, StepNoise, StepSums
 
 DELTA = 1e-6
 SAMPLES = 100_000
@@ -95,7 +95,7 @@ def steps_of(
         nonlocal done
         start = clock()
         for _ in range(count):
-            noise.next(sums, done, names=names, sigma=1.0, divisor=48.0, in_place=True)
+            noise.next(StepSums(sums, done, names, sigma=1.0, divisor=48.0, in_place=True))
             done += 1
         return (clock() - start) / count
 

@@ -1,4 +1,4 @@
-"""``attach``: an ordinary loop over model, criterion, ``loss.backward()`` and ``step`` becomes private as it stands."""
+"""Define ``attach``, which makes a loop of model, criterion, ``loss.backward()`` and ``step`` private, unchanged."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ Criterion = Callable[..., Any]
 
 
 class Attached(NamedTuple):
-    """What takes the places of model, optimizer and criterion in the loop.
+    """This tuple holds the replacements for model, optimizer and criterion of the loop.
 
     Attributes:
-        model: Calls the model, and remembers with what.
+        model: Calls the model, and keeps its input for ``backward``.
         optimizer: The ``DPOptimizer``.
-        criterion: Calls the criterion on the model's output, and returns a loss with a ``backward`` of its own.
+        criterion: Calls the criterion on the model's output, and returns an ``AttachedLoss``.
     """
 
     model: AttachedModel
@@ -48,27 +48,27 @@ def attach(
 ) -> Attached:
     """Make the loop ``loss = criterion(model(x), y); loss.backward(); optimizer.step()`` private, unchanged.
 
-    ``loss.backward()`` computes the gradient of ``criterion(model(x), y)`` on each sample in a batch of one, as
-    ``DPOptimizer`` does. So it is exact for every criterion and reduction, and nothing is guessed about the batch axis,
-    which comes first. The forward pass of the loop has no gradients and is for its values alone; it takes about a third
-    of a step. Where the loop does more than that between model and ``backward``, it is refused.
+    ``loss.backward()`` computes the gradient of ``criterion(model(x), y)`` on each sample as a batch of one, as
+    ``DPOptimizer`` does. So it is exact for every criterion and reduction. The batch axis is the first axis of every
+    tensor. The loop's own forward pass has no gradients and only provides values; it takes about a third of a step. A
+    loop that computes anything else between the model and ``backward`` is refused.
 
     Args:
         model: The model. Without ``criterion`` it returns its loss as ``output.loss``, as models of Hugging Face do.
         optimizer: The optimizer of the loop.
-        criterion: The criterion of the loop. It takes the model's output, unchanged, as its first argument. What it
-            takes besides has a batch axis.
+        criterion: The criterion of the loop. Its first argument is the model's unchanged output. Its other arguments
+            have a batch axis.
         plan: The plan of the run; ``poisson_loader(dataset, plan=plan)`` makes the loop's batches.
-        microbatch_size: As for ``DPOptimizer``.
-        noise: As for ``DPOptimizer``.
-        compile: As for ``DPOptimizer``.
-        performance: As for ``DPOptimizer``.
+        microbatch_size: Number of samples of a microbatch, see ``DPOptimizer``.
+        noise: The noise source, see ``DPOptimizer``.
+        compile: Whether steps are compiled, see ``DPOptimizer``.
+        performance: See ``DPOptimizer``.
 
     Returns:
-        What the loop uses as model, optimizer and criterion from now on.
+        The model, optimizer and criterion that the loop must use.
 
     Raises:
-        ValueError: If an argument does not fit.
+        ValueError: If ``criterion`` is not callable, or ``DPOptimizer`` refuses an argument.
 
     Examples:
         >>> import torch, clipgrad
@@ -89,7 +89,8 @@ def attach(
     """
     if criterion is not None and not callable(criterion):
         raise ValueError(
-            f"criterion must be a function of the model's output and the target, got {type(criterion).__name__}."
+            f"criterion must be a function of the model's output and the target, got {type(criterion).__name__}. Pass "
+            "a loss such as torch.nn.CrossEntropyLoss()."
         )
 
     def loss_fn(model: nn.Module, call: Mapping[str, Any], targets: tuple[Any, ...]) -> Any:
@@ -111,7 +112,7 @@ def attach(
 
 
 class AttachedModel:
-    """The model of an attached loop. In evaluation, and where gradients are off, it is the model itself."""
+    """This class calls the model of an attached loop; in evaluation and without gradients the call is unchanged."""
 
     def __init__(
         self, model: nn.Module, optimizer: DPOptimizer[Any], *, returns_loss: bool
@@ -120,7 +121,7 @@ class AttachedModel:
         self._last: tuple[Any, _Call] | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the model without gradients, and remember its input for ``backward``."""
+        """Call the model without gradients, and keep its input for ``backward``."""
         if not (self._model.training and torch.is_grad_enabled()):
             return self._model(*args, **kwargs)
         call = _Call(self._optimizer, {"args": args, "kwargs": kwargs}, _autocasts())
@@ -129,8 +130,8 @@ class AttachedModel:
         if self._returns_loss:
             if not isinstance(getattr(output, "loss", None), Tensor):
                 raise ValueError(
-                    f"the model returned a {type(output).__name__} without .loss. Call it with labels, or give "
-                    "attach(model, optimizer, criterion, ...) the criterion."
+                    f"the model returned a {type(output).__name__} without .loss. Call it with labels, or pass the "
+                    "criterion: attach(model, optimizer, criterion, ...)."
                 )
             output = copy.copy(output)
             output.loss = AttachedLoss.of(output.loss, call, ())
@@ -146,7 +147,7 @@ class AttachedModel:
         return getattr(self._model, name)
 
     def call_of(self, output: Any) -> _Call | None:
-        """Return the call that returned this very object, if it is the last one."""
+        """Return the last call of the model if it returned this object, or None."""
         return self._last[1] if self._last is not None and self._last[0] is output else None
 
 
@@ -157,7 +158,7 @@ class _Call(NamedTuple):
 
 
 class _AttachedCriterion:
-    """The criterion of an attached loop; on other values than outputs in training it is the criterion itself."""
+    """This class calls the criterion of an attached loop; outside of training the call is unchanged."""
 
     def __init__(self, model: AttachedModel, criterion: Criterion | None) -> None:
         self._model, self._criterion = model, criterion
@@ -165,14 +166,14 @@ class _AttachedCriterion:
     def __call__(self, output: Any, *targets: Any) -> Any:
         if self._criterion is None:
             raise ValueError(
-                "attach was given no criterion; use the model's own loss: output.loss."
+                "attach was given no criterion. Pass one, or use the model's own loss: output.loss."
             )
         call = self._model.call_of(output)
         if call is None:
             if torch.is_grad_enabled() and self._model.training:
                 raise NotPerSampleError(
                     "criterion received something else than the output of the last model(...), so the loss of one "
-                    "sample is not known. Do what comes between them in the criterion that you give to attach."
+                    "sample is not known. Do what comes between them in the criterion that you pass to attach."
                 )
             return self._criterion(output, *targets)
         with torch.no_grad():
@@ -181,13 +182,13 @@ class _AttachedCriterion:
 
 
 class AttachedLoss(Tensor):
-    """The loss of an attached loop: a number to look at, and ``backward``. **Not private**."""
+    """This tensor is the loss of an attached loop, and its ``backward`` clips per sample; it is **not private**."""
 
     _run: tuple[_Call, tuple[Any, ...], int] | None
 
     @staticmethod
     def of(value: Tensor, call: _Call, targets: tuple[Any, ...]) -> AttachedLoss:
-        """Return a loss that was computed without gradients."""
+        """Return ``value`` as an attached loss; it was computed without gradients."""
         loss = value.detach().as_subclass(AttachedLoss)
         loss._run = call, targets, loss._version
         return loss
@@ -196,14 +197,14 @@ class AttachedLoss(Tensor):
         """Add the clipped per-sample gradients of the batch to the sums of the optimizer, once.
 
         Raises:
-            NotPerSampleError: If the loss was scaled, or anything else was made of it.
+            NotPerSampleError: If it is called twice, with arguments, or on a value computed from the loss.
         """
         run = self.__dict__.get("_run")
         if run is None or run[2] != self._version or args or kwargs:
             raise NotPerSampleError(
-                "backward was called a second time, with arguments, or on something computed from the loss (a sum, a "
-                "scaled loss), whose gradient by sample is not known. Call loss.backward() once; put what belongs to "
-                "the loss into the criterion, accumulate by microbatch_size, and leave out GradScaler."
+                "backward was called a second time, with arguments, or on a value computed from the loss (a sum, a "
+                "scaled loss), whose per-sample gradient is not known. Call loss.backward() once; put what belongs to "
+                "the loss into the criterion, accumulate with microbatch_size, and leave out GradScaler."
             )
         self._run = None
         call, targets, _ = run
@@ -219,7 +220,7 @@ def _autocasts() -> list[tuple[str, torch.dtype]]:
 
 
 class _NotALoss(torch.autograd.Function):
-    """Lets an output look as in every loop, and refuses a gradient that reaches it past the attached criterion."""
+    """This function gives an output a ``grad_fn``, and refuses a gradient that does not come from the criterion."""
 
     @staticmethod
     def forward(context: Any, output: Tensor, anchor: Tensor) -> Tensor:
@@ -228,8 +229,8 @@ class _NotALoss(torch.autograd.Function):
     @staticmethod
     def backward(context: Any, *gradients: Tensor) -> Any:
         raise NotPerSampleError(
-            "loss.backward() was called on a loss that the attached criterion did not compute, so gradients of single "
-            "samples are not known. Use the criterion that attach returned, on the model's output as it is."
+            "loss.backward() was called on a loss that the attached criterion did not compute, so per-sample gradients "
+            "are not known. Use the criterion that attach returned, on the model's unchanged output."
         )
 
 

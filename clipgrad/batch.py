@@ -10,16 +10,18 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils._pytree import tree_map
 
-from clipgrad import _validate
+from clipgrad import _validate, empty_batch
 from clipgrad.arithmetic import Arithmetic, FloatingPoint
 from clipgrad.clipping import ClippingStrategy, Relation, copy_strategy, is_grouped
 from clipgrad.engine.batch_loss import LossHistory
-from clipgrad.engine.clip_and_sum import MicrobatchResult, PreClipping, Settings, accumulate
-from clipgrad.engine.inputs import Inputs, Loss, Restore, copy_samples
+from clipgrad.engine.clip_and_sum import MicrobatchResult, Settings, accumulate
+from clipgrad.engine.flat_tree import Restore
+from clipgrad.engine.inputs import Inputs, copy_samples
 from clipgrad.engine.microbatch import choose_strategies, forward, run
 from clipgrad.engine.microbatch_size import FixedRows, growing_rows, run_or_shrink
+from clipgrad.engine.pre_clipping import on_leaves
 from clipgrad.engine.rng_state import SavedRngState
 from clipgrad.exact import GridArithmetic
 from clipgrad.explain import Explanation, make_explanation
@@ -60,10 +62,14 @@ class BatchClipper:
     Args:
         options: The user's options.
         ranks: The processes that train together.
+        room: How many samples run at once on a compiled graph if ``microbatch_size`` is not set; None takes the number
+            of the first batch.
     """
 
-    def __init__(self, options: Options, ranks: Ranks | None = None) -> None:
-        self.options = options
+    def __init__(
+        self, options: Options, ranks: Ranks | None = None, room: int | None = None
+    ) -> None:
+        self.options, self.room = options, room
         self.ranks: Ranks = OneProcess() if ranks is None else ranks
         self.arithmetic: Arithmetic = (
             FloatingPoint(options)
@@ -81,7 +87,11 @@ class BatchClipper:
         self._growing: FixedRows | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return BatchClipper, (self.options, self.ranks)  # a copy has its own compiled graphs
+        return BatchClipper, (
+            self.options,
+            self.ranks,
+            self.room,
+        )  # a copy has its own compiled graphs
 
     def clip(
         self,
@@ -114,7 +124,8 @@ class BatchClipper:
         own = len(range(0, size, rows))
         idle = self.ranks.passes(own) - own
         if size == 0:
-            return self._clip_nothing(inputs, settings, groups, idle)
+            outcome = empty_batch.outcome_of_no_samples(inputs, settings, groups)
+            return ClippedBatch(*self._nothing(inputs, settings, idle), outcome)
         sizes, run_rows = self._rows_at_once(inputs, settings)
         results: list[MicrobatchResult] = []
         total: list[Tensor] | None = None
@@ -139,39 +150,27 @@ class BatchClipper:
         if self.options.has_aux is not False:
             aux = tree_map(lambda *leaves: torch.cat(leaves), *(result.aux for result in results))
             if self._aux_of_none is None:
-                self._aux_of_none = _without_samples(aux)
+                self._aux_of_none = empty_batch.without_samples(aux)
         return ClippedBatch(sums, aux, _outcome(results, settings, groups, mask, size), aliases)
 
-    def _clip_nothing(
-        self, inputs: Inputs, settings: Settings, groups: Sequence[str] | None, idle: int
-    ) -> ClippedBatch:
-        """Return the result of a batch without samples, while other processes may have some."""
+    def _nothing(self, inputs: Inputs, settings: Settings, idle: int) -> tuple[list[Tensor], Any]:
+        """Return the sums and the auxiliary output of no samples, while other processes may have samples."""
         if idle:
-            sums, aux = self._idle(idle, inputs, settings, None)
-            return _empty(inputs, settings, groups, aux, sums)
-        # A sharded model's forward pass needs all processes, of which some know the metrics already.
-        aux = () if self.ranks.is_sharded else self._empty_aux(inputs, settings)
-        pairs = zip(inputs.params, settings.dtypes, strict=True)
-        zeros = (torch.zeros_like(p, dtype=dtype) for p, dtype in pairs)
-        return _empty(inputs, settings, groups, aux, self.ranks.summed(zeros, inputs.params))
+            return self._idle(idle, inputs, settings, None)
+        aux = self._aux_of_nothing(inputs, settings)
+        return self.ranks.summed(empty_batch.zero_sums(inputs, settings), inputs.params), aux
 
     def _idle(
         self, passes: int, inputs: Inputs, settings: Settings, sums: list[Tensor] | None
     ) -> tuple[list[Tensor], Any]:
-        """Take part in what other processes compute together, with a row of padding that contributes nothing.
-
-        Returns:
-            The sums, and the auxiliary output of no samples.
-        """
+        """Run a row of padding, which contributes nothing, ``passes`` times; return sums and aux of no samples."""
         aux: Any = ()
         if passes:
-            zeros = replace(inputs, batch=_row_of_zeros(inputs), batch_size=1)
-            run_rows = self._eagerly(zeros, settings)
-            is_padding = torch.ones(1, dtype=torch.bool, device=inputs.params[0].device)
+            run_rows = self._eagerly(empty_batch.one_row_of_zeros(inputs), settings)
             for _ in range(passes):
-                result = run_rows(slice(0, 1), is_padding)
+                result = run_rows(slice(0, 1), empty_batch.one_row_of_padding(inputs))
                 sums = accumulate(sums, result)
-                aux = _without_samples(result.aux)
+                aux = empty_batch.without_samples(result.aux)
         assert sums is not None
         return sums, aux
 
@@ -198,31 +197,24 @@ class BatchClipper:
                 lambda loss: forward(loss, inputs.names, inputs.params, samples, settings)
             )
         try:
-            return make_explanation(
-                tape.tracked, choose_strategies(tape, settings), tape.batch_size
-            )
+            choices = choose_strategies(tape, settings)
+            costs = self.ranks.costs(inputs.params, settings.dtypes)
+            return make_explanation(tape.tracked, choices, tape.batch_size, self.ranks.size, costs)
         finally:
             tape.release()
 
-    def _empty_aux(self, inputs: Inputs, settings: Settings) -> Any:
-        """The auxiliary output of no samples: an earlier batch's, else that of a row of zeros, without values."""
+    def _aux_of_nothing(self, inputs: Inputs, settings: Settings) -> Any:
+        """Return the auxiliary output of no samples: that of an earlier batch, else that of a row of zeros."""
         if self.options.has_aux is False:
             return None
         if self._aux_of_none is None:
-            row = _row_of_zeros(inputs)
-
-            def aux_of_row(loss: Loss) -> Any:
-                tape, _, aux = forward(loss, inputs.names, inputs.params, row, settings)
-                tape.release()
-                return aux
-
-            try:
-                with torch.enable_grad(), SavedRngState(inputs.params[0].device).restored_on_exit():
-                    aux = self._loss_history.of(inputs).run(aux_of_row)
-            except Exception:
-                # A loss that takes no zeros: nothing is known of its metrics yet, and most losses have none.
+            # A sharded model's forward pass needs all processes, of which some may know the auxiliary output already.
+            if not self.ranks.is_sharded:
+                self._aux_of_none = empty_batch.aux_of_no_samples(
+                    self._loss_history, inputs, settings
+                )
+            if self._aux_of_none is None:
                 return ()
-            self._aux_of_none = _without_samples(aux)
         return tree_map(torch.clone, self._aux_of_none)
 
     def sensitivity(self, max_grad_norm: ClippingStrategy, relation: Relation) -> float:
@@ -233,7 +225,7 @@ class BatchClipper:
         return self._sensitivity[1]
 
     def _rows_at_once(self, inputs: Inputs, settings: Settings) -> tuple[FixedRows, RunRows]:
-        """How many samples run together, and what runs them."""
+        """Return the number of samples that run together, and the function that runs them."""
         if self.options.compile_mode is not None:
             rows, run_rows = self._compiled(inputs, settings)
             return FixedRows(rows), run_rows
@@ -255,7 +247,7 @@ class BatchClipper:
         return run_rows
 
     def _compiled(self, inputs: Inputs, settings: Settings) -> tuple[int, RunRows]:
-        """Return the number of rows of the compiled graph, and the function that runs it."""
+        """Return how many samples run together, and the function that runs them on a compiled graph."""
         from clipgrad.compiled import Compiler, MicrobatchRunner
 
         mode = self.options.compile_mode
@@ -263,8 +255,9 @@ class BatchClipper:
         compiler = self._compiler = self._compiler or Compiler(mode)
         size = self.options.microbatch_size
         assert not isinstance(size, str)
-        rows = compiler.rows(size, inputs.batch_size)
-        return rows, MicrobatchRunner(compiler, self._loss_history.graphs, inputs, settings, rows)
+        rows = compiler.rows(size, self.room, inputs.batch_size, inputs.params[0].device)
+        runner = MicrobatchRunner(compiler, self._loss_history.graphs, inputs, settings, rows)
+        return rows.at_once(inputs.batch_size), runner
 
     def _settings(
         self, inputs: Inputs, max_grad_norm: ClippingStrategy, restore: Restore
@@ -287,53 +280,7 @@ class BatchClipper:
         transform = self.options.pre_clipping_transform
         if transform is None:
             return self._resolved[1]
-        return replace(self._resolved[1], pre_clipping=_on_leaves(transform, restore))
-
-
-def _on_leaves(transform: Callable[[Any], Any], restore: Restore) -> PreClipping:
-    """Return the user's transform of per-sample gradients as a function from leaves to leaves."""
-
-    def apply(gradients: list[Tensor]) -> list[Tensor]:
-        before = restore(gradients)
-        leaves, structure = tree_flatten(transform(before))
-        shapes = [tuple(getattr(leaf, "shape", ())) for leaf in leaves]
-        floating = all(isinstance(leaf, Tensor) and leaf.is_floating_point() for leaf in leaves)
-        same = structure == tree_flatten(before)[1]
-        if not (floating and same and shapes == [tuple(g.shape) for g in gradients]):
-            raise ValueError(
-                "pre_clipping_transform must return per-sample gradients of the structure and shapes it "
-                "received (a floating-point [B, *parameter.shape] for every parameter)."
-            )
-        return leaves
-
-    return apply
-
-
-def _row_of_zeros(inputs: Inputs) -> list[Any]:
-    """Return leaves of a batch with one sample, whose tensors hold zeros."""
-    return [
-        leaf.new_zeros((1, *leaf.shape[1:])) if isinstance(leaf, Tensor) else leaf
-        for leaf in inputs.batch
-    ]
-
-
-def _without_samples(aux: Any) -> Any:
-    """Return auxiliary output of the same structure, for a batch without samples."""
-    return tree_map(lambda leaf: leaf[:0].clone(), aux)
-
-
-def _empty(
-    inputs: Inputs,
-    settings: Settings,
-    groups: Sequence[str] | None,
-    aux: Any,
-    sums: list[Tensor],
-) -> ClippedBatch:
-    """Return the result of a batch without samples."""
-    none = torch.zeros(0, dtype=settings.dtypes[0], device=inputs.params[0].device)
-    norms = [none for _ in settings.clipping.groups]
-    outcome = Outcome(none, norms, settings.clipping.norms, groups, none.bool(), None, 0)
-    return ClippedBatch(sums, aux, outcome)
+        return replace(self._resolved[1], pre_clipping=on_leaves(transform, restore))
 
 
 def _outcome(

@@ -1,13 +1,14 @@
-"""Who trains together: how processes agree, add up norms and sums, and which of them noises which part.
+"""Define what processes that train together must do, and implement it for a process that trains alone.
 
-Here is what any number of processes must do, and the process that trains alone. The others are in
-``clipgrad.distributed``.
+Processes agree on settings, add up norms and sums, and each of them adds noise to its part of the coordinates. The
+implementations for several processes are in ``clipgrad.distributed``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -15,29 +16,44 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node
 
 Facts = Callable[[], Mapping[str, object]]
-"""What every process must be doing the same way; a function, since only several processes compare it."""
+"""A function that returns values that must be equal in all processes; one process alone never calls it."""
 
 NoiseState = Callable[[], Mapping[str, Any]]
-"""The state of the noise source, of which each process must have another."""
+"""A function that returns the state of the noise source, which must differ in each process."""
 
 
 def initialised() -> bool:
-    """Return whether ``torch.distributed`` was initialised."""
+    """Return whether ``torch.distributed`` is initialised."""
     return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def world() -> tuple[int, int]:
-    """Return rank and number of processes of ``torch.distributed``; ``(0, 1)`` if it was not initialised."""
+    """Return rank and number of processes of ``torch.distributed``, or ``(0, 1)`` if it is not initialised."""
     if not initialised():
         return 0, 1
     return torch.distributed.get_rank(), torch.distributed.get_world_size()
 
 
+@dataclass(frozen=True)
+class Cost:
+    """Bytes that training on several processes costs one of them.
+
+    Attributes:
+        kind: ``held`` or ``sent``.
+        what: What is held or sent, and for how long or how often.
+        size: Bytes.
+    """
+
+    kind: str
+    what: str
+    size: int
+
+
 class Gathering(Protocol):
-    """Parameters that are gathered for one batch."""
+    """This class holds parameters that are gathered for one batch."""
 
     def whole_parameters(self, names: Sequence[str]) -> list[Tensor]:
-        """The whole parameters, by their names in the model."""
+        """Return the whole parameters with these names in the model."""
         ...
 
     def holding(
@@ -48,12 +64,11 @@ class Gathering(Protocol):
 
 
 class Share(Protocol):
-    """The sums of a logical batch over all processes, of which each process noises a part.
+    """This class holds one process's part of the sums of a logical batch over all processes.
 
     Attributes:
-        parts: Totals over all processes, of the coordinates that this process noises. Nobody else holds them, unless
-            the process trains alone.
-        private: Whether nobody else holds ``parts``.
+        parts: Sums over all processes, for the coordinates to which this process adds noise.
+        private: Whether no other code holds ``parts``, so that noise may be added in place.
     """
 
     parts: list[Tensor]
@@ -68,17 +83,21 @@ class Share(Protocol):
         ...
 
     def gathered(self, means: list[Tensor]) -> list[Tensor]:
-        """The noised means in the form of the parameters, from everybody's parts."""
+        """Return the noisy means of all processes in the form of the parameters.
+
+        Args:
+            means: Noisy means of ``parts``; the call may overwrite them and empty the list.
+        """
         ...
 
 
 class Ranks(Protocol):
-    """The processes that train one model.
+    """This class holds the processes that train one model.
 
     Attributes:
-        rank: Number of this process among them.
-        size: How many there are.
-        is_sharded: Whether each holds a part of every parameter.
+        rank: Number of this process, from 0.
+        size: Number of processes.
+        is_sharded: Whether each process holds a shard of every parameter.
     """
 
     rank: int
@@ -87,11 +106,11 @@ class Ranks(Protocol):
 
     @property
     def before_recipe(self) -> Callable[[Sequence[Tensor]], None] | None:
-        """Called with parameters whose values a recipe may read; None if they lie here in any case."""
+        """Return a function to call with the parameters that a recipe may read, or None if none is needed."""
         ...
 
     def prepare(self, model: nn.Module, facts: Facts, noise: NoiseState) -> None:
-        """Start from the same parameters and settings, and from different noise, in every process.
+        """Check that all processes have equal settings and different noise, and give them equal parameters.
 
         Args:
             model: The model.
@@ -99,22 +118,22 @@ class Ranks(Protocol):
             noise: Returns the state of the noise source.
 
         Raises:
-            RanksError: If the processes differ where they must not, or share noise.
+            RanksError: If settings differ, or if two processes have the same noise.
         """
         ...
 
     def same(self, value: str) -> str:
-        """The value of the first process."""
+        """Return the value of the first process."""
         ...
 
     def meet(self, call: str, step: int, facts: Facts, parameters: Sequence[Tensor]) -> None:
         """Wait for every process to make the same call.
 
         Args:
-            call: The method of the optimizer; with the step, it names where collectives fail from here on.
-            step: Steps of the optimizer before this one.
-            facts: What must be the same in every process.
-            parameters: Those that are trained.
+            call: Name of the optimizer's method; call and step are named when a later collective fails.
+            step: Number of steps of the optimizer before this step.
+            facts: Values that must be equal in every process.
+            parameters: The trained parameters.
 
         Raises:
             RanksError: If a process makes another call, or differs in a fact or in its parameters.
@@ -122,50 +141,64 @@ class Ranks(Protocol):
         ...
 
     def compare_soon(self) -> None:
-        """Compare parameters and noise at the next step: something else than a step has changed them."""
+        """Compare parameters and noise at the next step, since other code than a step has changed them."""
         ...
 
     def whole(self, model: nn.Module, step: int) -> AbstractContextManager[Gathering | None]:
-        """Gather parameters while the body runs; None if the model holds whole ones in any case."""
+        """Gather parameters while the body runs; the value is None if the parameters are always whole."""
         ...
 
     def passes(self, own: int) -> int:
-        """How many microbatches this process has to run, of which ``own`` have samples."""
+        """Return the number of microbatches that this process must run, of which ``own`` have samples."""
         ...
 
     def before_backward(self, roots: Sequence[Node | None]) -> None:
-        """Prepare for the backward pass through a graph, of which the last nodes are given."""
+        """Prepare for the backward pass through the graph that ends with ``roots``."""
         ...
 
     def summed(self, totals: Iterator[Tensor], parameters: Sequence[Tensor]) -> list[Tensor]:
-        """Clipped sums of a microbatch in the form in which they wait for ``step``.
+        """Return clipped sums of a microbatch in the form in which they are kept until ``step``.
 
         Args:
-            totals: The sums of this process; each is formed when it is asked for.
-            parameters: The whole parameters that they belong to.
+            totals: Sums of this process, computed one by one.
+            parameters: The whole parameters of these sums.
         """
         ...
 
     def squared_norms(self, own: Tensor) -> Tensor:
-        """Squared norms ``[B]`` of whole gradients, from those of the parameters that this process holds."""
+        """Return squared norms ``[B]`` of whole gradients from the norms ``own`` of this process's parameters."""
         ...
 
     def share(
         self, sums: list[Tensor], parameters: Sequence[Tensor], *, aliases_graph: bool
     ) -> Share:
-        """Return the totals over all processes; ``sums`` may be overwritten.
+        """Return this process's part of the sums over all processes.
 
-        ``aliases_graph`` says whether they alias the memory of a CUDA graph.
+        Args:
+            sums: Clipped sums of this process; the call may overwrite them and empty the list.
+            parameters: The trained parameters.
+            aliases_graph: Whether ``sums`` alias the memory of a CUDA graph.
         """
         ...
 
     def one_draw(self, counts: list[Tensor], add_noise: Callable[[list[Tensor]], None]) -> None:
-        """Replace counts by their totals over all processes with the noise of a single draw, equal in each."""
+        """Replace counts by their sums over all processes plus one draw of noise, equal in all processes."""
+        ...
+
+    def costs(
+        self, parameters: Sequence[Tensor], dtypes: Sequence[torch.dtype]
+    ) -> tuple[Cost, ...]:
+        """What this process holds and sends because it is not alone.
+
+        Args:
+            parameters: The whole parameters that are trained.
+            dtypes: In which their sums are formed.
+        """
         ...
 
 
 class Alone:
-    """The share of a process that trains alone: everything."""
+    """This class holds the sums of a process that trains alone."""
 
     def __init__(self, parts: list[Tensor], *, private: bool) -> None:
         self.parts = parts
@@ -176,12 +209,12 @@ class Alone:
         return list(names)
 
     def gathered(self, means: list[Tensor]) -> list[Tensor]:
-        """All means."""
+        """Return ``means``."""
         return means
 
 
 class OneProcess:
-    """A process that trains alone: its norms, sums and noise are the whole."""
+    """This process trains alone, so its norms, sums and noise are complete."""
 
     rank = 0
     size = 1
@@ -189,46 +222,52 @@ class OneProcess:
     before_recipe: Callable[[Sequence[Tensor]], None] | None = None
 
     def prepare(self, model: nn.Module, facts: Facts, noise: NoiseState) -> None:
-        """Nothing can differ."""
+        """Do nothing, since there is no other process."""
 
     def same(self, value: str) -> str:
-        """The value."""
+        """Return ``value``."""
         return value
 
     def meet(self, call: str, step: int, facts: Facts, parameters: Sequence[Tensor]) -> None:
-        """Nobody to wait for."""
+        """Do nothing, since there is no other process."""
 
     def compare_soon(self) -> None:
-        """Nothing to compare with."""
+        """Do nothing, since there is no other process."""
 
     def whole(self, model: nn.Module, step: int) -> AbstractContextManager[Gathering | None]:
-        """The parameters are whole."""
+        """Do nothing, since the parameters are whole."""
         return _NOTHING
 
     def passes(self, own: int) -> int:
-        """Its own."""
+        """Return ``own``."""
         return own
 
     def before_backward(self, roots: Sequence[Node | None]) -> None:
-        """Nothing to prepare."""
+        """Do nothing, since there is nothing to gather."""
 
     def summed(self, totals: Iterator[Tensor], parameters: Sequence[Tensor]) -> list[Tensor]:
-        """The sums as they are."""
+        """Return the sums unchanged."""
         return list(totals)
 
     def squared_norms(self, own: Tensor) -> Tensor:
-        """The norms as they are."""
+        """Return the norms unchanged."""
         return own
 
     def share(
         self, sums: list[Tensor], parameters: Sequence[Tensor], *, aliases_graph: bool
     ) -> Share:
-        """All sums."""
+        """Return all sums."""
         return Alone(sums, private=not aliases_graph)
 
     def one_draw(self, counts: list[Tensor], add_noise: Callable[[list[Tensor]], None]) -> None:
-        """Add the noise."""
+        """Add noise to ``counts`` in place."""
         add_noise(counts)
+
+    def costs(
+        self, parameters: Sequence[Tensor], dtypes: Sequence[torch.dtype]
+    ) -> tuple[Cost, ...]:
+        """Nothing."""
+        return ()
 
 
 _NOTHING = nullcontext()

@@ -92,6 +92,7 @@ def test_shuffling_is_not_sold_as_poisson() -> None:
     assert epsilon(sampling=FixedSize(1000, 10), **run) > 4 * epsilon(sample_rate=0.01, **run)
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     "relation", every(3, ["add_or_remove_one", "replace_one", "replace_special"])
 )
@@ -110,6 +111,7 @@ def test_truncation_equals_dp_accounting(relation: str) -> None:
     assert ours == own.get_epsilon(1e-5)
 
 
+@pytest.mark.nightly
 def test_truncation_costs_the_more_the_oftener() -> None:
     run: dict[str, Any] = {"noise_multiplier": 2.0, "steps": 100, "delta": 1e-5}
     values = [
@@ -148,6 +150,7 @@ def test_a_group_without_sampling_moves_the_sum_as_often_as_far(
         assert group == pytest.approx(gaussian_epsilon(math.sqrt(mechanisms) / 3, 1e-5), rel=1e-9)
 
 
+@pytest.mark.nightly
 def test_a_group_equals_dp_accounting_and_beats_the_lemma() -> None:
     """At most what group privacy says of any mechanism: k epsilon at a delta of (e^(k epsilon) - 1)/(e^epsilon - 1)."""
     run: dict[str, Any] = {"noise_multiplier": 4.0, "sample_rate": 0.1, "steps": 50}
@@ -275,8 +278,8 @@ def test_more_steps_than_are_looked_for() -> None:
     [
         (FixedSize(100, 7), 1),
         (FullBatch(), 4),
-        (TruncatedPoisson(0.1, 100, 20), 1),
-        (Poisson(0.1), 2),
+        pytest.param(TruncatedPoisson(0.1, 100, 20), 1, marks=pytest.mark.nightly),
+        pytest.param(Poisson(0.1), 2, marks=pytest.mark.nightly),
     ],
 )
 def test_noise_for_any_sampling(sampling: Any, group_size: int) -> None:

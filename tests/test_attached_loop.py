@@ -1,4 +1,4 @@
-"""An ordinary loop, unchanged after ``attach``: the sums of ``DPOptimizer``, the same ledger, and refusals."""
+"""Test that an attached loop gives the sums and the ledger of ``DPOptimizer``, and test its refusals."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def data() -> TensorDataset:
 
 
 def loop(model: Any, optimizer: Any, criterion: Any, loader: Any) -> list[float]:
-    """The loop of every tutorial."""
+    """Run the loop that every tutorial shows."""
     losses = []
     for x, y in loader:
         optimizer.zero_grad()
@@ -153,7 +153,7 @@ def test_evaluation_is_the_model_itself() -> None:
 
 
 def test_autocast_of_the_loop_holds_in_backward() -> None:
-    """The criterion sees what the loop's forward pass computed: halves."""
+    """The criterion receives half-precision outputs, as in the loop's own forward pass."""
     seen: list[torch.dtype] = []
 
     def criterion(output: Tensor, y: Tensor) -> Tensor:
@@ -217,9 +217,9 @@ def _scaler(model: Any, optimizer: Any, criterion: Any, x: Tensor, y: Tensor) ->
 
 
 REFUSED: dict[str, tuple[Loop, str]] = {
-    "scaled": (_scaled, r"Call loss\.backward\(\) once.*accumulate by microbatch_size"),
+    "scaled": (_scaled, r"Call loss\.backward\(\) once.*accumulate with microbatch_size"),
     "scaled in place": (_scaled_in_place, r"Call loss\.backward\(\) once"),
-    "a penalty": (_penalty, "something computed from the loss"),
+    "a penalty": (_penalty, "a value computed from the loss"),
     "twice": (_twice, "called a second time"),
     "retain_graph": (_retained, "with arguments"),
     "something between": (_between, "Do what comes between them in the criterion"),

@@ -1,4 +1,4 @@
-"""Audits of trainings with correlated noise: a sound one stays below its claim, a turn too early rises above it.
+"""Audit trainings with correlated noise: the bound of a sound sampler is below the claim, that of a bad one above.
 
 ``pytest -s tests/test_audit_correlated.py`` prints the figures.
 """
@@ -24,10 +24,10 @@ CANARIES, STEPS, BANDS, NOISE, DELTA = 4000, 32, 8, 2.0, 1e-5
 
 
 def train(seed: int) -> tuple[PrivacyPlan, NDArray[np.float64], NDArray[np.int32], Canaries]:
-    """A training on canaries alone. Every group takes part as a whole: a Gaussian mechanism, the sharpest to audit.
+    """Train on canaries alone. A batch holds a whole group, which gives a Gaussian mechanism and the tightest audit.
 
     Returns:
-        The plan, the noisy sums of each canary's own coordinate ``[steps, canaries]``, each canary's group, the coins.
+        The plan, the noisy sums of each canary's coordinate ``[steps, canaries]``, each canary's group, the coin flips.
     """
     generator = np.random.default_rng(seed)
     canaries = Canaries(np.arange(CANARIES), generator.random(CANARIES) < 0.5)
@@ -61,13 +61,14 @@ def train(seed: int) -> tuple[PrivacyPlan, NDArray[np.float64], NDArray[np.int32
         assert gradient is not None
         seen.append(gradient[:CANARIES, 0].double().numpy() * plan.expected_batch_size)
         optimizer.zero_grad()
-    groups = generator.integers(0, BANDS, CANARIES, dtype=np.int32)  # of those left out
+    # Canaries that are left out get random groups.
+    groups = generator.integers(0, BANDS, CANARIES, dtype=np.int32)
     groups[kept.numpy()] = batches.batch_sampler.state_dict()["groups"].numpy()
     return plan, np.stack(seen), groups, canaries
 
 
 def audited(name: str, seed: int, takes_part: Callable[[int, int], bool]) -> tuple[float, float]:
-    """Claim and bound, for an adversary who undoes the correlation and knows each canary's group."""
+    """Return claim and bound for an adversary who inverts the correlation and knows each canary's group."""
     plan, seen, groups, canaries = train(seed)
     assert plan.mechanism is not None
     strategy = matrix(plan.mechanism.first_column(STEPS), STEPS)
@@ -91,7 +92,7 @@ def test_a_sound_training_stays_below_its_claim(seed: int) -> None:
 
 
 def test_a_turn_too_early_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The planted bug: a sampler that lets each group take part in every second step instead of every eighth."""
+    """The planted bug is a sampler that uses each group in every second step instead of every eighth."""
 
     def too_early(groups: Groups, step: int) -> NDArray[np.int64]:
         return np.flatnonzero(groups.group % 2 == step % 2)

@@ -19,7 +19,7 @@ from clipgrad import DPOptimizer, SeededNoise, accounting, poisson_loader
 from clipgrad.audit import AuditResult, Canaries, StepRecorder, canary_losses, lower_bound
 from clipgrad.engine import clip_and_sum
 from tests.audit_tools import ORDINARY, HalfNoise, ReusedNoise, Setting, repeated, train
-from tests.nightly import every
+from tests.nightly import chosen, every
 
 # Every coin at once, and fewer canaries for what is read step by step.
 FULL = Setting(m=50_000, noise_multiplier=4.0, steps=4, delta=1e-7)
@@ -97,14 +97,14 @@ def test_a_parameter_that_is_not_clipped_is_caught(
     assert audited("one parameter not clipped", setting) > setting.claim
 
 
-@pytest.mark.parametrize("times", [25, 50])
+@pytest.mark.parametrize("times", every(2, [25, 50]))
 def test_a_batch_that_is_reused_is_caught(times: int) -> None:
     kept = len(POISSON.canaries().training_indices(POISSON.m + ORDINARY))
     batches = repeated(POISSON.batches(kept), times)
     assert audited(f"each batch {times} times", POISSON, batches=batches) > POISSON.claim
 
 
-@pytest.mark.parametrize("observe", ["parameters", "gradients"])
+@pytest.mark.parametrize("observe", chosen(["parameters", "gradients"], {"parameters"}))
 def test_noise_that_is_reused_is_caught_by_looking_at_single_steps(observe: Any) -> None:
     m = STEPWISE.m
     rows, x = (samples[:m] for samples in STEPWISE.samples())
@@ -176,6 +176,7 @@ def test_black_box_stays_below_the_claim() -> None:
     assert 0.0 <= result.epsilon <= claim
 
 
+@pytest.mark.nightly
 def test_black_box_sees_what_was_learnt_by_heart() -> None:
     result, _ = black_box(noise_multiplier=0.0, steps=150, lr=0.03)
     print(f"\nblack box, no noise: {result}")

@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from clipgrad.engine.tape import Strategy, Tracked
+from clipgrad.engine.tracked import Strategy, Tracked
 from clipgrad.rules import OneHot, Outer, PerSample, Use, ghost, gram
-from clipgrad.rules.canonical import row_norms_squared
 from clipgrad.rules.ghost import ghost_norms_squared, lengths_of, raised_to_rounding_bound
+from clipgrad.rules.row_norms import row_norms_squared
 
 B, S, ROWS, COLUMNS = 4, 5, 6, 3
 SHAPE = torch.Size([ROWS, COLUMNS])

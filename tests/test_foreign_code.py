@@ -21,6 +21,7 @@ from clipgrad.engine.foreign_code import without_saved_tensors_hooks
 from clipgrad.errors import CompileError, NotPerSampleError
 from tests.dp_tools import data, mlp, private, squared
 from tests.foreign_code import HOSTILE, SAVED, Hostile, Params, plain, quantised
+from tests.nightly import chosen
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:There is a performance drop"),
@@ -89,7 +90,11 @@ def test_hostile_in_a_compiled_step(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["saved tensors hooks", "save_on_cpu", "dispatch mode", "function mode"]
+    "name",
+    chosen(
+        ["saved tensors hooks", "save_on_cpu", "dispatch mode", "function mode"],
+        {"save_on_cpu", "function mode"},
+    ),
 )
 def test_what_is_put_around_a_step_that_is_compiled_already(name: str) -> None:
     gradient = clipped_grad(plain, max_grad_norm=1.0, compile=True)

@@ -37,10 +37,11 @@ ROOMS: dict[str, set[str]] = {
         "ranks", "rules",
     },
     "compiled": {"clipping", "engine", "errors", "kernels", "loss_graph", "rules"},
-    "explain": {"engine"},
+    "explain": {"engine", "ranks"},
+    "empty_batch": {"engine", "errors", "result"},
     "batch": {
-        "_validate", "arithmetic", "clipping", "compiled", "engine", "errors", "exact", "explain", "loss_graph",
-        "options", "ranks", "result",
+        "_validate", "arithmetic", "clipping", "compiled", "empty_batch", "engine", "errors", "exact", "explain",
+        "loss_graph", "options", "ranks", "result",
     },
     "function": {"batch", "clipping", "engine", "explain", "options", "result"},
     "optimizer": {
@@ -65,11 +66,13 @@ NOISE = {
     "noise.keystream", "noise.keys",
 }  # fmt: skip
 RULES = {f"rules.{path.stem}" for path in (PACKAGE / "rules").iterdir()}
-SAMPLERS = {"sampling._poisson", "sampling._users", "sampling._loader", "sampling._make"}
+LOADERS = {"sampling._make", "sampling._user_loader"}
+SAMPLERS = {"sampling._poisson", "sampling._users", "sampling._loader", *LOADERS}
 # Inside of a room. A name stands for all below it.
 FORBIDDEN: dict[str, set[str]] = {
     "rules.canonical": RULES,
-    "rules.ghost": RULES - {"rules.canonical", "rules.gram"},
+    "rules.row_norms": RULES - {"rules.canonical"},
+    "rules.ghost": RULES - {"rules.canonical", "rules.gram", "rules.row_norms"},
     "rules.gram": RULES,
     "kernels.gram_kernels": {"torch"},
     "kernels.selection_kernels": {"torch"},
@@ -89,8 +92,8 @@ FORBIDDEN: dict[str, set[str]] = {
     "sampling._trials": SAMPLERS,
     "sampling._collate": SAMPLERS,
     "sampling._poisson": SAMPLERS - {"sampling._poisson"},
-    "sampling._users": {"sampling._loader", "sampling._make"},
-    "sampling._loader": {"sampling._make"},
+    "sampling._users": {"sampling._loader", *LOADERS},
+    "sampling._loader": LOADERS,
     "exact.grid": {"exact.noise", "exact.sampler"},
     "exact.sampler": {"torch", "exact.noise", "exact.grid"},
     "accounting": {"torch"},

@@ -1,4 +1,4 @@
-"""Correlated noise: its covariance, its state, and what it refuses."""
+"""Test the covariance of correlated noise, its saved state, and its refusals."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from clipgrad.factorisation.strategy import banded
 from clipgrad.factorisation.toeplitz import column_norm, inverse, square_root
 from clipgrad.noise import NoiseSource, SystemNoise, cpu, keys, rows
 from clipgrad.noise.correlated import CorrelatedNoise
+from clipgrad.noise.step_noise import StepSums
 from tests.dp_tools import through_a_file
 from tests.factorisation.oracle import matrix
 from tests.nightly import some
@@ -30,7 +31,7 @@ COLUMNS = [[1.0], [1.0, 0.5], square_root(5).tolist(), [1.0, -0.4, 0.3], square_
 
 
 class Recorded:
-    """Passes on the noise of a seeded source, and remembers it: Z."""
+    """This source returns the noise of a seeded source and records it as Z."""
 
     def __init__(self) -> None:
         self.inner = seeded()
@@ -59,11 +60,11 @@ def step(
 ) -> list[Tensor]:
     options: dict[str, Any] = {"names": [f"p{i}" for i in range(len(sums))], "divisor": 1.0}
     options |= {"in_place": True, **changes}
-    return noise.next(sums, number, sigma=sigma, **options)
+    return noise.next(StepSums(sums, number, sigma=sigma, **options))
 
 
 def run(noise: CorrelatedNoise, steps: range, size: int, **options: Any) -> Tensor:
-    """The noise of some steps, ``[steps, size]``."""
+    """Return the noise of some steps, ``[steps, size]``."""
     dtype = options.pop("dtype", torch.float32)
     return torch.stack(
         [step(noise, t, [torch.zeros(size, dtype=dtype)], **options)[0] for t in steps]
@@ -165,7 +166,7 @@ BUFFERED = BufferedToeplitz(2).strategy(30, 8)
 
 @pytest.mark.parametrize("saved_after", [0, 1, 5, 17])
 def test_buffers_give_the_inverse_of_their_matrix(saved_after: int) -> None:
-    """Without bands: each row against dense matrices, also after a restart."""
+    """Rows of noise without bands equal those of dense matrices, also after a restart."""
     source = Recorded()
     first = CorrelatedNoise(source, BUFFERED, "buffered")
     found = (
@@ -197,7 +198,9 @@ def test_a_state_of_another_strategy_is_refused() -> None:
     plain = CorrelatedNoise(seeded(), banded(square_root(3)), "same name")
     run(plain, range(3), 4)
     for one, other in ((buffered, plain), (plain, buffered)):
-        with pytest.raises(ValueError, match="Build the plan as it was"):
+        with pytest.raises(
+            ValueError, match=r"other coefficients\. Build the plan with the arguments of"
+        ):
             one.load_state_dict(other.state_dict())
 
 
@@ -205,7 +208,7 @@ def test_a_state_of_another_strategy_is_refused() -> None:
 
 
 def test_rows_ahead_are_those_of_one_step_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever is drawn, rows follow from it: for widths that the loop cuts, and on either path."""
+    """Rows follow from the same Z for widths that the loop in C splits, with and without the loop."""
     tail = square_root(7)[1:].tolist()
     for ahead, size, compiled in [(1, 1003, True), (4, 64, True), (6, 7, True), (6, 1003, False)]:
         if not compiled:
@@ -287,7 +290,7 @@ def test_a_loop_that_is_wrong_is_not_used(monkeypatch: pytest.MonkeyPatch) -> No
     }
     for right, other in wrong.items():
         assert right in real
-        with pytest.raises(RuntimeError, match="something else"):
+        with pytest.raises(RuntimeError, match="compute different values"):
             rows.prove(rows.compile_library(real.replace(right, other)))
 
 
@@ -311,7 +314,7 @@ def test_a_restored_run_goes_on_as_if_nothing_had_happened(saved_after: int, ban
 
 
 def test_noise_made_ahead_is_neither_saved_nor_used_after_a_restart() -> None:
-    """Two continuations share the past and nothing else, or a difference would reveal their sums."""
+    """Two continuations share past rows only; equal noise after the restart would reveal sums by subtraction."""
     column, size = square_root(6).tolist(), 5000
     first = noise_of(SystemNoise(), column)
     past = run(first, range(7), size)  # in the middle of what was made ahead
@@ -354,7 +357,7 @@ def test_the_coefficients_of_the_saved_noise_are_continued() -> None:
     )
 
 
-LOST = "the noise of the steps before it is not known here"
+LOST = "the noise of the earlier steps is not known here"
 
 
 def begun(source: NoiseSource | None = None, steps: int = 3) -> CorrelatedNoise:
@@ -430,7 +433,7 @@ def test_parameters_and_sigma_stay_what_they_were() -> None:
 
 
 def test_parameters_may_move_to_another_dtype() -> None:
-    """The rows go along: they belong to the names."""
+    """Past rows belong to parameter names, so they are converted to the new dtype."""
     column = [1.0, 0.5]
     source = Recorded()
     noise = noise_of(source, column)
@@ -444,11 +447,14 @@ def test_parameters_may_move_to_another_dtype() -> None:
     ("change", "message"),
     [
         ({"kind": "SystemNoise"}, "must come from CorrelatedNoise"),
-        ({"accounting": "4-banded"}, "state is of 4-banded noise, but the plan has 3-banded"),
-        ({"past": {}}, "must hold the noise of 2 steps for each of 1 parameters"),
-        ({"past": {"p0": torch.zeros(1, 4)}}, "must hold the noise of 2 steps"),
-        ({"step": 1}, "is of step 1 and must hold the noise of 1 steps"),
-        ({"shapes": [[5]]}, "must hold the noise of 2 steps"),
+        (
+            {"accounting": "4-banded"},
+            "the saved state belongs to 4-banded noise, but this plan's noise is 3-banded",
+        ),
+        ({"past": {}}, "must hold 2 tensors of past noise for each of 1 parameters"),
+        ({"past": {"p0": torch.zeros(1, 4)}}, "must hold 2 tensors of past noise"),
+        ({"step": 1}, "is of step 1 and must hold 1 tensors of past noise"),
+        ({"shapes": [[5]]}, "must hold 2 tensors of past noise"),
     ],
 )
 def test_states_that_do_not_fit_change_nothing(change: dict[str, Any], message: str) -> None:
@@ -459,7 +465,10 @@ def test_states_that_do_not_fit_change_nothing(change: dict[str, Any], message: 
 
 
 def test_counts_are_refused() -> None:
-    with pytest.raises(ValueError, match="excludes counts"):
+    with pytest.raises(
+        ValueError,
+        match="does not allow adaptive clipping norms, whose noisy counts have no proven",
+    ):
         begun().count([torch.zeros(())], 1.0)
 
 

@@ -169,6 +169,7 @@ def test_no_key_and_counter_twice(
     check_no_overlap(uses)
 
 
+@pytest.mark.nightly
 def test_a_spawned_process_has_keys_of_its_own(recorder: Recorder) -> None:
     source = SystemNoise()
     from_numpy(source)

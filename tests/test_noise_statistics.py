@@ -64,7 +64,11 @@ def stream(source: NoiseSource) -> Found:
 
 @pytest.fixture(
     scope="module",
-    params=["system", pytest.param("uncompiled", marks=pytest.mark.nightly), "seeded"],
+    params=[
+        "system",
+        pytest.param("uncompiled", marks=pytest.mark.nightly),
+        pytest.param("seeded", marks=pytest.mark.nightly),
+    ],
 )
 def found(request: pytest.FixtureRequest) -> Found:
     if request.param == "seeded":

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import clipgrad
 from clipgrad.engine import reference
+from tests.nightly import chosen
 
 from . import oracle
 
@@ -180,8 +181,9 @@ def test_group_norm_with_a_bias_alone() -> None:
     torch.testing.assert_close(found.grad_norms, norms, atol=1e-9, rtol=1e-9)
 
 
-@pytest.mark.parametrize("norm", NORMS.values(), ids=NORMS)
-def test_nothing_outlives_the_call(norm: Callable[..., Tensor]) -> None:
+@pytest.mark.parametrize("name", chosen(NORMS, {"batch", "rms"}))
+def test_nothing_outlives_the_call(name: str) -> None:
+    norm = NORMS[name]
     alive = []
 
     def loss(params: dict[str, Tensor], x: Tensor) -> Tensor:

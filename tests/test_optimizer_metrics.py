@@ -1,4 +1,4 @@
-"""A loss of ``DPOptimizer`` may return metrics beside its value; ``backward`` hands them back per sample."""
+"""Test losses that return metrics beside their value, which ``backward`` returns per sample."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from clipgrad import PrivacyPlan, poisson_loader
+from clipgrad import PrivacyPlan, clipped_grad, poisson_loader
 from clipgrad.errors import NotPerSampleError
 from clipgrad.result import NotPrivate
 from clipgrad.sampling import PaddedBatch
@@ -41,7 +41,7 @@ def assert_metrics(found: Any, model: nn.Module, x: Tensor) -> None:
     [
         {},
         {"microbatch_size": 2},
-        {"compile": True, "microbatch_size": 3},
+        pytest.param({"compile": True, "microbatch_size": 3}, marks=pytest.mark.nightly),
     ],
     ids=["whole", "microbatches", "compiled"],
 )
@@ -90,6 +90,37 @@ def test_the_first_empty_batch_of_a_loss_that_takes_no_zeros() -> None:
     optimizer = private(mlp(), picky, noise_multiplier=1.0)
     assert optimizer.backward(data()[:0]).isnan()
     optimizer.step()
+
+
+def with_inverse(model: nn.Module, x: Tensor) -> tuple[Tensor, Metrics]:
+    """Return loss and metrics; zeros have no inverse."""
+    inverse = torch.linalg.inv(torch.diag(x[0])).diagonal()[None]
+    return with_metrics(model, inverse)
+
+
+def test_metrics_that_zeros_do_not_show_are_left_out_with_a_reason(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    optimizer, x = private(mlp(), with_inverse), data(5)
+    assert optimizer.backward(x[:0]).isnan()
+    (message,) = (record.getMessage() for record in caplog.records)
+    assert "LinAlgError" in message
+    assert "So backward returns the loss alone" in message
+    assert_metrics(optimizer.backward(x), optimizer.model, 1 / x)
+    assert optimizer.backward(x[:0]).metrics["output"].shape == (0, 2)
+
+
+def test_auxiliary_output_that_zeros_do_not_show_is_refused_with_a_remedy() -> None:
+    def loss(weight: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = torch.linalg.inv(torch.diag(x[0])) @ weight
+        return y.square().mean(), y
+
+    weight, x = torch.ones(4, 2, dtype=torch.float64), data(5)
+    gradient = clipped_grad(loss, max_grad_norm=1.0, has_aux=True)
+    with pytest.raises(ValueError, match=r"LinAlgError.* on a row of zeros.*Let the loss accept"):
+        gradient(weight, x[:0])
+    assert gradient(weight, x).aux.shape == (5, 4, 2)
+    assert gradient(weight, x[:0]).aux.shape == (0, 4, 2)
 
 
 def test_metrics_in_a_loop_of_poisson_batches() -> None:
@@ -156,8 +187,9 @@ PYTHON_METRICS = {
 @pytest.mark.parametrize("name", PYTHON_METRICS)
 def test_python_metrics_end_in_a_message_that_says_so(name: str) -> None:
     loss, message = PYTHON_METRICS[name]
-    with pytest.raises(NotPerSampleError, match=message):
-        private(Accuracy(), loss).backward(data())
+    for size in (5, 0):
+        with pytest.raises(NotPerSampleError, match=message):
+            private(Accuracy(), loss).backward(data()[:size])
 
 
 def test_a_metric_kept_in_the_loss_names_the_remedy() -> None:

@@ -23,6 +23,7 @@ from clipgrad import (
 from clipgrad.accounting import FixedSize, FullBatch, Ledger, Poisson, TruncatedPoisson
 from clipgrad.errors import PrivacyBudgetError
 from tests.dp_tools import mlp, sgd, squared, through_a_file, values
+from tests.nightly import chosen
 
 RUN: dict[str, Any] = {
     "num_samples": 64,
@@ -73,7 +74,7 @@ def test_epsilon_is_that_of_the_run(accountant: str) -> None:
     assert plan(noise_multiplier=0.0).epsilon() == float("inf")
 
 
-@pytest.mark.parametrize("accountant", ["pld", "rdp"])
+@pytest.mark.parametrize("accountant", chosen(["pld", "rdp"], {"rdp"}))
 def test_the_least_noise_for_an_epsilon(accountant: str) -> None:
     wanted = {name: RUN[name] for name in ("num_samples", "expected_batch_size", "steps", "delta")}
     found = PrivacyPlan.for_epsilon(1.5, **wanted, accountant=accountant)  # type: ignore[arg-type]
@@ -112,8 +113,8 @@ def test_noise_of_a_schedule_is_added_up_step_by_step() -> None:
 
 
 def test_a_plan_says_what_it_promises() -> None:
-    text = str(plan(max_batch_size=32, accountant="pld"))
-    for part in ("epsilon = ", "delta = 0.001", "5 steps", "at most 32", "of 64 samples", "pld"):
+    text = str(plan(max_batch_size=32, accountant="rdp"))
+    for part in ("epsilon = ", "delta = 0.001", "5 steps", "at most 32", "of 64 samples", "rdp"):
         assert part in text
 
 

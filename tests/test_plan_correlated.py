@@ -1,4 +1,4 @@
-"""A plan with correlated noise, from its numbers to its last step, and what it refuses."""
+"""Test a plan with correlated noise from its numbers to its last step, and its refusals."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def loss(model: nn.Module, x: Tensor, row: Tensor) -> Tensor:
 
 
 class Run:
-    """Everything of one training."""
+    """This class holds plan, model, loader, optimizer and noise of one training."""
 
     def __init__(self, a_plan: PrivacyPlan, seed: int = 0, **options: Any) -> None:
         self.plan = a_plan
@@ -130,6 +130,7 @@ def test_expected_error_is_that_of_dense_matrices() -> None:
     assert scheduled.expected_error() == pytest.approx(np.sqrt(variances.mean()) / 6, rel=1e-12)
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     ("epsilon", "kind"),
     [(0.3, "square_root"), pytest.param(8.0, "optimised", marks=pytest.mark.nightly)],
@@ -221,7 +222,7 @@ def test_other_noise_than_planned_is_refused() -> None:
 
 
 def test_the_noise_of_a_training_is_that_of_its_matrix() -> None:
-    """Undone by C, what was added is white, and of the promised size."""
+    """C times the added noise is white and has the promised standard deviation."""
     a_plan = plan(noise_multiplier=2.0, max_grad_norm=0.7)
     run = Run(a_plan).go(14)
     assert a_plan.mechanism is not None
@@ -267,7 +268,7 @@ def test_accumulated_batches_get_one_row() -> None:
 
 
 def gaps(seen: list[list[int]]) -> list[int]:
-    """Distances between the steps of each sample."""
+    """Return the distances between consecutive steps of each sample."""
     found = []
     for sample in {row for batch in seen for row in batch}:
         steps = [t for t, batch in enumerate(seen) if sample in batch]
@@ -430,7 +431,7 @@ def test_a_lost_state_of_the_noise_ends_the_plan(tmp_path: Path) -> None:
         state["optimizer"]["clipgrad"]["noise"]["past"] = {}
 
     run, state = restored(forget, tmp_path)
-    with pytest.raises(ValueError, match="must hold the noise of 3 steps"):
+    with pytest.raises(ValueError, match="must hold 3 tensors of past noise"):
         loaded(run, state, ("optimizer",))
 
     def independent(state: dict[str, Any]) -> None:
@@ -542,7 +543,7 @@ def test_auto_takes_many_bands_where_they_cost_nothing() -> None:
 
 @pytest.mark.parametrize("kind", [{}, SHUFFLED])
 def test_turns_that_are_drawn_anew_are_refused_at_the_right_position(kind: dict[str, Any]) -> None:
-    """What a tool does that restores a loader by counting steps: position right, groups another."""
+    """A tool that restores a loader by counting steps gets the right position but other groups."""
     first = plan(mechanism=BandedFactorisation(4), **kind)
     model = mlp()
     make = clipgrad.shuffled_loader if kind else poisson_loader
@@ -626,7 +627,7 @@ def test_other_checkpoints_are_as_before(tmp_path: Path, caplog: pytest.LogCaptu
 
 
 def test_what_is_saved_is_the_noise_that_was_added() -> None:
-    """Why it is secret."""
+    """The saved rows are the added noise, which is why the state is secret."""
     run = Run(plan()).go(5)
     past = run.optimizer.state_dict()["clipgrad"]["noise"]["past"]
     names = [name for name, _ in run.model.named_parameters()]

@@ -13,7 +13,7 @@ from clipgrad import DPOptimizer, Performance, SeededNoise, _phases, profile_ste
 from clipgrad._phases import PHASES
 from clipgrad.clipping import Clipping
 from clipgrad.engine.gradients import Gradients
-from clipgrad.engine.tape import Tracked
+from clipgrad.engine.tracked import Tracked
 from clipgrad.errors import NotPerSampleError
 from clipgrad.optimizer.pending import Pending
 from clipgrad.profile import StepProfile

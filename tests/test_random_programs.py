@@ -47,12 +47,14 @@ def test_many_programs(start: int) -> None:
         assert_exact_or_refused(seed)
 
 
+@pytest.mark.nightly
 def test_few_programs_are_refused() -> None:
     kinds = [check(make_program(seed), runs=1).kind for seed in range(SHORT)]
     assert kinds.count(EXACT) >= 0.85 * SHORT
     assert VAGUE not in kinds
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("operation", dict.fromkeys([*LAYERS, *OTHERS]), ids=_named)
 def test_every_operation_is_drawn(operation: Operation) -> None:
     """An operation that fails whenever it is drawn would be missing in silence."""

@@ -17,6 +17,7 @@ from clipgrad.engine import reference
 from clipgrad.errors import NotPerSampleError
 from clipgrad.testing import Params
 from tests.dp_tools import clipped, data, mlp, private, squared
+from tests.nightly import every
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:There is a performance drop", "ignore:.*prototype stage", "ignore:.*beta state"
@@ -211,7 +212,7 @@ def test_inputs_that_are_made_to_require_grad() -> None:
     private(model).backward(data())
 
 
-@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("reentrant", every(2, [False, True]))
 def test_gradient_checkpointing_of_hugging_face(reentrant: bool) -> None:
     transformers = pytest.importorskip("transformers")
     config = transformers.GPT2Config(

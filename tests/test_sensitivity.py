@@ -265,7 +265,7 @@ def test_neighbours(name: str, drawn: dict[str, Any], options: dict[str, Any]) -
     check(model, gradient, Neighbours.make(model, gradient, **drawn))
 
 
-@pytest.mark.parametrize("name", every(2, MODELS))
+@pytest.mark.parametrize("name", every(4, MODELS))
 @settings(deadline=None, derandomize=True, max_examples=25, database=None)
 @given(drawn=st.fixed_dictionaries(batches), options=strategies)
 def test_neighbours_of_strategies(

@@ -1,8 +1,9 @@
-"""Let one graph serve batches whose lengths differ, such as texts that are padded to the longest of their batch.
+"""Let one graph serve batches whose sizes differ, such as texts that are padded to the longest of their batch.
 
-The first batch gets a graph of its sizes. If a later batch differs from it in some sizes only, the step is traced once
-more with symbols for these sizes. What the trace assumes of a symbol (``s >= 3``, ``8 * s**2 <= 2**25``), PyTorch
-writes down as guards; a graph serves a batch only if its sizes fulfil all of them.
+On a CPU the rows of a batch have a symbol from the first batch on. For other sizes the first batch gets a graph of its
+own. If a later batch differs from it in some sizes only, the step is traced once more with symbols for these sizes.
+PyTorch records the assumptions of the trace about a symbol as guards (``s >= 3``, ``8 * s**2 <= 2**25``). A graph
+serves a batch only if the batch's sizes fulfil all guards.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import sympy  # type: ignore[import-untyped]  # PyTorch writes its guards with it
+import sympy  # type: ignore[import-untyped]  # PyTorch's guards are its expressions.
 import torch
 from torch import Tensor
 from torch._dynamo.source import ConstantSource
@@ -25,24 +26,29 @@ from clipgrad.compiled.shape import layout_of
 from clipgrad.errors import CompileError
 
 Shapes = tuple[tuple[int, ...], ...]
-"""The shape of each tensor of a batch, without its rows."""
+"""The shape of each tensor of a batch."""
 
 
 class LengthsError(CompileError):
-    """A graph with symbols does not serve other lengths than the one at hand, or not even this one."""
+    """This error says that a graph with symbols serves only one length, or not even the length of its own batch."""
 
 
 def shapes_of(batch: Sequence[Any]) -> Shapes:
     """Return the sizes of a batch that may differ from one batch to the next."""
-    return tuple(tuple(leaf.shape[1:]) for leaf in batch if isinstance(leaf, Tensor))
+    return tuple(tuple(leaf.shape) for leaf in batch if isinstance(leaf, Tensor))
+
+
+def with_rows(shapes: Shapes, rows: int) -> Shapes:
+    """Return the sizes of a batch with another number of rows."""
+    return tuple((rows, *shape[1:]) for shape in shapes)
 
 
 class Lengths:
     """This class holds the sizes of the batches that one graph serves.
 
     Args:
-        seen: The sizes of every batch so far for which a graph was made; the last is the batch at hand. Where they
-            differ, the graph gets a symbol.
+        seen: Sizes of every batch for which a graph was made; the last one is the present batch. The graph gets a
+            symbol for each size that differs.
     """
 
     def __init__(self, *seen: Shapes) -> None:
@@ -61,10 +67,10 @@ class Lengths:
         return self._seen
 
     def refuse_unless_open(self, shapes: Shapes) -> None:
-        """Refuse a graph of symbols if one of them became a number, or if it does not serve the batch at hand.
+        """Refuse a graph in which a symbol became a number, or which does not serve the present batch.
 
         Raises:
-            LengthsError: If so.
+            LengthsError: If the graph is refused; the message shows its guards.
         """
         if self.mode is None:
             return
@@ -72,33 +78,32 @@ class Lengths:
         symbols = {size for of in self._sizes for size in of if not isinstance(size, int)}
         if any(replacements.get(s, s).is_number for s in symbols) or not self._allow(shapes):
             guards = ", ".join(str(guard.expr) for guard in self._env.guards)
-            raise LengthsError(f"the step depends on the lengths of its batch: {guards}")
+            raise LengthsError(f"the step's graph serves only some lengths of its batch: {guards}")
 
     def examples(self, flat: Sequence[Tensor]) -> list[Tensor]:
-        """Return stand-ins for the arguments of the graph to compile it with.
+        """Return fake tensors in place of the graph's arguments, with which the graph is compiled.
 
-        PyTorch's caches of compiled code take only graphs of stand-ins that have a ``ShapeEnv``.
+        PyTorch's caches of compiled code accept only graphs whose fake tensors have a ``ShapeEnv``.
         """
         if self.mode is None:
             mode = FakeTensorMode(shape_env=ShapeEnv())
             return [mode.from_tensor(tensor, static_shapes=True) for tensor in flat]
-        known, self._stand_ins = self._stand_ins, []  # nobody needs them again
+        known, self._stand_ins = self._stand_ins, []
         return [*known, *map(self._fixed, flat[len(known) :])]
 
     @property
     def have_symbols(self) -> bool:
-        """Return whether some size differs from batch to batch; a size of one is always a number to PyTorch."""
-        different = [history for of in self._histories for history in of if len(set(history)) > 1]
-        return bool(different) and min(history[-1] for history in different) > 1
+        """Return whether some size differs from batch to batch."""
+        return any(_differs(history) for of in self._histories for history in of)
 
     def serve(self, shapes: Shapes) -> bool:
-        """Return whether the graph serves batches of these sizes; ask only after it was compiled."""
+        """Return whether the compiled graph serves batches of these sizes."""
         if shapes not in self._answers:
             self._answers[shapes] = self._allow(shapes)
         return self._answers[shapes]
 
     def _allow(self, shapes: Shapes) -> bool:
-        """Return whether what was assumed so far holds for these sizes."""
+        """Return whether the guards recorded so far hold for these sizes."""
         if self.mode is None:
             return shapes == self._seen[-1]
         values: dict[Any, int] = {}
@@ -126,28 +131,33 @@ class Lengths:
         return env
 
     def with_symbols(
-        self, before: Sequence[Tensor], batch: Sequence[Tensor], after: Sequence[Tensor]
+        self,
+        params: Sequence[Tensor],
+        batch: Sequence[Tensor],
+        read: Sequence[Tensor],
+        padding: Tensor,
+        bounds: Tensor,
     ) -> list[Tensor]:
-        """Return stand-ins without values for the arguments of a graph.
+        """Return fake tensors for the arguments of a graph, in the order of ``trace``.
 
-        Args:
-            before: Arguments of fixed sizes.
-            batch: Tensors of the batch; they get the symbols.
-            after: Further arguments of fixed sizes.
+        Tensors of the batch and the mask of its padding get the symbols.
         """
-        longest = [tuple(map(max, of)) for of in self._histories]
+        longest = [tuple(map(_largest, of)) for of in self._histories]
         shared = self._named_alike(longest)
-        found = list(map(self._fixed, before))
+        before = list(map(self._fixed, params))
+        samples = []
         for index, (leaf, sizes) in enumerate(zip(batch, longest, strict=True)):
-            kinds = [DimDynamic.STATIC, *(self._kind(h, shared) for h in self._histories[index])]
-            symbolic = self._stand_in(_like(leaf, sizes), kinds)
-            self._sizes[index] = [_expression(size) for size in symbolic.shape[1:]]
-            found.append(symbolic)
-        self._stand_ins = [*found, *map(self._fixed, after)]
+            kinds = [self._kind(history, shared) for history in self._histories[index]]
+            made = self._stand_in(_like(leaf, sizes), kinds)
+            self._sizes[index] = [_expression(size) for size in made.shape]
+            samples.append(made)
+        after = list(map(self._fixed, read))
+        mask = samples[0].new_empty(samples[0].shape[0], dtype=padding.dtype)
+        self._stand_ins = [*before, *samples, *after, mask, self._fixed(bounds)]
         return self._stand_ins
 
     def _named_alike(self, longest: Sequence[tuple[int, ...]]) -> set[int]:
-        """Return the largest sizes that belong to one length only, which may then have one symbol everywhere."""
+        """Return the largest sizes whose axes had equal sizes in all batches, so that they can share one symbol."""
         owners: dict[int, set[tuple[int, ...]]] = {}
         for of, sizes in zip(self._histories, longest, strict=True):
             for history, size in zip(of, sizes, strict=True):
@@ -155,7 +165,7 @@ class Lengths:
         return {size for size, histories in owners.items() if len(histories) == 1}
 
     def _kind(self, history: tuple[int, ...], shared: set[int]) -> DimDynamic:
-        if len(set(history)) == 1:
+        if not _differs(history):
             return DimDynamic.STATIC
         return DimDynamic.DUCK if max(history) in shared else DimDynamic.DYNAMIC
 
@@ -172,8 +182,16 @@ class Lengths:
 
 def _like(leaf: Tensor, sizes: Sequence[int]) -> Tensor:
     """Return uninitialised memory of other sizes in the layout of a batch leaf."""
-    shape = (leaf.shape[0], *sizes)
-    return torch.empty(shape, dtype=leaf.dtype, device=leaf.device, memory_format=layout_of(leaf))
+    return torch.empty(sizes, dtype=leaf.dtype, device=leaf.device, memory_format=layout_of(leaf))
+
+
+def _differs(history: Sequence[int]) -> bool:
+    """Return whether a size gets a symbol: it differs from batch to batch, and is no one, which PyTorch fixes."""
+    return len(set(history)) > 1 and history[-1] > 1
+
+
+def _largest(history: Sequence[int]) -> int:
+    return max(history) if _differs(history) else history[-1]
 
 
 def _expression(size: int | torch.SymInt) -> Any:

@@ -1,7 +1,7 @@
-"""Train on several processes of ``torch.distributed``; ``DPOptimizer`` finds them by itself.
+"""Train on several processes of ``torch.distributed``, which ``DPOptimizer`` finds without an option.
 
-Each process clips its own samples. Clipped sums are added up over all processes, and each process noises its own part
-of the coordinates from a key of its own, so every coordinate gets one draw. See ``docs/scaling.md``.
+Each process clips its own samples. Clipped sums are added up over all processes. Each process adds noise from its own
+key to its own part of the coordinates, so every coordinate gets one draw. See ``docs/scaling.md``.
 """
 
 from __future__ import annotations

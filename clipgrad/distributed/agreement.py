@@ -1,4 +1,4 @@
-"""Find out whether all ranks do the same thing at the same step, and which one does not."""
+"""Compare what all ranks do at a step, and name a rank that differs."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from torch.utils._pytree import tree_leaves
 from clipgrad.distributed.collectives import all_gather, nobody_lost
 from clipgrad.errors import RanksError
 
-# Numbers in a message; one width for all calls, so that ranks in different calls can still read each other.
+# Numbers in a message. All calls have the same width, so that ranks in different calls can compare their messages.
 _WIDTH = 16
 _AS_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def meet(call: str, step: int, facts: Mapping[str, object], group: dist.ProcessGroup) -> None:
-    """Wait until every rank is here, and compare what they do in a message of a few bytes.
+    """Wait for every rank, and compare their calls, steps and facts by hashes of a few bytes.
 
     Args:
-        call: What this rank does.
-        step: At which step.
-        facts: What must be the same on every rank; in a fixed order, the same for every call of the name.
-        group: A group for messages of the host.
+        call: Name of the method that this rank runs.
+        step: Number of the step.
+        facts: Values that must be equal on every rank; the same names in the same order at every call of this name.
+        group: A process group whose tensors are in host memory.
 
     Raises:
-        RanksError: With the ranks and their values, if two differ, or if a rank does not come.
+        RanksError: If two ranks differ, with their values, or if a rank does not arrive.
     """
     told = {"call": call, "step": step, **facts}
     assert len(told) <= _WIDTH
@@ -43,14 +43,22 @@ def meet(call: str, step: int, facts: Mapping[str, object], group: dist.ProcessG
         return
     with nobody_lost(during, group):
         refuse_differences(during, told, group)
-    raise RanksError(f"{during}: the ranks differ, but by a value that looks the same on all.")
+    raise RanksError(
+        f"{during}: the ranks differ in a value that had the same text on all ranks when it was compared again. End "
+        "all processes and report this at the project's issue tracker."
+    )
 
 
 def refuse_differences(during: str, told: Mapping[str, object], group: dist.ProcessGroup) -> None:
-    """Compare facts in words.
+    """Compare the texts of all facts.
+
+    Args:
+        during: The call and the step that an error names.
+        told: Values of this rank by name.
+        group: A process group whose tensors are in host memory.
 
     Raises:
-        RanksError: If two ranks differ; it names them, the fact and both values.
+        RanksError: If two ranks differ; the message names the ranks, the fact and both values.
     """
     found: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(found, {name: repr(value) for name, value in told.items()}, group=group)
@@ -62,20 +70,20 @@ def refuse_differences(during: str, told: Mapping[str, object], group: dist.Proc
                 raise RanksError(
                     f"{during}: {name} is {_short(ours)} on rank 0, but {_short(theirs)} on rank {rank}. All ranks "
                     "must run the same program on the same plan: the same settings, the same number of steps and of "
-                    "backward calls (an empty batch is legal), and parameters that nobody else writes to. Nothing was "
-                    "released."
+                    "backward calls (an empty batch is legal), and parameters that no other code writes to. Nothing "
+                    "was released."
                 )
 
 
 def refuse_shared_noise(state: Mapping[str, Any], group: dist.ProcessGroup) -> None:
-    """Refuse a noise source that draws the same numbers on two ranks.
+    """Refuse noise sources that draw the same numbers on two ranks.
 
-    Each rank noises other coordinates, so two coordinates would get equal noise.
+    Each rank adds noise to other coordinates, so two coordinates would get equal noise.
 
     Args:
-        state: The source's state; if it holds no tensor, its key is the operating system's, and a new one in each
-            process.
-        group: A group for messages of the host.
+        state: State of this rank's source. A state without tensors is accepted, since the source then has a new key of
+            the operating system in each process.
+        group: A process group whose tensors are in host memory.
 
     Raises:
         RanksError: If two ranks have the same state.
@@ -89,14 +97,14 @@ def refuse_shared_noise(state: Mapping[str, Any], group: dist.ProcessGroup) -> N
         if mark is not None and mark in seen:
             raise RanksError(
                 f"noise: ranks {seen[mark]} and {rank} have the same generator state, so that coordinates would get "
-                "equal noise. Seed each rank's generator differently, manual_seed(seed + rank), or leave noise out."
+                "equal noise. Seed each rank's generator differently, manual_seed(seed + rank), or leave noise= out."
             )
         if mark is not None:
             seen[mark] = rank
 
 
 def checksum(tensors: Sequence[Tensor]) -> int:
-    """Return a number that differs if a bit of the tensors does, up to unlikely coincidences; it reads all of them."""
+    """Return a hash of sums of the tensors' bits, which almost always differs if a bit does; it reads all tensors."""
     sums = [
         tensor.detach()
         .contiguous()

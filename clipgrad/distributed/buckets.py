@@ -1,4 +1,4 @@
-"""Flat buckets: many tensors in one piece of memory, which is cut into one part for each rank."""
+"""Lay many tensors out in flat buckets, each of which is split into one part for each rank."""
 
 from __future__ import annotations
 
@@ -8,19 +8,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# Large enough that the start of a collective does not count, small enough that two more of them fit into memory.
-_BUCKET_BYTES = 2**25
-# Each tensor starts where vectorised kernels like it.
+# The start of a collective costs little beside a bucket of this size. A small model has eight buckets, since up to
+# three more buckets than sums are in memory.
+_BUCKET_BYTES, _EIGHTH, _LEAST_BYTES = 2**25, 8, 2**22
+# Each tensor starts at a multiple of this many elements, for vectorised kernels.
 _ALIGNED = 16
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a tensor lies in its bucket.
+    """This class says where a tensor is in its bucket.
 
     Attributes:
-        index: Position of the tensor among all.
-        start: Its first element in the bucket.
+        index: Position of the tensor in the list of all tensors.
+        start: Index of the tensor's first element in the bucket.
         like: A tensor of the same shape and strides.
     """
 
@@ -29,7 +30,7 @@ class Place:
     like: Tensor
 
     def of(self, flat: Tensor) -> Tensor:
-        """The tensor's place in a bucket's memory."""
+        """Return the tensor as a view of the bucket ``flat``."""
         like = self.like
         if _is_dense(like):
             return flat.as_strided(like.shape, like.stride(), self.start)
@@ -38,12 +39,12 @@ class Place:
 
 @dataclass(frozen=True)
 class Bucket:
-    """Tensors of one dtype that travel together.
+    """This class describes tensors of one dtype that one collective sends together.
 
     Attributes:
-        places: Where each lies; the last tensor of the model comes first.
-        length: Elements of the bucket, a multiple of the number of ranks.
-        dtype: In which means travel.
+        places: Place of each tensor; the last tensor of the model comes first.
+        length: Number of elements of the bucket, a multiple of the number of ranks.
+        dtype: Dtype of the parameters, in which means are sent.
     """
 
     places: tuple[Place, ...]
@@ -52,20 +53,22 @@ class Bucket:
 
 
 def buckets(sums: Sequence[Tensor], parameters: Sequence[Tensor], ranks: int) -> Iterator[Bucket]:
-    """Cut all tensors into buckets, from the last to the first.
+    """Yield buckets of all tensors, from the last tensor to the first.
 
     Args:
         sums: Clipped sums.
-        parameters: Of the same shapes, strides and order.
-        ranks: Into how many equal parts a bucket is cut.
+        parameters: Parameters of the same shapes, strides and order.
+        ranks: Number of equal parts of a bucket.
     """
     places: list[Place] = []
     length = 0
+    everything = sum(total.numel() * total.element_size() for total in sums)
+    enough = min(_BUCKET_BYTES, max(everything // _EIGHTH, _LEAST_BYTES))
     kind: tuple[object, ...] = ()
     for index in range(len(sums) - 1, -1, -1):
         total, parameter = sums[index], parameters[index]
         now = (total.dtype, total.device, parameter.dtype)
-        full = length * total.element_size() >= _BUCKET_BYTES
+        full = length * total.element_size() >= enough
         if places and (now != kind or full):
             yield _bucket(places, length, ranks, parameters)
             places, length = [], 0
@@ -82,7 +85,7 @@ def _bucket(places: list[Place], length: int, ranks: int, parameters: Sequence[T
 
 
 def _is_dense(tensor: Tensor) -> bool:
-    """Whether the tensor's elements fill its memory without gaps or overlaps, in any order."""
+    """Return whether the tensor's elements fill its memory without gaps or overlaps, in any order."""
     expected = 1
     sizes = sorted(zip(tensor.stride(), tensor.shape, strict=True))
     for stride, size in sizes:

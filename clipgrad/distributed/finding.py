@@ -1,4 +1,4 @@
-"""Find out which processes train the model together."""
+"""Find the processes that train the model together."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from clipgrad.ranks import OneProcess, Ranks
 
 
 def find_ranks(group: object, model: nn.Module) -> Ranks:
-    """The processes of a group, or of all of ``torch.distributed``, as they hold the model.
+    """Return the processes of a group, or all processes, as replicated or sharded ranks.
 
     Args:
-        group: A process group; None finds all processes.
-        model: The model.
+        group: A process group; None means all processes of ``torch.distributed``.
+        model: The model, whose parameters tell whether it is sharded.
 
     Raises:
-        ValueError: If there is no such group, or the model is spread in a way that is not supported.
+        ValueError: If ``group`` is no process group, or the model's sharding is not supported.
     """
     if group is None:
         if not (dist.is_available() and dist.is_initialized()):

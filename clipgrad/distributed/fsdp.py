@@ -1,4 +1,4 @@
-"""All that FSDP2 (``torch.distributed.fsdp.fully_shard``) does not offer as a public function."""
+"""Hold all use of the private interface of FSDP2 (``torch.distributed.fsdp.fully_shard``)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_map
 
 
 def fsdp_modules(model: nn.Module) -> list[FSDPModule]:
-    """Return the modules that ``fully_shard`` was called on, the same order on every rank."""
+    """Return the modules that ``fully_shard`` was called on, in the same order on every rank."""
     return [module for module in model.modules() if isinstance(module, FSDPModule)]
 
 
@@ -25,12 +25,12 @@ def policy_of(module: FSDPModule) -> MixedPrecisionPolicy:
 
 @contextmanager
 def own_schedule(modules: Sequence[FSDPModule]) -> Iterator[None]:
-    """Take FSDP's hooks out of the modules while the body runs, and cast what they would cast.
+    """Remove FSDP's hooks from the modules while the body runs, and cast the tensors that these hooks cast.
 
-    They would gather, free and reduce for the gradient of the whole batch.
+    The hooks would gather parameters and reduce gradients of the whole batch.
 
     Raises:
-        RuntimeError: If a module has no such hooks.
+        RuntimeError: If a module has no hooks of FSDP.
     """
     with ExitStack() as stack:
         for module in modules:
@@ -51,7 +51,7 @@ def own_schedule(modules: Sequence[FSDPModule]) -> Iterator[None]:
 
 
 def _is_of(state: Any, hook: Any) -> bool:
-    """Whether a hook is a method of FSDP's state, perhaps in wrappers."""
+    """Return whether a hook is a method of FSDP's state, also inside of wrappers."""
     while hasattr(hook, "__wrapped__") and not hasattr(hook, "__self__"):
         hook = hook.__wrapped__
     return getattr(hook, "__self__", None) is state
@@ -67,7 +67,7 @@ def _state(module: FSDPModule) -> Any:
 
 
 def _cast(module: nn.Module, policy: MixedPrecisionPolicy, stack: ExitStack) -> None:
-    """Cast inputs and outputs of a module as its policy says."""
+    """Cast inputs and outputs of a module as its mixed precision policy says, until the stack closes."""
     handles: list[Any] = []
     if policy.param_dtype is not None and policy.cast_forward_inputs:
         to_inputs = partial(_to, policy.param_dtype)

@@ -1,8 +1,10 @@
-"""What replicated and sharded ranks have in common."""
+"""Implement what replicated and sharded ranks have in common."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, NoReturn
 
 import torch
@@ -13,15 +15,17 @@ from clipgrad.distributed import agreement
 from clipgrad.distributed.collectives import host_group, nobody_lost
 from clipgrad.ranks import Facts, NoiseState
 
-# Steps from one comparison of all parameters to the next; it reads all of them.
+_log = logging.getLogger("clipgrad")
+
+# Number of steps between two comparisons of all parameters, which read every parameter.
 _COMPARED_EVERY = 100
 
 
 class Group:
-    """Processes of one group that train together: how they start, meet and draw common noise.
+    """This class holds the processes of one group: it starts them, compares them, and draws common noise.
 
     Args:
-        group: The processes.
+        group: The process group.
     """
 
     def __init__(self, group: dist.ProcessGroup) -> None:
@@ -45,51 +49,61 @@ class Group:
         )
 
     def prepare(self, model: nn.Module, facts: Facts, noise: NoiseState) -> None:
-        """Compare settings and noise, and take parameters and buffers from the first rank, as DDP does."""
-        with nobody_lost(self._during, self._host):
+        """Compare settings and noise, and copy parameters and buffers from the first rank, as DDP does."""
+        with self._reached():
             agreement.refuse_differences(self._during, facts(), self._host)
             agreement.refuse_shared_noise(noise(), self._host)
         self._noise = noise
-        with nobody_lost(self._during, self._host), torch.no_grad():
+        with self._reached(), torch.no_grad():
             for tensor in self._replicated([*model.parameters(), *model.buffers()]):
                 self._broadcast(tensor.detach())
 
     def same(self, value: str) -> str:
-        """The value of the first rank."""
+        """Return the value of the first rank."""
         found: list[Any] = [value]
-        with nobody_lost(self._during, self._host):
+        with self._reached():
             dist.broadcast_object_list(found, src=self._first(self._host), group=self._host)
         return str(found[0])
 
     def meet(self, call: str, step: int, facts: Facts, parameters: Sequence[Tensor]) -> None:
-        """Wait for every rank, and compare; now and then also the parameters."""
-        self._during = f"{call} {step}"
+        """Wait for every rank and compare facts; every 100 steps compare parameters and noise too."""
+        self._begin(call, step)
         told = dict(facts())
         told["parameters"] = None
         if not self._compared or step % _COMPARED_EVERY == 0:
             told["parameters"] = self._checksum(parameters)
         agreement.meet(call, step, told, self._host)
-        if told["parameters"] is not None:  # on all ranks, or they would differ
+        if told["parameters"] is not None:  # The ranks agree, so all of them take this branch.
             self._compared = True
-            with nobody_lost(self._during, self._host):
+            with self._reached():
                 agreement.refuse_shared_noise(self._noise(), self._host)
 
     def compare_soon(self) -> None:
-        """Compare all parameters, and the noise, at the next step."""
+        """Compare all parameters and the noise at the next step."""
         self._compared = False
 
     def one_draw(self, counts: list[Tensor], add_noise: Callable[[list[Tensor]], None]) -> None:
-        """Totals on the first rank, noise there, and from there to the others."""
+        """Add up counts and their noise on the first rank, and send the result to all ranks."""
         total = torch.stack(counts)
-        with nobody_lost(self._during, self._host):
+        with self._reached():
             dist.reduce(total, dst=self._first(self._group), group=self._group)
         noised = list(total.unbind())
         if self.rank == 0:
             add_noise(noised)
         result = torch.stack(noised)
-        with nobody_lost(self._during, self._host):
+        with self._reached():
             self._broadcast(result)
         torch._foreach_copy_(counts, list(result.unbind()))
+
+    def _begin(self, call: str, step: int) -> None:
+        """Name what this rank does from here on, in errors and in the log."""
+        self._during = f"{call} {step}"
+        # NCCL ends a process whose collective stalls, without an exception. The last line of the log then has the step.
+        _log.info("%s on rank %d of %d", self._during, self.rank, self.size)
+
+    def _reached(self) -> AbstractContextManager[None]:
+        """Say at which step a collective failed."""
+        return nobody_lost(self._during, self._host)
 
     def _broadcast(self, tensor: Tensor) -> None:
         dist.broadcast(tensor, src=self._first(self._group), group=self._group)
@@ -99,7 +113,7 @@ class Group:
         return dist.get_global_rank(group, 0)
 
     def _replicated(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
-        """Those of the tensors that every rank holds as a whole."""
+        """Return the tensors that every rank holds as a whole."""
         return tensors
 
     def _checksum(self, parameters: Sequence[Tensor]) -> int:

@@ -1,29 +1,25 @@
-"""Sums that are scattered over ranks in flat buckets, and means that are gathered from them."""
+"""Scatter sums over ranks in flat buckets, and gather the means."""
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 
 import torch.distributed as dist
 from torch import Tensor
 
 from clipgrad.distributed.buckets import Bucket, buckets
-from clipgrad.distributed.collectives import all_gather, nobody_lost, reduce_scatter
-
-# Buckets on their way at once: one is filled while the one before travels.
-_IN_FLIGHT = 2
+from clipgrad.distributed.collectives import Started, all_gather, reduce_scatter
 
 
 class ScatteredSums:
-    """This rank's part of the clipped sums over all ranks.
+    """This class holds this rank's part of the clipped sums over all ranks.
 
     Args:
-        sums: Clipped sums of this rank; the list is emptied.
-        parameters: Of the same shapes and strides.
-        group: The ranks.
-        during: What an error names.
+        sums: Clipped sums of this rank; the call empties the list.
+        parameters: Parameters of the same shapes and strides.
+        group: The process group.
+        reached: A context manager that names the step in errors of the collectives inside it.
     """
 
     private = True
@@ -33,26 +29,24 @@ class ScatteredSums:
         sums: list[Tensor],
         parameters: Sequence[Tensor],
         group: dist.ProcessGroup,
-        during: str,
+        reached: Callable[[], AbstractContextManager[None]],
     ) -> None:
-        self._group, self._during, self._count = group, during, len(sums)
+        self._group, self._reached, self._count = group, reached, len(sums)
         ranks = dist.get_world_size(group)
         self._buckets: list[Bucket] = list(buckets(sums, parameters, ranks))
         self.parts: list[Tensor] = []
-        works: deque[tuple[Any, Tensor]] = deque()
+        sent = Started(reached)
         for bucket in self._buckets:
-            while len(works) >= _IN_FLIGHT:
-                works.popleft()[0].wait()
+            # A bucket is filled while the previous one is sent.
             flat = sums[-1].new_zeros(bucket.length)
             for place in bucket.places:
                 place.of(flat).copy_(sums.pop())
             part = flat.new_empty(bucket.length // ranks)
-            works.append(
-                (reduce_scatter(part, flat, group), flat)
-            )  # it reads flat until it is done
+            sent.wait()
+            with reached():
+                sent.start(reduce_scatter(part, flat, group), flat)
             self.parts.append(part)
-        for work, _ in works:
-            work.wait()
+        sent.wait()
 
     def places(self, names: Sequence[str]) -> list[str]:
         """What each bucket holds and where, and which part of it this is."""
@@ -64,24 +58,21 @@ class ScatteredSums:
         ]
 
     def gathered(self, means: list[Tensor]) -> list[Tensor]:
-        """The means of all ranks, as views of one memory for each bucket; ``means`` is emptied."""
-        with nobody_lost(self._during, self._group):
-            return self._gathered(means)
-
-    def _gathered(self, means: list[Tensor]) -> list[Tensor]:
+        """Return the means of all ranks as views of their buckets; the call empties ``means``."""
         whole: dict[int, Tensor] = {}
-        works: deque[tuple[Any, Tensor]] = deque()
-        parts = means[::-1]  # the only references: each part is freed when it was sent
+        sent = Started(self._reached)
+        # These are the only references, so each part is freed after it is sent.
+        parts = means[::-1]
         means.clear()
         self.parts.clear()
         for bucket in self._buckets:
-            while len(works) >= _IN_FLIGHT:
-                works.popleft()[0].wait()
-            # Rounded to the parameter's dtype on the way, as it would be in .grad.
+            # Means are sent in the parameter's dtype, to which .grad would round them anyway.
             part = parts.pop().to(bucket.dtype)
+            sent.wait()
             flat = part.new_empty(bucket.length)
-            works.append((all_gather(flat, part, self._group), part))
+            with self._reached():
+                sent.start(all_gather(flat, part, self._group), part)
+            del part
             whole.update((place.index, place.of(flat)) for place in bucket.places)
-        for work, _ in works:
-            work.wait()
+        sent.wait()
         return [whole[index] for index in range(self._count)]

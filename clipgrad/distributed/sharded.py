@@ -1,9 +1,9 @@
-"""Ranks that each hold a shard of every parameter (FSDP2): gathered for a batch, sums scattered to the shards."""
+"""Train on ranks that hold a shard of every parameter (FSDP2): gather parameters, and scatter sums to the shards."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from typing import cast
 
 import torch
@@ -12,22 +12,21 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from clipgrad.distributed import agreement
-from clipgrad.distributed.collectives import nobody_lost
+from clipgrad.distributed import agreement, costs
 from clipgrad.distributed.fsdp import fsdp_modules, own_schedule, policy_of
 from clipgrad.distributed.group import Group
 from clipgrad.distributed.scattered import ScatteredSums
 from clipgrad.distributed.shards import Keys, scattered
 from clipgrad.distributed.streaming import Streaming
-from clipgrad.ranks import Alone, Facts, NoiseState, Share
+from clipgrad.ranks import Alone, Cost, Facts, NoiseState, Share
 
 _HALF = (torch.float16, torch.bfloat16)
 
 
 class Sharded(Group):
-    """Processes of one group that hold a model of ``fully_shard``, each with samples of its own.
+    """Each process of the group holds shards of a model of ``fully_shard`` and its own samples.
 
-    Storage is FSDP's: parameters, gradients and the optimizer's state are DTensors. The schedule is not: FSDP would
+    Parameters, gradients and the optimizer's state are DTensors of FSDP. FSDP's schedule is not used, since it would
     reduce gradients of whole batches.
     """
 
@@ -39,7 +38,7 @@ class Sharded(Group):
         self._streaming: Streaming | None = None
 
     def prepare(self, model: nn.Module, facts: Facts, noise: NoiseState) -> None:
-        """Compare settings and noise; replicas of a shard start from the first one's."""
+        """Compare settings and noise, and copy each shard from its first replica."""
         super().prepare(model, facts, noise)
         with self._reached(), torch.no_grad():
             for parameter in model.parameters():
@@ -50,9 +49,9 @@ class Sharded(Group):
 
     @contextmanager
     def whole(self, model: nn.Module, step: int) -> Iterator[Streaming]:
-        """Gather parameters while the body runs; every rank has to come, also with an empty batch."""
+        """Gather parameters while the body runs; every rank must call this, also with an empty batch."""
         self._calls += 1
-        self._during = f"backward {step}"
+        self._begin("backward", step)
         agreement.meet("backward", step, {"the number of backward calls": self._calls}, self._host)
         if self._streaming is None or not self._streaming.fits(model):
             if self._streaming is not None:
@@ -62,14 +61,14 @@ class Sharded(Group):
             yield self._streaming
 
     def passes(self, own: int) -> int:
-        """The most microbatches of a rank: all gather and send the same number of times."""
+        """Return the largest number of microbatches of a rank, since all ranks must gather and send as often."""
         most = torch.tensor(own)
         with self._reached():
             dist.all_reduce(most, dist.ReduceOp.MAX, group=self._host)
         return int(most)
 
     def before_backward(self, roots: Sequence[Node | None]) -> None:
-        """Gather weights again when the backward pass asks for them."""
+        """Gather weights again when the backward pass reads them."""
         assert self._streaming is not None
         self._streaming.before_backward(roots)
 
@@ -79,22 +78,20 @@ class Sharded(Group):
         self._streaming.before_recipe(parameters)
 
     def summed(self, totals: Iterator[Tensor], parameters: Sequence[Tensor]) -> list[Tensor]:
-        """Sums over all ranks in the shards of the parameters, so that whole sums are freed module by module."""
+        """Return sums over all ranks in the parameters' shards; whole sums are freed module by module."""
         assert self._streaming is not None
+        self._streaming.free()
         keys = Keys(self._streaming.sharded, self._streaming.group)
         return scattered(totals, parameters, keys, self._reached)
 
-    def _reached(self) -> AbstractContextManager[None]:
-        return nobody_lost(self._during, self._host)
-
     def squared_norms(self, own: Tensor) -> Tensor:
-        """The norms as they are: a rank holds whole gradients of its samples."""
+        """Return ``own``, since a rank holds whole gradients of its samples."""
         return own
 
     def share(
         self, sums: list[Tensor], parameters: Sequence[Tensor], *, aliases_graph: bool
     ) -> Share:
-        """This rank's shard of each total; between replicas of a shard, its part of it."""
+        """Return this rank's shard of each total, or its part of the shard if shards have replicas."""
         local = [cast(DTensor, total).to_local() for total in sums]
         sums.clear()
         sharded = [cast(DTensor, parameter) for parameter in parameters]
@@ -102,18 +99,37 @@ class Sharded(Group):
         inner: Share = Alone(local, private=True)
         if mesh.ndim == 2:
             shards: list[Tensor] = [parameter.to_local() for parameter in sharded]
-            inner = ScatteredSums(local, shards, mesh.get_group(0), self._during)
+            inner = ScatteredSums(local, shards, mesh.get_group(0), self._reached)
         return Shards(inner, sharded)
+
+    def costs(
+        self, parameters: Sequence[Tensor], dtypes: Sequence[torch.dtype]
+    ) -> tuple[Cost, ...]:
+        """Return what this rank holds and sends: shards, whole parameters, and sums."""
+        streaming = self._streaming
+        assert streaming is not None
+        trained = {id(p): dtype for p, dtype in zip(parameters, dtypes, strict=True)}
+        mesh = streaming.sharded(parameters[0]).device_mesh
+        return costs.of_shards(
+            [
+                costs.Gathered(whole, streaming.group(whole), trained.get(id(whole)))
+                for whole in streaming.everything()
+            ],
+            streaming.root,
+            (mesh.size(0) if mesh.ndim == 2 else 1, mesh.size(mesh.ndim - 1)),
+            self._group,
+            streams=streaming.streams,
+        )
 
     def _replicated(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
         return [tensor for tensor in tensors if not isinstance(tensor, DTensor)]
 
 
 class Shards:
-    """The shards of totals that one rank noises.
+    """This class holds the shards of totals to which one rank adds noise.
 
     Args:
-        inner: Shards as plain tensors, or parts of them.
+        inner: Shards as plain tensors, or parts of shards.
         parameters: The sharded parameters.
     """
 
@@ -132,7 +148,7 @@ class Shards:
         return self._inner.places(shards)
 
     def gathered(self, means: list[Tensor]) -> list[Tensor]:
-        """The means as DTensors that lie as their parameters do."""
+        """Return the means as DTensors with the placements of their parameters."""
         return [
             DTensor.from_local(
                 mean, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride()
@@ -142,10 +158,14 @@ class Shards:
 
 
 def refuse_what_is_no_fsdp(model: nn.Module, ranks: int) -> None:
-    """Refuse a model with DTensors that ``fully_shard`` did not make, or made for another kind of training.
+    """Refuse a model whose DTensors ``fully_shard`` did not make, or made with unsupported options.
+
+    Args:
+        model: A model with at least one DTensor.
+        ranks: Number of processes that train together.
 
     Raises:
-        ValueError: With the remedy.
+        ValueError: If a parameter or an option is not supported; the message names the remedy.
     """
     modules = fsdp_modules(model)
     for name, parameter in model.named_parameters():
@@ -153,7 +173,7 @@ def refuse_what_is_no_fsdp(model: nn.Module, ranks: int) -> None:
             if parameter.requires_grad:
                 raise ValueError(
                     f"parameter {name!r} is not sharded, but others are. Call fully_shard on the root module too, "
-                    "without ignored_params, so that every trained parameter is."
+                    "without ignored_params, so that every trained parameter is sharded."
                 )
             continue
         if not (modules and _is_data_parallel(parameter)):
@@ -161,7 +181,7 @@ def refuse_what_is_no_fsdp(model: nn.Module, ranks: int) -> None:
         if parameter.device_mesh.size() != ranks:
             raise ValueError(
                 f"parameter {name!r} is sharded over {parameter.device_mesh.size()} ranks, but {ranks} train together. "
-                "Pass the group of its mesh: Performance(process_group=...)."
+                "Pass the process group of the parameter's mesh: Performance(process_group=...)."
             )
         if parameter.to_local().device.type != parameter.device_mesh.device_type:
             raise ValueError(
@@ -172,7 +192,8 @@ def refuse_what_is_no_fsdp(model: nn.Module, ranks: int) -> None:
         if policy_of(module).reduce_dtype in _HALF:
             raise ValueError(
                 f"fully_shard: reduce_dtype={policy_of(module).reduce_dtype} would round sums over samples, which can "
-                "change them by more than their sensitivity. Leave it out: clipped sums are reduced in float32."
+                "change them by more than their sensitivity. Leave reduce_dtype out: clipped sums are reduced in "
+                "float32."
             )
 
 
@@ -184,6 +205,6 @@ def _is_data_parallel(parameter: DTensor) -> bool:
 
 
 _TENSOR_PARALLEL = (
-    "parameter {name!r} is a DTensor with placements {placements}, as tensor parallelism makes it. Its autograd "
-    "functions cannot run per sample, so it is not supported. Shard the model with fully_shard alone."
+    "parameter {name!r} is a DTensor with placements {placements}, as tensor parallelism makes it. The autograd "
+    "functions of such a DTensor cannot run per sample, so it is not supported. Shard the model with fully_shard alone."
 )

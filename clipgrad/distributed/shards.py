@@ -1,8 +1,7 @@
-"""Clipped sums of sharded parameters: one reduce-scatter for all parameters of a module, in the layout of FSDP2."""
+"""Sum clipped sums of sharded parameters: one reduce-scatter for each module, in the layout of FSDP2."""
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from math import prod
@@ -11,14 +10,11 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
-from clipgrad.distributed.collectives import reduce_scatter
-
-# Modules whose sums are on their way at once.
-_IN_FLIGHT = 2
+from clipgrad.distributed.collectives import Started, reduce_scatter
 
 
 class Keys(NamedTuple):
-    """The sharded parameter that a whole one belongs to, and the module that it is gathered with."""
+    """These functions map a whole parameter to its sharded parameter and to the number of its module."""
 
     sharded: Callable[[Tensor], DTensor]
     group: Callable[[Tensor], int]
@@ -30,16 +26,16 @@ def scattered(
     keys: Keys,
     reached: Callable[[], AbstractContextManager[None]],
 ) -> list[Tensor]:
-    """Sums over all ranks in the shards of their parameters; between replicas of a shard they stay terms.
+    """Return sums over the ranks of each shard; replicas of a shard are not added up yet.
 
     Args:
-        totals: Sums of this rank, formed one by one; those of one module are sent together, and then freed.
+        totals: Sums of this rank, computed one by one. The sums of a module are sent together and then freed.
         parameters: The whole parameters.
-        keys: What is known of them.
-        reached: Names the step in the errors of a collective that its body starts.
+        keys: Functions that find a parameter's shard and module.
+        reached: A context manager that names the step in errors of the collectives inside it.
     """
     found: list[Tensor] = []
-    works: deque[tuple[Any, Tensor]] = deque()
+    sent = Started(reached)
     waiting: list[Tensor] = []
     placed: list[DTensor] = []
     now: tuple[Any, ...] = ()
@@ -47,14 +43,15 @@ def scattered(
     def send() -> None:
         if not waiting:
             return
-        while len(works) >= _IN_FLIGHT:
-            works.popleft()[0].wait()
+        # The sums of a module are formed while those of the previous module are sent.
+        sent.wait()
         with reached():
-            found.extend(_sent(waiting, placed, works))
+            found.extend(_sent(waiting, placed, sent))
         waiting.clear()
         placed.clear()
 
-    for total, parameter in zip(totals, parameters, strict=True):
+    for parameter in parameters:
+        total = next(totals)  # zip would keep the one before it alive
         sharded = keys.sharded(parameter)
         key = (keys.group(parameter), total.dtype, sharded.device_mesh, sharded.placements)
         if key != now:
@@ -62,17 +59,14 @@ def scattered(
         now = key
         waiting.append(total)
         placed.append(sharded)
+        del total
     send()
-    with reached():
-        for work, _ in works:
-            work.wait()
+    sent.wait()
     return found
 
 
-def _sent(
-    totals: Sequence[Tensor], parameters: Sequence[DTensor], works: deque[tuple[Any, Tensor]]
-) -> list[Tensor]:
-    """Start to send the sums of one module."""
+def _sent(totals: Sequence[Tensor], parameters: Sequence[DTensor], sent: Started) -> list[Tensor]:
+    """Start to send the sums of one module, and return the shards that will hold the results."""
     mesh = parameters[0].device_mesh
     wanted: list[Placement] = [
         Partial("sum") if isinstance(placement, Replicate) else placement
@@ -86,14 +80,14 @@ def _sent(
         ]
         return [term.redistribute(placements=wanted) for term in terms]
     ranks = mesh.size(mesh.ndim - 1)
-    # FSDP cuts the first axis into pieces of one size, of which the last ones may be smaller or empty.
+    # FSDP splits the first axis into chunks of one size; the last chunks may be smaller or empty.
     rows = [-(-total.shape[0] // ranks) for total in totals]
     widths = [row * prod(total.shape[1:]) for row, total in zip(rows, totals, strict=True)]
     flat = totals[0].new_zeros(ranks, sum(widths))
     for place, total in zip(flat.split(widths, 1), totals, strict=True):
         _fill(place, total)
     part = flat.new_empty(flat.shape[1])
-    works.append((reduce_scatter(part, flat.view(-1), mesh.get_group(mesh.ndim - 1)), flat))
+    sent.start(reduce_scatter(part, flat.view(-1), mesh.get_group(mesh.ndim - 1)), flat)
     found: list[Tensor] = []
     for piece, parameter in zip(part.split(widths), parameters, strict=True):
         shape = parameter.to_local().shape
@@ -112,7 +106,7 @@ def _sent(
 
 
 def _fill(place: Tensor, total: Tensor) -> None:
-    """Write a sum into ``[ranks, width]``: whole rows first, then what the last rank with a part has."""
+    """Write a sum into ``place``, ``[ranks, width]``: the full rows, then the row that it fills only in part."""
     ranks, width = place.shape
     flat = total.reshape(-1)
     if width == 0:

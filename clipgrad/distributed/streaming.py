@@ -1,9 +1,9 @@
-"""Which modules of an FSDP2 model hold their whole parameters: only those that are computing.
+"""Gather the parameters of an FSDP2 module only while the module computes.
 
-Forward: a module of ``fully_shard`` gathers its parameters before it runs, and frees them afterwards. Backward:
-autograd asks for a saved weight, or a recipe runs; the weight's module is then gathered again, and the one before it
-freed. The root's own parameters stay for the whole batch. Freeing and gathering keep tensors and only change their
-memory, so what autograd and the tape hold stays valid.
+In the forward pass a module of ``fully_shard`` gathers its parameters before it runs, and frees them afterwards. In
+the backward pass autograd reads a saved weight, or a recipe runs. The weight's module is then gathered again, and a
+module that was gathered earlier is freed. The root's own parameters stay gathered for the whole batch. Freeing and
+gathering change the memory of tensors but keep the tensor objects, so references in autograd and the tape stay valid.
 """
 
 from __future__ import annotations
@@ -20,13 +20,14 @@ from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 
 from clipgrad.distributed.fsdp import fsdp_modules
+from clipgrad.distributed.saved_tensors import saved_by
 
-# Modules beside the root that are whole during the backward pass: an operation may need weights of two.
+# Number of modules beside the root that are whole in the backward pass, since an operation may need weights of two.
 _KEPT = 2
 
 
 class _Slot(NamedTuple):
-    """A place in the model, and the parameter that belongs there: whole, and as FSDP keeps it."""
+    """This tuple holds a place in the model with its parameter, both whole and as FSDP's DTensor."""
 
     module: nn.Module
     name: str
@@ -35,11 +36,15 @@ class _Slot(NamedTuple):
 
 
 class Streaming:
-    """The schedule of one model.
+    """This class gathers and frees the parameters of one model.
 
     Args:
-        model: A model of ``fully_shard``; its parameters are gathered once, module by module, to know them.
-        reached: Names the step in the errors of a collective that its body starts.
+        model: A model of ``fully_shard``. Its parameters are gathered once, module by module, to record them.
+        reached: A context manager that names the step in errors of the collectives inside it.
+
+    Attributes:
+        root: Number of the module whose parameters stay whole; None if the model itself is no such module.
+        streams: Whether modules are gathered one by one.
     """
 
     def __init__(
@@ -57,43 +62,49 @@ class Streaming:
         for group, slots in enumerate(self._slots):
             for slot in slots:
                 self._group_of_storage[_storage(slot.whole)] = group
-        self._root = next(
+        self.root = next(
             (i for i, m in enumerate(self._modules) if cast(nn.Module, m) is model), None
         )
         self._handles: list[RemovableHandle] = []
         self._here: list[int] = []
         self._coming: set[int] = set()
-        # Which module was gathered after which one the last time, in the forward and in the backward pass.
+        # For each pass (backward or not) and module: the module that was gathered next the last time.
         self._followers: dict[tuple[bool, int], int] = {}
         self._last: int | None = None
         self._is_backward = False
         self._tensors: dict[int, Tensor] = {}
-        self._streams = False
+        self.streams = False
         self._places = False
         for group, module in enumerate(self._modules):
             self._watch(cast(nn.Module, module), group)
 
     def fits(self, model: nn.Module) -> bool:
-        """Whether the model still holds the same sharded parameters."""
+        """Return whether ``model`` is this model and still holds the same sharded parameters."""
         return model is self._model and list(map(id, model.parameters())) == list(
             map(id, self._parameters)
         )
 
     def close(self) -> None:
-        """Leave the model alone."""
+        """Remove the hooks from the model."""
         for handle in self._handles:
             handle.remove()
 
     def group(self, whole: Tensor) -> int:
-        """The number of the module that a whole parameter is gathered with."""
+        """Return the number of the module with which a whole parameter is gathered."""
         return self._group_of_storage[_storage(whole)]
 
     def sharded(self, whole: Tensor) -> DTensor:
-        """The parameter as FSDP keeps it."""
+        """Return the sharded parameter of a whole parameter."""
         return self._sharded[_storage(whole)]
 
+    def everything(self) -> list[Tensor]:
+        """Return all whole parameters, each once."""
+        return list(
+            {id(slot.whole): slot.whole for slots in self._slots for slot in slots}.values()
+        )
+
     def whole_parameters(self, names: Sequence[str]) -> list[Tensor]:
-        """The whole parameters by name; most of them have no memory now."""
+        """Return the whole parameters with these names; most of them have no memory at present."""
         prefixes = {id(module): name for name, module in self._model.named_modules()}
         found: dict[str, Tensor] = {}
         for slots in self._slots:
@@ -104,33 +115,34 @@ class Streaming:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Gather and free around what the body computes; afterwards all is sharded."""
-        # A recurrent layer has a second list of its weights, which no gathering module updates.
-        self._streams = not any(isinstance(m, nn.RNNBase) for m in self._model.modules())
+        """Gather and free modules while the body runs, and shard all modules afterwards."""
+        # A recurrent layer has a second list of its weights, which gathering a module does not update.
+        self.streams = not any(isinstance(m, nn.RNNBase) for m in self._model.modules())
         try:
-            if not self._streams:
+            if not self.streams:
                 self.gather_all()
-            elif self._root is not None:
-                self._gather(self._root)
+            elif self.root is not None:
+                self._gather(self.root)
             yield
         finally:
-            self._streams = False
-            for group in self._coming:
-                self._unshard(self._modules[group])
-            for module in self._modules:
-                module.reshard()
-            self._here.clear()
-            self._coming.clear()
+            self.streams = False
+            self._free_all_but(None)
 
     def gather_all(self) -> None:
-        """Gather everything until the end: a captured graph calls no modules."""
-        self._streams = False
+        """Gather all modules until ``running`` ends, since a captured graph calls no modules."""
+        self.streams = False
         for group in range(len(self._modules)):
             self._gather(group)
 
+    def free(self) -> None:
+        """Free all modules but the root, until one is needed again."""
+        if self.streams:
+            self._free_all_but(self.root)
+            self._last = None  # A module that is needed later does not follow the last one.
+
     @contextmanager
     def holding(self, parameters: Sequence[Tensor], tensors: Sequence[Tensor]) -> Iterator[None]:
-        """Put ``tensors[i]`` in every place of whole parameter ``i`` while its module is gathered."""
+        """Put ``tensors[i]`` in every place of whole parameter ``i`` while the parameter's module is gathered."""
         if all(a is b for a, b in zip(parameters, tensors, strict=True)):
             self.gather_all()
         self._tensors = {id(p): t for p, t in zip(parameters, tensors, strict=True)}
@@ -151,8 +163,8 @@ class Streaming:
             self._need(parameter)
 
     def before_backward(self, roots: Sequence[Node | None]) -> None:
-        """Gather the module of a weight when the backward pass asks for it."""
-        if not self._streams:
+        """Hook the weights that the graph saved, so that reading one in the backward pass gathers its module."""
+        if not self.streams:
             return
         self._is_backward, self._last = True, None
         seen: set[Node] = set()
@@ -162,7 +174,7 @@ class Streaming:
             if node is None or node in seen:
                 continue
             seen.add(node)
-            for saved, tensor in _saved_by(node):
+            for saved, tensor in saved_by(node):
                 if _storage(tensor) in self._group_of_storage:
                     saved.register_hooks(_packed, self._unpacked)
             stack.extend(following for following, _ in node.next_functions)
@@ -178,26 +190,26 @@ class Streaming:
         return tensor
 
     def _need(self, tensor: Tensor) -> None:
-        """Gather the module whose parameters' memory a tensor lies in, and free those that were needed before."""
+        """Gather the module in whose memory the tensor is, and free modules that were needed earlier."""
         group = self._group_of_storage.get(_storage(tensor))
-        if group is None or not self._streams:
+        if group is None or not self.streams:
             return
         if group in self._here:
-            if group != self._root:
+            if group != self.root:
                 self._here.remove(group)
                 self._here.append(group)
             return
-        while len([g for g in self._here if g != self._root]) >= _KEPT:
-            self._free(next(g for g in self._here if g != self._root))
+        while len([g for g in self._here if g != self.root]) >= _KEPT:
+            self._free(next(g for g in self._here if g != self.root))
         self._gather(group)
 
     def _watch(self, module: nn.Module, group: int) -> None:
         def before(_: nn.Module, args: Any) -> None:
-            if self._streams:
+            if self.streams:
                 self._gather(group)
 
         def after(_: nn.Module, args: Any, output: Any) -> None:
-            if self._streams and group != self._root:
+            if self.streams and group != self.root:
                 self._free(group)
 
         self._handles.append(module.register_forward_pre_hook(before))
@@ -210,11 +222,11 @@ class Streaming:
             self._here.append(group)
         if self._places:
             self._place(group)
-        if self._streams:
+        if self.streams:
             self._start_next(group)
 
     def _start_next(self, group: int) -> None:
-        """Start to gather the module that followed this one the last time, while this one computes."""
+        """Start to gather the module that followed this one the last time, while this module computes."""
         if self._last is not None and self._last != group:
             self._followers[self._is_backward, self._last] = group
         self._last = group
@@ -225,7 +237,7 @@ class Streaming:
             self._coming.add(following)
 
     def _unshard(self, module: FSDPModule) -> None:
-        # The capture of the loss need not see what FSDP does.
+        # The mode that captures the loss must not see FSDP's operations.
         with self._reached(), torch._C.DisableTorchFunction():
             module.unshard()
 
@@ -234,6 +246,14 @@ class Streaming:
             self._modules[group].reshard()
         if group in self._here:
             self._here.remove(group)
+
+    def _free_all_but(self, kept: int | None) -> None:
+        for group in self._coming:
+            self._unshard(self._modules[group])  # A gathering that was started cannot be cancelled.
+        self._coming.clear()
+        for group in range(len(self._modules)):
+            if group != kept:
+                self._free(group)
 
     def _place(self, group: int) -> None:
         for module, name, whole, _ in self._slots[group]:
@@ -247,7 +267,7 @@ class Streaming:
             module._parameters[name] = whole  # type: ignore[assignment]
 
     def _slots_of(self, gathered: FSDPModule) -> list[_Slot]:
-        """Gather one module's parameters, and find where they are."""
+        """Gather one module's parameters, and return their places in the model."""
         places: list[tuple[nn.Module, str, Any]] = [
             (module, name, parameter)
             for module in self._model.modules()
@@ -267,29 +287,11 @@ class Streaming:
 
 
 def _storage(tensor: Tensor) -> int:
-    """A number for a tensor's memory that stays the same when it is freed and allocated again."""
+    """Return a number for a tensor's storage, which stays the same when its memory is freed and allocated again."""
     return int(tensor.untyped_storage()._cdata)
 
 
 def _packed(tensor: Tensor) -> tuple[Tensor, int]:
-    detached = tensor.detach()  # shares the version; with its graph it would keep itself alive
+    # A detached tensor shares the version counter. A tensor with its graph would keep itself alive.
+    detached = tensor.detach()
     return detached, detached._version
-
-
-_NAMES: dict[type, list[str]] = {}
-
-
-def _saved_by(node: Node) -> Iterator[tuple[Any, Tensor]]:
-    """What a node of autograd's graph has saved, as PyTorch's handle and as a tensor."""
-    kind = type(node)
-    if kind not in _NAMES:
-        _NAMES[kind] = [name for name in dir(node) if name.startswith("_raw_saved_")]
-    for name in _NAMES[kind]:
-        raw = getattr(node, name)
-        of_function = name == "_raw_saved_tensors" and hasattr(node, "saved_tensors")
-        tensors = getattr(node, "saved_tensors" if of_function else name.removeprefix("_raw"))
-        several = isinstance(raw, tuple | list)
-        pairs: Any = zip(raw, tensors, strict=True) if several else [(raw, tensors)]
-        for saved, tensor in pairs:
-            if isinstance(tensor, Tensor) and tensor.layout is torch.strided:
-                yield saved, tensor

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from clipgrad.kernels.selection import select_rows
-from clipgrad.rules.canonical import PerSample, row_norms_squared
+from clipgrad.rules.canonical import PerSample
+from clipgrad.rules.row_norms import row_norms_squared
 
 # Up to this number of elements (of all samples), copying a gradient costs less than the five operations that it saves.
 SMALL = 1 << 16

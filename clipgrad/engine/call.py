@@ -10,7 +10,8 @@ from torch import Tensor
 
 from clipgrad._functorch import Decline, expose_batch_axis, hide_batch_axis
 from clipgrad.engine.foreign_code import refuse_kind
-from clipgrad.engine.tape import ExpectedUse, Tape, Tracked, hook_output
+from clipgrad.engine.tape import Tape, hook_output
+from clipgrad.engine.tracked import ExpectedUse, Tracked
 from clipgrad.kernels.half_products import multiplies
 from clipgrad.rules.registry import Recipe
 

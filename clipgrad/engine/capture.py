@@ -32,7 +32,8 @@ from clipgrad.engine.expressions import (
 from clipgrad.engine.fallback import CORRECTIONS
 from clipgrad.engine.foreign_code import PLAIN, dispatch_modes, refuse_dispatch_modes, refuse_kind
 from clipgrad.engine.one_by_one import retry_one_by_one
-from clipgrad.engine.tape import Tape, Tracked
+from clipgrad.engine.tape import Tape
+from clipgrad.engine.tracked import Tracked
 from clipgrad.errors import EscapedParameterError, NotPerSampleError
 from clipgrad.kernels.region import run_region
 from clipgrad.rules.registry import Decomposition, Rule, rules

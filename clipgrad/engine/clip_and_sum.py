@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,11 +14,10 @@ from clipgrad.arithmetic import SumRows
 from clipgrad.clipping import Clipping
 from clipgrad.engine.copies import copies
 from clipgrad.engine.gradients import Gradients
-from clipgrad.engine.tape import Strategy
+from clipgrad.engine.pre_clipping import PreClipping
+from clipgrad.engine.tracked import Strategy
 from clipgrad.options import Options
 from clipgrad.ranks import Ranks
-
-PreClipping = Callable[[list[Tensor]], list[Tensor]]
 
 
 @dataclass(frozen=True)

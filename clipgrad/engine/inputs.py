@@ -8,17 +8,11 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
-from torch.utils._pytree import (
-    MappingKey,
-    keystr,
-    tree_flatten,
-    tree_flatten_with_path,
-    tree_leaves,
-    tree_unflatten,
-)
+from torch.utils._pytree import MappingKey, keystr, tree_leaves
 
 from clipgrad import _validate
 from clipgrad.engine.error_messages import note_arguments
+from clipgrad.engine.flat_tree import TENSORS, FlatTree, Restore, flatten
 from clipgrad.engine.foreign_code import refuse_subclasses
 
 
@@ -27,55 +21,8 @@ def copy_samples(batch: Sequence[Any]) -> list[Any]:
     return [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in batch]
 
 
-Restore = Callable[[Sequence[Any]], Any]
 Loss = Callable[[Sequence[Tensor], Sequence[Any]], Any]
 """A function from the leaves of the parameters and of one sample to the result of the user's function."""
-
-
-class _Flat(NamedTuple):
-    """This tuple holds a flattened pytree.
-
-    Attributes:
-        leaves: The leaves in order.
-        structure: Equal for two trees exactly if they have the same structure.
-        restore: A function from leaves to the tree.
-        paths: A function that returns the keys of each leaf.
-    """
-
-    leaves: list[Any]
-    structure: Any
-    restore: Restore
-    paths: Callable[[], list[tuple[Any, ...]]]
-
-
-_TENSORS = {Tensor, nn.Parameter}
-
-
-def _flat(tree: Any) -> _Flat:
-    """Flatten a pytree; a flat dictionary or tuple of tensors is handled without PyTorch's slower function."""
-    kind = type(tree)
-    if (
-        kind is dict
-        and _TENSORS.issuperset(map(type, tree.values()))
-        and {str}.issuperset(map(type, tree))
-    ):
-        keys = tuple(tree)
-        return _Flat(
-            list(tree.values()),
-            (dict, keys),
-            lambda leaves: dict(zip(keys, leaves, strict=True)),
-            lambda: _paths(tree),
-        )
-    if kind is tuple and _TENSORS.issuperset(map(type, tree)):
-        return _Flat(list(tree), (tuple, len(tree)), tuple, lambda: _paths(tree))
-    leaves, spec = tree_flatten(tree)
-    return _Flat(
-        leaves, spec, lambda values: tree_unflatten(list(values), spec), lambda: _paths(tree)
-    )
-
-
-def _paths(tree: Any) -> list[tuple[Any, ...]]:
-    return [path for path, _ in tree_flatten_with_path(tree)[0]]
 
 
 class SampleCall(NamedTuple):
@@ -152,7 +99,7 @@ def inputs_of_model(
         raise ValueError(
             "backward needs the batch, as loss_fn takes it after the model; it computes the loss itself."
         )
-    samples = _flat(batch)
+    samples = flatten(batch)
     for leaf in samples.leaves:
         if isinstance(leaf, Tensor) and leaf.requires_grad:
             raise ValueError(
@@ -198,11 +145,11 @@ def inputs_of_arguments(
     argnums = (argnums,) if isinstance(argnums, int) else argnums
     argnums, batch_argnums = _validate.argument_positions(argnums, batch_argnums, len(args))
     trainable = tuple(args[i] for i in argnums)
-    parameters = _flat(trainable[0] if single else trainable)
+    parameters = flatten(trainable[0] if single else trainable)
     _check_parameters(parameters.leaves, parameters.paths)
     names = _parameter_names(parameters)
     trees = tuple(args[i] for i in batch_argnums)
-    samples = _flat(trees)
+    samples = flatten(trees)
     batch, size = _checked_batch(samples, trees, parameters.leaves)
     used = {*argnums, *batch_argnums}
     rest = [args[i] for i in range(len(args)) if i not in used]
@@ -247,7 +194,7 @@ def _check_parameters(params: Sequence[Any], paths: Callable[[], list[tuple[Any,
 
 
 def _checked_batch(
-    samples: _Flat, trees: Sequence[Any], params: Sequence[Tensor]
+    samples: FlatTree, trees: Sequence[Any], params: Sequence[Tensor]
 ) -> tuple[list[Any], int]:
     """Return the detached leaves of a batch, and the number of samples."""
     refuse_subclasses(samples.leaves, "the batch")
@@ -260,14 +207,10 @@ def _checked_batch(
     return batch, size
 
 
-def _parameter_names(parameters: _Flat) -> list[str]:
+def _parameter_names(parameters: FlatTree) -> list[str]:
     """Return the name of each parameter, and refuse parameters that cannot be differentiated."""
-    leaves, structure = parameters.leaves, parameters.structure
-    if type(structure) is tuple and structure[0] is dict:
-        names = list(structure[1])
-    else:
-        names = [".".join(map(_component, path)) for path in parameters.paths()]
-    usual = bool(leaves) and _TENSORS.issuperset(map(type, leaves))
+    leaves, names = parameters.leaves, parameters.names()
+    usual = bool(leaves) and TENSORS.issuperset(map(type, leaves))
     if (
         usual
         and all(map(Tensor.is_floating_point, leaves))
@@ -295,10 +238,3 @@ def _refuse_integers(name: str, leaf: Any) -> None:
             f"params: leaf {name!r} is {kind}; every leaf must be a floating-point tensor. Close over constants "
             "in fn instead."
         )
-
-
-def _component(key: Any) -> str:
-    for attribute in ("key", "idx", "name"):
-        if hasattr(key, attribute):
-            return str(getattr(key, attribute))
-    return str(key)

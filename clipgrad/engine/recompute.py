@@ -1,4 +1,4 @@
-"""Run a checkpointed region and keep only what goes in: the backward pass runs it again and finds the uses then."""
+"""Run a checkpointed region and keep only its inputs; the backward pass runs it again and records the uses then."""
 
 from __future__ import annotations
 
@@ -22,22 +22,23 @@ from clipgrad._functorch import (
 from clipgrad.engine.capture import Capture
 from clipgrad.engine.escapes import refuse_escapes
 from clipgrad.engine.rng_state import SavedRngState
-from clipgrad.engine.tape import Tracked
+from clipgrad.engine.tracked import Tracked
 from clipgrad.errors import NotPerSampleError
 
 _CHANGED = (
-    "a checkpointed region (torch.utils.checkpoint) changes in place a value that it was given, so running it again in "
-    "the backward pass would change it twice. Use the out-of-place form of the operation: x = x * 2 instead of x *= 2."
+    "a checkpointed region (torch.utils.checkpoint) changes one of its inputs in place, so running it again in the "
+    "backward pass would change the input twice. Use the out-of-place operation: x = x * 2 instead of x *= 2."
 )
 
 
 @dataclass(frozen=True)
 class _Argument:
-    """An argument of a region.
+    """This class holds an argument of a region.
 
     Attributes:
-        value: What all samples share, as it is; the physical tensor of a per-sample value; or the entry of a parameter.
-        kind: shared, sample or tracked.
+        value: The argument itself if all samples share it, the physical tensor of a per-sample value, or the
+            ``Tracked`` entry of a parameter.
+        kind: ``"shared"``, ``"sample"`` or ``"tracked"``, in this order.
     """
 
     value: Any
@@ -46,17 +47,17 @@ class _Argument:
 
 @dataclass(eq=False)
 class _Region:
-    """What it takes to run a region again.
+    """This class holds what a second run of a region needs.
 
     Attributes:
-        capture: Of the forward pass.
-        body: The region.
-        arguments: In order; those of single samples hold nothing, since autograd saves them.
-        chosen: Positions of the outputs that a gradient may reach.
-        derived: Entries for expressions of parameters that the first run made.
-        autocast: Enters autocast as it was.
-        generators: Where random numbers started; None if the region draws none.
-        outputs: Of the first run, until they are handed out.
+        capture: Capture of the forward pass.
+        body: The region's function.
+        arguments: Arguments in order. Per-sample arguments have no value here, since autograd saves them.
+        chosen: Positions of the outputs that can receive a gradient.
+        derived: Entries of the expressions of parameters that the first run made.
+        autocast: Enters the autocast of the first run.
+        generators: RNG state before the first run; None if the region draws no random numbers.
+        outputs: Outputs of the first run, until ``_Recomputed`` returns them.
     """
 
     capture: Capture
@@ -71,14 +72,14 @@ class _Region:
     def again(
         self, samples: Sequence[Tensor], gradients: Sequence[Tensor | None]
     ) -> list[Tensor | None]:
-        """Run the region with a graph, and then backward; the hooks of its rules receive what they wait for.
+        """Run the region again with a graph, and then its backward pass, in which the rules' hooks record uses.
 
         Args:
-            samples: The values that went in, of all samples.
-            gradients: Of the chosen outputs.
+            samples: Per-sample inputs of the region, as physical tensors.
+            gradients: Output gradients of the chosen outputs.
 
         Returns:
-            The gradient of each of ``samples``.
+            The gradient of each tensor in ``samples``.
         """
         tape = self.capture.tape
         inputs = _cut(samples)
@@ -97,7 +98,7 @@ class _Region:
             with capture:
                 found = self.body(*args)
             outputs = [expose_batch_axis(found[position], level) for position in self.chosen]
-        # The plan was made before; expressions of parameters come in the same order each time.
+        # The first run chose the norm methods. Both runs make the expressions of parameters in the same order.
         for old, new in zip(self.derived, tape.tracked[known:], strict=True):
             new.strategy = old.strategy
         reached = [
@@ -113,7 +114,7 @@ class _Region:
 
 
 class _Recomputed(torch.autograd.Function):
-    """Hands out what the first run of a region computed; backward runs it again."""
+    """This function returns the outputs of a region's first run; its backward pass runs the region again."""
 
     @staticmethod
     def forward(ctx: Any, region: _Region, anchor: Tensor, *samples: Tensor) -> tuple[Tensor, ...]:
@@ -131,8 +132,8 @@ class _Recomputed(torch.autograd.Function):
 def checkpointed(capture: Capture, body: Callable[..., Any], draws: bool, *args: Any) -> Any:
     """Run a region whose body is a pure function of its arguments.
 
-    Where it cannot run again it runs once, like any other part of the loss, and saves no memory: inside of another
-    transform, and with random numbers in a trace, where their state cannot be put back.
+    A region that cannot run again runs once, like any other part of the loss, and saves no memory. That is so inside of
+    another transform, and for a traced region that draws random numbers, since a graph cannot restore RNG state.
     """
     arguments = _arguments(capture, args)
     traced = draws and get_proxy_mode() is not None
@@ -151,7 +152,7 @@ def checkpointed(capture: Capture, body: Callable[..., Any], draws: bool, *args:
         hide_batch_axis(next(left), capture.level) if argument.kind == "sample" else arg
         for argument, arg in zip(arguments, args, strict=True)
     ]
-    # With gradients, so that uses are counted and planned for; the graph of this run is dropped.
+    # This run counts uses for the choice of norm methods, which needs gradients. Its graph is dropped.
     with capture:
         outputs = list(body(*given))
     if [sample._version for sample in samples] != versions:
@@ -178,7 +179,7 @@ def checkpointed(capture: Capture, body: Callable[..., Any], draws: bool, *args:
 
 
 def _arguments(capture: Capture, args: Sequence[Any]) -> list[_Argument] | None:
-    """What each argument is; None if one belongs to another transform."""
+    """Return the arguments with their kinds, or None if an argument belongs to another transform."""
     if current_level() != capture.level:
         return None
     found = []
@@ -199,14 +200,14 @@ def _arguments(capture: Capture, args: Sequence[Any]) -> list[_Argument] | None:
 
 
 def _cut(samples: Sequence[Tensor]) -> list[Tensor]:
-    """The same values without their history."""
+    """Return the same values as leaves of a new graph."""
     return [sample.detach().requires_grad_(sample.requires_grad) for sample in samples]
 
 
 def _given(arguments: Sequence[_Argument], inputs: Sequence[Tensor], capture: Capture) -> list[Any]:
-    """The arguments as the body takes them at the level of a capture of its own, which then knows the parameters.
+    """Return the arguments at the vmap level of ``capture``, and add parameters to the capture's table.
 
-    The caller keeps them alive while the capture is in use, since it knows tensors by their identity.
+    The caller keeps them alive while the capture is in use, since the table finds tensors by identity.
     """
     left = iter(inputs)
     given = []
@@ -222,11 +223,11 @@ def _given(arguments: Sequence[_Argument], inputs: Sequence[Tensor], capture: Ca
 
 
 def _reached(capture: Capture, outputs: Sequence[Any]) -> tuple[list[int], list[Tensor]]:
-    """Positions and values of the outputs that differ from sample to sample and have a gradient."""
+    """Return positions and physical values of the per-sample outputs that require grad."""
     chosen, values = [], []
     for position, output in enumerate(outputs):
         if not isinstance(output, Tensor) or id(output) in capture.table:
-            continue  # an expression of parameters, which has an entry of its own
+            continue  # An expression of parameters has an entry in the table.
         value = expose_batch_axis(output, capture.level)
         if value is not None and value.requires_grad:
             chosen.append(position)
@@ -235,7 +236,7 @@ def _reached(capture: Capture, outputs: Sequence[Any]) -> tuple[list[int], list[
 
 
 def _autocast_now(device: str) -> Callable[[], AbstractContextManager[Any]]:
-    """Autocast as it holds now, to be entered later."""
+    """Return a function that enters the autocast that holds now."""
     enabled, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
     cache = torch.is_autocast_cache_enabled()
     if not enabled:

@@ -1,4 +1,4 @@
-"""Choose how noise is correlated over steps: coefficients, sensitivity and error. Imports neither torch nor SciPy."""
+"""Compute coefficients, sensitivity and error of noise that is correlated over steps, without importing torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Describe noise that is correlated over steps, as a user chooses it: ``BandedFactorisation``."""
+"""Define ``BandedFactorisation``, with which a user chooses banded correlated noise."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ _KINDS = ("square_root", "optimised")
 
 @dataclass(frozen=True)
 class BandedFactorisation:
-    """Noise of a step takes back a part of the noise of the ``bands - 1`` steps before it.
+    """The noise of a step subtracts a part of the noise of the ``bands - 1`` steps before it.
 
     Each step adds a row of ``C^-1 Z``, where Z is independent Gaussian noise and C a lower-triangular Toeplitz matrix
-    with ``bands`` diagonals. A sample may take part in every ``bands``-th step only. At the same epsilon, sums of
-    gradients over many steps have less noise, and single gradients have more (Choquette-Choo et al., "(Amplified)
-    Banded Matrix Factorization", 2023).
+    with ``bands`` diagonals. Two steps that use the same sample must be at least ``bands`` steps apart. At the same
+    epsilon, sums of gradients over many steps have less noise, and single gradients have more (Choquette-Choo et al.,
+    "(Amplified) Banded Matrix Factorization", 2023).
 
     Args:
-        bands: Number of diagonals; 1 is independent noise. ``"auto"`` lets ``PrivacyPlan.for_epsilon`` choose the
+        bands: Number of diagonals; 1 means independent noise. ``"auto"`` lets ``PrivacyPlan.for_epsilon`` choose the
             number with the least error, up to 64.
-        coefficients: ``"optimised"`` for the length of the run, which needs SciPy, or ``"square_root"``, a closed form
-            with some percent more error.
+        coefficients: ``"optimised"`` finds the best coefficients for the length of the run, and needs SciPy.
+            ``"square_root"`` is a closed form with some percent more error.
 
     Raises:
-        ValueError: If ``bands`` is no count, or the name is unknown.
+        ValueError: If ``bands`` is not a positive integer or ``"auto"``, or the name is unknown.
 
     Examples:
         >>> BandedFactorisation(bands=4, coefficients="square_root").first_column(
@@ -54,17 +54,17 @@ class BandedFactorisation:
         """Return the number of bands.
 
         Raises:
-            ValueError: If it is still to be chosen.
+            ValueError: If ``bands`` is ``"auto"``.
         """
         if not isinstance(self.bands, int):
             raise ValueError(
-                "bands='auto' chooses the number of bands for an epsilon. Use PrivacyPlan.for_epsilon(...), or give a "
-                "number."
+                "bands='auto' chooses the number of bands for an epsilon, and there is none. Use "
+                "PrivacyPlan.for_epsilon(...), or pass a number of bands."
             )
         return self.bands
 
     def first_column(self, steps: int) -> Array:
-        """Return the first column of C for a run of ``steps`` steps; it begins with 1."""
+        """Return the first column of C for a run of ``steps`` steps, which begins with 1."""
         bands = min(self.count(), steps)
         column = square_root(bands)
         if self.coefficients == "optimised":
@@ -74,14 +74,18 @@ class BandedFactorisation:
         return column
 
     def strategy(self, steps: int, separation: int) -> Strategy:
-        """Return the matrix of a run whose samples take part in steps that are at least ``separation`` apart."""
+        """Return the matrix of a run in which two steps of one sample are at least ``separation`` steps apart.
+
+        Raises:
+            ValueError: If there are more bands than ``separation``, or ``bands`` is ``"auto"``.
+        """
         if self.count() > separation:
             raise ValueError(
                 f"bands must be at most {separation}, the number of steps between two steps of a sample, got "
-                f"{self.count()}: no sensitivity is proven. Use fewer bands."
+                f"{self.count()}. No sensitivity is proven for more bands; use fewer."
             )
         return banded(self.first_column(steps))
 
     def with_bands(self, bands: int) -> BandedFactorisation:
-        """Return the same choice with a number of bands."""
+        """Return a copy with another number of bands."""
         return replace(self, bands=bands)

@@ -1,4 +1,4 @@
-"""Correlated noise for long runs in shuffled passes: a Toeplitz matrix without bands, and few buffers."""
+"""Define correlated noise for long runs in shuffled passes: a Toeplitz matrix without bands, and a few buffers."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ _MOST = 4
 
 @dataclass(frozen=True)
 class BufferedToeplitz:
-    """Noise takes back a part of all earlier noise, of which it keeps ``buffers`` decaying sums.
+    """The noise of a step subtracts a part of all earlier noise, from which it keeps ``buffers`` decaying sums.
 
     The entries of C below its diagonal are sums of ``buffers`` geometric series (McMahan, Xu and Zhang, "A Hassle-free
     Algorithm for Strong Differential Privacy in Federated Learning Systems", 2024). So a long run needs a few tensors
-    of the model's size instead of one for each band. It is for plans with ``shuffled=True``, whose samples take part
-    once a pass. C has no bands, so no amplification by sampling is proven.
+    of the model's size instead of one for each band. It requires a plan with ``shuffled=True``, in which each sample
+    is used once in a pass. C has no bands, so no amplification by sampling is proven.
 
     Args:
         buffers: Number of buffers, from 1 to 4.
 
     Raises:
-        ValueError: If ``buffers`` is out of range.
+        ValueError: If ``buffers`` is not an integer from 1 to 4.
     """
 
     buffers: int = 2
@@ -42,7 +42,7 @@ class BufferedToeplitz:
             )
 
     def strategy(self, steps: int, separation: int) -> Strategy:
-        """Return the matrix of a run whose samples take part every ``separation`` steps.
+        """Return the matrix of a run in which two steps of one sample are at least ``separation`` steps apart.
 
         Raises:
             ImportError: If SciPy is not installed.
@@ -55,7 +55,7 @@ class BufferedToeplitz:
 
 
 def column_of(weights: Array, decays: Array, steps: int) -> Array:
-    """Return the first column of C.
+    """Return the first column of C: 1, then ``sum_j weights[j] decays[j]^(i-1)`` for row i.
 
     Examples:
         >>> column_of(np.array([0.5]), np.array([0.5]), 4).tolist()
@@ -66,10 +66,10 @@ def column_of(weights: Array, decays: Array, steps: int) -> Array:
 
 
 def scale_of(column: Array, steps: int, separation: int) -> float:
-    """Return the sensitivity of a pass, such that each number of passes costs at most as many Gaussian mechanisms.
+    """Return the sensitivity per pass, with which k passes cost at most as much as k Gaussian mechanisms.
 
-    A sample moves the first k passes by ``separated(...)``, which grows faster than ``sqrt(k)``, since its columns
-    overlap. The largest quotient over all k covers every number of passes, and so every end of the run.
+    One sample moves the first k passes by at most ``separated(...)``, which grows faster than ``sqrt(k)``, since the
+    columns overlap. The largest quotient over all k bounds every number of passes, so a run may end after any pass.
     """
     passes = -(-steps // separation)
     quotients = []
@@ -83,13 +83,13 @@ def scale_of(column: Array, steps: int, separation: int) -> float:
 def _found(
     buffers: int, steps: int, separation: int
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Return weights and decays with little error of prefix sums; privacy does not depend on how good they are."""
+    """Return weights and decays with a small error of prefix sums; privacy does not depend on their quality."""
     try:
         optimize: Any = import_module("scipy.optimize")
         lfilter: Any = import_module("scipy.signal").lfilter
     except ImportError as error:
         raise ImportError(
-            f"scipy could not be imported ({error}); BufferedToeplitz needs it: pip install scipy, or use "
+            f"scipy could not be imported ({error}), and BufferedToeplitz needs it. Run pip install scipy, or use "
             "BandedFactorisation(bands=..., coefficients='square_root')."
         ) from error
     impulse = np.eye(1, steps)[0]
@@ -113,7 +113,7 @@ def _found(
 
 
 def _inverse_of(weights: Array, decays: Array) -> tuple[Array, Array]:
-    """Return numerator and denominator of the inverse of C as a rational function."""
+    """Return numerator and denominator of the power series of ``C^-1``, which is a rational function."""
     product = np.ones(1)
     for decay in decays:
         product = np.convolve(product, [1.0, -decay])
@@ -127,10 +127,10 @@ def _inverse_of(weights: Array, decays: Array) -> tuple[Array, Array]:
 
 
 def _from_raw(raw: Array) -> tuple[Array, Array]:
-    """Return weights that are positive and sum to less than 1, and decays between 0 and 1.
+    """Return positive weights with a sum below 1, and decays between 0 and 1.
 
-    So the column is positive and does not increase, for which sensitivity is proven, and the entries of its inverse
-    decay (Enestroem and Kakeya).
+    The column is then positive and does not increase, which the sensitivity's proof needs. The entries of the inverse
+    decay (theorem of Enestroem and Kakeya).
     """
     first, second = np.split(raw, 2)
     shares = np.exp(np.clip(first, -30.0, 30.0))

@@ -1,4 +1,4 @@
-"""Find banded coefficients whose prefix sums have the least error, by SciPy."""
+"""Find the banded coefficients whose prefix sums have the least error, with SciPy."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ _TOO_LARGE = 1e100
 
 
 def optimised(bands: int, steps: int) -> Array:
-    """Return the banded coefficients for which ``prefix_sum_error`` of ``steps`` steps is least.
+    """Return the banded coefficients with the least ``prefix_sum_error`` over ``steps`` steps.
 
-    The search starts at the square root and follows the exact gradient (L-BFGS). Its result is never worse than its
-    start. Privacy does not depend on its quality: noise and accounting take whatever coefficients come out.
+    The search starts at the square root and follows the exact gradient (L-BFGS). The result is never worse than the
+    start. Privacy does not depend on the result's quality: noise and accounting use the same coefficients.
 
     Args:
         bands: Number of coefficients, at least 1.
@@ -37,8 +37,8 @@ def _found(bands: int, steps: int) -> tuple[float, ...]:
         optimize: Any = import_module("scipy.optimize")
     except ImportError as error:
         raise ImportError(
-            f"scipy.optimize could not be imported ({error}); optimised coefficients need it: "
-            "pip install scipy, or use coefficients='square_root'."
+            f"scipy.optimize could not be imported ({error}), and optimised coefficients need it. "
+            "Run pip install scipy, or use coefficients='square_root'."
         ) from error
     start = square_root(bands)
     result = optimize.minimize(
@@ -52,11 +52,10 @@ def _found(bands: int, steps: int) -> tuple[float, ...]:
 def _log_error(tail: Array, steps: int) -> tuple[float, Array]:
     """Return twice the logarithm of the error, up to a constant, and its gradient.
 
-    With ``s = 1 / ((1 - x) c)`` the square of the error is ``|c|^2 sum_t (steps - t) s_t^2``, and
-    ``ds/dc_i = -x^i s / c``.
+    With ``s = 1 / ((1 - x) c)`` the squared error is ``|c|^2 sum_t (steps - t) s_t^2``, and ``ds/dc_i = -x^i s / c``.
     """
     coefficients = np.concatenate([[1.0], tail])
-    # A step of the search may go where the inverse grows without bound; it then tries a shorter one.
+    # The search may try coefficients whose inverse grows without bound; it then tries a shorter step.
     with np.errstate(over="ignore", invalid="ignore"):
         inverted = inverse(coefficients, steps)
         summed = np.cumsum(inverted)
@@ -71,8 +70,8 @@ def _log_error(tail: Array, steps: int) -> tuple[float, Array]:
 
 
 def is_stable(coefficients: Array) -> bool:
-    """Return whether the coefficients of the inverse decay, so that rounding errors of the noise do."""
+    """Return whether the coefficients of the inverse decay, so that rounding errors in past noise decay too."""
     if len(coefficients) == 1:
         return True
-    # Of 1 + c_1 x + ..., as a polynomial in 1 / x: all roots must lie inside of the unit circle.
+    # np.roots reads 1 + c_1 x + ... as a polynomial in 1 / x, so all roots must lie inside the unit circle.
     return bool(np.abs(np.roots(coefficients)).max() < 1.0)

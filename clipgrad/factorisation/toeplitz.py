@@ -1,4 +1,4 @@
-"""Compute with lower-triangular Toeplitz matrices, which are given by their first column, in NumPy float64.
+"""Compute with lower-triangular Toeplitz matrices, given by their first columns, in NumPy float64.
 
 Such matrices multiply as power series do. The matrix of prefix sums is the series ``1 / (1 - x)``.
 """
@@ -45,15 +45,15 @@ def inverse(coefficients: Array, size: int) -> Array:
 
 
 def column_norm(coefficients: Array) -> float:
-    """Return the norm of the longest column: the first one, since later columns are cut by the last row."""
+    """Return the largest norm of a column, which is the first column's, since the last row cuts later columns."""
     return math.sqrt(math.fsum(coefficients**2))
 
 
 def prefix_sum_error(coefficients: Array, steps: int) -> float:
-    """Return the root mean square error of all prefix sums, for a first column of norm 1 and noise of deviation 1.
+    """Return the root mean square error of all prefix sums, for noise of standard deviation ``column_norm``.
 
-    Step t releases ``x_t`` with noise ``C^-1 Z``, so that the sum of the first steps has the noise ``A C^-1 Z``, where
-    A is the matrix of prefix sums. The error is its Frobenius norm over ``sqrt(steps)``.
+    Step t releases ``x_t`` with row t of ``C^-1 Z``, so the prefix sums have the noise ``A C^-1 Z``, where A is the
+    matrix of prefix sums. The error is the Frobenius norm of ``A C^-1`` over ``sqrt(steps)``, times that deviation.
 
     Examples:
         Independent noise has variance t in the sum of t steps:
@@ -65,7 +65,7 @@ def prefix_sum_error(coefficients: Array, steps: int) -> float:
 
 
 def prefix_sum_norm(coefficients: Array, steps: int) -> float:
-    """Return the same for a first column that begins with 1, whatever its norm."""
+    """Return the Frobenius norm of ``A C^-1`` over ``sqrt(steps)``, where A is the matrix of prefix sums."""
     summed = np.cumsum(inverse(coefficients, steps))
     rows = np.arange(steps, 0, -1)
     return math.sqrt(float(rows @ summed**2) / steps)

@@ -1,1 +1,1 @@
-"""Training loops of other libraries, made private: ``huggingface`` and ``lightning``. Each imports its library."""
+"""Make the training loops of other libraries private; ``huggingface`` and ``lightning`` each import their library."""

@@ -1,4 +1,4 @@
-"""Logical batches in the pieces in which a loop with gradient accumulation asks for them."""
+"""Split logical batches into the microbatches of loops with gradient accumulation, and count epochs."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from torch.utils.data import IterableDataset
 from clipgrad.plan import PrivacyPlan
 from clipgrad.sampling import PrivateLoader, poisson_loader, shuffled_loader, user_loader
 
-_IGNORED = -100  # the label that cross entropy leaves out
+_IGNORED = -100  # Cross entropy leaves out this label.
 
 
 class LogicalBatches(IterableDataset[Any]):
-    """The batches of one run, each cut into pieces, an epoch at a time.
+    """This dataset yields the batches of a run as microbatches, one epoch per iteration.
 
-    A loop that accumulates gradients asks for a fixed number of pieces before each step, and iterates once an epoch.
-    One iteration of a plan's loader is the whole run, so each iteration here continues where the one before it ended.
+    A loop that accumulates gradients takes a fixed number of microbatches for each step, and iterates once per epoch.
+    One iteration of a plan's loader is the whole run, so each iteration here continues after the previous one.
 
     Args:
         loader: The loader of the run.
-        pieces: Pieces of a batch. Some may be empty.
-        rows: Rows of a piece; the last piece has the rest.
-        epoch: Batches of an epoch.
-        done: Tells at the first iteration how many batches an interrupted run has used. The loop skips those of the
-            present epoch, so that None stands for each of their pieces.
+        pieces: Number of microbatches of a batch, of which some may be empty.
+        rows: Number of rows of a microbatch; the last one has the rest.
+        epoch: Number of batches of an epoch.
+        done: Returns the number of batches that an interrupted run has used. It is called at the first iteration. The
+            loop skips the used batches of the present epoch, so None is yielded for each of their microbatches.
     """
 
     def __init__(
@@ -46,11 +46,11 @@ class LogicalBatches(IterableDataset[Any]):
         self._batches: Iterator[Any] | None = None
 
     def __len__(self) -> int:
-        """Return the number of pieces of an epoch."""
+        """Return the number of microbatches of an epoch."""
         return self._epoch * self._pieces
 
     def __iter__(self) -> Iterator[Any]:
-        """Yield the pieces of the next epoch."""
+        """Yield the microbatches of the next epoch."""
         skipped = 0
         if self._batches is None:
             if done := self._done():
@@ -58,8 +58,8 @@ class LogicalBatches(IterableDataset[Any]):
                 if "groups" in state:
                     raise ValueError(
                         f"the training was interrupted after {done} steps, but the groups of its cyclic batches are "
-                        "not in the checkpoint, and correlated noise needs the same ones. Train without interruption, "
-                        "or with a loop of your own and clipgrad.save_checkpoint."
+                        "not in the checkpoint, and correlated noise needs the same groups. Train without "
+                        "interruption, or with a loop of your own and clipgrad.save_checkpoint."
                     )
                 self._loader.load_state_dict({**state, "done": done})
                 skipped = done % self._epoch
@@ -70,11 +70,11 @@ class LogicalBatches(IterableDataset[Any]):
 
 
 class EpochLoader:
-    """The batches of a plan, an epoch at a time; its state is the position in the run.
+    """This loader yields the batches of a plan, one epoch per iteration; its state is the position in the run.
 
     Args:
-        loader: The loader of the plan, one iteration of which is the whole run.
-        epoch: Batches of an epoch.
+        loader: The plan's loader, whose one iteration is the whole run.
+        epoch: Number of batches of an epoch.
     """
 
     def __init__(self, loader: PrivateLoader, epoch: int) -> None:
@@ -86,7 +86,7 @@ class EpochLoader:
         return self._epoch
 
     def __iter__(self) -> Iterator[Any]:
-        """Yield the batches of the next epoch, or the rest of an interrupted one."""
+        """Yield the batches of the next epoch, or the rest of an interrupted epoch."""
         if self._batches is None:
             self._batches = iter(self.loader)
         count, self._left = self._left, self._epoch
@@ -97,7 +97,7 @@ class EpochLoader:
         return self.loader.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue a saved run with batches that are drawn afresh."""
+        """Continue a saved run with newly sampled batches."""
         self.loader.load_state_dict(state)
         self._batches = None
         self._left = self._epoch - int(state["done"]) % self._epoch
@@ -120,12 +120,12 @@ def loader_of(
     Args:
         plan: The plan.
         dataset: A map-style dataset.
-        users: The user of each sample; None if batches consist of samples.
+        users: The user of each sample; None if the plan protects samples.
         samples_per_user: The largest number of samples of a user in a batch.
-        **options: Of every loader.
+        **options: Options that all loaders take.
 
     Raises:
-        ValueError: If the plan's noise is correlated: the trainer's own checkpoints would not be secret.
+        ValueError: If the plan's noise is correlated, since the trainer's checkpoints would not be secret.
     """
     if plan.mechanism is not None:
         raise ValueError(
@@ -139,7 +139,7 @@ def loader_of(
 
 
 def cut(batch: Any, pieces: int, rows: int) -> Iterator[Any]:
-    """Yield a batch in pieces of ``rows`` rows; the last has the rest, and a single one is the batch itself."""
+    """Yield a batch in microbatches of ``rows`` rows; the last microbatch has the rest."""
     if isinstance(batch, tuple):
         batch = of_users(*batch)
     batch = dict(batch)
@@ -153,24 +153,24 @@ def cut(batch: Any, pieces: int, rows: int) -> Iterator[Any]:
 
 
 def of_users(inputs: Mapping[str, Any], present: Tensor) -> dict[str, Any]:
-    """The inputs of users, without labels where a free place repeats a sample.
+    """Return the inputs of users, with ignored labels for the samples that only fill up a user.
 
     Raises:
-        ValueError: If the labels have no value that stands for "leave this out".
+        ValueError: If the labels are not integers, so that no label means "ignore".
     """
     labels = inputs.get("labels")
     if not isinstance(labels, Tensor) or labels.is_floating_point():
         kind = "none" if labels is None else getattr(labels, "dtype", type(labels).__name__)
         raise ValueError(
-            f"user_column needs integer labels, of which -100 marks what the loss leaves out, but the labels are "
-            f"{kind}. Use clipgrad.user_loader and a loop of your own, with a loss that reads `present`."
+            f"user_column needs integer labels, since the label -100 marks what the loss leaves out, but the labels "
+            f"are {kind}. Use clipgrad.user_loader and a loop of your own, with a loss that reads `present`."
         )
     shown = present.reshape(*present.shape, *[1] * (labels.dim() - 2))
     return {**inputs, "labels": torch.where(shown, labels, _IGNORED)}
 
 
 def rows_of(batch: Any) -> int:
-    """Return the rows of a batch, by its first tensor."""
+    """Return the number of rows of a batch's first tensor, or 0 if the batch has no tensor."""
     return next((int(leaf.shape[0]) for leaf in tree_leaves(batch) if _has_rows(leaf)), 0)
 
 

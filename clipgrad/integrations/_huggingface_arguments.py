@@ -1,22 +1,22 @@
-"""``TrainingArguments`` that a private training cannot follow, each refused by its name."""
+"""Make a plan from ``TrainingArguments``, and refuse the arguments that a private training cannot follow."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from clipgrad.integrations._batches import epoch_of
 from clipgrad.plan import PrivacyPlan
 
 
-class _Conflict(NamedTuple):
-    """A value of an argument that is refused.
+class Conflict(NamedTuple):
+    """This tuple describes refused values of one argument.
 
     Attributes:
-        name: Of the argument.
-        conflicts: Whether a value is refused.
-        why: What is wrong with it, and what to do.
+        name: Name of the argument.
+        conflicts: Returns whether a value is refused.
+        why: The rest of the error message: the problem and the remedy.
     """
 
     name: str
@@ -25,84 +25,103 @@ class _Conflict(NamedTuple):
 
 
 _DEFAULT_NORM = 1.0
-_ONE_DEVICE = "trains on several devices, which DPTrainer does not do yet. Leave it out."
-_CONFLICTS = (
-    _Conflict(
+_WHOLE = (
+    "spreads the model over processes, but here each process holds all of it. Leave it out, or shard the model with "
+    "fully_shard and write a loop of your own (docs/scaling.md)."
+)
+CONFLICTS: tuple[Conflict, ...] = (
+    Conflict(
         "fp16",
         bool,
         "scales the loss, and per-sample gradients cannot be unscaled. Use bf16=True.",
     ),
-    _Conflict(
+    Conflict(
         "torch_compile",
         bool,
-        "compiles the model without its per-sample gradients. Use DPTrainer(compile=True).",
+        "compiles the model without per-sample gradients. Use DPTrainer(compile=True).",
     ),
-    _Conflict(
+    Conflict(
         "use_liger_kernel",
         bool,
         "replaces operations by kernels without per-sample gradients. Leave it out.",
     ),
-    _Conflict(
+    Conflict(
         "auto_find_batch_size",
         bool,
-        "changes the batch size, and with it what the plan accounts for. Set per_device_train_batch_size to what fits; "
-        "gradient_accumulation_steps makes up for the rest.",
+        "changes the batch size, which the plan accounts for. Set per_device_train_batch_size to a number that fits "
+        "into memory, and gradient_accumulation_steps to the number of such microbatches in a batch.",
     ),
-    _Conflict(
+    Conflict(
         "train_sampling_strategy",
         lambda value: value != "random",
-        "orders the samples, but the plan accounts for batches at random. Leave it out.",
+        "orders the samples, but the plan accounts for random batches. Leave it out.",
     ),
-    _Conflict(
+    Conflict(
         "dataloader_drop_last",
         bool,
-        "has no meaning for Poisson batches, all of which are steps. Leave it out.",
+        "has no effect, since every Poisson batch is a step. Leave it out.",
     ),
-    _Conflict(
+    Conflict(
         "include_num_input_tokens_seen",
         lambda value: value not in (False, "no"),
-        "logs how many tokens were sampled, which is private. Leave it out.",
+        "logs the number of sampled tokens, which is private. Leave it out.",
     ),
-    _Conflict(
+    Conflict(
         "ignore_data_skip",
         bool,
         "would repeat the interrupted epoch after a restart. Leave it out: DPTrainer resumes with fresh batches.",
     ),
-    _Conflict("deepspeed", bool, _ONE_DEVICE),
-    _Conflict("fsdp", bool, _ONE_DEVICE),
-    _Conflict(
+    Conflict("deepspeed", bool, _WHOLE),
+    Conflict("fsdp", bool, _WHOLE),
+    Conflict("parallelism_config", bool, _WHOLE),
+    Conflict(
         "n_gpu",
         lambda value: value > 1,
-        "splits batches over several devices, which DPTrainer does not do yet. Set CUDA_VISIBLE_DEVICES=0.",
+        "splits batches over several devices of one process. Start a process for each: "
+        "torchrun --nproc-per-node=gpu train.py, or set CUDA_VISIBLE_DEVICES=0.",
     ),
-    _Conflict(
-        "world_size",
-        lambda value: value > 1,
-        "trains with several processes, which DPTrainer does not do yet. Start one process.",
-    ),
-    _Conflict(
+    Conflict(
         "optim",
         lambda value: "lomo" in str(value) or str(value).endswith("layerwise"),
-        "steps during backward, before gradients are clipped and noised. Use adamw_torch, for example.",
+        "steps during backward, before gradients are clipped and get noise. Use adamw_torch, for example.",
     ),
 )
 
 
-def refuse_conflicts(args: Any) -> None:
-    """Refuse arguments that would break the promise, or that could not be followed.
+def refuse_conflicts(args: Any, conflicts: Sequence[Conflict]) -> None:
+    """Refuse arguments that would break privacy, or that have no effect in a private training.
 
     Raises:
-        ValueError: With the argument's name, value and remedy.
+        ValueError: If an argument is refused; the message names argument, value and remedy.
     """
-    for name, conflicts, why in _CONFLICTS:
+    for name, conflict, why in conflicts:
         value = getattr(args, name, None)
-        if value is not None and conflicts(value):
+        if value is not None and conflict(value):
             raise ValueError(f"TrainingArguments({name}={value!s}) {why}")
 
 
 def logical_batch_size(args: Any) -> int:
-    """Return the expected batch size that the arguments describe."""
-    return int(args.per_device_train_batch_size * args.gradient_accumulation_steps)
+    """Return the expected batch size that the arguments describe, of all processes together."""
+    each = args.per_device_train_batch_size * args.world_size
+    return int(each * args.gradient_accumulation_steps)
+
+
+def refuse_spread_model(trainer: Any) -> None:
+    """Refuse a model of which a process holds a part, however that came about.
+
+    Raises:
+        ValueError: With the remedy.
+    """
+    found = {
+        "accelerate is set to FSDP, which": trainer.is_fsdp_enabled,
+        "accelerate is set to DeepSpeed, which": trainer.is_deepspeed_enabled,
+        "the model has DTensor parameters, whose mesh": any(
+            hasattr(parameter, "device_mesh") for parameter in trainer.model.parameters()
+        ),
+    }
+    for what, is_so in found.items():
+        if is_so:
+            raise ValueError(f"{what} {_WHOLE}")
 
 
 def steps_wanted(args: Any, epoch: int) -> int:
@@ -118,10 +137,10 @@ def plan_and_users(
     target_epsilon: float | None,
     delta: float | None,
 ) -> tuple[PrivacyPlan, list[Any] | None]:
-    """Return the plan, given or made for a target epsilon, and the user of each sample if users are protected.
+    """Return the given plan or one for a target epsilon, and the user of each sample if users are protected.
 
     Raises:
-        ValueError: If arguments are missing, or say something else than the plan.
+        ValueError: If arguments are missing or contradict the plan.
     """
     if dataset is None:
         raise ValueError("DPTrainer needs train_dataset; the plan depends on its size.")
@@ -131,7 +150,7 @@ def plan_and_users(
         plan = _plan_of(args, count, unit, target_epsilon, delta)
     elif target_epsilon is not None or delta is not None:
         raise ValueError(
-            "plan says already what target_epsilon and delta would say; leave them out."
+            "plan already sets what target_epsilon and delta would set. Leave them out."
         )
     _refuse_other_plan(args, plan)
     return plan, users
@@ -140,7 +159,7 @@ def plan_and_users(
 def _plan_of(
     args: Any, num_samples: int, unit: str, target_epsilon: float | None, delta: float | None
 ) -> PrivacyPlan:
-    """Return the plan for a target epsilon; everything else comes from the arguments.
+    """Return a plan for a target epsilon; its other numbers come from the arguments.
 
     Raises:
         ValueError: If a number is missing or out of range.
@@ -152,14 +171,14 @@ def _plan_of(
         )
     if not args.max_grad_norm > 0:
         raise ValueError(
-            f"TrainingArguments(max_grad_norm={args.max_grad_norm}) turns clipping off, but it is the norm to which "
-            "each sample's gradient is clipped. Set it to 1.0, for example."
+            f"TrainingArguments(max_grad_norm={args.max_grad_norm}) turns clipping off, but each sample's gradient "
+            "must be clipped to this norm. Set it to 1.0, for example."
         )
     size = logical_batch_size(args)
     if size > num_samples:
         raise ValueError(
-            f"TrainingArguments: per_device_train_batch_size * gradient_accumulation_steps is {size}, more than the "
-            f"{num_samples} {unit}s of train_dataset. Lower one of them."
+            f"TrainingArguments: per_device_train_batch_size * gradient_accumulation_steps * world_size is {size}, "
+            f"more than the {num_samples} {unit}s of train_dataset. Lower one of them."
         )
     return PrivacyPlan.for_epsilon(
         target_epsilon,
@@ -173,18 +192,20 @@ def _plan_of(
 
 
 def _refuse_other_plan(args: Any, plan: PrivacyPlan) -> None:
-    """Refuse arguments that say something else than the plan.
+    """Refuse arguments that contradict the plan.
 
     Raises:
-        ValueError: With the argument's name, value and remedy.
+        ValueError: If they do; the message names argument, value and remedy.
     """
     each, pieces = args.per_device_train_batch_size, args.gradient_accumulation_steps
-    fitting = max(1, math.ceil(plan.expected_batch_size / each))
+    several = f" on {args.world_size} processes" if args.world_size > 1 else ""
+    fitting = max(1, math.ceil(plan.expected_batch_size / (each * args.world_size)))
     if pieces != fitting:
         raise ValueError(
-            f"TrainingArguments(per_device_train_batch_size={each}, gradient_accumulation_steps={pieces}) is not the "
-            f"plan's expected_batch_size={plan.expected_batch_size:g}. Set gradient_accumulation_steps={fitting}: the "
-            "samples of a step pass in pieces of per_device_train_batch_size."
+            f"TrainingArguments(per_device_train_batch_size={each}, gradient_accumulation_steps={pieces}){several} is "
+            f"not the plan's expected_batch_size={plan.expected_batch_size:g}. "
+            f"Set gradient_accumulation_steps={fitting}: a step runs its samples in microbatches of "
+            "per_device_train_batch_size."
         )
     wanted = steps_wanted(args, epoch_of(plan.num_samples, plan.expected_batch_size))
     if wanted > plan.steps:
@@ -196,29 +217,30 @@ def _refuse_other_plan(args: Any, plan: PrivacyPlan) -> None:
     if args.max_grad_norm not in (0.0, _DEFAULT_NORM, plan.max_grad_norm):
         raise ValueError(
             f"TrainingArguments(max_grad_norm={args.max_grad_norm}) differs from the plan's "
-            f"max_grad_norm={plan.max_grad_norm}. Leave it out: the plan says to which norm gradients are clipped."
+            f"max_grad_norm={plan.max_grad_norm}. Leave it out: the plan sets the norm to which gradients are clipped."
         )
 
 
 def _length(dataset: Any) -> int:
-    """The number of samples of a dataset.
+    """Return the number of samples of a dataset.
 
     Raises:
-        ValueError: If it has no length.
+        ValueError: If the dataset has no length.
     """
     if not hasattr(dataset, "__len__"):
         raise ValueError(
             f"train_dataset is a {type(dataset).__name__} without a length, from which no Poisson batches can be "
-            "drawn. Give plan=clipgrad.PrivacyPlan(declared_sampling='...', ...), which says how its batches are drawn."
+            "sampled. Pass plan=clipgrad.PrivacyPlan(declared_sampling='...', ...), which says how its batches are "
+            "sampled."
         )
     return len(dataset)
 
 
 def _column(dataset: Any, name: str) -> list[Any]:
-    """The column of a ``datasets.Dataset``, or of a list of dictionaries.
+    """Return a column of a ``datasets.Dataset`` or of a list of dictionaries.
 
     Raises:
-        ValueError: If there is none of that name.
+        ValueError: If there is no column of that name.
     """
     if name in getattr(dataset, "column_names", ()):
         return list(dataset[name])
@@ -226,6 +248,6 @@ def _column(dataset: Any, name: str) -> list[Any]:
         return [row[name] for row in dataset]
     except (KeyError, TypeError, IndexError) as error:
         raise ValueError(
-            f"user_column={name!r} is no column of train_dataset; give the name of the column that says whose each "
-            "sample is."
+            f"user_column={name!r} is no column of train_dataset. Pass the name of the column that holds the user of "
+            "each sample."
         ) from error

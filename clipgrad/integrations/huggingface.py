@@ -1,4 +1,4 @@
-"""``DPTrainer``: Hugging Face's ``Trainer`` with differential privacy. It needs the extra ``huggingface``."""
+"""Define ``DPTrainer``, Hugging Face's ``Trainer`` with differential privacy; it needs the extra ``huggingface``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,12 @@ from torch.utils.data import DataLoader
 from clipgrad.accounting import Ledger
 from clipgrad.errors import PrivacyBudgetError
 from clipgrad.integrations._batches import LogicalBatches, epoch_of, loader_of, rows_of
-from clipgrad.integrations._huggingface_arguments import plan_and_users, refuse_conflicts
+from clipgrad.integrations._huggingface_arguments import (
+    CONFLICTS,
+    plan_and_users,
+    refuse_conflicts,
+    refuse_spread_model,
+)
 from clipgrad.noise import NoiseSource
 from clipgrad.optimizer import DPOptimizer
 from clipgrad.options import Performance
@@ -30,26 +35,28 @@ except ImportError as error:
 
 
 class PrivateTraining:
-    """What makes a ``transformers.Trainer`` private; a mix-in, to be named before the trainer's class.
+    """This mix-in makes a ``transformers.Trainer`` private; name it before the trainer's class among the bases.
 
     Args:
-        *args: As for the trainer.
-        plan: The plan of the run. One step of the trainer is one step of the plan, on one Poisson batch, which passes
-            in ``gradient_accumulation_steps`` pieces of ``per_device_train_batch_size`` samples.
-        target_epsilon: In place of a plan: the epsilon to end at. ``TrainingArguments`` says the rest: batch size,
-            ``num_train_epochs`` or ``max_steps``, and ``max_grad_norm``, to which each sample's gradient is clipped.
+        *args: Arguments of the trainer.
+        plan: The plan of the run. One step of the trainer is one step of the plan on one Poisson batch, which runs in
+            ``gradient_accumulation_steps`` microbatches of ``per_device_train_batch_size`` samples.
+        target_epsilon: The epsilon at the end of the run, in place of a plan. ``TrainingArguments`` then set batch
+            size, ``num_train_epochs`` or ``max_steps``, and ``max_grad_norm``, to which each gradient is clipped.
         delta: Probability with which epsilon may fail to hold.
-        user_column: Name of the column of ``train_dataset`` that says whose each sample is. Users are then sampled,
-            clipped and protected; the batch sizes count users.
-        samples_per_user: With ``user_column``: the largest number of samples of a user in a batch.
-        noise: As for ``DPOptimizer``.
-        compile: As for ``DPOptimizer``.
-        performance: As for ``DPOptimizer``.
-        **trainer: As for the trainer.
+        user_column: Name of the column of ``train_dataset`` that holds the user of each sample. Users are then
+            sampled, clipped and protected, and batch sizes count users.
+        samples_per_user: The largest number of samples of a user in a batch, with ``user_column``.
+        noise: The noise source, see ``DPOptimizer``.
+        compile: Whether steps are compiled, see ``DPOptimizer``.
+        performance: See ``DPOptimizer``.
+        **trainer: Keyword arguments of the trainer.
 
     Raises:
-        ValueError: If an argument is refused; ``TrainingArguments`` are refused by name.
+        ValueError: If an argument is refused; the message names refused ``TrainingArguments``.
     """
+
+    _conflicts = CONFLICTS
 
     def __init__(
         self,
@@ -66,7 +73,8 @@ class PrivateTraining:
     ) -> None:
         self._private: DPOptimizer[Any] | None = None
         super().__init__(*args, **trainer)
-        refuse_conflicts(self.args)
+        refuse_conflicts(self.args, self._conflicts)
+        refuse_spread_model(self)
         self._samples_per_user = samples_per_user
         self.plan, self._users = plan_and_users(
             self.args, self.train_dataset, user_column, plan, target_epsilon, delta
@@ -83,28 +91,36 @@ class PrivateTraining:
 
     @property
     def dp_optimizer(self) -> DPOptimizer[Any]:
-        """The optimizer that clips and adds noise; it exists once ``train`` has begun."""
+        """Return the optimizer that clips and adds noise.
+
+        Raises:
+            RuntimeError: If ``train`` was not called yet.
+        """
         if self._private is None:
             raise RuntimeError("dp_optimizer exists once train() has begun; call train() first.")
         return self._private
 
     @property
     def ledger(self) -> Ledger:
-        """What was released so far."""
+        """Return the ledger of what was released so far."""
         return self.dp_optimizer.ledger
 
     def epsilon(self, delta: float | None = None) -> float:
-        """The epsilon of what was released so far; 0 before the first step."""
+        """Return the epsilon of what was released so far, which is 0 before the first step."""
         return 0.0 if self._private is None else self._private.epsilon(delta)
 
     def create_optimizer(self, model: nn.Module | None = None) -> Any:
         """Wrap the trainer's own optimizer in a ``DPOptimizer``."""
         inner = super().create_optimizer(model)
-        # On a second train() it is there already, inside of what accelerate has wrapped around it.
+        # A second train() finds the DPOptimizer of the first, inside accelerate's wrapper.
         if self._private is not None and getattr(inner, "optimizer", inner) is self._private:
             return inner
-        # Reentrant checkpoints needed this hook of PEFT; here it would set requires_grad on one sample's tensor.
+        # PEFT adds this hook for reentrant checkpoints. Here it would set requires_grad on one sample's tensor.
         getattr(self.model, "disable_input_require_grads", lambda: None)()
+        if self.args.world_size > 1:
+            # accelerate leaves a model alone that it has prepared: DDP would keep a second copy of all gradients.
+            self.accelerator.prepare_model(self.model, evaluation_mode=True)
+            self.model._is_accelerate_prepared = True
         self._loss = self._loss_of_batch()
         self.optimizer = self._private = DPOptimizer(
             inner,
@@ -118,7 +134,7 @@ class PrivateTraining:
         return self.optimizer
 
     def get_train_dataloader(self) -> Any:
-        """The plan's batches in pieces; those of the trainer itself if the plan declares how they are drawn."""
+        """Return the plan's batches in microbatches, or the trainer's own batches if the plan declares sampling."""
         usual, plan = super().get_train_dataloader(), self.plan
         if plan.declared_sampling is not None:
             return usual
@@ -146,7 +162,7 @@ class PrivateTraining:
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], None]:
-        """The pieces of one step. Each sample's loss is its own mean, so tokens are not counted over the batch."""
+        """Return the microbatches of one step, and None: each sample's loss is a mean over its own tokens."""
         pieces = list(islice(epoch_iterator, num_batches))
         self._rows_of_step = sum(map(rows_of, pieces))
         return pieces, None
@@ -154,14 +170,14 @@ class PrivateTraining:
     def training_step(
         self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None
     ) -> Tensor:
-        """Add the clipped gradients of a piece; return its share of the mean loss of the step, which is not private."""
+        """Add clipped gradients of a microbatch, and return its share of the step's mean loss, which is not private."""
         self._check(model)
         model.train()
         piece = send_to_device(dict(inputs), self.args.device)
-        if self._loss is _model_loss and not set(self.label_names) & piece.keys():
+        if self._loss is model_loss and not set(self.label_names) & piece.keys():
             raise ValueError(
                 f"a batch holds {', '.join(piece)}, but no {' or '.join(self.label_names)}, without which the model "
-                "returns no loss. Add them to the dataset or by the data_collator, or give compute_loss_func."
+                "returns no loss. Add them in the dataset or the data_collator, or pass compute_loss_func."
             )
         rows = rows_of(piece)
         returned = self.dp_optimizer.backward(piece)
@@ -169,8 +185,8 @@ class PrivateTraining:
         return loss * (rows / self._rows_of_step) if rows else loss.new_zeros(())
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log epsilon and the norm of the noised gradient; losses are named as not private."""
-        if "grad_norm" in logs:  # the trainer measured .grad where it is empty
+        """Log epsilon and the norm of the noisy gradient, and rename losses to ``..._not_private``."""
+        if "grad_norm" in logs:  # The trainer measured .grad before it was set.
             del logs["grad_norm"]
             logs["noised_grad_norm"] = self._watch.norm()
         for name in ("loss", "train_loss"):
@@ -180,40 +196,44 @@ class PrivateTraining:
         super().log(logs, start_time)
 
     def num_examples(self, dataloader: Any) -> int:
-        """The number of samples (or users) of the training set, which is public; of another set, its own."""
+        """Return the plan's number of samples or users, which is public; for other data the trainer's count."""
         ours = isinstance(dataloader.dataset, LogicalBatches)
         return self.plan.num_samples if ours else int(super().num_examples(dataloader))
 
     def floating_point_ops(self, inputs: Any) -> int:
-        """Zero: the work of a step would tell how many samples were drawn, which is private."""
+        """Return 0, since the work of a step depends on the number of sampled rows, which is private."""
         return 0
 
     def hyperparameter_search(self, *args: Any, **kwargs: Any) -> Any:
-        """Refuse: each trial would be a training on the private data that nobody accounts for."""
+        """Refuse the search, since each trial would be a training on private data that is not accounted for.
+
+        Raises:
+            ValueError: Always.
+        """
         raise ValueError(
             "hyperparameter_search trains on the private data many times, which the plan does not account for. Search "
             "on public data, or account for each trial with plan.continuing(ledger)."
         )
 
     def _check(self, model: nn.Module) -> None:
-        """Refuse a model whose gradients would not be clipped, and a restart that forgets steps."""
+        """Refuse a model whose gradients would not be clipped, and a restart whose ledger lacks steps."""
         if model is not self.dp_optimizer.model:
             raise ValueError(
                 f"the model was wrapped in a {type(model).__name__} after DPTrainer was made, so its gradients would "
-                "not be clipped. Train the bare model on one device."
+                "not be clipped. Train the bare model."
             )
         done, known = self.state.global_step, self.ledger.steps_of(self.plan.run.name)
         if known < done:
             raise PrivacyBudgetError(
                 f"the checkpoint is at step {done}, but holds {known} steps of the ledger, so epsilon would be too "
-                "small. Resume from a checkpoint with its optimizer.pt (save_only_model=False)."
+                "small. Resume from a checkpoint with an optimizer.pt (save_only_model=False)."
             )
 
     def _loss_of_batch(self) -> Any:
-        """The model's own loss where nothing else is asked for: a function that PyTorch can capture."""
+        """Return the model's own loss, which PyTorch can capture, unless the trainer computes another loss."""
         usual = type(self).compute_loss is Trainer.compute_loss
         if usual and self.label_smoother is None and self.compute_loss_func is None:
-            return _model_loss
+            return model_loss
 
         def loss_fn(model: nn.Module, inputs: dict[str, Any]) -> Any:
             with self.compute_loss_context_manager():
@@ -223,14 +243,14 @@ class PrivateTraining:
 
 
 class DPTrainer(PrivateTraining, Trainer):
-    """A ``transformers.Trainer`` that trains with differential privacy; see ``PrivateTraining`` for its arguments.
+    """This ``transformers.Trainer`` trains with differential privacy; its arguments are those of ``PrivateTraining``.
 
-    Collators, evaluation, schedulers, callbacks, checkpoints, resuming and PEFT models are as usual.
+    Collators, evaluation, schedulers, callbacks, checkpoints, resuming and PEFT models work as usual.
     """
 
 
 class _NoisedNorm(TrainerCallback):
-    """Keeps the norm of the last step's noised gradient, which is public, before the trainer clears it."""
+    """This callback keeps the norm of the last step's noisy gradient, which is public, before it is cleared."""
 
     def __init__(self) -> None:
         self._norm: Tensor | None = None
@@ -243,6 +263,7 @@ class _NoisedNorm(TrainerCallback):
         return float("nan") if self._norm is None else float(self._norm)
 
 
-def _model_loss(model: nn.Module, inputs: dict[str, Any]) -> Any:
+def model_loss(model: nn.Module, inputs: dict[str, Any]) -> Any:
+    """Return the loss that a model computes by itself."""
     outputs = model(**inputs)
     return outputs["loss"] if isinstance(outputs, dict) else outputs[0]

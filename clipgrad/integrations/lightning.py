@@ -1,4 +1,4 @@
-"""``DPModule``: a ``LightningModule`` that trains with differential privacy. It needs the extra ``lightning``."""
+"""Define ``DPModule``, a ``LightningModule`` with differential privacy; it needs the extra ``lightning``."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from clipgrad.sampling import PaddedBatch
 
 try:
     from lightning.pytorch import LightningModule
+    from lightning.pytorch.strategies import DDPStrategy
 except ImportError as error:
     raise ImportError(
         "clipgrad.integrations.lightning needs lightning: pip install 'clipgrad[lightning]'."
@@ -27,20 +28,20 @@ except ImportError as error:
 
 
 class DPModule(LightningModule):
-    """A ``LightningModule`` whose automatic optimization clips each sample's gradient and adds noise.
+    """This ``LightningModule`` clips each sample's gradient and adds noise in automatic optimization.
 
-    Define ``loss`` in place of ``training_step``, and wrap the optimizer in ``configure_optimizers`` by ``private``.
-    Everything else is as usual: epochs, ``global_step``, checkpoints, which hold the ledger, schedulers, validation.
-    The log shows ``epsilon`` and ``loss_not_private``, and of metrics in a dictionary the mean over the batch as
+    Define ``loss`` in place of ``training_step``, and wrap the optimizer in ``configure_optimizers`` with ``private``.
+    Epochs, ``global_step``, schedulers and validation work as usual, and so do checkpoints, which hold the ledger. The
+    log shows ``epsilon``, ``loss_not_private``, and the batch mean of each metric in a dictionary as
     ``<name>_not_private``.
     """
 
     _private: DPOptimizer[Any] | None = None
 
     def loss(self, *batch: Any) -> Any:
-        """Compute the loss of a batch, or ``(loss, metrics)``; here it sees one sample. Nothing is logged in it."""
+        """Return the loss of a batch of one sample, or ``(loss, metrics)``; do not call ``self.log`` in it."""
         raise NotImplementedError(
-            f"{type(self).__name__}.loss(*batch) is missing; define it in place of training_step."
+            f"{type(self).__name__}.loss(*batch) is missing. Define it in place of training_step."
         )
 
     def private(
@@ -54,14 +55,15 @@ class DPModule(LightningModule):
         compile: bool | str = False,
         performance: Performance | None = None,
     ) -> DPOptimizer[Any]:
-        """Wrap the optimizer in a ``DPOptimizer``; call it in ``configure_optimizers``, and return what it returns.
+        """Wrap the optimizer in a ``DPOptimizer``, which ``configure_optimizers`` must return.
 
         The arguments are those of ``DPOptimizer``. ``private_loader(dataset, plan=plan)`` makes the plan's batches.
 
         Raises:
-            ValueError: If the trainer is set to what contradicts the plan.
+            ValueError: If an argument of the trainer contradicts the plan.
         """
-        refuse_conflicts(self.trainer, plan)
+        replicated = isinstance(self.trainer.strategy, ReplicatedStrategy)
+        refuse_conflicts(self.trainer, plan, is_replicated=replicated)
         self._private = _RunsClosure(
             optimizer,
             self,
@@ -76,13 +78,13 @@ class DPModule(LightningModule):
         return self._private
 
     def epsilon(self) -> float:
-        """The epsilon of what was released so far; 0 before the first step."""
+        """Return the epsilon of what was released so far, which is 0 before the first step."""
         return 0.0 if self._private is None else self._private.epsilon()
 
     # ------------------------------------------------------------------ hooks of Lightning
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """Add up clipped gradients, and log what is not private by such a name."""
+        """Add up clipped gradients, and log values that are not private as ``..._not_private``."""
         if self._private is None:
             raise ValueError(
                 "configure_optimizers returned an optimizer that is not private. Let it return "
@@ -99,10 +101,10 @@ class DPModule(LightningModule):
         return loss
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
-        """Do nothing: ``training_step`` has added up clipped gradients."""
+        """Do nothing, since ``training_step`` has added up clipped gradients."""
 
     def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Optimizer) -> None:
-        """Do nothing: it is called between ``training_step`` and the step, which clears what it uses."""
+        """Do nothing, since Lightning calls this between ``training_step`` and the step, which needs the sums."""
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Log epsilon as often as the trainer logs."""
@@ -118,21 +120,32 @@ def private_loader(
     samples_per_user: int | None = None,
     **options: Any,
 ) -> EpochLoader:
-    """Make the training loader of a plan, with epochs as Lightning counts them.
+    """Return the training loader of a plan, one iteration of which is an epoch.
 
     Args:
         dataset: A map-style dataset.
         plan: The plan.
         user_ids: The user of each sample, for a plan with ``unit="user"``; see ``user_loader``.
-        samples_per_user: See ``user_loader``.
-        **options: ``collate_fn``, ``num_workers``, ``pin_memory`` and so on; see ``poisson_loader``.
+        samples_per_user: The largest number of samples of a user in a batch; see ``user_loader``.
+        **options: Options such as ``collate_fn``, ``num_workers`` and ``pin_memory``; see ``poisson_loader``.
     """
     loader = loader_of(plan, dataset, user_ids, samples_per_user, **options)
     return EpochLoader(loader, epoch_of(plan.num_samples, plan.expected_batch_size))
 
 
+class ReplicatedStrategy(DDPStrategy):
+    """Several devices, each with the whole model: ``Trainer(devices=2, strategy=ReplicatedStrategy())``.
+
+    It starts processes as Lightning's ``DDPStrategy`` does, and has its arguments. The model stays as it is: gradients
+    are clipped and added up by ``DPOptimizer``. Make the loader once the processes are there, in ``train_dataloader``.
+    """
+
+    def configure_ddp(self) -> None:
+        """Leave the model alone: DDP would wait for gradients of whole batches."""
+
+
 class _RunsClosure(DPOptimizer[Any]):
-    """Runs the closure in which Lightning wraps ``training_step``; what it did not clip is refused as ever."""
+    """This optimizer runs the closure in which Lightning wraps ``training_step``, before the private step."""
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         found = None

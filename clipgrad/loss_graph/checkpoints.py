@@ -1,4 +1,4 @@
-"""Regions that ``torch.utils.checkpoint`` marked: modules of the graph, which whoever runs it may run again."""
+"""Turn regions of ``torch.utils.checkpoint`` into modules of the graph, so that the engine can run them again."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CHECKPOINT = torch.ops.higher_order.tag_activation_checkpoint
 
 
 class Checkpoint(nn.Module):
-    """The body of a region, called with everything that it reads.
+    """This module holds the body of a region, whose arguments are all the values that it reads.
 
     Args:
         body: A pure graph.
@@ -25,10 +25,12 @@ class Checkpoint(nn.Module):
     def __init__(self, body: GraphModule) -> None:
         super().__init__()
         self.body = body
-        self.draws = True  # until somebody has looked
+        self.draws = (
+            True  # loss_graph/side_effects.py sets False if the body draws no random numbers.
+        )
 
     def forward(self, *args: Any) -> Any:
-        """As the graph calls it."""
+        """Run the region."""
         return run_region(self.body, self.draws, *args)
 
 
@@ -50,7 +52,7 @@ def refuse_lost_gradients(node: Node, where: str | None) -> None:
 
 
 def rebuild_checkpoint(module: GraphModule, graph: Graph, node: Node) -> None:
-    """Put a call of a module in place of PyTorch's operation for checkpoints, which only its compiler understands."""
+    """Replace PyTorch's operation for checkpoints, which only its compiler can run, by a call of a module."""
     body = node.args[0]
     assert isinstance(body, Node)
     name = str(body.target)
@@ -67,5 +69,5 @@ def rebuild_checkpoint(module: GraphModule, graph: Graph, node: Node) -> None:
 
 
 def checkpoints_of(module: nn.Module) -> Iterator[Checkpoint]:
-    """Every region of a graph, also one in another."""
+    """Return all regions of a graph, including nested ones."""
     return (child for child in module.modules() if isinstance(child, Checkpoint))

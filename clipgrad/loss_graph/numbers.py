@@ -1,7 +1,7 @@
-"""Python numbers with a fraction that change from call to call: inputs of one graph instead of a graph for each.
+"""Let a graph take Python floats that change between calls as inputs, so that each value needs no new graph.
 
-PyTorch hands such a number to a graph as a tensor and reads it there, which no later trace could follow. Here the
-graph takes the number itself. Where it is used in arithmetic alone, the graph may be given a tensor as well.
+PyTorch passes such a float to a graph as a tensor and reads its value there, which a later trace cannot follow. Here
+the graph takes the float itself. If a float is used only in arithmetic, the graph also accepts a tensor in its place.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from clipgrad.loss_graph.checkpoints import Checkpoint
 
 
 def _arithmetic(operation: Callable[[Any, Any], Any]) -> Callable[..., Any]:
-    """The operation, such that a number may also be a tensor without axes, of float64."""
+    """Return the operation in a form that also accepts a float64 tensor without axes in place of a float."""
 
     def calculate(a: Any, b: Any, is_number: tuple[bool, bool]) -> Any:
         pairs = list(zip((a, b), is_number, strict=True))
@@ -28,7 +28,7 @@ def _arithmetic(operation: Callable[[Any, Any], Any]) -> Callable[..., Any]:
         dtype = values[0].dtype
         if not (dtype.is_floating_point or dtype.is_complex):
             dtype = torch.get_default_dtype()
-        # PyTorch computes with halves and a number in float32, and a number never widens a tensor.
+        # PyTorch computes half-precision tensors with a float in float32. A float never widens a tensor's dtype.
         within = torch.promote_types(dtype, torch.float32)
         a, b = (value.to(within) if isinstance(value, Tensor) else value for value in (a, b))
         return operation(a, b).to(dtype)
@@ -52,13 +52,13 @@ _METHODS = {"add": torch.add, "sub": torch.sub, "mul": torch.mul, "div": torch.d
 
 
 def take_numbers(module: GraphModule) -> dict[Node, bool]:
-    """Let a graph take numbers instead of the tensors out of which it reads them.
+    """Let a graph take floats instead of the tensors from which it reads them.
 
     Returns:
-        The inputs that are numbers, and for each whether a tensor without axes serves as well.
+        The inputs that are floats, and for each input whether a tensor without axes is accepted in its place.
     """
     graph = module.graph
-    found: dict[Node, set[Node]] = {}  # of each number, the inputs that it depends on
+    found: dict[Node, set[Node]] = {}  # For each float in the graph: the inputs that it depends on.
     rigid: set[Node] = set()
     for node in list(graph.nodes):
         place = node.args[0] if node.target == "item" and node.op == "call_method" else None
@@ -100,7 +100,10 @@ def take_numbers(module: GraphModule) -> dict[Node, bool]:
 
 
 def _taken_by_region(module: GraphModule, node: Node) -> dict[Node, tuple[Any, bool]]:
-    """The inputs of a graph that a checkpointed region reads as numbers: an example, and whether a tensor serves."""
+    """Return the graph's inputs that a checkpointed region reads as floats.
+
+    Each input has an example value, and whether a tensor is accepted in its place.
+    """
     region = module.get_submodule(str(node.target))
     if not isinstance(region, Checkpoint):
         return {}
@@ -118,7 +121,7 @@ def _is_number(node: Node) -> bool:
 
 
 def _calculation(node: Node) -> Callable[..., Any] | None:
-    """What computes the node of numbers that may be tensors; None if nothing of ours does."""
+    """Return the function of ``_FUNCTIONS`` that computes the node, or None."""
     target: Any = node.target
     if node.op == "call_method":
         target = _METHODS.get(target)

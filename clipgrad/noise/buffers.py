@@ -1,4 +1,4 @@
-"""Rows of correlated noise that follow from decaying sums of all earlier rows, on one device."""
+"""Make rows of correlated noise from decaying sums of all earlier rows, on one device."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from clipgrad.noise.source import NoiseSource
 
 
 class Buffers:
-    """Row t is ``z_t - sum_j weights[j] s_j``, and then each buffer ``s_j`` becomes ``decays[j] s_j + row_t``.
+    """Row t is ``z_t - sum_j weights[j] s_j``. Each buffer ``s_j`` then becomes ``decays[j] s_j + row_t``.
 
     Args:
         weights: Weights of the buffers.
         decays: Decays of the buffers.
-        past: The buffers after an earlier step; empty before the first step.
-        shapes: Shapes of the tensors that share a row, one after the other.
+        past: Buffers after an earlier step; empty before the first step.
+        shapes: Shapes of the tensors that share a row, in their order in the row.
         like: A tensor with the device and dtype of the rows.
     """
 
@@ -41,7 +41,7 @@ class Buffers:
         self._views = [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
 
     def next(self, source: NoiseSource, scale: float) -> list[Tensor]:
-        """Return the row of the next step, cut into tensors that are valid until the call after it."""
+        """Return the row of the next step as one tensor for each shape; the next call overwrites them."""
         row = self._row.zero_()
         source.add_gaussian_([row], scale)
         for weight, buffer in zip(self._weights, self._sums, strict=True):

@@ -1,4 +1,4 @@
-"""Noise that is correlated over steps: each step takes back a part of the noise of the steps before it."""
+"""Add noise that is correlated over steps: each step subtracts a part of the noise of earlier steps."""
 
 from __future__ import annotations
 
@@ -15,19 +15,22 @@ from clipgrad.noise.buffers import Buffers
 from clipgrad.noise.keys import process
 from clipgrad.noise.rows import Rows, add_and_divide
 from clipgrad.noise.source import NoiseSource
+from clipgrad.noise.step_noise import StepSums
 from clipgrad.noise.system import by_device_and_noise_dtype, is_plain_system_noise
 
-# On the CPU this many rows are made at once, and no more than there are past rows. Elsewhere and for other sources than
-# the default, one: such a source may be asked to repeat itself step by step.
+# The default source on a CPU makes this many rows at once, but no more than the past rows that are kept. On other
+# devices and with other sources each step makes one row, since a user may repeat such a source step by step.
 _MOST_AHEAD = 16
 
 
 class _Coordinates(NamedTuple):
-    """What the rows belong to. Noise of one coordinate must never take back that of another.
+    """These names and shapes say which coordinate each value of a row belongs to.
+
+    A coordinate's noise must subtract only past noise of the same coordinate.
 
     Attributes:
         names: Names of the parameters.
-        shapes: Their shapes.
+        shapes: Shapes of the parameters.
     """
 
     names: tuple[str, ...]
@@ -38,14 +41,14 @@ class CorrelatedNoise:
     """Step t adds row t of ``C^-1 Z``, where Z is independent Gaussian noise and C a lower-triangular Toeplitz matrix.
 
     For b bands row t is ``z_t - c_1 row_{t-1} - ... - c_{b-1} row_{t-b+1}``, so the noise keeps the rows of the last
-    ``b - 1`` steps; without bands it keeps some decaying sums of all rows. Whoever knows them can subtract noise that
-    was published. They are part of :meth:`state_dict`, which is secret for that reason. Copies, unpickled objects and
-    forked children begin without them, and refuse to continue a run.
+    ``b - 1`` steps. Without bands it keeps a few decaying sums of all rows. A reader of the kept tensors can remove
+    noise from published parameters, so :meth:`state_dict`, which holds them, is secret. Copies, unpickled objects and
+    forked processes do not have the kept tensors, and refuse to continue a run.
 
     Args:
-        source: Where independent draws come from.
-        strategy: How rows follow from earlier rows, and how large Z is.
-        accounting: Names how an accountant has to treat the steps.
+        source: The source of the independent noise Z.
+        strategy: The matrix C and the standard deviation of Z.
+        accounting: The name of the way in which an accountant must treat the steps.
     """
 
     secret = "the noise of past steps, with which a reader can subtract it from what those steps published"
@@ -58,7 +61,7 @@ class CorrelatedNoise:
 
     def _forget(self) -> None:
         self._step: int | None = 0
-        """Steps so far; None if a step failed halfway, so that nobody knows what it added."""
+        """Number of finished steps; None after a step that failed, since the noise that it added is unknown."""
         self._sigma = 0.0
         self._coordinates = _Coordinates((), ())
         self._rows: dict[tuple[torch.device, torch.dtype], Rows | Buffers] = {}
@@ -67,46 +70,29 @@ class CorrelatedNoise:
         self._loaded: dict[str, Tensor] = {}
         self._process = process()
 
-    def next(
-        self,
-        sums: list[Tensor],
-        step: int,
-        *,
-        names: Sequence[str],
-        sigma: float,
-        divisor: float,
-        in_place: bool,
-    ) -> list[Tensor]:
-        """``(sums + row of this step) / divisor``.
-
-        Args:
-            sums: Clipped sums, which are used up.
-            step: Number of the step, from 0.
-            names: What the sums belong to: parameters, or the part of their coordinates that this process noises. They
-                are the same in every step.
-            sigma: Standard deviation of the independent noise, for a C whose columns have norm 1. It is the same in
-                every step.
-            divisor: A public constant.
-            in_place: Return the tensors of ``sums``; else others, since ``sums`` alias memory of somebody else.
+    def next(self, step: StepSums) -> list[Tensor]:
+        """Return ``(sums + row of this step) / divisor``; names and sigma must be the same in every step.
 
         Raises:
-            PrivacyBudgetError: If the noise of the steps before is not known, so that this run cannot go on.
-            ValueError: If the parameters or ``sigma`` are others than in the steps before.
+            PrivacyBudgetError: If the noise of earlier steps is not known here, so that the run cannot continue.
+            ValueError: If the parameters or ``sigma`` differ from those of earlier steps.
         """
+        sums, sigma = step.sums, step.sigma
         scale = checks.scale("sigma", sigma) * self._strategy.scale
         targets = checks.targets(sums, scale) if scale else list(sums)
-        self._require_continuation(step, _Coordinates(tuple(names), tuple(t.shape for t in sums)))
-        if step and sigma != self._sigma:
+        shapes = tuple(total.shape for total in sums)
+        self._require_continuation(step.number, _Coordinates(tuple(step.names), shapes))
+        if step.number and sigma != self._sigma:
             raise ValueError(
-                f"noise: sigma is {sigma} at step {step} and was {self._sigma} before. Correlated noise is accounted "
-                "for with one noise multiplier and one clipping norm for the whole run."
+                f"noise: sigma is {sigma} at step {step.number} and was {self._sigma} before. Correlated noise is "
+                "accounted for with one noise multiplier and one clipping norm for the whole run."
             )
         self._sigma = sigma
         with torch.no_grad():
             self._arrange(targets)
-            self._step = None  # until the row is added, nobody may continue from here
-            added = self._added(targets, scale, divisor, in_place=in_place)
-        self._step = step + 1
+            self._step = None  # A step that fails below must not be continued.
+            added = self._added(targets, scale, step.divisor, in_place=step.in_place)
+        self._step = step.number + 1
         return added
 
     def _added(
@@ -121,8 +107,8 @@ class CorrelatedNoise:
     def _require_continuation(self, step: int, coordinates: _Coordinates) -> None:
         if self._step != step or (step and self._process != process()):
             raise PrivacyBudgetError(
-                f"step {step}: the noise of the steps before it is not known here, but this plan's noise takes it "
-                "back, so the run cannot go on. It is lost in a copied or unpickled optimizer, in a forked process, "
+                f"step {step}: the noise of the earlier steps is not known here, and this plan's noise depends on it, "
+                "so the run cannot go on. It is lost in a copied or unpickled optimizer, in a forked process, "
                 "after a step that failed, or if only a part of a checkpoint is loaded. Load a whole checkpoint, or "
                 "begin another run with plan=another_plan.continuing(optimizer.ledger)."
             )
@@ -138,7 +124,7 @@ class CorrelatedNoise:
             )
 
     def _arrange(self, sums: list[Tensor]) -> None:
-        """Make sure that the rows lie where the sums do."""
+        """Move the rows to the devices and dtypes of the sums if these have changed."""
         kinds = [(total.device, total.dtype) for total in sums]
         if kinds == self._kinds:
             return
@@ -167,7 +153,7 @@ class CorrelatedNoise:
         return Rows(tail, past, shapes, like, ahead)
 
     def _past(self) -> dict[str, Tensor]:
-        """Return the rows of past steps by name, oldest first: ``[rows, *shape]``."""
+        """Return the rows of past steps for each parameter's name, oldest first, as ``[rows, *shape]``."""
         names, shapes = self._coordinates
         found: dict[str, Tensor] = {}
         for key, rows in self._rows.items():
@@ -181,25 +167,28 @@ class CorrelatedNoise:
         return found
 
     def count(self, counts: Sequence[Tensor], sigma: float) -> None:
-        """Refuse: no accounting of counts beside correlated noise is proven.
+        """Refuse noisy counts, since no accounting of counts together with correlated noise is proven.
 
         Raises:
             ValueError: Always.
         """
-        raise ValueError("noise: correlated noise excludes counts, and so adaptive clipping norms.")
+        raise ValueError(
+            "noise: correlated noise does not allow adaptive clipping norms, whose noisy counts have no proven "
+            "accounting beside it. Use a fixed max_grad_norm, or a plan without mechanism=."
+        )
 
     def change_source(self, source: NoiseSource) -> None:
-        """Take independent draws from another source, from the next step on."""
+        """Use another source of independent noise from the next step on."""
         self._loaded = self._loaded or self._past()
-        # The next step arranges the rows anew, without those that the other source made ahead.
+        # The next step arranges the rows again, without the rows that the old source made ahead.
         self._rows, self._members, self._kinds = {}, {}, []
         self.source = source
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the noise of past steps and the source's state; **secret**.
+        """Return the noise of past steps and the source's state, which are **secret**.
 
         Raises:
-            PrivacyBudgetError: If a step failed halfway.
+            PrivacyBudgetError: If a step failed while it added noise.
         """
         if self._step is None:
             raise PrivacyBudgetError(
@@ -222,14 +211,14 @@ class CorrelatedNoise:
         """Continue after a saved step, with the saved coefficients and rows.
 
         Raises:
-            ValueError: If the state is of other noise, or incomplete.
+            ValueError: If the state belongs to other noise or is incomplete.
         """
         checks.require_state(state, "CorrelatedNoise")
         strategy = _strategy_from(state["strategy"], self._strategy)
         if state["accounting"] != self.accounting or strategy is None:
             raise ValueError(
-                f"state is of {state['accounting']} noise, but the plan has {self.accounting} noise. Build the plan "
-                "as it was when it was saved."
+                f"the saved state belongs to {state['accounting']} noise, but this plan's noise is {self.accounting} "
+                "noise or has other coefficients. Build the plan with the arguments of the saved run."
             )
         names, step = list(state["names"]), int(state["step"])
         past: dict[str, Tensor] = dict(state["past"])
@@ -240,19 +229,19 @@ class CorrelatedNoise:
         expected = [(wanted, *shape) for shape in shapes] if wanted else []
         if [tuple(past[name].shape) for name in names if name in past] != expected:
             raise ValueError(
-                f"state is of step {step} and must hold the noise of {wanted} steps for each of {len(names)} "
-                "parameters; load it as it was saved."
+                f"the saved state is of step {step} and must hold {wanted} tensors of past noise for each of "
+                f"{len(names)} parameters, but some are missing or have another shape. Load the state unchanged."
             )
         self._forget()
         self.source.load_state_dict(state["source"])
-        # The coefficients of the noise so far, which another version of SciPy may not find to the last digit.
+        # Past rows have the saved coefficients. Another version of SciPy may find others in the last digits.
         self._strategy = strategy
         self._step, self._sigma = step, float(state["sigma"])
         self._coordinates = _Coordinates(tuple(names), tuple(shapes))
         self._loaded = {name: tensor.clone() for name, tensor in past.items()}
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return the state for copy and pickle, without the rows: two runs must not share them."""
+        """Return the state for copy and pickle without the rows, since two runs must not share rows."""
         return {"source": self.source, "accounting": self.accounting, "_strategy": self._strategy}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -261,13 +250,13 @@ class CorrelatedNoise:
 
 
 def _state_of(strategy: Strategy) -> list[Any]:
-    """Return what defines the noise: the column only if it has bands, since it is as long as the run otherwise."""
+    """Return the numbers that define C; a column without bands is left out, since it is as long as the run."""
     column = [] if strategy.weights else list(strategy.column)
     return [column, strategy.scale, list(strategy.weights), list(strategy.decays)]
 
 
 def _strategy_from(state: Any, own: Strategy) -> Strategy | None:
-    """Return a saved strategy of the same form as ``own``, or None."""
+    """Return the saved strategy, or None if its numbers of bands and buffers differ from those of ``own``."""
     column, scale, weights, decays = state
     bands = 0 if own.weights else len(own.column)
     if [len(column), len(weights), len(decays)] != [bands, len(own.weights), len(own.decays)]:

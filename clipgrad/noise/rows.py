@@ -1,4 +1,4 @@
-"""Rows of correlated noise on one device: the noise of past steps, and on the CPU of some steps ahead."""
+"""Make the rows of banded correlated noise on one device, and keep the rows of past steps."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ _found: list[ctypes.CDLL | None] = []
 
 
 class Rows:
-    """Rows of ``C^-1 Z``, one for each step, for all values of one device and dtype.
+    """This class makes rows of ``C^-1 Z``, one for each step, for all values of one device and dtype.
 
-    Row t is ``z_t - c_1 row_{t-1} - c_2 row_{t-2} - ...``. Rows of several steps are made at once, so that each past
-    row is read once for all of them. A ring holds them and the rows that they need.
+    Row t is ``z_t - c_1 row_{t-1} - c_2 row_{t-2} - ...``. The rows of several steps are made together, so that each
+    past row is read once for all of them. A ring buffer holds these rows and the past rows.
 
     Args:
-        tail: The coefficients after the first one, which is 1.
-        past: Rows of past steps, oldest first, at most as many as ``tail`` has numbers.
-        shapes: Shapes of the tensors that share a row, one after the other.
+        tail: Coefficients of C after the first coefficient, which is 1.
+        past: Rows of past steps, oldest first; at most ``len(tail)`` rows.
+        shapes: Shapes of the tensors that share a row, in their order in the row.
         like: A tensor with the device and dtype of the rows.
         ahead: Number of rows to make at once.
     """
@@ -50,7 +50,7 @@ class Rows:
         self._views: dict[int, list[Tensor]] = {}
         size = sum(map(math.prod, shapes))
         with torch.inference_mode(False):
-            # Rows a multiple of a page apart would compete for the same places in the cache.
+            # Rows whose distance is a multiple of a page would fall into the same sets of the cache.
             padded = size + (_PAD - size) % _PAGE
             ring = torch.empty((len(tail) + ahead, padded), dtype=like.dtype, device=like.device)
             self._ring = ring[:, :size]
@@ -58,12 +58,12 @@ class Rows:
                 self._ring[index].copy_(row)
         self._known = len(past)
         self._first = len(past)
-        """Index of the next row, in the ring."""
+        """Index of the next row in the ring."""
         self._left = 0
-        """Rows that are made and not used."""
+        """Number of rows that are made and not used yet."""
 
     def next(self, source: NoiseSource, scale: float) -> list[Tensor]:
-        """Return the row of the next step, cut into tensors that are valid until the call after it."""
+        """Return the row of the next step as one tensor for each shape; the next call may overwrite them."""
         if not self._left:
             self._make(source, scale)
             self._left = self._ahead
@@ -74,7 +74,7 @@ class Rows:
         return row
 
     def _cut(self, index: int) -> list[Tensor]:
-        """Return views of a row; they are made once, since many small ones take long."""
+        """Return views of a row; they are cached, since many small views take long to make."""
         if index not in self._views:
             parts = self._ring[index].split([math.prod(shape) for shape in self._shapes])
             self._views[index] = [
@@ -83,7 +83,7 @@ class Rows:
         return self._views[index]
 
     def past(self) -> list[Tensor]:
-        """Return the rows of past steps that further rows depend on, oldest first; rows made ahead are no part."""
+        """Return the past rows on which later rows depend, oldest first, without the rows made ahead."""
         indices = range(self._first - self._known, self._first)
         return [self._ring[index % len(self._ring)] for index in indices]
 
@@ -126,16 +126,16 @@ def _width(rows: int) -> int:
 def correlate_by_torch(
     ring: Tensor, tail: Sequence[float], first: int, ahead: int, known: int
 ) -> None:
-    """Take the weighted rows before it away from each of ``ahead`` rows, from row ``first`` of the ring on.
+    """Subtract the weighted earlier rows from each of ``ahead`` rows, beginning with row ``first`` of the ring.
 
-    These are additions of whole rows and no matrix product, whose precision PyTorch's settings may lower.
+    The code adds whole rows, since PyTorch's settings may lower the precision of a matrix product.
 
     Args:
-        ring: The rows, ``[rows, values]``; row 0 follows on the last one.
-        tail: The weights, of the latest row first.
-        first: The first row to change.
-        ahead: How many rows to change.
-        known: How many rows before the first one count.
+        ring: The rows, ``[rows, values]``; row 0 follows the last row.
+        tail: Weights of earlier rows, latest row first.
+        first: Index of the first row to change.
+        ahead: Number of rows to change.
+        known: Number of rows before row ``first`` that hold past noise.
     """
     for k in range(ahead):
         row = ring[(first + k) % len(ring)]
@@ -144,15 +144,15 @@ def correlate_by_torch(
 
 
 class Correlate:
-    """The same by the loop in C, for float32 on the CPU and for some columns of the ring.
+    """This loop in C computes ``correlate_by_torch`` for float32 on a CPU, and for some columns of the ring.
 
     Args:
         loops: The compiled library.
         ring: The rows, whose values lie one after the other; the loop writes to them by address.
-        tail: As for :func:`correlate_by_torch`, like all that follows.
-        first: The first row to change.
-        ahead: How many rows to change.
-        known: How many rows before the first one count.
+        tail: Weights of earlier rows, latest row first.
+        first: Index of the first row to change.
+        ahead: Number of rows to change.
+        known: Number of rows before row ``first`` that hold past noise.
     """
 
     def __init__(
@@ -192,7 +192,7 @@ class Correlate:
 
 def add_and_divide(sums: list[Tensor], noise: list[Tensor], divisor: float) -> None:
     """Compute ``(sums + noise) / divisor`` in place, rounded after each of the two."""
-    # For small tensors the calls cost more than a second pass.
+    # For small tensors a call of the loop costs more than PyTorch's second pass over memory.
     large = sum(map(Tensor.numel, sums)) > _SMALL * len(sums)
     loops = _compiled() if large and all(map(_is_plain, sums)) else None
     if loops is None or not all(map(_is_plain, noise)):
@@ -220,16 +220,15 @@ def _is_plain(tensor: Tensor) -> bool:
 
 
 def _compiled() -> ctypes.CDLL | None:
-    """Return the loops in C, compiled and proved once in a process, or None."""
+    """Return the loops in C, compiled and tested once in a process, or None if that fails."""
     with c_loop._compiling, torch.inference_mode(False), torch.no_grad():
         if not _found:
             try:
                 loops = compile_library(SOURCE.read_text(encoding="utf-8"))
                 prove(loops)
                 _found.append(loops)
-            except (
-                Exception
-            ) as error:  # a compiler can fail in any way; PyTorch's operations do the same
+            # A compiler can fail in any way, and PyTorch's operations compute the same.
+            except Exception as error:
                 _log.info(
                     "Correlated noise is made without a C compiler, which is slower: %s", error
                 )
@@ -238,7 +237,7 @@ def _compiled() -> ctypes.CDLL | None:
 
 
 def prove(loops: ctypes.CDLL) -> None:
-    """Compare the loops with PyTorch's operations.
+    """Compare the loops in C with PyTorch's operations.
 
     Raises:
         RuntimeError: If a value differs by more than rounding.
@@ -264,6 +263,6 @@ def prove(loops: ctypes.CDLL) -> None:
             ctypes.c_float(3.0),
         )
         expected = (start + rings[1].flatten()) / 3.0
-        # This form rejects NaN too.
+        # A negated "<=" refuses NaN too.
         if not ((rings[0] - rings[1]).abs() <= 1e-5).all() or not torch.equal(means, expected):
-            raise RuntimeError("the compiled loops compute something else than PyTorch")
+            raise RuntimeError("the compiled loops and PyTorch compute different values")

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, Generic, cast
 
 import torch
@@ -13,33 +12,29 @@ from typing_extensions import TypeVar
 
 from clipgrad._phases import phase
 from clipgrad.batch import BatchClipper
-from clipgrad.clipping import (
-    ClippingStrategy,
-    Schedule,
-    make_clipping,
-)
+from clipgrad.clipping import ClippingStrategy, Schedule, make_clipping
 from clipgrad.engine.inputs import Inputs, inputs_of_model
 from clipgrad.explain import Explanation
 from clipgrad.noise import NoiseSource
+from clipgrad.noise.step_noise import StepSums
 from clipgrad.optimizer import facts
 from clipgrad.optimizer.batch_parts import by_name, parts_of
+from clipgrad.optimizer.logical_batch import LogicalBatch
 from clipgrad.optimizer.mechanism import make_mechanism
-from clipgrad.optimizer.parameters import Resident, TrainedParameters
-from clipgrad.optimizer.pending import Pending, unnoised_step_hook
-from clipgrad.optimizer.privacy_state import PrivacyState
+from clipgrad.optimizer.parameters import Resident
 from clipgrad.optimizer.processes import ranks_of
 from clipgrad.optimizer.requirements import check_parts, refuse_foreign_parameters
 from clipgrad.options import Options, Performance
 from clipgrad.plan import PrivacyPlan
 from clipgrad.plan.receipts import Claim
-from clipgrad.result import Diagnostics, Outcome, diagnostics_of, loss_and_metrics
+from clipgrad.result import loss_and_metrics
 from clipgrad.sampling import PaddedBatch
 
 Returned = TypeVar("Returned", default=Any)
 """What the loss returns: a tensor, or a pair of a tensor and metrics."""
 
 
-class DPOptimizer(PrivacyState, Generic[Returned]):
+class DPOptimizer(LogicalBatch, Generic[Returned]):
     """This class wraps a ``torch.optim.Optimizer`` for differentially private training (DP-SGD, Abadi et al. 2016).
 
     Each ``backward`` adds to the clipped sums of per-sample gradients. ``step`` adds Gaussian noise of standard
@@ -70,9 +65,10 @@ class DPOptimizer(PrivacyState, Generic[Returned]):
         noise: The noise source. The default, ``SystemNoise()``, is seeded by the operating system.
             ``SeededNoise(generator)`` is repeatable, for experiments, and **not private**.
             ``DiscreteGaussianNoise(grid)`` chooses exact mode; see ``docs/exact.md``.
-        compile: Run the step as one compiled graph; see ``clipped_grad``. Without ``microbatch_size`` the graph has
-            rows for a Poisson batch two standard deviations above ``expected_batch_size``. If all batches have the same
-            size, pass this size as ``microbatch_size`` to avoid padding.
+        compile: Run the step as one compiled graph; see ``clipped_grad``. Without ``microbatch_size`` a graph on a CPU
+            serves Poisson batches of every size. A graph on a GPU has rows for a batch two standard deviations above
+            ``expected_batch_size``, and smaller batches are padded. If all batches have the same size, pass this size
+            as ``microbatch_size``.
         performance: Further options that change time and memory only.
 
     Raises:
@@ -98,12 +94,6 @@ class DPOptimizer(PrivacyState, Generic[Returned]):
         >>> optimizer.zero_grad()
     """
 
-    _trained: TrainedParameters
-    _pending: Pending
-    _claim: Claim
-    _last_outcome: Outcome | None
-    _loss_by_name: tuple[Callable[..., Any], Callable[..., Any]] | None
-
     def __init__(
         self,
         optimizer: Optimizer,
@@ -122,10 +112,11 @@ class DPOptimizer(PrivacyState, Generic[Returned]):
     ) -> None:
         check_parts(optimizer, model, loss_fn)
         chosen = make_mechanism(plan, max_grad_norm, noise_multiplier, expected_batch_size, noise)
+        room = None
         if compile and microbatch_size is None:
             from clipgrad.compiled import fixed_size  # PyTorch's compiler takes seconds to import
 
-            microbatch_size = fixed_size(chosen.expected_batch_size)
+            room = fixed_size(chosen.expected_batch_size)
         options = Options(
             has_aux=None,
             keep_batch_dim=keep_batch_dim,
@@ -135,7 +126,7 @@ class DPOptimizer(PrivacyState, Generic[Returned]):
             performance=Performance() if performance is None else performance,
         )
         ranks = ranks_of(options, model)
-        super().__init__(optimizer, chosen, BatchClipper(options, ranks), noise, plan)
+        super().__init__(optimizer, chosen, BatchClipper(options, ranks, room), noise, plan)
         self.model = model
         self.loss_fn = loss_fn
         self._start_batch()
@@ -233,13 +224,10 @@ class DPOptimizer(PrivacyState, Generic[Returned]):
         with torch.no_grad():
             with phase("noise"):
                 share = ranks.share(sums, parameters, aliases_graph=aliases_graph)
+                step, divisor = self._step_state.step, self.expected_batch_size
+                places = share.places(names) if self.secret_state else names
                 means = self._noise.next(
-                    share.parts,
-                    self._step_state.step,
-                    names=share.places(names) if self.secret_state else names,
-                    sigma=sigma,
-                    divisor=self.expected_batch_size,
-                    in_place=share.private,
+                    StepSums(share.parts, step, places, sigma, divisor, in_place=share.private)
                 )
                 if observed:
                     ranks.one_draw(observed, lambda total: self._noise.count(total, sigma_observed))
@@ -251,38 +239,6 @@ class DPOptimizer(PrivacyState, Generic[Returned]):
         with phase("optimizer"):
             self.inner.step()
 
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Discard the clipped sums of the logical batch, as ``torch.optim.Optimizer.zero_grad`` discards gradients."""
-        with phase("optimizer"):
-            self.inner.zero_grad(set_to_none)
-        usual = getattr(self.inner.zero_grad, "__func__", None) is Optimizer.zero_grad
-        nothing_left = set_to_none and usual
-        self._pending.clear(() if nothing_left else self._owned_parameters())
-        self._claim = Claim()
-
-    # ------------------------------------------------------------------ the last batch
-
-    @property
-    def clipped_sums(self) -> dict[str, Tensor]:
-        """Return copies of the clipped sums by parameter name; **not private**, since they have no noise yet.
-
-        Raises:
-            UnclippedGradientError: If there was no ``backward`` since the last ``step``.
-        """
-        return dict(zip(self._trained.names, self._pending.sums(), strict=True))
-
-    @property
-    def diagnostics(self) -> Diagnostics:
-        """Return norms, clipped share and dropped samples of the last ``backward``; **not private**.
-
-        Raises:
-            RuntimeError: Before the first ``backward``.
-        """
-        last = self._last_outcome
-        if last is None:
-            raise RuntimeError("diagnostics: no backward has run yet; call backward(*batch) first.")
-        return diagnostics_of(last)
-
     def explain(self, *batch: Any, **named: Any) -> Explanation:
         """Return a table of how each parameter's norm is computed for such a batch; this changes no state."""
         batch = parts_of(batch, named)
@@ -292,17 +248,6 @@ class DPOptimizer(PrivacyState, Generic[Returned]):
             return self._clipper.explain(inputs, self._norm())
 
     # ------------------------------------------------------------------ torch.optim.Optimizer
-
-    def __getstate__(self) -> dict[str, Any]:
-        # ``step`` may be a scheduler's wrapper that is bound to this object. An unfinished logical batch is not copied.
-        left_out = ("step", "_pending", "_claim", "_last_outcome", "_trained", "_loss_by_name")
-        return {key: value for key, value in self.__dict__.items() if key not in left_out}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        # A shallow copy must not share compiled graphs with its original.
-        self._clipper = BatchClipper(self._clipper.options, self._clipper.ranks)
-        self._start_batch()
 
     def __repr__(self) -> str:
         return (
@@ -348,22 +293,3 @@ class DPOptimizer(PrivacyState, Generic[Returned]):
         account = self._account
         position = () if account is None else account.position(claim, self._clipper.ranks)
         return facts.of_step(self._norm(), self.sigma, self._trained.names, position)
-
-    def _start_batch(self) -> None:
-        self._trained = TrainedParameters(self.model, list(self._owned_parameters()))
-        self._pending = Pending()
-        self._claim = Claim()
-        self._last_outcome = None
-        self._loss_by_name = None
-        self.inner.register_step_pre_hook(unnoised_step_hook(weakref.ref(self._pending)))
-
-    def _owned_parameters(self) -> Iterator[Tensor]:
-        """Yield all parameters of the wrapped optimizer."""
-        return (p for group in self.inner.param_groups for p in group["params"])
-
-    def _find_trained_parameters(self) -> TrainedParameters:
-        """Return the optimizer's parameters that require grad, in the model's order."""
-        trained = self._trained.refreshed(self.model, list(self._owned_parameters()))
-        self._pending.check_same_parameters(self._trained.parameters, trained.parameters)
-        self._trained = trained
-        return trained

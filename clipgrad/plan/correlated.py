@@ -1,4 +1,4 @@
-"""What a plan needs to know about correlated noise: its sampling, its error, and what excludes it."""
+"""Compute sampling and error of a plan with correlated noise, and refuse settings that exclude such noise."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _MOST_BANDS = 64
 
 _WHY_NOT = {
     "max_batch_size": "no amplification is proven for cyclic batches that are cut",
-    "declared_sampling": "nothing would check that each group of samples keeps its turn",
+    "declared_sampling": "no check would ensure that each group of samples is used only in its own steps",
     "grid": "correlated noise is not an integer multiple of a grid",
 }
 
@@ -29,10 +29,10 @@ def sampling_of(
 ) -> CyclicPoisson | FixedSize:
     """Return the sampling of a plan with correlated noise.
 
-    In passes with one order for all of them, a sample takes part once a pass, and passes have at least ``bands`` steps.
-    So the columns of its steps have no row in common, and each pass costs it one Gaussian mechanism, as for independent
-    noise (Choquette-Choo et al., "Multi-Epoch Matrix Factorization Mechanisms", 2023). No amplification is claimed. The
-    noise of a matrix without bands is larger, so that each number of passes costs no more than that either.
+    Shuffled passes with one common order use each sample once per pass, and a pass has at least ``bands`` steps. So the
+    columns of a sample's steps have no row in common, and each pass costs one Gaussian mechanism, as with independent
+    noise (Choquette-Choo et al., "Multi-Epoch Matrix Factorization Mechanisms", 2023). No amplification is claimed. A
+    matrix without bands has larger noise, so that a number of passes costs no more than the same number of mechanisms.
     """
     if shuffled:
         return FixedSize(num_samples, int(expected_batch_size))
@@ -51,22 +51,26 @@ def refuse_uncorrelatable(
     max_grad_norm: ClippingStrategy,
     others: Mapping[str, object],
 ) -> None:
-    """Raise ``ValueError`` for settings under which no privacy of correlated noise is proven.
+    """Refuse settings with which no privacy of correlated noise is proven.
 
     Args:
-        mechanism: How noise is correlated, if it is.
-        shuffled: As in the plan.
-        num_samples: As in the plan.
-        expected_batch_size: As in the plan.
-        noise_multiplier: As in the plan.
-        max_grad_norm: As in the plan.
-        others: Settings that exclude correlated noise, unless they are None.
+        mechanism: The plan's mechanism; None means independent noise, for which the call does nothing.
+        shuffled: The plan's argument of this name, as the next four are.
+        num_samples: Number of samples.
+        expected_batch_size: Expected batch size.
+        noise_multiplier: Noise multiplier.
+        max_grad_norm: Clipping norm.
+        others: Further settings by name, which must be None.
+
+    Raises:
+        TypeError: If ``mechanism`` has another type.
+        ValueError: If a setting excludes correlated noise.
     """
     if mechanism is None:
         return
     if not isinstance(mechanism, Mechanism):
         raise TypeError(
-            f"mechanism must be a clipgrad.BandedFactorisation or BufferedToeplitz, got {mechanism!r}; None is "
+            f"mechanism must be a clipgrad.BandedFactorisation or BufferedToeplitz, got {mechanism!r}. Pass None for "
             "independent noise."
         )
     if isinstance(mechanism, BufferedToeplitz) and not shuffled:
@@ -88,15 +92,15 @@ def refuse_uncorrelatable(
             )
     if callable(noise_multiplier):
         raise ValueError(
-            "noise_multiplier must be a number with correlated noise, got a function of the step: later steps take "
-            "back noise of earlier ones. Give a number, or leave mechanism out."
+            "noise_multiplier must be a number with correlated noise, got a function of the step: later steps subtract "
+            "noise of earlier steps. Pass a number, or leave mechanism out."
         )
 
     def constant(norm: object) -> float:
         if callable(norm) or isinstance(norm, AdaptiveQuantile):
             raise ValueError(
                 f"max_grad_norm must be constant with correlated noise, got {norm!r}: the sensitivity of the whole run "
-                "is computed from one norm. Give a number, or leave mechanism out."
+                "is computed from one norm. Pass a number, or leave mechanism out."
             )
         return 1.0
 
@@ -104,7 +108,12 @@ def refuse_uncorrelatable(
 
 
 def error_of(strategy: Strategy | None, noise: Sequence[float]) -> float:
-    """Return the root mean square of the noise in prefix sums, for the noise multiplier of each step."""
+    """Return the root mean square of the noise in prefix sums.
+
+    Args:
+        strategy: The matrix of correlated noise; None means independent noise.
+        noise: The noise multiplier of each step.
+    """
     if strategy is not None:
         spread = prefix_sum_norm(np.array(strategy.column), len(noise))
         return noise[0] * strategy.scale * spread
@@ -123,8 +132,8 @@ def best_bands(
 ) -> BandedFactorisation:
     """Return the mechanism with the number of bands whose prefix sums have the least error at ``target_epsilon``.
 
-    The noise is that of Renyi accounting, which is quick and orders mechanisms as tight accounting does, or nearly so.
-    Numbers of bands are powers of two and three halves of them, and at most 64: each band is a copy of the model.
+    Renyi accounting finds the noise of each candidate; it is fast and orders them nearly as tight accounting does.
+    Candidates are powers of two and 1.5 times a power of two, at most 64, since each band keeps a copy of the model.
     """
     size = _validate.positive("expected_batch_size", expected_batch_size)
     most = min(steps, math.floor(num_samples / size), _MOST_BANDS)
@@ -138,7 +147,7 @@ def best_bands(
                 steps=steps,
                 delta=delta,
                 accountant="rdp",
-                # With replace_one all noise counts twice, in units that are twice as large.
+                # With replace_one both noise and sensitivity double, so candidates keep their order.
                 relation="replace_special",
             )
             strategy = mechanism.with_bands(bands).strategy(steps, most)
@@ -146,7 +155,7 @@ def best_bands(
         return errors[bands]
 
     bands = 1
-    # The error falls to its least and rises from there; two rises in a row end the search.
+    # The error decreases to its minimum and increases after it; two increases in a row end the search.
     while bands <= most and not (
         bands > 2 and error(bands // 2) > error(bands // 4) and error(bands) > error(bands // 2)
     ):

@@ -6,33 +6,20 @@ import math
 import warnings
 from dataclasses import dataclass, field, replace
 
-from clipgrad import _validate, accounting
-from clipgrad.accounting import (
-    FixedSize,
-    FullBatch,
-    Ledger,
-    Poisson,
-    Sampling,
-    TruncatedPoisson,
-)
-from clipgrad.clipping import ClippingStrategy, Relation, Schedule, relation_of
+from clipgrad import accounting
+from clipgrad.accounting import Ledger
+from clipgrad.clipping import ClippingStrategy, Relation, Schedule
 from clipgrad.factorisation import BandedFactorisation
-from clipgrad.factorisation.strategy import Strategy
-from clipgrad.plan.checks import refuse_contradictions, require_count, steps_of
-from clipgrad.plan.correlated import (
-    Mechanism,
-    best_bands,
-    error_of,
-    refuse_uncorrelatable,
-    sampling_of,
-)
+from clipgrad.plan.checks import steps_of
+from clipgrad.plan.correlated import Mechanism, best_bands, error_of
 from clipgrad.plan.receipts import Receipts
 from clipgrad.plan.run import Run
-from clipgrad.plan.sentence import RELATIONS, describe_batches, describe_noise, round_up
+from clipgrad.plan.sentence import sentence_of
+from clipgrad.plan.settings import PlanSettings
 
 
 @dataclass(frozen=True, kw_only=True)
-class PrivacyPlan:
+class PrivacyPlan(PlanSettings):
     """A plan describes once how a private run samples, clips and adds noise, so that no two parts can disagree.
 
     ``poisson_loader(dataset, plan=plan)`` makes its batches; ``DPOptimizer(..., plan=plan)`` clips, adds the noise,
@@ -62,9 +49,8 @@ class PrivacyPlan:
         accountant: ``"pld"`` (tight), ``"rdp"`` (fast, for a progress bar) or, with a grid, ``"rdp_integer"``.
         grid: The spacing of the integer grid of exact mode; see ``DPOptimizer``.
         mechanism: ``BandedFactorisation(bands=...)`` correlates the noise over steps, so that at the same epsilon sums
-            of gradients have less noise, and so does ``BufferedToeplitz`` for shuffled passes. None is independent
-            noise. See ``docs/noise.md`` for what serves which run,
-            and what it excludes.
+            of gradients have less noise, and so does ``BufferedToeplitz`` for shuffled passes. None means independent
+            noise. See ``docs/noise.md`` for the right choice for a run, and for what it excludes.
 
     Raises:
         ValueError: If a number is out of range, or the settings exclude each other.
@@ -89,76 +75,11 @@ class PrivacyPlan:
         norm 1.0, accountant rdp.
     """
 
-    num_samples: int
-    expected_batch_size: float
-    steps: int
-    delta: float
-    noise_multiplier: float | Schedule
-    max_grad_norm: ClippingStrategy = 1.0
-    max_batch_size: int | None = None
-    shuffled: bool = False
-    unit: str = "sample"
-    declared_sampling: str | None = None
-    relation: Relation = Relation.ADD_OR_REMOVE_ONE
-    accountant: accounting.Accountant = "pld"
-    grid: float | None = None
-    mechanism: Mechanism | None = None
     run: Run = field(init=False, repr=False, compare=False)
     """The state of the run: batches handed out and steps released. Loaders and optimizers update it."""
 
     def __post_init__(self) -> None:
-        for name in ("num_samples", "steps"):
-            require_count(name, getattr(self, name))
-        size = _validate.positive("expected_batch_size", self.expected_batch_size)
-        if size > self.num_samples:
-            raise ValueError(
-                f"expected_batch_size must be at most num_samples = {self.num_samples}, got {size}."
-            )
-        if not 0.0 < _validate.number("delta", self.delta) < 1.0:
-            raise ValueError(
-                f"delta must lie between 0 and 1, got {self.delta}; 1e-5, for example."
-            )
-        if not callable(self.noise_multiplier):
-            noise = _validate.number("noise_multiplier", self.noise_multiplier)
-            if not (math.isfinite(noise) and noise >= 0):
-                raise ValueError(f"noise_multiplier must be finite and at least 0, got {noise}.")
-        if self.grid is not None:
-            _validate.positive("grid", self.grid)
-        _validate.flag("shuffled", self.shuffled)
-        _validate.one_of("unit", self.unit, ("sample", "user"))
-        declared: object = self.declared_sampling
-        if declared is not None and not (isinstance(declared, str) and declared.strip()):
-            raise ValueError(
-                f"declared_sampling must be a text that says how batches are sampled, got {declared!r}; for example "
-                "'each row with probability q, by our data service'."
-            )
-        _validate.one_of("accountant", self.accountant, ("pld", "rdp", "rdp_integer"))
-        object.__setattr__(self, "relation", relation_of(self.relation))
-        refuse_contradictions(
-            num_samples=self.num_samples,
-            expected_batch_size=self.expected_batch_size,
-            max_batch_size=self.max_batch_size,
-            shuffled=self.shuffled,
-            relation=self.relation,
-            accountant=self.accountant,
-            grid=self.grid,
-        )
-        refuse_uncorrelatable(
-            self.mechanism,
-            shuffled=self.shuffled,
-            num_samples=self.num_samples,
-            expected_batch_size=self.expected_batch_size,
-            noise_multiplier=self.noise_multiplier,
-            max_grad_norm=self.max_grad_norm,
-            others={
-                "max_batch_size": self.max_batch_size,
-                "declared_sampling": self.declared_sampling,
-                "grid": self.grid,
-            },
-        )
-        accounting.require_supported(
-            self.sampling, relation=self.relation.value, accountant=self.accountant
-        )
+        super().__post_init__()
         in_order = "shuffled" if self.shuffled else "cyclic" if self.mechanism is not None else ""
         object.__setattr__(self, "run", Run(receipts=Receipts(without_gaps=in_order)))
         if self.delta >= 1 / self.num_samples:
@@ -192,21 +113,21 @@ class PrivacyPlan:
 
         Args:
             target_epsilon: The largest epsilon that is allowed, positive and finite.
-            num_samples: As for the plan.
-            expected_batch_size: As for the plan.
-            delta: As for the plan.
+            num_samples: See ``PrivacyPlan``.
+            expected_batch_size: See ``PrivacyPlan``.
+            delta: See ``PrivacyPlan``.
             steps: Number of noisy steps of the run; give it or ``epochs``.
             epochs: How often each sample is in a batch on average; the number of steps is
                 ``epochs * num_samples / expected_batch_size``, rounded, at least 1.
-            max_grad_norm: As for the plan.
-            max_batch_size: As for the plan.
-            shuffled: As for the plan.
-            unit: As for the plan.
-            declared_sampling: As for the plan.
-            relation: As for the plan.
-            accountant: As for the plan.
-            grid: As for the plan.
-            mechanism: As for the plan. With ``bands="auto"`` the plan gets the number of bands with the least
+            max_grad_norm: See ``PrivacyPlan``.
+            max_batch_size: See ``PrivacyPlan``.
+            shuffled: See ``PrivacyPlan``.
+            unit: See ``PrivacyPlan``.
+            declared_sampling: See ``PrivacyPlan``.
+            relation: See ``PrivacyPlan``.
+            accountant: See ``PrivacyPlan``.
+            grid: See ``PrivacyPlan``.
+            mechanism: See ``PrivacyPlan``. With ``bands="auto"`` the plan gets the number of bands with the least
                 ``expected_error``, which takes some seconds to find.
 
         Raises:
@@ -297,41 +218,6 @@ class PrivacyPlan:
         plan.run.ledger = ledger
         return plan
 
-    @property
-    def sample_rate(self) -> float:
-        """Return the probability of each sample to be in a batch."""
-        return self.expected_batch_size / self.num_samples
-
-    @property
-    def sampling(self) -> Sampling:
-        """Return the sampling scheme, for the accountant."""
-        if self.mechanism is not None:
-            return sampling_of(
-                self.mechanism, self.expected_batch_size, self.num_samples, self.shuffled
-            )
-        if self.shuffled:
-            return FixedSize(self.num_samples, int(self.expected_batch_size))
-        if self.max_batch_size is not None:
-            return TruncatedPoisson(self.sample_rate, self.num_samples, self.max_batch_size)
-        return FullBatch() if self.sample_rate == 1.0 else Poisson(self.sample_rate)
-
-    @property
-    def noise_accounting(self) -> str:
-        """Return the kind of noise, for the accountant: independent in each step, or correlated over some steps."""
-        return "independent" if self.mechanism is None else str(self.mechanism)
-
-    @property
-    def strategy(self) -> Strategy | None:
-        """Return the matrix of correlated noise; None for independent noise."""
-        separation = math.floor(self.num_samples / self.expected_batch_size)
-        return None if self.mechanism is None else self.mechanism.strategy(self.steps, separation)
-
-    def noise_at(self, step: int) -> float:
-        """Return the noise multiplier of a step; the first step is step 0."""
-        if callable(self.noise_multiplier):
-            return _validate.number(f"noise_multiplier({step})", self.noise_multiplier(step))
-        return float(self.noise_multiplier)
-
     def ledger(self, steps: int | None = None) -> Ledger:
         """Return the ledger of the first ``steps`` steps, by default of all steps of the plan."""
         ledger = Ledger(relation=self.relation, accountant=self.accountant)
@@ -362,28 +248,4 @@ class PrivacyPlan:
         return error_of(self.strategy, noise) / self.expected_batch_size
 
     def __str__(self) -> str:
-        noise = describe_noise(
-            self.noise_multiplier, discrete=self.grid is not None, mechanism=self.mechanism
-        )
-        batches = describe_batches(
-            self.sampling,
-            size=self.expected_batch_size,
-            units=f"{self.num_samples} {self.unit}s",
-            sample_rate=self.sample_rate,
-            most=self.max_batch_size,
-            shuffled=self.shuffled,
-            in_one_order=self.mechanism is not None,
-        )
-        text = (
-            f"(epsilon = {round_up(self.epsilon())}, delta = {self.delta:g})-differentially private towards "
-            f"{RELATIONS[self.relation].format(unit=self.unit)}: {self.steps} steps on {batches}, {noise}, clipping "
-            f"norm {self.max_grad_norm}, accountant {self.accountant}."
-        )
-        if self.mechanism is not None:
-            text += (
-                " Epsilon holds for the run as a whole: one sequence of noise, which a restart must continue from a "
-                "checkpoint that is kept secret."
-            )
-        if self.declared_sampling is None:
-            return text
-        return f"{text} Declared, not checked: {self.declared_sampling.strip()}."
+        return sentence_of(self, self.epsilon())

@@ -1,13 +1,13 @@
-"""This file holds the words of the sentence that a printed ``PrivacyPlan`` shows."""
+"""Write the sentence that a printed ``PrivacyPlan`` shows."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
 
-from clipgrad.accounting import CyclicPoisson, FullBatch, Sampling
-from clipgrad.clipping import Relation, Schedule
-from clipgrad.plan.correlated import Mechanism
+from clipgrad.accounting import CyclicPoisson, FullBatch
+from clipgrad.clipping import Relation
+from clipgrad.plan.settings import PlanSettings
 
 RELATIONS: Mapping[Relation, str] = {
     Relation.ADD_OR_REMOVE_ONE: "adding or removing one {unit}",
@@ -16,33 +16,41 @@ RELATIONS: Mapping[Relation, str] = {
 }
 
 
-def describe_noise(
-    noise_multiplier: float | Schedule, *, discrete: bool, mechanism: Mechanism | None
-) -> str:
-    kind = "discrete Gaussian" if discrete else "Gaussian"
+def sentence_of(plan: PlanSettings, epsilon: float) -> str:
+    """Return the sentence that describes a plan whose run costs ``epsilon``."""
+    text = (
+        f"(epsilon = {round_up(epsilon)}, delta = {plan.delta:g})-differentially private towards "
+        f"{RELATIONS[plan.relation].format(unit=plan.unit)}: {plan.steps} steps on {_batches(plan)}, {_noise(plan)}, "
+        f"clipping norm {plan.max_grad_norm}, accountant {plan.accountant}."
+    )
+    if plan.mechanism is not None:
+        text += (
+            " Epsilon holds for the run as a whole: one sequence of noise, which a restart must continue from a "
+            "checkpoint that is kept secret."
+        )
+    if plan.declared_sampling is None:
+        return text
+    return f"{text} Declared, not checked: {plan.declared_sampling.strip()}."
+
+
+def _noise(plan: PlanSettings) -> str:
+    kind = "Gaussian" if plan.grid is None else "discrete Gaussian"
     noise = (
         f"scheduled {kind} noise"
-        if callable(noise_multiplier)
-        else f"{kind} noise of {noise_multiplier:.2f} sensitivities"
+        if callable(plan.noise_multiplier)
+        else f"{kind} noise of {plan.noise_multiplier:.2f} sensitivities"
     )
-    if mechanism is None:
+    if plan.mechanism is None:
         return noise
-    return f"{noise}, correlated over {getattr(mechanism, 'bands', 'all')} steps"
+    return f"{noise}, correlated over {getattr(plan.mechanism, 'bands', 'all')} steps"
 
 
-def describe_batches(
-    sampling: Sampling,
-    *,
-    size: float,
-    units: str,
-    sample_rate: float,
-    most: int | None,
-    shuffled: bool,
-    in_one_order: bool,
-) -> str:
-    if shuffled:
-        once = ", in one order for all passes" if in_one_order else ""
+def _batches(plan: PlanSettings) -> str:
+    size, units = plan.expected_batch_size, f"{plan.num_samples} {plan.unit}s"
+    if plan.shuffled:
+        once = "" if plan.mechanism is None else ", in one order for all passes"
         return f"shuffled batches of {size:g} of {units}{once}"
+    sampling, most = plan.sampling, plan.max_batch_size
     if isinstance(sampling, FullBatch):
         return f"batches of all {units}"
     if isinstance(sampling, CyclicPoisson):
@@ -51,11 +59,11 @@ def describe_batches(
             f"q = {sampling.sample_rate:g})"
         )
     limit = "" if most is None else f", at most {most},"
-    return f"Poisson batches of {size:g}{limit} of {units} (q = {sample_rate:g})"
+    return f"Poisson batches of {size:g}{limit} of {units} (q = {plan.sample_rate:g})"
 
 
 def round_up(epsilon: float) -> str:
-    """Return epsilon with three digits, rounded up."""
+    """Return epsilon as text with three significant digits, rounded up."""
     if epsilon == 0 or math.isinf(epsilon):
         return f"{epsilon:g}"
     unit = 10.0 ** (math.floor(math.log10(epsilon)) - 2)

@@ -70,9 +70,6 @@ def sum_of(tensors: Sequence[Tensor]) -> Tensor:
     return sum(tensors[1:], start=tensors[0])
 
 
-_LONG_ROW = 1 << 12
-
-
 def in_memory_order(tensor: Tensor) -> tuple[Tensor, list[int]]:
     """Return the tensor with all axes but the first in memory order, and the original index of each of these axes.
 
@@ -82,21 +79,6 @@ def in_memory_order(tensor: Tensor) -> tuple[Tensor, list[int]]:
     if not tensor.is_contiguous():
         axes.sort(key=tensor.stride, reverse=True)
     return tensor.permute(0, *axes), axes
-
-
-def row_norms_squared(tensor: Tensor) -> Tensor:
-    """Return the squared L2 norm of every sample, ``[B]``."""
-    flat = in_memory_order(tensor)[0].flatten(1) if tensor.dim() > 1 else tensor[:, None]
-    dtype = widen(flat[:0]).dtype
-    if flat.device.type == "cpu" and flat.shape[1] > _LONG_ROW:
-        # On CPU one float32 sum over millions of values is too small by up to 1e-3; a sum of partial sums is not.
-        whole = flat.shape[1] - flat.shape[1] % _LONG_ROW
-        pieces = flat[:, :whole].unflatten(1, (-1, _LONG_ROW))
-        parts = torch.linalg.vector_norm(pieces, dim=2, dtype=dtype)
-        rest = torch.linalg.vector_norm(flat[:, whole:], dim=1, keepdim=True, dtype=dtype)
-        flat = torch.cat((parts, rest), 1)
-    norms: Tensor = torch.linalg.vector_norm(flat, dim=1, dtype=dtype)
-    return norms.square()
 
 
 @runtime_checkable
@@ -141,7 +123,7 @@ class PerSample:
         if gradient.dtype is torch.bfloat16 and multiplies(gradient, gradient):
             # Three terms hold all digits of the factors, and the gradients are not widened.
             terms = torch.stack(in_terms(factors, 3))[None]
-            totals = product(terms, gradient.reshape(1, len(gradient), -1))[0]
+            totals = product(terms, gradient.reshape(1, gradient.shape[0], -1))[0]
             return totals.sum(0).view(gradient.shape[1:])
         wide = widen(gradient)
         if wide.dim() == 1:

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from clipgrad._functorch import expected
 from clipgrad.kernels.tensor_cores import convolutions_allow_tf32, full_product
-from clipgrad.rules.canonical import OneHot, Outer, row_norms_squared, sum_of, widen
+from clipgrad.rules.canonical import OneHot, Outer, sum_of, widen
 from clipgrad.rules.gram import Lengths, equal_id_sums, gram_sums
+from clipgrad.rules.row_norms import row_norms_squared
 
 # Rounding errors of a ghost norm stay below ``8 + sqrt(rows) + sqrt(columns)`` units in the last place of the norm
 # without cancellation, for the worst inputs found (constant ones). This is the safety factor on that bound.
@@ -73,8 +74,8 @@ def norms_squared_with_rows(kept: Tensor, uses: Sequence[Outer]) -> Tensor:
     assert hot is not None
     assert isinstance(hot.left, OneHot)
     own = row_norms_squared(kept)
-    rows = kept.reshape(len(kept), hot.left.width, hot.columns)
-    samples = torch.arange(len(kept), device=kept.device)[:, None]
+    rows = kept.reshape(kept.shape[0], hot.left.width, hot.columns)
+    samples = torch.arange(kept.shape[0], device=kept.device)[:, None]
     right = widen(hot.right)
     picked = widen(rows[samples, hot.left.ids])
     cross: Tensor = torch.linalg.vecdot(picked.flatten(1), right.flatten(1))

@@ -13,9 +13,10 @@ from __future__ import annotations
 
 from clipgrad.sampling._collate import EmptyBatchCollate, PaddedBatch
 from clipgrad.sampling._loader import PrivateLoader
-from clipgrad.sampling._make import poisson_loader, shuffled_loader, user_loader
+from clipgrad.sampling._make import poisson_loader, shuffled_loader
 from clipgrad.sampling._poisson import PoissonSampler
 from clipgrad.sampling._shuffled import ShuffledSampler
+from clipgrad.sampling._user_loader import user_loader
 from clipgrad.sampling._users import UserSampler
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""This file holds ``Groups``, which says whose turn it is in cyclic Poisson sampling."""
+"""Define ``Groups``, which says which samples a step of cyclic Poisson sampling may use."""
 
 from __future__ import annotations
 
@@ -22,12 +22,11 @@ def named(numbers: NDArray[Any]) -> str:
 
 @dataclass(frozen=True)
 class Groups:
-    """Each index belongs to one group, and group ``t % bands`` has its turn in step t.
+    """Each index belongs to one group, and step t samples from group ``t % bands``.
 
-    The group of each index is drawn on its own. So the groups of the others do not depend on whether a sample is in
-    the dataset, and the accountant's bound for fixed groups holds towards adding and removing a sample too. Groups
-    differ in size, and the batches of a large group are larger on average. Sums are divided by a public constant
-    anyway.
+    The group of each index is drawn independently. So the groups of other samples do not depend on whether a sample is
+    in the dataset, and the accountant's bound for fixed groups also holds for adding and removing a sample. Groups
+    differ in size, so a large group has larger batches on average, but sums are divided by a public constant.
 
     Attributes:
         bands: Number of groups.
@@ -39,7 +38,7 @@ class Groups:
 
     @classmethod
     def drawn(cls, size: int, bands: int, words: Words) -> Self:
-        """Draw a group for each of ``size`` indices; the bound does not need groups of equal probability."""
+        """Draw a group for each of ``size`` indices; the bound does not need equally probable groups."""
         return cls(bands, (words(size) % np.uint64(bands)).astype(np.int32))
 
     @cached_property
@@ -51,24 +50,24 @@ class Groups:
         return np.cumsum([0, *np.bincount(self.group, minlength=self.bands)])
 
     def of_step(self, step: int) -> NDArray[np.int64]:
-        """Return the indices of the group that has its turn, in ascending order."""
+        """Return the indices of the group of a step, in ascending order."""
         start, end = self._bounds[step % self.bands : step % self.bands + 2]
         return self._order[start:end]
 
     @property
     def name(self) -> str:
-        """Return a name of the groups of all indices; others have another one."""
+        """Return a hash of the groups of all indices."""
         return named(self.group)
 
     def state(self) -> Tensor:
-        """Return what a checkpoint keeps."""
+        """Return the groups as a tensor for a checkpoint."""
         return torch.from_numpy(self.group)
 
     def restored(self, state: Tensor) -> Groups:
         """Return saved groups of the same indices.
 
         Raises:
-            ValueError: If the state is of other indices, or of more groups.
+            ValueError: If the state has another number of indices or more groups.
         """
         found = np.array(state.cpu().numpy(), dtype=np.int32)
         if found.shape != self.group.shape or (
@@ -76,7 +75,7 @@ class Groups:
         ):
             raise ValueError(
                 f"state has groups of {found.shape} samples, which do not fit {len(self.group)} samples in "
-                f"{self.bands} groups; construct the sampler with the data, the plan and the number of "
-                "processes it was saved with."
+                f"{self.bands} groups. Construct the sampler with the data, the plan and the number of processes "
+                "of the saved sampler."
             )
         return Groups(self.bands, found)

@@ -1,4 +1,4 @@
-"""This file holds what samplers share: the number of batches of an iteration, and how far it has come."""
+"""Count the batches of a sampler's iteration, and continue a saved iteration; all samplers share this."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ T = TypeVar("T", covariant=True)
 class Resumable(Sampler[T]):
     """This sampler counts its batches, ``steps`` per iteration, and can continue a saved iteration.
 
-    With ``whole_run`` the state of a finished iteration is restored as finished, and yields no batch.
+    With ``whole_run`` the state of a finished iteration stays finished when it is loaded, and yields no batch.
     """
 
     _kind: ClassVar[str]
-    """The name in the state, which a subclass keeps."""
+    """The sampler's name in a saved state; it must not change when a class is renamed."""
 
     def __init__(self, steps: int, *, whole_run: bool) -> None:
         self._steps, self._whole_run = steps, whole_run
@@ -29,17 +29,17 @@ class Resumable(Sampler[T]):
 
     @property
     def turns(self) -> str:
-        """Return a name of which sample has its turn when; empty if samples take no turns."""
+        """Return a hash that fixes which steps may use each sample; empty if every step may use every sample."""
         return ""
 
     def _to_come(self) -> range:
-        """Return the numbers of the batches of an iteration that begins now."""
+        """Return the numbers of the remaining batches of an iteration that begins now."""
         first = self._done if self._resume else 0
         self._resume = False
         return range(first, self._steps)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the number of batches of the iteration so far."""
+        """Return a state that holds the number of batches of the iteration so far."""
         done = self._done if self._whole_run else self._done % self._steps
         return {"kind": self._kind, "format": 1, "done": done}
 
@@ -50,7 +50,7 @@ class Resumable(Sampler[T]):
             state: The ``state_dict`` of a sampler with the same ``steps``, or of its loader.
 
         Raises:
-            ValueError: If ``state`` is not such a sampler's.
+            ValueError: If ``state`` belongs to another kind of sampler or to a longer iteration.
         """
         if (state.get("kind"), state.get("format")) != (self._kind, 1):
             raise ValueError(
@@ -60,6 +60,6 @@ class Resumable(Sampler[T]):
         if not 0 <= state["done"] < self._steps + self._whole_run:
             raise ValueError(
                 f"state is {state['done']} batches into an iteration, but steps is {self._steps}; "
-                "construct the sampler with the steps it was saved with."
+                "construct the sampler with the steps of the saved sampler."
             )
         self._done, self._resume = int(state["done"]), True

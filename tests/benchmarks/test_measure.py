@@ -33,11 +33,13 @@ def test_each_round_runs_every_step_once_and_starts_with_another() -> None:
     assert [found[0] for found in rounds] == ["a", "b", "c", "a", "b"]
 
 
+@pytest.mark.nightly
 def test_time_decides_the_rounds_within_bounds() -> None:
     steps = {"a": lambda: None}
     assert len(interleaved(steps, "cpu", seconds=60.0, most_rounds=7)["a"]) == 7
 
 
+@pytest.mark.nightly
 def test_a_slow_step_does_not_eat_the_rounds_of_the_others() -> None:
     class Taking:
         def __init__(self, seconds: float) -> None:
@@ -85,6 +87,7 @@ def raising(error: Exception) -> object:
     return make
 
 
+@pytest.mark.nightly
 def test_a_failing_mode_keeps_its_line_and_ends_nothing() -> None:
     modes = [
         mode(lambda setting: lambda: None, "good"),
@@ -104,6 +107,7 @@ def test_a_failing_mode_keeps_its_line_and_ends_nothing() -> None:
     assert [cell.key for cell in found.measured] == ["good"]
 
 
+@pytest.mark.nightly
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux")
 def test_peak_of_a_known_size() -> None:
     """64 MiB held and 32 MiB more within the step; in a fresh process, as the suite measures it."""
@@ -128,6 +132,7 @@ def holding(setting: Setting) -> Step:
     return step
 
 
+@pytest.mark.nightly
 @pytest.mark.skipif(sys.platform != "linux", reason="forks")
 def test_the_memory_server_answers_and_says_why_it_cannot() -> None:
     with memory.MemoryServer() as server:

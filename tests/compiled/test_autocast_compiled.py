@@ -22,7 +22,7 @@ KINDS = (
 )
 
 
-@pytest.mark.parametrize(("name", "dtype", "inside"), some(4, KINDS, HALVES, [False, True]))
+@pytest.mark.parametrize(("name", "dtype", "inside"), some(8, KINDS, HALVES, [False, True]))
 def test_a_compiled_step_records_what_was_multiplied(
     name: str, dtype: torch.dtype, inside: bool, graphs: Graphs
 ) -> None:

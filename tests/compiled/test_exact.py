@@ -113,7 +113,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("name", "microbatch_size"), some(2, [*OPTIONS], [None, 4]))
+@pytest.mark.parametrize(("name", "microbatch_size"), some(4, [*OPTIONS], [None, 4]))
 def test_option_changes_nothing(name: str, microbatch_size: int | None, graphs: Graphs) -> None:
     params, batch = make_params(), make_batch()
 

@@ -1,4 +1,4 @@
-"""Batches of different lengths: one graph for all of them, or as many graphs as before, and exact in any case."""
+"""Test that batches of different lengths share one graph or have one graph each, and are exact in both cases."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from torch import Tensor, nn
 from clipgrad import DPOptimizer
 from clipgrad.compiled import compiled_step
 from tests.compiled.conftest import Graphs, Recorder
+from tests.nightly import chosen, every
 from tests.oracle import clipped_sum, per_sample_gradients
 
 Loss = Callable[[nn.Module, Tensor], Tensor]
 
 
 class Text(nn.Module):
-    """A small language model with a causal mask."""
+    """This small language model has a causal mask."""
 
     def __init__(self, width: int = 6) -> None:
         super().__init__()
@@ -69,7 +70,7 @@ def check(optimizer: DPOptimizer, model: nn.Module, loss: Loss, ids: Tensor) -> 
     optimizer.zero_grad()
 
 
-@pytest.mark.parametrize("loss", [of_next_word, with_prefix, by_gather])
+@pytest.mark.parametrize("loss", every(3, [of_next_word, with_prefix, by_gather]))
 def test_two_graphs_serve_all_lengths(loss: Loss, graphs: Graphs) -> None:
     model = Text().double()
     optimizer = optimizer_of(model, loss)
@@ -78,7 +79,7 @@ def test_two_graphs_serve_all_lengths(loss: Loss, graphs: Graphs) -> None:
     assert len(graphs) == 2
 
 
-@pytest.mark.parametrize("strategy", ["kept", "ghost"])
+@pytest.mark.parametrize("strategy", chosen(["kept", "ghost"], {"ghost"}))
 def test_every_way_to_find_norms(strategy: str, graphs: Graphs) -> None:
     from clipgrad import Performance
 
@@ -90,7 +91,7 @@ def test_every_way_to_find_norms(strategy: str, graphs: Graphs) -> None:
 
 
 class Pair(nn.Module):
-    """Reads two sequences of different lengths."""
+    """This model reads two sequences of different lengths."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -116,7 +117,7 @@ def test_two_lengths_that_agree_by_chance_have_two_symbols(graphs: Graphs) -> No
     assert len(graphs) == 2
 
 
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("layout", every(2, [torch.channels_last, torch.contiguous_format]))
 def test_images_of_several_sizes(layout: torch.memory_format, graphs: Graphs) -> None:
     model = nn.Sequential(nn.Conv2d(2, 3, 3, padding=1), nn.GroupNorm(1, 3), nn.ReLU()).double()
 
@@ -131,10 +132,11 @@ def test_images_of_several_sizes(layout: torch.memory_format, graphs: Graphs) ->
 
 
 def by_pooling(model: nn.Module, ids: Tensor) -> Tensor:
-    """PyTorch's rule for pooling under vmap asks for sizes as numbers."""
+    """Return a loss with pooling, whose vmap rule in PyTorch turns sizes into numbers."""
     return F.avg_pool1d(model(ids).mT, 2).square().mean()
 
 
+@pytest.mark.nightly
 def test_a_step_that_needs_numbers_gets_a_graph_for_each_length(graphs: Graphs) -> None:
     model = Text().double()
     optimizer = optimizer_of(model, by_pooling)
@@ -147,6 +149,7 @@ def by_length(model: nn.Module, ids: Tensor) -> Tensor:
     return of_next_word(model, ids) * (2 if ids.shape[1] > 8 else 1)
 
 
+@pytest.mark.nightly
 def test_a_loss_that_asks_for_the_length(graphs: Graphs) -> None:
     model = Text().double()
     optimizer = optimizer_of(model, by_length)
@@ -156,7 +159,7 @@ def test_a_loss_that_asks_for_the_length(graphs: Graphs) -> None:
 
 
 def test_a_length_of_one(graphs: Graphs) -> None:
-    """PyTorch takes a size of one for a number, so it has a graph of its own and spoils no other."""
+    """PyTorch treats a size of 1 as a number, so that length has its own graph and other graphs keep symbols."""
     model = Text().double()
 
     def loss(model: nn.Module, ids: Tensor) -> Tensor:
@@ -170,23 +173,26 @@ def test_a_length_of_one(graphs: Graphs) -> None:
 
 @pytest.mark.parametrize(
     "pad",
-    [
-        lambda x: F.pad(x, (1, 2)),
-        lambda x: F.pad(x, (-1, 2, 0, 1), value=3.0),
-        lambda x: torch.constant_pad_nd(x, (0, 1, 2, -1), 0.5),
-        lambda x: torch.ops.aten.pad(x, [1, 0]),
-        lambda x: torch.ops.aten.constant_pad_nd.default(x, [1, 1]),
-        lambda x: F.pad(x, (1, 1), mode="reflect"),
-        lambda x: torch.concat([x, x[:, :1]], -2),
-        lambda x: torch.concatenate((x, x.new_ones(1, 1, x.shape[2])), dim=1),
-        lambda x: torch.ops.aten.cat([x, x], 2),
-        lambda x: torch.gather(x, 1, x.argsort(1)),
-        lambda x: x.gather(-1, torch.zeros(1, 1, 1, dtype=torch.long)),
-        lambda x: torch.ops.aten.gather(x, 2, index=x.argsort(2)),
-    ],
+    every(
+        3,
+        [
+            lambda x: F.pad(x, (1, 2)),
+            lambda x: F.pad(x, (-1, 2, 0, 1), value=3.0),
+            lambda x: torch.constant_pad_nd(x, (0, 1, 2, -1), 0.5),
+            lambda x: torch.ops.aten.pad(x, [1, 0]),
+            lambda x: torch.ops.aten.constant_pad_nd.default(x, [1, 1]),
+            lambda x: F.pad(x, (1, 1), mode="reflect"),
+            lambda x: torch.concat([x, x[:, :1]], -2),
+            lambda x: torch.concatenate((x, x.new_ones(1, 1, x.shape[2])), dim=1),
+            lambda x: torch.ops.aten.cat([x, x], 2),
+            lambda x: torch.gather(x, 1, x.argsort(1)),
+            lambda x: x.gather(-1, torch.zeros(1, 1, 1, dtype=torch.long)),
+            lambda x: torch.ops.aten.gather(x, 2, index=x.argsort(2)),
+        ],
+    ),
 )
 def test_operations_on_the_whole_batch(pad: Callable[[Tensor], Tensor], graphs: Graphs) -> None:
-    """By all their names, for tensors that samples share and for those that they do not."""
+    """Padding, concatenation and gather are exact under each name, for shared and for per-sample tensors."""
     model = nn.Linear(3, 3).double()
 
     def loss(model: nn.Module, x: Tensor) -> Tensor:
@@ -198,6 +204,7 @@ def test_operations_on_the_whole_batch(pad: Callable[[Tensor], Tensor], graphs: 
     assert len(graphs) <= 3
 
 
+@pytest.mark.nightly
 def test_each_length_has_a_recording_up_to_a_limit(
     graphs: Graphs, recorders: list[Recorder], monkeypatch: pytest.MonkeyPatch
 ) -> None:

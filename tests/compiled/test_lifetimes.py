@@ -15,6 +15,7 @@ import clipgrad
 from clipgrad import Performance
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*is deprecated")
 def test_weight_gradients_do_not_wait_for_the_end(monkeypatch: pytest.MonkeyPatch) -> None:

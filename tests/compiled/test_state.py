@@ -144,7 +144,7 @@ NOT_FOLLOWED = {"default"} if torch.__version__.startswith("2.11") else set()
     "place",
     chosen(
         {place: PLACES[place] for place in PLACES if place not in NOT_FOLLOWED},
-        {"global", "container", "closure", "slot", "self"},
+        {"closure", "slot"},
     ),
 )
 def test_change_of_a_value_is_followed(place: str, graphs: Graphs) -> None:
@@ -236,11 +236,8 @@ def backward(optimizer: DPOptimizer) -> list[Tensor]:
         CHANGES,
         {
             "eval",
-            "module replaced",
             "frozen",
             "forward hook",
-            "buffer written",
-            "tensor replaced",
         },
     ),
 )
@@ -315,6 +312,7 @@ def test_rules_are_part_of_the_signature(graphs: Graphs) -> None:
     assert len(graphs) == 2
 
 
+@pytest.mark.nightly
 def test_number_of_graphs_is_bounded(graphs: Graphs) -> None:
     """A number would be an input of one graph; a text is part of it."""
     thing = Owner()
@@ -369,7 +367,7 @@ REFUSED: dict[str, tuple[Callable[..., Tensor], str]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", every(2, REFUSED))
+@pytest.mark.parametrize("case", every(4, REFUSED))
 def test_what_cannot_be_followed_is_refused(case: str, graphs: Graphs) -> None:
     loss, message = REFUSED[case]
     clipped_grad(loss, max_grad_norm=0.5)(make_params(), *make_batch())
@@ -379,6 +377,7 @@ def test_what_cannot_be_followed_is_refused(case: str, graphs: Graphs) -> None:
     assert len(graphs) == (2 if case == "iterator" else 0)
 
 
+@pytest.mark.nightly
 def test_a_list_that_grows_is_another_state_each_time(graphs: Graphs) -> None:
     LIST.clear()
     gradient = clipped_grad(

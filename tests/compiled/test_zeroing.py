@@ -52,6 +52,7 @@ def test_what_others_read_is_not_written_to() -> None:
         assert torch.equal(x, before)
 
 
+@pytest.mark.nightly
 def test_a_gradient_that_all_samples_share() -> None:
     def loss(w: Tensor, x: Tensor) -> Tensor:
         return (x @ w).sum()
@@ -69,6 +70,7 @@ def test_a_gradient_that_all_samples_share() -> None:
     torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.nightly
 def test_a_factor_that_nobody_reads_is_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
     """By the compiler's own account."""
     copied: list[list[Any]] = []

@@ -1,4 +1,4 @@
-"""Runs that are stopped and go on, with another number of ranks."""
+"""Define runs that stop and continue with another number of ranks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import clipgrad
 from clipgrad import DPOptimizer, PrivacyPlan, RunState
-from tests.distributed.difference_cases import squares
+from tests.distributed.cases import squares
 
 STEPS = 8
 
@@ -37,7 +37,7 @@ def run(
     noise_multiplier: float = 1e-9,
     before_saving: Callable[[int], None] = lambda step: None,
 ) -> dict[str, Any]:
-    """Go on from the folder's checkpoint until a step; what a rank knows then."""
+    """Continue from the folder's checkpoint until a step, and return the rank's state."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 2)).double()
     if shard is not None:
@@ -69,7 +69,7 @@ def run(
 
 
 def beyond(rank: int, size: int, folder: str) -> None:
-    """One more step than planned, after a restart."""
+    """Try one more step than planned, after a restart."""
     model = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 2)).double()
     planned = plan(1e-9)
     optimizer = DPOptimizer(
@@ -92,23 +92,30 @@ def _whole(parameter: Any) -> Tensor:
 def step_with_fault(
     rank: int, size: int, fault: str, at: int, shard: Callable[[nn.Module], None] | None = None
 ) -> tuple[str, bool, int]:
-    """A run in which the second rank dies or stalls at a step; what the first one sees.
+    """Run until the second rank dies or stalls at a step, and return what the first rank observes.
 
     Returns:
-        The error, whether parameters are those before the step, and the steps in the ledger.
+        The error's text, whether the parameters are unchanged by the step, and the number of steps in the ledger.
     """
     import time
 
     class Dying(clipgrad.SystemNoise):
-        """Ends the process between the sums and the means."""
+        """This source ends its process, or stalls, after the sums are scattered and before the means are gathered."""
 
         def add_gaussian_(self, tensors: Any, sigma: float) -> None:
             if rank == 1 and fault == "dies within" and optimizer.ledger.steps > at:
                 os._exit(1)
+            if rank == 1 and fault == "stalls within" and optimizer.ledger.steps > at:
+                time.sleep(600)
             super().add_gaussian_(tensors, sigma)
 
+    def loss(model: nn.Module, x: Tensor) -> Tensor:
+        if rank == 1 and fault == "stalls in the loss" and optimizer.ledger.steps == at:
+            time.sleep(600)
+        return squares(model, x)
+
     torch.manual_seed(0)
-    model = nn.Linear(3, 2)
+    model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2), nn.Linear(2, 2))
     if shard is not None:
         shard(model)
     planned = PrivacyPlan(
@@ -116,7 +123,7 @@ def step_with_fault(
         accountant="rdp", declared_sampling="by the test",
     )  # fmt: skip
     inner = torch.optim.SGD(model.parameters(), lr=0.1)
-    optimizer = DPOptimizer(inner, model, squares, plan=planned, noise=Dying())
+    optimizer = DPOptimizer(inner, model, loss, plan=planned, noise=Dying())
     for step in range(5):
         if rank == 1 and step == at and fault == "dies":
             os._exit(1)

@@ -1,4 +1,4 @@
-"""Two processes for all tests of a module, and four for what runs nightly."""
+"""Provide two processes for the tests of this folder, and four for nightly tests."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tests.distributed.processes import Processes
 
 
 class Pool:
-    """Processes of each size, made when they are first needed."""
+    """This class holds process groups by size, which it starts at their first use."""
 
     def __init__(self) -> None:
         self._made: dict[int, Processes] = {}

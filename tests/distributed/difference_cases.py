@@ -1,7 +1,8 @@
-"""Ranks that do not do the same."""
+"""Define ranks that differ in a setting, a call or a parameter."""
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
@@ -9,14 +10,11 @@ from torch import Tensor, nn
 
 import clipgrad
 from clipgrad import DPOptimizer, PrivacyPlan
+from tests.distributed.cases import squares
 
 
-def squares(model: nn.Module, x: Tensor) -> Tensor:
-    return model(x).square().sum()
-
-
-def make(**options: Any) -> DPOptimizer:
-    model = nn.Linear(3, 2)
+def make(model: nn.Module | None = None, **options: Any) -> DPOptimizer:
+    model = nn.Linear(3, 2) if model is None else model
     if "plan" not in options:
         given = {"max_grad_norm": 1.0, "noise_multiplier": 1.0, "expected_batch_size": 4.0}
         options = {**given, **options}
@@ -36,7 +34,7 @@ def settings(rank: int, size: int, name: str, values: tuple[Any, Any]) -> None:
 
 
 def schedule(rank: int, size: int) -> None:
-    """A norm that is a function of the step, another one on the second rank."""
+    """Step with a norm that is a function of the step and differs on the second rank."""
     optimizer = make(max_grad_norm=lambda step: 1.0 + step * rank)
     take(optimizer, 2)
 
@@ -83,7 +81,7 @@ def plans(rank: int, size: int, values: tuple[dict[str, Any], dict[str, Any]]) -
 
 
 def sampled(rank: int, size: int, skipped: bool = False) -> tuple[int, float, str, list[list[int]]]:
-    """A planned run; the numbers of the samples that each step used here."""
+    """Run a plan, and return the numbers of the samples that each step used on this rank."""
     planned = plan()
     rows = torch.arange(40.0)[:, None].expand(40, 3).clone()
     data = torch.utils.data.TensorDataset(rows)
@@ -101,7 +99,7 @@ def sampled(rank: int, size: int, skipped: bool = False) -> tuple[int, float, st
 
 
 def users(rank: int, size: int) -> list[int]:
-    """The users that a rank samples from."""
+    """Return the users from which a rank samples."""
     data = torch.utils.data.TensorDataset(torch.arange(12.0))
     loader = clipgrad.user_loader(
         data, [n // 2 for n in range(12)], sample_rate=1.0, samples_per_user=1, steps=1
@@ -141,9 +139,25 @@ def start_is_the_first_ranks(rank: int, size: int) -> tuple[Tensor, Tensor]:
 
 
 def group_of_one(rank: int, size: int) -> Tensor:
-    """A rank that trains alone beside others."""
+    """Train on each rank alone."""
     groups = [torch.distributed.new_group([number]) for number in range(size)]
     alone = clipgrad.Performance(process_group=groups[rank])
     optimizer = make(noise_multiplier=0.0, max_grad_norm=1.0 + rank, performance=alone)
     take(optimizer, 1 + rank)
     return optimizer.model.weight.detach()
+
+
+def logged(rank: int, size: int) -> list[str]:
+    """What the log holds after two steps."""
+    log, lines = logging.getLogger("clipgrad"), []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    before = log.level
+    log.setLevel(logging.INFO)
+    log.addHandler(handler)
+    try:
+        take(make(), 2)
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(before)
+    return lines

@@ -1,4 +1,4 @@
-"""Steps with noise, whose gradients are looked at."""
+"""Define steps whose published gradients consist of noise."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def loss(model: nn.Module, x: Tensor) -> Tensor:
 
 
 class OnlyFirstRank(SystemNoise):
-    """A planted fault: only one rank noises its part."""
+    """In this planted fault only one rank adds noise to its part."""
 
     def add_gaussian_(self, tensors: Sequence[Tensor], sigma: float) -> None:
         if dist.get_rank() == 0:
@@ -29,7 +29,7 @@ class OnlyFirstRank(SystemNoise):
 
 
 class SameOnAll(SystemNoise):
-    """A planted fault: all ranks add the same noise to their parts."""
+    """In this planted fault all ranks add the same noise to their parts."""
 
     def add_gaussian_(self, tensors: Sequence[Tensor], sigma: float) -> None:
         generator = torch.Generator().manual_seed(0)
@@ -37,7 +37,7 @@ class SameOnAll(SystemNoise):
 
 
 class Twice(SystemNoise):
-    """A planted fault: the noise is drawn once more for each rank."""
+    """In this planted fault the noise is drawn once more for each rank."""
 
     def add_gaussian_(self, tensors: Sequence[Tensor], sigma: float) -> None:
         for _ in range(dist.get_world_size()):
@@ -48,7 +48,7 @@ FAULTS = {"one rank": OnlyFirstRank, "same": SameOnAll, "twice": Twice, "none": 
 
 
 def gradients(rank: int, size: int, fault: str, steps: int = 2, wrap: Any = None) -> list[Tensor]:
-    """What is in ``.grad`` after each of some steps, in units of sigma."""
+    """Return ``.grad`` after each of some steps, in units of sigma."""
     model = nn.Linear(SIDE, SIDE, bias=False)
     if wrap is not None:
         wrap(model)
@@ -74,7 +74,7 @@ def gradients(rank: int, size: int, fault: str, steps: int = 2, wrap: Any = None
 
 
 def adaptive(rank: int, size: int, noise_multiplier: float) -> list[float]:
-    """The clipping norm after some steps; a rank has more samples than the other."""
+    """Return the clipping norm after some steps in which the ranks have different numbers of samples."""
     torch.manual_seed(0)
     model = nn.Linear(3, 2).double()
     optimizer = DPOptimizer(
@@ -98,7 +98,7 @@ def adaptive(rank: int, size: int, noise_multiplier: float) -> list[float]:
 
 
 def seeded(rank: int, size: int, seeds: Sequence[int], change: str = "") -> None:
-    """An optimizer with a generator of its own on each rank, which may be replaced or restored later."""
+    """Train with a generator of its own on each rank, which may be replaced or restored later."""
     generator = torch.Generator().manual_seed(seeds[rank])
     model = nn.Linear(3, 2)
     optimizer = DPOptimizer(

@@ -1,6 +1,6 @@
-"""Processes of ``torch.distributed`` that run functions of the tests, one after the other.
+"""Run functions of the tests in processes of ``torch.distributed``, one function after the other.
 
-To start a process costs seconds, so a pool lives for many tests. It is made anew after a test that broke it.
+Starting a process costs seconds, so many tests share a pool. A test that breaks the pool causes a new pool.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-# A rank that waits in vain ends after this time; no test waits so long unless it fails.
+# A rank that waits longer than this many seconds fails; a test that passes never waits so long.
 TIMEOUT = 60
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["tests.distributed.cases"])
 
 
 class Failed(AssertionError):
-    """A function failed on a rank."""
+    """This error says that a function failed on a rank."""
 
 
 def _serve(rank: int, size: int, folder: str, pipe: Connection, timeout: float) -> None:
@@ -41,17 +41,17 @@ def _serve(rank: int, size: int, folder: str, pipe: Connection, timeout: float) 
         function, arguments = task
         try:
             pipe.send((True, function(rank, size, *arguments)))
-        except BaseException as error:  # also what ends a process: the parent must hear of it
+        except BaseException as error:  # The parent must also learn of errors that end a process.
             pipe.send((False, (type(error).__name__, str(error), traceback.format_exc())))
     dist.destroy_process_group()
 
 
 class Processes:
-    """Some processes that train together.
+    """This class holds processes that train together.
 
     Args:
-        size: How many.
-        timeout: Seconds that a rank waits for another.
+        size: Number of processes.
+        timeout: Seconds that a rank waits for another rank.
     """
 
     def __init__(self, size: int, timeout: float = TIMEOUT) -> None:
@@ -69,7 +69,7 @@ class Processes:
             self.processes.append(process)
 
     def outcomes(self, function: Callable[..., Any], *arguments: Any) -> list[tuple[bool, Any]]:
-        """Of each rank whether ``function(rank, size, *arguments)`` succeeded, and its result or error."""
+        """Return for each rank whether ``function(rank, size, *arguments)`` succeeded, and its result or error."""
         for pipe in self._pipes:
             pipe.send((function, arguments))
         found = []
@@ -86,7 +86,7 @@ class Processes:
         return found
 
     def outcome_of_first(self, function: Callable[..., Any], *arguments: Any) -> tuple[bool, Any]:
-        """What became of the first rank, whatever the others do; nothing else may run here afterwards."""
+        """Return the first rank's outcome without waiting for other ranks; the pool cannot be used afterwards."""
         self.broken = True
         for pipe in self._pipes:
             pipe.send((function, arguments))
@@ -94,7 +94,7 @@ class Processes:
         return found
 
     def run(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-        """The results of all ranks."""
+        """Return the results of all ranks."""
         found = self.outcomes(function, *arguments)
         for rank, (good, result) in enumerate(found):
             if not good:

@@ -1,4 +1,4 @@
-"""A planned run under ``torchrun`` whose second rank dies once, after a step and before its checkpoint."""
+"""Run a plan under ``torchrun``; the second rank dies once, after a step and before its checkpoint."""
 
 from __future__ import annotations
 

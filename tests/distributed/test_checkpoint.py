@@ -1,4 +1,4 @@
-"""A run goes on from a checkpoint with another number of ranks, its budget intact; a lost rank ends it with a name."""
+"""Test runs that continue with another number of ranks and the same budget, and errors that name a lost rank."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ Shard = Callable[[nn.Module], None] | None
     ],
 )
 def test_one_and_two_ranks_go_on_from_each_other(pool: Pool, tmp_path: Path, shard: Shard) -> None:
-    """Parameters, moments, position and budget: as if nothing had stopped."""
+    """Parameters, moments, position and budget equal those of a run that never stopped."""
     whole = checkpoints.run(0, 1, str(tmp_path / "whole"), checkpoints.STEPS)
     folder = str(tmp_path / "parts")
     found: dict[str, Any] = checkpoints.run(0, 1, folder, 2)
@@ -53,7 +53,7 @@ def test_one_and_two_ranks_go_on_from_each_other(pool: Pool, tmp_path: Path, sha
 
 
 def test_a_restart_repeats_no_noise(pool: Pool, tmp_path: Path) -> None:
-    """The same step after the same checkpoint, twice."""
+    """Two restarts take the same step after the same checkpoint, and draw different noise."""
     import shutil
 
     pool(2).run(checkpoints.run, str(tmp_path / "a"), 2, None, 1.0)
@@ -74,12 +74,15 @@ def test_an_unfinished_checkpoint_is_ignored(tmp_path: Path) -> None:
 
 @pytest.mark.nightly
 def test_torchrun_restarts_lose_and_repeat_no_step(tmp_path: Path) -> None:
-    """A rank dies after its fifth step, before the checkpoint; ``torchrun`` starts all ranks again."""
+    """A rank dies after its fifth step, before the checkpoint, and ``torchrun`` starts all ranks again."""
     command = [
-        sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--nproc-per-node=2", "--max-restarts=1",
-        "-m", "tests.distributed.restarted", str(tmp_path / "run"), str(tmp_path / "died"),
+        sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
+        "--max-restarts=1", "-m", "tests.distributed.restarted", str(tmp_path / "run"), str(tmp_path / "died"),
     ]  # fmt: skip
-    environment = {**os.environ, "PYTHONPATH": ".", "OMP_NUM_THREADS": "1"}
+    environment = {
+        **os.environ, "PYTHONPATH": ".", "OMP_NUM_THREADS": "1",
+        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",  # or a restarted rank may connect to one that died
+    }  # fmt: skip
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "died").exists()
@@ -108,10 +111,17 @@ def test_generators_are_not_saved() -> None:
 @pytest.mark.parametrize(
     ("fault", "shard", "call"),
     [
-        ("dies", None, "step 2"),
+        pytest.param("dies", None, "step 2", marks=pytest.mark.nightly),
         pytest.param("dies within", None, "step 2", marks=pytest.mark.nightly),
         pytest.param("stalls", None, "step 2", marks=pytest.mark.nightly),
+        pytest.param("stalls within", None, "step 2", marks=pytest.mark.nightly),
         ("dies", cases.shard_root, "backward 2"),
+        pytest.param(
+            "stalls in the loss", cases.shard_root, "backward 2", marks=pytest.mark.nightly
+        ),
+        pytest.param(
+            "stalls in the loss", cases.shard_layers, "backward 2", marks=pytest.mark.nightly
+        ),
     ],
 )
 def test_a_lost_rank_ends_the_run_with_the_step(fault: str, shard: Shard, call: str) -> None:
@@ -122,7 +132,7 @@ def test_a_lost_rank_ends_the_run_with_the_step(fault: str, shard: Shard, call: 
         processes.close()
     assert good, found
     error, untouched, steps = found
-    assert error.startswith(f"{call}: rank 0 of 2 could not reach the others"), error
+    assert error.startswith(f"{call}: rank 0 of 2 could not reach the other ranks"), error
     assert untouched
-    # Counted is what may have been released: never less.
-    assert steps == (3 if fault == "dies within" else 2)
+    # The ledger counts every step that may have been released.
+    assert steps == (3 if fault.endswith("within") else 2)

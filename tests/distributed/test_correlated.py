@@ -68,4 +68,6 @@ def test_files_of_other_ranks_are_refused(pool: Pool, wrap: Wrap, tmp_path: Path
         assert "each continues the checkpoint that it wrote itself" in error[1], error[2]
     ((good, error),) = pool(1).outcomes(correlated_cases.go_on, str(tmp_path), 0, wrap)
     assert not good
-    assert "the data, the plan and the number of processes it was saved with" in error[1], error[2]
+    assert "the data, the plan and the number of processes of the saved sampler" in error[1], error[
+        2
+    ]

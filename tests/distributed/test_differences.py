@@ -1,4 +1,4 @@
-"""A rank that does something else is found and named; sampling and accounting are those of one run."""
+"""Test that a rank that differs is named, and that sampling and accounting are those of one run."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.distributed.conftest import Pool
 
 
 def refused(pool: Pool, function: Callable[..., Any], *arguments: Any) -> set[str]:
-    """The messages of ranks that all refuse."""
+    """Return the distinct messages of ranks that all refuse."""
     messages = set()
     for good, error in pool(2).outcomes(function, *arguments):
         assert not good
@@ -111,3 +111,8 @@ def test_training_starts_from_the_first_rank(pool: Pool) -> None:
 def test_a_group_of_one_trains_alone(pool: Pool) -> None:
     first, second = pool(2).run(cases.group_of_one)
     assert not torch.equal(first, second)
+
+
+def test_the_log_tells_the_step(pool: Pool) -> None:
+    for rank, lines in enumerate(pool(2).run(cases.logged)):
+        assert lines == [f"step {step} on rank {rank} of 2" for step in (0, 1)]

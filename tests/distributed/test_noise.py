@@ -1,4 +1,4 @@
-"""Every coordinate gets one draw of the stated size, whatever the number of ranks."""
+"""Test that every coordinate gets one draw of the stated size with any number of ranks."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ WIDTH = 6.0
 
 
 def judged(found: list[Tensor]) -> list[str]:
-    """What is wrong with noise that should be independent and of variance one."""
+    """Return the faults of noise that should be independent with variance 1."""
     faults = []
     for step, noise in enumerate(found):
         halves = noise.double().flatten().chunk(2)

@@ -1,4 +1,4 @@
-"""Several ranks with the whole model train as one process does."""
+"""Test that several ranks with the whole model train as one process does."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ RUNS = [
 ]
 
 
-@pytest.mark.parametrize(("name", "inner"), rows(2, RUNS))
+@pytest.mark.parametrize(("name", "inner"), rows(3, RUNS))
 def test_two_ranks_train_as_one_process(
     pool: Pool, name: str, inner: Callable[..., torch.optim.Optimizer]
 ) -> None:

@@ -1,4 +1,4 @@
-"""The slow definition of correlated noise: dense matrices, and every way in which a sample can take part."""
+"""Define correlated noise slowly: with dense matrices and every set of steps that may use one sample."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Array = NDArray[np.float64]
 
 
 def matrix(coefficients: Sequence[float] | Array, size: int) -> Array:
-    """C: lower-triangular, Toeplitz, banded."""
+    """Return C, a banded lower-triangular Toeplitz matrix, ``[size, size]``."""
     found = np.zeros((size, size))
     for row in range(size):
         for column in range(max(0, row - len(coefficients) + 1), row + 1):
@@ -21,7 +21,7 @@ def matrix(coefficients: Sequence[float] | Array, size: int) -> Array:
 
 
 def separated_sets(steps: int, separation: int) -> Iterator[tuple[int, ...]]:
-    """All sets of steps that are at least ``separation`` apart."""
+    """Yield all sets of steps whose distances are at least ``separation``."""
     for size in range(steps + 1):
         for chosen in itertools.combinations(range(steps), size):
             if all(later - step >= separation for step, later in itertools.pairwise(chosen)):
@@ -29,7 +29,7 @@ def separated_sets(steps: int, separation: int) -> Iterator[tuple[int, ...]]:
 
 
 def cyclic_sets(steps: int, bands: int) -> Iterator[tuple[int, ...]]:
-    """All sets of steps of one group, which has its turn every ``bands`` steps."""
+    """Yield all sets of steps that may use a sample of one group, which is sampled every ``bands`` steps."""
     for group in range(bands):
         turns = range(group, steps, bands)
         for size in range(len(turns) + 1):
@@ -37,6 +37,6 @@ def cyclic_sets(steps: int, bands: int) -> Iterator[tuple[int, ...]]:
 
 
 def most(strategy: Array, sets: Iterator[tuple[int, ...]]) -> float:
-    """Largest change of ``C x`` over all sets of steps and all rows of norm 1: at most ``sum |G_ij|``, squared."""
+    """Return a bound on the change of ``C x`` over all sets of steps and rows of norm 1: ``sqrt(sum |G_ij|)``."""
     gram = np.abs(strategy.T @ strategy)
     return max(float(np.sqrt(gram[np.ix_(chosen, chosen)].sum())) for chosen in sets)

@@ -1,4 +1,4 @@
-"""Coefficients of banded Toeplitz matrices against dense matrices in float64."""
+"""Compare coefficients of banded Toeplitz matrices with dense matrices in float64."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_the_search_ends_where_nothing_near_is_better(bands: int, steps: int) ->
 
 @pytest.mark.parametrize("bands", [48, 64, 96])
 def test_the_search_may_try_what_is_unstable(bands: int) -> None:
-    """Warnings are errors: overflows on the way are caught."""
+    """The search must not warn of an overflow, since warnings are errors in tests."""
     found = optimised(bands, 1000)
     assert prefix_sum_error(found, 1000) < prefix_sum_error(square_root(bands), 1000)
     value, slope = _log_error(np.full(3, 5.0), 2000)

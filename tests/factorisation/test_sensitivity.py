@@ -1,4 +1,4 @@
-"""Sensitivities against every set of steps in which a sample can take part, on small cases."""
+"""Compare sensitivities with every set of steps that may use one sample, on small cases."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_a_group_takes_part_in_blocks_that_share_no_row(name: str) -> None:
 
 
 def test_a_turn_too_early_costs_more() -> None:
-    """What a sampler would do that lets a sample take part again before its turn."""
+    """A sampler that uses a sample again too early exceeds the sensitivity."""
     column = square_root(4)
     strategy = matrix(column, STEPS)
     allowed = most(strategy, cyclic_sets(STEPS, 4))
@@ -82,7 +82,7 @@ def test_random_rows_never_reach_beyond() -> None:
 
 @pytest.mark.parametrize(("steps", "separation"), [(9, 3), (9, 4), (8, 2), (9, 1), (9, 9)])
 def test_passes_of_a_matrix_without_bands_cost_what_is_counted(steps: int, separation: int) -> None:
-    """At every end of the run: k begun passes cost at most k mechanisms of the scale that the noise has."""
+    """A run that ends at any step costs at most one mechanism of the noise's scale for each begun pass."""
     found = BufferedToeplitz(2).strategy(steps, separation)
     strategy = matrix(found.column, steps)
     quotients = []
@@ -92,6 +92,6 @@ def test_passes_of_a_matrix_without_bands_cost_what_is_counted(steps: int, separ
         quotients.append(worst / np.sqrt(passes))
     assert max(quotients) <= found.scale + 1e-12
     assert max(quotients) == pytest.approx(found.scale, rel=1e-9)
-    # The norm of one column would not do where columns overlap.
+    # Where columns overlap, the norm of one column is too small.
     overlap = separation < steps and found.column[separation] > 0.05
     assert not overlap or found.scale > column_norm(np.array(found.column)) * 1.001

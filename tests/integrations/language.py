@@ -1,4 +1,4 @@
-"""Small language models and data for the tests of training loops."""
+"""Make small language models and data for the tests of training loops."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def lora(model: nn.Module, targets: list[str], **options: Any) -> nn.Module:
 
 
 def texts(count: int = 12, *, seed: int = 0, masks: bool = False) -> list[dict[str, Any]]:
-    """Token sequences of different lengths, padded on the right, with a name that no model takes.
+    """Return token sequences of different lengths, padded on the right, with a column that no model takes.
 
     With masks a model asks for their values, so that its loss is captured as a graph, which takes seconds.
     """
@@ -76,7 +76,7 @@ def model_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
 def clipped(
     model: nn.Module, rows: list[dict[str, Any]], max_grad_norm: float
 ) -> dict[str, Tensor]:
-    """The sum that a slow loop over the rows gives."""
+    """Return the clipped sum, computed by a slow loop over the rows."""
     each = oracle.per_sample_gradients(model, model_loss, (together(rows),))
     sums, norms = oracle.clipped_sum(each, max_grad_norm)
     assert (norms > max_grad_norm).any()

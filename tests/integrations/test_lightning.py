@@ -1,4 +1,4 @@
-"""``DPModule`` trains as ``DPOptimizer`` does under Lightning's automatic optimization."""
+"""Test that ``DPModule`` trains as ``DPOptimizer`` does under Lightning's automatic optimization."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def trainer_of(folder: Path, **options: Any) -> Any:
 
 
 def by_hand(module: Classifier, steps: int) -> dict[str, Tensor]:
-    """A plain loop over single samples, with the same optimizer."""
+    """Train by a plain loop over single samples with the same optimizer."""
     inner = torch.optim.Adam(module.parameters(), lr=0.1)
 
     def loss(module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
@@ -120,7 +120,7 @@ def test_what_is_logged(tmp_path: Path) -> None:
 
 
 def small_plan(steps: int = 7) -> PrivacyPlan:
-    """Poisson batches of 4 of 12: three steps are an epoch."""
+    """Poisson batches of 4 of 12 samples have three steps in an epoch."""
     return plan_of(steps, expected_batch_size=4, noise_multiplier=1.0)
 
 
@@ -134,7 +134,7 @@ def test_epochs_of_poisson_batches(tmp_path: Path) -> None:
 
 
 class Stop(Exception):
-    """A kill in the middle of a training."""
+    """This error stops a training in the middle, as a kill would."""
 
 
 class StopsAfter(L.Callback):  # type: ignore[misc, name-defined]

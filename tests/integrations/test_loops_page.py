@@ -1,4 +1,4 @@
-"""The code of docs/loops.md runs, one block after the other; accelerate's state holds the ledger."""
+"""Test that the code of docs/loops.md runs, and that accelerate's state holds the ledger."""
 
 from __future__ import annotations
 

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from clipgrad.loss_graph import LossCapture
 from tests.loss_graph.conftest import Small, assert_exact, clipped, one_sample, small_loss
+from tests.nightly import every
 
 LOGGER = logging.getLogger("a library")
 
@@ -80,7 +81,7 @@ STEPS: dict[str, Any] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize("step", every(2, STEPS))
 def test_graph_is_exact(step: str) -> None:
     model, one = Small(STEPS[step]), one_sample()
     graph = LossCapture(small_loss).graph((model, one), list(model.parameters()), [one])
@@ -255,6 +256,7 @@ def test_nothing_is_kept_alive() -> None:
     assert [reference() for reference in seen] == [None, None, None]
 
 
+@pytest.mark.nightly
 def test_graph_is_captured_again_after_its_model_was_deleted() -> None:
     capture = LossCapture(small_loss)
     for _ in range(3):

@@ -1,4 +1,4 @@
-"""Checkpointed regions run twice, are exact, and hold nothing in between."""
+"""Test that checkpointed regions run twice, are exact, and keep only their inputs between the two runs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from clipgrad.errors import NotPerSampleError
 from tests.compiled.conftest import Graphs, graphs  # noqa: F401
 from tests.dp_tools import clipped, private, trained
 from tests.loss_graph.test_lifted import OldStyle
-from tests.nightly import chosen, rows
+from tests.nightly import chosen, every, rows
 
 pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop")
 
@@ -30,7 +30,7 @@ def again(function: Callable[..., Any], *args: Any) -> Any:
 
 
 class Block(nn.Module):
-    """Attention, a layer with an adapter, and what a test adds."""
+    """This block has attention, a layer with an adapter, and an operation that a test adds."""
 
     def __init__(self, inner: Callable[[Block, Tensor], Tensor] | None) -> None:
         super().__init__()
@@ -48,7 +48,7 @@ class Block(nn.Module):
 
 
 class Model(nn.Module):
-    """Two blocks between a table and a head that is the same table."""
+    """This model has two blocks between an embedding table and a head that uses the same table."""
 
     def __init__(
         self,
@@ -102,7 +102,7 @@ def nested(block: Block, x: Tensor) -> Tensor:
 
 
 def head_inside(m: Model) -> Model:
-    """The table is used in a region, before it and after it."""
+    """Use the table in a region, before it and after it."""
     m.around = (
         lambda block, x: again(  # type: ignore[assignment]
             lambda h: block(h) + F.linear(h, m.table.weight)[..., :4], x
@@ -112,7 +112,7 @@ def head_inside(m: Model) -> Model:
 
 
 def several(block: Block, x: Tensor) -> Tensor:
-    """Outputs: one that is used twice, one that is not used, an integer one, an expression of a parameter."""
+    """Return outputs of many kinds: used twice, unused, integers, an expression of a parameter, and an input."""
 
     def region(h: Tensor) -> tuple[Tensor, ...]:
         out = block(h)
@@ -154,7 +154,7 @@ MODELS: dict[str, Callable[[], Model]] = {
 
 @pytest.fixture
 def runs(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Each run of a region in a backward pass."""
+    """Return a list that grows by one entry at each run of a region in a backward pass."""
     found: list[str] = []
     run = recompute._Region.again
     monkeypatch.setattr(
@@ -170,7 +170,7 @@ CASES += [
 ]
 
 
-@pytest.mark.parametrize(("name", "options"), rows(2, CASES))
+@pytest.mark.parametrize(("name", "options"), rows(3, CASES))
 def test_equals_the_loop(name: str, options: dict[str, Any], runs: list[str]) -> None:
     model = MODELS[name]()
     optimizer = private(model, loss, max_grad_norm=0.5, **options)
@@ -183,7 +183,7 @@ def test_equals_the_loop(name: str, options: dict[str, Any], runs: list[str]) ->
 
 
 def test_inside_of_a_transform_it_runs_once(runs: list[str]) -> None:
-    """PyTorch itself cannot run this one."""
+    """Such a region runs once; PyTorch itself cannot run it."""
 
     def inside(block: Block, x: Tensor) -> Tensor:
         return torch.vmap(lambda h: again(block.down, again(block.up, h)))(x)
@@ -200,7 +200,7 @@ def test_inside_of_a_transform_it_runs_once(runs: list[str]) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    chosen(["tied", "frozen base", "nested", "several outputs", "fallback"], {"tied", "nested"}),
+    chosen(["tied", "frozen base", "nested", "several outputs", "fallback"], {"tied"}),
 )
 def test_compiled(name: str, graphs: Graphs, runs: list[str]) -> None:  # noqa: F811
     model = MODELS[name]()
@@ -216,13 +216,13 @@ def functional(model: nn.Module) -> Callable[[dict[str, Tensor], Tensor], Tensor
     return lambda params, ids: loss(partial(functional_call, model, params), ids)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("compile", every(2, [False, True]))
 def test_random_numbers_are_drawn_once(
     compile: bool,
     graphs: Graphs,  # noqa: F811
     runs: list[str],
 ) -> None:
-    """The second run sees the masks of the first, and later layers are not moved in the stream."""
+    """The second run draws the masks of the first, and later layers draw the same random numbers as without it."""
 
     def dropped(block: Block, x: Tensor) -> Tensor:
         return F.dropout(x, 0.5)

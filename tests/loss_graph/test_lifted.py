@@ -16,7 +16,7 @@ from clipgrad.errors import CompileMismatchError, NotPerSampleError
 from tests.compiled.conftest import Graphs, graphs  # noqa: F401
 from tests.dp_tools import clipped, data, mlp, private, squared
 from tests.foreign_code import HOSTILE, Hostile, Params, _NoRule, _OwnRule
-from tests.nightly import some
+from tests.nightly import every, some
 from tests.test_foreign_code import batch, clipped_sum
 
 pytestmark = [
@@ -51,7 +51,7 @@ LOSSES: dict[str, Callable[[Any, Tensor], Tensor]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("name", "compile"), some(2, list(LOSSES), [False, True]))
+@pytest.mark.parametrize(("name", "compile"), some(3, list(LOSSES), [False, True]))
 def test_equals_the_loop(name: str, compile: bool, graphs: Graphs) -> None:  # noqa: F811
     loss, model = LOSSES[name], mlp()
     optimizer = private(model, loss, compile=compile, microbatch_size=3)
@@ -107,7 +107,7 @@ AT_HAND -= {name for name in HOSTILE if name.startswith(("batch", "parameter"))}
 
 
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
-@pytest.mark.parametrize("name", sorted(AT_HAND))
+@pytest.mark.parametrize("name", every(3, sorted(AT_HAND)))
 def test_a_second_fault_is_still_refused(name: str) -> None:
     """Python stops at the first, which the graph can do; the second must not slip into the graph."""
     hostile = HOSTILE[name]

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from clipgrad.loss_graph import CannotCapture, CapturedLoss, LossCapture
 from tests.loss_graph.conftest import Small, one_sample, small_loss
+from tests.nightly import every
 
 FACTOR = 1.0
 TABLE = {"factor": [1.0]}
@@ -136,7 +137,9 @@ OLD_TORCH = torch.__version__.startswith("2.11")
 UNSEEN_BEFORE = {"default", "class attribute"} if OLD_TORCH else set()
 
 
-@pytest.mark.parametrize("place", [place for place in PLACES if place not in UNSEEN_BEFORE])
+@pytest.mark.parametrize(
+    "place", every(2, [place for place in PLACES if place not in UNSEEN_BEFORE])
+)
 def test_change_of_a_value_is_followed(place: str) -> None:
     read, change = PLACES[place]()
     model, one = Small(), one_sample()
@@ -195,7 +198,7 @@ MODELS: dict[str, Callable[[Any], Any]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", MODELS)
+@pytest.mark.parametrize("case", every(2, MODELS))
 def test_change_of_a_model_is_followed(case: str) -> None:
     model, one = Small(), one_sample()
     model.drop.p = 0.5 if case in ("eval", "a child in eval") else 0.0

@@ -1,4 +1,4 @@
-"""Numbers that change at every step are inputs of one graph, captured and compiled."""
+"""Test that floats that change at every step are inputs of one graph, captured and compiled."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.nightly import some
 
 
 class Annealed:
-    """Two numbers that a loop changes."""
+    """This class holds two floats that a loop changes."""
 
     beta = 0.5
     temperature = 1.5
@@ -44,7 +44,7 @@ USES: dict[str, Callable[[Any, Tensor], Tensor]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("use", "compile"), some(3, list(USES), [False, True]))
+@pytest.mark.parametrize(("use", "compile"), some(5, list(USES), [False, True]))
 def test_one_graph_serves_all_values(use: str, compile: bool, graphs: Graphs) -> None:  # noqa: F811
     def loss(m: nn.Module, x: Tensor) -> Tensor:
         return USES[use](m, OldStyle.apply(x) if not compile else x)  # type: ignore[no-untyped-call]
@@ -83,7 +83,7 @@ def test_a_number_does_not_widen(dtype: torch.dtype) -> None:
 
 
 def test_a_probability_has_a_graph_for_each_value() -> None:
-    """PyTorch's dropout asks about it, so a tensor would not do."""
+    """PyTorch's dropout branches on the probability, so a tensor cannot replace the float."""
     model, one = Small(), one_sample()
     capture = LossCapture(small_loss)
     for step in range(3):

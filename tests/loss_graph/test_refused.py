@@ -102,6 +102,7 @@ def test_results_that_are_not_a_loss(value: Any) -> None:
         LossCapture(value).graph((one,), [one], [])
 
 
+@pytest.mark.nightly
 def test_a_value_that_changes_each_time_is_named_in_an_error() -> None:
     """A factor would be an input of one graph; a probability is not."""
     model, one = Small(), one_sample()

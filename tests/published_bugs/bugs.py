@@ -99,7 +99,7 @@ def _(patch: pytest.MonkeyPatch) -> None:
 
 @bug("uses of a tied weight are clipped apart", "Opacus #413 (2022)", checks.tied)
 def _(patch: pytest.MonkeyPatch) -> None:
-    from clipgrad.engine.tape import Tracked
+    from clipgrad.engine.tracked import Tracked
 
     right = Tracked.squared_norms
 
