@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -22,11 +23,14 @@ def nothing(model: nn.Module, x: Tensor) -> Tensor:
     return 0.0 * model(x).sum()
 
 
+# A bias has a bucket of its own. The processes serve other tests too.
+small_buckets = patch.object(buckets, "_BUCKET_BYTES", 400)
+
+
 class Run:
     """A training, and the file of its rank."""
 
     def __init__(self, wrap: Wrap) -> None:
-        buckets._BUCKET_BYTES = 400  # the bias has a bucket of its own
         torch.manual_seed(0)
         self.model = nn.Sequential(nn.Linear(SIDE, SIDE), nn.Tanh(), nn.Linear(SIDE, SIDE + 1))
         if wrap is not None:
@@ -64,6 +68,7 @@ class Run:
         return torch.stack(found)
 
 
+@small_buckets
 def whole_run(rank: int, size: int, wrap: Wrap = None) -> tuple[Tensor, int, float]:
     """The noise of a run, the values that this rank keeps of the past, and epsilon."""
     run = Run(wrap)
@@ -72,6 +77,7 @@ def whole_run(rank: int, size: int, wrap: Wrap = None) -> tuple[Tensor, int, flo
     return found, sum(tensor.numel() for tensor in kept), run.optimizer.epsilon()
 
 
+@small_buckets
 def stopped(rank: int, size: int, folder: str, wrap: Wrap = None) -> Tensor:
     """The noise of a run that is stopped after some steps and goes on from the files of its ranks."""
     file = Path(folder, f"rank-{rank}.pt")
@@ -84,6 +90,7 @@ def stopped(rank: int, size: int, folder: str, wrap: Wrap = None) -> Tensor:
     return torch.cat([first, after.until(STEPS)])
 
 
+@small_buckets
 def go_on(rank: int, size: int, folder: str, writer: int, wrap: Wrap = None) -> None:
     """One more step from a file that was written by this rank or another one."""
     run = Run(wrap)
