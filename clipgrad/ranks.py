@@ -64,13 +64,21 @@ class Gathering(Protocol):
 
 
 class Noised(Protocol):
-    """This function makes noised means of sums."""
+    """This function makes noised means of sums. Noise that keeps state for coordinates needs all sums of a step at once."""
 
-    def __call__(self, sums: list[Tensor], /, *, in_place: bool) -> list[Tensor]:
+    @property
+    def at_once(self) -> bool:
+        """Return whether one call must get all sums of a step."""
+        ...
+
+    def __call__(
+        self, sums: list[Tensor], names: Sequence[str], /, *, in_place: bool
+    ) -> list[Tensor]:
         """Return ``(sums + noise) / divisor``.
 
         Args:
             sums: Sums over all processes.
+            names: Where ``at_once``, names of each sum's coordinates. Other coordinates have other names.
             in_place: Whether to write the means to the memory of ``sums``.
         """
         ...
@@ -158,6 +166,7 @@ class Ranks(Protocol):
         self,
         sums: list[Tensor],
         parameters: Sequence[Tensor],
+        names: Sequence[str],
         noised: Noised,
         *,
         aliases_graph: bool,
@@ -167,6 +176,7 @@ class Ranks(Protocol):
         Args:
             sums: Sums of this process, which may be overwritten; several processes empty the list.
             parameters: The trained parameters.
+            names: Their names.
             noised: Adds noise to the part of the sums for which this process draws it.
             aliases_graph: Whether ``sums`` alias the memory of a CUDA graph.
         """
@@ -232,12 +242,13 @@ class OneProcess:
         self,
         sums: list[Tensor],
         parameters: Sequence[Tensor],
+        names: Sequence[str],
         noised: Noised,
         *,
         aliases_graph: bool,
     ) -> list[Tensor]:
         """Return the noised means of all sums."""
-        return noised(sums, in_place=not aliases_graph)
+        return noised(sums, names, in_place=not aliases_graph)
 
     def one_draw(self, counts: list[Tensor], add_noise: Callable[[list[Tensor]], None]) -> None:
         """Add noise to ``counts`` in place."""

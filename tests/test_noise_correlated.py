@@ -24,6 +24,7 @@ from clipgrad.noise.correlated import CorrelatedNoise
 from clipgrad.noise.step_noise import StepSums
 from tests.dp_tools import through_a_file
 from tests.factorisation.oracle import matrix
+from tests.nightly import some
 from tests.noise_checks import seeded
 
 COLUMNS = [[1.0], [1.0, 0.5], square_root(5).tolist(), [1.0, -0.4, 0.3], square_root(16).tolist()]
@@ -241,8 +242,7 @@ def test_noise_that_is_handed_over_is_noise_added_to_zeros(
     assert all(torch.equal(values, total) for (_, values), total in zip(found, added, strict=True))
 
 
-@pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize("bands", [2, 7, 20])
+@pytest.mark.parametrize(("threads", "bands"), some(2, [1, 2], [2, 7, 20]))
 def test_rows_made_in_turns_follow_from_what_was_drawn(
     threads: int, bands: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

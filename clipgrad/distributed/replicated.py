@@ -45,12 +45,13 @@ class Replicated(Group):
         self,
         sums: list[Tensor],
         parameters: Sequence[Tensor],
+        names: Sequence[str],
         noised: Noised,
         *,
         aliases_graph: bool,
     ) -> list[Tensor]:
         """Return the noised means, bucket by bucket; each rank draws the noise of its part of each bucket."""
-        return scattered_means(sums, parameters, noised, self._group, self._reached)
+        return scattered_means(sums, parameters, names, noised, self._group, self._reached)
 
     def costs(
         self, parameters: Sequence[Tensor], dtypes: Sequence[torch.dtype]

@@ -92,6 +92,7 @@ class Sharded(Group):
         self,
         sums: list[Tensor],
         parameters: Sequence[Tensor],
+        names: Sequence[str],
         noised: Noised,
         *,
         aliases_graph: bool,
@@ -104,11 +105,16 @@ class Sharded(Group):
         sums.clear()
         sharded = [cast(DTensor, parameter) for parameter in parameters]
         mesh = sharded[0].device_mesh
+        if noised.at_once:
+            names = [
+                f"{name} {tuple(p.shape)} {p.placements} at {mesh.get_coordinate()} of {mesh.shape}"
+                for name, p in zip(names, sharded, strict=True)
+            ]
         if mesh.ndim == 2:
             shards: list[Tensor] = [parameter.to_local() for parameter in sharded]
-            means = scattered_means(local, shards, noised, mesh.get_group(0), self._reached)
+            means = scattered_means(local, shards, names, noised, mesh.get_group(0), self._reached)
         else:
-            means = noised(local, in_place=True)
+            means = noised(local, names, in_place=True)
         return [
             DTensor.from_local(
                 mean, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride()

@@ -119,7 +119,8 @@ class CorrelatedNoise:
             raise ValueError(
                 f"step {step}: the trained parameters are {_listed(coordinates)}, but were "
                 f"{_listed(self._coordinates)} in the steps before. Correlated noise belongs to its "
-                "parameter for the whole run. Do not freeze, add or rename parameters under this plan."
+                "parameter for the whole run. Do not freeze, add or rename parameters under this plan. Of several "
+                "processes each continues the checkpoint that it wrote itself, and their number stays the same."
             )
 
     def _arrange(self, sums: list[Tensor]) -> None:

@@ -97,7 +97,7 @@ static inline __attribute__((always_inline)) void gaussians(const int64_t *restr
     }
 }
 
-/* Add and divide; a divisor of 0 replaces the values, in two thirds of the time. */
+/* Add and divide; a divisor of 0 replaces the values, without the time for either. */
 void clipgrad_add_gaussians(const int64_t *restrict j, const int32_t *restrict k, int64_t size, float scale,
                             float divisor, float *restrict sines) {
     if (divisor == 0.0f)

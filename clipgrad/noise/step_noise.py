@@ -20,7 +20,7 @@ class StepSums(NamedTuple):
         sums: Clipped sums, one tensor for each parameter; on several processes, of one bucket at a time. They may be
             overwritten.
         number: Number of the step, from 0.
-        names: Names of the parameters.
+        names: Names of the parameters, or of the coordinates in each part.
         sigma: Standard deviation of the noise on the sums. For correlated noise it is the deviation of the independent
             noise, for a matrix whose columns have norm 1.
         divisor: A public constant.
@@ -67,6 +67,35 @@ class StepNoise(Protocol):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue after the step at which the state was saved."""
         ...
+
+
+class StepOfNoise(NamedTuple):
+    """This function makes noised means of one step's sums, all at once or part by part.
+
+    Attributes:
+        noise: The noise.
+        number: Number of the step, from 0.
+        sigma: Standard deviation, as in ``StepSums``.
+        divisor: A public constant.
+    """
+
+    noise: StepNoise
+    number: int
+    sigma: float
+    divisor: float
+
+    @property
+    def at_once(self) -> bool:
+        """Return whether the noise keeps state for its coordinates; then one call gets all sums, with their names."""
+        return bool(self.noise.secret)
+
+    def __call__(
+        self, sums: list[Tensor], names: Sequence[str], /, *, in_place: bool
+    ) -> list[Tensor]:
+        """Return ``(sums + noise) / divisor``."""
+        return self.noise.next(
+            StepSums(sums, self.number, names, self.sigma, self.divisor, in_place)
+        )
 
 
 class IndependentNoise:

@@ -16,13 +16,13 @@ from clipgrad.clipping import ClippingStrategy, Schedule, make_clipping
 from clipgrad.engine.inputs import Inputs, inputs_of_model
 from clipgrad.explain import Explanation
 from clipgrad.noise import NoiseSource
-from clipgrad.noise.step_noise import StepSums
+from clipgrad.noise.step_noise import StepOfNoise
 from clipgrad.optimizer import facts
 from clipgrad.optimizer.batch_parts import by_name, parts_of
 from clipgrad.optimizer.logical_batch import LogicalBatch
 from clipgrad.optimizer.mechanism import make_mechanism
 from clipgrad.optimizer.parameters import Resident
-from clipgrad.optimizer.processes import ranks_of, refuse_correlated
+from clipgrad.optimizer.processes import ranks_of
 from clipgrad.optimizer.requirements import check_parts, refuse_foreign_parameters
 from clipgrad.options import Options, Performance
 from clipgrad.plan import PrivacyPlan
@@ -134,8 +134,7 @@ class DPOptimizer(LogicalBatch, Generic[Returned]):
         # Refuse impossible noise now, not at the first step.
         clipping = make_clipping(self.max_grad_norm, names, sizes)
         self._clipper.arithmetic.check_noise(clipping, sizes, self.sigma)
-        refuse_correlated(ranks, self._noise.accounting)
-        ranks.prepare(model, self._settings_of_run, lambda: self._noise.state_dict())
+        ranks.prepare(model, self._settings_of_run, lambda: self.noise.state_dict())
         if self._account is not None:
             self._account.share_name(ranks)
 
@@ -222,14 +221,9 @@ class DPOptimizer(LogicalBatch, Generic[Returned]):
         ranks.meet("step", self._step_state.step, lambda: self._facts_of_step(claim), parameters)
         if account is not None:
             account.record(claim, self.accounted_noise_multiplier)
-        step, divisor = self._step_state.step, self.expected_batch_size
-
-        def noised(parts: list[Tensor], *, in_place: bool) -> list[Tensor]:
-            given = StepSums(parts, step, names, sigma, divisor, in_place=in_place)
-            return self._noise.next(given)
-
+        noised = StepOfNoise(self._noise, self._step_state.step, sigma, self.expected_batch_size)
         with torch.no_grad(), phase("noise"):
-            means = ranks.means(sums, parameters, noised, aliases_graph=aliases_graph)
+            means = ranks.means(sums, parameters, names, noised, aliases_graph=aliases_graph)
             if observed:
                 ranks.one_draw(observed, lambda total: self._noise.count(total, sigma_observed))
         self._pending.publish(parameters, means)

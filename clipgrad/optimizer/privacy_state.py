@@ -21,7 +21,6 @@ from clipgrad.optimizer.mechanism import (
 )
 from clipgrad.plan import PrivacyPlan
 from clipgrad.plan.account import Account
-from clipgrad.ranks import OneProcess
 
 _STATE_KEY = "clipgrad"
 
@@ -56,12 +55,6 @@ class PrivacyState(OptimizerFacade):
         self._noise = make_step_noise(
             noise, clipper.arithmetic, mechanism.expected_batch_size, plan
         )
-        if self._noise.accounting != "independent" and not isinstance(clipper.ranks, OneProcess):
-            raise ValueError(
-                f"the plan's mechanism, {self._noise.accounting}, is for a single process, but torch.distributed was "
-                "initialised: which process keeps which past noise is not settled. Leave mechanism out, or train in "
-                "one process."
-            )
         self._account = None if plan is None else Account(plan, self._noise.accounting)
         refuse_adaptive_on_grid(self._step_state, clipper.arithmetic)
         clipper.arithmetic.clipping(self.max_grad_norm)

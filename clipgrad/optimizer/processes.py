@@ -36,16 +36,3 @@ def ranks_of(options: Options, model: nn.Module) -> Ranks:
             "the grid out, or train in one process."
         )
     return ranks
-
-
-def refuse_correlated(ranks: Ranks, accounting: str) -> None:
-    """Refuse noise that depends on earlier steps where each process adds noise to a part.
-
-    Raises:
-        ValueError: If several processes would add such noise.
-    """
-    if ranks.size > 1 and accounting != "independent":
-        raise ValueError(
-            f"{accounting} noise remembers the noise of earlier steps, which is not supported for {ranks.size} "
-            "processes that each add noise to a part. Use independent noise, or train in one process."
-        )

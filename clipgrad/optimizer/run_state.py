@@ -75,7 +75,8 @@ class RunState:
         if optimizer.secret_state:
             raise ValueError(
                 "RunState writes files that others can read, but the optimizer's state holds "
-                f"{optimizer.secret_state}. Use clipgrad.save_checkpoint."
+                f"{optimizer.secret_state}. Use clipgrad.save_checkpoint, on each rank "
+                "with a file of its own."
             )
         self._model, self._optimizer, self._loader = model, optimizer, loader
         self._own()  # This refuses a state that cannot be saved here, not at the first checkpoint.

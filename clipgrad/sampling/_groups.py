@@ -75,6 +75,7 @@ class Groups:
         ):
             raise ValueError(
                 f"state has groups of {found.shape} samples, which do not fit {len(self.group)} samples in "
-                f"{self.bands} groups. Construct the sampler with the data and the plan of the saved sampler."
+                f"{self.bands} groups. Construct the sampler with the data, the plan and the number of processes "
+                "of the saved sampler."
             )
         return Groups(self.bands, found)

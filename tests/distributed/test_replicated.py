@@ -10,8 +10,6 @@ import torch
 from torch import nn
 
 from clipgrad import DPOptimizer, Performance
-from clipgrad.optimizer.processes import refuse_correlated
-from clipgrad.ranks import OneProcess
 from tests.distributed import cases
 from tests.distributed.conftest import Pool
 from tests.nightly import rows
@@ -78,13 +76,3 @@ def test_what_is_no_process_group_is_refused() -> None:
             expected_batch_size=1.0,
             performance=Performance(process_group="all"),
         )
-
-
-def test_noise_with_a_memory_is_refused() -> None:
-    class Two(OneProcess):
-        size = 2
-
-    refuse_correlated(OneProcess(), "banded")
-    refuse_correlated(Two(), "independent")
-    with pytest.raises(ValueError, match="remembers the noise of earlier steps"):
-        refuse_correlated(Two(), "banded")
