@@ -89,6 +89,11 @@ def expected(size: int | torch.SymInt) -> int:
     return int(size.node.hint) if isinstance(size, torch.SymInt) else size
 
 
+def is_symbol(size: int | torch.SymInt) -> bool:
+    """Return whether a graph is traced for every value of a size."""
+    return isinstance(size, torch.SymInt)
+
+
 def has_vmap_method(function: type[torch.autograd.Function]) -> bool:
     """Return whether a custom function defines a ``vmap`` rule of its own."""
     return bool(has_overridden_vmap_rule(function))

@@ -62,10 +62,14 @@ class BatchClipper:
     Args:
         options: The user's options.
         ranks: The processes that train together.
+        room: How many samples run at once on a compiled graph if ``microbatch_size`` is not set; None takes the number
+            of the first batch.
     """
 
-    def __init__(self, options: Options, ranks: Ranks | None = None) -> None:
-        self.options = options
+    def __init__(
+        self, options: Options, ranks: Ranks | None = None, room: int | None = None
+    ) -> None:
+        self.options, self.room = options, room
         self.ranks: Ranks = OneProcess() if ranks is None else ranks
         self.arithmetic: Arithmetic = (
             FloatingPoint(options)
@@ -83,7 +87,11 @@ class BatchClipper:
         self._growing: FixedRows | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return BatchClipper, (self.options, self.ranks)  # a copy has its own compiled graphs
+        return BatchClipper, (
+            self.options,
+            self.ranks,
+            self.room,
+        )  # a copy has its own compiled graphs
 
     def clip(
         self,
@@ -189,9 +197,9 @@ class BatchClipper:
                 lambda loss: forward(loss, inputs.names, inputs.params, samples, settings)
             )
         try:
-            return make_explanation(
-                tape.tracked, choose_strategies(tape, settings), tape.batch_size
-            )
+            choices = choose_strategies(tape, settings)
+            costs = self.ranks.costs(inputs.params, settings.dtypes)
+            return make_explanation(tape.tracked, choices, tape.batch_size, self.ranks.size, costs)
         finally:
             tape.release()
 
@@ -239,7 +247,7 @@ class BatchClipper:
         return run_rows
 
     def _compiled(self, inputs: Inputs, settings: Settings) -> tuple[int, RunRows]:
-        """Return the number of rows of the compiled graph, and the function that runs it."""
+        """Return how many samples run together, and the function that runs them on a compiled graph."""
         from clipgrad.compiled import Compiler, MicrobatchRunner
 
         mode = self.options.compile_mode
@@ -247,8 +255,9 @@ class BatchClipper:
         compiler = self._compiler = self._compiler or Compiler(mode)
         size = self.options.microbatch_size
         assert not isinstance(size, str)
-        rows = compiler.rows(size, inputs.batch_size)
-        return rows, MicrobatchRunner(compiler, self._loss_history.graphs, inputs, settings, rows)
+        rows = compiler.rows(size, self.room, inputs.batch_size, inputs.params[0].device)
+        runner = MicrobatchRunner(compiler, self._loss_history.graphs, inputs, settings, rows)
+        return rows.at_once(inputs.batch_size), runner
 
     def _settings(
         self, inputs: Inputs, max_grad_norm: ClippingStrategy, restore: Restore

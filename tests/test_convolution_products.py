@@ -230,7 +230,10 @@ def test_parts_are_as_large_as_they_may_be(
 def test_a_graph_holds_the_product_whole(
     products: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Else the setting would be looked at when the graph is made, and a compiler would take plain products."""
+    """Else the setting would be looked at when the graph is made, and a compiler would take plain products.
+
+    ``microbatch_size`` fixes the number of rows, as a GPU does.
+    """
     product = partial(tensor_cores.bmm, allowed=True)
     monkeypatch.setattr(methods, "convolution_product", product)
     modules: list[GraphModule] = []
@@ -248,8 +251,8 @@ def test_a_graph_holds_the_product_whole(
         loss, max_grad_norm=1.0, performance=Performance(strategy="kept")
     )({"w": w}, x)
     compiled = clipgrad.clipped_grad(
-        loss, max_grad_norm=1.0, performance=Performance(strategy="kept"), compile=True
-    )
+        loss, max_grad_norm=1.0, performance=Performance(strategy="kept"), compile=True, microbatch_size=4,
+    )  # fmt: skip
     torch.testing.assert_close(compiled({"w": w}, x).grads, expected.grads)
     assert any(node.target is torch.ops.clipgrad.bmm.default for node in modules[0].graph.nodes)
 

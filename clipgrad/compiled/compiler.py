@@ -14,7 +14,8 @@ from torch import Tensor
 from clipgrad.compiled import backend
 from clipgrad.compiled.compiled_step import CompiledStep, plain_operations
 from clipgrad.compiled.cuda_graphs import CudaRecorder, Pool, Replay, recordable
-from clipgrad.compiled.lengths import Lengths, Shapes
+from clipgrad.compiled.lengths import Lengths, Shapes, with_rows
+from clipgrad.compiled.shape import Rows
 from clipgrad.compiled.signature import READS, difference
 from clipgrad.compiled.trace import trace
 from clipgrad.engine.captured_loss import GraphOfLoss
@@ -41,6 +42,7 @@ class Request:
         settings: Of the batch.
         signature: What has to be equal for the graph to serve again.
         shapes: Sizes of the batch.
+        rows: How many rows the graph has to serve.
     """
 
     inputs: Inputs
@@ -50,6 +52,11 @@ class Request:
     settings: Settings
     signature: tuple[Any, ...]
     shapes: Shapes
+    rows: Rows
+
+
+class FixedRowsError(Exception):
+    """This exception says that no graph serves every number of rows, so that batches have to be padded to one."""
 
 
 class Compiler:
@@ -64,16 +71,30 @@ class Compiler:
         self._entries: list[CompiledStep] = []
         self._size: int | None = None
         self._trials = TRIALS
+        self._pads = False
         self._bounds: tuple[tuple[float, ...], Tensor] | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Compiler, (self.mode,)  # a copy compiles for itself
 
-    def rows(self, asked: int | None, batch_size: int) -> int:
-        """Rows of the compiled graph: what the user asked for, else the size of the first batch."""
-        if asked is None:
-            asked = self._size = self._size or batch_size
-        return asked
+    def rows(
+        self, asked: int | None, room: int | None, batch_size: int, device: torch.device
+    ) -> Rows:
+        """Return how many rows run together.
+
+        On a CPU one graph serves every number of rows, unless the user asked for a number or the step needs one.
+
+        Args:
+            asked: The user's ``microbatch_size``.
+            room: The largest batch that runs at once where the user asked for no number; None takes the first batch's.
+            batch_size: Of the batch at hand.
+            device: Of the parameters.
+        """
+        if asked is not None:
+            return Rows(asked)
+        if room is None:
+            room = self._size = self._size or batch_size
+        return Rows(room, are_symbolic=device.type == "cpu" and not self._pads)
 
     def bounds_on(self, device: torch.device, norms: tuple[float, ...]) -> Tensor:
         """The clipping norms as an input of the graph; copied to the device when they change."""
@@ -88,7 +109,7 @@ class Compiler:
 
     def forget(self) -> None:
         """Drop all graphs."""
-        self._entries, self._trials = [], TRIALS
+        self._entries, self._trials, self._pads = [], TRIALS, False
 
     def find(self, now: tuple[Any, ...], shapes: Shapes) -> CompiledStep | None:
         """The graph that serves a signature and the sizes of a batch; None if there is none."""
@@ -104,6 +125,7 @@ class Compiler:
 
         Raises:
             CompileError: If there are too many graphs, or the step cannot be traced or compiled.
+            FixedRowsError: If the step cannot be traced for every number of rows.
         """
         last = self.last
         reason = (
@@ -118,31 +140,44 @@ class Compiler:
                 "one, or leave compile out."
             )
         _log.warning(
-            "clipgrad: compiling the step for %d samples at a time%s; this takes seconds to minutes, once.",
-            request.given[-2].shape[0],
+            "clipgrad: compiling the step for %s samples at a time%s; this takes seconds to minutes, once.",
+            f"up to {request.rows.most}" if request.rows.are_symbolic else request.rows.most,
             f" again, since this changed: {reason}" if reason else "",
         )
-        entry = self._of_any_length(request) or self._compiled(request, Lengths(request.shapes))
+        entry = self._with_symbols(request)
+        if entry is None and request.rows.are_symbolic:
+            self._pads = True
+            raise FixedRowsError
+        entry = entry or self._compiled(request, Lengths(request.shapes))
         self._entries.insert(0, entry)
         return entry
 
-    def _of_any_length(self, request: Request) -> CompiledStep | None:
-        """A graph for all lengths, once a second one was seen; None if the step cannot be traced like that."""
+    def _with_symbols(self, request: Request) -> CompiledStep | None:
+        """A graph for every number of rows, and for all lengths once a second one was seen; None if there is none."""
+        shapes, rows = request.shapes, request.rows
+        other_rows = [with_rows(shapes, rows.most + 1)] if rows.are_symbolic else []
         seen = [
             shapes
             for entry in self._entries
             if difference(request.signature, entry.signature) in (None, READS)
             for shapes in entry.lengths.seen
         ]
-        lengths = Lengths(*seen, request.shapes)
-        if not lengths.have_symbols or not self._trials:
+        if seen and self._trials:
+            entry = self._compiled_or_none(request, Lengths(*seen, *other_rows, shapes))
+            if entry is not None:
+                return entry
+            self._trials -= 1
+        return self._compiled_or_none(request, Lengths(*other_rows, shapes))
+
+    def _compiled_or_none(self, request: Request, lengths: Lengths) -> CompiledStep | None:
+        """A graph with symbols; None if nothing needs one, or the step cannot be traced like that."""
+        if not lengths.have_symbols:
             return None
         try:
             return self._compiled(request, lengths)
         # PyTorch raises errors of many types here. What is wrong with the loss is raised again without symbols.
         except Exception as error:
-            self._trials -= 1
-            _log.info("clipgrad: no graph serves batches of all lengths: %s", error)
+            _log.info("clipgrad: no graph serves batches of all sizes: %s", error)
             return None
 
     def _compiled(self, request: Request, lengths: Lengths) -> CompiledStep:
@@ -187,7 +222,7 @@ class Compiler:
             compiled - started,
             traced - started,
             compiled - traced,
-            ", for batches of every length" if lengths.have_symbols else "",
+            ", for batches of every size" if lengths.have_symbols else "",
         )
         entry = CompiledStep(request.signature, lengths, graph, run)
         if backend.uses_cuda_graphs(self.mode) and recordable(graph.module, padding.device):

@@ -1,8 +1,9 @@
-"""Let one graph serve batches whose lengths differ, such as texts that are padded to the longest text of a batch.
+"""Let one graph serve batches whose sizes differ, such as texts that are padded to the longest of their batch.
 
-The first batch gets a graph of its sizes. If a later batch differs only in some sizes, the step is traced again with
-symbols for these sizes. PyTorch records the assumptions of the trace about a symbol as guards (``s >= 3``,
-``8 * s**2 <= 2**25``). A graph serves a batch only if the batch's sizes fulfil all guards.
+On a CPU the rows of a batch have a symbol from the first batch on. For other sizes the first batch gets a graph of its
+own. If a later batch differs from it in some sizes only, the step is traced once more with symbols for these sizes.
+PyTorch records the assumptions of the trace about a symbol as guards (``s >= 3``, ``8 * s**2 <= 2**25``). A graph
+serves a batch only if the batch's sizes fulfil all guards.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from clipgrad.compiled.shape import layout_of
 from clipgrad.errors import CompileError
 
 Shapes = tuple[tuple[int, ...], ...]
-"""The shape of each tensor of a batch, without its rows."""
+"""The shape of each tensor of a batch."""
 
 
 class LengthsError(CompileError):
@@ -34,7 +35,12 @@ class LengthsError(CompileError):
 
 def shapes_of(batch: Sequence[Any]) -> Shapes:
     """Return the sizes of a batch that may differ from one batch to the next."""
-    return tuple(tuple(leaf.shape[1:]) for leaf in batch if isinstance(leaf, Tensor))
+    return tuple(tuple(leaf.shape) for leaf in batch if isinstance(leaf, Tensor))
+
+
+def with_rows(shapes: Shapes, rows: int) -> Shapes:
+    """Return the sizes of a batch with another number of rows."""
+    return tuple((rows, *shape[1:]) for shape in shapes)
 
 
 class Lengths:
@@ -87,9 +93,8 @@ class Lengths:
 
     @property
     def have_symbols(self) -> bool:
-        """Return whether a size differs between batches and is not 1, which PyTorch always treats as a number."""
-        different = [history for of in self._histories for history in of if len(set(history)) > 1]
-        return bool(different) and min(history[-1] for history in different) > 1
+        """Return whether some size differs from batch to batch."""
+        return any(_differs(history) for of in self._histories for history in of)
 
     def serve(self, shapes: Shapes) -> bool:
         """Return whether the compiled graph serves batches of these sizes."""
@@ -126,24 +131,29 @@ class Lengths:
         return env
 
     def with_symbols(
-        self, before: Sequence[Tensor], batch: Sequence[Tensor], after: Sequence[Tensor]
+        self,
+        params: Sequence[Tensor],
+        batch: Sequence[Tensor],
+        read: Sequence[Tensor],
+        padding: Tensor,
+        bounds: Tensor,
     ) -> list[Tensor]:
-        """Return fake tensors for the arguments of a graph.
+        """Return fake tensors for the arguments of a graph, in the order of ``trace``.
 
-        Args:
-            before: Arguments of fixed sizes before the batch.
-            batch: Tensors of the batch, whose sizes become symbols where batches differ.
-            after: Arguments of fixed sizes after the batch.
+        Tensors of the batch and the mask of its padding get the symbols.
         """
-        longest = [tuple(map(max, of)) for of in self._histories]
+        longest = [tuple(map(_largest, of)) for of in self._histories]
         shared = self._named_alike(longest)
-        found = list(map(self._fixed, before))
+        before = list(map(self._fixed, params))
+        samples = []
         for index, (leaf, sizes) in enumerate(zip(batch, longest, strict=True)):
-            kinds = [DimDynamic.STATIC, *(self._kind(h, shared) for h in self._histories[index])]
-            symbolic = self._stand_in(_like(leaf, sizes), kinds)
-            self._sizes[index] = [_expression(size) for size in symbolic.shape[1:]]
-            found.append(symbolic)
-        self._stand_ins = [*found, *map(self._fixed, after)]
+            kinds = [self._kind(history, shared) for history in self._histories[index]]
+            made = self._stand_in(_like(leaf, sizes), kinds)
+            self._sizes[index] = [_expression(size) for size in made.shape]
+            samples.append(made)
+        after = list(map(self._fixed, read))
+        mask = samples[0].new_empty(samples[0].shape[0], dtype=padding.dtype)
+        self._stand_ins = [*before, *samples, *after, mask, self._fixed(bounds)]
         return self._stand_ins
 
     def _named_alike(self, longest: Sequence[tuple[int, ...]]) -> set[int]:
@@ -155,7 +165,7 @@ class Lengths:
         return {size for size, histories in owners.items() if len(histories) == 1}
 
     def _kind(self, history: tuple[int, ...], shared: set[int]) -> DimDynamic:
-        if len(set(history)) == 1:
+        if not _differs(history):
             return DimDynamic.STATIC
         return DimDynamic.DUCK if max(history) in shared else DimDynamic.DYNAMIC
 
@@ -172,8 +182,16 @@ class Lengths:
 
 def _like(leaf: Tensor, sizes: Sequence[int]) -> Tensor:
     """Return uninitialised memory of other sizes in the layout of a batch leaf."""
-    shape = (leaf.shape[0], *sizes)
-    return torch.empty(shape, dtype=leaf.dtype, device=leaf.device, memory_format=layout_of(leaf))
+    return torch.empty(sizes, dtype=leaf.dtype, device=leaf.device, memory_format=layout_of(leaf))
+
+
+def _differs(history: Sequence[int]) -> bool:
+    """Return whether a size gets a symbol: it differs from batch to batch, and is no one, which PyTorch fixes."""
+    return len(set(history)) > 1 and history[-1] > 1
+
+
+def _largest(history: Sequence[int]) -> int:
+    return max(history) if _differs(history) else history[-1]
 
 
 def _expression(size: int | torch.SymInt) -> Any:

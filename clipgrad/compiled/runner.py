@@ -11,9 +11,9 @@ from torch.utils._pytree import tree_map
 
 from clipgrad.compiled.check import compare, tolerance
 from clipgrad.compiled.compiled_step import CompiledStep
-from clipgrad.compiled.compiler import Compiler, Request
+from clipgrad.compiled.compiler import Compiler, FixedRowsError, Request
 from clipgrad.compiled.lengths import Shapes, shapes_of
-from clipgrad.compiled.shape import pad_batch, pad_mask
+from clipgrad.compiled.shape import Rows, pad_batch, pad_mask
 from clipgrad.compiled.signature import refuse_modes, signature
 from clipgrad.engine.captured_loss import GraphOfLoss, LossGraphs
 from clipgrad.engine.clip_and_sum import MicrobatchResult, Settings
@@ -35,7 +35,7 @@ class MicrobatchRunner:
         graphs: Holds the graphs of the loss.
         inputs: The arguments of the call.
         settings: The resolved options.
-        size: Number of rows of the compiled graph.
+        rows: How many rows run together.
     """
 
     def __init__(
@@ -44,12 +44,12 @@ class MicrobatchRunner:
         graphs: LossGraphs,
         inputs: Inputs,
         settings: Settings,
-        size: int,
+        rows: Rows,
     ) -> None:
         refuse_modes()
         refuse_saved_tensors_hooks()
         self._compiler, self._graphs = compiler, graphs
-        self._inputs, self._settings, self._size = inputs, settings, size
+        self._inputs, self._settings, self._rows = inputs, settings, rows
         self._device = inputs.params[0].device
         self._bounds = compiler.bounds_on(self._device, settings.clipping.norms)
         self._entry: CompiledStep | None = None
@@ -66,9 +66,16 @@ class MicrobatchRunner:
             CompileError: If the step cannot be compiled, or was compiled for too many signatures.
             CompileMismatchError: If the compiled step and the eager step have different results.
         """
-        settings, size = self._settings, self._size
-        batch = self._inputs.rows(rows)
+        try:
+            return self._run(rows, mask)
+        except FixedRowsError:
+            self._rows = Rows(self._rows.most)
+            return self._run(rows, mask)
+
+    def _run(self, rows: slice, mask: Tensor | None) -> MicrobatchResult:
+        settings, batch = self._settings, self._inputs.rows(rows)
         count = rows.stop - rows.start
+        size = self._rows.padded(count)
         padded = pad_batch(batch, size)
         padding = pad_mask(mask, count, size, self._device)
         started = None
@@ -143,9 +150,9 @@ class MicrobatchRunner:
     ) -> CompiledStep:
         inputs, settings, loss = self._inputs, self._settings, self._loss
         assert loss is not None
-        now = signature(inputs, loss, self._size, settings.clipping)
+        now = signature(inputs, loss, settings.clipping)
         return self._compiler.find(now, shapes) or self._compiler.make(
-            Request(inputs, loss, batch, given, settings, now, shapes)
+            Request(inputs, loss, batch, given, settings, now, shapes, self._rows)
         )
 
     def _eagerly(self, batch: Sequence[Any], mask: Tensor | None) -> MicrobatchResult:

@@ -1,10 +1,11 @@
-"""Pad batches of every size to one number of rows, since a compiled graph has a fixed size."""
+"""How many rows a compiled graph has: a symbol, or one fixed number to which batches of every size are padded."""
 
 from __future__ import annotations
 
 import functools
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,13 +15,36 @@ _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 def fixed_size(expected_batch_size: float) -> int:
-    """Return the default number of rows of the compiled graph for Poisson batches of this mean size.
+    """Return how many samples run at once on a compiled graph for Poisson batches of this mean size.
 
-    It is two standard deviations above the mean, so that 98 of 100 batches fit into one run of the graph. Smaller
-    graphs need less padding but more runs. For means of 32 to 256 samples, all sizes between an eighth of the mean and
-    this size cost the same within a few percent (see ``docs/notes/performance.md``).
+    It is two standard deviations above the mean, so that 98 of 100 batches are one run. On a GPU batches are padded to
+    it. Smaller graphs need less padding but more runs. For means of 32 to 256 samples, all sizes between an eighth of
+    the mean and this size cost the same within a few percent (see ``docs/notes/performance.md``).
     """
     return math.ceil(expected_batch_size + 2 * math.sqrt(expected_batch_size))
+
+
+@dataclass(frozen=True)
+class Rows:
+    """This class says how many samples run together.
+
+    Attributes:
+        most: The largest number.
+        are_symbolic: Whether one graph serves every number up to this; otherwise batches are padded to it.
+    """
+
+    most: int
+    are_symbolic: bool = False
+
+    def at_once(self, batch_size: int) -> int:
+        """Return how many samples of a batch run at once: as few runs as possible, equal if they may be."""
+        if not self.are_symbolic or batch_size <= 0:
+            return self.most
+        return math.ceil(batch_size / math.ceil(batch_size / self.most))
+
+    def padded(self, count: int) -> int:
+        """Return the number of rows to which ``count`` samples are padded; a symbol never stands for one."""
+        return max(count, 2) if self.are_symbolic else self.most
 
 
 def is_channels_last(leaf: Tensor) -> bool:

@@ -69,20 +69,18 @@ def _global_settings(kinds: Sequence[str]) -> tuple[Any, ...]:
     )
 
 
-def signature(inputs: Inputs, loss: GraphOfLoss, size: int, clipping: Clipping) -> tuple[Any, ...]:
-    """Equal for two batches exactly if one graph serves both, given that it serves their lengths.
+def signature(inputs: Inputs, loss: GraphOfLoss, clipping: Clipping) -> tuple[Any, ...]:
+    """Equal for two batches exactly if one graph serves both, given that it serves their sizes.
 
     Args:
         inputs: The arguments.
         loss: The captured loss that PyTorch's guards chose.
-        size: Rows of the graph.
         clipping: Of the transform; the norms themselves are inputs of the graph.
     """
     kinds = (
         ("cpu",) if inputs.params[0].device.type == "cpu" else ("cpu", inputs.params[0].device.type)
     )
     return (
-        ("number of rows", size),
         ("names of the parameters", tuple(inputs.names)),
         ("shape, dtype, device or requires_grad of a parameter", describe_all(inputs.params)),
         ("shape, dtype, device or layout of the batch", tuple(map(_describe_rows, inputs.batch))),

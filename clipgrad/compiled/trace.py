@@ -182,7 +182,7 @@ def trace(
 
     arguments = [*given, *tensors, *read, is_padding, bounds]
     if lengths.mode is not None:
-        arguments = lengths.with_symbols(given, tensors, [*read, is_padding, bounds])
+        arguments = lengths.with_symbols(given, tensors, read, is_padding, bounds)
     with ExitStack() as stack:
         stack.enter_context(_RefuseReads())
         stack.enter_context(_explain_trace_errors())

@@ -8,7 +8,12 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
-from clipgrad._functorch import without_tracing
+from clipgrad._functorch import (
+    expose_or_broadcast,
+    hide_batch_axis,
+    vmap_level,
+    without_tracing,
+)
 from clipgrad.engine.bundle import Bundle, make_bundle
 from clipgrad.engine.tape import Tape
 from clipgrad.engine.tracked import Tracked
@@ -137,16 +142,21 @@ class Gradients:
         key = id(part)
         if key not in self._pulled:
             sources = [self._tape.tracked[i].shared for i in part.parameters]
-            self._pulled[key] = list(
-                torch.autograd.grad(
+            gradients = part.per_sample().to(part.shared.dtype)
+            size = gradients.shape[0]
+            # PyTorch's ``is_grads_batched`` does the same, but makes a number of a size that is a symbol.
+            with vmap_level(size, "error") as level:
+                found: Sequence[Tensor | None] = torch.autograd.grad(
                     part.shared,
                     sources,
-                    part.per_sample().to(part.shared.dtype),
+                    hide_batch_axis(gradients, level),
                     retain_graph=True,
                     allow_unused=True,
-                    is_grads_batched=True,
                 )
-            )
+                self._pulled[key] = [
+                    None if total is None else expose_or_broadcast(total, level, size)
+                    for total in found
+                ]
         gradient = self._pulled[key][part.parameters.index(index)]
         return None if gradient is None else widen(gradient)
 

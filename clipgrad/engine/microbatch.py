@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-from clipgrad._functorch import expose_or_broadcast, hide_batch_axis, vmap_level
+from clipgrad._functorch import expected, expose_or_broadcast, hide_batch_axis, vmap_level
 from clipgrad._phases import phase
 from clipgrad.engine import foreign_code, stale_values
 from clipgrad.engine.capture import Capture, written_message
@@ -123,7 +123,7 @@ def choose_strategies(tape: Tape, settings: Settings) -> list[Choice]:
     """Choose a strategy for every tracked entry, and store it in the entry."""
     choices = choose(
         tape.tracked,
-        tape.batch_size,
+        expected(tape.batch_size),
         strategy=settings.strategy,
         memory_budget=settings.options.performance.memory_budget,
     )

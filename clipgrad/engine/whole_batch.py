@@ -89,27 +89,34 @@ def _gather(input: Tensor, dim: Any, index: Tensor, *, sparse_grad: bool = False
     return _on_batch([input, index], lambda whole: whole[0].gather(_after_batch(dim), whole[1]))
 
 
-def _pooling(operation: str, axes: int) -> dict[Callable[..., Any], Callable[..., Any]]:
-    """Map each name of a pooling operation to the same operation on all samples at once."""
+def _over_images(operation: str, axes: int | None) -> dict[Callable[..., Any], Callable[..., Any]]:
+    """Map each name of an operation on images to the same operation on all samples at once.
+
+    Args:
+        operation: Its name.
+        axes: Spatial axes of the image, which may lack a batch axis of its own; None if it always has one.
+    """
 
     def correct(function: Callable[..., Any]) -> Callable[..., Any]:
-        def pooled(*args: Any, **kwargs: Any) -> Any:
+        def on_images(*args: Any, **kwargs: Any) -> Any:
             key = next((name for name in ("input", "self") if name in kwargs), None)
             input, rest = (args[0], args[1:]) if key is None else (kwargs.pop(key), args)
 
+            spatial = input.dim() - 2 if axes is None else axes
+
             def run(whole: list[Tensor]) -> Tensor:
-                leading = whole[0].shape[: -axes - 1]
+                leading = whole[0].shape[: -spatial - 1]
                 found = function(whole[0].flatten(0, len(leading) - 1), *rest, **kwargs)
                 if not isinstance(found, Tensor):
                     raise Decline
                 result: Tensor = found.unflatten(0, leading)
                 return result
 
-            if input.dim() <= axes:
+            if spatial < 1 or input.dim() <= spatial:
                 raise Decline
             return _on_batch([input], run)
 
-        return pooled
+        return on_images
 
     return each_name(operation, correct)
 
@@ -130,7 +137,7 @@ _TABLE: dict[Callable[..., Any], Callable[..., Any]] = {
     },
     **{
         name: function
-        for operation, axes in _POOLS
-        for name, function in _pooling(operation, axes).items()
+        for operation, axes in [*_POOLS, ("interpolate", None)]
+        for name, function in _over_images(operation, axes).items()
     },
 }  # fmt: skip

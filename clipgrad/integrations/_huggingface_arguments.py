@@ -25,7 +25,10 @@ class Conflict(NamedTuple):
 
 
 _DEFAULT_NORM = 1.0
-_ONE_DEVICE = "trains on several devices, which DPTrainer does not do yet. Leave it out."
+_WHOLE = (
+    "spreads the model over processes, but here each process holds all of it. Leave it out, or shard the model with "
+    "fully_shard and write a loop of your own (docs/scaling.md)."
+)
 CONFLICTS: tuple[Conflict, ...] = (
     Conflict(
         "fp16",
@@ -68,17 +71,14 @@ CONFLICTS: tuple[Conflict, ...] = (
         bool,
         "would repeat the interrupted epoch after a restart. Leave it out: DPTrainer resumes with fresh batches.",
     ),
-    Conflict("deepspeed", bool, _ONE_DEVICE),
-    Conflict("fsdp", bool, _ONE_DEVICE),
+    Conflict("deepspeed", bool, _WHOLE),
+    Conflict("fsdp", bool, _WHOLE),
+    Conflict("parallelism_config", bool, _WHOLE),
     Conflict(
         "n_gpu",
         lambda value: value > 1,
-        "splits batches over several devices, which DPTrainer does not do yet. Set CUDA_VISIBLE_DEVICES=0.",
-    ),
-    Conflict(
-        "world_size",
-        lambda value: value > 1,
-        "trains with several processes, which DPTrainer does not do yet. Start one process.",
+        "splits batches over several devices of one process. Start a process for each: "
+        "torchrun --nproc-per-node=gpu train.py, or set CUDA_VISIBLE_DEVICES=0.",
     ),
     Conflict(
         "optim",
@@ -101,8 +101,27 @@ def refuse_conflicts(args: Any, conflicts: Sequence[Conflict]) -> None:
 
 
 def logical_batch_size(args: Any) -> int:
-    """Return the expected batch size that the arguments describe."""
-    return int(args.per_device_train_batch_size * args.gradient_accumulation_steps)
+    """Return the expected batch size that the arguments describe, of all processes together."""
+    each = args.per_device_train_batch_size * args.world_size
+    return int(each * args.gradient_accumulation_steps)
+
+
+def refuse_spread_model(trainer: Any) -> None:
+    """Refuse a model of which a process holds a part, however that came about.
+
+    Raises:
+        ValueError: With the remedy.
+    """
+    found = {
+        "accelerate is set to FSDP, which": trainer.is_fsdp_enabled,
+        "accelerate is set to DeepSpeed, which": trainer.is_deepspeed_enabled,
+        "the model has DTensor parameters, whose mesh": any(
+            hasattr(parameter, "device_mesh") for parameter in trainer.model.parameters()
+        ),
+    }
+    for what, is_so in found.items():
+        if is_so:
+            raise ValueError(f"{what} {_WHOLE}")
 
 
 def steps_wanted(args: Any, epoch: int) -> int:
@@ -158,8 +177,8 @@ def _plan_of(
     size = logical_batch_size(args)
     if size > num_samples:
         raise ValueError(
-            f"TrainingArguments: per_device_train_batch_size * gradient_accumulation_steps is {size}, more than the "
-            f"{num_samples} {unit}s of train_dataset. Lower one of them."
+            f"TrainingArguments: per_device_train_batch_size * gradient_accumulation_steps * world_size is {size}, "
+            f"more than the {num_samples} {unit}s of train_dataset. Lower one of them."
         )
     return PrivacyPlan.for_epsilon(
         target_epsilon,
@@ -179,12 +198,14 @@ def _refuse_other_plan(args: Any, plan: PrivacyPlan) -> None:
         ValueError: If they do; the message names argument, value and remedy.
     """
     each, pieces = args.per_device_train_batch_size, args.gradient_accumulation_steps
-    fitting = max(1, math.ceil(plan.expected_batch_size / each))
+    several = f" on {args.world_size} processes" if args.world_size > 1 else ""
+    fitting = max(1, math.ceil(plan.expected_batch_size / (each * args.world_size)))
     if pieces != fitting:
         raise ValueError(
-            f"TrainingArguments(per_device_train_batch_size={each}, gradient_accumulation_steps={pieces}) is not the "
-            f"plan's expected_batch_size={plan.expected_batch_size:g}. Set gradient_accumulation_steps={fitting}: a "
-            "step runs its samples in microbatches of per_device_train_batch_size."
+            f"TrainingArguments(per_device_train_batch_size={each}, gradient_accumulation_steps={pieces}){several} is "
+            f"not the plan's expected_batch_size={plan.expected_batch_size:g}. "
+            f"Set gradient_accumulation_steps={fitting}: a step runs its samples in microbatches of "
+            "per_device_train_batch_size."
         )
     wanted = steps_wanted(args, epoch_of(plan.num_samples, plan.expected_batch_size))
     if wanted > plan.steps:

@@ -13,7 +13,12 @@ from torch.utils.data import DataLoader
 from clipgrad.accounting import Ledger
 from clipgrad.errors import PrivacyBudgetError
 from clipgrad.integrations._batches import LogicalBatches, epoch_of, loader_of, rows_of
-from clipgrad.integrations._huggingface_arguments import CONFLICTS, plan_and_users, refuse_conflicts
+from clipgrad.integrations._huggingface_arguments import (
+    CONFLICTS,
+    plan_and_users,
+    refuse_conflicts,
+    refuse_spread_model,
+)
 from clipgrad.noise import NoiseSource
 from clipgrad.optimizer import DPOptimizer
 from clipgrad.options import Performance
@@ -69,6 +74,7 @@ class PrivateTraining:
         self._private: DPOptimizer[Any] | None = None
         super().__init__(*args, **trainer)
         refuse_conflicts(self.args, self._conflicts)
+        refuse_spread_model(self)
         self._samples_per_user = samples_per_user
         self.plan, self._users = plan_and_users(
             self.args, self.train_dataset, user_column, plan, target_epsilon, delta
@@ -111,6 +117,10 @@ class PrivateTraining:
             return inner
         # PEFT adds this hook for reentrant checkpoints. Here it would set requires_grad on one sample's tensor.
         getattr(self.model, "disable_input_require_grads", lambda: None)()
+        if self.args.world_size > 1:
+            # accelerate leaves a model alone that it has prepared: DDP would keep a second copy of all gradients.
+            self.accelerator.prepare_model(self.model, evaluation_mode=True)
+            self.model._is_accelerate_prepared = True
         self._loss = self._loss_of_batch()
         self.optimizer = self._private = DPOptimizer(
             inner,
@@ -210,7 +220,7 @@ class PrivateTraining:
         if model is not self.dp_optimizer.model:
             raise ValueError(
                 f"the model was wrapped in a {type(model).__name__} after DPTrainer was made, so its gradients would "
-                "not be clipped. Train the bare model on one device."
+                "not be clipped. Train the bare model."
             )
         done, known = self.state.global_step, self.ledger.steps_of(self.plan.run.name)
         if known < done:

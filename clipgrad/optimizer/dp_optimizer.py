@@ -17,6 +17,7 @@ from clipgrad.clipping import ClippingStrategy, Schedule, make_clipping
 from clipgrad.engine.inputs import Inputs, inputs_of_model
 from clipgrad.explain import Explanation
 from clipgrad.noise import NoiseSource
+from clipgrad.noise.step_noise import StepSums
 from clipgrad.optimizer import facts
 from clipgrad.optimizer.batch_parts import by_name, parts_of
 from clipgrad.optimizer.logical_batch import LogicalBatch
@@ -65,9 +66,10 @@ class DPOptimizer(LogicalBatch, Generic[Returned]):
         noise: The noise source. The default, ``SystemNoise()``, is seeded by the operating system.
             ``SeededNoise(generator)`` is repeatable, for experiments, and **not private**.
             ``DiscreteGaussianNoise(grid)`` chooses exact mode; see ``docs/exact.md``.
-        compile: Run the step as one compiled graph; see ``clipped_grad``. Without ``microbatch_size`` the graph has
-            rows for a Poisson batch two standard deviations above ``expected_batch_size``. If all batches have the same
-            size, pass this size as ``microbatch_size`` to avoid padding.
+        compile: Run the step as one compiled graph; see ``clipped_grad``. Without ``microbatch_size`` a graph on a CPU
+            serves Poisson batches of every size. A graph on a GPU has rows for a batch two standard deviations above
+            ``expected_batch_size``, and smaller batches are padded. If all batches have the same size, pass this size
+            as ``microbatch_size``.
         performance: Further options that change time and memory only.
 
     Raises:
@@ -111,10 +113,11 @@ class DPOptimizer(LogicalBatch, Generic[Returned]):
     ) -> None:
         check_parts(optimizer, model, loss_fn)
         chosen = make_mechanism(plan, max_grad_norm, noise_multiplier, expected_batch_size, noise)
+        room = None
         if compile and microbatch_size is None:
             from clipgrad.compiled import fixed_size  # PyTorch's compiler takes seconds to import
 
-            microbatch_size = fixed_size(chosen.expected_batch_size)
+            room = fixed_size(chosen.expected_batch_size)
         options = Options(
             has_aux=None,
             keep_batch_dim=keep_batch_dim,
@@ -124,7 +127,7 @@ class DPOptimizer(LogicalBatch, Generic[Returned]):
             performance=Performance() if performance is None else performance,
         )
         ranks = ranks_of(options, model)
-        super().__init__(optimizer, chosen, BatchClipper(options, ranks), noise, plan)
+        super().__init__(optimizer, chosen, BatchClipper(options, ranks, room), noise, plan)
         self.model = model
         self.loss_fn = loss_fn
         self._start_batch()
@@ -224,13 +227,9 @@ class DPOptimizer(LogicalBatch, Generic[Returned]):
         with torch.no_grad():
             with phase("noise"):
                 share = ranks.share(sums, parameters, aliases_graph=aliases_graph)
+                step, divisor = self._step_state.step, self.expected_batch_size
                 means = self._noise.next(
-                    share.parts,
-                    self._step_state.step,
-                    names=names,
-                    sigma=sigma,
-                    divisor=self.expected_batch_size,
-                    in_place=share.private,
+                    StepSums(share.parts, step, names, sigma, divisor, in_place=share.private)
                 )
                 if observed:
                     ranks.one_draw(observed, lambda total: self._noise.count(total, sigma_observed))

@@ -123,7 +123,7 @@ class PerSample:
         if gradient.dtype is torch.bfloat16 and multiplies(gradient, gradient):
             # Three terms hold all digits of the factors, and the gradients are not widened.
             terms = torch.stack(in_terms(factors, 3))[None]
-            totals = product(terms, gradient.reshape(1, len(gradient), -1))[0]
+            totals = product(terms, gradient.reshape(1, gradient.shape[0], -1))[0]
             return totals.sum(0).view(gradient.shape[1:])
         wide = widen(gradient)
         if wide.dim() == 1:

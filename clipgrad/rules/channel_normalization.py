@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from clipgrad._functorch import is_symbol
 from clipgrad.batch_norm import batch_norm_error
 from clipgrad.errors import NotPerSampleError
 from clipgrad.rules.canonical import PerSample, widen
@@ -44,10 +45,15 @@ class _ChannelAffine:
         )
         image = (1, rows * channels, x[0, 0].numel())
         # Reshape may return a view that is not contiguous.
-        _, weight, bias = torch.ops.aten.native_group_norm_backward(
-            widen(gradient).reshape(image).contiguous(), x.reshape(image).contiguous(), mean, rstd,
-            x.new_ones(1).expand(image[1]), *image, mean.shape[1], [False, True, True],
-        )  # fmt: skip
+        gradient, x = (value.reshape(image).contiguous() for value in (widen(gradient), x))
+        if is_symbol(rows):  # the native operation makes a number of it
+            groups = (-1, 1, 1), (mean.shape[1], -1, image[2])
+            whole = (x.view(groups[1]) - mean.view(groups[0])) * rstd.view(groups[0])
+            weight, bias = (gradient * whole.view(image)).sum(2), gradient.sum(2)
+        else:
+            _, weight, bias = torch.ops.aten.native_group_norm_backward(
+                gradient, x, mean, rstd, x.new_ones(1).expand(image[1]), *image, mean.shape[1], [False, True, True],
+            )  # fmt: skip
         self._bias = self._per_sample(bias)
         return PerSample(self._per_sample(weight))
 
@@ -207,7 +213,7 @@ def _fixed_statistics(
 
     def find(wide: Tensor) -> Statistics:
         rstd = (variance.to(wide.dtype) + eps).rsqrt()
-        return mean.expand(len(wide), -1), rstd.expand(len(wide), -1)
+        return mean.expand(wide.shape[0], -1), rstd.expand(wide.shape[0], -1)
 
     return _finish(call, y, shape, affine, _ChannelAffine(images, shape[0], find))
 

@@ -74,8 +74,8 @@ def norms_squared_with_rows(kept: Tensor, uses: Sequence[Outer]) -> Tensor:
     assert hot is not None
     assert isinstance(hot.left, OneHot)
     own = row_norms_squared(kept)
-    rows = kept.reshape(len(kept), hot.left.width, hot.columns)
-    samples = torch.arange(len(kept), device=kept.device)[:, None]
+    rows = kept.reshape(kept.shape[0], hot.left.width, hot.columns)
+    samples = torch.arange(kept.shape[0], device=kept.device)[:, None]
     right = widen(hot.right)
     picked = widen(rows[samples, hot.left.ids])
     cross: Tensor = torch.linalg.vecdot(picked.flatten(1), right.flatten(1))

@@ -92,12 +92,12 @@ def layer_norm(
             mean, rstd = statistics
         products = torch.sub(x, mean).mul_(gradient).reshape(canonical)
         return PerSample(
-            _weighted_position_sum(products, rstd.view(canonical[:2])).view(len(x), *shape)
+            _weighted_position_sum(products, rstd.view(canonical[:2])).view(x.shape[0], *shape)
         )
 
     def make_bias(gradient: Tensor) -> PerSample:
         summed = gradient.reshape(canonical).sum(1, dtype=widen(gradient[:0]).dtype)
-        return PerSample(summed.view(len(x), *shape))
+        return PerSample(summed.view(x.shape[0], *shape))
 
     return call.finish(y, Recipe(weight, make_weight), Recipe(bias, make_bias), saved=(x,))
 
@@ -127,7 +127,9 @@ def rms_norm(
         squares = torch.linalg.vector_norm(wide, dim=-1).square()
         scale = (squares / canonical[-1] + epsilon).rsqrt()
         return PerSample(
-            _weighted_position_sum(wide * gradient.reshape(canonical), scale).view(len(x), *shape)
+            _weighted_position_sum(wide * gradient.reshape(canonical), scale).view(
+                x.shape[0], *shape
+            )
         )
 
     return call.finish(y, Recipe(weight, make_weight), saved=(x,))

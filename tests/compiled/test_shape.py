@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clipgrad import DPOptimizer, clipped_grad
 from clipgrad.compiled import fixed_size
-from clipgrad.compiled.shape import pad_rows
+from clipgrad.compiled.shape import Rows, pad_rows
 from tests.compiled.conftest import Graphs
+from tests.oracle import clipped_sum, per_sample_gradients
 from tests.small_mlp import (
     INPUTS,
     B,
@@ -44,24 +48,82 @@ def test_first_batch_decides_where_the_user_does_not(graphs: Graphs) -> None:
     assert len(graphs) == 1
 
 
-def test_optimizer_leaves_room_for_a_poisson_batch(graphs: Graphs) -> None:
-    model = nn.Linear(3, 2)
+def squares(model: nn.Module, x: Tensor) -> Tensor:
+    return model(x).square().mean()
 
-    def loss_fn(model: nn.Module, x: Tensor) -> Tensor:
-        return model(x).square().mean()
 
-    optimizer = DPOptimizer(
-        torch.optim.SGD(model.parameters(), lr=0.1), model, loss_fn, max_grad_norm=1.0, noise_multiplier=1.0,
-        expected_batch_size=16, compile=True,
+def reflected(model: nn.Module, x: Tensor) -> Tensor:
+    """PyTorch's rule for this padding under vmap asks for the number of rows."""
+    return F.pad(model(x), (1, 1), mode="reflect").square().mean()
+
+
+def private(loss: Callable[..., Tensor], expected: int, **options: object) -> DPOptimizer:
+    model = nn.Linear(3, 2).double()
+    return DPOptimizer(
+        torch.optim.SGD(model.parameters(), lr=0.0), model, loss, max_grad_norm=0.5, noise_multiplier=0.0,
+        expected_batch_size=expected, **options,
     )  # fmt: skip
-    for size in (16, 0, 24, 25, 7):
-        optimizer.backward(torch.randn(size, 3))
-        optimizer.step()
-        optimizer.zero_grad()
+
+
+def check(optimizer: DPOptimizer, size: int) -> None:
+    """Compare one batch with the loop over its samples."""
+    model, loss, x = optimizer.model, optimizer.loss_fn, draw(size, 3)
+    optimizer.zero_grad()
+    optimizer.backward(x)
+    sums = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+    if size:
+        sums |= clipped_sum(per_sample_gradients(model, loss, (x,)), 0.5)[0]
+    torch.testing.assert_close(optimizer.clipped_sums, sums, rtol=0, atol=1e-9)
+
+
+EXPECTED = 16
+SIZES = (EXPECTED, 0, 1, 2, EXPECTED + 12, 7, fixed_size(EXPECTED), 3 * EXPECTED + 1, 1)
+"""Sizes of Poisson batches: the mean, none, one, three standard deviations above, and larger than all before."""
+
+
+@pytest.mark.parametrize("compile", [True, False])
+def test_poisson_batches_of_every_size_equal_the_loop(compile: bool, graphs: Graphs) -> None:
+    optimizer = private(squares, EXPECTED, compile=compile)
+    for size in SIZES:
+        check(optimizer, size)
+    assert len(graphs) == compile
+    if compile:
+        placeholders = graphs.modules[0].graph.find_nodes(op="placeholder")
+        sizes = [size for node in placeholders for size in node.meta["val"].shape]
+        assert any(isinstance(size, torch.SymInt) for size in sizes)
+
+
+def test_a_first_batch_of_one_sample_fixes_no_size(graphs: Graphs) -> None:
+    optimizer = private(squares, EXPECTED, compile=True)
+    for size in (1, 5, 1, 2):
+        check(optimizer, size)
     assert len(graphs) == 1
-    assert fixed_size(16) == 24
+
+
+def test_a_step_that_needs_the_number_of_rows_pads_poisson_batches(graphs: Graphs) -> None:
+    optimizer = private(reflected, EXPECTED, compile=True)
+    for size in SIZES:
+        check(optimizer, size)
+    assert len(graphs) == 1
+    assert fixed_size(EXPECTED) == 24
     shapes = [n.meta["val"].shape for n in graphs.modules[0].graph.nodes if n.op == "placeholder"]
     assert torch.Size([24, 3]) in shapes
+
+
+def test_a_number_of_rows_that_the_user_set_is_padded_to(graphs: Graphs) -> None:
+    optimizer = private(squares, EXPECTED, compile=True, microbatch_size=EXPECTED)
+    for size in SIZES:
+        check(optimizer, size)
+    shapes = [n.meta["val"].shape for n in graphs.modules[0].graph.nodes if n.op == "placeholder"]
+    assert torch.Size([EXPECTED, 3]) in shapes
+
+
+def test_runs_of_a_large_batch_have_equal_sizes() -> None:
+    rows = Rows(24, are_symbolic=True)
+    assert [rows.at_once(size) for size in (0, 1, 24, 25, 48, 49)] == [24, 1, 24, 13, 24, 17]
+    assert [rows.padded(count) for count in (1, 2, 24)] == [2, 2, 24]
+    assert [Rows(24).at_once(size) for size in (0, 25)] == [24, 24]
+    assert Rows(24).padded(3) == 24
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])

@@ -16,6 +16,7 @@ from math import ceil, prod
 import torch
 from torch import Tensor
 
+from clipgrad._functorch import is_symbol
 from clipgrad.kernels.delayed import delay_until, in_graph_for_cpu
 from clipgrad.kernels.tensor_cores import convolution_product, window_products
 from clipgrad.rules.canonical import OneHot, Outer
@@ -36,6 +37,8 @@ Method = Callable[[Tensor, Tensor, torch.Size, Geometry], Tensor]
 
 def by_patches(gradient: Tensor, input: Tensor, shape: torch.Size, geometry: Geometry) -> Tensor:
     """Unfold the image and take one product per sample, for a limited number of samples at a time."""
+    if is_symbol(input.shape[0]):
+        return _as_operation("patches", gradient, input, shape, geometry)
     rows, image = rows_and_image(gradient, input, geometry)
     samples = image.shape[0]
     size = samples_at_once(image, prod(shape[2:]) * prod(rows.shape[2:]))
@@ -108,6 +111,8 @@ def by_rows(gradient: Tensor, input: Tensor, shape: torch.Size, geometry: Geomet
     Tap ``k`` multiplied pixel ``q`` for output ``q + padding - dilation * k``. So the gradient is padded by
     ``(size - 1) * dilation - padding``, and its patches hold the taps in reverse order.
     """
+    if is_symbol(input.shape[0]):
+        return _as_operation("rows", gradient, input, shape, geometry)
     taps = shape[2:]
     padding = tuple(
         (size - 1) * dilation - pad
@@ -157,14 +162,32 @@ def by_groups(gradient: Tensor, input: Tensor, shape: torch.Size, geometry: Geom
     In a traced graph on CPU this is a custom operation. Otherwise a compiler would make the folded images channels
     last, which suits ordinary convolutions; with hundreds of groups this is two to three times slower, copies included.
     """
-    found: Tensor = (_grouped_operation if in_graph_for_cpu(gradient) else _grouped)(
-        gradient, delay_until(gradient, input), shape, geometry.stride, geometry.padding, geometry.dilation,
+    if in_graph_for_cpu(gradient):
+        return _as_operation("groups", gradient, delay_until(gradient, input), shape, geometry)
+    samples = input.shape[0]
+
+    def fold(tensor: Tensor) -> Tensor:
+        return tensor.reshape(1, samples * tensor.shape[1], *tensor.shape[2:])
+
+    weight = input.new_empty(samples * shape[0], *shape[1:])  # only its shape is read
+    found = geometry.weight_gradient(fold(gradient), fold(input), weight, samples * geometry.groups)
+    return found.contiguous().view(samples, *shape)
+
+
+def _as_operation(
+    method: str, gradient: Tensor, input: Tensor, shape: torch.Size, geometry: Geometry
+) -> Tensor:
+    """Leave a method to run time, as one operation of the graph: how it cuts the samples depends on their number."""
+    found: Tensor = _operation(
+        method, gradient, input, shape, geometry.stride, geometry.padding, geometry.dilation,
         geometry.groups, geometry.transposed, geometry.output_padding,
     )  # fmt: skip
     return found
 
 
-def _grouped(
+@torch.library.custom_op("clipgrad::per_sample_weight_gradient", mutates_args=())
+def _operation(
+    method: str,
     gradient: Tensor,
     input: Tensor,
     shape: Sequence[int],
@@ -178,23 +201,12 @@ def _grouped(
     geometry = Geometry(
         tuple(stride), tuple(padding), tuple(dilation), groups, transposed, tuple(output_padding)
     )
-    samples = input.shape[0]
-
-    def fold(tensor: Tensor) -> Tensor:
-        return tensor.reshape(1, samples * tensor.shape[1], *tensor.shape[2:])
-
-    weight = input.new_empty(samples * shape[0], *shape[1:])  # only its shape is read
-    found = geometry.weight_gradient(fold(gradient), fold(input), weight, samples * groups)
-    return found.contiguous().view(samples, *shape)
+    run = {"patches": by_patches, "rows": by_rows, "groups": by_groups}[method]
+    return run(gradient, input, torch.Size(shape), geometry).contiguous()
 
 
-_grouped_operation = torch.library.custom_op(
-    "clipgrad::per_sample_weight_gradient", _grouped, mutates_args=()
-)
-
-
-@_grouped_operation.register_fake
-def _(gradient: Tensor, input: Tensor, shape: Sequence[int], *_: object) -> Tensor:
+@_operation.register_fake
+def _(method: str, gradient: Tensor, input: Tensor, shape: Sequence[int], *_: object) -> Tensor:
     return input.new_empty(input.shape[0], *shape)
 
 
