@@ -12,9 +12,11 @@ At last it asks what a model remembers. Canaries are random strings, half of whi
 coin. The exposure of a canary (Carlini et al. 2019) says how few of 960 other random strings the model finds likelier:
 1.4 bits on average for strings that were never seen, 9.9 for one that is known by heart. In a training of this size a
 model remembers no string that it saw once, so each canary is 50 equal rows of a small training set. Then canaries show
-without privacy. That they do not show with epsilon = 8 is no proof: epsilon is promised for one row, and for a group of
-50 rows it is far larger. ``clipgrad.audit`` bounds that group's epsilon from below, from the same canaries. 40 coins
-bound little, and the number of rows depends on them, which a serious audit avoids (docs/audit.md finds planted bugs).
+plainly without privacy. They show less with epsilon = 8, but they do: epsilon is promised for one row, and 50 rows are
+a group for which it is far larger. Protect people who have many rows as users (``DPTrainer(user_column=...)``).
+
+``clipgrad.audit`` bounds the group's epsilon from below, from the same canaries. 40 coins bound little, and the number
+of rows depends on them, which a serious audit avoids (docs/audit.md finds planted bugs).
 """
 
 from __future__ import annotations
