@@ -181,6 +181,8 @@ def terminal_lines(rows: Iterable[Row]) -> Iterable[str]:
 
 
 if __name__ == "__main__":
-    for path in sorted((Path(__file__).parent / "results").glob("*.json")):
+    # Other benchmarks keep their raw figures there too, without a page.
+    for page in sorted((Path(__file__).parent / "results").glob("*.md")):
+        path = page.with_suffix(".json")
         stored = in_order(load(path).values(), list(WORKLOADS))
         print(render(path.parent, path.stem, stored), file=sys.stdout)

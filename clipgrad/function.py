@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from clipgrad._tracebacks import UsersLines
 from clipgrad.batch import BatchClipper
 from clipgrad.clipping import ClippingStrategy, Relation, copy_strategy, relation_of
 from clipgrad.engine.inputs import inputs_of_arguments
@@ -47,7 +48,8 @@ class ClippedGrad:
             CompileError: If the step cannot be compiled, with ``compile``.
         """
         inputs, restore = inputs_of_arguments(self.fn, self.argnums, self.batch_argnums, args)
-        found = self.clipper.clip(inputs, self.max_grad_norm, is_padding, restore=restore)
+        with UsersLines():
+            found = self.clipper.clip(inputs, self.max_grad_norm, is_padding, restore=restore)
         return ClippedGradResult(restore(found.sums), found.aux, found.outcome)
 
     def sensitivity(self, relation: Relation = Relation.ADD_OR_REMOVE_ONE) -> float:

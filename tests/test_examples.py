@@ -114,11 +114,15 @@ def check_distill(output: str, folder: Path) -> None:
 def check_finetune_lm(output: str, folder: Path) -> None:
     assert (folder / "finetune_lm.png").read_bytes().startswith(b"\x89PNG")
     before = float(re.findall(r"public model: perplexity ([\d.]+)", output)[0])
-    rows = dict(re.findall(r"^(\w.*?) +[\d.inf]+ +([\d.]+)   epsilon >=", output, re.MULTILINE))
+    rows = dict(re.findall(r"^(\w.*?) +[\d.inf]+ +([\d.]+)$", output, re.MULTILINE))
     assert rows.keys() == {"DPTrainer, epsilon 4", "plain loop", "not private"}
     assert float(rows["not private"]) < before
     # Four noisy steps: near where they began, whatever the noise.
     assert all(float(perplexity) < 1.2 * before for perplexity in rows.values())
+    exposed = re.findall(
+        r"^(\w.*?) +([\d.]+) \+- \S+ +([\d.]+) \+- \S+   group epsilon", output, re.MULTILINE
+    )
+    assert [name for name, *_ in exposed] == ["not private", "DPTrainer, epsilon 8"]
 
 
 NEEDS = {"finetune_lm": ("transformers", "accelerate", "peft")}

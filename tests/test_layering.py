@@ -13,6 +13,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "clipgrad"
 ROOMS: dict[str, set[str]] = {
     "errors": set(),
     "_phases": set(),
+    "_tracebacks": {"errors"},
     "_validate": set(),
     "_functorch": set(),
     "accounting": set(),
@@ -43,11 +44,11 @@ ROOMS: dict[str, set[str]] = {
         "_validate", "arithmetic", "clipping", "compiled", "empty_batch", "engine", "errors", "exact", "explain",
         "loss_graph", "options", "ranks", "result",
     },
-    "function": {"batch", "clipping", "engine", "explain", "options", "result"},
+    "function": {"_tracebacks", "batch", "clipping", "engine", "explain", "options", "result"},
     "optimizer": {
-        "_functorch", "_phases", "_validate", "accounting", "arithmetic", "batch", "batch_norm", "clipping", "compiled",
-        "distributed", "engine", "errors", "exact", "explain", "noise", "options", "plan", "ranks", "result",
-        "sampling",
+        "_functorch", "_phases", "_tracebacks", "_validate", "accounting", "arithmetic", "batch", "batch_norm",
+        "clipping", "compiled", "distributed", "engine", "errors", "exact", "explain", "noise", "options", "plan",
+        "ranks", "result", "sampling",
     },
     "attached_loop": {"errors", "noise", "optimizer", "options", "plan"},
     "profile": {"_phases", "optimizer"},

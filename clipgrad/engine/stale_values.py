@@ -37,11 +37,11 @@ class _StaleValue(Tensor):
         try:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **(kwargs or {}))
-        except (RuntimeError, TypeError) as error:
+        except (RuntimeError, TypeError):
             raise NotPerSampleError(
                 f"{getattr(func, '__name__', func)} received a value that the loss kept (in a list, an attribute or a "
                 f"logger, such as self.log) and that stands for all samples at once, so it cannot be used {_OUTSIDE}"
-            ) from error
+            ) from None
 
 
 def remember(made: Iterable[weakref.ref[Tensor]]) -> None:

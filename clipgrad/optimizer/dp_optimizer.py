@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from typing_extensions import TypeVar
 
 from clipgrad._phases import phase
+from clipgrad._tracebacks import UsersLines
 from clipgrad.batch import BatchClipper
 from clipgrad.clipping import ClippingStrategy, Schedule, make_clipping
 from clipgrad.engine.inputs import Inputs, inputs_of_model
@@ -178,7 +179,8 @@ class DPOptimizer(LogicalBatch, Generic[Returned]):
         self._pending.before_backward(trained.names, trained.parameters)
         with trained.resident(self._clipper.ranks, self._step_state.step) as resident:
             inputs = self._inputs(resident, batch, bool(named), "backward(*batch)")
-            found = self._clipper.clip(inputs, self._norm(), is_padding, may_alias=True)
+            with UsersLines():
+                found = self._clipper.clip(inputs, self._norm(), is_padding, may_alias=True)
         self._pending.add(
             trained.parameters,
             found.sums,
