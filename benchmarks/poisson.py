@@ -3,13 +3,14 @@
 Tables elsewhere are of batches of one size, and private training has others. A row here is the time of some 200 batches
 of each kind, in blocks of ten: the blocks of all kinds take turns. Sizes are drawn once for all kinds. Compilation is
 part of the first step, which is reported apart; every later step counts, with its comparisons with the eager step.
+With one thread (``OMP_NUM_THREADS=1``) the time on a CPU is processor time, which other processes do not change.
 """
 
 from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import quantiles
@@ -18,11 +19,11 @@ import torch
 from torch import Tensor
 
 from benchmarks.environment import environment
-from benchmarks.measure import synchronize, timed
+from benchmarks.measure import synchronize
 from benchmarks.modes import Microbatch, Variant, adamw, standard
 from benchmarks.peers.check import difference
 from benchmarks.records import Cell, Ratio, Row, in_order, load, save
-from benchmarks.step import NOISE_MULTIPLIER, SEED, Setting
+from benchmarks.step import NOISE_MULTIPLIER, SEED, Setting, Step
 from benchmarks.workloads import WORKLOADS
 from clipgrad import DPOptimizer
 
@@ -94,12 +95,11 @@ class Kind:
     private: bool = True
     poisson: bool = False
 
-    def make(self, setting: Setting, drawn: list[int]) -> tuple[PrivateStep | None, object]:
+    def make(self, setting: Setting, drawn: list[int]) -> Step:
         if self.private:
-            step = PrivateStep(setting, self.compile, drawn, poisson=self.poisson)
-            return step, step
+            return PrivateStep(setting, self.compile, drawn, poisson=self.poisson)
         variant = Variant(bool(self.compile), fused=True, graphs=isinstance(self.compile, str))
-        return None, standard(setting, variant, Microbatch.BATCH, "inductor")
+        return standard(setting, variant, Microbatch.BATCH, "inductor")
 
 
 def kinds(device: str, *, quick: bool = False) -> list[Kind]:
@@ -131,36 +131,48 @@ def measure(setting: Setting, seconds: float, *, quick: bool = False) -> Row:
     began, chosen = time.perf_counter(), kinds(setting.device, quick=quick)
     drawn = sizes(setting.batch_size, BATCHES)
     torch._dynamo.reset()
-    steps, cells = {}, {}
+    steps: dict[str, Step] = {}
+    cells: dict[str, Cell] = {}
     expected: Mapping[str, Tensor] | None = None
     for kind in chosen:
-        private, step = kind.make(setting, drawn)
+        step = kind.make(setting, drawn)
         cell = Cell(
             kind.key, kind.label, "clipgrad" if kind.private else "standard",
             setting.batch_size, "batch", bool(kind.compile),
         )  # fmt: skip
         start = time.perf_counter()
-        if private is not None:
-            found = private.clipped_gradient()
+        if isinstance(step, PrivateStep):
+            found = step.clipped_gradient()
             expected = expected or found
             cell.check = difference(found, expected)
-        step()  # type: ignore[operator]
+        step()
         synchronize(setting.device)
         cell.first_step_s = time.perf_counter() - start
         steps[kind.key], cells[kind.key] = step, cell
-    once = sum(timed(step, setting.device) for step in steps.values())  # type: ignore[arg-type]
+    once = sum(_seconds(step, setting.device, 1) for step in steps.values())
     batches = 2 if quick else min(BATCHES, max(FEWEST_BATCHES, int(seconds / once)))
     keys = list(steps)
     for block in range(max(1, batches // BLOCK)):
         gc.collect()
         for place in range(len(keys)):
             key = keys[(place + block) % len(keys)]
-            taken = sum(timed(steps[key], setting.device) for _ in range(min(BLOCK, batches)))  # type: ignore[arg-type]
+            taken = _seconds(steps[key], setting.device, min(BLOCK, batches))
             cells[key].seconds.append(taken)
     return Row(
         setting.workload.name, setting.workload.description, setting.batch_size, setting.device,
         list(cells.values()), environment(setting.device), time.perf_counter() - began,
     )  # fmt: skip
+
+
+def _seconds(step: Callable[[], object], device: str, calls: int) -> float:
+    alone = device == "cpu" and torch.get_num_threads() == 1
+    clock = time.process_time if alone else time.perf_counter
+    synchronize(device)
+    start = clock()
+    for _ in range(calls):
+        step()
+    synchronize(device)
+    return clock() - start
 
 
 def total_speed(cell: Cell, than: Cell) -> Ratio:
@@ -194,7 +206,8 @@ def section(folder: Path, device: str) -> Iterable[str]:
     yield (
         "Batches as Poisson sampling draws them, everything but the first step included. Percent of the fastest "
         "ordinary step on batches of the expected size, with the quartiles of blocks of ten batches. The last column "
-        "compares batches of changing size with batches of one size, of the same kind of step."
+        "but one compares batches of changing size with batches of one size, of the same kind of step. Runs of one "
+        "thread on a CPU count processor time."
     )
     yield ""
     yield "| Workload | Expected size | Batches | Step | Fixed size | **Poisson** | Poisson vs fixed | First step (s) |"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import faulthandler
+
 import pytest
 
 from benchmarks import poisson, report
@@ -18,6 +20,7 @@ def test_poisson(
 ) -> None:
     if run.quick and workload != "cnn-small":
         pytest.skip("the same code at a larger size")
+    faulthandler.cancel_dump_traceback_later()  # a row takes minutes
     setting = run.setting(workload, 8 if run.quick else batch_size)
     row = poisson.measure(setting, 4 * run.plan.seconds, quick=run.quick)
     for cell in row.cells:
