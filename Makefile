@@ -18,10 +18,10 @@ say   = @echo "==> $(1)"
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-all bench lint format docs lock clean distclean
+.PHONY: help demo test test-all bench lint format docs docs-check lock clean distclean
 
 help: ## show this list
-	@sed -n 's/^\([a-z][a-z]*\):[^#]*## \(.*\)/  make \1|\2/p' Makefile | awk -F'|' '{ printf "%-18s %s\n", $$1, $$2 }'
+	@sed -n 's/^\([a-z][a-z-]*\):[^#]*## \(.*\)/  make \1|\2/p' Makefile | awk -F'|' '{ printf "%-18s %s\n", $$1, $$2 }'
 
 # ------------------------------------------------------------------------------------ environment
 
@@ -94,6 +94,10 @@ docs: $(VENV)/.stamp-docs ## build the documentation into site/
 	@$(BIN)/zensical build --clean --strict
 	$(call say,done: site/index.html)
 
+docs-check: docs ## build it, and open every page in a headless Chromium: links, errors, screenshots
+	$(call say,python -m tests.site)
+	@$(BIN)/python -m tests.site
+
 # torch stays as pinned: raise its pin by hand, then run this.
 lock: ## resolve constraints.txt anew
 	$(call say,resolving all extras in $(VENV)-lock)
@@ -108,7 +112,7 @@ lock: ## resolve constraints.txt anew
 
 clean: ## remove everything generated but .venv
 	$(call say,removing caches and build products)
-	@rm -rf digits.png build dist site .benchmarks .cache .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	@rm -rf digits.png build dist site site-pictures .benchmarks .cache .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	@find . -name '.venv*' -prune -o -name __pycache__ -type d -exec rm -rf {} +
 
 distclean: clean ## remove .venv as well

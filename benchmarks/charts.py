@@ -9,7 +9,7 @@ from typing import Any
 from benchmarks.analysis import overhead_s
 from benchmarks.records import Cell, Row, speed
 
-CLIPGRAD, COMPILED, STANDARD = "#1b6ca8", "#0b3c5d", "#8a8a8a"
+CLIPGRAD, COMPILED, STANDARD, PEER = "#1b6ca8", "#0b3c5d", "#8a8a8a", "#c9c9c9"
 PEER_COLOURS = ("#d1893c", "#b6543f", "#7f9a48", "#8f6aa8", "#c7a940", "#5f9ea0", "#a8788c")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 
@@ -25,6 +25,7 @@ def draw(folder: Path, device: str, rows: Sequence[Row]) -> dict[str, str]:
     full = [row for row in rows if row.tabulated]
     drawn: dict[str, str] = {}
     for title, name, make, data in (
+        ("Speed beside the fastest peer", "summary", _summary, full),
         ("Speed by mode", "modes", _modes, full),
         ("Throughput and memory against microbatch size", "microbatch", _microbatches, full),
         ("Overhead against batch size", "batch-size", _batch_sizes, _swept(rows)),
@@ -83,6 +84,37 @@ def _modes(plt: Any, rows: Sequence[Row]) -> Any:
     return figure
 
 
+def _summary(plt: Any, rows: Sequence[Row]) -> Any:
+    """Three bars a row: clipgrad compiled and eager, and the fastest peer that computes the same."""
+    kinds = (
+        ("clipgrad, compiled", COMPILED, lambda c: c.kind == "clipgrad" and c.compiled),
+        ("clipgrad, eager", CLIPGRAD, lambda c: c.kind == "clipgrad" and not c.compiled),
+        ("fastest peer", PEER, lambda c: c.kind == "peer" and not c.check),
+    )
+    figure, axis = plt.subplots(figsize=(9, 0.62 * len(rows) + 1.2))
+    for line, (label, colour, chosen) in enumerate(kinds):
+        for position, row in enumerate(rows):
+            fastest = next((cell for cell in _bars(row) if chosen(cell)), None)
+            if fastest is not None:
+                place, value = (
+                    position + 0.27 * (line - 1),
+                    100 * speed(fastest, row.baseline()).value,
+                )
+                axis.barh(place, value, 0.25, color=colour, label=label if position == 0 else None)
+                name = f" {fastest.label}" if fastest.kind == "peer" else ""
+                box = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
+                axis.text(value + 1, place, f"{value:.0f}{name}", va="center", fontsize=7, bbox=box)
+    names = [f"{row.workload}, batch {row.batch_size}" for row in rows]
+    axis.set_yticks(range(len(rows)), names, fontsize=9)
+    axis.invert_yaxis()
+    axis.axvline(100, color=STANDARD, linestyle="--", linewidth=1)
+    axis.set_xlabel("% of the speed of the fastest ordinary PyTorch step", fontsize=9)
+    axis.legend(fontsize=8, ncols=3, loc="lower right", bbox_to_anchor=(1, 1), frameon=False)
+    _tidy(axis)
+    figure.tight_layout()
+    return figure
+
+
 def _bars(row: Row) -> list[Cell]:
     private = [c for c in row.measured if c.kind != "standard" and c.share == "batch"]
     return sorted(private, key=lambda cell: cell.median_s)
@@ -95,7 +127,7 @@ def _short(cell: Cell) -> str:
 def _colour(cell: Cell) -> str:
     if cell.kind == "clipgrad":
         return COMPILED if cell.compiled else CLIPGRAD
-    return "#c9c9c9"
+    return PEER
 
 
 def _microbatches(plt: Any, rows: Sequence[Row]) -> Any:

@@ -7,9 +7,10 @@ epsilons, as ``PrivacyPlan.expected_error`` computes it. The second has the time
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -18,14 +19,38 @@ from clipgrad import BandedFactorisation, PrivacyPlan, SystemNoise
 from clipgrad.factorisation.strategy import banded
 from clipgrad.factorisation.toeplitz import square_root
 from clipgrad.noise.correlated import CorrelatedNoise
-from clipgrad.noise.step_noise import IndependentNoise, StepNoise
+from clipgrad.noise.step_noise import IndependentNoise, StepNoise, StepSums
 
 DELTA = 1e-6
 SAMPLES = 100_000
 RUNS = ((1000, 4), (2000, 20))
 """Steps and epochs."""
 EPSILONS = (1.0, 4.0, 8.0)
-SIZES = (10_000, 100_000, 1_000_000, 10_000_000)
+Shapes = list[tuple[int, ...]]
+
+
+def small_cnn() -> Shapes:
+    """Two convolutions and three linear layers: 29 thousand values in ten tensors."""
+    weights: Shapes = [(16, 1, 3, 3), (32, 16, 3, 3), (64, 288), (64, 64), (10, 64)]
+    return [shape for weight in weights for shape in (weight, weight[:1])]
+
+
+def small_gpt2() -> Shapes:
+    """The tensors of a GPT-2 with four layers of width 128: 7.4 million values in 52 tensors."""
+    width = 128
+    layer: Shapes = [(width,), (width,), (width, 3 * width), (3 * width,), (width, width), (width,)]
+    layer += [(width,), (width,), (width, 4 * width), (4 * width,), (4 * width, width), (width,)]
+    return [(50257, width), (1024, width), *(4 * layer), (width,), (width,)]
+
+
+CASES: dict[str, Callable[[], Shapes]] = {
+    "1e4": lambda: [(10_000,)],
+    "1e5": lambda: [(100_000,)],
+    "1e6": lambda: [(1_000_000,)],
+    "1e7": lambda: [(10_000_000,)],
+    "small CNN": small_cnn,
+    "small GPT-2": small_gpt2,
+}
 BANDS = 16
 
 
@@ -70,14 +95,14 @@ def steps_of(
         nonlocal done
         start = clock()
         for _ in range(count):
-            noise.next(sums, done, names=names, sigma=1.0, divisor=48.0, in_place=True)
+            noise.next(StepSums(sums, done, names, sigma=1.0, divisor=48.0, in_place=True))
             done += 1
         return (clock() - start) / count
 
     return take
 
 
-def time_table(device: str, bands: int, rounds: int) -> None:
+def time_table(device: str, bands: int, rounds: int, only: Sequence[str]) -> None:
     print(
         f"{device}, {torch.get_num_threads()} threads: microseconds of a step's noise, {bands} bands, float32"
     )
@@ -86,25 +111,29 @@ def time_table(device: str, bands: int, rounds: int) -> None:
     def clock() -> float:
         if device == "cuda":
             torch.cuda.synchronize()
-        # Time of this process alone, where other work shares the cores.
-        return time.perf_counter() if device == "cuda" else time.process_time()
+        # Time of this process alone, where other work shares the cores; that of several threads would be their sum.
+        alone = device == "cpu" and torch.get_num_threads() == 1
+        return time.process_time() if alone else time.perf_counter()
 
-    for size in SIZES:
+    for name, shapes in CASES.items():
+        if only and name not in only:
+            continue
+        size = sum(map(math.prod, shapes()))
         takers = []
         for noise in (
             IndependentNoise(SystemNoise()),
             CorrelatedNoise(SystemNoise(), banded(square_root(bands)), "benchmark"),
         ):
-            sums = [torch.zeros(size, device=device)]
+            sums = [torch.zeros(shape, device=device) for shape in shapes()]
             takers.append(steps_of(noise, sums, clock))
             takers[-1](2 * bands)  # also what is made ahead, whole blocks of it
         taken: list[list[float]] = [[], []]
         for _ in range(rounds):
             for index, take in enumerate(takers):
-                taken[index].append(take((bands - 1) * max(1, 300_000 // size)))
+                taken[index].append(take((bands - 1) * max(1, 1_000_000 // size)))
         one, other = map(statistics.median, taken)
         ratio = statistics.median(b / a for a, b in zip(*taken, strict=True))
-        print(f"{size:12d} {one * 1e6:12.1f} {other * 1e6:12.1f} {ratio:6.2f}", flush=True)
+        print(f"{name:>12s} {one * 1e6:12.1f} {other * 1e6:12.1f} {ratio:6.2f}", flush=True)
 
 
 def main() -> None:
@@ -113,13 +142,14 @@ def main() -> None:
     parser.add_argument("--bands", type=int, default=BANDS)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--cases", nargs="*", choices=tuple(CASES), default=())
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     if args.only != "times":
         error_table()
     if args.only != "errors":
         for device in ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]:
-            time_table(device, args.bands, args.rounds)
+            time_table(device, args.bands, args.rounds, args.cases)
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import clipgrad
+from benchmarks.language_models import LORA_MODULES, gpt2, llama
 
 BLOCKS = ("GPT2Block", "LlamaDecoderLayer")
 MULTIPLIER = 1.0
@@ -57,31 +58,11 @@ class LowRank(nn.Module):
         return self.base(x) + F.linear(F.linear(x, self.a), self.b)
 
 
-def gpt2(tiny: bool = False) -> nn.Module:
-    import transformers
-
-    sizes = {"n_layer": 2, "n_embd": 32, "n_head": 4, "vocab_size": 512} if tiny else {}
-    config = transformers.GPT2Config(
-        attn_pdrop=0.0, resid_pdrop=0.0, embd_pdrop=0.0, use_cache=False, **sizes
-    )
-    return transformers.GPT2LMHeadModel(config)
-
-
-def llama_lora(tiny: bool = False) -> nn.Module:
-    import transformers
-
-    big = {
-        "vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
-        "num_attention_heads": 32, "num_key_value_heads": 8, "tie_word_embeddings": True,
-    }  # fmt: skip
-    small = {
-        "vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "num_key_value_heads": 2,
-    }  # fmt: skip
-    config = transformers.LlamaConfig(use_cache=False, **(small if tiny else big))
-    model = transformers.LlamaForCausalLM(config).requires_grad_(False)
+def llama_lora(*, tiny: bool = False) -> nn.Module:
+    """Return a frozen Llama with a trained low-rank path beside each attention projection."""
+    model = llama(tiny=tiny).requires_grad_(False)
     for module in list(model.modules()):
-        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+        for name in LORA_MODULES:
             if isinstance(getattr(module, name, None), nn.Linear):
                 setattr(module, name, LowRank(getattr(module, name)))
     return model

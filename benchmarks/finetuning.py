@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 import clipgrad
+from benchmarks import language_models
 
 Batch = dict[str, Tensor]
 
@@ -59,38 +60,23 @@ def text(vocabulary: int, size: int, length: int, device: str, *, masked: bool =
 
 def gpt2(device: str, *, tiny: bool = False, masked: bool = True) -> Setting:
     """GPT-2 small, all parameters trained, in float32."""
-    import transformers
-
-    sizes = {"n_layer": 2, "n_embd": 32, "n_head": 4, "vocab_size": 512} if tiny else {}
-    config = transformers.GPT2Config(attn_pdrop=0.0, resid_pdrop=0.0, embd_pdrop=0.0, **sizes)
-    config.bos_token_id = config.eos_token_id = 1
-    model = transformers.GPT2LMHeadModel(config).to(device)
+    model = language_models.gpt2(tiny=tiny).to(device)
     shape = (4, 16) if tiny else (16, 512)
-    return Setting(model, text(config.vocab_size, *shape, device, masked=masked))
+    return Setting(model, text(model.config.vocab_size, *shape, device, masked=masked))
 
 
 def llama_lora(device: str, *, tiny: bool = False) -> Setting:
     """Llama of one billion parameters in bfloat16 with LoRA adapters of rank 16 in float32."""
     import peft
-    import transformers
 
-    big = {
-        "vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
-        "num_attention_heads": 32, "num_key_value_heads": 8, "tie_word_embeddings": True,
-    }  # fmt: skip
-    small = {
-        "vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "num_key_value_heads": 2,
-    }  # fmt: skip
-    config = transformers.LlamaConfig(**(small if tiny else big))
     with torch.device(device):
-        model = transformers.LlamaForCausalLM(config).to(torch.bfloat16)
-    lora = peft.LoraConfig(
-        r=16, lora_alpha=32, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"]
-    )
+        model = language_models.llama(tiny=tiny).to(torch.bfloat16)
+    vocabulary = model.config.vocab_size
+    modules = list(language_models.LORA_MODULES)
+    lora = peft.LoraConfig(r=16, lora_alpha=32, target_modules=modules)
     model = peft.get_peft_model(model, lora)
     shape = (4, 16) if tiny else (8, 512)
-    return Setting(model, text(config.vocab_size, *shape, device))
+    return Setting(model, text(vocabulary, *shape, device))
 
 
 def in_bfloat16(setting: Setting) -> Setting:

@@ -197,9 +197,9 @@ class BatchClipper:
                 lambda loss: forward(loss, inputs.names, inputs.params, samples, settings)
             )
         try:
-            return make_explanation(
-                tape.tracked, choose_strategies(tape, settings), tape.batch_size
-            )
+            choices = choose_strategies(tape, settings)
+            costs = self.ranks.costs(inputs.params, settings.dtypes)
+            return make_explanation(tape.tracked, choices, tape.batch_size, self.ranks.size, costs)
         finally:
             tape.release()
 

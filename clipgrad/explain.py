@@ -1,4 +1,4 @@
-"""Explain the cost of a loss: one row per parameter, computed from a forward pass alone."""
+"""Explain the cost of a loss: one row per parameter, and what several processes cost, from a forward pass alone."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from clipgrad.engine.norm_method import Choice
+from clipgrad.engine.norm_method import Choice, has_choice
 from clipgrad.engine.tracked import Tracked
+from clipgrad.ranks import Cost
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,8 @@ class ExplanationRow:
         strategy: ``kept``, ``ghost``, or ``-`` if the loss does not use the parameter.
         reason: The reason for that strategy.
         memory: Estimated bytes that are held for the parameter between backward pass and clipped sum.
+        kept_memory: The same if its per-sample gradients are kept.
+        ghost_memory: The same if its norms are ghost norms, where these exist; else as kept.
     """
 
     parameter: str
@@ -31,14 +34,25 @@ class ExplanationRow:
     strategy: str
     reason: str
     memory: int
+    kept_memory: int
+    ghost_memory: int
 
 
 @dataclass(frozen=True)
 class Explanation:
-    """This class is the table that ``explain`` returns; ``print`` it, or read ``rows``."""
+    """This class is the table that ``explain`` returns; ``print`` it, or read ``rows``.
+
+    Attributes:
+        rows: One for each parameter or expression of parameters.
+        microbatch_size: The number of samples that the memory is estimated for.
+        processes: How many processes train together.
+        costs: What that costs each of them, beside the rows.
+    """
 
     rows: tuple[ExplanationRow, ...]
     microbatch_size: int
+    processes: int = 1
+    costs: tuple[Cost, ...] = ()
 
     @property
     def fallbacks(self) -> tuple[str, ...]:
@@ -65,15 +79,31 @@ class Explanation:
             for line in table
         ]
         lines.insert(1, "  ".join("-" * width for width in widths))
-        total = _size(sum(row.memory for row in self.rows))
-        lines.append(
-            f"microbatch of {self.microbatch_size}: {total} beyond the ordinary step's activations"
+        kept, ghost, chosen = (
+            _size(sum(getattr(row, name) for row in self.rows))
+            for name in ("kept_memory", "ghost_memory", "memory")
         )
+        lines.append(
+            f"microbatch of {self.microbatch_size}: all kept takes {kept}, ghost norms {ghost}, and the choice above "
+            f"{chosen} beyond the ordinary step's activations"
+        )
+        if self.costs:
+            lines.append(f"each of {self.processes} processes, besides:")
+            sizes = [_size(cost.size) for cost in self.costs]
+            width = max(map(len, sizes))
+            lines += [
+                f"  {cost.kind}  {size.rjust(width)}  {cost.what}"
+                for cost, size in zip(self.costs, sizes, strict=True)
+            ]
         return "\n".join(line.rstrip() for line in lines)
 
 
 def make_explanation(
-    entries: Sequence[Tracked], choices: Sequence[Choice], microbatch_size: int
+    entries: Sequence[Tracked],
+    choices: Sequence[Choice],
+    microbatch_size: int,
+    processes: int = 1,
+    costs: tuple[Cost, ...] = (),
 ) -> Explanation:
     """Turn tracked entries and their choices into a table, without expressions that the loss does not use."""
     rows = []
@@ -84,8 +114,8 @@ def make_explanation(
         counts = Counter(expected.rule for expected in entry.expected)
         counts.update(f"fallback: {operation}" for operation in entry.fallback)
         by = ", ".join(name if count == 1 else f"{name} x{count}" for name, count in counts.items())
-        kept = choice.strategy.value == "kept"
-        memory = choice.kept_bytes if kept else choice.factor_bytes
+        kept = choice.kept_bytes if uses else 0
+        ghost = choice.factor_bytes if uses and has_choice(entry) else kept
         rows.append(
             ExplanationRow(
                 entry.name,
@@ -94,10 +124,12 @@ def make_explanation(
                 by or "-",
                 choice.strategy.value if uses else "-",
                 choice.reason if uses else _unused(entry, entries),
-                memory if uses else 0,
+                kept if choice.strategy.value == "kept" else ghost,
+                kept,
+                ghost,
             )
         )
-    return Explanation(tuple(rows), microbatch_size)
+    return Explanation(tuple(rows), microbatch_size, processes, costs)
 
 
 def _size(count: float) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -31,6 +32,21 @@ def world() -> tuple[int, int]:
     if not initialised():
         return 0, 1
     return torch.distributed.get_rank(), torch.distributed.get_world_size()
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Bytes that training on several processes costs one of them.
+
+    Attributes:
+        kind: ``held`` or ``sent``.
+        what: What is held or sent, and for how long or how often.
+        size: Bytes.
+    """
+
+    kind: str
+    what: str
+    size: int
 
 
 class Gathering(Protocol):
@@ -161,6 +177,17 @@ class Ranks(Protocol):
         """Replace counts by their sums over all processes plus one draw of noise, equal in all processes."""
         ...
 
+    def costs(
+        self, parameters: Sequence[Tensor], dtypes: Sequence[torch.dtype]
+    ) -> tuple[Cost, ...]:
+        """What this process holds and sends because it is not alone.
+
+        Args:
+            parameters: The whole parameters that are trained.
+            dtypes: In which their sums are formed.
+        """
+        ...
+
 
 class Alone:
     """This class holds the sums of a process that trains alone."""
@@ -223,6 +250,12 @@ class OneProcess:
     def one_draw(self, counts: list[Tensor], add_noise: Callable[[list[Tensor]], None]) -> None:
         """Add noise to ``counts`` in place."""
         add_noise(counts)
+
+    def costs(
+        self, parameters: Sequence[Tensor], dtypes: Sequence[torch.dtype]
+    ) -> tuple[Cost, ...]:
+        """Nothing."""
+        return ()
 
 
 _NOTHING = nullcontext()

@@ -471,11 +471,25 @@ def told(what: str) -> tuple[str, str]:
     raise AssertionError(f"{what}: no error")
 
 
-def row(what: str) -> str:
-    """The line of the page's table."""
+def row(what: str) -> tuple[str, str]:
+    """The class of the error, whose section of the page has the line, and the line."""
     kind, text = told(what)
-    text = re.sub(r"\s+", " ", _without_numbers(text)).replace("|", "\\|")
-    return f"| {what} | `{kind}` | {text} |"
+    text = re.sub(r"\s+", " ", _without_numbers(text))
+    return kind, f"| {what} | {re.sub(r'([|*<]|__)', _escaped, text)} |"
+
+
+def _escaped(found: re.Match[str]) -> str:
+    """What Markdown would take for a column, for emphasis or for a tag."""
+    return "".join(f"\\{letter}" for letter in found[0])
+
+
+def sections() -> list[str]:
+    """The page in parts: what stands above all headings, and a part for each heading."""
+    return re.split(r"^(?=## )", PAGE.read_text(encoding="utf-8"), flags=re.MULTILINE)
+
+
+def heading(section: str) -> str:
+    return section.split("\n")[0].removeprefix("## ")
 
 
 def _without_numbers(text: str) -> str:
@@ -491,10 +505,16 @@ def _without_numbers(text: str) -> str:
 
 
 def write() -> None:
-    page = PAGE.read_text(encoding="utf-8")
-    head = page.split("| mistake | error |")[0]
-    lines = ["| mistake | error | what it says |", "|---|---|---|", *map(row, MISTAKES)]
-    PAGE.write_text(head + "\n".join(lines) + "\n", encoding="utf-8")
+    """Write the table of each section anew; its heading is the class of its errors, and what stands above it stays."""
+    rows = list(map(row, MISTAKES))
+    parts = sections()
+    for number, section in enumerate(parts):
+        found = [line for kind, line in rows if kind == heading(section)]
+        if found:
+            above = section.split("| mistake |")[0]
+            table = ["| mistake | what it says |", "|---|---|", *found]
+            parts[number] = above + "\n".join(table) + "\n\n"
+    PAGE.write_text("".join(parts).rstrip() + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -13,16 +13,16 @@ Parameter = Any
 
 
 def thinned(
-    values: Iterable[Any], short: Callable[[Any], bool], name: Callable[[Any], str] = str
+    values: Iterable[Any], short: Callable[[Any], bool], name: Callable[[Any], str] | None = None
 ) -> list[Parameter]:
     """Each value as a parameter; nightly where ``short`` says no.
 
     Args:
         values: In order.
         short: Whether a value always runs.
-        name: The id of a value.
+        name: The id of a value: by default its own name, or how it is printed.
     """
-    return [_parameter((value,), short(value), name(value)) for value in values]
+    return [_parameter((value,), short(value), (name or _named)(value)) for value in values]
 
 
 def chosen(values: Iterable[str], short: Collection[str]) -> list[Parameter]:
@@ -38,10 +38,13 @@ def chosen(values: Iterable[str], short: Collection[str]) -> list[Parameter]:
     return thinned(values, short.__contains__)
 
 
-def every(step: int, values: Iterable[Any], name: Callable[[Any], str] = str) -> list[Parameter]:
+def every(
+    step: int, values: Iterable[Any], name: Callable[[Any], str] | None = None
+) -> list[Parameter]:
     """Each ``step``-th value always runs, from the first on."""
     return [
-        _parameter((value,), index % step == 0, name(value)) for index, value in enumerate(values)
+        _parameter((value,), index % step == 0, (name or _named)(value))
+        for index, value in enumerate(values)
     ]
 
 

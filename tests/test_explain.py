@@ -171,3 +171,17 @@ def test_explain_needs_a_sample_and_a_loss_it_can_follow() -> None:
     optimizer.loss_fn = lambda m, x: squared(m, x) if x.sum() > 0 else squared(m, -x)
     with pytest.raises(NotPerSampleError, match=r"branches on the value"):
         optimizer.explain(data())
+
+
+def test_both_choices_are_told() -> None:
+    def rows(strategy: str) -> list[tuple[int, int, int]]:
+        optimizer = private(Model(), loss, performance=Performance(strategy=strategy))
+        found = optimizer.explain(torch.arange(24).view(2, 12))
+        assert found.costs == ()
+        return [(row.memory, row.kept_memory, row.ghost_memory) for row in found.rows]
+
+    kept, ghost = rows("kept"), rows("ghost")
+    assert all(memory == of_kept for memory, of_kept, _ in kept)
+    assert all(memory == of_ghost for memory, _, of_ghost in ghost)
+    assert any(of_kept != of_ghost for _, of_kept, of_ghost in kept)
+    assert [row[1:] for row in kept] == [row[1:] for row in ghost]

@@ -37,7 +37,7 @@ ROOMS: dict[str, set[str]] = {
         "ranks", "rules",
     },
     "compiled": {"clipping", "engine", "errors", "kernels", "loss_graph", "rules"},
-    "explain": {"engine"},
+    "explain": {"engine", "ranks"},
     "empty_batch": {"engine", "errors", "result"},
     "batch": {
         "_validate", "arithmetic", "clipping", "compiled", "empty_batch", "engine", "errors", "exact", "explain",

@@ -251,8 +251,13 @@ def test_compiled_under_inference_mode() -> None:
 @pytest.mark.parametrize(
     ("right", "wrong"),
     [
-        pytest.param(" sines[i] = (", " sines[i] = (4e-6f + ", id="too large"),
-        pytest.param("cosines[i] = (", "cosines[i] = (1e-12f + ", id="coarse near 0"),
+        pytest.param(" sines[i] = keep ? (", " sines[i] = keep ? (4e-6f + ", id="too large"),
+        pytest.param("cosines[i] = keep ? (", "cosines[i] = keep ? (1e-12f + ", id="coarse near 0"),
+        pytest.param(
+            "+ value) / divisor : value;\n        }\n    }",
+            "+ value) / divisor : value + 1e-12f;\n        }\n    }",
+            id="coarse near 0 where values are replaced",
+        ),
         pytest.param(
             "from_integer(j[i])", "from_integer(j[i] >> 40 << 40)", id="uniforms of float32"
         ),
@@ -266,14 +271,13 @@ def test_compiled_under_inference_mode() -> None:
         pytest.param("0x1p84 + 0x1p63 + 0x1p52", "0x1p84 + 0x1p52", id="unsigned"),
         pytest.param("= (size + 1) / 2", "= size / 2", id="an odd one is left out"),
         pytest.param("(sines[i] + ", "(", id="not added"),
+        pytest.param("(sines[i] + value) / divisor", "(sines[i] + value)", id="not divided"),
         pytest.param(
-            "k[i] * STEP + STEP / 2)) / divisor", "k[i] * STEP + STEP / 2))", id="not divided"
-        ),
-        pytest.param(
-            "complement * STEP + STEP / 2)) / divisor",
-            "complement * STEP + STEP / 2)) / scale",
+            "(cosines[i] + value) / divisor",
+            "(cosines[i] + value) / scale",
             id="divided by another",
         ),
+        pytest.param("divisor == 0.0f", "divisor == 4.0f", id="not replaced"),
         pytest.param("scale * sqrtf", "sqrtf", id="not scaled"),
     ],
 )

@@ -21,6 +21,7 @@ from clipgrad.factorisation.strategy import banded
 from clipgrad.factorisation.toeplitz import column_norm, inverse, square_root
 from clipgrad.noise import NoiseSource, SystemNoise, cpu, keys, rows
 from clipgrad.noise.correlated import CorrelatedNoise
+from clipgrad.noise.step_noise import StepSums
 from tests.dp_tools import through_a_file
 from tests.factorisation.oracle import matrix
 from tests.noise_checks import seeded
@@ -58,7 +59,7 @@ def step(
 ) -> list[Tensor]:
     options: dict[str, Any] = {"names": [f"p{i}" for i in range(len(sums))], "divisor": 1.0}
     options |= {"in_place": True, **changes}
-    return noise.next(sums, number, sigma=sigma, **options)
+    return noise.next(StepSums(sums, number, sigma=sigma, **options))
 
 
 def run(noise: CorrelatedNoise, steps: range, size: int, **options: Any) -> Tensor:
@@ -221,19 +222,59 @@ def test_rows_ahead_are_those_of_one_step_at_a_time(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("options", [{}, {"draws": 3}, {"compile": False}])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("many", [2**22, 1000])
-def test_noise_in_the_place_of_values_is_noise_added_to_zeros(
-    options: dict[str, Any], dtype: torch.dtype, many: int, monkeypatch: pytest.MonkeyPatch
+def test_noise_that_is_handed_over_is_noise_added_to_zeros(
+    options: dict[str, Any], many: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(keys, "new_master", lambda: bytes(range(32)))
     monkeypatch.setattr(cpu, "_MANY", many)
-    shapes = [(70_000,), (3000,), (5000,)]
-    filled = [torch.full(shape, torch.nan, dtype=dtype) for shape in shapes]
-    added = [torch.zeros(shape, dtype=dtype) for shape in shapes]
-    SystemNoise(**options)._fill(filled, 2.0)
-    SystemNoise(**options).add_gaussian_(added, 2.0)
-    assert all(map(torch.equal, filled, added))
+    counts, found = [70_000, 3000, 5000], []
+    SystemNoise(**options)._in_turns(
+        counts, 2.0, lambda turn, values: found.append((turn, values[: counts[turn]].clone()))
+    )
+    assert [turn for turn, _ in found] == [0, 1, 2]
+    added = [torch.zeros(count) for count in counts]
+    source = SystemNoise(**options)
+    # The loop in C takes one key for all turns.
+    for together in [added] if not options else [[tensor] for tensor in added]:
+        source.add_gaussian_(together, 2.0)
+    assert all(torch.equal(values, total) for (_, values), total in zip(found, added, strict=True))
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("bands", [2, 7, 20])
+def test_rows_made_in_turns_follow_from_what_was_drawn(
+    threads: int, bands: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each column of each turn, to rounding, also if two threads share the turns."""
+    monkeypatch.setattr(cpu, "_MANY", 1000)
+    before, column = torch.get_num_threads(), square_root(bands).tolist()
+    steps, size, ahead = 36, 70_001, min(bands - 1, 16)
+    drawn = torch.full((-(-steps // ahead) * ahead, size), torch.nan)
+    real, made = SystemNoise._in_turns, 0
+
+    def recorded(self: SystemNoise, counts: Any, sigma: float, use: Any) -> None:
+        nonlocal made
+        starts = np.cumsum([0, *counts]) // ahead
+        fresh = drawn[made : made + ahead]
+
+        def look(turn: int, values: Tensor) -> None:
+            part = values[: counts[turn]].view(ahead, -1)
+            fresh[:, starts[turn] : starts[turn + 1]] = part
+            use(turn, values)
+
+        real(self, counts, sigma, look)
+        made += ahead
+
+    monkeypatch.setattr(SystemNoise, "_in_turns", recorded)
+    torch.set_num_threads(threads)
+    try:
+        found = run(noise_of(SystemNoise(), column), range(steps), size)
+    finally:
+        torch.set_num_threads(before)
+    expected = np.linalg.inv(matrix(column, steps)) @ drawn[:steps].double().numpy()
+    assert np.abs(found.double().numpy() - expected).max() < 1e-5
+    assert len(np.unique(drawn[:steps, ::50].numpy())) > 0.99 * drawn[:steps, ::50].numel()
 
 
 def test_a_loop_that_is_wrong_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -243,12 +284,13 @@ def test_a_loop_that_is_wrong_is_not_used(monkeypatch: pytest.MonkeyPatch) -> No
         "-= weight": "+= weight",
         "sum -= tail[i]": "sum -= 1.01f * tail[i]",
         "(first + k) % rows, reach": "(first + k + 1) % rows, reach",
+        "fresh + k * fresh_stride": "fresh",
         "k + known < lags ? k + known : lags": "lags",
         "(target[j] + noise[j]) / divisor": "target[j] / divisor + noise[j]",
     }
     for right, other in wrong.items():
         assert right in real
-        with pytest.raises(RuntimeError, match="something else"):
+        with pytest.raises(RuntimeError, match="compute different values"):
             rows.prove(rows.compile_library(real.replace(right, other)))
 
 

@@ -19,7 +19,7 @@ def fixed_size(expected_batch_size: float) -> int:
 
     It is two standard deviations above the mean, so that 98 of 100 batches are one run. On a GPU batches are padded to
     it. Smaller graphs need less padding but more runs. For means of 32 to 256 samples, all sizes between an eighth of
-    the mean and this size cost the same within a few percent (see ``docs/performance.md``).
+    the mean and this size cost the same within a few percent (see ``docs/notes/performance.md``).
     """
     return math.ceil(expected_batch_size + 2 * math.sqrt(expected_batch_size))
 

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# The start of a collective costs little beside a bucket of this size, and two more such buckets fit into memory.
-_BUCKET_BYTES = 2**25
+# The start of a collective costs little beside a bucket of this size. A small model has eight buckets, since up to
+# three more buckets than sums are in memory.
+_BUCKET_BYTES, _EIGHTH, _LEAST_BYTES = 2**25, 8, 2**22
 # Each tensor starts at a multiple of this many elements, for vectorised kernels.
 _ALIGNED = 16
 
@@ -61,11 +62,13 @@ def buckets(sums: Sequence[Tensor], parameters: Sequence[Tensor], ranks: int) ->
     """
     places: list[Place] = []
     length = 0
+    everything = sum(total.numel() * total.element_size() for total in sums)
+    enough = min(_BUCKET_BYTES, max(everything // _EIGHTH, _LEAST_BYTES))
     kind: tuple[object, ...] = ()
     for index in range(len(sums) - 1, -1, -1):
         total, parameter = sums[index], parameters[index]
         now = (total.dtype, total.device, parameter.dtype)
-        full = length * total.element_size() >= _BUCKET_BYTES
+        full = length * total.element_size() >= enough
         if places and (now != kind or full):
             yield _bucket(places, length, ranks, parameters)
             places, length = [], 0

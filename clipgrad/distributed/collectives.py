@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -21,7 +21,53 @@ _all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_i
 
 def reduce_scatter(part: Tensor, whole: Tensor, group: dist.ProcessGroup) -> Any:
     """Start to sum ``whole`` over all ranks and to write this rank's part of the sum; the result has ``wait()``."""
+    if whole.device.type == "cpu" and has_gloo(group):
+        return _SumOfParts(part, whole, group)
     return _reduce_scatter(part, whole, group=group, async_op=True)
+
+
+class _SumOfParts:
+    """This class sums parts over ranks with half of the bytes of gloo's own reduce-scatter, which reduces a whole copy.
+
+    Every rank sends each other rank's part to it. The receiver adds the parts up in the order of the ranks.
+    """
+
+    def __init__(self, part: Tensor, whole: Tensor, group: dist.ProcessGroup) -> None:
+        self._part = part
+        self._terms = whole.new_empty(dist.get_world_size(group), *part.shape)
+        self._work = dist.all_to_all_single(
+            self._terms, whole.view_as(self._terms), group=group, async_op=True
+        )
+
+    def wait(self) -> None:
+        """Wait for the others' parts, and add them up."""
+        self._work.wait()
+        torch.sum(self._terms, 0, out=self._part)
+        del self._terms
+
+
+class Started:
+    """This class holds the collective that was started last, and its memory, while the next one is prepared.
+
+    Args:
+        reached: Names the step in the errors of a collective that its body waits for.
+    """
+
+    def __init__(self, reached: Callable[[], AbstractContextManager[None]]) -> None:
+        self._reached = reached
+        self._started: tuple[Any, Tensor] | None = None
+
+    def start(self, work: Any, memory: Tensor) -> None:
+        """Keep a collective that was just started, and memory that must live until it is done."""
+        assert self._started is None
+        self._started = work, memory
+
+    def wait(self) -> None:
+        """Wait for it, if there is one, and let go of its memory."""
+        if self._started is not None:
+            with self._reached():
+                self._started[0].wait()
+            self._started = None
 
 
 def all_gather(whole: Tensor, part: Tensor, group: dist.ProcessGroup) -> Any:
@@ -29,9 +75,14 @@ def all_gather(whole: Tensor, part: Tensor, group: dist.ProcessGroup) -> Any:
     return _all_gather(whole, part, group=group, async_op=True)
 
 
+def has_gloo(group: dist.ProcessGroup) -> bool:
+    """Return whether a group sends what lies in the host's memory by gloo."""
+    return "cpu:gloo" in dist.get_backend_config(group)
+
+
 def host_group(group: dist.ProcessGroup) -> dist.ProcessGroup:
     """Return a group of the same ranks whose tensors are in host memory, so that no device has to wait."""
-    if "cpu:gloo" in dist.get_backend_config(group):
+    if has_gloo(group):
         return group
     ranks = dist.get_process_group_ranks(group)
     made: dist.ProcessGroup = dist.new_group(

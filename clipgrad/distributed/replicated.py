@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
+import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node
 
-from clipgrad.distributed.collectives import nobody_lost
+from clipgrad.distributed import costs
 from clipgrad.distributed.group import Group
 from clipgrad.distributed.scattered import ScatteredSums
+from clipgrad.ranks import Cost
 
 
 class Replicated(Group):
@@ -43,5 +45,10 @@ class Replicated(Group):
         self, sums: list[Tensor], parameters: Sequence[Tensor], *, aliases_graph: bool
     ) -> ScatteredSums:
         """Return this rank's part of the totals, one flat tensor for each bucket."""
-        with nobody_lost(self._during, self._host):
-            return ScatteredSums(sums, parameters, self._group, self._during)
+        return ScatteredSums(sums, parameters, self._group, self._reached)
+
+    def costs(
+        self, parameters: Sequence[Tensor], dtypes: Sequence[torch.dtype]
+    ) -> tuple[Cost, ...]:
+        """Return what this rank holds and sends: sums, and buckets of them."""
+        return costs.of_replicas(parameters, dtypes, self._group)

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 
 import torch.distributed as dist
 from torch import Tensor
 
 from clipgrad.distributed.buckets import Bucket, buckets
-from clipgrad.distributed.collectives import all_gather, nobody_lost, reduce_scatter
-
-# Number of buckets that are sent at the same time: one is filled while the previous one is sent.
-_IN_FLIGHT = 2
+from clipgrad.distributed.collectives import Started, all_gather, reduce_scatter
 
 
 class ScatteredSums:
@@ -23,7 +19,7 @@ class ScatteredSums:
         sums: Clipped sums of this rank; the call empties the list.
         parameters: Parameters of the same shapes and strides.
         group: The process group.
-        during: The call and the step that an error names.
+        reached: A context manager that names the step in errors of the collectives inside it.
     """
 
     private = True
@@ -33,47 +29,41 @@ class ScatteredSums:
         sums: list[Tensor],
         parameters: Sequence[Tensor],
         group: dist.ProcessGroup,
-        during: str,
+        reached: Callable[[], AbstractContextManager[None]],
     ) -> None:
-        self._group, self._during, self._count = group, during, len(sums)
+        self._group, self._reached, self._count = group, reached, len(sums)
         ranks = dist.get_world_size(group)
         self._buckets: list[Bucket] = list(buckets(sums, parameters, ranks))
         self.parts: list[Tensor] = []
-        works: deque[tuple[Any, Tensor]] = deque()
+        sent = Started(reached)
         for bucket in self._buckets:
-            while len(works) >= _IN_FLIGHT:
-                works.popleft()[0].wait()
+            # A bucket is filled while the previous one is sent.
             flat = sums[-1].new_zeros(bucket.length)
             for place in bucket.places:
                 place.of(flat).copy_(sums.pop())
             part = flat.new_empty(bucket.length // ranks)
-            # The collective reads flat until it ends, so flat is kept with it.
-            works.append((reduce_scatter(part, flat, group), flat))
+            sent.wait()
+            with reached():
+                sent.start(reduce_scatter(part, flat, group), flat)
             self.parts.append(part)
-        for work, _ in works:
-            work.wait()
+        sent.wait()
 
     def gathered(self, means: list[Tensor]) -> list[Tensor]:
         """Return the means of all ranks as views of their buckets; the call empties ``means``."""
-        with nobody_lost(self._during, self._group):
-            return self._gathered(means)
-
-    def _gathered(self, means: list[Tensor]) -> list[Tensor]:
         whole: dict[int, Tensor] = {}
-        works: deque[tuple[Any, Tensor]] = deque()
-        parts = means[
-            ::-1
-        ]  # These are the only references, so each part is freed after it is sent.
+        sent = Started(self._reached)
+        # These are the only references, so each part is freed after it is sent.
+        parts = means[::-1]
         means.clear()
         self.parts.clear()
         for bucket in self._buckets:
-            while len(works) >= _IN_FLIGHT:
-                works.popleft()[0].wait()
             # Means are sent in the parameter's dtype, to which .grad would round them anyway.
             part = parts.pop().to(bucket.dtype)
+            sent.wait()
             flat = part.new_empty(bucket.length)
-            works.append((all_gather(flat, part, self._group), part))
+            with self._reached():
+                sent.start(all_gather(flat, part, self._group), part)
+            del part
             whole.update((place.index, place.of(flat)) for place in bucket.places)
-        for work, _ in works:
-            work.wait()
+        sent.wait()
         return [whole[index] for index in range(self._count)]

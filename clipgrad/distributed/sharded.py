@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from typing import cast
 
 import torch
@@ -12,14 +12,13 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from clipgrad.distributed import agreement
-from clipgrad.distributed.collectives import nobody_lost
+from clipgrad.distributed import agreement, costs
 from clipgrad.distributed.fsdp import fsdp_modules, own_schedule, policy_of
 from clipgrad.distributed.group import Group
 from clipgrad.distributed.scattered import ScatteredSums
 from clipgrad.distributed.shards import Keys, scattered
 from clipgrad.distributed.streaming import Streaming
-from clipgrad.ranks import Alone, Facts, NoiseState, Share
+from clipgrad.ranks import Alone, Cost, Facts, NoiseState, Share
 
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -52,7 +51,7 @@ class Sharded(Group):
     def whole(self, model: nn.Module, step: int) -> Iterator[Streaming]:
         """Gather parameters while the body runs; every rank must call this, also with an empty batch."""
         self._calls += 1
-        self._during = f"backward {step}"
+        self._begin("backward", step)
         agreement.meet("backward", step, {"the number of backward calls": self._calls}, self._host)
         if self._streaming is None or not self._streaming.fits(model):
             if self._streaming is not None:
@@ -81,11 +80,9 @@ class Sharded(Group):
     def summed(self, totals: Iterator[Tensor], parameters: Sequence[Tensor]) -> list[Tensor]:
         """Return sums over all ranks in the parameters' shards; whole sums are freed module by module."""
         assert self._streaming is not None
+        self._streaming.free()
         keys = Keys(self._streaming.sharded, self._streaming.group)
         return scattered(totals, parameters, keys, self._reached)
-
-    def _reached(self) -> AbstractContextManager[None]:
-        return nobody_lost(self._during, self._host)
 
     def squared_norms(self, own: Tensor) -> Tensor:
         """Return ``own``, since a rank holds whole gradients of its samples."""
@@ -102,8 +99,27 @@ class Sharded(Group):
         inner: Share = Alone(local, private=True)
         if mesh.ndim == 2:
             shards: list[Tensor] = [parameter.to_local() for parameter in sharded]
-            inner = ScatteredSums(local, shards, mesh.get_group(0), self._during)
+            inner = ScatteredSums(local, shards, mesh.get_group(0), self._reached)
         return Shards(inner, sharded)
+
+    def costs(
+        self, parameters: Sequence[Tensor], dtypes: Sequence[torch.dtype]
+    ) -> tuple[Cost, ...]:
+        """Return what this rank holds and sends: shards, whole parameters, and sums."""
+        streaming = self._streaming
+        assert streaming is not None
+        trained = {id(p): dtype for p, dtype in zip(parameters, dtypes, strict=True)}
+        mesh = streaming.sharded(parameters[0]).device_mesh
+        return costs.of_shards(
+            [
+                costs.Gathered(whole, streaming.group(whole), trained.get(id(whole)))
+                for whole in streaming.everything()
+            ],
+            streaming.root,
+            (mesh.size(0) if mesh.ndim == 2 else 1, mesh.size(mesh.ndim - 1)),
+            self._group,
+            streams=streaming.streams,
+        )
 
     def _replicated(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
         return [tensor for tensor in tensors if not isinstance(tensor, DTensor)]

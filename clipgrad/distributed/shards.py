@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from math import prod
@@ -11,10 +10,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
-from clipgrad.distributed.collectives import reduce_scatter
-
-# Number of modules whose sums are sent at the same time.
-_IN_FLIGHT = 2
+from clipgrad.distributed.collectives import Started, reduce_scatter
 
 
 class Keys(NamedTuple):
@@ -39,7 +35,7 @@ def scattered(
         reached: A context manager that names the step in errors of the collectives inside it.
     """
     found: list[Tensor] = []
-    works: deque[tuple[Any, Tensor]] = deque()
+    sent = Started(reached)
     waiting: list[Tensor] = []
     placed: list[DTensor] = []
     now: tuple[Any, ...] = ()
@@ -47,14 +43,15 @@ def scattered(
     def send() -> None:
         if not waiting:
             return
-        while len(works) >= _IN_FLIGHT:
-            works.popleft()[0].wait()
+        # The sums of a module are formed while those of the previous module are sent.
+        sent.wait()
         with reached():
-            found.extend(_sent(waiting, placed, works))
+            found.extend(_sent(waiting, placed, sent))
         waiting.clear()
         placed.clear()
 
-    for total, parameter in zip(totals, parameters, strict=True):
+    for parameter in parameters:
+        total = next(totals)  # zip would keep the one before it alive
         sharded = keys.sharded(parameter)
         key = (keys.group(parameter), total.dtype, sharded.device_mesh, sharded.placements)
         if key != now:
@@ -62,16 +59,13 @@ def scattered(
         now = key
         waiting.append(total)
         placed.append(sharded)
+        del total
     send()
-    with reached():
-        for work, _ in works:
-            work.wait()
+    sent.wait()
     return found
 
 
-def _sent(
-    totals: Sequence[Tensor], parameters: Sequence[DTensor], works: deque[tuple[Any, Tensor]]
-) -> list[Tensor]:
+def _sent(totals: Sequence[Tensor], parameters: Sequence[DTensor], sent: Started) -> list[Tensor]:
     """Start to send the sums of one module, and return the shards that will hold the results."""
     mesh = parameters[0].device_mesh
     wanted: list[Placement] = [
@@ -93,7 +87,7 @@ def _sent(
     for place, total in zip(flat.split(widths, 1), totals, strict=True):
         _fill(place, total)
     part = flat.new_empty(flat.shape[1])
-    works.append((reduce_scatter(part, flat.view(-1), mesh.get_group(mesh.ndim - 1)), flat))
+    sent.start(reduce_scatter(part, flat.view(-1), mesh.get_group(mesh.ndim - 1)), flat)
     found: list[Tensor] = []
     for piece, parameter in zip(part.split(widths), parameters, strict=True):
         shape = parameter.to_local().shape

@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 
 from clipgrad.distributed.fsdp import fsdp_modules
+from clipgrad.distributed.saved_tensors import saved_by
 
 # Number of modules beside the root that are whole in the backward pass, since an operation may need weights of two.
 _KEPT = 2
@@ -40,6 +41,10 @@ class Streaming:
     Args:
         model: A model of ``fully_shard``. Its parameters are gathered once, module by module, to record them.
         reached: A context manager that names the step in errors of the collectives inside it.
+
+    Attributes:
+        root: Number of the module whose parameters stay whole; None if the model itself is no such module.
+        streams: Whether modules are gathered one by one.
     """
 
     def __init__(
@@ -57,7 +62,7 @@ class Streaming:
         for group, slots in enumerate(self._slots):
             for slot in slots:
                 self._group_of_storage[_storage(slot.whole)] = group
-        self._root = next(
+        self.root = next(
             (i for i, m in enumerate(self._modules) if cast(nn.Module, m) is model), None
         )
         self._handles: list[RemovableHandle] = []
@@ -68,7 +73,7 @@ class Streaming:
         self._last: int | None = None
         self._is_backward = False
         self._tensors: dict[int, Tensor] = {}
-        self._streams = False
+        self.streams = False
         self._places = False
         for group, module in enumerate(self._modules):
             self._watch(cast(nn.Module, module), group)
@@ -92,6 +97,12 @@ class Streaming:
         """Return the sharded parameter of a whole parameter."""
         return self._sharded[_storage(whole)]
 
+    def everything(self) -> list[Tensor]:
+        """Return all whole parameters, each once."""
+        return list(
+            {id(slot.whole): slot.whole for slots in self._slots for slot in slots}.values()
+        )
+
     def whole_parameters(self, names: Sequence[str]) -> list[Tensor]:
         """Return the whole parameters with these names; most of them have no memory at present."""
         prefixes = {id(module): name for name, module in self._model.named_modules()}
@@ -106,27 +117,28 @@ class Streaming:
     def running(self) -> Iterator[None]:
         """Gather and free modules while the body runs, and shard all modules afterwards."""
         # A recurrent layer has a second list of its weights, which gathering a module does not update.
-        self._streams = not any(isinstance(m, nn.RNNBase) for m in self._model.modules())
+        self.streams = not any(isinstance(m, nn.RNNBase) for m in self._model.modules())
         try:
-            if not self._streams:
+            if not self.streams:
                 self.gather_all()
-            elif self._root is not None:
-                self._gather(self._root)
+            elif self.root is not None:
+                self._gather(self.root)
             yield
         finally:
-            self._streams = False
-            for group in self._coming:
-                self._unshard(self._modules[group])
-            for module in self._modules:
-                module.reshard()
-            self._here.clear()
-            self._coming.clear()
+            self.streams = False
+            self._free_all_but(None)
 
     def gather_all(self) -> None:
         """Gather all modules until ``running`` ends, since a captured graph calls no modules."""
-        self._streams = False
+        self.streams = False
         for group in range(len(self._modules)):
             self._gather(group)
+
+    def free(self) -> None:
+        """Free all modules but the root, until one is needed again."""
+        if self.streams:
+            self._free_all_but(self.root)
+            self._last = None  # A module that is needed later does not follow the last one.
 
     @contextmanager
     def holding(self, parameters: Sequence[Tensor], tensors: Sequence[Tensor]) -> Iterator[None]:
@@ -152,7 +164,7 @@ class Streaming:
 
     def before_backward(self, roots: Sequence[Node | None]) -> None:
         """Hook the weights that the graph saved, so that reading one in the backward pass gathers its module."""
-        if not self._streams:
+        if not self.streams:
             return
         self._is_backward, self._last = True, None
         seen: set[Node] = set()
@@ -162,7 +174,7 @@ class Streaming:
             if node is None or node in seen:
                 continue
             seen.add(node)
-            for saved, tensor in _saved_by(node):
+            for saved, tensor in saved_by(node):
                 if _storage(tensor) in self._group_of_storage:
                     saved.register_hooks(_packed, self._unpacked)
             stack.extend(following for following, _ in node.next_functions)
@@ -180,24 +192,24 @@ class Streaming:
     def _need(self, tensor: Tensor) -> None:
         """Gather the module in whose memory the tensor is, and free modules that were needed earlier."""
         group = self._group_of_storage.get(_storage(tensor))
-        if group is None or not self._streams:
+        if group is None or not self.streams:
             return
         if group in self._here:
-            if group != self._root:
+            if group != self.root:
                 self._here.remove(group)
                 self._here.append(group)
             return
-        while len([g for g in self._here if g != self._root]) >= _KEPT:
-            self._free(next(g for g in self._here if g != self._root))
+        while len([g for g in self._here if g != self.root]) >= _KEPT:
+            self._free(next(g for g in self._here if g != self.root))
         self._gather(group)
 
     def _watch(self, module: nn.Module, group: int) -> None:
         def before(_: nn.Module, args: Any) -> None:
-            if self._streams:
+            if self.streams:
                 self._gather(group)
 
         def after(_: nn.Module, args: Any, output: Any) -> None:
-            if self._streams and group != self._root:
+            if self.streams and group != self.root:
                 self._free(group)
 
         self._handles.append(module.register_forward_pre_hook(before))
@@ -210,7 +222,7 @@ class Streaming:
             self._here.append(group)
         if self._places:
             self._place(group)
-        if self._streams:
+        if self.streams:
             self._start_next(group)
 
     def _start_next(self, group: int) -> None:
@@ -234,6 +246,14 @@ class Streaming:
             self._modules[group].reshard()
         if group in self._here:
             self._here.remove(group)
+
+    def _free_all_but(self, kept: int | None) -> None:
+        for group in self._coming:
+            self._unshard(self._modules[group])  # A gathering that was started cannot be cancelled.
+        self._coming.clear()
+        for group in range(len(self._modules)):
+            if group != kept:
+                self._free(group)
 
     def _place(self, group: int) -> None:
         for module, name, whole, _ in self._slots[group]:
@@ -275,22 +295,3 @@ def _packed(tensor: Tensor) -> tuple[Tensor, int]:
     # A detached tensor shares the version counter. A tensor with its graph would keep itself alive.
     detached = tensor.detach()
     return detached, detached._version
-
-
-_NAMES: dict[type, list[str]] = {}
-
-
-def _saved_by(node: Node) -> Iterator[tuple[Any, Tensor]]:
-    """Yield PyTorch's handle and the tensor for each tensor that a node of autograd's graph has saved."""
-    kind = type(node)
-    if kind not in _NAMES:
-        _NAMES[kind] = [name for name in dir(node) if name.startswith("_raw_saved_")]
-    for name in _NAMES[kind]:
-        raw = getattr(node, name)
-        of_function = name == "_raw_saved_tensors" and hasattr(node, "saved_tensors")
-        tensors = getattr(node, "saved_tensors" if of_function else name.removeprefix("_raw"))
-        several = isinstance(raw, tuple | list)
-        pairs: Any = zip(raw, tensors, strict=True) if several else [(raw, tensors)]
-        for saved, tensor in pairs:
-            if isinstance(tensor, Tensor) and tensor.layout is torch.strided:
-                yield saved, tensor

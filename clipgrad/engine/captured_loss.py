@@ -62,7 +62,7 @@ class GraphOfLoss:
         captured: The graph, and its inputs other than parameters and sample.
         has_aux: Whether the loss returns auxiliary values.
         capture: Number of the capture; each capture counts its graphs from zero.
-        device: Of the parameters.
+        device: Device of the parameters.
     """
 
     captured: CapturedLoss
@@ -72,7 +72,7 @@ class GraphOfLoss:
 
     @cached_property
     def tensors(self) -> list[Tensor]:
-        """Return what the loss reads besides parameters and sample: buffers, attributes, closures, numbers."""
+        """Return the tensors that the loss reads besides parameters and sample: of buffers, closures and floats."""
         constants = self.captured.constants
         return [
             value
@@ -84,7 +84,7 @@ class GraphOfLoss:
 
     @property
     def are_resident(self) -> list[bool]:
-        """Return for each of ``tensors`` whether it is the same object at each call, which a number's tensor is not."""
+        """Return for each of ``tensors`` whether it is the same object at each call, unlike the tensor of a float."""
         constants = enumerate(self.captured.constants)
         return [isinstance(value, Tensor) for index, value in constants if self._is_tensor(index)]
 
@@ -96,7 +96,7 @@ class GraphOfLoss:
         return (self.capture, self.captured.number, *numbers)
 
     def _is_tensor(self, index: int) -> bool:
-        """Whether a constant is a tensor, or a number that may be given as one."""
+        """Return whether a constant is a tensor, or a float that the graph accepts as a tensor."""
         return index in self.captured.lifted or isinstance(self.captured.constants[index], Tensor)
 
     def loss(self, tensors: Sequence[Tensor] | None = None) -> Loss:

@@ -1,4 +1,4 @@
-"""Refuse a graph of autograd that leads to a leaf which is not ours: its gradient would escape clipping."""
+"""Refuse an autograd graph with a leaf that the tape does not know, since its gradient would escape clipping."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from clipgrad.errors import EscapedParameterError
 
 
 def escape_message(name: str, operation: str) -> str:
-    """What to say if a parameter reached an operation by a road of its own."""
+    """Return the error message for a parameter that an operation uses without the tape."""
     return (
         f"parameter {name!r} reached {operation} from outside the transform (held in a list, a closure or an "
         "attribute that is not a registered parameter), so its gradient would escape clipping. Read it through "
@@ -23,16 +23,19 @@ def escape_message(name: str, operation: str) -> str:
 def refuse_escapes(
     tape: Tape, values: Sequence[Tensor], params: Sequence[Tensor], inputs: Sequence[Tensor] = ()
 ) -> None:
-    """Walk the graph that is about to run: a leaf that is not ours would receive an unclipped gradient.
+    """Walk the graph of the next backward pass, and refuse leaves that would receive an unclipped gradient.
 
-    The capture sees operations; this sees what reached the graph by any other road (a custom
-    ``autograd.Function``, a C++ extension).
+    The capture sees operations. This walk also finds leaves that the capture cannot see, such as those of a custom
+    ``autograd.Function`` or of a C++ extension.
 
     Args:
-        tape: Of the microbatch, with the leaves that are ours.
-        values: Where the backward pass begins.
+        tape: The tape of the microbatch, whose leaves are allowed.
+        values: Tensors at which the backward pass begins.
         params: The parameter tensors that the caller passed, for the message.
-        inputs: Further leaves that may be reached.
+        inputs: Further leaves that are allowed.
+
+    Raises:
+        EscapedParameterError: If the graph has another leaf.
     """
     ours = {id(entry.leaf) for entry in tape.tracked} | {id(tape.anchor), *map(id, inputs)}
     seen = set()

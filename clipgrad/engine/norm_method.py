@@ -70,7 +70,7 @@ def choose(
         memory_budget = anyway / 4
     for index, (entry, choice) in enumerate(zip(entries, choices, strict=True)):
         extra = choice.kept_bytes - choice.factor_bytes
-        if choice.strategy is not Strategy.KEPT or not _has_choice(entry) or extra <= 0:
+        if choice.strategy is not Strategy.KEPT or not has_choice(entry) or extra <= 0:
             continue
         if extra <= memory_budget:
             memory_budget -= extra
@@ -84,7 +84,7 @@ def choose(
     return choices
 
 
-def _has_choice(entry: Tracked) -> bool:
+def has_choice(entry: Tracked) -> bool:
     """Return whether norms can be computed from factors.
 
     Every use must be factored, and the gradient must reach the parameter unchanged.
@@ -106,7 +106,7 @@ def _preference(entry: Tracked, batch_size: int, forced: Strategy | None) -> Cho
     kept_size = _HALF_BYTES if half is torch.bfloat16 else _BYTES
     kept_bytes = batch_size * entry.shared.numel() * kept_size
     factor_bytes = sum(_factor_bytes(extent, batch_size, size) for extent in extents)
-    if not _has_choice(entry):
+    if not has_choice(entry):
         return Choice(Strategy.KEPT, _why_kept(entry), kept_bytes, factor_bytes)
     if forced is not None:
         return Choice(forced, "forced by strategy=", kept_bytes, factor_bytes)

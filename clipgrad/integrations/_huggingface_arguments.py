@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from clipgrad.integrations._batches import epoch_of
 from clipgrad.plan import PrivacyPlan
 
 
-class _Conflict(NamedTuple):
+class Conflict(NamedTuple):
     """This tuple describes refused values of one argument.
 
     Attributes:
@@ -25,62 +25,62 @@ class _Conflict(NamedTuple):
 
 
 _DEFAULT_NORM = 1.0
-_ONE_DEVICE = "trains on several devices, which DPTrainer does not do yet. Leave it out."
-_CONFLICTS = (
-    _Conflict(
+_WHOLE = (
+    "spreads the model over processes, but here each process holds all of it. Leave it out, or shard the model with "
+    "fully_shard and write a loop of your own (docs/scaling.md)."
+)
+CONFLICTS: tuple[Conflict, ...] = (
+    Conflict(
         "fp16",
         bool,
         "scales the loss, and per-sample gradients cannot be unscaled. Use bf16=True.",
     ),
-    _Conflict(
+    Conflict(
         "torch_compile",
         bool,
         "compiles the model without per-sample gradients. Use DPTrainer(compile=True).",
     ),
-    _Conflict(
+    Conflict(
         "use_liger_kernel",
         bool,
         "replaces operations by kernels without per-sample gradients. Leave it out.",
     ),
-    _Conflict(
+    Conflict(
         "auto_find_batch_size",
         bool,
         "changes the batch size, which the plan accounts for. Set per_device_train_batch_size to a number that fits "
         "into memory, and gradient_accumulation_steps to the number of such microbatches in a batch.",
     ),
-    _Conflict(
+    Conflict(
         "train_sampling_strategy",
         lambda value: value != "random",
         "orders the samples, but the plan accounts for random batches. Leave it out.",
     ),
-    _Conflict(
+    Conflict(
         "dataloader_drop_last",
         bool,
         "has no effect, since every Poisson batch is a step. Leave it out.",
     ),
-    _Conflict(
+    Conflict(
         "include_num_input_tokens_seen",
         lambda value: value not in (False, "no"),
         "logs the number of sampled tokens, which is private. Leave it out.",
     ),
-    _Conflict(
+    Conflict(
         "ignore_data_skip",
         bool,
         "would repeat the interrupted epoch after a restart. Leave it out: DPTrainer resumes with fresh batches.",
     ),
-    _Conflict("deepspeed", bool, _ONE_DEVICE),
-    _Conflict("fsdp", bool, _ONE_DEVICE),
-    _Conflict(
+    Conflict("deepspeed", bool, _WHOLE),
+    Conflict("fsdp", bool, _WHOLE),
+    Conflict("parallelism_config", bool, _WHOLE),
+    Conflict(
         "n_gpu",
         lambda value: value > 1,
-        "splits batches over several devices, which DPTrainer does not do yet. Set CUDA_VISIBLE_DEVICES=0.",
+        "splits batches over several devices of one process. Start a process for each: "
+        "torchrun --nproc-per-node=gpu train.py, or set CUDA_VISIBLE_DEVICES=0.",
     ),
-    _Conflict(
-        "world_size",
-        lambda value: value > 1,
-        "trains with several processes, which DPTrainer does not do yet. Start one process.",
-    ),
-    _Conflict(
+    Conflict(
         "optim",
         lambda value: "lomo" in str(value) or str(value).endswith("layerwise"),
         "steps during backward, before gradients are clipped and get noise. Use adamw_torch, for example.",
@@ -88,21 +88,40 @@ _CONFLICTS = (
 )
 
 
-def refuse_conflicts(args: Any) -> None:
+def refuse_conflicts(args: Any, conflicts: Sequence[Conflict]) -> None:
     """Refuse arguments that would break privacy, or that have no effect in a private training.
 
     Raises:
         ValueError: If an argument is refused; the message names argument, value and remedy.
     """
-    for name, conflicts, why in _CONFLICTS:
+    for name, conflict, why in conflicts:
         value = getattr(args, name, None)
-        if value is not None and conflicts(value):
+        if value is not None and conflict(value):
             raise ValueError(f"TrainingArguments({name}={value!s}) {why}")
 
 
 def logical_batch_size(args: Any) -> int:
-    """Return the expected batch size that the arguments describe."""
-    return int(args.per_device_train_batch_size * args.gradient_accumulation_steps)
+    """Return the expected batch size that the arguments describe, of all processes together."""
+    each = args.per_device_train_batch_size * args.world_size
+    return int(each * args.gradient_accumulation_steps)
+
+
+def refuse_spread_model(trainer: Any) -> None:
+    """Refuse a model of which a process holds a part, however that came about.
+
+    Raises:
+        ValueError: With the remedy.
+    """
+    found = {
+        "accelerate is set to FSDP, which": trainer.is_fsdp_enabled,
+        "accelerate is set to DeepSpeed, which": trainer.is_deepspeed_enabled,
+        "the model has DTensor parameters, whose mesh": any(
+            hasattr(parameter, "device_mesh") for parameter in trainer.model.parameters()
+        ),
+    }
+    for what, is_so in found.items():
+        if is_so:
+            raise ValueError(f"{what} {_WHOLE}")
 
 
 def steps_wanted(args: Any, epoch: int) -> int:
@@ -158,8 +177,8 @@ def _plan_of(
     size = logical_batch_size(args)
     if size > num_samples:
         raise ValueError(
-            f"TrainingArguments: per_device_train_batch_size * gradient_accumulation_steps is {size}, more than the "
-            f"{num_samples} {unit}s of train_dataset. Lower one of them."
+            f"TrainingArguments: per_device_train_batch_size * gradient_accumulation_steps * world_size is {size}, "
+            f"more than the {num_samples} {unit}s of train_dataset. Lower one of them."
         )
     return PrivacyPlan.for_epsilon(
         target_epsilon,
@@ -179,12 +198,14 @@ def _refuse_other_plan(args: Any, plan: PrivacyPlan) -> None:
         ValueError: If they do; the message names argument, value and remedy.
     """
     each, pieces = args.per_device_train_batch_size, args.gradient_accumulation_steps
-    fitting = max(1, math.ceil(plan.expected_batch_size / each))
+    several = f" on {args.world_size} processes" if args.world_size > 1 else ""
+    fitting = max(1, math.ceil(plan.expected_batch_size / (each * args.world_size)))
     if pieces != fitting:
         raise ValueError(
-            f"TrainingArguments(per_device_train_batch_size={each}, gradient_accumulation_steps={pieces}) is not the "
-            f"plan's expected_batch_size={plan.expected_batch_size:g}. Set gradient_accumulation_steps={fitting}: a "
-            "step runs its samples in microbatches of per_device_train_batch_size."
+            f"TrainingArguments(per_device_train_batch_size={each}, gradient_accumulation_steps={pieces}){several} is "
+            f"not the plan's expected_batch_size={plan.expected_batch_size:g}. "
+            f"Set gradient_accumulation_steps={fitting}: a step runs its samples in microbatches of "
+            "per_device_train_batch_size."
         )
     wanted = steps_wanted(args, epoch_of(plan.num_samples, plan.expected_batch_size))
     if wanted > plan.steps:

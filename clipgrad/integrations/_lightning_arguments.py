@@ -8,8 +8,13 @@ from typing import Any
 from clipgrad.plan import PrivacyPlan
 
 
-def refuse_conflicts(trainer: Any, plan: PrivacyPlan) -> None:
+def refuse_conflicts(trainer: Any, plan: PrivacyPlan, *, is_replicated: bool) -> None:
     """Refuse arguments of the trainer that contradict the plan or would break privacy.
+
+    Args:
+        trainer: The trainer.
+        plan: The plan.
+        is_replicated: Whether its strategy leaves the model alone on each process.
 
     Raises:
         ValueError: If an argument is refused; the message names argument, value and remedy.
@@ -30,9 +35,11 @@ def refuse_conflicts(trainer: Any, plan: PrivacyPlan) -> None:
             "Trainer(precision='16-mixed') scales the loss, and per-sample gradients cannot be unscaled. Use "
             "precision='bf16-mixed'."
         )
-    if trainer.world_size > 1:
+    if trainer.world_size > 1 and not is_replicated:
         raise ValueError(
-            f"Trainer trains with {trainer.world_size} processes, which DPModule does not do yet. Set devices=1."
+            f"Trainer(strategy=...) is a {type(trainer.strategy).__name__} for {trainer.world_size} processes, which "
+            "would add up gradients that were not clipped, or spread the model. Set "
+            "strategy=clipgrad.integrations.lightning.ReplicatedStrategy(), or devices=1."
         )
     steps = trainer.estimated_stepping_batches
     if steps > plan.steps:

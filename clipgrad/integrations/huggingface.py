@@ -13,7 +13,12 @@ from torch.utils.data import DataLoader
 from clipgrad.accounting import Ledger
 from clipgrad.errors import PrivacyBudgetError
 from clipgrad.integrations._batches import LogicalBatches, epoch_of, loader_of, rows_of
-from clipgrad.integrations._huggingface_arguments import plan_and_users, refuse_conflicts
+from clipgrad.integrations._huggingface_arguments import (
+    CONFLICTS,
+    plan_and_users,
+    refuse_conflicts,
+    refuse_spread_model,
+)
 from clipgrad.noise import NoiseSource
 from clipgrad.optimizer import DPOptimizer
 from clipgrad.options import Performance
@@ -51,6 +56,8 @@ class PrivateTraining:
         ValueError: If an argument is refused; the message names refused ``TrainingArguments``.
     """
 
+    _conflicts = CONFLICTS
+
     def __init__(
         self,
         *args: Any,
@@ -66,7 +73,8 @@ class PrivateTraining:
     ) -> None:
         self._private: DPOptimizer[Any] | None = None
         super().__init__(*args, **trainer)
-        refuse_conflicts(self.args)
+        refuse_conflicts(self.args, self._conflicts)
+        refuse_spread_model(self)
         self._samples_per_user = samples_per_user
         self.plan, self._users = plan_and_users(
             self.args, self.train_dataset, user_column, plan, target_epsilon, delta
@@ -109,6 +117,10 @@ class PrivateTraining:
             return inner
         # PEFT adds this hook for reentrant checkpoints. Here it would set requires_grad on one sample's tensor.
         getattr(self.model, "disable_input_require_grads", lambda: None)()
+        if self.args.world_size > 1:
+            # accelerate leaves a model alone that it has prepared: DDP would keep a second copy of all gradients.
+            self.accelerator.prepare_model(self.model, evaluation_mode=True)
+            self.model._is_accelerate_prepared = True
         self._loss = self._loss_of_batch()
         self.optimizer = self._private = DPOptimizer(
             inner,
@@ -162,7 +174,7 @@ class PrivateTraining:
         self._check(model)
         model.train()
         piece = send_to_device(dict(inputs), self.args.device)
-        if self._loss is _model_loss and not set(self.label_names) & piece.keys():
+        if self._loss is model_loss and not set(self.label_names) & piece.keys():
             raise ValueError(
                 f"a batch holds {', '.join(piece)}, but no {' or '.join(self.label_names)}, without which the model "
                 "returns no loss. Add them in the dataset or the data_collator, or pass compute_loss_func."
@@ -208,7 +220,7 @@ class PrivateTraining:
         if model is not self.dp_optimizer.model:
             raise ValueError(
                 f"the model was wrapped in a {type(model).__name__} after DPTrainer was made, so its gradients would "
-                "not be clipped. Train the bare model on one device."
+                "not be clipped. Train the bare model."
             )
         done, known = self.state.global_step, self.ledger.steps_of(self.plan.run.name)
         if known < done:
@@ -221,7 +233,7 @@ class PrivateTraining:
         """Return the model's own loss, which PyTorch can capture, unless the trainer computes another loss."""
         usual = type(self).compute_loss is Trainer.compute_loss
         if usual and self.label_smoother is None and self.compute_loss_func is None:
-            return _model_loss
+            return model_loss
 
         def loss_fn(model: nn.Module, inputs: dict[str, Any]) -> Any:
             with self.compute_loss_context_manager():
@@ -251,6 +263,7 @@ class _NoisedNorm(TrainerCallback):
         return float("nan") if self._norm is None else float(self._norm)
 
 
-def _model_loss(model: nn.Module, inputs: dict[str, Any]) -> Any:
+def model_loss(model: nn.Module, inputs: dict[str, Any]) -> Any:
+    """Return the loss that a model computes by itself."""
     outputs = model(**inputs)
     return outputs["loss"] if isinstance(outputs, dict) else outputs[0]

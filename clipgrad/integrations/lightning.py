@@ -20,6 +20,7 @@ from clipgrad.sampling import PaddedBatch
 
 try:
     from lightning.pytorch import LightningModule
+    from lightning.pytorch.strategies import DDPStrategy
 except ImportError as error:
     raise ImportError(
         "clipgrad.integrations.lightning needs lightning: pip install 'clipgrad[lightning]'."
@@ -61,7 +62,8 @@ class DPModule(LightningModule):
         Raises:
             ValueError: If an argument of the trainer contradicts the plan.
         """
-        refuse_conflicts(self.trainer, plan)
+        replicated = isinstance(self.trainer.strategy, ReplicatedStrategy)
+        refuse_conflicts(self.trainer, plan, is_replicated=replicated)
         self._private = _RunsClosure(
             optimizer,
             self,
@@ -129,6 +131,17 @@ def private_loader(
     """
     loader = loader_of(plan, dataset, user_ids, samples_per_user, **options)
     return EpochLoader(loader, epoch_of(plan.num_samples, plan.expected_batch_size))
+
+
+class ReplicatedStrategy(DDPStrategy):
+    """Several devices, each with the whole model: ``Trainer(devices=2, strategy=ReplicatedStrategy())``.
+
+    It starts processes as Lightning's ``DDPStrategy`` does, and has its arguments. The model stays as it is: gradients
+    are clipped and added up by ``DPOptimizer``. Make the loader once the processes are there, in ``train_dataloader``.
+    """
+
+    def configure_ddp(self) -> None:
+        """Leave the model alone: DDP would wait for gradients of whole batches."""
 
 
 class _RunsClosure(DPOptimizer[Any]):

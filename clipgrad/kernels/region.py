@@ -1,4 +1,4 @@
-"""A region of a graph that may be run again in the backward pass; whoever watches operations sees it as one."""
+"""Run a region of a graph as one operation, which the active mode may run again in the backward pass."""
 
 from __future__ import annotations
 
@@ -10,9 +10,12 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 
 def run_region(body: Callable[..., Any], draws: bool, *args: Any) -> Any:
-    """Run the body, a pure function of tensors and numbers, or leave it to the mode that is active.
+    """Run the body, a pure function of tensors and numbers, or leave it to the active mode.
 
-    ``draws`` says whether the body may draw random numbers.
+    Args:
+        body: The region's function.
+        draws: Whether the body may draw random numbers; the mode reads this.
+        *args: Arguments of the body.
     """
     tensors = tuple(arg for arg in args if isinstance(arg, Tensor))
     if has_torch_function(tensors):

@@ -1,4 +1,4 @@
-"""The loss of one sample as an FX graph, and PyTorch's guards that say whether the graph still serves."""
+"""Capture the loss of one sample as an FX graph, with PyTorch's guards that say whether the graph still holds."""
 
 from clipgrad.loss_graph.capture import LossCapture
 from clipgrad.loss_graph.graph import CapturedLoss

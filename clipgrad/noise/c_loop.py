@@ -36,6 +36,7 @@ _FLAGS = (
 _SECONDS = 60
 _BYTES = 4  # size of a float32
 _RADIUS_BYTES, _PAIR_BYTES = 8, 12
+_REPLACE = 0.0  # a divisor that replaces values instead of adding to them
 _TOLERANCE = 1e-6  # relative; rounding alone reaches 4e-7
 _log = logging.getLogger("clipgrad")
 _found: list[Loop | None] = []
@@ -71,8 +72,8 @@ class LoopedBoxMuller:
 
     def draw(self, keystream: Bits, size: int) -> Tensor:
         """Return ``size`` values of N(0, 1) as a flat tensor that is valid until the next call."""
-        values = self._values[:size].zero_()
-        self._add(keystream, size, 1.0, 1.0, values.data_ptr())
+        values = self._values[:size]
+        self._add(keystream, size, 1.0, _REPLACE, values.data_ptr())
         return values
 
     def add(self, keystream: Bits, target: Tensor, scale: float, divisor: float = 1.0) -> None:
@@ -81,25 +82,20 @@ class LoopedBoxMuller:
         The loop writes by address. A tensor operation would check the grad mode, which each thread has for itself; so
         any thread may call this method.
         """
-        self._add_pieces(keystream, target, scale, divisor, zeroed=False)
-
-    def fill(self, keystream: Bits, target: Tensor, scale: float) -> None:
-        """Replace each value by ``scale * N(0, 1)``; what is zeroed is still in the cache when the noise comes."""
-        self._add_pieces(keystream, target, scale, 1.0, zeroed=True)
-
-    def _add_pieces(
-        self, keystream: Bits, target: Tensor, scale: float, divisor: float, *, zeroed: bool
-    ) -> None:
         assert target.dtype is torch.float32, "the loop handles float32 only"
-        size, address = target.numel(), target.data_ptr()
-        for start in range(0, size, CAPACITY):
-            count = min(CAPACITY, size - start)
-            if zeroed:
-                ctypes.memset(address + _BYTES * start, 0, _BYTES * count)
-            self._add(keystream, count, scale, divisor, address + _BYTES * start)
+        for start, count in _pieces(target.numel()):
+            self._add(keystream, count, scale, divisor, target.data_ptr() + _BYTES * start)
         if not target.is_inference():
             # Autograd and other users of version counters do not notice a write by address.
             torch.autograd.graph.increment_version(target)
+
+    def fill(self, keystream: Bits, target: Tensor, size: int, scale: float) -> None:
+        """Replace the first ``size`` values of a tensor that nobody else sees by ``scale * N(0, 1)``."""
+        assert target.dtype is torch.float32, "the loop handles float32 only"
+        assert size <= target.numel(), "the loop would write beyond the tensor"
+        for start, count in _pieces(size):
+            address = target.data_ptr() + _BYTES * start
+            self._add(keystream, count, scale, _REPLACE, address)
 
     def _add(self, keystream: Bits, size: int, scale: float, divisor: float, address: int) -> None:
         assert 0 < size <= CAPACITY, "the loop would read and write beyond its buffer"
@@ -109,6 +105,12 @@ class LoopedBoxMuller:
         )
         k = self._address + pairs * _RADIUS_BYTES
         self._loop(self._address, k, size, scale, divisor, address)
+
+
+def _pieces(size: int) -> Iterator[tuple[int, int]]:
+    """Yield start and size of pieces that the loop takes at once."""
+    for start in range(0, size, CAPACITY):
+        yield start, min(CAPACITY, size - start)
 
 
 def make_looped(*, may_compile: bool) -> LoopedBoxMuller | None:
@@ -187,15 +189,25 @@ def _commands() -> Iterator[list[str]]:
 
 def verify(found: LoopedBoxMuller) -> None:
     """Compare with :class:`BoxMuller` on public bits: pseudo-random bits and all edge cases."""
-    for size, start, scale, divisor in ((CAPACITY, 0.0, 1.0, 1.0), (4099, 1.0, 0.5, 3.0)):
+    for size, start, scale, divisor in (
+        (CAPACITY, 0.0, 1.0, 1.0),
+        (4099, 1.0, 0.5, 3.0),
+        (4097, 7.0, 0.5, _REPLACE),
+    ):
         bits = _PublicBits(found.capacity // 2)
         target = torch.full((size + 1,), start, dtype=torch.float32, device="cpu")
-        found.add(bits, target[:size], scale, divisor)
+        if divisor == _REPLACE:
+            found.fill(bits, target, size, scale)
+        else:
+            found.add(bits, target[:size], scale, divisor)
         values = target.double()
         added = BoxMuller(torch.float32, found.capacity).draw(bits, size).double() * scale
-        expected = torch.cat(((added + start) / divisor, target.new_tensor([start])))
+        wanted = added if divisor == _REPLACE else (added + start) / divisor
+        expected = torch.cat((wanted, target.new_tensor([start])))
         # This form rejects NaN too.
-        wrong = ~((values - expected).abs() <= _TOLERANCE * (expected.abs() + start))
+        wrong = ~(
+            (values - expected).abs() <= _TOLERANCE * (expected.abs() + (start if divisor else 0.0))
+        )
         if wrong.any():
             at = int(wrong.int().argmax())
             raise RuntimeError(

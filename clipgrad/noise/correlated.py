@@ -15,6 +15,7 @@ from clipgrad.noise.buffers import Buffers
 from clipgrad.noise.keys import process
 from clipgrad.noise.rows import Rows, add_and_divide
 from clipgrad.noise.source import NoiseSource
+from clipgrad.noise.step_noise import StepSums
 from clipgrad.noise.system import by_device_and_noise_dtype, is_plain_system_noise
 
 # The default source on a CPU makes this many rows at once, but no more than the past rows that are kept. On other
@@ -69,44 +70,29 @@ class CorrelatedNoise:
         self._loaded: dict[str, Tensor] = {}
         self._process = process()
 
-    def next(
-        self,
-        sums: list[Tensor],
-        step: int,
-        *,
-        names: Sequence[str],
-        sigma: float,
-        divisor: float,
-        in_place: bool,
-    ) -> list[Tensor]:
-        """Return ``(sums + row of this step) / divisor``.
-
-        Args:
-            sums: Clipped sums, one tensor for each parameter; the call may overwrite them.
-            step: Number of the step, from 0.
-            names: Names of the parameters, the same in every step.
-            sigma: Standard deviation of Z for a C whose columns have norm 1, the same in every step.
-            divisor: A public constant.
-            in_place: Whether the result is written into ``sums``. False is for sums that alias memory of another owner.
+    def next(self, step: StepSums) -> list[Tensor]:
+        """Return ``(sums + row of this step) / divisor``; names and sigma must be the same in every step.
 
         Raises:
             PrivacyBudgetError: If the noise of earlier steps is not known here, so that the run cannot continue.
             ValueError: If the parameters or ``sigma`` differ from those of earlier steps.
         """
+        sums, sigma = step.sums, step.sigma
         scale = checks.scale("sigma", sigma) * self._strategy.scale
         targets = checks.targets(sums, scale) if scale else list(sums)
-        self._require_continuation(step, _Coordinates(tuple(names), tuple(t.shape for t in sums)))
-        if step and sigma != self._sigma:
+        shapes = tuple(total.shape for total in sums)
+        self._require_continuation(step.number, _Coordinates(tuple(step.names), shapes))
+        if step.number and sigma != self._sigma:
             raise ValueError(
-                f"noise: sigma is {sigma} at step {step} and was {self._sigma} before. Correlated noise is accounted "
-                "for with one noise multiplier and one clipping norm for the whole run."
+                f"noise: sigma is {sigma} at step {step.number} and was {self._sigma} before. Correlated noise is "
+                "accounted for with one noise multiplier and one clipping norm for the whole run."
             )
         self._sigma = sigma
         with torch.no_grad():
             self._arrange(targets)
             self._step = None  # A step that fails below must not be continued.
-            added = self._added(targets, scale, divisor, in_place=in_place)
-        self._step = step + 1
+            added = self._added(targets, scale, step.divisor, in_place=step.in_place)
+        self._step = step.number + 1
         return added
 
     def _added(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import partial
 
@@ -78,27 +79,48 @@ class CpuNoise:
             if divisor != 1.0:
                 torch._foreach_div_(piece, divisor)
 
-    def fill(self, flats: list[Tensor], sigma: float) -> None:
-        """Replace the values of flat CPU tensors by noise; the noise of all tensors must have one dtype."""
-        size = sum(map(Tensor.numel, flats))
-        gaussians = self._gaussians_for(checks.NOISE_DTYPE[flats[0].dtype], size)
-        plain = isinstance(gaussians, LoopedBoxMuller) and flats[0].dtype is torch.float32
-        if not plain or self._draws > 1 or size >= _MANY:
-            torch._foreach_zero_(flats)
-            self.add(flats, sigma)
+    def in_turns(
+        self, counts: Sequence[int], sigma: float, use: Callable[[int, Tensor], None]
+    ) -> None:
+        """Make float32 noise in memory that stays in the cache, and hand it over piece by piece.
+
+        Args:
+            counts: How many values each turn needs.
+            sigma: Standard deviation.
+            use: Called with the number of a turn and a tensor, which begins with its values. Several threads may call
+                it at once, each with memory of its own.
+        """
+        gaussians = self._gaussians_for(torch.float32, sum(counts))
+        if not isinstance(gaussians, LoopedBoxMuller) or self._draws > 1:
+            values = torch.empty(max(counts, default=0), dtype=torch.float32, device="cpu")
+            for turn, count in enumerate(counts):
+                self.add([values[:count].zero_()], sigma)
+                use(turn, values)
             return
-        assert isinstance(gaussians, LoopedBoxMuller)
-        keystream = self._keystream()
-        for flat in flats:
-            gaussians.fill(keystream, flat, sigma)
+        every = range(len(counts))
+        if sum(counts) < _MANY:
+            _hand_over(gaussians, self._keystream(), every, counts, sigma, use)
+            return
+        share = math.ceil(len(counts) / min(torch.get_num_threads(), _MOST_THREADS))
+        shares = [every[start : start + share] for start in every[::share]]
+        self._in_threads(_hand_over, shares, counts, sigma, use)
 
     def _keystream(self) -> Keystream:
         return Keystream(partial(self._key_deriver.key, _CPU, KEY_BYTES))
 
     def _add_in_threads(self, flats: list[Tensor], scale: float, divisor: float) -> None:
-        """Add noise to large tensors in threads. Each thread has its share of all values and a key of its own."""
+        """Add noise to large tensors in threads, each with its share of all values."""
         count = min(torch.get_num_threads(), _MOST_THREADS)
-        shares = list(pieces(flats, math.ceil(sum(map(Tensor.numel, flats)) / count)))
+        shares = pieces(flats, math.ceil(sum(map(Tensor.numel, flats)) / count))
+        self._in_threads(_add_to_each, list(shares), scale, divisor)
+
+    def _in_threads(
+        self,
+        work: Callable[..., None],
+        shares: Sequence[list[Tensor]] | Sequence[range],
+        *args: object,
+    ) -> None:
+        """Do the work of each share in a thread, with a loop and a key of its own."""
         while len(self._loops) < len(shares):
             another = make_looped(may_compile=False)
             assert another is not None, "the loop was compiled before"
@@ -109,8 +131,8 @@ class CpuNoise:
         try:
             for loop, share in zip(self._loops[1:], shares[1:], strict=False):
                 stream = self._keystream()
-                waiting.append(self._pool.submit(_add_to_each, loop, stream, share, scale, divisor))
-            _add_to_each(self._loops[0], self._keystream(), shares[0], scale, divisor)
+                waiting.append(self._pool.submit(work, loop, stream, share, *args))
+            work(self._loops[0], self._keystream(), shares[0], *args)
         finally:  # the caller must not read a tensor that a thread still writes to
             wait(waiting)
         for future in waiting:
@@ -150,3 +172,17 @@ def _add_to_each(
 ) -> None:
     for flat in flats:
         loop.add(keystream, flat, scale, divisor)
+
+
+def _hand_over(
+    loop: LoopedBoxMuller,
+    keystream: Keystream,
+    turns: range,
+    counts: Sequence[int],
+    sigma: float,
+    use: Callable[[int, Tensor], None],
+) -> None:
+    values = torch.empty(max(counts, default=0), dtype=torch.float32, device="cpu")
+    for turn in turns:
+        loop.fill(keystream, values, counts[turn], sigma)
+        use(turn, values)

@@ -70,10 +70,11 @@ static inline float sine(float a) {
     return a + a * (square * q);
 }
 
-/* Add scale * N(0, 1) to each of `size` values and divide by `divisor`. j and k hold (size + 1) / 2 integers each. The
- * first half of the values gets the sines of the pairs, the rest their cosines. */
-void clipgrad_add_gaussians(const int64_t *restrict j, const int32_t *restrict k, int64_t size, float scale,
-                            float divisor, float *restrict sines) {
+/* Add scale * N(0, 1) to each of `size` values and divide by `divisor`; if `keep` is 0, replace them instead. j and k hold
+ * (size + 1) / 2 integers each. The first half of the values gets the sines of the pairs, the rest their cosines. */
+static inline __attribute__((always_inline)) void gaussians(const int64_t *restrict j, const int32_t *restrict k,
+                                                            int64_t size, float scale, float divisor,
+                                                            float *restrict sines, int keep) {
     int64_t pairs = (size + 1) / 2, cosine_count = size - pairs;
     float *restrict cosines = sines + pairs;
     for (int64_t first = 0; first < pairs; first += AT_ONCE) {
@@ -84,11 +85,23 @@ void clipgrad_add_gaussians(const int64_t *restrict j, const int32_t *restrict k
             double u = from_integer(j[i]) * 0x1p-64 + (0.5 + 0x1p-53);
             radius[i - first] = scale * sqrtf(-2.0f * logarithm(u));
         }
-        for (int64_t i = first; i < last; i++)
-            sines[i] = (sines[i] + radius[i - first] * sine((float)k[i] * STEP + STEP / 2)) / divisor;
+        for (int64_t i = first; i < last; i++) {
+            float value = radius[i - first] * sine((float)k[i] * STEP + STEP / 2);
+            sines[i] = keep ? (sines[i] + value) / divisor : value;
+        }
         for (int64_t i = first; i < last_cosine; i++) {
             int32_t complement = ((int32_t)((uint32_t)k[i] << 31) >> 31) ^ k[i] ^ 0x7FFFFFFF;
-            cosines[i] = (cosines[i] + radius[i - first] * sine((float)complement * STEP + STEP / 2)) / divisor;
+            float value = radius[i - first] * sine((float)complement * STEP + STEP / 2);
+            cosines[i] = keep ? (cosines[i] + value) / divisor : value;
         }
     }
+}
+
+/* Add and divide; a divisor of 0 replaces the values, in two thirds of the time. */
+void clipgrad_add_gaussians(const int64_t *restrict j, const int32_t *restrict k, int64_t size, float scale,
+                            float divisor, float *restrict sines) {
+    if (divisor == 0.0f)
+        gaussians(j, k, size, scale, 1.0f, sines, 0);
+    else
+        gaussians(j, k, size, scale, divisor, sines, 1);
 }

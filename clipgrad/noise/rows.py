@@ -5,23 +5,23 @@ from __future__ import annotations
 import ctypes
 import logging
 import math
-import threading
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from clipgrad.noise.c_loop import compile_library
+from clipgrad.noise import c_loop
+from clipgrad.noise.c_loop import CAPACITY, compile_library
 from clipgrad.noise.source import NoiseSource
-from clipgrad.noise.system import SystemNoise
+from clipgrad.noise.system import SystemNoise, is_plain_system_noise
 
 SOURCE = Path(__file__).with_name("recurrence.c")
 _SMALL = 2**15  # values
 _PAGE, _PAD = 1024, 48  # values
+_TILE = 128  # columns that the loop in C takes at once
 _log = logging.getLogger("clipgrad")
 _found: list[ctypes.CDLL | None] = []
-_compiling = threading.Lock()
 
 
 class Rows:
@@ -88,16 +88,39 @@ class Rows:
         return [self._ring[index % len(self._ring)] for index in indices]
 
     def _make(self, source: NoiseSource, scale: float) -> None:
+        compiled = _compiled() if _is_plain(self._ring[0]) else None
+        place = (self._tail, self._first, self._ahead, self._known)
+        if compiled is not None and scale and is_plain_system_noise(source):
+            self._make_in_turns(source, scale, Correlate(compiled, self._ring, *place))
+            return
         count = len(self._ring)
         fresh = [self._ring[(self._first + k) % count] for k in range(self._ahead)]
-        if self._ahead > 1 and isinstance(source, SystemNoise) and scale:
-            source._fill(fresh, scale)
+        torch._foreach_zero_(fresh)
+        source.add_gaussian_(fresh, scale)
+        if compiled is None:
+            correlate_by_torch(self._ring, *place)
         else:
-            torch._foreach_zero_(fresh)
-            source.add_gaussian_(fresh, scale)
-        compiled = _compiled() if _is_plain(fresh[0]) else None
-        correlate = correlate_by_torch if compiled is None else Correlate(compiled)
-        correlate(self._ring, self._tail, self._first, self._ahead, self._known)
+            Correlate(compiled, self._ring, *place)(0, self._ring.shape[1])
+
+    def _make_in_turns(self, source: SystemNoise, scale: float, correlate: Correlate) -> None:
+        """Make all rows for some columns after the other, so that fresh noise never leaves the cache."""
+        size = self._ring.shape[1]
+        width = _width(self._ahead)
+        widths = [min(width, size - start) for start in range(0, size, width)]
+
+        def use(turn: int, fresh: Tensor) -> None:
+            correlate(turn * width, widths[turn], fresh)
+
+        source._in_turns([self._ahead * width for width in widths], scale, use)
+
+
+def _width(rows: int) -> int:
+    """Return how many columns to make at once: their fresh noise takes two pieces of the loop that makes it.
+
+    It is an odd number of tiles, since rows a multiple of a page apart would compete for the same places in the cache.
+    """
+    tiles = 2 * CAPACITY // (rows * _TILE)
+    return max(1, tiles - 1 + tiles % 2) * _TILE
 
 
 def correlate_by_torch(
@@ -121,23 +144,49 @@ def correlate_by_torch(
 
 
 class Correlate:
-    """This function runs the loop in C that computes ``correlate_by_torch`` for float32 on a CPU."""
+    """This loop in C computes ``correlate_by_torch`` for float32 on a CPU, and for some columns of the ring.
 
-    def __init__(self, loops: ctypes.CDLL) -> None:
-        self._loop = loops.clipgrad_correlate
+    Args:
+        loops: The compiled library.
+        ring: The rows, whose values lie one after the other; the loop writes to them by address.
+        tail: Weights of earlier rows, latest row first.
+        first: Index of the first row to change.
+        ahead: Number of rows to change.
+        known: Number of rows before row ``first`` that hold past noise.
+    """
 
-    def __call__(
-        self, ring: Tensor, tail: Sequence[float], first: int, ahead: int, known: int
+    def __init__(
+        self,
+        loops: ctypes.CDLL,
+        ring: Tensor,
+        tail: Sequence[float],
+        first: int,
+        ahead: int,
+        known: int,
     ) -> None:
-        """Subtract the weighted earlier rows; the arguments are those of :func:`correlate_by_torch`."""
         assert _is_plain(ring[0])
         assert ring.stride(1) == 1
         numbers = (ring.stride(0), len(ring), first, ahead, known, len(tail))
+        weights = (ctypes.c_float * max(1, len(tail)))(*tail)
+        self._loop, self._ring, self._start = loops.clipgrad_correlate, ring, ring.data_ptr()
+        self._arguments = (*map(ctypes.c_int64, numbers), weights)
+
+    def __call__(self, start: int, width: int, fresh: Tensor | None = None) -> None:
+        """Change ``width`` columns from column ``start`` on.
+
+        Args:
+            start: The first column.
+            width: How many columns.
+            fresh: Independent values, ``ahead`` rows of ``width`` one after the other, which the rows are made of. If
+                it is None, the rows themselves hold them.
+        """
+        assert 0 <= start <= start + width <= self._ring.shape[1]
         self._loop(
-            ctypes.c_void_p(ring.data_ptr()),
-            *map(ctypes.c_int64, numbers),
-            (ctypes.c_float * max(1, len(tail)))(*tail),
-            ctypes.c_int64(ring.shape[1]),
+            ctypes.c_void_p(self._start + self._ring.element_size() * start),
+            *self._arguments,
+            ctypes.c_int64(width),
+            ctypes.c_void_p(None if fresh is None else fresh.data_ptr()),
+            ctypes.c_int64(width),
         )
 
 
@@ -172,7 +221,7 @@ def _is_plain(tensor: Tensor) -> bool:
 
 def _compiled() -> ctypes.CDLL | None:
     """Return the loops in C, compiled and tested once in a process, or None if that fails."""
-    with _compiling, torch.inference_mode(False), torch.no_grad():
+    with c_loop._compiling, torch.inference_mode(False), torch.no_grad():
         if not _found:
             try:
                 loops = compile_library(SOURCE.read_text(encoding="utf-8"))
@@ -194,11 +243,18 @@ def prove(loops: ctypes.CDLL) -> None:
         RuntimeError: If a value differs by more than rounding.
     """
     tail = [0.75, 0.5, -0.25, 0.125]
-    for first, known, width in ((0, 0, 700), (5, 4, 256), (3, 2, 1)):
+    for first, known, width in ((0, 0, 700), (5, 4, 300), (3, 2, 1)):
         start = torch.arange(7 * (width + 3), dtype=torch.float32, device="cpu").remainder(11.0) - 5
         rings = [start.view(7, -1).clone() for _ in range(2)]
         correlate_by_torch(rings[0][:, 2 : 2 + width], tail, first, 3, known)
-        Correlate(loops)(rings[1][:, 2 : 2 + width], tail, first, 3, known)
+        columns = rings[1][:, 2 : 2 + width]
+        if known < 4:
+            Correlate(loops, columns, tail, first, 3, known)(0, width)
+        else:  # the same values, given beside the ring
+            fresh = torch.stack([columns[(first + k) % 7] for k in range(3)])
+            for k in range(3):
+                columns[(first + k) % 7].fill_(torch.nan)
+            Correlate(loops, columns, tail, first, 3, known)(0, width, fresh)
         means = start.clone()
         loops.clipgrad_add_and_divide(
             ctypes.c_void_p(means.data_ptr()),

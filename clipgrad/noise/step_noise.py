@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -11,6 +11,27 @@ from torch import Tensor
 from clipgrad.noise import checks
 from clipgrad.noise.source import NoiseSource
 from clipgrad.noise.system import is_plain_system_noise
+
+
+class StepSums(NamedTuple):
+    """This tuple holds the clipped sums of a step, and says which noise and division they get.
+
+    Attributes:
+        sums: Clipped sums, one tensor for each parameter; they may be overwritten.
+        number: Number of the step, from 0.
+        names: Names of the parameters.
+        sigma: Standard deviation of the noise on the sums. For correlated noise it is the deviation of the independent
+            noise, for a matrix whose columns have norm 1.
+        divisor: A public constant.
+        in_place: Whether the result is written into ``sums``. False is for sums that alias a CUDA graph's memory.
+    """
+
+    sums: list[Tensor]
+    number: int
+    names: Sequence[str]
+    sigma: float
+    divisor: float
+    in_place: bool
 
 
 class StepNoise(Protocol):
@@ -26,20 +47,8 @@ class StepNoise(Protocol):
     accounting: str
     secret: str
 
-    def next(
-        self,
-        sums: list[Tensor],
-        step: int,
-        *,
-        names: Sequence[str],
-        sigma: float,
-        divisor: float,
-        in_place: bool,
-    ) -> list[Tensor]:
-        """Return ``(sums + noise of this step) / divisor``; ``sums`` may be overwritten.
-
-        ``names`` are those of the parameters to which the sums belong.
-        """
+    def next(self, step: StepSums) -> list[Tensor]:
+        """Return ``(sums + noise of this step) / divisor``."""
         ...
 
     def count(self, counts: Sequence[Tensor], sigma: float) -> None:
@@ -72,27 +81,11 @@ class IndependentNoise:
     def __init__(self, source: NoiseSource) -> None:
         self.source = source
 
-    def next(
-        self,
-        sums: list[Tensor],
-        step: int,
-        *,
-        names: Sequence[str],
-        sigma: float,
-        divisor: float,
-        in_place: bool,
-    ) -> list[Tensor]:
-        """Return ``(sums + N(0, sigma^2)) / divisor``.
-
-        Args:
-            sums: Clipped sums, which may be overwritten.
-            step: Number of the step, from 0; it has no effect.
-            names: Names of the parameters; they have no effect.
-            sigma: Standard deviation of the noise on the sums.
-            divisor: A public constant.
-            in_place: Return the tensors of ``sums``; otherwise new tensors, if ``sums`` alias a CUDA graph's memory.
-        """
-        return noised_mean(self.source, sums, sigma, divisor, out_of_place=not in_place)
+    def next(self, step: StepSums) -> list[Tensor]:
+        """Return ``(sums + N(0, sigma^2)) / divisor``; number and names have no effect."""
+        return noised_mean(
+            self.source, step.sums, step.sigma, step.divisor, out_of_place=not step.in_place
+        )
 
     def count(self, counts: Sequence[Tensor], sigma: float) -> None:
         """Add ``N(0, sigma^2)`` to counts in place."""

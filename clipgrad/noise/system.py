@@ -83,10 +83,11 @@ class SystemNoise:
         """Add and divide, in one pass where possible; ``step_noise.noised_mean`` calls this method too."""
         return self._of_this_process().add(checked, sigma, divisor, out_of_place)
 
-    def _fill(self, flats: list[Tensor], sigma: float) -> None:
-        """Replace the values of flat tensors of one dtype on the CPU by ``N(0, sigma^2)``."""
-        checked = checks.targets(flats, sigma)
-        self._of_this_process().fill(checked, sigma)
+    def _in_turns(
+        self, counts: Sequence[int], sigma: float, use: Callable[[int, Tensor], None]
+    ) -> None:
+        """Make float32 noise on the CPU and hand it over piece by piece; see ``CpuNoise.in_turns``."""
+        self._of_this_process().in_turns(counts, checks.scale("sigma", sigma), use)
 
     def _of_this_process(self) -> _ProcessNoise:
         found = self._process_noise
@@ -137,10 +138,12 @@ class _ProcessNoise:
                     results[index] = result
             return results
 
-    def fill(self, flats: list[Tensor], sigma: float) -> None:
-        """Replace the values of flat CPU tensors by noise."""
+    def in_turns(
+        self, counts: Sequence[int], sigma: float, use: Callable[[int, Tensor], None]
+    ) -> None:
+        """Hand over noise piece by piece."""
         with self._lock, torch.no_grad():
-            self._cpu.fill(flats, sigma)
+            self._cpu.in_turns(counts, sigma, use)
 
     def _add_to(
         self,

@@ -1,4 +1,4 @@
-"""The batch as a loop passes it to ``backward``, in the form in which samples can be told apart."""
+"""Turn the arguments of ``backward`` into pytrees of tensors whose first axis counts samples."""
 
 from __future__ import annotations
 
@@ -24,9 +24,8 @@ def parts_of(batch: tuple[Any, ...], named: Mapping[str, Any]) -> tuple[Any, ...
     if not named and all(type(part) is Tensor for part in batch):
         return batch
     parts = list(batch)
-    for index, part in enumerate(
-        batch
-    ):  # no comprehension, whose frame would stand before the caller's line
+    # A comprehension's frame would come between the warning and the caller's line.
+    for index, part in enumerate(batch):
         if isinstance(part, Mapping):
             parts[index] = _columns(part)
     return (*parts, _columns(named)) if named else tuple(parts)

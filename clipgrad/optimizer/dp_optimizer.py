@@ -16,6 +16,7 @@ from clipgrad.clipping import ClippingStrategy, Schedule, make_clipping
 from clipgrad.engine.inputs import Inputs, inputs_of_model
 from clipgrad.explain import Explanation
 from clipgrad.noise import NoiseSource
+from clipgrad.noise.step_noise import StepSums
 from clipgrad.optimizer import facts
 from clipgrad.optimizer.batch_parts import by_name, parts_of
 from clipgrad.optimizer.logical_batch import LogicalBatch
@@ -224,13 +225,9 @@ class DPOptimizer(LogicalBatch, Generic[Returned]):
         with torch.no_grad():
             with phase("noise"):
                 share = ranks.share(sums, parameters, aliases_graph=aliases_graph)
+                step, divisor = self._step_state.step, self.expected_batch_size
                 means = self._noise.next(
-                    share.parts,
-                    self._step_state.step,
-                    names=names,
-                    sigma=sigma,
-                    divisor=self.expected_batch_size,
-                    in_place=share.private,
+                    StepSums(share.parts, step, names, sigma, divisor, in_place=share.private)
                 )
                 if observed:
                     ranks.one_draw(observed, lambda total: self._noise.count(total, sigma_observed))

@@ -1,4 +1,4 @@
-"""What all processes that train together must have in common: settings once, and the state of each step."""
+"""List the values that must be equal in all processes: settings of the run, and the state of each step."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def of_run(
     parameters: Sequence[Tensor],
     optimizer: torch.optim.Optimizer,
 ) -> dict[str, object]:
-    """Settings that hold for the whole run; functions of the step are compared by their values, step by step."""
+    """Return the settings of the whole run; the values of functions of the step are compared at each step."""
     return {
         "max_grad_norm": norm,
         "noise_multiplier": noise_multiplier,
@@ -38,13 +38,13 @@ def of_run(
 def of_step(
     norm: ClippingStrategy, sigma: float, names: Sequence[str], position: tuple[Any, ...]
 ) -> dict[str, object]:
-    """What one step depends on besides the data.
+    """Return the values on which a step depends besides the data.
 
     Args:
         norm: The clipping norm; every norm in it is a number.
         sigma: Standard deviation of the noise.
-        names: Of the trained parameters.
-        position: Of the step in its plan, and of the batch in the loader's iteration.
+        names: Names of the trained parameters.
+        position: Position of the step in its plan, and of the batch in the loader's iteration.
     """
     return {
         "max_grad_norm": norm,

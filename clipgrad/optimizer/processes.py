@@ -1,4 +1,4 @@
-"""This module finds the processes that train together, and refuses what they cannot do together."""
+"""This module finds the processes that train together, and refuses options that they do not support."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from clipgrad.ranks import OneProcess, Ranks, initialised
 
 
 def ranks_of(options: Options, model: nn.Module) -> Ranks:
-    """Return the processes that the user names, or all that there are.
+    """Return the processes of the user's group, or all processes of ``torch.distributed``.
 
     Raises:
-        ValueError: If the options exclude several processes, or the model is spread over them in another way.
+        ValueError: If an option excludes several processes, or the model's sharding is not supported.
     """
     group = options.performance.process_group
     if group is None and not initialised():
@@ -22,13 +22,13 @@ def ranks_of(options: Options, model: nn.Module) -> Ranks:
     ranks = find_ranks(group, model)
     if options.compile_mode is not None and ranks.is_sharded:
         raise ValueError(
-            "compile cannot be combined with a model of fully_shard: a compiled step reads parameters where they lay "
-            "when it was compiled, and FSDP gathers them anew for each batch. Leave compile out."
+            "compile cannot be combined with a model of fully_shard: a compiled step reads parameters at fixed "
+            "addresses, and FSDP gathers them at other addresses for each batch. Leave compile out."
         )
     if options.microbatch_size == "auto" and ranks.is_sharded:
         raise ValueError(
             "microbatch_size='auto' cannot be combined with a model of fully_shard, whose ranks run the same number of "
-            "microbatches. Give a number, the same on all ranks."
+            "microbatches. Pass a number, the same on all ranks."
         )
     if ranks.size > 1 and options.grid is not None:
         raise ValueError(

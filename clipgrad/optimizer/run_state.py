@@ -1,4 +1,4 @@
-"""Checkpoints of several ranks, by ``torch.distributed.checkpoint``."""
+"""Define ``RunState``, which saves and loads a run of several ranks with ``torch.distributed.checkpoint``."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ _NAME = re.compile(r"step-(\d+)")
 
 
 class Loader(Protocol):
-    """A loader or sampler with a position."""
+    """This protocol describes a loader or sampler with a position."""
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position."""
         ...
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a position."""
+        """Continue from a position."""
         ...
 
 
 class RunState:
-    """Model, optimizer, budget and position of a run on several ranks, which goes on with another number of ranks.
+    """This class saves model, optimizer, budget and position of a run, which may continue on another number of ranks.
 
     It is a ``Stateful`` of ``torch.distributed.checkpoint``, so ``dcp.save({"run": state}, ...)`` works. ``save`` and
     ``load`` also keep the checkpoint whole if a process is killed. All ranks must call them, between ``step()`` and the
@@ -41,8 +41,8 @@ class RunState:
 
     Args:
         model: The model.
-        optimizer: Its ``DPOptimizer``.
-        loader: A loader of ``clipgrad.sampling`` without a generator, if its position belongs to the run.
+        optimizer: The model's ``DPOptimizer``.
+        loader: A loader of ``clipgrad.sampling`` without a generator; None if the run needs no position.
 
     Raises:
         ValueError: If a part cannot be saved for another number of ranks.
@@ -78,10 +78,10 @@ class RunState:
                 f"{optimizer.secret_state}. Use clipgrad.save_checkpoint."
             )
         self._model, self._optimizer, self._loader = model, optimizer, loader
-        self._own()  # what cannot be saved is refused here, not at the first checkpoint
+        self._own()  # This refuses a state that cannot be saved here, not at the first checkpoint.
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state; every rank has to call this at the same step.
+        """Return the state; every rank must call this at the same step.
 
         Raises:
             RanksError: If the ranks are not at the same step of the same run.
@@ -102,7 +102,7 @@ class RunState:
         return {"model": model, "optimizer": inner, "clipgrad": own}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a state.
+        """Continue from a state.
 
         Raises:
             ValueError: If the state does not fit. Do not continue training then: the model may be restored already.
@@ -136,7 +136,7 @@ class RunState:
         """Write a checkpoint into a folder that all ranks can reach, and remove older ones.
 
         Args:
-            folder: It holds the checkpoints of one run. A checkpoint that was not finished is ignored.
+            folder: Folder of the checkpoints of one run. An unfinished checkpoint in it is ignored.
         """
         from torch.distributed.checkpoint.state_dict_saver import save
 
@@ -145,20 +145,22 @@ class RunState:
         beside = folder / f".{name}.part"
         with _alone_or_together():
             save({"run": self}, checkpoint_id=beside)
-        # Every rank has written when save returns on the first one, which wrote the metadata last.
+        # Every rank has written its part when save returns on the first rank, which writes the metadata last.
         if self._optimizer._clipper.ranks.rank == 0:
             shutil.rmtree(folder / name, ignore_errors=True)
             beside.rename(folder / name)
             for older in _finished(folder):
                 if older.name != name:
                     shutil.rmtree(older)
-        self._optimizer._clipper.ranks.same(name)  # nobody goes on before the new name is there
+        self._optimizer._clipper.ranks.same(
+            name
+        )  # All ranks wait until the folder has its new name.
 
     def load(self, folder: str | Path) -> bool:
-        """Go on from the last finished checkpoint of a folder.
+        """Continue from the last finished checkpoint of a folder.
 
         Returns:
-            Whether there is one. If not, nothing changes.
+            Whether the folder holds a finished checkpoint. If not, nothing changes.
         """
         from torch.distributed.checkpoint.state_dict_loader import load
 
@@ -171,7 +173,7 @@ class RunState:
         return True
 
     def _own(self) -> str:
-        """What the model and the wrapped optimizer do not hold; equal on all ranks, for any number of them."""
+        """Return the state beside model and wrapped optimizer as JSON text, which is equal on all ranks."""
         loader = None if self._loader is None else self._loader.state_dict()
         own = {"format": _FORMAT, "optimizer": self._optimizer._own_state(), "loader": loader}
         if any(isinstance(leaf, Tensor) for leaf in tree_leaves(own)):
@@ -183,7 +185,7 @@ class RunState:
 
 
 def _finished(folder: Path) -> list[Path]:
-    """Finished checkpoints, the last one last."""
+    """Return the finished checkpoints of a folder in order of their steps."""
     found = [path for path in folder.glob("step-*") if _NAME.fullmatch(path.name)]
     return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
 

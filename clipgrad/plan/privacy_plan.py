@@ -113,21 +113,21 @@ class PrivacyPlan(PlanSettings):
 
         Args:
             target_epsilon: The largest epsilon that is allowed, positive and finite.
-            num_samples: As for the plan.
-            expected_batch_size: As for the plan.
-            delta: As for the plan.
+            num_samples: See ``PrivacyPlan``.
+            expected_batch_size: See ``PrivacyPlan``.
+            delta: See ``PrivacyPlan``.
             steps: Number of noisy steps of the run; give it or ``epochs``.
             epochs: How often each sample is in a batch on average; the number of steps is
                 ``epochs * num_samples / expected_batch_size``, rounded, at least 1.
-            max_grad_norm: As for the plan.
-            max_batch_size: As for the plan.
-            shuffled: As for the plan.
-            unit: As for the plan.
-            declared_sampling: As for the plan.
-            relation: As for the plan.
-            accountant: As for the plan.
-            grid: As for the plan.
-            mechanism: As for the plan. With ``bands="auto"`` the plan gets the number of bands with the least
+            max_grad_norm: See ``PrivacyPlan``.
+            max_batch_size: See ``PrivacyPlan``.
+            shuffled: See ``PrivacyPlan``.
+            unit: See ``PrivacyPlan``.
+            declared_sampling: See ``PrivacyPlan``.
+            relation: See ``PrivacyPlan``.
+            accountant: See ``PrivacyPlan``.
+            grid: See ``PrivacyPlan``.
+            mechanism: See ``PrivacyPlan``. With ``bands="auto"`` the plan gets the number of bands with the least
                 ``expected_error``, which takes some seconds to find.
 
         Raises:

@@ -25,10 +25,10 @@ class PrivateLoader:
         dataset: The dataset that the sampler's indices refer to.
         sampler: The sampler of the batches.
         collate_fn: Makes a batch from a list of samples, which may be empty.
-        num_workers: As in ``DataLoader``.
-        pin_memory: As in ``DataLoader``.
-        persistent_workers: As in ``DataLoader``.
-        prefetch_factor: As in ``DataLoader``.
+        num_workers: See ``torch.utils.data.DataLoader``.
+        pin_memory: See ``torch.utils.data.DataLoader``.
+        persistent_workers: See ``torch.utils.data.DataLoader``.
+        prefetch_factor: See ``torch.utils.data.DataLoader``.
         receipts: The receipts of a plan; the plan's optimizers use them to identify batches.
     """
 

@@ -52,10 +52,10 @@ def poisson_loader(
         num_replicas: Number of shares.
         generator: A generator for repeatable, NOT PRIVATE batches.
         collate_fn: See :class:`EmptyBatchCollate`.
-        num_workers: As in ``DataLoader``.
-        pin_memory: As in ``DataLoader``.
-        persistent_workers: As in ``DataLoader``.
-        prefetch_factor: As in ``DataLoader``.
+        num_workers: See ``torch.utils.data.DataLoader``.
+        pin_memory: See ``torch.utils.data.DataLoader``.
+        persistent_workers: See ``torch.utils.data.DataLoader``.
+        prefetch_factor: See ``torch.utils.data.DataLoader``.
 
     Returns:
         The loader; its ``batch_sampler`` is the :class:`PoissonSampler`.
@@ -128,10 +128,10 @@ def shuffled_loader(
         plan: A :class:`clipgrad.PrivacyPlan` for this dataset with ``shuffled=True``.
         generator: A generator for a repeatable order.
         collate_fn: Makes a batch of samples.
-        num_workers: As in ``DataLoader``.
-        pin_memory: As in ``DataLoader``.
-        persistent_workers: As in ``DataLoader``.
-        prefetch_factor: As in ``DataLoader``.
+        num_workers: See ``torch.utils.data.DataLoader``.
+        pin_memory: See ``torch.utils.data.DataLoader``.
+        persistent_workers: See ``torch.utils.data.DataLoader``.
+        prefetch_factor: See ``torch.utils.data.DataLoader``.
 
     Raises:
         ValueError: If the plan is for other batches or another dataset.

@@ -59,10 +59,10 @@ def user_loader(
         num_replicas: Number of shares.
         generator: A generator for repeatable, NOT PRIVATE batches.
         collate_fn: Collates the samples of all users of a batch at once.
-        num_workers: As in ``DataLoader``.
-        pin_memory: As in ``DataLoader``.
-        persistent_workers: As in ``DataLoader``.
-        prefetch_factor: As in ``DataLoader``.
+        num_workers: See ``torch.utils.data.DataLoader``.
+        pin_memory: See ``torch.utils.data.DataLoader``.
+        persistent_workers: See ``torch.utils.data.DataLoader``.
+        prefetch_factor: See ``torch.utils.data.DataLoader``.
 
     Returns:
         The loader; its ``batch_sampler`` is the :class:`UserSampler`.

@@ -46,12 +46,12 @@ class LowRank(nn.Module):
         return self.base(x) + F.linear(F.linear(x, self.a), self.b)
 
 
-def _mlp() -> nn.Module:
+def mlp() -> nn.Module:
     return nn.Sequential(nn.Linear(4, 7), nn.Tanh(), nn.Linear(7, 5), nn.Tanh(), nn.Linear(5, 2))
 
 
 def _frozen() -> nn.Module:
-    model = _mlp()
+    model = mlp()
     model[2].requires_grad_(False)
     return model
 
@@ -77,7 +77,7 @@ def _gpt2() -> nn.Module:
     return GPT2LMHeadModel(config)
 
 
-def _llama() -> nn.Module:
+def llama() -> nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
@@ -127,15 +127,15 @@ class Case:
 
 
 CASES = {
-    "mlp": Case(_mlp),
-    "microbatches": Case(_mlp, options={"microbatch_size": 2}),
-    "groups": Case(_mlp, options={"max_grad_norm": {"0": 0.5, "": 1.0}}),
+    "mlp": Case(mlp),
+    "microbatches": Case(mlp, options={"microbatch_size": 2}),
+    "groups": Case(mlp, options={"max_grad_norm": {"0": 0.5, "": 1.0}}),
     "tied": Case(Tied, tokens, 11),
     "frozen": Case(_frozen),
     "lora": Case(_lora),
     "channels last": Case(_convolution),
     "gpt2": Case(_gpt2, language, 17),
-    "llama": Case(_llama, language, 17),
+    "llama": Case(llama, language, 17),
 }
 
 
@@ -177,6 +177,16 @@ def private(
     return DPOptimizer(inner, model, case.loss, **given)
 
 
+def take(optimizer: DPOptimizer, batches: list[Tensor], *, calls_differ: bool = True) -> None:
+    """Take a step on each batch, in two halves; replicated ranks may call backward a different number of times."""
+    for own in batches:
+        optimizer.backward(own[: len(own) // 2])
+        if len(own) or not calls_differ:
+            optimizer.backward(own[len(own) // 2 :])
+        optimizer.step()
+        optimizer.zero_grad()
+
+
 def train(
     rank: int,
     size: int,
@@ -189,13 +199,7 @@ def train(
     case = CASES[name]
     model = case.model()
     optimizer = private(model, case, inner(model), **(options or {}))
-    for step, batch in enumerate(case.batches(steps)):
-        own = own_rows(batch, step, rank, size)
-        optimizer.backward(own[: len(own) // 2])
-        if len(own):  # one rank may call backward more often than another
-            optimizer.backward(own[len(own) // 2 :])
-        optimizer.step()
-        optimizer.zero_grad()
+    take(optimizer, [own_rows(b, step, rank, size) for step, b in enumerate(case.batches(steps))])
     return {key: value.detach().clone() for key, value in model.named_parameters()}
 
 
@@ -235,12 +239,8 @@ def train_sharded(
                 parameter.add_(1.0)
     shard(model)
     optimizer = private(model, case, inner(model), **(options or {}))
-    for step, batch in enumerate(case.batches(steps)):
-        own = own_rows(batch, step, rank, size)
-        optimizer.backward(own[: len(own) // 2])
-        optimizer.backward(own[len(own) // 2 :])
-        optimizer.step()
-        optimizer.zero_grad()
+    batches = [own_rows(b, step, rank, size) for step, b in enumerate(case.batches(steps))]
+    take(optimizer, batches, calls_differ=False)
     return {key: value.full_tensor().detach() for key, value in model.named_parameters()}  # type: ignore[operator]
 
 
@@ -252,150 +252,3 @@ def shard_replicas(model: nn.Module) -> None:
     ranks = torch.distributed.get_world_size()
     mesh = init_device_mesh("cpu", (2, ranks // 2), mesh_dim_names=("replicate", "shard"))
     fully_shard(model, mesh=mesh)
-
-
-def shard_half_precision(model: nn.Module) -> None:
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-
-    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, output_dtype=torch.float32)
-    for layer in [m for m in model.children() if any(True for _ in m.parameters())]:
-        fully_shard(layer, mp_policy=policy)
-    fully_shard(model, mp_policy=policy)
-
-
-class HalfPrecision(nn.Module):
-    """This model casts as the mixed precision policy does, for parameters in half precision."""
-
-    def __init__(self, inner: nn.Module) -> None:
-        super().__init__()
-        self.inner = inner
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x.bfloat16()
-        for layer in self.inner:  # type: ignore[union-attr]
-            if not any(True for _ in layer.parameters()):
-                x = layer(x)
-                continue
-            x = layer(x.bfloat16()).float()
-        return x.float()
-
-
-def half_precision(rank: int, size: int) -> dict[str, Tensor]:
-    """Return clipped sums of one batch under the policy; one process uses the model that casts itself."""
-    case = CASES["mlp"]
-    model = case.model().float()
-    wrapped: nn.Module = model
-    if size == 1:
-        wrapped = HalfPrecision(model.bfloat16())
-    else:
-        shard_half_precision(model)
-    optimizer = private(wrapped, case, sgd(model))
-    batch = case.batches(1)[0].float()
-    optimizer.backward(own_rows(batch, 0, rank, size))
-    sums = {name.removeprefix("inner."): value for name, value in optimizer.clipped_sums.items()}
-    if size == 1:
-        return sums
-    return {name: value.full_tensor() for name, value in sums.items()}  # type: ignore[operator]
-
-
-def watched_memory(
-    rank: int, size: int, shard: Callable[[nn.Module], None]
-) -> tuple[list[int], int, list[int]]:
-    """Count the elements of whole parameters whenever a layer computes.
-
-    Returns:
-        Elements of whole parameters at each forward and backward pass of a layer, the largest number of elements of one
-        layer, and the elements of whole parameters before and after ``backward``.
-    """
-    model = nn.Sequential(*(nn.Linear(10, 10) for _ in range(6))).double()
-    shard(model)
-    optimizer = private(model, CASES["mlp"], sgd(model))
-    optimizer.backward(torch.randn(2, 10, dtype=torch.float64))
-    streaming = optimizer._clipper.ranks._streaming  # type: ignore[attr-defined]
-    wholes = streaming.whole_parameters([name for name, _ in model.named_parameters()])
-
-    def here() -> int:
-        return sum(p.untyped_storage().nbytes() // 8 for p in wholes)
-
-    seen: list[int] = []
-    before = here()
-    gathers = streaming._gather
-
-    def counted(group: int) -> None:
-        gathers(group)
-        seen.append(here())
-
-    streaming._gather = counted
-    optimizer.step()
-    optimizer.backward(torch.randn(2, 10, dtype=torch.float64))
-    return seen, 110, [before, here()]
-
-
-class Packed(nn.Module):
-    """This model slices and normalises weights, uses them twice, and writes in place after a layer."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.packed = nn.Linear(4, 8)
-        self.scaled = nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))
-        self.last = nn.Linear(4, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        first, second = self.packed(x).chunk(2, -1)
-        y = self.scaled(first.clone().relu_() + second)
-        y = y.add_(1.0).sigmoid()
-        return self.last(self.last(y))
-
-
-class Recurrent(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.rnn = nn.LSTM(1, 3, batch_first=True)
-        self.head = nn.Linear(3, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.rnn(x[..., None])[0])
-
-
-def masked(model: nn.Module, x: Tensor) -> Tensor:
-    mask = (x > 2).long()
-    return model(input_ids=x, attention_mask=mask, labels=x).loss
-
-
-class Checkpointed(nn.Module):
-    """This model computes a layer's activations again in the backward pass."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first = nn.Linear(4, 5)
-        self.last = nn.Linear(5, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        from torch.utils.checkpoint import checkpoint
-
-        return self.last(checkpoint(lambda x: self.first(x).tanh(), x, use_reentrant=False))
-
-
-UNUSUAL = {
-    "checkpointed": Case(Checkpointed),
-    "padding mask": Case(_llama, masked, 17),
-    "recurrent": Case(Recurrent),
-    "nonfinite": Case(_mlp),
-    "in place": Case(Packed),
-}
-
-
-def unusual(rank: int, size: int, name: str) -> dict[str, Tensor]:
-    """Return clipped sums of a batch; one rank has all rows but one, and the other rank has an infinite row."""
-    case = UNUSUAL[name]
-    model = case.model()
-    if size > 1:
-        shard_layers(model)
-    optimizer = private(model, case, sgd(model), microbatch_size=3)
-    batch = case.batches(4)[3]
-    if name == "nonfinite":
-        batch[6, 0] = float("inf")
-    own = batch if size == 1 else (batch[:6], batch[6:])[rank]
-    optimizer.backward(own)
-    sums: dict[str, Any] = optimizer.clipped_sums
-    return {key: value if size == 1 else value.full_tensor() for key, value in sums.items()}

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import clipgrad
 from clipgrad import DPOptimizer, PrivacyPlan, RunState
-from tests.distributed.difference_cases import squares
+from tests.distributed.cases import squares
 
 STEPS = 8
 
@@ -100,15 +100,22 @@ def step_with_fault(
     import time
 
     class Dying(clipgrad.SystemNoise):
-        """This source ends its process after the sums are scattered and before the means are gathered."""
+        """This source ends its process, or stalls, after the sums are scattered and before the means are gathered."""
 
         def add_gaussian_(self, tensors: Any, sigma: float) -> None:
             if rank == 1 and fault == "dies within" and optimizer.ledger.steps > at:
                 os._exit(1)
+            if rank == 1 and fault == "stalls within" and optimizer.ledger.steps > at:
+                time.sleep(600)
             super().add_gaussian_(tensors, sigma)
 
+    def loss(model: nn.Module, x: Tensor) -> Tensor:
+        if rank == 1 and fault == "stalls in the loss" and optimizer.ledger.steps == at:
+            time.sleep(600)
+        return squares(model, x)
+
     torch.manual_seed(0)
-    model = nn.Linear(3, 2)
+    model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2), nn.Linear(2, 2))
     if shard is not None:
         shard(model)
     planned = PrivacyPlan(
@@ -116,7 +123,7 @@ def step_with_fault(
         accountant="rdp", declared_sampling="by the test",
     )  # fmt: skip
     inner = torch.optim.SGD(model.parameters(), lr=0.1)
-    optimizer = DPOptimizer(inner, model, squares, plan=planned, noise=Dying())
+    optimizer = DPOptimizer(inner, model, loss, plan=planned, noise=Dying())
     for step in range(5):
         if rank == 1 and step == at and fault == "dies":
             os._exit(1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
@@ -9,14 +10,11 @@ from torch import Tensor, nn
 
 import clipgrad
 from clipgrad import DPOptimizer, PrivacyPlan
+from tests.distributed.cases import squares
 
 
-def squares(model: nn.Module, x: Tensor) -> Tensor:
-    return model(x).square().sum()
-
-
-def make(**options: Any) -> DPOptimizer:
-    model = nn.Linear(3, 2)
+def make(model: nn.Module | None = None, **options: Any) -> DPOptimizer:
+    model = nn.Linear(3, 2) if model is None else model
     if "plan" not in options:
         given = {"max_grad_norm": 1.0, "noise_multiplier": 1.0, "expected_batch_size": 4.0}
         options = {**given, **options}
@@ -147,3 +145,19 @@ def group_of_one(rank: int, size: int) -> Tensor:
     optimizer = make(noise_multiplier=0.0, max_grad_norm=1.0 + rank, performance=alone)
     take(optimizer, 1 + rank)
     return optimizer.model.weight.detach()
+
+
+def logged(rank: int, size: int) -> list[str]:
+    """What the log holds after two steps."""
+    log, lines = logging.getLogger("clipgrad"), []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    before = log.level
+    log.setLevel(logging.INFO)
+    log.addHandler(handler)
+    try:
+        take(make(), 2)
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(before)
+    return lines

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from tests.distributed.difference_cases import squares
+from tests.distributed.difference_cases import make, take
 
 
 def build(rank: int, size: int, kind: str) -> None:
@@ -13,8 +13,6 @@ def build(rank: int, size: int, kind: str) -> None:
     import torch.distributed.fsdp as fsdp
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import parallel
-
-    from clipgrad import DPOptimizer
 
     model: nn.Module = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
     mesh = init_device_mesh("cpu", (size,))
@@ -39,35 +37,16 @@ def build(rank: int, size: int, kind: str) -> None:
         fsdp.fully_shard(model, mp_policy=policy)
     if kind == "compiled":
         fsdp.fully_shard(model)
-    optimizer = DPOptimizer(
-        torch.optim.SGD(model.parameters(), lr=0.1),
-        model,
-        squares,
-        max_grad_norm=1.0,
-        noise_multiplier=1.0,
-        expected_batch_size=2.0,
-        compile=kind == "compiled",
-    )
-    optimizer.backward(torch.ones(2, 3))
+    make(model, compile=kind == "compiled").backward(torch.ones(2, 3))
 
 
 def missing_backward(rank: int, size: int) -> None:
     """Call step on one rank while the other rank calls backward once more."""
     from torch.distributed.fsdp import fully_shard
 
-    from clipgrad import DPOptimizer
-
     model = nn.Linear(3, 2)
     fully_shard(model)
-    optimizer = DPOptimizer(
-        torch.optim.SGD(model.parameters(), lr=0.1),
-        model,
-        squares,
-        max_grad_norm=1.0,
-        noise_multiplier=1.0,
-        expected_batch_size=2.0,
-    )
-    optimizer.backward(torch.ones(2, 3))
+    optimizer = make(model)
     if rank == 0:
         optimizer.backward(torch.ones(2, 3))
-    optimizer.step()
+    take(optimizer)

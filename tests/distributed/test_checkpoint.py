@@ -76,10 +76,13 @@ def test_an_unfinished_checkpoint_is_ignored(tmp_path: Path) -> None:
 def test_torchrun_restarts_lose_and_repeat_no_step(tmp_path: Path) -> None:
     """A rank dies after its fifth step, before the checkpoint, and ``torchrun`` starts all ranks again."""
     command = [
-        sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--nproc-per-node=2", "--max-restarts=1",
-        "-m", "tests.distributed.restarted", str(tmp_path / "run"), str(tmp_path / "died"),
+        sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
+        "--max-restarts=1", "-m", "tests.distributed.restarted", str(tmp_path / "run"), str(tmp_path / "died"),
     ]  # fmt: skip
-    environment = {**os.environ, "PYTHONPATH": ".", "OMP_NUM_THREADS": "1"}
+    environment = {
+        **os.environ, "PYTHONPATH": ".", "OMP_NUM_THREADS": "1",
+        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",  # or a restarted rank may connect to one that died
+    }  # fmt: skip
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "died").exists()
@@ -111,7 +114,14 @@ def test_generators_are_not_saved() -> None:
         pytest.param("dies", None, "step 2", marks=pytest.mark.nightly),
         pytest.param("dies within", None, "step 2", marks=pytest.mark.nightly),
         pytest.param("stalls", None, "step 2", marks=pytest.mark.nightly),
+        pytest.param("stalls within", None, "step 2", marks=pytest.mark.nightly),
         ("dies", cases.shard_root, "backward 2"),
+        pytest.param(
+            "stalls in the loss", cases.shard_root, "backward 2", marks=pytest.mark.nightly
+        ),
+        pytest.param(
+            "stalls in the loss", cases.shard_layers, "backward 2", marks=pytest.mark.nightly
+        ),
     ],
 )
 def test_a_lost_rank_ends_the_run_with_the_step(fault: str, shard: Shard, call: str) -> None:
@@ -125,4 +135,4 @@ def test_a_lost_rank_ends_the_run_with_the_step(fault: str, shard: Shard, call: 
     assert error.startswith(f"{call}: rank 0 of 2 could not reach the other ranks"), error
     assert untouched
     # The ledger counts every step that may have been released.
-    assert steps == (3 if fault == "dies within" else 2)
+    assert steps == (3 if fault.endswith("within") else 2)

@@ -111,3 +111,8 @@ def test_training_starts_from_the_first_rank(pool: Pool) -> None:
 def test_a_group_of_one_trains_alone(pool: Pool) -> None:
     first, second = pool(2).run(cases.group_of_one)
     assert not torch.equal(first, second)
+
+
+def test_the_log_tells_the_step(pool: Pool) -> None:
+    for rank, lines in enumerate(pool(2).run(cases.logged)):
+        assert lines == [f"step {step} on rank {rank} of 2" for step in (0, 1)]

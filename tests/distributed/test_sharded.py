@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.distributed import cases, noise_cases, refusal_cases
+from tests.distributed import cases, noise_cases, refusal_cases, unusual_cases
 from tests.distributed.conftest import Pool
 from tests.distributed.test_noise import judged
 from tests.distributed.test_replicated import largest_difference
@@ -49,8 +49,8 @@ def test_four_ranks_train_as_one_process(pool: Pool, shard: Callable[[nn.Module]
 
 
 def test_mixed_precision_casts_as_fsdp_does(pool: Pool) -> None:
-    expected = cases.half_precision(0, 1)
-    for found in pool(2).run(cases.half_precision):
+    expected = unusual_cases.half_precision(0, 1)
+    for found in pool(2).run(unusual_cases.half_precision):
         assert all(value.dtype is torch.float32 for value in found.values())
         assert largest_difference(found, expected) < 1e-6
 
@@ -90,18 +90,20 @@ def test_another_number_of_backward_calls_is_found(pool: Pool) -> None:
 
 
 def test_only_the_layers_that_compute_are_whole(pool: Pool) -> None:
-    for seen, layer, around in pool(2).run(cases.watched_memory, cases.shard_layers):
+    for seen, layer, around in pool(2).run(unusual_cases.watched_memory, cases.shard_layers):
         # The root twice, six layers forward, one at a time, and backward, two at a time.
         assert len(seen) == 14, seen
         assert max(seen) == 2 * layer
         assert around == [0, 0]
-    for seen, layer, around in pool(2).run(cases.watched_memory, cases.shard_root):
+    for seen, layer, around in pool(2).run(unusual_cases.watched_memory, cases.shard_root):
         assert max(seen) == 6 * layer
         assert around == [0, 0]
 
 
-@pytest.mark.parametrize("name", chosen(cases.UNUSUAL, {"checkpointed", "nonfinite", "in place"}))
+@pytest.mark.parametrize(
+    "name", chosen(unusual_cases.UNUSUAL, {"checkpointed", "nonfinite", "in place"})
+)
 def test_unusual_models(pool: Pool, name: str) -> None:
-    expected = cases.unusual(0, 1, name)
-    for found in pool(2).run(cases.unusual, name):
+    expected = unusual_cases.unusual(0, 1, name)
+    for found in pool(2).run(unusual_cases.unusual, name):
         assert largest_difference(found, expected) < 1e-9

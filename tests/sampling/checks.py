@@ -1,4 +1,4 @@
-"""What the tests of the samplers share: exact probabilities, scripted words, statistics.
+"""Share exact probabilities, scripted words and statistics between the tests of the samplers.
 
 Statistical checks allow eight standard deviations (a right sampler fails one with probability about 1e-15), or a
 p-value of 1e-3 where the seed is fixed, so that a pass stays a pass.
@@ -26,7 +26,7 @@ def seeded(seed: int = 0) -> torch.Generator:
 
 
 def scripted(*draws: list[int]) -> Callable[[int], NDArray[np.uint64]]:
-    """Words that were written down, one list per draw, which must be as long as what is asked for."""
+    """This source returns given words, one list for each draw, which must have the requested length."""
     left = iter(draws)
 
     def words(count: int) -> NDArray[np.uint64]:
@@ -41,20 +41,20 @@ def scripted(*draws: list[int]) -> Callable[[int], NDArray[np.uint64]]:
 
 
 def digit(trials: Trials, k: int, value: int) -> Fraction:
-    """Probability that digit k of the first success in a window is ``value``."""
+    """Return the probability that digit k of the first success in a window is ``value``."""
     one = Fraction(trials.ones[k], WORDS)
     return one if value else 1 - one
 
 
 def first_is(trials: Trials, g: int) -> Fraction:
-    """Probability that the first success of a window that has one is number g."""
+    """Return the probability that the first success of a window with a success is number g."""
     return math.prod(
         (digit(trials, k, g >> k & 1) for k in range(len(trials.ones))), start=Fraction(1)
     )
 
 
 def first_is_below(trials: Trials, g: int) -> Fraction:
-    """The same, summed over all numbers below g: they share g's digits down to one where g has 1 and they 0."""
+    """Return the same, summed over all numbers below g: they share g's digits down to one where g has 1 and they 0."""
     total, above = Fraction(0), Fraction(1)
     for k in reversed(range(len(trials.ones))):
         if g >> k & 1:
@@ -64,14 +64,14 @@ def first_is_below(trials: Trials, g: int) -> Fraction:
 
 
 def conditional(trials: Trials, g: int) -> Fraction:
-    """Probability that trial g of a window succeeds, given that those before it in the window did not."""
+    """Return the probability that trial g of a window succeeds if the trials before it in the window fail."""
     empty = Fraction(trials.empty, WORDS)
     reached = (1 - empty) * (1 - first_is_below(trials, g)) + empty
     return (1 - empty) * first_is(trials, g) / reached
 
 
 def outcomes(trials: Trials, size: int) -> dict[frozenset[int], Fraction]:
-    """Probability of each set of successes, by walking through all that can happen, window by window."""
+    """Return the probability of each set of successes, found by enumerating all outcomes window by window."""
     window = 2 ** len(trials.ones)
     empty = Fraction(trials.empty, WORDS)
     found: Counter[frozenset[int]] = Counter()
@@ -91,13 +91,13 @@ def outcomes(trials: Trials, size: int) -> dict[frozenset[int], Fraction]:
 
 
 def poisson(chosen: Iterable[int], size: int, q: float) -> Fraction:
-    """What the probability of a batch has to be."""
+    """Return the required probability of a batch."""
     k = len(frozenset(chosen))
     return Fraction(q) ** k * (1 - Fraction(q)) ** (size - k)
 
 
 def allowed(trials: Trials) -> Fraction:
-    """The relative error that ``Trials`` promises, of each trial."""
+    """Return the relative error of each trial that ``Trials`` promises."""
     return Fraction(len(trials.ones) + 1, 2**62)
 
 
@@ -105,7 +105,7 @@ def allowed(trials: Trials) -> Fraction:
 
 
 def membership(batches: list[list[int]], size: int) -> Tensor:
-    """``[batches, size]``: 1 where the index is in the batch."""
+    """Return ``[batches, size]``, which is 1 where the index is in the batch."""
     table = torch.zeros(len(batches), size, dtype=torch.float64)
     for row, batch in zip(table, batches, strict=True):
         row[batch] = 1
@@ -113,7 +113,7 @@ def membership(batches: list[list[int]], size: int) -> Tensor:
 
 
 def check_poisson(table: Tensor, q: float) -> None:
-    """Marginals, batch sizes, and the covariance of any two indices and of successive batches."""
+    """Check marginals, batch sizes, and the covariance of any two indices and of successive batches."""
     steps, size = table.shape
     variance = q * (1 - q)
     assert (table.mean(0) - q).abs().max() < 8 * math.sqrt(variance / steps)
@@ -130,7 +130,7 @@ def check_poisson(table: Tensor, q: float) -> None:
 
 
 def p_value(drawn: Iterable[Iterable[int]], probabilities: dict[frozenset[int], float]) -> float:
-    """Of a chi-square test that these batches have these probabilities; 0 if one of them has none."""
+    """Return the p-value of a chi-square test of these probabilities; 0 if a batch has probability 0."""
     counts = Counter(map(frozenset, drawn))
     if not counts.keys() <= probabilities.keys():
         return 0.0

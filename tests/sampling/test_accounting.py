@@ -1,4 +1,4 @@
-"""Samplers describe themselves to the accountant."""
+"""Test the description of each sampler for the accountant."""
 
 from clipgrad.accounting import Poisson, TruncatedPoisson
 from clipgrad.sampling import PoissonSampler, UserSampler

@@ -1,4 +1,4 @@
-"""Empty batches come through a loader with the shapes and types of full ones."""
+"""Test that empty batches of a loader have the shapes and types of full batches."""
 
 from collections import UserDict
 from typing import Any, NamedTuple
@@ -18,7 +18,7 @@ class Pair(NamedTuple):
 
 
 class Encoding(UserDict[str, Any]):
-    """Like the batches of a Hugging Face tokenizer."""
+    """This class resembles the batches of a Hugging Face tokenizer."""
 
 
 SAMPLES = {

@@ -1,4 +1,4 @@
-"""The code of docs/sampling.md runs, one block after the other."""
+"""Test that the code of docs/sampling.md runs, one block after the other."""
 
 import re
 from pathlib import Path

@@ -1,6 +1,6 @@
-"""Each index is in each batch with probability q, independently of all else.
+"""Test that each index is in each batch with probability q, independently of all other indices and batches.
 
-That single trials are exact is shown in ``test_trials.py``; here it is the sampler around them.
+``test_trials.py`` shows that single trials are exact; this file tests the sampler that uses them.
 """
 
 import copy
@@ -47,7 +47,7 @@ def test_one_shuffle_per_epoch_is_found() -> None:
 
 
 def test_a_tiny_rate_is_exact() -> None:
-    """Every index can be reached: gaps computed in float32 would lie 64 apart, all of them even."""
+    """Every index can be sampled; gaps in float32 would be multiples of 64, so all of them even."""
     size = 10**9
     batches = list(PoissonSampler(size, sample_rate=1e-9, steps=2000, generator=seeded()))
     counts = torch.tensor([len(batch) for batch in batches], dtype=torch.float64)
@@ -101,7 +101,7 @@ def test_private_batches_are_never_the_same() -> None:
 
 
 def test_a_private_sampler_keeps_no_randomness() -> None:
-    """So that nothing can be shared by a fork, a copy or a checkpoint."""
+    """A fork, a copy and a checkpoint share no random words."""
     sampler = PoissonSampler(200, sample_rate=0.5, steps=2)
     before, global_state = dict(vars(sampler)), torch.get_rng_state()
     list(sampler)

@@ -1,4 +1,4 @@
-"""Ranks that each draw from a share of their own make up one Poisson sample of the whole."""
+"""Test that ranks that each sample from their own share form one Poisson sample of all data."""
 
 import itertools
 from collections import Counter
@@ -42,7 +42,7 @@ def test_shares_partition_the_dataset(size: int, replicas: int) -> None:
 
 @pytest.mark.parametrize(("size", "replicas"), [(5, 2), (6, 3), (3, 5)])
 def test_the_union_is_exactly_poisson(size: int, replicas: int) -> None:
-    """Ranks draw different random words, so probabilities multiply."""
+    """Ranks draw different random words, so their probabilities multiply."""
     q = 0.3
     samplers = all_ranks(size, replicas, q)
     union: Counter[frozenset[int]] = Counter({frozenset(): Fraction(1)})  # type: ignore[dict-item]

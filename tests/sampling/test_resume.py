@@ -1,4 +1,4 @@
-"""A checkpoint in the middle of an iteration: no batch lost, none counted twice, with workers too."""
+"""Test checkpoints in the middle of an iteration: no batch is lost or counted twice, also with workers."""
 
 import pickle
 from typing import Any
@@ -39,7 +39,7 @@ def users(num_workers: int, seed: int | None = None) -> PrivateLoader:
 
 
 def interrupted(made: PrivateLoader, after: int) -> tuple[list[Any], Any]:
-    """The first batches, and a checkpoint that was saved while the last of them was at hand."""
+    """Return the first batches, and a checkpoint that is saved while the loop holds the last of them."""
     batches = []
     for batch in made:
         batches.append(batch)
@@ -54,7 +54,7 @@ def test_the_rest_of_the_iteration_follows(make: Any, num_workers: int) -> None:
     made = make(num_workers)
     _, state = interrupted(made, after=4)
     assert state["done"] == 4
-    if num_workers:  # what was drawn ahead is no measure
+    if num_workers:  # Workers sample batches ahead of the loop.
         assert made.batch_sampler.state_dict()["done"] != 4
     restored = make(num_workers)
     restored.load_state_dict(state)
@@ -77,13 +77,13 @@ def test_a_seeded_iteration_continues_exactly(make: Any, num_workers: int) -> No
 
 
 def test_one_loader_over_several_iterations() -> None:
-    """Broken off, loaded in place, and with workers that stay."""
+    """An iteration may break off, and a state may be loaded into a loader with persistent workers."""
     made = loader(2, persistent_workers=True)
     assert made.state_dict()["done"] == 0
     assert len(list(made)) == STEPS
     assert made.state_dict()["done"] == 0  # the next iteration begins
     _, state = interrupted(made, after=5)
-    # Anew, unless told otherwise; what the last iteration had drawn ahead is forgotten.
+    # An iteration begins at the start unless a state was loaded. Batches sampled ahead are discarded.
     assert [made.state_dict()["done"] for _ in made] == [1, 2, 3, 4, 5, 6, 7, 8, 0]
     made.load_state_dict(state)
     assert made.state_dict()["done"] == 5

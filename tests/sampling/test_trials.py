@@ -1,4 +1,4 @@
-"""Each trial succeeds with probability q whatever the others do: computed exactly, not sampled."""
+"""Test by exact computation that each trial succeeds with probability q, independently of all others."""
 
 import itertools
 import random
@@ -29,7 +29,7 @@ from tests.sampling.checks import (
 
 
 def numbers_in_a_window(trials: Trials) -> list[int]:
-    """All of them, or the ends, both sides of each power of two, and some others."""
+    """Return all numbers, or both ends, both neighbours of each power of two, and some others."""
     digits = len(trials.ones)
     if digits <= 8:
         return list(range(2**digits))
@@ -90,7 +90,7 @@ def test_the_recursions_agree() -> None:
 
 @pytest.mark.parametrize("q", [0.02, 0.1, 0.3, 0.6])
 def test_words_at_the_boundaries(q: float) -> None:
-    """The last word that says 1 and the first that says 0, for each digit of each number."""
+    """Check the last word that gives 1 and the first word that gives 0, for each digit of each number."""
     trials = Trials.of_rate(q)
     digits = len(trials.ones)
     for g in range(2**digits):
@@ -119,7 +119,7 @@ def test_the_next_window_begins_after_a_success() -> None:
 
 
 def test_a_draw_that_falls_short_is_continued(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Five standard deviations are exceeded now and then; here nearly always."""
+    """With one window at a time nearly every draw falls short, which otherwise needs five standard deviations."""
     monkeypatch.setattr(Trials, "_windows", lambda self, trials: 1)
     trials, words = Trials.of_rate(0.3), words_from(seeded(3))
     drawn = [trials.successes(5, words) for _ in range(10_000)]
@@ -153,7 +153,7 @@ def test_extremes(q: float, size: int) -> None:
 
 
 def test_subsets_are_uniform() -> None:
-    """Keys come in every order equally often; each subset is as frequent as any other."""
+    """Keys occur in every order equally often, so all subsets are equally frequent."""
     found = [
         tuple(random_subset(5, 2, scripted(list(keys))).tolist())
         for keys in itertools.permutations(range(5))

@@ -1,4 +1,4 @@
-"""Batches of at most a given size, and batches filled up to it."""
+"""Test batches of at most a given size, and batches that are padded to this size."""
 
 import math
 from typing import Any
@@ -14,7 +14,7 @@ from tests.sampling.checks import p_value, poisson, seeded, subsets
 
 
 def truncated(size: int, q: float, most: int) -> dict[frozenset[int], float]:
-    """The definition: a Poisson sample, and of a larger one a uniformly random subset."""
+    """Return probabilities by definition: a Poisson sample, or a uniformly random subset of a larger sample."""
     exact = {}
     for chosen in subsets(size):
         k = len(chosen)
@@ -90,7 +90,7 @@ def test_truncated_batches_have_no_padding() -> None:
 
 
 def test_padding_contributes_nothing() -> None:
-    """Short loop, same sums: of a batch that is filled up and of the bare one; all padding is zero."""
+    """A padded batch gives the sums of the batch without padding, and all padding is zero."""
     torch.manual_seed(0)
     model = nn.Linear(1, 1).double()
 

@@ -1,4 +1,4 @@
-"""Users as the unit: who is drawn, with which samples, and how far one user moves the sum."""
+"""Test users as the unit: which users and samples are in a batch, and how far one user moves the sum."""
 
 import itertools
 import math
@@ -191,7 +191,7 @@ def clipped_sum(model: nn.Module, batch: Any, is_padding: Tensor | None = None) 
 
 
 def by_hand(model: nn.Module, x: Tensor, y: Tensor, users: list[list[int]]) -> list[Tensor]:
-    """Each user's gradient of its mean loss, clipped as a whole."""
+    """Return the clipped sum by hand, in which the gradient of each user's mean loss is clipped as a whole."""
     clipped = []
     for samples in users:
         loss = (model(x[samples]) - y[samples]).square().mean(-1).mean()

@@ -19,7 +19,7 @@ from clipgrad.rules.convolution.methods import (
 )
 
 # On CPU, patches are faster than groups for patches up to this size (a first layer) and for groups with at least this
-# many weights; in between, groups are up to 1.7x faster. Groups are slow without AVX-512. See docs/performance.md.
+# many weights; in between, groups are up to 1.7x faster. Groups are slow without AVX-512 (docs/notes/performance.md).
 _SMALL_PATCH = 64
 _LARGE_WEIGHT = {"AVX512": 1 << 17, "AVX2": 1 << 14}
 # Patches are written per input channel and read per output channel; with more input channels, writing costs too much.
