@@ -160,7 +160,8 @@ class MicrobatchRunner:
         if entry is None and shapes == with_rows(shapes, most):
             request = Request(inputs, loss, batch, given, settings, now, shapes, self._rows)
             entry = self._compiler.make(request)
-            self._rows = Rows(min(self._compiler.fewest_rows, most), most)
+            if self._rows.are_symbolic:
+                self._rows = Rows(min(self._compiler.fewest_rows, most), most)
         return entry
 
     def _eagerly(self, batch: Sequence[Any], mask: Tensor | None) -> MicrobatchResult:
