@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from benchmarks import analysis, charts
+from benchmarks import analysis, charts, poisson
 from benchmarks.peers import PEERS
 from benchmarks.records import Cell, Row, in_order, load, save, speed
 from benchmarks.reference import REFERENCE
@@ -43,11 +43,11 @@ def write(folder: Path, device: str, measured: Mapping[str, Row]) -> Path:
 def render(folder: Path, device: str, rows: list[Row]) -> Path:
     pictures = charts.draw(folder, device, rows)
     page = folder / f"{device}.md"
-    page.write_text("\n".join(_page(device, rows, pictures)).rstrip() + "\n")
+    page.write_text("\n".join(_page(folder, device, rows, pictures)).rstrip() + "\n")
     return page
 
 
-def _page(device: str, rows: list[Row], pictures: Mapping[str, str]) -> Iterable[str]:
+def _page(folder: Path, device: str, rows: list[Row], pictures: Mapping[str, str]) -> Iterable[str]:
     yield f"# Throughput on {device.upper()}"
     yield ""
     yield (
@@ -64,6 +64,7 @@ def _page(device: str, rows: list[Row], pictures: Mapping[str, str]) -> Iterable
     yield from (f"* {sentence}" for sentence in analysis.sentences(rows))
     yield ""
     yield from _reference(rows)
+    yield from poisson.section(folder, device)
     for row in rows:
         if row.tabulated:
             yield from table(row)

@@ -35,6 +35,11 @@ def adamw(parameters: Iterable[nn.Parameter]) -> torch.optim.AdamW:
     return torch.optim.AdamW(list(parameters), lr=LEARNING_RATE, fused=True)
 
 
+def trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that are trained, by name; adapters leave all others as they are."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
 def functional_loss(workload: Workload, model: nn.Module) -> Callable[..., Tensor]:
     """``loss(parameters, *batch)``, the parameters by the names that ``model`` gives them."""
     module = _Loss(workload, model)

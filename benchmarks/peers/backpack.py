@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from benchmarks.peers._common import adamw, clip_factors, publish_noisy, require
+from benchmarks.peers._common import adamw, clip_factors, publish_noisy, require, trained
 from benchmarks.peers._criteria import criterion
 from benchmarks.step import PrivateStep, Setting, Unavailable
 
@@ -22,7 +22,7 @@ class BackPACK:
         self._setting = setting
         self._criterion = criterion(setting.workload)
         model, self._batch = setting.model_and_batch()
-        self._parameters = dict(model.named_parameters())
+        self._parameters = trained(model)
         self._optimizer = adamw(self._parameters.values())
         self._model = self._library.extend(model)
         self._loss = self._library.extend(self._criterion.make())

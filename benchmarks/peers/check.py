@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from benchmarks.peers._common import functional_loss
+from benchmarks.peers._common import functional_loss, trained
 from benchmarks.step import PrivateStep, Setting
 from clipgrad.engine.reference import clipped_sum, per_sample_gradients_by_loop
 
@@ -32,7 +32,7 @@ def checking(setting: Setting) -> Setting:
         ValueError: If the samples' gradients are all equally long; no norm tells them apart.
     """
     model, _ = setting.model_and_batch()
-    fit = MOST_ELEMENTS // sum(p.numel() for p in model.parameters())
+    fit = MOST_ELEMENTS // sum(p.numel() for p in trained(model).values())
     size = max(2, min(MOST_SAMPLES, setting.batch_size, fit))
     small = replace(setting, batch_size=size)
     norms = _oracle(small)[1].double().sort().values
@@ -112,7 +112,7 @@ def _oracle(
     model = model.to(dtype)
     batch = tuple(leaf.to(dtype) if leaf.is_floating_point() else leaf for leaf in batch)
     loss = functional_loss(setting.workload, model)
-    _, gradients = per_sample_gradients_by_loop(loss, dict(model.named_parameters()), *batch)
+    _, gradients = per_sample_gradients_by_loop(loss, dict(trained(model)), *batch)
     return clipped_sum(gradients, setting.max_grad_norm)
 
 

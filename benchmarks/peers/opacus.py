@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from benchmarks.peers._common import adamw, require
+from benchmarks.peers._common import adamw, require, trained
 from benchmarks.peers._criteria import criterion
 from benchmarks.step import NOISE_MULTIPLIER, PrivateStep, Setting
 from benchmarks.workloads.transformer import CausalTransformer
@@ -22,7 +22,7 @@ class Opacus:
         library = require("opacus", "opacus")
         self._setting = setting
         model, self._batch = setting.model_and_batch()
-        self._parameters = dict(model.named_parameters())
+        self._parameters = trained(model)
         arguments: dict[str, Any] = {}
         if mode == "ghost":
             self._criterion = criterion(setting.workload)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.func import grad, vmap
 
-from benchmarks.peers._common import adamw, clip_factors, functional_loss, publish_noisy
+from benchmarks.peers._common import adamw, clip_factors, functional_loss, publish_noisy, trained
 from benchmarks.step import PrivateStep, Setting
 
 
@@ -16,7 +16,7 @@ class VmapGrad:
     def __init__(self, setting: Setting) -> None:
         self._setting = setting
         self._model, self._batch = setting.model_and_batch()
-        self._parameters = dict(self._model.named_parameters())
+        self._parameters = trained(self._model)
         self._optimizer = adamw(self._parameters.values())
         loss = functional_loss(setting.workload, self._model)
 

@@ -25,6 +25,8 @@ from clipgrad.engine.rng_state import SavedRngState
 from clipgrad.errors import CompileError
 
 LIMIT = 8
+FEWEST_ROWS = 2
+"""A symbol never stands for a single row, because PyTorch makes a number of a size of 1."""
 TRIALS = 2
 """How often a graph for all lengths may fail before every length gets its own graph."""
 _log = logging.getLogger("clipgrad")
@@ -41,8 +43,8 @@ class Request:
         given: Parameters, tensors of the batch, tensors that the loss reads, padding and clipping norms.
         settings: Of the batch.
         signature: What has to be equal for the graph to serve again.
-        shapes: Sizes of the batch.
-        rows: How many rows the graph has to serve.
+        shapes: Sizes of the batch, which has the largest number of rows.
+        rows: How many rows the graph should serve.
     """
 
     inputs: Inputs
@@ -55,15 +57,14 @@ class Request:
     rows: Rows
 
 
-class FixedRowsError(Exception):
-    """This exception says that no graph serves every number of rows, so that batches have to be padded to one."""
-
-
 class Compiler:
     """The compiled steps of one loss.
 
     Args:
         mode: As ``torch.compile`` knows it.
+
+    Attributes:
+        fewest_rows: The smallest number of rows that every graph with symbolic rows serves.
     """
 
     def __init__(self, mode: str) -> None:
@@ -71,7 +72,7 @@ class Compiler:
         self._entries: list[CompiledStep] = []
         self._size: int | None = None
         self._trials = TRIALS
-        self._pads = False
+        self.fewest_rows = FEWEST_ROWS
         self._bounds: tuple[tuple[float, ...], Tensor] | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -91,10 +92,10 @@ class Compiler:
             device: Of the parameters.
         """
         if asked is not None:
-            return Rows(asked)
+            return Rows(asked, asked)
         if room is None:
             room = self._size = self._size or batch_size
-        return Rows(room, are_symbolic=device.type == "cpu" and not self._pads)
+        return Rows(min(self.fewest_rows, room) if device.type == "cpu" else room, room)
 
     def bounds_on(self, device: torch.device, norms: tuple[float, ...]) -> Tensor:
         """The clipping norms as an input of the graph; copied to the device when they change."""
@@ -109,7 +110,7 @@ class Compiler:
 
     def forget(self) -> None:
         """Drop all graphs."""
-        self._entries, self._trials, self._pads = [], TRIALS, False
+        self._entries, self._trials, self.fewest_rows = [], TRIALS, FEWEST_ROWS
 
     def find(self, now: tuple[Any, ...], shapes: Shapes) -> CompiledStep | None:
         """The graph that serves a signature and the sizes of a batch; None if there is none."""
@@ -125,7 +126,6 @@ class Compiler:
 
         Raises:
             CompileError: If there are too many graphs, or the step cannot be traced or compiled.
-            FixedRowsError: If the step cannot be traced for every number of rows.
         """
         last = self.last
         reason = (
@@ -145,9 +145,9 @@ class Compiler:
             f" again, since this changed: {reason}" if reason else "",
         )
         entry = self._with_symbols(request)
-        if entry is None and request.rows.are_symbolic:
-            self._pads = True
-            raise FixedRowsError
+        if request.rows.are_symbolic:
+            fewest = request.rows.most if entry is None else entry.lengths.fewest_rows()
+            self.fewest_rows = max(self.fewest_rows, fewest)
         entry = entry or self._compiled(request, Lengths(request.shapes))
         self._entries.insert(0, entry)
         return entry
@@ -157,10 +157,10 @@ class Compiler:
         shapes, rows = request.shapes, request.rows
         other_rows = [with_rows(shapes, rows.most + 1)] if rows.are_symbolic else []
         seen = [
-            shapes
+            known
             for entry in self._entries
             if difference(request.signature, entry.signature) in (None, READS)
-            for shapes in entry.lengths.seen
+            for known in entry.lengths.seen
         ]
         if seen and self._trials:
             entry = self._compiled_or_none(request, Lengths(*seen, *other_rows, shapes))

@@ -102,6 +102,14 @@ class Lengths:
             self._answers[shapes] = self._allow(shapes)
         return self._answers[shapes]
 
+    def fewest_rows(self) -> int:
+        """Return the smallest number of rows from which on the graph serves each, up to that of the batch at hand."""
+        largest = self._seen[-1]
+        fewest = largest[0][0]
+        while fewest > 1 and self.serve(with_rows(largest, fewest - 1)):
+            fewest -= 1
+        return fewest
+
     def _allow(self, shapes: Shapes) -> bool:
         """Return whether the guards recorded so far hold for these sizes."""
         if self.mode is None:

@@ -11,8 +11,8 @@ from torch.utils._pytree import tree_map
 
 from clipgrad.compiled.check import compare, tolerance
 from clipgrad.compiled.compiled_step import CompiledStep
-from clipgrad.compiled.compiler import Compiler, FixedRowsError, Request
-from clipgrad.compiled.lengths import Shapes, shapes_of
+from clipgrad.compiled.compiler import Compiler, Request
+from clipgrad.compiled.lengths import Shapes, shapes_of, with_rows
 from clipgrad.compiled.shape import Rows, pad_batch, pad_mask
 from clipgrad.compiled.signature import refuse_modes, signature
 from clipgrad.engine.captured_loss import GraphOfLoss, LossGraphs
@@ -66,16 +66,16 @@ class MicrobatchRunner:
             CompileError: If the step cannot be compiled, or was compiled for too many signatures.
             CompileMismatchError: If the compiled step and the eager step have different results.
         """
-        try:
-            return self._run(rows, mask)
-        except FixedRowsError:
-            self._rows = Rows(self._rows.most)
-            return self._run(rows, mask)
+        found = self._run(rows, mask, self._rows.padded(rows.stop - rows.start))
+        if found is None:  # a graph is made on the largest batch that it has to serve
+            found = self._run(rows, mask, self._rows.most)
+        assert found is not None
+        return found
 
-    def _run(self, rows: slice, mask: Tensor | None) -> MicrobatchResult:
+    def _run(self, rows: slice, mask: Tensor | None, size: int) -> MicrobatchResult | None:
+        """Run one microbatch padded to ``size`` rows; None if there is no graph, and making one takes more rows."""
         settings, batch = self._settings, self._inputs.rows(rows)
         count = rows.stop - rows.start
-        size = self._rows.padded(count)
         padded = pad_batch(batch, size)
         padding = pad_mask(mask, count, size, self._device)
         started = None
@@ -85,7 +85,9 @@ class MicrobatchRunner:
         loss = self._loss
         given = self._graph_inputs(padded, loss.tensors, padding)
         shapes = shapes_of(padded)
-        entry = self._entry = self._entry or self._find_or_compile(padded, given, shapes)
+        entry = self._entry = self._find_or_compile(padded, given, shapes)
+        if entry is None:
+            return None
         flat = entry.arguments(given, shapes)
         # A replay that was started is of no use if the loss reads other tensors by now.
         in_time = (
@@ -147,13 +149,20 @@ class MicrobatchRunner:
 
     def _find_or_compile(
         self, batch: Sequence[Any], given: Sequence[Tensor], shapes: Shapes
-    ) -> CompiledStep:
-        inputs, settings, loss = self._inputs, self._settings, self._loss
+    ) -> CompiledStep | None:
+        """Return the graph that serves these sizes; None if there is none, and a larger batch has to make it."""
+        if self._entry is not None and self._entry.lengths.serve(shapes):
+            return self._entry
+        inputs, settings, loss, most = self._inputs, self._settings, self._loss, self._rows.most
         assert loss is not None
         now = signature(inputs, loss, settings.clipping)
-        return self._compiler.find(now, shapes) or self._compiler.make(
-            Request(inputs, loss, batch, given, settings, now, shapes, self._rows)
-        )
+        entry = self._compiler.find(now, shapes)
+        if entry is None and shapes == with_rows(shapes, most):
+            request = Request(inputs, loss, batch, given, settings, now, shapes, self._rows)
+            entry = self._compiler.make(request)
+            if self._rows.are_symbolic:
+                self._rows = Rows(min(self._compiler.fewest_rows, most), most)
+        return entry
 
     def _eagerly(self, batch: Sequence[Any], mask: Tensor | None) -> MicrobatchResult:
         """Run the eager step on the user's Python, or on the captured loss where the Python cannot be batched."""

@@ -26,15 +26,20 @@ def fixed_size(expected_batch_size: float) -> int:
 
 @dataclass(frozen=True)
 class Rows:
-    """This class says how many samples run together.
+    """This class says how many rows a compiled graph has: every number in a range, or one number.
 
     Attributes:
+        fewest: The smallest number of rows; batches of fewer samples are padded to it.
         most: The largest number.
-        are_symbolic: Whether one graph serves every number up to this; otherwise batches are padded to it.
     """
 
+    fewest: int
     most: int
-    are_symbolic: bool = False
+
+    @property
+    def are_symbolic(self) -> bool:
+        """Return whether the graph has a symbol for its rows."""
+        return self.fewest < self.most
 
     def at_once(self, batch_size: int) -> int:
         """Return how many samples of a batch run at once: as few runs as possible, equal if they may be."""
@@ -43,8 +48,8 @@ class Rows:
         return math.ceil(batch_size / math.ceil(batch_size / self.most))
 
     def padded(self, count: int) -> int:
-        """Return the number of rows to which ``count`` samples are padded; a symbol never stands for one."""
-        return max(count, 2) if self.are_symbolic else self.most
+        """Return the number of rows to which ``count`` samples are padded."""
+        return max(count, self.fewest)
 
 
 def is_channels_last(leaf: Tensor) -> bool:

@@ -19,10 +19,13 @@ import clipgrad
 from benchmarks.workloads import WORKLOADS, Workload
 from benchmarks.workloads.cnn import cnn, images
 from benchmarks.workloads.diffusion import UNet, noised
+from benchmarks.workloads.huggingface import gpt2, llama_lora, vit
 from benchmarks.workloads.state_space import StateSpaceModel
 from benchmarks.workloads.transformer import CausalTransformer, tokens
 from clipgrad.engine.reference import clipped_sum, per_sample_gradients_by_loop
 
+# PEFT asks Transformers for what it is about to rename.
+pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated")
 SIZE = 3
 SHRUNK: dict[str, tuple[Callable[[], nn.Module], Callable[[int], tuple[Tensor, ...]]]] = {
     "cnn-small": (partial(cnn, 8, (3, 4), 6), partial(images, 8)),
@@ -39,6 +42,9 @@ SHRUNK: dict[str, tuple[Callable[[], nn.Module], Callable[[int], tuple[Tensor, .
     },
     "state-space": (partial(StateSpaceModel, 11, 6, 3, 7), partial(tokens, 11, 7)),
     "diffusion": (partial(UNet, (4, 6, 8), 2), partial(noised, 8)),
+    "gpt2": (partial(gpt2, 11, 8, 2, 1, 6), partial(tokens, 11, 6)),
+    "vit": (partial(vit, 8, 4, 8, 2, 1), partial(images, 8)),
+    "llama-lora": (partial(llama_lora, 11, 16, 2, 2, 8), partial(tokens, 11, 6)),
 }
 # These are small enough to be compared as they are.
 AS_THEY_ARE = ("cnn-small", "transformer-small", "state-space", "diffusion")

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx import GraphModule
 
 from clipgrad import DPOptimizer, clipped_grad
-from clipgrad.compiled import fixed_size
+from clipgrad._functorch import is_symbol
+from clipgrad.compiled import backend, fixed_size
 from clipgrad.compiled.shape import Rows, pad_rows
 from tests.compiled.conftest import Graphs
 from tests.oracle import clipped_sum, per_sample_gradients
@@ -119,11 +122,29 @@ def test_a_number_of_rows_that_the_user_set_is_padded_to(graphs: Graphs) -> None
 
 
 def test_runs_of_a_large_batch_have_equal_sizes() -> None:
-    rows = Rows(24, are_symbolic=True)
+    rows = Rows(2, 24)
     assert [rows.at_once(size) for size in (0, 1, 24, 25, 48, 49)] == [24, 1, 24, 13, 24, 17]
     assert [rows.padded(count) for count in (1, 2, 24)] == [2, 2, 24]
-    assert [Rows(24).at_once(size) for size in (0, 25)] == [24, 24]
-    assert Rows(24).padded(3) == 24
+    assert [Rows(24, 24).at_once(size) for size in (0, 25)] == [24, 24]
+    assert Rows(24, 24).padded(3) == 24
+
+
+def test_batches_smaller_than_a_graph_allows_are_padded(
+    graphs: Graphs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As Inductor does, the stand-in for the compiler assumes that there are several rows."""
+    compile_graph = backend.compile_graph
+
+    def assuming(module: GraphModule, mode: str, arguments: Sequence[Tensor]) -> Any:
+        rows = next(size for tensor in arguments for size in tensor.shape if is_symbol(size))
+        assert rows >= 6
+        return compile_graph(module, mode, arguments)
+
+    monkeypatch.setattr(backend, "compile_graph", assuming)
+    optimizer = private(squares, EXPECTED, compile=True)
+    for size in (1, 6, 0, 5, EXPECTED, 3 * EXPECTED, 7):
+        check(optimizer, size)
+    assert len(graphs) == 1
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
