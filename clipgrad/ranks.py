@@ -64,7 +64,7 @@ class Gathering(Protocol):
 
 
 class Noised(Protocol):
-    """This function makes noised means of sums. Noise that keeps state for coordinates needs all sums of a step at once."""
+    """This function makes noised means of sums. Noise with a state for each coordinate needs all sums at once."""
 
     @property
     def at_once(self) -> bool:
