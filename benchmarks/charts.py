@@ -85,7 +85,9 @@ def _modes(plt: Any, rows: Sequence[Row]) -> Any:
 
 
 def _summary(plt: Any, rows: Sequence[Row]) -> Any:
-    """Three bars a row: clipgrad compiled and eager, and the fastest peer that computes the same."""
+    """Bars of a row: clipgrad compiled and eager, and the fastest peer that computes the same. None without peers."""
+    if not any(cell.kind == "peer" for row in rows for cell in _bars(row)):
+        return None
     kinds = (
         ("clipgrad, compiled", COMPILED, lambda c: c.kind == "clipgrad" and c.compiled),
         ("clipgrad, eager", CLIPGRAD, lambda c: c.kind == "clipgrad" and not c.compiled),

@@ -10,14 +10,20 @@ import warnings
 from tests.families import FAMILIES
 from tests.families._measure import Row, measured
 
-HEADER = ("family", "eager", "captured", "compiled", "error", "on rules", "capture s", "reason")
+HEADER = (
+    "family", "eager", "captured", "compiled", "compiled error", "compile s",
+    "error", "on rules", "capture s", "reason",
+)  # fmt: skip
 
 
 def cells(row: Row) -> list[str]:
     """Return the cells of a row as text."""
-    seconds = f"{row.seconds:.1f}" if row.seconds else ""
+    compiling, capturing = (
+        f"{seconds:.1f}" if seconds else "" for seconds in (row.compile_seconds, row.seconds)
+    )
+    compiled = (row.compiled, row.compiled_error, compiling)
     return [
-        row.name, row.eager, row.captured, row.compiled, row.error, row.on_rules, seconds, row.reason
+        row.name, row.eager, row.captured, *compiled, row.error, row.on_rules, capturing, row.reason
     ]  # fmt: skip
 
 
@@ -32,7 +38,7 @@ def main() -> None:
     warnings.simplefilter("ignore")
 
     def show(line: list[str]) -> None:
-        widths = (28, 8, 8, 8, 8, 8, 9, 0)
+        widths = (28, 8, 8, 8, 14, 9, 8, 8, 9, 0)
         text = " | ".join(line) if args.markdown else " ".join(map(str.ljust, line, widths))
         print(f"| {text} |" if args.markdown else text, flush=True)
 

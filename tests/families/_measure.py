@@ -21,6 +21,9 @@ from clipgrad.loss_graph import LossCapture
 from tests.families._family import Batch, Family
 
 SIZE = 4
+# TorchInductor rounds otherwise than eager operations: exp and tanh in the last digits, and sums of float32 inside of
+# float64 models. torch.compile of the ordinary loss of LoRA GPT-2 is off by 1.5e-9, and of Llama by 5.3e-8.
+INDUCTOR_TOLERANCE = 1e-6
 Loss = Callable[[dict[str, Tensor], Batch], Tensor]
 
 
@@ -32,6 +35,8 @@ class Row:
     eager: str = ""
     captured: str = ""
     compiled: str = ""
+    compiled_error: str = ""
+    compile_seconds: float = 0.0
     error: str = ""
     on_rules: str = ""
     seconds: float = 0.0
@@ -62,10 +67,13 @@ def measured(name: str, family: Family, *, compile: str | None = None) -> Row:
     whole = functional(model, family)
     row.eager, _, reason = compared(whole, params, batch, expected, family)
     if compile is not None:
+        slack = INDUCTOR_TOLERANCE if compile == "inductor" else 0.0
+        start = time.perf_counter()
         with nullcontext() if compile == "inductor" else untouched_graphs():
-            row.compiled, _, reason_compiled = compared(
-                whole, params, batch, expected, family, compile=True
+            row.compiled, row.compiled_error, reason_compiled = compared(
+                whole, params, batch, expected, family, compile=True, slack=slack
             )
+        row.compile_seconds = time.perf_counter() - start
         reason = reason or reason_compiled
     start = time.perf_counter()
     try:
@@ -159,6 +167,7 @@ def compared(
     family: Family,
     *,
     compile: bool = False,
+    slack: float = 0.0,
 ) -> tuple[str, str, str]:
     """Return verdict, largest relative error, and reason."""
     norms, max_norm, sums = expected
@@ -173,7 +182,7 @@ def compared(
     size = math.sqrt(sum(float(total.square().sum()) for total in sums.values()))
     of_sums = max(float((result.grads[n].double() - sums[n]).abs().max()) for n in sums) / size
     error = max(of_norms, of_sums)
-    return ("exact" if error <= family.tolerance else "WRONG"), f"{error:.0e}", ""
+    return ("exact" if error <= max(family.tolerance, slack) else "WRONG"), f"{error:.0e}", ""
 
 
 def share_on_rules(loss: Loss, params: dict[str, Tensor], batch: Batch) -> str:
