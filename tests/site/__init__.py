@@ -1,0 +1,1 @@
+"""Checks of the documentation: its sources in the ordinary tests, its built pages in a browser."""
