@@ -11,6 +11,7 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from clipgrad._functorch import (
     expose_or_broadcast,
     hide_batch_axis,
+    is_symbol,
     vmap_level,
     without_tracing,
 )
@@ -143,20 +144,7 @@ class Gradients:
         if key not in self._pulled:
             sources = [self._tape.tracked[i].shared for i in part.parameters]
             gradients = part.per_sample().to(part.shared.dtype)
-            size = gradients.shape[0]
-            # PyTorch's ``is_grads_batched`` does the same, but makes a number of a size that is a symbol.
-            with vmap_level(size, "error") as level:
-                found: Sequence[Tensor | None] = torch.autograd.grad(
-                    part.shared,
-                    sources,
-                    hide_batch_axis(gradients, level),
-                    retain_graph=True,
-                    allow_unused=True,
-                )
-                self._pulled[key] = [
-                    None if total is None else expose_or_broadcast(total, level, size)
-                    for total in found
-                ]
+            self._pulled[key] = _pulled_back(part.shared, sources, gradients)
         gradient = self._pulled[key][part.parameters.index(index)]
         return None if gradient is None else widen(gradient)
 
@@ -177,3 +165,33 @@ class Gradients:
                 )
                 touched += image
             return bool((touched <= 1).all())
+
+
+def _pulled_back(
+    output: Tensor, sources: Sequence[Tensor], gradients: Tensor
+) -> list[Tensor | None]:
+    """Return the vector-Jacobian product of each sample's gradient of ``output``, for each source."""
+    size = gradients.shape[0]
+    if not is_symbol(size):
+        return list(
+            torch.autograd.grad(
+                output,
+                sources,
+                gradients,
+                retain_graph=True,
+                allow_unused=True,
+                is_grads_batched=True,
+            )
+        )
+    # With ``is_grads_batched`` PyTorch would make a number of the symbol.
+    with vmap_level(size, "error") as level:
+        found: Sequence[Tensor | None] = torch.autograd.grad(
+            output,
+            sources,
+            hide_batch_axis(gradients, level),
+            retain_graph=True,
+            allow_unused=True,
+        )
+        return [
+            None if total is None else expose_or_broadcast(total, level, size) for total in found
+        ]

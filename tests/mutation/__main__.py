@@ -35,7 +35,7 @@ from tests.mutation.reach import reach_of_files
 from tests.mutation.running import Run, failures
 
 LEFT_OUT = shutil.ignore_patterns(
-    ".git", ".venv*", ".cache", ".mypy_cache", ".ruff_cache", ".hypothesis", "site", "build"
+    ".git", ".venv*", ".cache", ".mypy_cache", ".ruff_cache", ".hypothesis", "build"
 )
 NOTICED = ("killed", "timeout")
 
