@@ -7,7 +7,7 @@ import pytest
 
 from clipgrad.accounting import Ledger, Poisson, TruncatedPoisson, epsilon
 from tests.hockey_stick import Mixture, delta, delta_of_steps, epsilon_at, group, nothing, one_step
-from tests.nightly import every, some
+from tests.nightly import every, rows, some
 
 # The grid rounds upwards, by less than this; the oracle is exact to about 1e-9.
 ROUNDING = 3e-4
@@ -17,7 +17,7 @@ def assert_equal(ours: float, exact: float) -> None:
     assert exact - 1e-6 <= ours <= exact * (1 + ROUNDING) + 1e-5
 
 
-@pytest.mark.parametrize(("q", "sigma"), [(0.01, 0.8), (0.2, 1.0), (0.6, 2.0)])
+@pytest.mark.parametrize(("q", "sigma"), rows(2, [(0.01, 0.8), (0.2, 1.0), (0.6, 2.0)]))
 @pytest.mark.parametrize("target", [1e-5, 1e-3])
 def test_one_step(q: float, sigma: float, target: float) -> None:
     there, gone = one_step(q, sigma), nothing(sigma)

@@ -143,7 +143,7 @@ def test_slices_of_every_geometry(
 
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
-@pytest.mark.parametrize("case", every(8, USES, lambda case: case.name))
+@pytest.mark.parametrize("case", every(16, USES, lambda case: case.name))
 def test_groups_in_a_graph(case: RuleCase, monkeypatch: pytest.MonkeyPatch) -> None:
     """The library's grouped convolution as one operation of a graph, for every kind of convolution."""
     monkeypatch.setattr(backend, "compile_graph", lambda module, *_: module)

@@ -93,7 +93,7 @@ def test_hostile_in_a_compiled_step(name: str) -> None:
     "name",
     chosen(
         ["saved tensors hooks", "save_on_cpu", "dispatch mode", "function mode"],
-        {"save_on_cpu", "function mode"},
+        {"function mode"},
     ),
 )
 def test_what_is_put_around_a_step_that_is_compiled_already(name: str) -> None:

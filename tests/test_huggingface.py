@@ -43,7 +43,7 @@ def functional(
     return loss, {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
-@pytest.mark.parametrize(("name", "microbatch_size"), some(4, list(HF_MODELS), [None, 3]))
+@pytest.mark.parametrize(("name", "microbatch_size"), some(6, list(HF_MODELS), [None, 3]))
 def test_equals_a_loop_over_samples(name: str, microbatch_size: int | None) -> None:
     architecture = HF_MODELS[name]
     model, batch = architecture.build(4)

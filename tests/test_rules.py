@@ -30,9 +30,9 @@ CASES: list[RuleCase] = [
 @pytest.mark.parametrize(
     "microbatch_sizes",
     [
-        pytest.param((3, None), id="parts"),
-        # Five passes for each strategy; what a rule makes of one sample, the batch of one shows as well.
-        pytest.param((1,), id="single", marks=pytest.mark.nightly),
+        pytest.param((3,), id="parts"),
+        # What a rule makes of one sample, the last of two parts shows as well; whole batches are in test_architectures.
+        pytest.param((1, None), id="single and whole", marks=pytest.mark.nightly),
     ],
 )
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.rule}-{case.name}")

@@ -256,7 +256,7 @@ batches: dict[str, st.SearchStrategy[Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", every(2, MODELS))
+@pytest.mark.parametrize("name", every(3, MODELS))
 @settings(deadline=None, derandomize=True, max_examples=60, database=None)
 @given(drawn=st.fixed_dictionaries(batches), options=clippings)
 def test_neighbours(name: str, drawn: dict[str, Any], options: dict[str, Any]) -> None:

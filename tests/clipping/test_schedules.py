@@ -279,6 +279,7 @@ def test_twenty_norms_share_a_graph(graphs: Graphs) -> None:
     torch.testing.assert_close(found[0], found[1], rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.nightly
 def test_norms_of_groups_share_a_graph_and_other_structure_does_not(graphs: Graphs) -> None:
     params, batch = make_params(), make_batch()
     compiled = clipped_grad(mlp_loss, max_grad_norm={"in": 0.1, "": 0.2}, compile=True)

@@ -157,6 +157,7 @@ def test_dtype_is_part_of_the_signature(dtype: torch.dtype, graphs: Graphs) -> N
     assert len(graphs) == 2
 
 
+@pytest.mark.nightly
 def test_autocast_is_part_of_the_signature(graphs: Graphs) -> None:
     params, (x, y) = make_params(), make_batch()
     params, x = {name: p.float() for name, p in params.items()}, x.float()

@@ -34,7 +34,7 @@ CASES: list[Case] = [
 ]
 
 
-@pytest.mark.parametrize(("convolve", "size", "shape", "options"), rows(2, CASES))
+@pytest.mark.parametrize(("convolve", "size", "shape", "options"), rows(4, CASES))
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
 def test_equals_the_eager_step(

@@ -158,6 +158,7 @@ def test_a_loss_that_asks_for_the_length(graphs: Graphs) -> None:
     assert len(graphs) <= 4
 
 
+@pytest.mark.nightly
 def test_a_length_of_one(graphs: Graphs) -> None:
     """PyTorch treats a size of 1 as a number, so that length has its own graph and other graphs keep symbols."""
     model = Text().double()
@@ -174,7 +175,7 @@ def test_a_length_of_one(graphs: Graphs) -> None:
 @pytest.mark.parametrize(
     "pad",
     every(
-        3,
+        6,
         [
             lambda x: F.pad(x, (1, 2)),
             lambda x: F.pad(x, (-1, 2, 0, 1), value=3.0),

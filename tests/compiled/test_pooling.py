@@ -25,7 +25,7 @@ OPTIONS: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize(
-    ("options", "layout"), some(2, OPTIONS, [torch.contiguous_format, torch.channels_last])
+    ("options", "layout"), some(4, OPTIONS, [torch.contiguous_format, torch.channels_last])
 )
 def test_equals_the_eager_step(
     options: dict[str, Any], layout: torch.memory_format, graphs: Graphs

@@ -281,11 +281,19 @@ def test_forward_replaced(graphs: Graphs, monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.parametrize(
     ("enter", "leave"),
     [
-        (lambda: torch.set_float32_matmul_precision("high"), lambda: torch.set_float32_matmul_precision("highest")),
-        (lambda: torch.use_deterministic_algorithms(True), lambda: torch.use_deterministic_algorithms(False)),
-        (lambda: torch.set_default_dtype(torch.float64), lambda: torch.set_default_dtype(torch.float32)),
+        pytest.param(
+            lambda: torch.set_float32_matmul_precision("high"), lambda: torch.set_float32_matmul_precision("highest"),
+            id="precision",
+        ),
+        pytest.param(
+            lambda: torch.use_deterministic_algorithms(True), lambda: torch.use_deterministic_algorithms(False),
+            id="determinism", marks=pytest.mark.nightly,
+        ),
+        pytest.param(
+            lambda: torch.set_default_dtype(torch.float64), lambda: torch.set_default_dtype(torch.float32),
+            id="default dtype", marks=pytest.mark.nightly,
+        ),
     ],
-    ids=["precision", "determinism", "default dtype"],
 )  # fmt: skip
 def test_global_setting_is_part_of_the_signature(
     enter: Callable[[], None], leave: Callable[[], None], graphs: Graphs
@@ -449,7 +457,7 @@ def _later(place: str) -> tuple[Callable[..., Tensor], Callable[[], Any]]:
     }[place]
 
 
-@pytest.mark.parametrize("place", every(2, ["instance", "namespace", "function", "code"]))
+@pytest.mark.parametrize("place", every(4, ["function", "namespace", "instance", "code"]))
 def test_value_that_was_not_there_is_followed(place: str, graphs: Graphs) -> None:
     loss, change = _later(place)
     params, batch = make_params(), make_batch()

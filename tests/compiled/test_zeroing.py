@@ -25,6 +25,7 @@ def zeroed_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(selection, "_ZEROED_IN_GRAPHS_ON", {"cpu"})
 
 
+@pytest.mark.nightly
 def test_what_others_read_is_not_written_to() -> None:
     """The batch, and an activation that the loss returns: factors of two weights, with a sample that is dropped."""
 

@@ -12,7 +12,7 @@ from tests.nightly import chosen
 
 pytest.importorskip("transformers", "5.20")  # older models ask other questions
 
-SHORT = {"u-net-checkpointed", "gru-language-model", "bloom"}
+SHORT = {"u-net-checkpointed", "gru-language-model"}
 REFUSED = {
     "dora-llama": "method `startswith`",
     "deberta": "wrote in place",

@@ -18,7 +18,7 @@ from tests.dp_tools import clipped, data, mlp, private, squared
 from tests.loss_graph.conftest import Small, assert_exact, one_sample, small_loss
 from tests.loss_graph.test_capture import batch
 from tests.loss_graph.test_lifted import OldStyle
-from tests.nightly import some
+from tests.nightly import every, some
 
 
 class Annealed:
@@ -119,7 +119,7 @@ def test_threads_capture_one_after_the_other() -> None:
     assert not failures
 
 
-@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("compile", every(2, [False, True]))
 def test_pytorchs_graphs_are_dropped_between_two_batches(compile: bool, graphs: Graphs) -> None:  # noqa: F811
     def loss(m: nn.Module, x: Tensor) -> Tensor:
         return squared(m, OldStyle.apply(x)) * NOW.beta  # type: ignore[no-any-return, no-untyped-call]

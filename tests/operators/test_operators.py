@@ -78,7 +78,7 @@ def test_a_few_calls_of_a_few_operators(name: str) -> None:
 
 
 @needs_database
-@pytest.mark.parametrize("shard", every(4, range(SHARDS)))
+@pytest.mark.parametrize("shard", every(8, range(SHARDS)))
 def test_one_call_of_every_eighth_operator(shard: int) -> None:
     operators = differentiable()[::8][shard::SHARDS]
     assert not [fault for operator in operators for fault in faults(operator, 1)]
