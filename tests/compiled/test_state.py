@@ -344,6 +344,7 @@ def test_number_of_graphs_is_bounded(graphs: Graphs) -> None:
 ITERATOR = iter(range(1, 1000))
 LIST: list[int] = []
 OUTSIDE = torch.zeros((), dtype=torch.float64)
+OF_FLOAT32 = torch.zeros(())
 HERE = r"test_state\.py:\d+"
 
 
@@ -363,7 +364,7 @@ REFUSED: dict[str, tuple[Callable[..., Tensor], str]] = {
     "context variable": (by_context, HERE),
     "Python's random numbers": (lambda p, x, y: mlp(p, x, y) * random.random(), HERE),
     "NumPy's random numbers": (lambda p, x, y: mlp(p, x, y) * float(np.random.rand()), HERE),  # noqa: NPY002
-    "item": (lambda p, x, y: mlp(p, x, y) * (1 + OUTSIDE.item()), "reads the value of a tensor"),
+    "item": (lambda p, x, y: mlp(p, x, y) * (1 + OF_FLOAT32.item()), "reads the value of a tensor"),
     "index": (lambda p, x, y: mlp(p, x, y) * [1, 2][OUTSIDE.long()], HERE),
     "bool": (lambda p, x, y: mlp(p, x, y) * (2 if OUTSIDE > 1 else 1), HERE),
     "tolist": (lambda p, x, y: mlp(p, x, y) * (1 + OUTSIDE.tolist()), HERE),
@@ -383,6 +384,21 @@ def test_what_cannot_be_followed_is_refused(case: str, graphs: Graphs) -> None:
         with pytest.raises(CompileError, match=message):
             clipped_grad(loss, max_grad_norm=0.5, compile=True)(make_params(), *make_batch())
     assert len(graphs) == (2 if case == "iterator" else 0)
+
+
+def test_a_number_of_float64_is_followed(graphs: Graphs) -> None:
+    """PyTorch makes an input of it, as of any Python number; a number of another dtype is refused."""
+
+    def loss(p: Params, x: Tensor, y: Tensor) -> Tensor:
+        return mlp(p, x, y) * (1 + OUTSIDE.item())
+
+    gradient, eager = (clipped_grad(loss, max_grad_norm=9.0, compile=c) for c in (True, False))
+    for value in (0.0, 2.0, -3.0):
+        OUTSIDE.fill_(value)
+        found, expected = (f(make_params(), *make_batch()).grads for f in (gradient, eager))
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+    OUTSIDE.zero_()
+    assert len(graphs) <= 2
 
 
 @pytest.mark.nightly
