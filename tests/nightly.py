@@ -12,8 +12,12 @@ Parameter = Any
 """What ``pytest.param`` returns; its class is private."""
 
 
+def _named(value: Any) -> str:
+    return str(getattr(value, "name", getattr(value, "__name__", value)))
+
+
 def thinned(
-    values: Iterable[Any], short: Callable[[Any], bool], name: Callable[[Any], str] | None = None
+    values: Iterable[Any], short: Callable[[Any], bool], name: Callable[[Any], str] = _named
 ) -> list[Parameter]:
     """Each value as a parameter; nightly where ``short`` says no.
 
@@ -22,7 +26,7 @@ def thinned(
         short: Whether a value always runs.
         name: The id of a value: by default its own name, or how it is printed.
     """
-    return [_parameter((value,), short(value), (name or _named)(value)) for value in values]
+    return [_parameter((value,), short(value), name(value)) for value in values]
 
 
 def chosen(values: Iterable[str], short: Collection[str]) -> list[Parameter]:
@@ -38,13 +42,10 @@ def chosen(values: Iterable[str], short: Collection[str]) -> list[Parameter]:
     return thinned(values, short.__contains__)
 
 
-def every(
-    step: int, values: Iterable[Any], name: Callable[[Any], str] | None = None
-) -> list[Parameter]:
+def every(step: int, values: Iterable[Any], name: Callable[[Any], str] = _named) -> list[Parameter]:
     """Each ``step``-th value always runs, from the first on."""
     return [
-        _parameter((value,), index % step == 0, (name or _named)(value))
-        for index, value in enumerate(values)
+        _parameter((value,), index % step == 0, name(value)) for index, value in enumerate(values)
     ]
 
 
@@ -84,10 +85,6 @@ def some(count: int, *axes: Sequence[Any]) -> list[Parameter]:
 
 def _pairs_of(row: tuple[Any, ...]) -> set[Any]:
     return set(itertools.combinations(enumerate(row), 2))
-
-
-def _named(value: Any) -> str:
-    return str(getattr(value, "name", getattr(value, "__name__", value)))
 
 
 def _parameter(values: tuple[Any, ...], short: bool, name: str) -> Parameter:

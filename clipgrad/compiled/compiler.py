@@ -153,7 +153,7 @@ class Compiler:
         return entry
 
     def _with_symbols(self, request: Request) -> CompiledStep | None:
-        """A graph for every number of rows, and for all lengths once a second one was seen; None if there is none."""
+        """Return a graph for every number of rows, and for every length after a second one; None if this fails."""
         shapes, rows = request.shapes, request.rows
         other_rows = [with_rows(shapes, rows.most + 1)] if rows.are_symbolic else []
         seen = [
@@ -170,7 +170,7 @@ class Compiler:
         return self._compiled_or_none(request, Lengths(*other_rows, shapes))
 
     def _compiled_or_none(self, request: Request, lengths: Lengths) -> CompiledStep | None:
-        """A graph with symbols; None if nothing needs one, or the step cannot be traced like that."""
+        """Return a graph with symbols; None if no size needs a symbol, or if the trace with symbols fails."""
         if not lengths.have_symbols:
             return None
         try:

@@ -194,7 +194,10 @@ def _like(leaf: Tensor, sizes: Sequence[int]) -> Tensor:
 
 
 def _differs(history: Sequence[int]) -> bool:
-    """Return whether a size gets a symbol: it differs from batch to batch, and is no one, which PyTorch fixes."""
+    """Return whether a size gets a symbol: it differs from batch to batch, and the present batch's is not 1.
+
+    PyTorch makes a number of a symbol whose size is 1.
+    """
     return len(set(history)) > 1 and history[-1] > 1
 
 

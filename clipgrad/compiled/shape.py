@@ -1,4 +1,4 @@
-"""How many rows a compiled graph has: a symbol, or one fixed number to which batches of every size are padded."""
+"""Decide how many rows a compiled graph has: every number in a range, or one number to which batches are padded."""
 
 from __future__ import annotations
 

@@ -42,11 +42,13 @@ class StepNoise(Protocol):
         source: The source of independent noise.
         accounting: Name of the accounting that the steps need. A plan refuses noise of another kind.
         secret: Why a state must stay secret; empty if it need not.
+        at_once: Whether one call must get all sums of a step, with names, since each coordinate has a state of its own.
     """
 
     source: NoiseSource
     accounting: str
     secret: str
+    at_once: bool
 
     def next(self, step: StepSums) -> list[Tensor]:
         """Return ``(sums + noise of this step) / divisor``."""
@@ -86,8 +88,8 @@ class StepOfNoise(NamedTuple):
 
     @property
     def at_once(self) -> bool:
-        """Return whether the noise keeps state for its coordinates; then one call gets all sums, with their names."""
-        return bool(self.noise.secret)
+        """Return whether the noise must get all sums of the step in one call."""
+        return self.noise.at_once
 
     def __call__(
         self, sums: list[Tensor], names: Sequence[str], /, *, in_place: bool
@@ -107,6 +109,7 @@ class IndependentNoise:
 
     accounting = "independent"
     secret = ""
+    at_once = False
 
     def __init__(self, source: NoiseSource) -> None:
         self.source = source
