@@ -404,6 +404,15 @@ def _() -> None:
     poisson_loader(Stream(), plan=plan_of())
 
 
+@mistake("mixup in `collate_fn`")
+def _() -> None:
+    def mixup(rows: list[Any]) -> Tensor:
+        x = torch.stack([x for (x,) in rows])
+        return 0.7 * x + 0.3 * x.roll(1, 0)
+
+    poisson_loader(rows(), plan=plan_of(), collate_fn=mixup)
+
+
 @mistake("batches larger than the dataset")
 def _() -> None:
     plan_of(expected_batch_size=41)

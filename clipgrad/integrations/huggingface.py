@@ -17,6 +17,7 @@ from clipgrad.integrations._huggingface_arguments import (
     CONFLICTS,
     plan_and_users,
     refuse_conflicts,
+    refuse_private_decisions,
     refuse_spread_model,
 )
 from clipgrad.noise import NoiseSource
@@ -75,6 +76,7 @@ class PrivateTraining:
         super().__init__(*args, **trainer)
         refuse_conflicts(self.args, self._conflicts)
         refuse_spread_model(self)
+        refuse_private_decisions(self)
         self._samples_per_user = samples_per_user
         self.plan, self._users = plan_and_users(
             self.args, self.train_dataset, user_column, plan, target_epsilon, delta
