@@ -119,7 +119,9 @@ def _equal(one: _Row, other: _Row) -> bool:
     if len(one) != len(other):
         return True
     return all(
-        torch.allclose(a.cdouble(), b.cdouble(), _TOLERANCE, _TOLERANCE, equal_nan=True)
+        torch.allclose(
+            a.to(torch.complex128), b.to(torch.complex128), _TOLERANCE, _TOLERANCE, equal_nan=True
+        )
         for a, b in zip(one, other, strict=True)
         if a.shape == b.shape
     )
