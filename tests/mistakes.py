@@ -404,6 +404,18 @@ def _() -> None:
     poisson_loader(Stream(), plan=plan_of())
 
 
+@mistake("labels of all samples, from a loop's variable")
+def _() -> None:
+    model, plan = mlp(), plan_of(expected_batch_size=40)
+    labels: list[Tensor] = []
+    optimizer = DPOptimizer(
+        sgd(model), model, lambda m, x: (m(x) - labels[-1]).square().mean(), plan=plan
+    )
+    for x, y in poisson_loader(TensorDataset(data(40), data(40)[:, :1]), plan=plan):
+        labels.append(y)
+        optimizer.backward(x)
+
+
 @mistake("mixup in `collate_fn`")
 def _() -> None:
     def mixup(rows: list[Any]) -> Tensor:

@@ -197,13 +197,17 @@ class MicrobatchRunner:
 
     def _of_python(self, batch: Sequence[Any], mask: Tensor | None) -> MicrobatchResult:
         inputs = self._inputs
-        return run(inputs.loss, inputs.names, inputs.params, batch, mask, self._settings)
+        return run(
+            inputs.loss, inputs.names, inputs.params, batch, mask, self._settings, inputs.whole
+        )
 
     def _of_graph(
         self, loss: GraphOfLoss, batch: Sequence[Any], mask: Tensor | None
     ) -> MicrobatchResult:
         inputs = self._inputs
-        return run(loss.loss(), inputs.names, inputs.params, batch, mask, self._settings)
+        return run(
+            loss.loss(), inputs.names, inputs.params, batch, mask, self._settings, inputs.whole
+        )
 
 
 def _are_identical(one: Sequence[Tensor], other: Sequence[Tensor]) -> bool:

@@ -273,7 +273,10 @@ class DPOptimizer(LogicalBatch, Generic[Returned]):
             if self._loss_by_name is None or self._loss_by_name[0] is not loss_fn:
                 self._loss_by_name = loss_fn, by_name(loss_fn)
             loss_fn = self._loss_by_name[1]
-        return inputs_of_model(loss_fn, self.model, names, parameters, holding, batch, call)
+        handed_out = () if self._account is None else self._account.handed_out()
+        return inputs_of_model(
+            loss_fn, self.model, names, parameters, holding, batch, call, handed_out
+        )
 
     def _settings_of_run(self) -> dict[str, object]:
         return facts.of_run(
