@@ -6,6 +6,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING, TypeVar
 
+from clipgrad.engine import stale_values
 from clipgrad.engine.error_messages import NeedsGraphError, ValueReadError
 from clipgrad.engine.inputs import Inputs, Loss
 from clipgrad.errors import NotPerSampleError
@@ -29,6 +30,7 @@ class LossHistory:
         self._keep_batch_dim, self._has_aux = keep_batch_dim, has_aux
         self._graphs: LossGraphs | None = None
         self.begins_with_graph = False
+        self.passes = 0
 
     @property
     def graphs(self) -> LossGraphs:
@@ -63,6 +65,11 @@ class BatchLoss:
         Raises:
             NotPerSampleError: If neither can be attributed to single samples.
         """
+        self._loss_history.passes += 1
+        with stale_values.searched(self._loss_history.passes):
+            return self._run(body)
+
+    def _run(self, body: Callable[[Loss], _T]) -> _T:
         if self._loss_history.begins_with_graph and not self._asked:
             self._graph, self._asked = self._graph_or_none(), True
         if self._graph is not None:
