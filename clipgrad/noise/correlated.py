@@ -138,8 +138,8 @@ class CorrelatedNoise:
             shapes = [self._coordinates.shapes[index] for index in indices]
             flat: list[Tensor] = []
             if past:
-                parts = [past[name].to(device, dtype).flatten(1) for name in names]
-                flat = list(torch.cat(parts, 1))
+                kept = [past[name].to(device, dtype) for name in names]
+                flat = list(torch.cat([p.reshape(len(p), p.shape[1:].numel()) for p in kept], 1))
             self._rows[device, dtype] = self._made(
                 flat, shapes, torch.empty(0, device=device, dtype=dtype)
             )
@@ -165,7 +165,7 @@ class CorrelatedNoise:
                 continue
             parts = torch.stack(past).split([shapes[index].numel() for index in members], 1)
             for index, part in zip(members, parts, strict=True):
-                found[names[index]] = part.reshape(-1, *shapes[index]).clone()
+                found[names[index]] = part.reshape(len(past), *shapes[index]).clone()
         return found
 
     def count(self, counts: Sequence[Tensor], sigma: float) -> None:

@@ -29,7 +29,7 @@ def noised(
         divisor: A public constant.
         in_place: Whether the results are written to ``sums``, which stay as they are otherwise.
     """
-    kernel = verified_sums(sums[0].device) if sums and sums[0].device.type == "cuda" else None
+    kernel = _kernel_for(sums)
     if kernel is not None and all(map(_has_plain_memory, sums)):
         results = sums if in_place else list(map(torch.empty_like, sums))
         kernel.add(sums, noise, divisor, results)
@@ -46,6 +46,10 @@ def add_and_divide(sums: list[Tensor], noise: list[Tensor], divisor: float) -> N
     # For small tensors a call of the loop costs more than PyTorch's second pass over memory.
     large = sum(map(Tensor.numel, sums)) > _SMALL * len(sums)
     loops = compiled_loops() if large and all(map(is_plain, sums)) else None
+    if any(map(Tensor.is_neg, sums)):  # PyTorch has no operation on lists of these
+        for total, row in zip(sums, noise, strict=True):
+            total.add_(row).div_(divisor)
+        return
     if loops is None or not all(map(is_plain, noise)):
         torch._foreach_add_(sums, noise)
         torch._foreach_div_(sums, divisor)
@@ -58,6 +62,10 @@ def add_and_divide(sums: list[Tensor], noise: list[Tensor], divisor: float) -> N
             ctypes.c_float(divisor),
         )
         torch.autograd.graph.increment_version(total)
+
+
+def _kernel_for(sums: list[Tensor]) -> TritonSums | None:
+    return verified_sums(sums[0].device) if sums and sums[0].device.type == "cuda" else None
 
 
 def _has_plain_memory(tensor: Tensor) -> bool:
