@@ -25,7 +25,7 @@ from clipgrad.noise import SystemNoise, accelerator, rows, sums, system
 from clipgrad.noise.block import Block, correlate_by_torch
 from clipgrad.noise.correlated import CorrelatedNoise
 from tests.factorisation.oracle import matrix
-from tests.test_noise_blocks import check_white, run
+from tests.noise_blocks import check_white, run
 
 CPU = torch.device("cpu")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -55,24 +56,27 @@ def _correlate_by_product(block: Block) -> None:
     # An index of all rows would read those that nothing was written to, which may hold NaN.
     rows = torch.tensor(past + new, device="cpu")
     places = torch.tensor(new, device="cpu")
-    matrix = _matrix(block)
+    matrix = _matrix(tuple(block.tail), block.ahead, block.known)
     for start in range(0, ring.shape[1], _COLUMNS):
         columns = ring[:, start : start + _COLUMNS]
         made = matrix @ columns.index_select(0, rows).double()
         columns.index_copy_(0, places, made.to(ring.dtype))
 
 
-def _matrix(block: Block) -> Tensor:
+@lru_cache(8)
+def _matrix(tail: tuple[float, ...], ahead: int, known: int) -> Tensor:
     """Return the weights of past rows and of fresh noise in each new row, ``[ahead, known + ahead]``."""
-    matrix = torch.eye(block.ahead, dtype=torch.float64, device="cpu")
-    matrix = torch.cat([matrix.new_zeros(block.ahead, block.known), matrix], 1)
-    for k, row in enumerate(matrix):
-        for lag, weight in enumerate(block.tail[: k + block.known], start=1):
-            if lag <= k:
-                row.sub_(matrix[k - lag], alpha=weight)
+    made: list[list[float]] = []
+    for k in range(ahead):
+        row = [float(index == known + k) for index in range(known + ahead)]
+        for lag, weight in enumerate(tail[: k + known], start=1):
+            if lag > k:
+                row[known + k - lag] -= weight
             else:
-                row[block.known + k - lag] -= weight
-    return matrix
+                row = [one - weight * other for one, other in zip(row, made[k - lag], strict=True)]
+        made.append(row)
+    with torch.inference_mode(False):
+        return torch.tensor(made, dtype=torch.float64, device="cpu")
 
 
 def correlate_by_torch(
