@@ -130,14 +130,15 @@ def private(setting: Setting, device: str, compile: bool | str) -> Callable[[], 
 
 
 def milliseconds(step: Callable[[], None], device: str) -> float:
-    _wait(device)
+    wait(device)
     start = time.perf_counter()
     step()
-    _wait(device)
+    wait(device)
     return 1e3 * (time.perf_counter() - start)
 
 
-def _wait(device: str) -> None:
+def wait(device: str) -> None:
+    """Wait until the device has done its work."""
     if device != "cpu":
         torch.cuda.synchronize()
 
@@ -158,7 +159,7 @@ def measured(name: str, device: str, rounds: int, mode: str) -> dict[str, Any]:
             10
         ):  # several comparisons with the eager step, and the recording, among them
             steps[kind]()
-        _wait(device)
+        wait(device)
         row[f"{kind}: warmup s"] = round(time.perf_counter() - started, 1)
         if device != "cpu":
             torch.cuda.reset_peak_memory_stats()

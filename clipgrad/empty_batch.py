@@ -72,16 +72,16 @@ def aux_of_no_samples(history: LossHistory, inputs: Inputs, settings: Settings) 
         NotPerSampleError: If the loss has no gradient for single samples, whatever their values.
         ValueError: If the loss refuses zeros but is known to have auxiliary output.
     """
-    row = one_row_of_zeros(inputs).batch
+    row = one_row_of_zeros(inputs)
 
     def aux_of_row(loss: Loss) -> Any:
-        tape, _, aux = forward(loss, inputs.names, inputs.params, row, settings)
+        tape, _, aux = forward(loss, inputs.names, inputs.params, row.batch, settings)
         tape.release()
         return aux
 
     try:
         with torch.enable_grad(), SavedRngState(inputs.params[0].device).restored_on_exit():
-            return without_samples(history.of(inputs).run(aux_of_row))
+            return without_samples(history.of(row).run(aux_of_row))
     except (NotPerSampleError, torch.OutOfMemoryError):
         raise
     except Exception as error:

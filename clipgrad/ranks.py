@@ -67,7 +67,7 @@ class Noised(Protocol):
     """This function makes noised means of sums. Noise with a state for each coordinate needs all sums at once."""
 
     @property
-    def at_once(self) -> bool:
+    def needs_all_sums(self) -> bool:
         """Return whether one call must get all sums of a step."""
         ...
 
@@ -78,7 +78,7 @@ class Noised(Protocol):
 
         Args:
             sums: Sums over all processes.
-            names: Where ``at_once``, names of each sum's coordinates. Other coordinates have other names.
+            names: Where ``needs_all_sums``, names of each sum's coordinates. Other coordinates have other names.
             in_place: Whether to write the means to the memory of ``sums``.
         """
         ...
@@ -115,7 +115,7 @@ class Ranks(Protocol):
         """
         ...
 
-    def same(self, value: str) -> str:
+    def value_of_first(self, value: str) -> str:
         """Return the value of the first process."""
         ...
 
@@ -137,7 +137,7 @@ class Ranks(Protocol):
         """Compare parameters and noise at the next step, since other code than a step has changed them."""
         ...
 
-    def whole(self, model: nn.Module, step: int) -> AbstractContextManager[Gathering | None]:
+    def gathered(self, model: nn.Module, step: int) -> AbstractContextManager[Gathering | None]:
         """Gather parameters while the body runs; the value is None if the parameters are always whole."""
         ...
 
@@ -209,7 +209,7 @@ class OneProcess:
     def prepare(self, model: nn.Module, facts: Facts, noise: NoiseState) -> None:
         """Do nothing, since there is no other process."""
 
-    def same(self, value: str) -> str:
+    def value_of_first(self, value: str) -> str:
         """Return ``value``."""
         return value
 
@@ -219,7 +219,7 @@ class OneProcess:
     def compare_soon(self) -> None:
         """Do nothing, since there is no other process."""
 
-    def whole(self, model: nn.Module, step: int) -> AbstractContextManager[Gathering | None]:
+    def gathered(self, model: nn.Module, step: int) -> AbstractContextManager[Gathering | None]:
         """Do nothing, since the parameters are whole."""
         return _NOTHING
 

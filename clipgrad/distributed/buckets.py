@@ -29,7 +29,7 @@ class Place:
     start: int
     like: Tensor
 
-    def of(self, flat: Tensor) -> Tensor:
+    def view_in(self, flat: Tensor) -> Tensor:
         """Return the tensor as a view of the bucket ``flat``."""
         like = self.like
         if _is_dense(like):

@@ -58,7 +58,7 @@ class Group:
             for tensor in self._replicated([*model.parameters(), *model.buffers()]):
                 self._broadcast(tensor.detach())
 
-    def same(self, value: str) -> str:
+    def value_of_first(self, value: str) -> str:
         """Return the value of the first rank."""
         found: list[Any] = [value]
         with self._reached():

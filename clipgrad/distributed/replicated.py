@@ -22,7 +22,7 @@ class Replicated(Group):
 
     before_recipe: Callable[[Sequence[Tensor]], None] | None = None
 
-    def whole(self, model: nn.Module, step: int) -> AbstractContextManager[None]:
+    def gathered(self, model: nn.Module, step: int) -> AbstractContextManager[None]:
         """Do nothing, since the parameters are whole on every rank."""
         return nullcontext()
 

@@ -46,7 +46,7 @@ def scattered_means(
     def scatter(bucket: Bucket) -> Tensor:
         flat = sums[-1].new_zeros(bucket.length)
         for place in bucket.places:
-            place.of(flat).copy_(sums.pop())
+            place.view_in(flat).copy_(sums.pop())
         part = flat.new_empty(bucket.length // ranks)
         sent.wait()
         with reached():
@@ -60,9 +60,9 @@ def scattered_means(
         flat = mean.new_empty(bucket.length)
         with reached():
             sent.start(all_gather(flat, mean, group), mean)
-        whole.update((place.index, place.of(flat)) for place in bucket.places)
+        whole.update((place.index, place.view_in(flat)) for place in bucket.places)
 
-    if noised.at_once:
+    if noised.needs_all_sums:
         parts = [scatter(bucket) for bucket in todo]
         sent.wait()
         means = noised(parts, _places(todo, names, group), in_place=True)

@@ -48,7 +48,7 @@ class Sharded(Group):
                     dist.broadcast(shard, src=dist.get_global_rank(replicas, 0), group=replicas)
 
     @contextmanager
-    def whole(self, model: nn.Module, step: int) -> Iterator[Streaming]:
+    def gathered(self, model: nn.Module, step: int) -> Iterator[Streaming]:
         """Gather parameters while the body runs; every rank must call this, also with an empty batch."""
         self._calls += 1
         self._begin("backward", step)
@@ -105,7 +105,7 @@ class Sharded(Group):
         sums.clear()
         sharded = [cast(DTensor, parameter) for parameter in parameters]
         mesh = sharded[0].device_mesh
-        if noised.at_once:
+        if noised.needs_all_sums:
             names = [
                 f"{name} {tuple(p.shape)} {p.placements} at {mesh.get_coordinate()} of {mesh.shape}"
                 for name, p in zip(names, sharded, strict=True)

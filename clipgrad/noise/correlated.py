@@ -48,7 +48,7 @@ class CorrelatedNoise:
         accounting: The name of the way in which an accountant must treat the steps.
     """
 
-    at_once = True
+    needs_all_sums = True
     secret = "the noise of past steps, with which a reader can subtract it from what those steps published"
 
     def __init__(self, source: NoiseSource, strategy: Strategy, accounting: str) -> None:

@@ -42,13 +42,14 @@ class StepNoise(Protocol):
         source: The source of independent noise.
         accounting: Name of the accounting that the steps need. A plan refuses noise of another kind.
         secret: Why a state must stay secret; empty if it need not.
-        at_once: Whether one call must get all sums of a step, with names, since each coordinate has a state of its own.
+        needs_all_sums: Whether one call must get all sums of a step, with names, since each coordinate has a state of
+            its own.
     """
 
     source: NoiseSource
     accounting: str
     secret: str
-    at_once: bool
+    needs_all_sums: bool
 
     def next(self, step: StepSums) -> list[Tensor]:
         """Return ``(sums + noise of this step) / divisor``."""
@@ -87,9 +88,9 @@ class StepOfNoise(NamedTuple):
     divisor: float
 
     @property
-    def at_once(self) -> bool:
+    def needs_all_sums(self) -> bool:
         """Return whether the noise must get all sums of the step in one call."""
-        return self.noise.at_once
+        return self.noise.needs_all_sums
 
     def __call__(
         self, sums: list[Tensor], names: Sequence[str], /, *, in_place: bool
@@ -109,7 +110,7 @@ class IndependentNoise:
 
     accounting = "independent"
     secret = ""
-    at_once = False
+    needs_all_sums = False
 
     def __init__(self, source: NoiseSource) -> None:
         self.source = source

@@ -76,7 +76,7 @@ class TrainedParameters:
             ranks: They gather the parameters if each process holds a part of them.
             step: Number of the step, which errors name.
         """
-        with ranks.whole(self._model, step) as gathered:
+        with ranks.gathered(self._model, step) as gathered:
             if gathered is None:
                 yield Resident(self.names, self.parameters, self.slots.holding)
                 return

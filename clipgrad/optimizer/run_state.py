@@ -153,9 +153,8 @@ class RunState:
             for older in _finished(folder):
                 if older.name != name:
                     shutil.rmtree(older)
-        self._optimizer._clipper.ranks.same(
-            name
-        )  # All ranks wait until the folder has its new name.
+        # All ranks wait here until the folder has its new name.
+        self._optimizer._clipper.ranks.value_of_first(name)
 
     def load(self, folder: str | Path) -> bool:
         """Continue from the last finished checkpoint of a folder.
@@ -166,7 +165,7 @@ class RunState:
         from torch.distributed.checkpoint.state_dict_loader import load
 
         found = _finished(Path(folder))
-        name = self._optimizer._clipper.ranks.same(found[-1].name if found else "")
+        name = self._optimizer._clipper.ranks.value_of_first(found[-1].name if found else "")
         if not name:
             return False
         with _alone_or_together():

@@ -96,7 +96,7 @@ class Account:
     def share_name(self, ranks: Ranks) -> None:
         """Let the steps of a new run have one name in the ledgers of all processes."""
         run = self.plan.run
-        name = ranks.same(run.name)
+        name = ranks.value_of_first(run.name)
         if self.steps_done == 0:
             run.name = name
 
