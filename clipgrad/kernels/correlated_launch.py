@@ -191,9 +191,10 @@ class TritonSums(DeviceCalls):
                     kernel[(len(table) // 4, 1, 1)](*arguments)
 
     def _table(self, stream: int, alike: list[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
-        first = alike[0][1].storage_offset()
+        first = int(alike[0][1].storage_offset())
         parts = tuple(
-            (s.data_ptr(), t.data_ptr(), n.storage_offset() - first, s.numel()) for s, n, t in alike
+            (s.data_ptr(), t.data_ptr(), int(n.storage_offset()) - first, s.numel())
+            for s, n, t in alike
         )
         where = (stream, alike[0][0].dtype, parts)
         table = self._tables.get(where)
