@@ -1,10 +1,11 @@
-"""A loss that reads the whole batch from a variable or an attribute is refused: its samples would see one another."""
+"""A loss that reads the whole batch, or the number of its rows, is refused: its samples would see one another."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -139,3 +140,35 @@ def test_dtype_and_device_tell_nothing() -> None:
     optimizer.backward(model.batch)
     expected = clipped(model, data(), loss=lambda m, x: m(x).square().sum())[0]
     torch.testing.assert_close(optimizer.clipped_sums, expected, rtol=0, atol=1e-9)
+
+
+def scaled(model: nn.Module, x: Tensor, number: float) -> Tensor:
+    return model(x).sum() / (1 + number)
+
+
+@pytest.mark.parametrize("kind", [int, float, np.int64])
+def test_the_number_of_rows_is_refused(kind: Callable[[int], Any]) -> None:
+    optimizer = private(mlp(), scaled)
+    optimizer.backward(data(), kind(5))
+    optimizer.backward(data(), kind(5))
+    optimizer.zero_grad()
+    with pytest.raises(
+        NotPerSampleError, match=r"the number 3(\.0)?, which is the number of its rows"
+    ):
+        optimizer.backward(data(3), kind(3))
+
+
+def test_the_number_of_rows_by_name_is_refused() -> None:
+    optimizer = private(mlp(), lambda model, inputs: scaled(model, inputs["x"], inputs["n"]))
+    optimizer.backward({"x": data(5), "n": 5})
+    with pytest.raises(NotPerSampleError, match="as it was in a batch of 5"):
+        optimizer.backward({"x": data(0), "n": 0})
+
+
+def test_other_numbers_are_constants() -> None:
+    optimizer = private(mlp(), scaled)
+    for size, number in ((5, 5), (3, 5), (5, 5), (3, 3), (4, 4)):  # a schedule that meets the sizes
+        optimizer.backward(data(size), number)
+    optimizer = private(mlp(), lambda model, x, flag: model(x).sum())
+    for size in (1, 0, 1):
+        optimizer.backward(data(size), bool(size))

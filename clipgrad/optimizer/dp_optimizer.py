@@ -179,6 +179,7 @@ class DPOptimizer(LogicalBatch, Generic[Returned]):
         self._pending.before_backward(trained.names, trained.parameters)
         with trained.resident(self._clipper.ranks, self._step_state.step) as resident:
             inputs = self._inputs(resident, batch, bool(named), "backward(*batch)")
+            self._numbers.check(inputs.batch, inputs.batch_size)
             with UsersLines():
                 found = self._clipper.clip(inputs, self._norm(), is_padding, may_alias=True)
         self._pending.add(
