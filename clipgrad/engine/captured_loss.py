@@ -49,8 +49,13 @@ class LossGraphs:
         if self._capture is None or call.fn is not self._fn:
             self._fn, self._capture = call.fn, LossCapture(call.fn)
             self._captures += 1
-        first = 0 if not self._keep_batch_dim else slice(0, 1)
-        sample = [leaf[first] if isinstance(leaf, Tensor) else leaf for leaf in inputs.batch]
+        # A new axis, since the stride of the batch axis would be part of PyTorch's guards.
+        sample = [
+            (leaf[0][None] if self._keep_batch_dim else leaf[0])
+            if isinstance(leaf, Tensor)
+            else leaf
+            for leaf in inputs.batch
+        ]
         with call.context():
             captured = self._capture.graph(call.arguments(sample), call.parameters, sample)
         for value in captured.constants:
