@@ -68,7 +68,14 @@ def _after_batch(axis: int) -> int:
 def _cat(tensors: Sequence[Tensor], dim: Any = 0) -> Tensor:
     if not isinstance(dim, int):
         raise Decline
-    return _on_batch(list(tensors), lambda whole: torch.cat(whole, _after_batch(dim)))
+    # An empty vector has any shape here, by PyTorch's definition. The first cat of a key-value cache has one.
+    parts = [tensor for tensor in tensors if not _is_empty_vector(tensor)]
+    return _on_batch(parts or list(tensors), lambda whole: torch.cat(whole, _after_batch(dim)))
+
+
+def _is_empty_vector(tensor: Tensor) -> bool:
+    size = tensor.shape[0] if tensor.dim() == 1 else 1
+    return isinstance(size, int) and size == 0
 
 
 def _pad(
