@@ -74,7 +74,8 @@ def _cat(tensors: Sequence[Tensor], dim: Any = 0) -> Tensor:
 
 
 def _is_empty_vector(tensor: Tensor) -> bool:
-    size = tensor.shape[0] if tensor.dim() == 1 else 1
+    # A symbol is no int, and asking whether it is 0 would fix its value.
+    size: object = tensor.shape[0] if tensor.dim() == 1 else None
     return isinstance(size, int) and size == 0
 
 
