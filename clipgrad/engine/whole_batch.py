@@ -65,7 +65,8 @@ def _after_batch(axis: int) -> int:
     return axis + 1 if axis >= 0 else axis
 
 
-def _cat(tensors: Sequence[Tensor], dim: Any = 0) -> Tensor:
+def _cat(tensors: Sequence[Tensor], dim: Any = 0, *, axis: Any = None) -> Tensor:
+    dim = dim if axis is None else axis
     if not isinstance(dim, int):
         raise Decline
     # An empty vector has any shape here, by PyTorch's definition. The first cat of a key-value cache has one.
