@@ -154,6 +154,11 @@ def _() -> None:
     private(mlp(), nn.MSELoss())
 
 
+@mistake("a function of `torch.nn.functional` as `loss_fn`")
+def _() -> None:
+    private(mlp(), F.cross_entropy)
+
+
 @mistake("an optimizer of another model")
 def _() -> None:
     private(mlp(), inner=sgd(mlp()))
@@ -278,6 +283,11 @@ def saved_on_cpu(m: nn.Module, x: Tensor) -> Tensor:
         return squared(m, x)
 
 
+def asserted(model: nn.Module, x: Tensor) -> Tensor:
+    assert torch.isfinite(out := model(x)).all()
+    return out.sum()
+
+
 of_loss("a loss of each sample in place of a scalar", lambda m, x: m(x).square().mean(1))
 of_loss("a dictionary as loss", lambda m, x: {"loss": squared(m, x)})
 of_loss("a loss that is detached", lambda m, x: squared(m, x).detach())
@@ -293,6 +303,7 @@ of_loss("`save_on_cpu` in the loss", saved_on_cpu)
 of_loss(
     "`backward()` inside of the loss", lambda m, x: (squared(m, x).backward(), squared(m, x))[1]
 )
+of_loss("an assertion about values in the loss", asserted)
 of_loss("a layer that is not part of the model", lambda m, x: OTHER(x).sum() + squared(m, x))
 
 
@@ -402,6 +413,11 @@ def _() -> None:
             return iter(data())
 
     poisson_loader(Stream(), plan=plan_of())
+
+
+@mistake("a `DataLoader` in `poisson_loader`")
+def _() -> None:
+    poisson_loader(DataLoader(rows(), batch_size=8), plan=plan_of())
 
 
 @mistake("batches larger than the dataset")

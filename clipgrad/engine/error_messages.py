@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -111,8 +112,8 @@ _ADVICE = (
     _Advice(
         ("setup_context", "generate_vmap_rule", "vmap staticmethod"),
         "the loss calls a custom autograd.Function that vmap cannot batch. Give it setup_context and "
-        "generate_vmap_rule = True. If it is torch.utils.checkpoint, drop it (gradient_checkpointing_disable()): "
-        "microbatch_size bounds the memory instead. If it is a module's backward hook, remove it.",
+        "generate_vmap_rule = True. If it is torch.utils.checkpoint, pass use_reentrant=False (Hugging Face: "
+        "gradient_checkpointing_kwargs={'use_reentrant': False}). If it is a module's backward hook, remove it.",
         NeedsGraphError,
     ),
     _Advice(
@@ -132,9 +133,15 @@ _ADVICE = (
         "Remove it; change values in the forward pass instead.",
     ),
     _Advice(
+        ("_assert_async",),
+        "the loss asserts something about the values of a tensor, which has values of all samples at once. Leave the "
+        "assertion out of the loss: check data in the dataset. A sample whose gradient is not finite contributes "
+        "nothing, and optimizer.diagnostics.num_nonfinite counts it.",
+    ),
+    _Advice(
         _NO_RULE,
-        "the loss calls an operation that PyTorch's vmap cannot batch; the error below names it. Write it with "
-        "elementary operations, or register such a form with clipgrad.rules.register_decomposition.",
+        "the loss calls {operation}, which PyTorch's vmap cannot batch. Write it with elementary operations, or "
+        "register such a form with clipgrad.rules.register_decomposition.",
     ),
     _Advice(
         (
@@ -194,12 +201,18 @@ def explain_vmap_errors() -> Iterator[None]:
         message = str(error)
         advice = _advice(message)
         if advice is not None and not isinstance(error, IndexError):
-            raise advice.error(advice.remedy) from error
+            raise advice.error(_with_operation(advice.remedy, message)) from error
         if isinstance(error, AttributeError):
             raise
         if any(word in message.lower() for word in _ABOUT_SIZES):
             error.add_note(_ONE_SAMPLE)
         raise
+
+
+def _with_operation(remedy: str, message: str) -> str:
+    """Return a remedy with the name of the operation that PyTorch's message is about."""
+    name = re.search(r"\baten::\w+", message)
+    return remedy.replace("{operation}", name[0] if name else "an operation")
 
 
 def note_arguments(

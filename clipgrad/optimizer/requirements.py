@@ -41,9 +41,13 @@ def check_parts(optimizer: Any, model: Any, loss_fn: Any) -> None:
     if not isinstance(model, nn.Module):
         raise ValueError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
     _refuse_wrappers(model)
-    if not callable(loss_fn) or isinstance(loss_fn, nn.modules.loss._Loss):
+    is_criterion = isinstance(loss_fn, nn.modules.loss._Loss) or any(
+        loss_fn is function for function in vars(nn.functional).values()
+    )
+    if not callable(loss_fn) or is_criterion:
+        name = getattr(loss_fn, "__name__", type(loss_fn).__name__)
         raise ValueError(
-            f"loss_fn must be a function loss_fn(model, *batch) that returns a scalar, got {type(loss_fn).__name__}. "
+            f"loss_fn must be a function loss_fn(model, *batch) that returns a scalar, got {name}. "
             "Wrap a criterion: def loss_fn(model, x, y): return criterion(model(x), y)."
         )
 
