@@ -125,6 +125,11 @@ def _() -> None:
     private(mlp()).step(lambda: 0.0)  # type: ignore[arg-type]
 
 
+@mistake("`backward()` on the loss that `optimizer.backward` returned")
+def _() -> None:
+    private(mlp()).backward(data()).backward()
+
+
 @mistake("`diagnostics` before the first `backward`")
 def _() -> None:
     _ = private(mlp()).diagnostics
@@ -284,8 +289,9 @@ def saved_on_cpu(m: nn.Module, x: Tensor) -> Tensor:
 
 
 def asserted(model: nn.Module, x: Tensor) -> Tensor:
-    assert torch.isfinite(out := model(x)).all()
-    return out.sum()
+    loss = squared(model, x)
+    assert torch.isfinite(loss)
+    return loss
 
 
 of_loss("a loss of each sample in place of a scalar", lambda m, x: m(x).square().mean(1))

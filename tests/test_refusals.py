@@ -179,8 +179,8 @@ LOSSES: dict[str, tuple[Loss, str]] = {
     "batch norm, no statistics": (_batch_norm_without_statistics, BATCH_NORM),
     "max_norm": (_bounded_embedding, r"max_norm=1\.0.*F\.normalize"),
     "memory format": (_channels_last, r"memory_format.*before backward"),
-    "no batching rule": (lambda m, x: m(F.rrelu(x, training=True)).sum(), r"calls aten::rrelu.*, which .*vmap cannot batch.*register_decomposition"),
-    "assertion": (lambda m, x: (torch._assert_async(x.isfinite().all()), squared(m, x))[1], r"asserts something.*num_nonfinite"),
+    "no batching rule": (lambda m, x: m(F.rrelu(x, training=True)).sum(), r"aten::rrelu.*register_decomposition"),
+    "assertion": (lambda m, x: (torch._assert_async(x.mean() < 9), m(x).sum())[1], r"asserts something.*num_nonfinite"),
 }  # fmt: skip
 
 

@@ -115,8 +115,8 @@ def noise_multiplier(
     if run.delta < _LEAST_PLD_DELTA and run.epsilon(noise) < target / 2:
         raise ValueError(
             f"delta = {run.delta} is below what accountant='pld' resolves, about {_LEAST_PLD_DELTA}: target_epsilon = "
-            f"{target} would take {noise / start:.0f} times the noise that it needs. Pass accountant='rdp', or a larger "
-            "delta; a tenth of 1 / num_samples is usual."
+            f"{target} would take {noise / start:.0f} times the noise that it needs. Pass accountant='rdp', or a "
+            "larger delta; a tenth of 1 / num_samples is usual."
         )
     return noise
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -17,6 +19,8 @@ from clipgrad.optimizer.privacy_state import PrivacyState
 from clipgrad.plan.receipts import Claim
 from clipgrad.result import Diagnostics, Outcome, diagnostics_of
 
+_log = logging.getLogger("clipgrad")
+
 
 class LogicalBatch(PrivacyState):
     """This class holds what ``backward`` leaves for ``step``: trained parameters, their sums, and the used receipts."""
@@ -26,6 +30,7 @@ class LogicalBatch(PrivacyState):
     _pending: Pending
     _claim: Claim
     _last_outcome: Outcome | None
+    _may_be_trivial: bool
     _loss_by_name: tuple[Callable[..., Any], Callable[..., Any]] | None
 
     def _start_batch(self) -> None:
@@ -33,6 +38,7 @@ class LogicalBatch(PrivacyState):
         self._pending = Pending()
         self._claim = Claim()
         self._last_outcome = None
+        self._may_be_trivial = True
         self._loss_by_name = None
         self.inner.register_step_pre_hook(unnoised_step_hook(weakref.ref(self._pending)))
 
@@ -65,6 +71,25 @@ class LogicalBatch(PrivacyState):
         if last is None:
             raise RuntimeError("diagnostics: no backward has run yet; call backward(*batch) first.")
         return diagnostics_of(last)
+
+    def _keep(self, outcome: Outcome) -> None:
+        """Keep the outcome of a batch for ``diagnostics``, and warn if no sample of the first one contributes.
+
+        A loss that compares samples of a batch is constant or NaN for a batch of one. Nothing else would show that,
+        because noise moves the parameters all the same. Only one batch is read, since reading waits for the device.
+        """
+        self._last_outcome = outcome
+        if self._may_be_trivial and outcome.batch_size > 1:
+            self._may_be_trivial = False
+            contributes = torch.stack(list(outcome.norms)).any(0) & ~outcome.nonfinite
+            if not bool(contributes.any()):
+                _log.warning(
+                    "clipgrad: the gradients of all %d samples of the first batch are zero or not finite, so a step "
+                    "would follow the noise alone. The loss sees one sample at a time. What compares samples of a "
+                    "batch (in-batch negatives, x - x.mean(0), x.std(0)) is trivial there: put the partners of a "
+                    "sample into the sample.",
+                    outcome.batch_size,
+                )
 
     # ------------------------------------------------------------------ copies
 
