@@ -30,6 +30,10 @@ class _Advice(NamedTuple):
     error: type[NotPerSampleError] = NotPerSampleError
 
 
+COMPILED_CODE = (
+    "the loss runs code compiled by torch.compile (or torch.cond), which cannot be followed. Pass the model and "
+    "the loss uncompiled (a compiled model holds it in _orig_mod). compile=True compiles the whole step."
+)
 _NO_RULE = (
     "vmap: we do not yet support",
     "Batching rule not implemented",
@@ -100,8 +104,8 @@ _ADVICE = (
             "on out= or view ops",
         ),
         "the loss writes a per-sample value in place into a tensor that all samples share: a tensor that it makes with "
-        "torch.zeros(...) or the like, a buffer such as running statistics, or a tensor made outside. Use the "
-        "out-of-place form or a tensor per sample (x.new_zeros(...), torch.zeros_like(x)), compute the value outside "
+        "torch.zeros(...) or the like, a buffer (running statistics, vectors of spectral_norm), or a tensor made "
+        "outside. Use the out-of-place form or a tensor per sample (x.new_zeros(...), torch.zeros_like(x)), compute the value outside "
         "the loss, or put the layer in eval mode.",
     ),
     _Advice(
@@ -161,8 +165,7 @@ _ADVICE = (
     ),
     _Advice(
         ("TORCHDYNAMO_VERBOSE",),
-        "the loss runs code compiled by torch.compile (or torch.cond), which cannot be followed. Pass the model and "
-        "the loss uncompiled (a compiled model holds it in _orig_mod).",
+        COMPILED_CODE,
         NeedsGraphError,
     ),
     _Advice(

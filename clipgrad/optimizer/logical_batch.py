@@ -16,6 +16,7 @@ from clipgrad.batch import BatchClipper
 from clipgrad.optimizer.parameters import TrainedParameters
 from clipgrad.optimizer.pending import Pending, unnoised_step_hook
 from clipgrad.optimizer.privacy_state import PrivacyState
+from clipgrad.optimizer.requirements import holds_compiled_code, is_compiled
 from clipgrad.plan.receipts import Claim
 from clipgrad.result import Diagnostics, Outcome, diagnostics_of
 
@@ -26,6 +27,7 @@ class LogicalBatch(PrivacyState):
     """This class holds what ``backward`` leaves for ``step``: trained parameters, their sums, and the used receipts."""
 
     model: nn.Module
+    loss_fn: Callable[..., Any]
     _trained: TrainedParameters
     _pending: Pending
     _claim: Claim
@@ -37,6 +39,8 @@ class LogicalBatch(PrivacyState):
         self._trained = TrainedParameters(self.model, list(self._owned_parameters()))
         self._pending = Pending()
         self._claim = Claim()
+        if is_compiled(self.loss_fn) or holds_compiled_code(self.model):
+            self._clipper.use_graph_of_loss()
         self._last_outcome = None
         self._may_be_trivial = True
         self._loss_by_name = None

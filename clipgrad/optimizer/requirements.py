@@ -52,6 +52,20 @@ def check_parts(optimizer: Any, model: Any, loss_fn: Any) -> None:
         )
 
 
+def is_compiled(function: Any) -> bool:
+    """Return whether ``torch.compile`` made a function; what ``torch.compiler.disable`` made looks alike."""
+    made_by_dynamo = hasattr(function, "_torchdynamo_orig_callable")
+    return made_by_dynamo and not getattr(function, "_torchdynamo_disable", False)
+
+
+def holds_compiled_code(model: nn.Module) -> bool:
+    """Return whether ``torch.compile`` or ``Module.compile`` compiled the model or a module in it."""
+    return any(
+        module._compiled_call_impl is not None or is_compiled(module.forward)
+        for module in model.modules()
+    )
+
+
 def _refuse_wrappers(model: nn.Module) -> None:
     """Refuse models that another library spreads over devices.
 
