@@ -105,8 +105,8 @@ _ADVICE = (
         ),
         "the loss writes a per-sample value in place into a tensor that all samples share: a tensor that it makes with "
         "torch.zeros(...) or the like, a buffer (running statistics, vectors of spectral_norm), or a tensor made "
-        "outside. Use the out-of-place form or a tensor per sample (x.new_zeros(...), torch.zeros_like(x)), compute the value outside "
-        "the loss, or put the layer in eval mode.",
+        "outside. Use the out-of-place form or a tensor per sample (x.new_zeros(...), torch.zeros_like(x)), compute "
+        "the value outside the loss, or put the layer in eval mode.",
     ),
     _Advice(
         ("randomness error mode", "randomness mode", "randomness='error'"),
