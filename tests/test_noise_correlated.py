@@ -19,7 +19,7 @@ from clipgrad.factorisation.buffered import BufferedToeplitz
 from clipgrad.factorisation.optimise import optimised
 from clipgrad.factorisation.strategy import banded
 from clipgrad.factorisation.toeplitz import column_norm, inverse, square_root
-from clipgrad.noise import NoiseSource, SystemNoise, cpu, keys, rows
+from clipgrad.noise import NoiseSource, SystemNoise, cpu, keys, recurrence, rows
 from clipgrad.noise.correlated import CorrelatedNoise
 from clipgrad.noise.step_noise import StepSums
 from tests.dp_tools import through_a_file
@@ -212,7 +212,7 @@ def test_rows_ahead_are_those_of_one_step_at_a_time(monkeypatch: pytest.MonkeyPa
     tail = square_root(7)[1:].tolist()
     for ahead, size, compiled in [(1, 1003, True), (4, 64, True), (6, 7, True), (6, 1003, False)]:
         if not compiled:
-            monkeypatch.setattr(rows, "_compiled", lambda: None)
+            monkeypatch.setattr(rows, "compiled_loops", lambda: None)
         source = Recorded()
         made = rows.Rows(tail, [], [torch.Size([size])], torch.zeros(0), ahead)
         found = [made.next(source, 2.0)[0].clone() for _ in range(4 * ahead)]
@@ -278,8 +278,8 @@ def test_rows_made_in_turns_follow_from_what_was_drawn(
 
 
 def test_a_loop_that_is_wrong_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = rows.SOURCE.read_text(encoding="utf-8")
-    rows.prove(rows.compile_library(real))
+    real = recurrence.SOURCE.read_text(encoding="utf-8")
+    recurrence.prove(recurrence.compile_library(real))
     wrong = {
         "-= weight": "+= weight",
         "sum -= tail[i]": "sum -= 1.01f * tail[i]",
@@ -291,7 +291,7 @@ def test_a_loop_that_is_wrong_is_not_used(monkeypatch: pytest.MonkeyPatch) -> No
     for right, other in wrong.items():
         assert right in real
         with pytest.raises(RuntimeError, match="compute different values"):
-            rows.prove(rows.compile_library(real.replace(right, other)))
+            recurrence.prove(recurrence.compile_library(real.replace(right, other)))
 
 
 # ------------------------------------------------------------------------------- state

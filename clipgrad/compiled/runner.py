@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from itertools import chain
 from typing import Any
 
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from clipgrad.compiled.check import compare, tolerance
+from clipgrad.compiled.check import compare, moved_by_rounding, rounding
 from clipgrad.compiled.compiled_step import CompiledStep
 from clipgrad.compiled.compiler import Compiler, Request
 from clipgrad.compiled.lengths import Shapes, shapes_of, with_rows
@@ -104,10 +105,11 @@ class MicrobatchRunner:
             entry.runs += entry.runs > 0
             return self._eagerly(batch, mask)
         if generators is not None:
+            slack, step = rounding(entry.graph.module, self._device)
             eager = self._expected(padded, padding, generators)
-            slack = tolerance(entry.graph.module, self._device)
+            nearby = self._nearby(padded, padding, generators, step)
             try:
-                compare(result, eager, self._inputs.names, settings.clipping, slack)
+                compare(result, eager, self._inputs.names, settings.clipping, slack, nearby)
             except CompileMismatchError as error:
                 if not entry.runs:
                     raise
@@ -164,14 +166,17 @@ class MicrobatchRunner:
                 self._rows = Rows(min(self._compiler.fewest_rows, most), most)
         return entry
 
-    def _eagerly(self, batch: Sequence[Any], mask: Tensor | None) -> MicrobatchResult:
+    def _eagerly(
+        self, batch: Sequence[Any], mask: Tensor | None, params: Sequence[Tensor] | None = None
+    ) -> MicrobatchResult:
         """Run the eager step on the user's Python, or on the captured loss where the Python cannot be batched."""
+        params = self._inputs.params if params is None else params
         try:
-            return self._of_python(batch, mask)
+            return self._of_python(params, batch, mask)
         except NeedsGraphError:
             if self._loss is None:
                 raise
-            return self._of_graph(self._loss, batch, mask)
+            return self._of_graph(params, batch, mask)
 
     def _expected(
         self, batch: Sequence[Any], mask: Tensor | None, generators: SavedRngState
@@ -186,24 +191,36 @@ class MicrobatchRunner:
         assert self._loss is not None
         try:
             with generators.temporarily_restored():
-                return self._of_python(batch, mask)
+                return self._of_python(self._inputs.params, batch, mask)
         except NeedsGraphError:
             with generators.temporarily_restored():
                 found = run_sample_loop(self._inputs, batch, mask, self._settings)
         if found is None:
             with generators.temporarily_restored():
-                found = self._of_graph(self._loss, batch, mask)
+                found = self._of_graph(self._inputs.params, batch, mask)
         return found
 
-    def _of_python(self, batch: Sequence[Any], mask: Tensor | None) -> MicrobatchResult:
-        inputs = self._inputs
-        return run(inputs.loss, inputs.names, inputs.params, batch, mask, self._settings)
+    def _nearby(
+        self, batch: Sequence[Any], mask: Tensor | None, generators: SavedRngState, step: float
+    ) -> Iterator[MicrobatchResult]:
+        """Yield the eager step's result, and then its results with parameters that are off by some roundings."""
+        params = self._inputs.params
+        for nearby in chain([params], moved_by_rounding(params, step)):
+            with generators.temporarily_restored():
+                found = self._eagerly(batch, mask, nearby)
+            yield found
 
-    def _of_graph(
-        self, loss: GraphOfLoss, batch: Sequence[Any], mask: Tensor | None
+    def _of_python(
+        self, params: Sequence[Tensor], batch: Sequence[Any], mask: Tensor | None
     ) -> MicrobatchResult:
         inputs = self._inputs
-        return run(loss.loss(), inputs.names, inputs.params, batch, mask, self._settings)
+        return run(inputs.loss, inputs.names, params, batch, mask, self._settings)
+
+    def _of_graph(
+        self, params: Sequence[Tensor], batch: Sequence[Any], mask: Tensor | None
+    ) -> MicrobatchResult:
+        assert self._loss is not None
+        return run(self._loss.loss(), self._inputs.names, params, batch, mask, self._settings)
 
 
 def _are_identical(one: Sequence[Tensor], other: Sequence[Tensor]) -> bool:

@@ -24,7 +24,9 @@ class SavedRngState:
 
     def changed(self) -> bool:
         """Return whether a state differs from the saved one, so that random numbers were generated."""
-        return not all(map(torch.equal, self._states, _states(self._device)))
+        # A trace of the step must not take this for a value that the loss reads.
+        with torch._C.DisableTorchFunction():
+            return _bytes(self._states) != _bytes(_states(self._device))
 
     @contextmanager
     def temporarily_restored(self) -> Iterator[None]:
@@ -41,6 +43,10 @@ class SavedRngState:
             yield
         finally:
             self.restore()
+
+
+def _bytes(states: list[Tensor]) -> list[bytes]:
+    return [state.numpy().tobytes() for state in states]
 
 
 def _states(device: torch.device) -> list[Tensor]:

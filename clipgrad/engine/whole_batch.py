@@ -68,7 +68,15 @@ def _after_batch(axis: int) -> int:
 def _cat(tensors: Sequence[Tensor], dim: Any = 0) -> Tensor:
     if not isinstance(dim, int):
         raise Decline
-    return _on_batch(list(tensors), lambda whole: torch.cat(whole, _after_batch(dim)))
+    # An empty vector has any shape here, by PyTorch's definition. The first cat of a key-value cache has one.
+    parts = [tensor for tensor in tensors if not _is_empty_vector(tensor)]
+    return _on_batch(parts or list(tensors), lambda whole: torch.cat(whole, _after_batch(dim)))
+
+
+def _is_empty_vector(tensor: Tensor) -> bool:
+    # A symbol is no int, and asking whether it is 0 would fix its value.
+    size: object = tensor.shape[0] if tensor.dim() == 1 else None
+    return isinstance(size, int) and size == 0
 
 
 def _pad(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import struct
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from clipgrad.kernels import chacha_kernels as kernels
 from clipgrad.kernels import chacha_selftest as selftest
+from clipgrad.kernels.device_calls import DeviceCalls
 
 _BLOCK = selftest.BLOCKS_AT_ONCE
 _LARGEST_CHUNK = 2**16
@@ -31,7 +31,7 @@ _TYPES = {
 }
 
 
-class TritonChaCha:
+class TritonChaCha(DeviceCalls):
     """This class adds noise on one device, with one launch per dtype for any number of tensors.
 
     A launch reads the tensors' addresses from a table on the device. Tables are cached, because the sums of successive
@@ -39,7 +39,7 @@ class TritonChaCha:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._device = device
+        super().__init__(device)
         # The key includes the stream that made the table, so that its memory is not reused while a kernel reads it.
         self._tables: dict[tuple[object, ...], Tensor] = {}
         self._compiled: dict[tuple[torch.dtype, int], Any] = {}
@@ -119,29 +119,6 @@ class TritonChaCha:
         else:
             compiled[(programs, 1, 1)](*arguments)
         return end
-
-    def _copied(self, table: NDArray[np.int64]) -> Tensor:
-        """Copy the table to the device from pinned memory, because a copy from pageable memory waits for the device."""
-        on_cpu = torch.from_numpy(table)
-        if self._device.type != "cuda":
-            return on_cpu
-        return on_cpu.pin_memory().to(self._device, non_blocking=True)
-
-    def _stream(self) -> int:
-        """Return the current stream, and refuse a captured stream, because each replay would add the same noise."""
-        if self._device.type != "cuda":
-            return 0
-        if torch.cuda.is_current_stream_capturing():
-            raise RuntimeError(
-                "Noise was requested during the capture of a CUDA graph, and each replay of the graph would add the "
-                "same noise again. Add noise outside of the graph."
-            )
-        return int(torch.cuda.current_stream().cuda_stream)
-
-    def _on_device(self) -> AbstractContextManager[object]:
-        if self._device.type != "cuda" or torch.cuda.current_device() == self._device.index:
-            return nullcontext()
-        return torch.cuda.device(self._device)
 
     def blocks(self, key: bytes, nonce: bytes, first: int) -> bytes:
         """Return the keystream of ``_BLOCK`` blocks as the device computes it."""

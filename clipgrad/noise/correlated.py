@@ -13,14 +13,11 @@ from clipgrad.factorisation.strategy import Strategy
 from clipgrad.noise import checks
 from clipgrad.noise.buffers import Buffers
 from clipgrad.noise.keys import process
-from clipgrad.noise.rows import Rows, add_and_divide
+from clipgrad.noise.rows import Rows
 from clipgrad.noise.source import NoiseSource
 from clipgrad.noise.step_noise import StepSums
+from clipgrad.noise.sums import noised
 from clipgrad.noise.system import by_device_and_noise_dtype, is_plain_system_noise
-
-# The default source on a CPU makes this many rows at once, but no more than the past rows that are kept. On other
-# devices and with other sources each step makes one row, since a user may repeat such a source step by step.
-_MOST_AHEAD = 16
 
 
 class _Coordinates(NamedTuple):
@@ -99,10 +96,13 @@ class CorrelatedNoise:
     def _added(
         self, sums: list[Tensor], scale: float, divisor: float, *, in_place: bool
     ) -> list[Tensor]:
-        results = sums if in_place else [total.clone() for total in sums]
+        results = list(sums)
         for key, rows in self._rows.items():
-            members = [results[index] for index in self._members[key]]
-            add_and_divide(members, rows.next(self.source, scale), divisor)
+            members = self._members[key]
+            row = rows.next(self.source, scale)
+            found = noised([sums[index] for index in members], row, divisor, in_place=in_place)
+            for index, result in zip(members, found, strict=True):
+                results[index] = result
         return results
 
     def _require_continuation(self, step: int, coordinates: _Coordinates) -> None:
@@ -138,8 +138,8 @@ class CorrelatedNoise:
             shapes = [self._coordinates.shapes[index] for index in indices]
             flat: list[Tensor] = []
             if past:
-                parts = [past[name].to(device, dtype).flatten(1) for name in names]
-                flat = list(torch.cat(parts, 1))
+                kept = [past[name].to(device, dtype) for name in names]
+                flat = list(torch.cat([p.reshape(len(p), p.shape[1:].numel()) for p in kept], 1))
             self._rows[device, dtype] = self._made(
                 flat, shapes, torch.empty(0, device=device, dtype=dtype)
             )
@@ -149,8 +149,9 @@ class CorrelatedNoise:
         if weights:
             return Buffers(weights, decays, past, shapes, like)
         tail = column[1:]
-        plain = is_plain_system_noise(self.source) and like.device.type == "cpu"
-        ahead = max(1, min(len(tail), _MOST_AHEAD)) if plain else 1
+        # With other sources each step makes one row, since a user may repeat such a source step by step.
+        source = self.source
+        ahead = source._rows_ahead(tail, like) if is_plain_system_noise(source) else 1
         return Rows(tail, past, shapes, like, ahead)
 
     def _past(self) -> dict[str, Tensor]:
@@ -164,7 +165,7 @@ class CorrelatedNoise:
                 continue
             parts = torch.stack(past).split([shapes[index].numel() for index in members], 1)
             for index, part in zip(members, parts, strict=True):
-                found[names[index]] = part.reshape(-1, *shapes[index]).clone()
+                found[names[index]] = part.reshape(len(past), *shapes[index]).clone()
         return found
 
     def count(self, counts: Sequence[Tensor], sigma: float) -> None:

@@ -1,6 +1,6 @@
 /* Noise of some steps from independent values and the noise of the steps before: row k becomes fresh row k, from which the
  * sum of tail[i - 1] times row k - i is taken away, for one row after the other. Compiled on the machine that runs it and compared with PyTorch's operations before use:
- * see rows.py. */
+ * see recurrence.py. */
 #include <stdint.h>
 #include <string.h>
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from clipgrad.noise import checks
 from clipgrad.noise.accelerator import AcceleratorNoise
+from clipgrad.noise.block import Block
 from clipgrad.noise.cpu import CpuNoise
 from clipgrad.noise.keys import KeyDeriver, process
 from clipgrad.noise.pieces import contiguous_targets, flat
@@ -20,6 +21,8 @@ from clipgrad.noise.source import NoiseSource
 # A new tensor costs the host a microsecond, as long as a large GPU takes for one more pass over this many values.
 # Smaller results are allocated by the division, all at once.
 _LARGE = 2**18
+# On a CPU this many rows of correlated noise are made at once, but no more than the past rows that are kept.
+_MOST_AHEAD = 16
 
 
 class SystemNoise:
@@ -89,6 +92,14 @@ class SystemNoise:
         """Make float32 noise on the CPU and hand it over piece by piece; see ``CpuNoise.in_turns``."""
         self._of_this_process().in_turns(counts, checks.scale("sigma", sigma), use)
 
+    def _rows(self, block: Block, sigma: float) -> bool:
+        """Make new rows of correlated noise on an accelerator; return False if it has no kernel that does it."""
+        return self._of_this_process().rows(block, checks.scale("sigma", sigma))
+
+    def _rows_ahead(self, tail: Sequence[float], like: Tensor) -> int:
+        """Return how many rows of correlated noise to make at once, for the device and dtype of ``like``."""
+        return self._of_this_process().rows_ahead(tail, like)
+
     def _of_this_process(self) -> _ProcessNoise:
         found = self._process_noise
         # A forked child has a copy of its parent's object.
@@ -145,6 +156,20 @@ class _ProcessNoise:
         with self._lock, torch.no_grad():
             self._cpu.in_turns(counts, sigma, use)
 
+    def rows(self, block: Block, sigma: float) -> bool:
+        """Make new rows of correlated noise, if an accelerator has a kernel for it."""
+        if block.ring.device.type == "cpu":
+            return False
+        with self._lock, torch.no_grad():
+            return self._accelerator(block.ring.device).rows(block, sigma)
+
+    def rows_ahead(self, tail: Sequence[float], like: Tensor) -> int:
+        """Return how many rows of correlated noise to make at once."""
+        if like.device.type == "cpu":
+            return max(1, min(len(tail), _MOST_AHEAD))
+        with self._lock, torch.no_grad():
+            return self._accelerator(like.device).rows_ahead(tail, like)
+
     def _add_to(
         self,
         device: torch.device,
@@ -184,11 +209,14 @@ class _ProcessNoise:
             assert into is None, "the CPU's loop writes in place"
             self._cpu.add(flat(targets), sigma, divisor)
             return
+        self._accelerator(device).add(targets, sigma, divisor, into)
+
+    def _accelerator(self, device: torch.device) -> AcceleratorNoise:
         if device not in self._accelerators:
             self._accelerators[device] = AcceleratorNoise(
                 device, self._key_deriver, self._cpu, self._draws
             )
-        self._accelerators[device].add(targets, sigma, divisor, into)
+        return self._accelerators[device]
 
 
 def _out_of_place_pays(tensors: list[Tensor]) -> bool:

@@ -107,3 +107,80 @@ def test_check_draws_no_random_numbers_of_its_own(graphs: Graphs) -> None:
         clipped_grad(loss, max_grad_norm=0.5, compile=compile)(make_params(), *make_batch())
         after.append(torch.rand(1))
     assert torch.equal(*after)
+
+
+def at_a_kink(p: dict[str, Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return a loss whose ReLU and argmax are undecided for the first sample of ``samples_at_a_kink``."""
+    hidden = x @ p["first"]
+    return (hidden.relu() @ p["last"]).sum() + hidden.sum(), hidden.argmax()
+
+
+def samples_at_a_kink() -> tuple[dict[str, Tensor], Tensor]:
+    first = torch.tensor([[1.0, 1.0], [-1.0, -1.0], [0.5, 2.0]], dtype=torch.float64)
+    last = torch.tensor([[3.0], [4.0]], dtype=torch.float64)
+    rows = [[2.0, 2.0, 0.0], [1.0, -1.0, 1.0], [2.0, 0.0, 1.0]]
+    return {"first": first, "last": last}, torch.tensor(rows, dtype=torch.float64)
+
+
+def rounded_otherwise(
+    change: Callable[[Results], Any],
+) -> Callable[[GraphModule], Callable[..., Results]]:
+    """Return a backend that rounds one weight otherwise, so that a unit of the first sample becomes active."""
+
+    def alter(module: GraphModule) -> Callable[..., Results]:
+        def run(first: Tensor, *flat: Tensor) -> Results:
+            other = first.clone()
+            other[0, 1] += 2.0**-52
+            results = [result.clone() for result in module(other, *flat)]
+            change(results)
+            return results
+
+        return run
+
+    return alter
+
+
+def test_rounding_at_a_kink_is_no_mismatch(graphs: Graphs) -> None:
+    params, x = samples_at_a_kink()
+    gradients = {
+        compile: clipped_grad(at_a_kink, max_grad_norm=0.5, has_aux=True, compile=compile)
+        for compile in (False, True)
+    }
+    graphs.alter = rounded_otherwise(lambda results: None)
+    state = torch.get_rng_state()
+    found, expected = (gradients[compile](params, x) for compile in (True, False))
+    assert torch.equal(torch.get_rng_state(), state)
+    difference = (found.grad_norms - expected.grad_norms).abs()
+    assert difference[0] > 0.1  # the two are as different as they can be, and both are right
+    assert difference[1:].max() < 1e-12
+    assert found.aux[0] != expected.aux[0]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda r: r[3][1].mul_(0.999),
+        lambda r: r[3][0].mul_(3.0),
+        lambda r: r[0].mul_(3.0),
+        lambda r: r[6][2].add_(1),
+    ],
+    ids=["another norm", "this norm by more", "a sum by more", "another argmax"],
+)
+def test_a_kink_hides_no_fault(change: Callable[[Results], Any], graphs: Graphs) -> None:
+    params, x = samples_at_a_kink()
+    graphs.alter = rounded_otherwise(change)
+    with pytest.raises(CompileMismatchError):
+        clipped_grad(at_a_kink, max_grad_norm=0.5, has_aux=True, compile=True)(params, x)
+
+
+def test_a_loss_that_changes_is_no_rounding(graphs: Graphs) -> None:
+    """Its eager results differ among themselves as much as from the compiled result."""
+    calls: list[int] = []
+
+    def loss(p: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
+        if not torch.compiler.is_compiling():
+            calls.append(1)
+        return mlp(p, x, y) * (1.0 + len(calls))
+
+    with pytest.raises(CompileMismatchError):
+        clipped_grad(loss, max_grad_norm=0.5, compile=True)(make_params(), *make_batch())

@@ -183,12 +183,14 @@ def test_a_length_of_one(graphs: Graphs) -> None:
             lambda x: torch.ops.aten.pad(x, [1, 0]),
             lambda x: torch.ops.aten.constant_pad_nd.default(x, [1, 1]),
             lambda x: F.pad(x, (1, 1), mode="reflect"),
+            lambda x: torch.cat([torch.tensor([]), x, x.new_empty(0), x], -2),
             lambda x: torch.concat([x, x[:, :1]], -2),
             lambda x: torch.concatenate((x, x.new_ones(1, 1, x.shape[2])), dim=1),
             lambda x: torch.ops.aten.cat([x, x], 2),
             lambda x: torch.gather(x, 1, x.argsort(1)),
             lambda x: x.gather(-1, torch.zeros(1, 1, 1, dtype=torch.long)),
             lambda x: torch.ops.aten.gather(x, 2, index=x.argsort(2)),
+            F.rrelu,  # has no batching rule, so it runs on one sample after the other
         ],
     ),
 )
