@@ -198,7 +198,9 @@ class BatchClipper:
         samples = copy_samples(inputs.rows(rows))
         with torch.enable_grad(), SavedRngState(inputs.params[0].device).restored_on_exit():
             tape, _, _ = self._loss_history.of(inputs).run(
-                lambda loss: forward(loss, inputs.names, inputs.params, samples, settings)
+                lambda loss: forward(
+                    loss, inputs.names, inputs.params, samples, settings, inputs.whole
+                )
             )
         try:
             choices = choose_strategies(tape, settings)
@@ -245,7 +247,9 @@ class BatchClipper:
         def run_rows(rows: slice, mask: Tensor | None) -> MicrobatchResult:
             samples = self.arithmetic.samples(inputs.rows(rows))
             return batch_loss.run(
-                lambda loss: run(loss, inputs.names, inputs.params, samples, mask, settings)
+                lambda loss: run(
+                    loss, inputs.names, inputs.params, samples, mask, settings, inputs.whole
+                )
             )
 
         return run_rows

@@ -75,7 +75,7 @@ def aux_of_no_samples(history: LossHistory, inputs: Inputs, settings: Settings) 
     row = one_row_of_zeros(inputs)
 
     def aux_of_row(loss: Loss) -> Any:
-        tape, _, aux = forward(loss, inputs.names, inputs.params, row.batch, settings)
+        tape, _, aux = forward(loss, inputs.names, inputs.params, row.batch, settings, inputs.whole)
         tape.release()
         return aux
 

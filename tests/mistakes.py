@@ -426,6 +426,27 @@ def _() -> None:
     poisson_loader(DataLoader(rows(), batch_size=8), plan=plan_of())
 
 
+@mistake("labels of all samples, from a loop's variable")
+def _() -> None:
+    model, plan = mlp(), plan_of(expected_batch_size=40)
+    labels: list[Tensor] = []
+    optimizer = DPOptimizer(
+        sgd(model), model, lambda m, x: (m(x) - labels[-1]).square().mean(), plan=plan
+    )
+    for x, y in poisson_loader(TensorDataset(data(40), data(40)[:, :1]), plan=plan):
+        labels.append(y)
+        optimizer.backward(x)
+
+
+@mistake("mixup in `collate_fn`")
+def _() -> None:
+    def mixup(rows: list[Any]) -> Tensor:
+        x = torch.stack([x for (x,) in rows])
+        return 0.7 * x + 0.3 * x.roll(1, 0)
+
+    poisson_loader(rows(), plan=plan_of(), collate_fn=mixup)
+
+
 @mistake("batches larger than the dataset")
 def _() -> None:
     plan_of(expected_batch_size=41)

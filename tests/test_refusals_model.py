@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
+import threading
 from collections import UserDict
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
 
@@ -97,6 +100,90 @@ def test_values_of_an_earlier_batch(name: str) -> None:
         optimizer.backward(data())
     with pytest.raises(NotPerSampleError, match="kept from an earlier batch or microbatch"):
         private(Stateful(STATES[name]), microbatch_size=2).backward(data())
+
+
+def doubled(x: Tensor) -> Tensor:
+    return 2.0 * x
+
+
+def shared(x: Tensor) -> Tensor:
+    return x.square().sum()
+
+
+# What no operation returns.
+MADE: dict[str, Callable[[Tensor], Tensor]] = {
+    "parameter": lambda x: nn.Parameter(x, requires_grad=False),
+    "class": lambda x: x.as_subclass(Tensor),
+    "tensor": torch.Tensor,
+    "script": doubled,
+    "vmap": torch.vmap(shared),
+    "grad": torch.func.grad(shared),
+    "jvp": lambda x: torch.func.jvp(torch.sin, (x,), (x,))[1],
+    "vjp": lambda x: torch.func.vjp(torch.sin, x)[0],
+    "functionalize": torch.func.functionalize(torch.sin),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script")
+@pytest.mark.parametrize("collects", [False, pytest.param(True, marks=pytest.mark.nightly)])
+@pytest.mark.parametrize("microbatch_size", [None, 2])
+@pytest.mark.parametrize("name", list(MADE))
+def test_values_of_an_earlier_batch_that_no_operation_returned(
+    name: str, microbatch_size: int | None, collects: bool
+) -> None:
+    box: dict[str, Tensor] = {}
+    make = torch.jit.script(doubled) if name == "script" else MADE[name]
+
+    def loss(model: nn.Module, x: Tensor) -> Tensor:
+        found = squared(model, x)
+        if "kept" in box:
+            found = found * box["kept"].sum()
+        box["kept"] = make(x)
+        if collects:
+            gc.collect()  # which moves what it finds to the oldest generation
+        return found
+
+    optimizer = private(mlp(), loss, microbatch_size=microbatch_size)
+    if microbatch_size is None:
+        optimizer.backward(data())
+    with pytest.raises(NotPerSampleError, match="kept from an earlier batch or microbatch"):
+        optimizer.backward(data())
+
+
+def test_a_loss_that_keeps_values_later_is_found_later() -> None:
+    box: dict[str, Tensor] = {}
+    passes: list[int] = []
+
+    def loss(model: nn.Module, x: Tensor) -> Tensor:
+        scale = box["kept"].sum() if "kept" in box else 1.0
+        passes.append(len(passes) + 1)
+        if passes[-1] >= 3:
+            box["kept"] = nn.Parameter(x, requires_grad=False)
+        return squared(model, x) * scale
+
+    optimizer = private(mlp(), loss)
+    while len(passes) < 4:
+        optimizer.backward(data())
+    with pytest.raises(NotPerSampleError, match="kept from an earlier batch"):
+        optimizer.backward(data())
+
+
+def test_passes_of_other_threads_are_left_alone() -> None:
+    """The values of a pass that runs in another thread are alive, but not kept."""
+    inside, ended = threading.Event(), threading.Event()
+
+    def slow(model: nn.Module, x: Tensor) -> Tensor:
+        made = nn.Parameter(model(x).detach(), requires_grad=False)
+        inside.set()
+        assert ended.wait(60)
+        return (model(x) * made).sum()
+
+    with ThreadPoolExecutor(1) as threads:
+        running = threads.submit(lambda: private(mlp(), slow).backward(data()))
+        assert inside.wait(60)
+        private(mlp()).backward(data())
+        ended.set()
+        running.result()
 
 
 def test_values_of_a_batch_that_failed() -> None:

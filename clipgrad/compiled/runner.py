@@ -214,13 +214,14 @@ class MicrobatchRunner:
         self, params: Sequence[Tensor], batch: Sequence[Any], mask: Tensor | None
     ) -> MicrobatchResult:
         inputs = self._inputs
-        return run(inputs.loss, inputs.names, params, batch, mask, self._settings)
+        return run(inputs.loss, inputs.names, params, batch, mask, self._settings, inputs.whole)
 
     def _of_graph(
         self, params: Sequence[Tensor], batch: Sequence[Any], mask: Tensor | None
     ) -> MicrobatchResult:
         assert self._loss is not None
-        return run(self._loss.loss(), self._inputs.names, params, batch, mask, self._settings)
+        inputs, loss = self._inputs, self._loss.loss()
+        return run(loss, inputs.names, params, batch, mask, self._settings, inputs.whole)
 
 
 def _are_identical(one: Sequence[Tensor], other: Sequence[Tensor]) -> bool:

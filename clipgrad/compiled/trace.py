@@ -175,7 +175,7 @@ def trace(
                 always_selects=not needs_finite_check,
                 clipping=clipping,
             )
-            piece = run(function, inputs.names, flat[: len(given)], rows, mask, now)
+            piece = run(function, inputs.names, flat[: len(given)], rows, mask, now, {})
         layout, results = Layout.flatten(piece)
         layouts.append(layout)
         return results

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeVar
 
+from clipgrad.engine import stale_values
 from clipgrad.engine.error_messages import COMPILED_CODE, NeedsGraphError, ValueReadError
 from clipgrad.engine.inputs import Inputs, Loss
 from clipgrad.errors import NotPerSampleError
@@ -30,6 +31,7 @@ class LossHistory:
         self.begins_with_graph = False
         self.needs_graph = False
         """Whether torch.compile compiled the loss or a part of the model; PyTorch would compile clipgrad with it."""
+        self.passes = 0
 
     @property
     def graphs(self) -> LossGraphs:
@@ -64,6 +66,11 @@ class BatchLoss:
         Raises:
             NotPerSampleError: If neither can be attributed to single samples.
         """
+        self._loss_history.passes += 1
+        with stale_values.searched(self._loss_history.passes):
+            return self._run(body)
+
+    def _run(self, body: Callable[[Loss], _T]) -> _T:
         history = self._loss_history
         if (history.begins_with_graph or history.needs_graph) and not self._asked:
             self._graph, self._asked = self._graph_or_none(), True

@@ -33,6 +33,10 @@ class ForwardPass(Protocol):
     table: dict[int, Tracked]
     positions: dict[int, int]
 
+    def refuse_whole(self, tensor: Tensor, operation: str) -> None:
+        """Raise if an operand that all samples share is a tensor of the whole batch."""
+        ...
+
     def refuse_original(self, tensor: Tensor, operation: str) -> None:
         """Raise if an operand is a parameter tensor that the caller passed: its gradient would escape clipping."""
         ...
@@ -68,6 +72,7 @@ class BoundCall:
         value = expose_batch_axis(tensor, self._capture.level)
         if value is not None:
             return value
+        self._capture.refuse_whole(tensor, self._rule)
         refuse_kind(type(tensor), f"an operand of {self._rule}")
         return tensor.expand(self.batch_size, *tensor.shape)
 
@@ -80,6 +85,7 @@ class BoundCall:
             return tracked.value
         if expose_batch_axis(tensor, self._capture.level) is not None:
             raise Decline
+        self._capture.refuse_whole(tensor, self._rule)
         refuse_kind(type(tensor), f"an operand of {self._rule}")
         return tensor
 

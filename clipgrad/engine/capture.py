@@ -34,6 +34,7 @@ from clipgrad.engine.foreign_code import PLAIN, dispatch_modes, refuse_dispatch_
 from clipgrad.engine.one_by_one import retry_one_by_one
 from clipgrad.engine.tape import Tape
 from clipgrad.engine.tracked import Tracked
+from clipgrad.engine.whole_tensors import WholeTensors, is_harmless, whole_tensor_error
 from clipgrad.errors import EscapedParameterError, NotPerSampleError
 from clipgrad.kernels.region import run_region
 from clipgrad.rules.registry import Decomposition, Rule, rules
@@ -71,6 +72,7 @@ class Capture(TorchFunctionMode):
         originals: The parameter tensors that the caller passed; if the loss computes with one, its gradient would
             escape clipping.
         run_checkpointed: What runs a checkpointed region: it receives this capture and the region's arguments.
+        whole: Tensors of the whole batch, which the loss must not read.
     """
 
     def __init__(
@@ -79,10 +81,11 @@ class Capture(TorchFunctionMode):
         wrappers: Sequence[Tensor],
         originals: Sequence[Tensor],
         run_checkpointed: Callable[..., Any],
+        whole: WholeTensors,
     ) -> None:
         super().__init__()
         self.tape = tape
-        self._run_checkpointed = run_checkpointed
+        self._run_checkpointed, self.whole = run_checkpointed, whole
         self.level = current_level()
         self.randomness = current_randomness()
         self.modes = dispatch_modes()
@@ -141,7 +144,9 @@ class Capture(TorchFunctionMode):
                 result = self._apply(rule, args, kwargs)
                 if result is not NotImplemented:
                     return result
-        tracked, foreign = self._classify(args, kwargs)
+        tracked, foreign, whole = self._classify(args, kwargs)
+        if whole is not None and not is_harmless(func):
+            raise whole_tensor_error(whole, operation_name(func))
         if tracked and not foreign and native and func in SHAREABLE and torch.is_grad_enabled():
             result = self._derive(func, args, kwargs, tracked)
             if result is not NotImplemented:
@@ -204,19 +209,23 @@ class Capture(TorchFunctionMode):
         except Decline:
             return NotImplemented
 
-    def _classify(self, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[list[Tracked], bool]:
-        """Return the tracked operands, and whether there are other tensors among the operands."""
+    def _classify(
+        self, args: Sequence[Any], kwargs: dict[str, Any]
+    ) -> tuple[list[Tracked], bool, Tensor | None]:
+        """Return the tracked operands, whether there are other tensors, and one of the whole batch if there is one."""
         found: list[Tracked] = []
-        foreign = False
+        foreign, whole = False, None
         for operand in operands(args, kwargs):
             entry = self.table.get(id(operand))
             if entry is None:
                 foreign = True
+                if id(operand) in self.whole:
+                    whole = operand
                 if type(operand) not in PLAIN:
                     refuse_kind(type(operand), "a tensor that the loss computes with")
             else:
                 found.append(entry)
-        return found, foreign
+        return found, foreign, whole
 
     def _derive(
         self,
@@ -259,6 +268,10 @@ class Capture(TorchFunctionMode):
         if isinstance(result, Tensor):
             return wrapped[0]
         return type(result)(wrapped) if type(result) in (list, tuple) else tuple(wrapped)
+
+    def refuse_whole(self, tensor: Tensor, operation: str) -> None:
+        if id(tensor) in self.whole:
+            raise whole_tensor_error(tensor, operation)
 
     def refuse_original(self, tensor: Tensor, operation: str) -> None:
         name = self.originals.get(id(tensor))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from clipgrad.engine.inputs import Inputs, Loss
+from clipgrad.engine.whole_tensors import whole_tensor_error
 from clipgrad.loss_graph import CapturedLoss, LossCapture
 
 
@@ -41,16 +42,25 @@ class LossGraphs:
 
         Raises:
             CannotCapture: If PyTorch cannot capture the loss.
-            NotPerSampleError: If the loss uses a tensor that requires grad and is not a parameter.
+            NotPerSampleError: If the loss uses a tensor of the whole batch, or one that requires grad and is not a
+                parameter.
         """
         call = inputs.sample_call()
         if self._capture is None or call.fn is not self._fn:
             self._fn, self._capture = call.fn, LossCapture(call.fn)
             self._captures += 1
-        first = 0 if not self._keep_batch_dim else slice(0, 1)
-        sample = [leaf[first] if isinstance(leaf, Tensor) else leaf for leaf in inputs.batch]
+        # A new axis, since the stride of the batch axis would be part of PyTorch's guards.
+        sample = [
+            (leaf[0][None] if self._keep_batch_dim else leaf[0])
+            if isinstance(leaf, Tensor)
+            else leaf
+            for leaf in inputs.batch
+        ]
         with call.context():
             captured = self._capture.graph(call.arguments(sample), call.parameters, sample)
+        for value in captured.constants:
+            if id(value) in inputs.whole and isinstance(value, Tensor):
+                raise whole_tensor_error(value, "an operation")
         return GraphOfLoss(captured, self._has_aux, self._captures, inputs.params[0].device)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from clipgrad import _validate
 from clipgrad.engine.error_messages import note_arguments
 from clipgrad.engine.flat_tree import TENSORS, FlatTree, Restore, flatten
 from clipgrad.engine.foreign_code import refuse_subclasses
+from clipgrad.engine.whole_tensors import WholeTensors, by_id
 
 
 def copy_samples(batch: Sequence[Any]) -> list[Any]:
@@ -52,6 +53,7 @@ class Inputs:
         batch_size: Number of samples.
         loss: A function from the parameters' leaves and one sample's leaves to the result of the user's function.
         sample_call: A function that returns how to call the same function on one sample.
+        whole: The tensors of the whole batch that the caller holds, which the loss must not read.
     """
 
     names: list[str]
@@ -60,6 +62,7 @@ class Inputs:
     batch_size: int
     loss: Loss
     sample_call: Callable[[], SampleCall]
+    whole: WholeTensors = field(default_factory=dict)
 
     def rows(self, index: slice) -> list[Any]:
         """Return the leaves of some of the samples."""
@@ -77,6 +80,7 @@ def inputs_of_model(
     holding: Callable[[Sequence[Tensor]], AbstractContextManager[None]],
     batch: tuple[Any, ...],
     call: str,
+    handed_out: Sequence[Tensor] = (),
 ) -> Inputs:
     """Return the inputs of ``loss_fn(model, *batch)``.
 
@@ -88,6 +92,7 @@ def inputs_of_model(
         holding: A context manager that replaces the parameters by other tensors.
         batch: Pytrees of tensors.
         call: The user's call, for an error about arguments that do not fit.
+        handed_out: Further tensors of whole batches, which the loss must not read.
 
     Raises:
         ValueError: If the batch or a parameter cannot be clipped per sample.
@@ -121,7 +126,8 @@ def inputs_of_model(
             lambda: holding(params),
         )
 
-    return Inputs(names, params, leaves, size, loss, sample_call)
+    whole = by_id([*samples.leaves, *handed_out])
+    return Inputs(names, params, leaves, size, loss, sample_call, whole)
 
 
 def inputs_of_arguments(
@@ -176,7 +182,9 @@ def inputs_of_arguments(
         ]
         return SampleCall(fn, lambda sample: tuple(full(trained, sample)), trained, nullcontext)
 
-    return Inputs(names, parameters.leaves, batch, size, loss, sample_call), parameters.restore
+    whole = by_id(samples.leaves)
+    found = Inputs(names, parameters.leaves, batch, size, loss, sample_call, whole)
+    return found, parameters.restore
 
 
 def _called(fn: Callable[..., Any], given: Sequence[Any], call: str) -> Any:

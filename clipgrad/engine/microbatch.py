@@ -27,6 +27,7 @@ from clipgrad.engine.inputs import Loss
 from clipgrad.engine.norm_method import Choice, choose
 from clipgrad.engine.recompute import checkpointed
 from clipgrad.engine.tape import Tape
+from clipgrad.engine.whole_tensors import WholeTensors
 from clipgrad.errors import NotPerSampleError
 
 
@@ -36,8 +37,18 @@ def forward(
     params: Sequence[Tensor],
     batch: Sequence[Any],
     settings: Settings,
+    whole: WholeTensors,
 ) -> tuple[Tape, Tensor, Any]:
-    """Run the loss on all samples at once and record the uses of the parameters."""
+    """Run the loss on all samples at once and record the uses of the parameters.
+
+    Args:
+        loss: The loss of one sample.
+        names: Names of the parameters.
+        params: The parameters.
+        batch: Rows of one microbatch.
+        settings: The resolved options.
+        whole: Tensors of the whole batch, which the loss must not read.
+    """
     foreign_code.refuse_modes()
     foreign_code.refuse_saved_tensors_hooks()
     size = next(leaf.shape[0] for leaf in batch if isinstance(leaf, Tensor))
@@ -55,7 +66,7 @@ def forward(
             rows = [
                 hide_batch_axis(leaf, level) if isinstance(leaf, Tensor) else leaf for leaf in batch
             ]
-            capture = Capture(tape, leaves, params, checkpointed)
+            capture = Capture(tape, leaves, params, checkpointed, whole)
             made = capture.made
             value, aux, structure = _one_sample(loss, capture, leaves, rows, settings)
             values = expose_or_broadcast(value, level, size)
@@ -99,10 +110,11 @@ def run(
     batch: Sequence[Any],
     is_padding: Tensor | None,
     settings: Settings,
+    whole: WholeTensors,
 ) -> MicrobatchResult:
-    """Run forward and backward pass of one microbatch, and compute norms and clipped sums."""
+    """Run forward and backward pass of one microbatch, and compute norms and clipped sums; see ``forward``."""
     with phase("forward"), torch.enable_grad():
-        tape, values, aux = forward(loss, names, params, batch, settings)
+        tape, values, aux = forward(loss, names, params, batch, settings, whole)
     try:
         with phase("forward"):
             choose_strategies(tape, settings)

@@ -14,6 +14,11 @@ from torch.utils.data import IterableDataset
 from clipgrad.plan import PrivacyPlan
 from clipgrad.sampling import PrivateLoader, poisson_loader, shuffled_loader, user_loader
 
+SECRET_CHECKPOINTS = (
+    "plan has mechanism={mechanism!r}, whose checkpoints hold the noise that was added and must stay secret. The "
+    "trainer writes files that others can read. Use clipgrad.save_checkpoint in a loop of your own, or "
+    "leave mechanism out."
+)
 _IGNORED = -100  # Cross entropy leaves out this label.
 
 
@@ -81,6 +86,11 @@ class EpochLoader:
         self.loader, self._epoch, self._left = loader, epoch, epoch
         self._batches: Iterator[Any] | None = None
 
+    @property
+    def dataset(self) -> Any:
+        """Return the dataset."""
+        return self.loader.dataset
+
     def __len__(self) -> int:
         """Return the number of batches of an epoch."""
         return self._epoch
@@ -128,11 +138,7 @@ def loader_of(
         ValueError: If the plan's noise is correlated, since the trainer's checkpoints would not be secret.
     """
     if plan.mechanism is not None:
-        raise ValueError(
-            f"plan has mechanism={plan.mechanism!r}, whose checkpoints hold the noise that was added and must stay "
-            "secret. The trainer writes files that others can read. Use clipgrad.save_checkpoint in a loop of your "
-            "own, or leave mechanism out."
-        )
+        raise ValueError(SECRET_CHECKPOINTS.format(mechanism=plan.mechanism))
     if users is not None:
         return user_loader(dataset, users, plan=plan, samples_per_user=samples_per_user, **options)
     return (shuffled_loader if plan.shuffled else poisson_loader)(dataset, plan=plan, **options)

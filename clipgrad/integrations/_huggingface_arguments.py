@@ -124,6 +124,28 @@ def refuse_spread_model(trainer: Any) -> None:
             raise ValueError(f"{what} {_WHOLE}")
 
 
+def refuse_private_decisions(trainer: Any) -> None:
+    """Refuse to choose a model, the end or the learning rate by an evaluation on the training dataset.
+
+    Raises:
+        ValueError: If the arguments ask for it.
+    """
+    metric, found = trainer.args.metric_for_best_model, trainer.eval_dataset
+    evaluated = list(found.values()) if isinstance(found, dict) else [found]
+    if metric is not None and any(_is_same(data, trainer.train_dataset) for data in evaluated):
+        raise ValueError(
+            f"TrainingArguments(metric_for_best_model={metric}) chooses by an evaluation, and eval_dataset is the "
+            "training dataset. The plan does not account for such a choice. Evaluate on other data, or leave out "
+            "load_best_model_at_end, metric_for_best_model and schedulers that follow a metric."
+        )
+
+
+def _is_same(one: Any, other: Any) -> bool:
+    """Return whether two datasets are one; a ``datasets.Dataset`` has a name of its content."""
+    name = getattr(one, "_fingerprint", None)
+    return one is other or (name is not None and name == getattr(other, "_fingerprint", None))
+
+
 def steps_wanted(args: Any, epoch: int) -> int:
     """Return the number of steps that the Trainer would take."""
     return int(args.max_steps) if args.max_steps > 0 else math.ceil(args.num_train_epochs * epoch)

@@ -17,8 +17,10 @@ from clipgrad.integrations._huggingface_arguments import (
     CONFLICTS,
     plan_and_users,
     refuse_conflicts,
+    refuse_private_decisions,
     refuse_spread_model,
 )
+from clipgrad.integrations._padding import refuse_influence_of_padding
 from clipgrad.noise import NoiseSource
 from clipgrad.optimizer import DPOptimizer
 from clipgrad.options import Performance
@@ -75,6 +77,7 @@ class PrivateTraining:
         super().__init__(*args, **trainer)
         refuse_conflicts(self.args, self._conflicts)
         refuse_spread_model(self)
+        refuse_private_decisions(self)
         self._samples_per_user = samples_per_user
         self.plan, self._users = plan_and_users(
             self.args, self.train_dataset, user_column, plan, target_epsilon, delta
@@ -86,6 +89,7 @@ class PrivateTraining:
         }
         self._rows_of_step = 0
         self._loss: Any = None
+        self._unchecked: tuple[Any, Any] | None = None
         self._watch = _NoisedNorm()
         self.add_callback(self._watch)
 
@@ -150,6 +154,7 @@ class PrivateTraining:
             persistent_workers=args.dataloader_persistent_workers,
             prefetch_factor=args.dataloader_prefetch_factor,
         )
+        self._unchecked = None if self._users else (usual.dataset, usual.collate_fn)
         pieces = LogicalBatches(
             loader,
             pieces=args.gradient_accumulation_steps,
@@ -228,6 +233,12 @@ class PrivateTraining:
                 f"the checkpoint is at step {done}, but holds {known} steps of the ledger, so epsilon would be too "
                 "small. Resume from a checkpoint with an optimizer.pt (save_only_model=False)."
             )
+        if self._unchecked is not None:
+            half = self.args.bf16 or any(p.itemsize < 4 for p in model.parameters())
+            refuse_influence_of_padding(
+                self._loss, model, *self._unchecked, tolerance=3e-2 if half else 1e-3
+            )
+            self._unchecked = None
 
     def _loss_of_batch(self) -> Any:
         """Return the model's own loss, which PyTorch can capture, unless the trainer computes another loss."""

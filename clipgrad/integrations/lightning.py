@@ -10,7 +10,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from clipgrad.integrations._batches import EpochLoader, epoch_of, loader_of
-from clipgrad.integrations._lightning_arguments import refuse_conflicts
+from clipgrad.integrations._lightning_arguments import (
+    refuse_conflicts,
+    refuse_private_decisions,
+)
 from clipgrad.noise import NoiseSource
 from clipgrad.optimizer import DPOptimizer
 from clipgrad.options import Performance
@@ -90,6 +93,7 @@ class DPModule(LightningModule):
                 "configure_optimizers returned an optimizer that is not private. Let it return "
                 "self.private(optimizer, plan=plan)."
             )
+        refuse_private_decisions(self.trainer)
         several = isinstance(batch, tuple | list) and not isinstance(batch, PaddedBatch)
         returned = self._private.backward(*batch) if several else self._private.backward(batch)
         loss: Tensor = returned

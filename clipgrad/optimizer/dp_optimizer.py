@@ -179,6 +179,7 @@ class DPOptimizer(LogicalBatch, Generic[Returned]):
         self._pending.before_backward(trained.names, trained.parameters)
         with trained.resident(self._clipper.ranks, self._step_state.step) as resident:
             inputs = self._inputs(resident, batch, bool(named), "backward(*batch)")
+            self._numbers.check(inputs.batch, inputs.batch_size)
             with UsersLines():
                 found = self._clipper.clip(inputs, self._norm(), is_padding, may_alias=True)
         self._pending.add(
@@ -273,7 +274,10 @@ class DPOptimizer(LogicalBatch, Generic[Returned]):
             if self._loss_by_name is None or self._loss_by_name[0] is not loss_fn:
                 self._loss_by_name = loss_fn, by_name(loss_fn)
             loss_fn = self._loss_by_name[1]
-        return inputs_of_model(loss_fn, self.model, names, parameters, holding, batch, call)
+        handed_out = () if self._account is None else self._account.handed_out()
+        return inputs_of_model(
+            loss_fn, self.model, names, parameters, holding, batch, call, handed_out
+        )
 
     def _settings_of_run(self) -> dict[str, object]:
         return facts.of_run(

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from clipgrad._phases import phase
 from clipgrad.batch import BatchClipper
+from clipgrad.optimizer.numbers_of_rows import NumbersOfRows
 from clipgrad.optimizer.parameters import TrainedParameters
 from clipgrad.optimizer.pending import Pending, unnoised_step_hook
 from clipgrad.optimizer.privacy_state import PrivacyState
@@ -31,6 +32,7 @@ class LogicalBatch(PrivacyState):
     _trained: TrainedParameters
     _pending: Pending
     _claim: Claim
+    _numbers: NumbersOfRows
     _last_outcome: Outcome | None
     _may_be_trivial: bool
     _loss_by_name: tuple[Callable[..., Any], Callable[..., Any]] | None
@@ -41,6 +43,7 @@ class LogicalBatch(PrivacyState):
         self._claim = Claim()
         if is_compiled(self.loss_fn) or holds_compiled_code(self.model):
             self._clipper.use_graph_of_loss()
+        self._numbers = NumbersOfRows()
         self._last_outcome = None
         self._may_be_trivial = True
         self._loss_by_name = None
@@ -99,7 +102,9 @@ class LogicalBatch(PrivacyState):
 
     def __getstate__(self) -> dict[str, Any]:
         # ``step`` may be a scheduler's wrapper that is bound to this object. An unfinished logical batch is not copied.
-        left_out = ("step", "_pending", "_claim", "_last_outcome", "_trained", "_loss_by_name")
+        left_out = (
+            "step", "_pending", "_claim", "_numbers", "_last_outcome", "_trained", "_loss_by_name"
+        )  # fmt: skip
         return {key: value for key, value in self.__dict__.items() if key not in left_out}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from torch import Tensor
+
 from clipgrad.accounting import Ledger
 from clipgrad.errors import PrivacyBudgetError, UnaccountedBatchError
 from clipgrad.plan import PrivacyPlan
@@ -50,6 +52,10 @@ class Account:
         if self.plan.declared_sampling is not None:
             return Claim(None, claim.rows + rows)
         return self.plan.run.receipts.claim(claim, batch, rows)
+
+    def handed_out(self) -> list[Tensor]:
+        """Return the tensors of batches that the plan's loaders made and the loop still holds."""
+        return self.plan.run.receipts.tensors()
 
     def check_step(self, claim: Claim, step: int) -> None:
         """Refuse a step that is not planned; this changes no state. ``step`` counts the optimizer's own steps."""

@@ -92,6 +92,11 @@ class Receipts:
             alone = None if self._is_known(leaf) else receipt
             self._known[key] = (weakref.ref(leaf, partial(self._forget_tensor, key)), alone)
 
+    def tensors(self) -> list[Tensor]:
+        """Return the tensors of handed-out batches that are still alive and belong to one batch."""
+        found = [known() for known, receipt in self._known.values() if receipt is not None]
+        return [tensor for tensor in found if tensor is not None]
+
     def claim(self, claim: Claim, batch: Any, rows: int) -> Claim:
         """Add the rows of one ``backward``, without padding, to the claim of a logical batch.
 

@@ -13,6 +13,7 @@ from clipgrad.ranks import world
 from clipgrad.sampling import _arguments as arguments
 from clipgrad.sampling._collate import EmptyBatchCollate, padded
 from clipgrad.sampling._loader import PrivateLoader
+from clipgrad.sampling._mixing import refuse_mixing
 from clipgrad.sampling._planned import bands_of, numbers_of_plan, require_fit
 from clipgrad.sampling._poisson import PoissonSampler
 from clipgrad.sampling._shuffled import ShuffledSampler
@@ -93,6 +94,7 @@ def poisson_loader(
         generator=generator,
     )
     example = dataset[0]
+    refuse_mixing(dataset, arguments.length(dataset), collate_fn)
     return PrivateLoader(
         dataset,
         sampler,
@@ -158,6 +160,7 @@ def shuffled_loader(
             "together. Use poisson_loader, whose parts for the ranks are one Poisson sample."
         )
     require_fit(plan, "sample", count, shuffled=True)
+    refuse_mixing(dataset, count, collate_fn)
     sampler = ShuffledSampler(
         count,
         batch_size=int(plan.expected_batch_size),

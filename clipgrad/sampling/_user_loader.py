@@ -13,6 +13,7 @@ from clipgrad.plan import PrivacyPlan
 from clipgrad.sampling import _arguments as arguments
 from clipgrad.sampling._collate import UserCollate, padded
 from clipgrad.sampling._loader import PrivateLoader
+from clipgrad.sampling._mixing import refuse_mixing
 from clipgrad.sampling._planned import bands_of, numbers_of_plan
 from clipgrad.sampling._users import UserSampler
 
@@ -118,6 +119,7 @@ def user_loader(
             f"user_ids has {sampler.num_samples} entries, but the dataset has "
             f"{arguments.length(dataset)} samples; give one user per sample."
         )
+    refuse_mixing(dataset, sampler.num_samples, collate_fn)
     by_user = _ByUser(dataset)
     example = by_user[sampler.first_user()]
     collate = UserCollate(example[0], collate_fn, sampler.width)

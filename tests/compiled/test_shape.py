@@ -51,6 +51,17 @@ def test_first_batch_decides_where_the_user_does_not(graphs: Graphs) -> None:
     assert len(graphs) == 1
 
 
+@pytest.mark.nightly
+def test_the_distance_of_rows_makes_no_other_graph(graphs: Graphs) -> None:
+    params, (x, y) = make_params(), make_batch()
+    gradient = clipped_grad(mlp, max_grad_norm=0.5, compile=True)
+    for rows in (x, x[::2], x.flip(0), x[:1].expand(5, -1), torch.cat([x, x], 1)[:, :INPUTS]):
+        labels = y[: len(rows)]
+        result = gradient(params, rows, labels)
+        close(result.grads, definition(params, rows, labels, norm=0.5)[0])
+    assert len(graphs) == 1
+
+
 def squares(model: nn.Module, x: Tensor) -> Tensor:
     return model(x).square().mean()
 

@@ -23,6 +23,7 @@ from tests.integrations.language import gpt2, llama, lora, model_loss, texts, to
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
+from clipgrad.integrations._huggingface_arguments import _is_same  # noqa: E402
 from clipgrad.integrations.huggingface import DPTrainer  # noqa: E402
 from tests.nightly import chosen, every, rows  # noqa: E402
 
@@ -460,3 +461,30 @@ def test_correlated_noise_is_refused_since_checkpoints_must_stay_secret(tmp_path
     plan = small_plan(accountant="pld", mechanism=clipgrad.BandedFactorisation(bands=2))
     with pytest.raises(ValueError, match=r"must stay secret.*files that others can read"):
         DPTrainer(gpt2(), small(tmp_path, max_steps=7), train_dataset=texts(), plan=plan).train()
+
+
+@pytest.mark.parametrize("by_name", [False, True])
+def test_choices_by_an_evaluation_on_the_training_data_are_refused(
+    by_name: bool, tmp_path: Path
+) -> None:
+    rows, others = texts(), texts(seed=1)
+    args = arguments(tmp_path, max_steps=4, lr_scheduler_type="reduce_lr_on_plateau",
+                     eval_strategy="steps", eval_steps=1)  # fmt: skip
+
+    def make(found: Any) -> None:
+        evaluated = {"other": others, "one": found} if by_name else found
+        DPTrainer(gpt2(), args, train_dataset=rows, eval_dataset=evaluated, plan=plan_of())
+
+    with pytest.raises(ValueError, match=r"metric_for_best_model=loss\) chooses by an evaluation"):
+        make(rows)
+    make(others)
+
+
+def test_a_dataset_is_recognised_by_its_content() -> None:
+    class Named:
+        def __init__(self, name: str) -> None:
+            self._fingerprint = name
+
+    assert _is_same(Named("a"), Named("a"))
+    assert not _is_same(Named("a"), Named("b"))
+    assert not _is_same([], [])

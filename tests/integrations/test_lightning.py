@@ -6,6 +6,7 @@ import copy
 import inspect
 import logging
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from clipgrad import PrivacyPlan, poisson_loader
+from clipgrad import BandedFactorisation, PrivacyPlan, poisson_loader
 from clipgrad.errors import NotPerSampleError, UnaccountedBatchError
 from tests import oracle
 from tests.dp_tools import mlp, plan_of, trained, values
@@ -238,3 +239,73 @@ def test_an_optimizer_that_is_not_private_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"Let it return self\.private\(optimizer, plan=plan\)"):
         trainer_of(tmp_path).fit(module, private_loader(data(), plan=module.plan))
     assert all(torch.equal(value, before[name]) for name, value in trained(module).items())
+
+
+class Plateau(Classifier):
+    def configure_optimizers(self) -> Any:
+        private = self.private(torch.optim.Adam(self.parameters()), plan=self.plan)
+        scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(private)
+        config = {"scheduler": scheduler, "monitor": "loss_not_private", "interval": "step"}
+        return {"optimizer": private, "lr_scheduler": config}
+
+
+DECISIONS: dict[str, tuple[Callable[[], Any], str]] = {
+    "end": (
+        lambda: L.callbacks.EarlyStopping("loss_not_private"),
+        r"EarlyStopping\(monitor='loss_not_private'\) decides",
+    ),
+    "metric": (
+        lambda: L.callbacks.EarlyStopping("accuracy_not_private_step", mode="max"),
+        r"EarlyStopping\(monitor='accuracy_not_private_step'\) decides",
+    ),
+    "checkpoint": (
+        lambda: L.callbacks.ModelCheckpoint(monitor="loss_not_private"),
+        r"ModelCheckpoint\(monitor='loss_not_private'\) decides",
+    ),
+    "batches": (L.callbacks.SpikeDetection, "SpikeDetection leaves out batches by their loss"),
+}
+
+
+@pytest.mark.parametrize("name", DECISIONS)
+def test_decisions_by_values_without_noise_are_refused(name: str, tmp_path: Path) -> None:
+    make, message = DECISIONS[name]
+    module = Classifier(plan_of(1))
+    before = values(module)
+    trainer = trainer_of(tmp_path, callbacks=[make()], enable_checkpointing=True)
+    with pytest.raises(ValueError, match=message):
+        trainer.fit(module, private_loader(data(), plan=module.plan))
+    assert all(torch.equal(value, before[name]) for name, value in trained(module).items())
+
+
+def test_a_schedule_by_the_training_loss_is_refused(tmp_path: Path) -> None:
+    module = Plateau(plan_of(1))
+    with pytest.raises(
+        ValueError, match=r"ReduceLROnPlateau\(monitor='loss_not_private'\) decides"
+    ):
+        trainer_of(tmp_path).fit(module, private_loader(data(), plan=module.plan))
+
+
+@pytest.mark.parametrize("whole_run", [False, True])
+@pytest.mark.parametrize("same", [True, False])
+def test_decisions_by_a_validation_on_the_training_data(
+    same: bool, whole_run: bool, tmp_path: Path
+) -> None:
+    module, rows = Classifier(plan_of(1)), data()
+    train = (poisson_loader if whole_run else private_loader)(rows, plan=module.plan)
+    validation = DataLoader(rows if same else data(), batch_size=12)
+    trainer = trainer_of(tmp_path, callbacks=[L.callbacks.EarlyStopping("val_loss")])
+    if same:
+        with pytest.raises(ValueError, match="the validation data is the training dataset"):
+            trainer.fit(module, train, validation)
+    else:
+        trainer.fit(module, train, validation)
+    assert trainer.global_step == (0 if same else 1)
+
+
+def test_correlated_noise_is_refused_whatever_the_loader(tmp_path: Path) -> None:
+    """Lightning writes the optimizer's state, and so the noise that was added, to files that others can read."""
+    plan = plan_of(3, expected_batch_size=4, noise_multiplier=1.0, accountant="pld",
+                   mechanism=BandedFactorisation(bands=2))  # fmt: skip
+    module = Classifier(plan)
+    with pytest.raises(ValueError, match=r"must stay secret.*files that others can read"):
+        trainer_of(tmp_path).fit(module, poisson_loader(data(), plan=plan))
