@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from operator import attrgetter
@@ -27,7 +27,7 @@ from clipgrad.exact import GridArithmetic
 from clipgrad.explain import Explanation, make_explanation
 from clipgrad.options import Options
 from clipgrad.ranks import OneProcess, Ranks
-from clipgrad.result import Outcome
+from clipgrad.result import Outcome, outcome_of
 
 RunRows = Callable[[slice, Tensor | None], MicrobatchResult]
 """A function from rows of the batch and their padding mask to their clipped sums."""
@@ -155,7 +155,15 @@ class BatchClipper:
             aux = tree_map(lambda *leaves: torch.cat(leaves), *(result.aux for result in results))
             if self._aux_of_none is None:
                 self._aux_of_none = empty_batch.without_samples(aux)
-        return ClippedBatch(sums, aux, _outcome(results, settings, groups, mask, size), aliases)
+        outcome = outcome_of(
+            [result.values for result in results],
+            [result.norms for result in results],
+            [result.nonfinite for result in results],
+            settings.clipping.norms,
+            groups,
+            mask,
+        )
+        return ClippedBatch(sums, aux, outcome, aliases)
 
     def _nothing(self, inputs: Inputs, settings: Settings, idle: int) -> tuple[list[Tensor], Any]:
         """Return the sums and the auxiliary output of no samples, while other processes may have samples."""
@@ -289,27 +297,3 @@ class BatchClipper:
         if transform is None:
             return self._resolved[1]
         return replace(self._resolved[1], pre_clipping=on_leaves(transform, restore))
-
-
-def _outcome(
-    results: Sequence[MicrobatchResult],
-    settings: Settings,
-    groups: Sequence[str] | None,
-    mask: Tensor | None,
-    size: int,
-) -> Outcome:
-    return Outcome(
-        # ``cat`` copies a single tensor too: the loss may have returned a view of a large tensor.
-        torch.cat([result.values for result in results]),
-        [_concatenate(norms) for norms in zip(*(result.norms for result in results), strict=True)],
-        settings.clipping.norms,
-        groups,
-        _concatenate([result.nonfinite for result in results]),
-        mask,
-        size - (0 if mask is None else int(mask.sum())),
-    )
-
-
-def _concatenate(parts: Sequence[Tensor]) -> Tensor:
-    """Concatenate per-sample values of all microbatches; no other reference to them exists."""
-    return parts[0] if len(parts) == 1 else torch.cat(list(parts))

@@ -63,6 +63,34 @@ class NotPrivate(NamedTuple):
     metrics: Any
 
 
+def outcome_of(
+    losses: Sequence[Tensor],
+    norms: Sequence[Sequence[Tensor]],
+    nonfinite: Sequence[Tensor],
+    bounds: Sequence[float],
+    groups: Sequence[str] | None,
+    is_padding: Tensor | None,
+) -> Outcome:
+    """Return the outcome of a batch from the losses, norms and flags of its microbatches."""
+    # ``cat`` copies a single tensor too: the loss may have returned a view of a large tensor.
+    values = torch.cat(list(losses))
+    padding = 0 if is_padding is None else int(is_padding.sum())
+    return Outcome(
+        values,
+        [_concatenate(parts) for parts in zip(*norms, strict=True)],
+        bounds,
+        groups,
+        _concatenate(nonfinite),
+        is_padding,
+        len(values) - padding,
+    )
+
+
+def _concatenate(parts: Sequence[Tensor]) -> Tensor:
+    """Concatenate per-sample values of all microbatches; no other reference to them exists."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
+
+
 @dataclass(frozen=True)
 class ClippedGradResult:
     """This class holds the result of one call of a ``ClippedGrad``.

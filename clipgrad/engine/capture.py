@@ -21,6 +21,7 @@ from clipgrad._functorch import (
 )
 from clipgrad.engine import custom_vmap, stale_values
 from clipgrad.engine.call import BoundCall
+from clipgrad.engine.error_messages import written_expression_message, written_message
 from clipgrad.engine.escapes import escape_message
 from clipgrad.engine.expressions import (
     SHAREABLE,
@@ -297,17 +298,3 @@ def _replace_tracked(
     if isinstance(value, list | tuple) and any(isinstance(item, Tensor) for item in value):
         return type(value)(_replace_tracked(item, table, read) for item in value)
     return value
-
-
-def written_message(name: str) -> str:
-    return (
-        f"the loss wrote to parameter {name!r} in place. Change parameters outside the loss, after "
-        "optimizer.step(), or compute the changed value out of place: torch.clamp(weight, ...)."
-    )
-
-
-def written_expression_message(name: str) -> str:
-    return (
-        f"the loss wrote in place to {name}, which is computed from parameters alone, so that all samples share it. "
-        "Use the out-of-place form: w = w * mask, torch.where(mask, w, 0.0), or torch.cat for a part of w."
-    )

@@ -246,3 +246,17 @@ def _advice(message: str) -> _Advice | None:
         if any(fragment in message for fragment in advice.fragments):
             return advice
     return None
+
+
+def written_message(name: str) -> str:
+    return (
+        f"the loss wrote to parameter {name!r} in place. Change parameters outside the loss, after "
+        "optimizer.step(), or compute the changed value out of place: torch.clamp(weight, ...)."
+    )
+
+
+def written_expression_message(name: str) -> str:
+    return (
+        f"the loss wrote in place to {name}, which is computed from parameters alone, so that all samples share it. "
+        "Use the out-of-place form: w = w * mask, torch.where(mask, w, 0.0), or torch.cat for a part of w."
+    )

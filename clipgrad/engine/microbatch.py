@@ -14,13 +14,13 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 from clipgrad._functorch import expected, expose_or_broadcast, hide_batch_axis, vmap_level
 from clipgrad._phases import phase
 from clipgrad.engine import foreign_code, stale_values
-from clipgrad.engine.capture import Capture, written_message
+from clipgrad.engine.capture import Capture
 from clipgrad.engine.clip_and_sum import (
     MicrobatchResult,
     Settings,
     clip,
 )
-from clipgrad.engine.error_messages import explain_vmap_errors
+from clipgrad.engine.error_messages import explain_vmap_errors, written_message
 from clipgrad.engine.escapes import refuse_escapes
 from clipgrad.engine.gradients import Gradients
 from clipgrad.engine.inputs import Loss
