@@ -93,6 +93,10 @@ class BatchClipper:
             self.room,
         )  # a copy has its own compiled graphs
 
+    def use_graph_of_loss(self) -> None:
+        """Run each batch on PyTorch's graph of the loss, never on its Python, because that is compiled code."""
+        self._loss_history.needs_graph = True
+
     def clip(
         self,
         inputs: Inputs,

@@ -125,6 +125,11 @@ def _() -> None:
     private(mlp()).step(lambda: 0.0)  # type: ignore[arg-type]
 
 
+@mistake("`backward()` on the loss that `optimizer.backward` returned")
+def _() -> None:
+    private(mlp()).backward(data()).backward()
+
+
 @mistake("`diagnostics` before the first `backward`")
 def _() -> None:
     _ = private(mlp()).diagnostics
@@ -152,6 +157,11 @@ def _() -> None:
 @mistake("a criterion as `loss_fn`")
 def _() -> None:
     private(mlp(), nn.MSELoss())
+
+
+@mistake("a function of `torch.nn.functional` as `loss_fn`")
+def _() -> None:
+    private(mlp(), F.cross_entropy)
 
 
 @mistake("an optimizer of another model")
@@ -278,6 +288,12 @@ def saved_on_cpu(m: nn.Module, x: Tensor) -> Tensor:
         return squared(m, x)
 
 
+def asserted(model: nn.Module, x: Tensor) -> Tensor:
+    loss = squared(model, x)
+    assert torch.isfinite(loss)
+    return loss
+
+
 of_loss("a loss of each sample in place of a scalar", lambda m, x: m(x).square().mean(1))
 of_loss("a dictionary as loss", lambda m, x: {"loss": squared(m, x)})
 of_loss("a loss that is detached", lambda m, x: squared(m, x).detach())
@@ -293,6 +309,7 @@ of_loss("`save_on_cpu` in the loss", saved_on_cpu)
 of_loss(
     "`backward()` inside of the loss", lambda m, x: (squared(m, x).backward(), squared(m, x))[1]
 )
+of_loss("an assertion about values in the loss", asserted)
 of_loss("a layer that is not part of the model", lambda m, x: OTHER(x).sum() + squared(m, x))
 
 
@@ -402,6 +419,11 @@ def _() -> None:
             return iter(data())
 
     poisson_loader(Stream(), plan=plan_of())
+
+
+@mistake("a `DataLoader` in `poisson_loader`")
+def _() -> None:
+    poisson_loader(DataLoader(rows(), batch_size=8), plan=plan_of())
 
 
 @mistake("labels of all samples, from a loop's variable")

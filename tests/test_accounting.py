@@ -188,7 +188,7 @@ def test_calibration_for_replacement() -> None:
 
 
 @BOTH
-@pytest.mark.parametrize("target", [1e-4, 1e5])
+@pytest.mark.parametrize("target", [1e-6, 1e-4, 1e5])
 def test_calibration_to_extreme_targets(accountant: accounting.Accountant, target: float) -> None:
     run: dict[str, Any] = {**SHORT, "accountant": accountant}
     noise = noise_multiplier(target_epsilon=target, **run)
@@ -200,6 +200,16 @@ def test_no_noise_is_enough() -> None:
         noise_multiplier(
             target_epsilon=1e-300, sample_rate=1.0, steps=10**9, delta=1e-12, accountant="rdp"
         )
+
+
+def test_a_delta_that_pld_does_not_resolve() -> None:
+    """Its curve jumps from infinity far below the target: the noise would be hundreds of times too large."""
+    run: dict[str, Any] = {**SHORT, "delta": 1e-16}
+    with pytest.raises(
+        ValueError, match=r"delta = 1e-16 .* target_epsilon = 3.0 .*accountant='rdp'"
+    ):
+        noise_multiplier(target_epsilon=3.0, **run)
+    assert 0.5 < noise_multiplier(target_epsilon=3.0, accountant="rdp", **run) < 10.0
 
 
 # ---------------------------------------------------------------------------------- arguments

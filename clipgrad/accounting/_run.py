@@ -11,6 +11,8 @@ from ._equal_steps import EqualSteps
 from ._sampling import Sampling
 from ._search import most_steps, smallest_noise, smallest_noise_by_slope
 
+_LEAST_PLD_DELTA = 1e-12
+
 
 def epsilon(
     *,
@@ -109,7 +111,14 @@ def noise_multiplier(
         return smallest_noise(run, target, start=1.0, factor=2.0)
     # Renyi accounting gives a close first guess in a fraction of the time.
     start = smallest_noise(run.renyi_estimate(), target, start=1.0, factor=2.0)
-    return smallest_noise_by_slope(run, target, start)
+    noise = smallest_noise_by_slope(run, target, start)
+    if run.delta < _LEAST_PLD_DELTA and run.epsilon(noise) < target / 2:
+        raise ValueError(
+            f"delta = {run.delta} is below what accountant='pld' resolves, about {_LEAST_PLD_DELTA}: target_epsilon = "
+            f"{target} would take {noise / start:.0f} times the noise that it needs. Pass accountant='rdp', or a "
+            "larger delta; a tenth of 1 / num_samples is usual."
+        )
+    return noise
 
 
 def steps(

@@ -83,7 +83,10 @@ def smallest_noise_by_slope(run: EqualSteps, target: float, start: float) -> flo
         noise = smallest_noise(coarse, target, start=start, factor=1.25)
     except ValueError:  # the coarse bound does not get this small for any noise
         return smallest_noise(run, target, start=start, factor=1.25)
-    slope = math.log(coarse.epsilon(1.01 * noise) / coarse.epsilon(noise)) / math.log(1.01)
+    here, beside = coarse.epsilon(noise), coarse.epsilon(1.01 * noise)
+    if not 0.0 < beside < here:  # so small a target is met by a jump of the coarse curve to 0
+        return smallest_noise(run, target, start=noise, factor=1.25)
+    slope = math.log(beside / here) / math.log(1.01)
     for _ in range(_MOST_SECANTS):
         found = run.epsilon(noise)
         if not (0.0 < found < math.inf and -math.inf < slope < 0.0):

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import suppress
 from typing import TYPE_CHECKING, TypeVar
 
 from clipgrad.engine import stale_values
-from clipgrad.engine.error_messages import NeedsGraphError, ValueReadError
+from clipgrad.engine.error_messages import COMPILED_CODE, NeedsGraphError, ValueReadError
 from clipgrad.engine.inputs import Inputs, Loss
 from clipgrad.errors import NotPerSampleError
 
@@ -30,6 +29,8 @@ class LossHistory:
         self._keep_batch_dim, self._has_aux = keep_batch_dim, has_aux
         self._graphs: LossGraphs | None = None
         self.begins_with_graph = False
+        self.needs_graph = False
+        """Whether torch.compile compiled the loss or a part of the model; PyTorch would compile clipgrad with it."""
         self.passes = 0
 
     @property
@@ -70,7 +71,8 @@ class BatchLoss:
             return self._run(body)
 
     def _run(self, body: Callable[[Loss], _T]) -> _T:
-        if self._loss_history.begins_with_graph and not self._asked:
+        history = self._loss_history
+        if (history.begins_with_graph or history.needs_graph) and not self._asked:
             self._graph, self._asked = self._graph_or_none(), True
         if self._graph is not None:
             return body(self._graph)
@@ -96,6 +98,10 @@ class BatchLoss:
         """The captured loss; None where PyTorch cannot capture what it does now, so that its Python has to run."""
         from clipgrad.loss_graph import CannotCapture
 
-        with suppress(CannotCapture):
+        try:
             return self._loss_history.graphs.graph_for(self._inputs).loss()
-        return None
+        except CannotCapture as reason:
+            if self._loss_history.needs_graph:
+                why = str(reason).rstrip(".")
+                raise NotPerSampleError(f"{COMPILED_CODE} PyTorch's capture: {why}.") from reason
+            return None

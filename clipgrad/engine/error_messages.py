@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -29,6 +30,10 @@ class _Advice(NamedTuple):
     error: type[NotPerSampleError] = NotPerSampleError
 
 
+COMPILED_CODE = (
+    "the loss runs code compiled by torch.compile (or torch.cond), which cannot be followed. Pass the model and "
+    "the loss uncompiled (a compiled model holds it in _orig_mod). compile=True compiles the whole step."
+)
 _NO_RULE = (
     "vmap: we do not yet support",
     "Batching rule not implemented",
@@ -99,9 +104,9 @@ _ADVICE = (
             "on out= or view ops",
         ),
         "the loss writes a per-sample value in place into a tensor that all samples share: a tensor that it makes with "
-        "torch.zeros(...) or the like, a buffer such as running statistics, or a tensor made outside. Use the "
-        "out-of-place form or a tensor per sample (x.new_zeros(...), torch.zeros_like(x)), compute the value outside "
-        "the loss, or put the layer in eval mode.",
+        "torch.zeros(...) or the like, a buffer (running statistics, vectors of spectral_norm), or a tensor made "
+        "outside. Use the out-of-place form or a tensor per sample (x.new_zeros(...), torch.zeros_like(x)), compute "
+        "the value outside the loss, or put the layer in eval mode.",
     ),
     _Advice(
         ("randomness error mode", "randomness mode", "randomness='error'"),
@@ -111,8 +116,8 @@ _ADVICE = (
     _Advice(
         ("setup_context", "generate_vmap_rule", "vmap staticmethod"),
         "the loss calls a custom autograd.Function that vmap cannot batch. Give it setup_context and "
-        "generate_vmap_rule = True. If it is torch.utils.checkpoint, drop it (gradient_checkpointing_disable()): "
-        "microbatch_size bounds the memory instead. If it is a module's backward hook, remove it.",
+        "generate_vmap_rule = True. If it is torch.utils.checkpoint, pass use_reentrant=False (Hugging Face: "
+        "gradient_checkpointing_kwargs={'use_reentrant': False}). If it is a module's backward hook, remove it.",
         NeedsGraphError,
     ),
     _Advice(
@@ -132,9 +137,15 @@ _ADVICE = (
         "Remove it; change values in the forward pass instead.",
     ),
     _Advice(
+        ("_assert_async",),
+        "the loss asserts something about the values of a tensor, which has values of all samples at once. Leave the "
+        "assertion out of the loss: check data in the dataset. A sample whose gradient is not finite contributes "
+        "nothing, and optimizer.diagnostics.num_nonfinite counts it.",
+    ),
+    _Advice(
         _NO_RULE,
-        "the loss calls an operation that PyTorch's vmap cannot batch; the error below names it. Write it with "
-        "elementary operations, or register such a form with clipgrad.rules.register_decomposition.",
+        "the loss calls {operation}, which PyTorch's vmap cannot batch. Write it with elementary operations, or "
+        "register such a form with clipgrad.rules.register_decomposition.",
     ),
     _Advice(
         (
@@ -154,8 +165,7 @@ _ADVICE = (
     ),
     _Advice(
         ("TORCHDYNAMO_VERBOSE",),
-        "the loss runs code compiled by torch.compile (or torch.cond), which cannot be followed. Pass the model and "
-        "the loss uncompiled (a compiled model holds it in _orig_mod).",
+        COMPILED_CODE,
         NeedsGraphError,
     ),
     _Advice(
@@ -194,12 +204,18 @@ def explain_vmap_errors() -> Iterator[None]:
         message = str(error)
         advice = _advice(message)
         if advice is not None and not isinstance(error, IndexError):
-            raise advice.error(advice.remedy) from error
+            raise advice.error(_with_operation(advice.remedy, message)) from error
         if isinstance(error, AttributeError):
             raise
         if any(word in message.lower() for word in _ABOUT_SIZES):
             error.add_note(_ONE_SAMPLE)
         raise
+
+
+def _with_operation(remedy: str, message: str) -> str:
+    """Return a remedy with the name of the operation that PyTorch's message is about."""
+    name = re.search(r"\baten::\w+", message)
+    return remedy.replace("{operation}", name[0] if name else "an operation")
 
 
 def note_arguments(

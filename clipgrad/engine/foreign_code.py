@@ -23,8 +23,8 @@ from clipgrad.errors import NotPerSampleError
 _ALL_AT_ONCE = "would see the tensors of all samples at once, so that one sample could change the gradients of others"
 SAVED_TENSORS_HOOKS = (
     "the loss or backward() runs under saved tensors hooks (saved_tensors_hooks, save_on_cpu, torch.utils.checkpoint), "
-    f"which {_ALL_AT_ONCE}. Leave them out (gradient_checkpointing_disable()): microbatch_size bounds the memory "
-    "instead."
+    f"which {_ALL_AT_ONCE}. Leave them out: microbatch_size bounds the memory instead. A checkpoint is allowed where "
+    "PyTorch can capture the loss."
 )
 PLAIN: set[type] = {Tensor, nn.Parameter}
 """Classes that are known to have no ``__torch_function__`` or ``__torch_dispatch__`` of their own."""

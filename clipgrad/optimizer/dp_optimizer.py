@@ -189,7 +189,7 @@ class DPOptimizer(LogicalBatch, Generic[Returned]):
             aliases_graph=found.aliases_graph,
         )
         self._claim = claim
-        self._last_outcome = found.outcome
+        self._keep(found.outcome)
         return cast(Returned, loss_and_metrics(found.outcome, found.aux))
 
     def step(self, closure: None = None) -> None:  # type: ignore[override]

@@ -41,11 +41,29 @@ def check_parts(optimizer: Any, model: Any, loss_fn: Any) -> None:
     if not isinstance(model, nn.Module):
         raise ValueError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
     _refuse_wrappers(model)
-    if not callable(loss_fn) or isinstance(loss_fn, nn.modules.loss._Loss):
+    is_criterion = isinstance(loss_fn, nn.modules.loss._Loss) or any(
+        loss_fn is function for function in vars(nn.functional).values()
+    )
+    if not callable(loss_fn) or is_criterion:
+        name = getattr(loss_fn, "__name__", type(loss_fn).__name__)
         raise ValueError(
-            f"loss_fn must be a function loss_fn(model, *batch) that returns a scalar, got {type(loss_fn).__name__}. "
+            f"loss_fn must be a function loss_fn(model, *batch) that returns a scalar, got {name}. "
             "Wrap a criterion: def loss_fn(model, x, y): return criterion(model(x), y)."
         )
+
+
+def is_compiled(function: Any) -> bool:
+    """Return whether ``torch.compile`` made a function; what ``torch.compiler.disable`` made looks alike."""
+    made_by_dynamo = hasattr(function, "_torchdynamo_orig_callable")
+    return made_by_dynamo and not getattr(function, "_torchdynamo_disable", False)
+
+
+def holds_compiled_code(model: nn.Module) -> bool:
+    """Return whether ``torch.compile`` or ``Module.compile`` compiled the model or a module in it."""
+    return any(
+        module._compiled_call_impl is not None or is_compiled(module.forward)
+        for module in model.modules()
+    )
 
 
 def _refuse_wrappers(model: nn.Module) -> None:

@@ -7,10 +7,12 @@ and still gets its noise.
 :func:`poisson_loader` samples single samples, and :func:`user_loader` samples users with their samples. Both can limit
 the batch size (truncated Poisson sampling), pad batches to that size, and split the dataset among ranks.
 :func:`shuffled_loader` makes shuffled batches of a fixed size, for a plan that claims no amplification.
+:func:`check_collation` finds a ``collate_fn`` that lets samples of a batch change each other.
 """
 
 from __future__ import annotations
 
+from clipgrad.sampling._check import check_collation
 from clipgrad.sampling._collate import EmptyBatchCollate, PaddedBatch
 from clipgrad.sampling._loader import PrivateLoader
 from clipgrad.sampling._make import poisson_loader, shuffled_loader
@@ -26,6 +28,7 @@ __all__ = [
     "PrivateLoader",
     "ShuffledSampler",
     "UserSampler",
+    "check_collation",
     "poisson_loader",
     "shuffled_loader",
     "user_loader",

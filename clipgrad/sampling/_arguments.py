@@ -5,6 +5,8 @@ from __future__ import annotations
 import numbers
 from collections.abc import Sized
 
+from torch.utils.data import DataLoader
+
 from clipgrad.ranks import world
 
 
@@ -55,6 +57,11 @@ def share(size: int, rank: object, num_replicas: object) -> range:
 
 def length(dataset: object) -> int:
     """Return the number of samples of a map-style dataset."""
+    if isinstance(dataset, DataLoader):
+        raise TypeError(
+            "dataset is a DataLoader, whose items are batches. Pass what it loads, loader.dataset, and what matters of "
+            "its settings: collate_fn=loader.collate_fn, num_workers. The loader of clipgrad replaces it."
+        )
     if not isinstance(dataset, Sized):
         raise TypeError(
             f"dataset must have a length, got {type(dataset).__name__}; use a map-style dataset, "
