@@ -12,7 +12,7 @@ the batch size (truncated Poisson sampling), pad batches to that size, and split
 
 from __future__ import annotations
 
-from clipgrad.sampling._check import check_collation
+from clipgrad.sampling._check_collation import check_collation
 from clipgrad.sampling._collate import EmptyBatchCollate, PaddedBatch
 from clipgrad.sampling._loader import PrivateLoader
 from clipgrad.sampling._make import poisson_loader, shuffled_loader

@@ -15,7 +15,7 @@ from clipgrad.clipping import Clipping
 from clipgrad.compiled import trace as trace_module
 from clipgrad.errors import CompileMismatchError
 from tests.compiled.conftest import Graphs
-from tests.nightly import every
+from tests.nightly import chosen, every
 from tests.small_mlp import make_batch, make_params, mlp
 
 Results = list[Tensor]
@@ -156,19 +156,18 @@ def test_rounding_at_a_kink_is_no_mismatch(graphs: Graphs) -> None:
     assert found.aux[0] != expected.aux[0]
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda r: r[3][1].mul_(0.999),
-        lambda r: r[3][0].mul_(3.0),
-        lambda r: r[0].mul_(3.0),
-        lambda r: r[6][2].add_(1),
-    ],
-    ids=["another norm", "this norm by more", "a sum by more", "another argmax"],
-)
-def test_a_kink_hides_no_fault(change: Callable[[Results], Any], graphs: Graphs) -> None:
+AT_A_KINK: dict[str, Callable[[Results], Any]] = {
+    "another norm": lambda r: r[3][1].mul_(0.999),
+    "this norm by more": lambda r: r[3][0].mul_(3.0),
+    "a sum by more": lambda r: r[0].mul_(3.0),
+    "another argmax": lambda r: r[6][2].add_(1),
+}
+
+
+@pytest.mark.parametrize("case", chosen(AT_A_KINK, {"another norm"}))
+def test_a_kink_hides_no_fault(case: str, graphs: Graphs) -> None:
     params, x = samples_at_a_kink()
-    graphs.alter = rounded_otherwise(change)
+    graphs.alter = rounded_otherwise(AT_A_KINK[case])
     with pytest.raises(CompileMismatchError):
         clipped_grad(at_a_kink, max_grad_norm=0.5, has_aux=True, compile=True)(params, x)
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from clipgrad.errors import NotPerSampleError
 from tests.dp_tools import clipped, data, mlp, private, squared
+from tests.nightly import chosen
 
 COMPILED: list[Any] = []
 
@@ -54,7 +55,7 @@ def _nothing_compiled() -> None:
     torch.compiler.reset()
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", chosen(MODELS, {"the model", "a layer in place"}))
 def test_a_compiled_model_equals_the_loop(name: str) -> None:
     model = MODELS[name](mlp())
     first = private(model)
