@@ -100,11 +100,14 @@ def _aged() -> int:
 
 
 def _search(*, everywhere: bool) -> None:
-    objects = [o for age in range(3 if everywhere else 2) for o in gc.get_objects(generation=age)]
-    kinds = {kind for kind in set(map(type, objects)) if issubclass(kind, Tensor)}
-    for found in objects:
-        if type(found) in kinds and level_of(found) > current_level():
-            _remember(found)
+    for age in range(3 if everywhere else 2):
+        # Not one list of all ages: it would be among the young objects, and so would hold itself.
+        objects = gc.get_objects(generation=age)
+        kinds = {kind for kind in set(map(type, objects)) if issubclass(kind, Tensor)}
+        for found in objects:
+            if type(found) in kinds and level_of(found) > current_level():
+                _remember(found)
+        del objects
 
 
 def contains_stale(tensors: Iterable[Tensor], level: int) -> bool:

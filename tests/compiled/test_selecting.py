@@ -39,9 +39,9 @@ def eager_runs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     runs: list[int] = []
     eagerly = MicrobatchRunner._of_python
 
-    def counted(self, batch, mask):  # type: ignore[no-untyped-def]
+    def counted(self, params, batch, mask):  # type: ignore[no-untyped-def]
         runs.append(len(batch[0]))
-        return eagerly(self, batch, mask)
+        return eagerly(self, params, batch, mask)
 
     monkeypatch.setattr(MicrobatchRunner, "_of_python", counted)
     # Of the comparisons only the first.
