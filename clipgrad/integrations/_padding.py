@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from clipgrad.sampling._check_collation import evaluating
 
 _SAMPLES = 8  # that are tried for two lengths
 
@@ -34,7 +35,7 @@ def refuse_influence_of_padding(
     Raises:
         ValueError: If the two losses differ.
     """
-    with _evaluating(model), torch.no_grad():
+    with evaluating(model), torch.random.fork_rng(devices=()), torch.no_grad():
         try:
             found = _pair(dataset, collate)
             if found is None:
@@ -80,17 +81,3 @@ def _on(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
 
 def _loss_of(returned: Any) -> Any:
     return returned[0] if isinstance(returned, tuple) else returned
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Run the body in evaluation mode, and restore modes and random numbers."""
-    training = [module for module in model.modules() if module.training]
-    state = torch.get_rng_state()
-    model.eval()
-    try:
-        yield
-    finally:
-        torch.set_rng_state(state)
-        for module in training:
-            module.training = True

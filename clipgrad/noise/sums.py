@@ -43,13 +43,13 @@ def noised(
 
 def add_and_divide(sums: list[Tensor], noise: list[Tensor], divisor: float) -> None:
     """Compute ``(sums + noise) / divisor`` in place, rounded after each of the two."""
-    # For small tensors a call of the loop costs more than PyTorch's second pass over memory.
-    large = sum(map(Tensor.numel, sums)) > _SMALL * len(sums)
-    loops = compiled_loops() if large and all(map(is_plain, sums)) else None
     if any(map(Tensor.is_neg, sums)):  # PyTorch has no operation on lists of these
         for total, row in zip(sums, noise, strict=True):
             total.add_(row).div_(divisor)
         return
+    # For small tensors a call of the loop costs more than PyTorch's second pass over memory.
+    large = sum(map(Tensor.numel, sums)) > _SMALL * len(sums)
+    loops = compiled_loops() if large and all(map(is_plain, sums)) else None
     if loops is None or not all(map(is_plain, noise)):
         torch._foreach_add_(sums, noise)
         torch._foreach_div_(sums, divisor)

@@ -9,6 +9,8 @@ from typing import Any
 from torch import Tensor
 from torch.utils._pytree import tree_is_leaf
 
+from clipgrad.sampling._collate import is_text
+
 Loss = Callable[..., Any]
 
 
@@ -41,7 +43,7 @@ def by_name(loss_fn: Loss) -> Loss:
 
 
 def _columns(batch: Mapping[str, Any]) -> Mapping[str, Any]:
-    dropped = [name for name, column in batch.items() if _is_text(column)]
+    dropped = [name for name, column in batch.items() if is_text(column)]
     if dropped:
         warnings.warn(
             f"backward: the batch's columns {', '.join(map(repr, dropped))} hold strings, which have no gradient; they "
@@ -51,9 +53,3 @@ def _columns(batch: Mapping[str, Any]) -> Mapping[str, Any]:
     elif not tree_is_leaf(batch):
         return batch
     return {name: column for name, column in batch.items() if name not in dropped}
-
-
-def _is_text(column: Any) -> bool:
-    if not isinstance(column, list | tuple):
-        return False
-    return bool(column) and all(isinstance(value, str | bytes) for value in column)

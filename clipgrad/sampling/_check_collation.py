@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 from torch.utils.data import default_collate
+
+from clipgrad.sampling._collate import is_text
 
 
 def check_collation(
@@ -58,14 +61,14 @@ def check_collation(
     def gradient(batch: Any, row: int) -> list[Tensor]:
         index: Any = slice(row, row + 1) if keep_batch_dim else row
         place = trained[0].device
-        one = tree_map(lambda leaf: leaf[index].to(place) if _is_tensor(leaf) else leaf, batch)
+        one = tree_map(
+            lambda leaf: leaf[index].to(place) if isinstance(leaf, Tensor) else leaf, batch
+        )
         loss = _call(loss_fn, model, one)
         loss = loss[0] if isinstance(loss, tuple) else loss
         return list(torch.autograd.grad(loss, trained, allow_unused=True, materialize_grads=True))
 
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
+    with evaluating(model):
         together = _plain(collate_fn(list(samples)))
         for index, sample in enumerate(samples):
             alone = gradient(_plain(collate_fn([sample])), 0)
@@ -78,6 +81,15 @@ def check_collation(
                     f"by {share}. The others change its row, which clipping does not bound, so no epsilon holds. If "
                     "rows are padded to the longest one, pad on the right and pass the mask, or pad to a fixed length."
                 )
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Run the body with the model in eval mode, and give each module its own mode back."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
     finally:
         for module, mode in modes:
             module.training = mode
@@ -93,15 +105,7 @@ def _plain(batch: Any) -> Any:
     """Return a mapping as a dictionary without columns of strings, as ``backward`` does."""
     if not isinstance(batch, Mapping):
         return batch
-    return {name: column for name, column in batch.items() if not _is_text(column)}
-
-
-def _is_text(column: Any) -> bool:
-    return isinstance(column, list | tuple) and all(isinstance(value, str) for value in column)
-
-
-def _is_tensor(leaf: Any) -> bool:
-    return isinstance(leaf, Tensor)
+    return {name: column for name, column in batch.items() if not is_text(column)}
 
 
 def _norm(tensors: Sequence[Tensor]) -> float:

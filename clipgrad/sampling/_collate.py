@@ -151,3 +151,10 @@ def _infer_empty(path: str, one: Any, two: Any) -> Any:
         "sample, so its empty version is unknown; return tensors whose first axis is the batch, in "
         "mappings, tuples or lists."
     )
+
+
+def is_text(column: Any) -> bool:
+    """Return whether a column of a batch holds strings, which have no gradient."""
+    if not isinstance(column, list | tuple):
+        return False
+    return bool(column) and all(isinstance(value, str | bytes) for value in column)

@@ -83,11 +83,14 @@ def _mixes(sample: Any, others: Sequence[Any], collate: Callable[[list[Any]], An
 
 
 def _is_missing(expected: Sequence[_Row], found: Sequence[_Row]) -> bool:
-    """Return whether no row is that of the sample; at each place the sample alone has a row of its own."""
-    return not any(_equal(*pair) for pair in zip(expected, found, strict=True)) and not any(
-        _equal(expected[0], row)
-        for row in found  # in another order
-    )
+    """Return whether no row is that of the sample.
+
+    Args:
+        expected: The sample's row at each place of a batch, which may depend on the place.
+        found: The rows of another batch, which may be in another order than its samples.
+    """
+    at_its_place = any(_equal(*pair) for pair in zip(expected, found, strict=True))
+    return not at_its_place and not any(_equal(expected[0], row) for row in found)
 
 
 def _rows(collate: Callable[[list[Any]], Any], samples: Sequence[Any]) -> list[_Row]:
