@@ -1,4 +1,4 @@
-"""What clipping costs where language models are trained: padding masks, LoRA, one GPU.
+"""What clipping costs where people fine-tune: text with padding masks, LoRA, half precision, images, one GPU.
 
     python -m benchmarks.finetuning gpt2 llama-lora              # on a GPU, a few minutes each
     python -m benchmarks.finetuning gpt2-tiny --device cpu       # a try of the script itself
@@ -33,10 +33,20 @@ def loss_fn(model: nn.Module, batch: Batch) -> Tensor:
     return loss
 
 
-def bfloat16_loss(model: nn.Module, batch: Batch) -> Tensor:
-    """The model's own loss under autocast."""
-    with torch.autocast(batch["input_ids"].device.type, torch.bfloat16):
-        return loss_fn(model, batch)
+def image_loss(model: nn.Module, batch: Batch) -> Tensor:
+    """The loss of a classifier of images."""
+    loss: Tensor = model(**batch).loss
+    return loss
+
+
+def in_bfloat16(setting: Setting) -> Setting:
+    """The same setting under autocast."""
+
+    def loss(model: nn.Module, batch: Batch) -> Tensor:
+        with torch.autocast(batch["labels"].device.type, torch.bfloat16):
+            return setting.loss(model, batch)
+
+    return setting._replace(loss=loss)
 
 
 class Setting(NamedTuple):
@@ -79,9 +89,23 @@ def llama_lora(device: str, *, tiny: bool = False) -> Setting:
     return Setting(model, text(vocabulary, *shape, device))
 
 
-def in_bfloat16(setting: Setting) -> Setting:
-    """The same setting under autocast."""
-    return setting._replace(loss=bfloat16_loss)
+def llama(device: str, *, tiny: bool = False) -> Setting:
+    """Llama of one billion parameters, all of them trained, in float32."""
+    with torch.device(device):
+        model = language_models.llama(tiny=tiny)
+    shape = (4, 16) if tiny else (4, 512)
+    return Setting(model, text(model.config.vocab_size, *shape, device))
+
+
+def vit(device: str, *, tiny: bool = False) -> Setting:
+    """ViT-B/16 of 86 million parameters, all of them trained, in float32."""
+    model = language_models.vit(tiny=tiny).to(device)
+    generator = torch.Generator().manual_seed(0)
+    size, side = (4, 32) if tiny else (64, 224)
+    images = torch.randn(size, 3, side, side, generator=generator)
+    labels = torch.randint(10, (size,), generator=generator)
+    batch = {"pixel_values": images.to(device), "labels": labels.to(device)}
+    return Setting(model, batch, image_loss)
 
 
 SETTINGS: dict[str, Callable[[str], Setting]] = {
@@ -91,8 +115,14 @@ SETTINGS: dict[str, Callable[[str], Setting]] = {
     "gpt2-bf16-unmasked": lambda device: in_bfloat16(gpt2(device, masked=False)),
     "gpt2-bf16-tiny": lambda device: in_bfloat16(gpt2(device, tiny=True)),
     "gpt2-tiny": lambda device: gpt2(device, tiny=True),
+    "llama-1b": llama,
+    "llama-1b-bf16": lambda device: in_bfloat16(llama(device)),
+    "llama-1b-bf16-tiny": lambda device: in_bfloat16(llama(device, tiny=True)),
     "llama-lora": llama_lora,
     "llama-lora-tiny": lambda device: llama_lora(device, tiny=True),
+    "vit": vit,
+    "vit-bf16": lambda device: in_bfloat16(vit(device)),
+    "vit-bf16-tiny": lambda device: in_bfloat16(vit(device, tiny=True)),
 }
 
 
@@ -115,7 +145,7 @@ def ordinary(setting: Setting, device: str, mode: str) -> Callable[[], None]:
 
 def private(setting: Setting, device: str, compile: bool | str) -> Callable[[], None]:
     model, batch = copy.deepcopy(setting.model), setting.batch
-    size = len(batch["input_ids"])
+    size = len(batch["labels"])
     optimizer = clipgrad.DPOptimizer(
         adamw(model, device), model, setting.loss, max_grad_norm=1.0, noise_multiplier=1.0, expected_batch_size=size,
         microbatch_size=size, compile=compile,

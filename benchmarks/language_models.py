@@ -1,4 +1,4 @@
-"""Make the language models of several benchmarks from ``transformers`` configurations, with random weights."""
+"""Make the models of several benchmarks from ``transformers`` configurations, with random weights."""
 
 from __future__ import annotations
 
@@ -36,3 +36,19 @@ def llama(*, tiny: bool = False) -> nn.Module:
     }  # fmt: skip
     config = transformers.LlamaConfig(use_cache=False, **(small if tiny else big))
     return transformers.LlamaForCausalLM(config)
+
+
+def vit(*, tiny: bool = False) -> nn.Module:
+    """Return ViT-B/16 with a classifier of ten labels and no dropout, or a small model of the same kind."""
+    import transformers
+
+    small: dict[str, Any] = {
+        "image_size": 32, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+    }  # fmt: skip
+    config = transformers.ViTConfig(
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        num_labels=10,
+        **(small if tiny else {}),
+    )
+    return transformers.ViTForImageClassification(config)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
@@ -39,6 +41,22 @@ def test_by_products(
     torch.testing.assert_close(found(left, right), expected(left, right))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("longest", [1, 4, 5, 6])
+def test_long_half_precision_in_pieces(
+    longest: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gram, "_LONGEST_HALF_PRODUCT", longest)
+    left, right = torch.randn(3, 7, 5).to(dtype), torch.randn(3, 7, 13).to(dtype)
+    norms, lefts, rights, products = gram._by_products(left, right)
+    torch.testing.assert_close(
+        torch.stack([norms, lefts, rights, products]).double(),
+        expected(left, right),
+        rtol=1e-5,
+        atol=1e-6,
+    )
+
+
 def test_of_no_samples() -> None:
     assert found(torch.randn(0, 3, 4), torch.randn(0, 3, 5)).shape == (4, 0)
 
@@ -54,13 +72,20 @@ def test_kernel_in_the_interpreter() -> None:
 @needs_cuda
 @pytest.mark.parametrize("tf32", [False, True])
 @pytest.mark.parametrize(
-    "shape", [(4, 8, 5, 3), (40, 16, 5, 3), (32, 64, 256, 768), (8, 1000, 9, 64), (1, 3, 2, 2)]
-)
-def test_on_cuda_in_full_precision(shape: tuple[int, int, int, int], tf32: bool) -> None:
+    "shape",
+    [
+        (4, 8, 5, 3), (40, 16, 5, 3), (32, 64, 256, 768), (8, 1000, 9, 64), (1, 3, 2, 2),
+        (2, 512, 50_257, 8), (2, 8, 50_257, 8),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("draw", [torch.randn, torch.rand])
+def test_on_cuda_in_full_precision(
+    shape: tuple[int, int, int, int], tf32: bool, draw: Callable[..., Tensor]
+) -> None:
     """Whatever is allowed to matrix products, and whether the kernel is worth its launch or not."""
     samples, positions, rows, columns = shape
-    left = torch.randn(samples, positions, rows, device="cuda")
-    right = torch.randn(samples, columns, positions, device="cuda").mT
+    left = draw(samples, positions, rows, device="cuda")
+    right = draw(samples, columns, positions, device="cuda").mT
     with tensor_cores.set_tf32(tf32):
         result = found(left, right)
     torch.testing.assert_close(result.double(), expected(left, right), rtol=1e-5, atol=0)
@@ -72,12 +97,22 @@ def test_on_cuda_in_full_precision(shape: tuple[int, int, int, int], tf32: bool)
     "dtypes", [(torch.bfloat16,) * 2, (torch.float16,) * 2, (torch.bfloat16, torch.float32)]
 )
 @pytest.mark.parametrize(
-    "shape", [(4, 8, 5, 3), (32, 64, 256, 768), (8, 100, 9, 64), (2, 300, 50_257, 8)]
-)
+    "shape",
+    [
+        (4, 8, 5, 3), (32, 64, 256, 768), (8, 100, 9, 64), (2, 300, 50_257, 8), (1, 2, 512, 9),
+        (3, 8, 513, 4), (2, 12, 4, 20_000),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("triton", [True, False])
 def test_half_precision_on_cuda(
-    shape: tuple[int, int, int, int], dtypes: tuple[torch.dtype, torch.dtype]
+    shape: tuple[int, int, int, int],
+    dtypes: tuple[torch.dtype, torch.dtype],
+    triton: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """All of one sign, so that digits which tensor cores cut off would add up."""
+    if not triton:
+        monkeypatch.setattr(gram, "launcher", lambda name: None)
     samples, positions, rows, columns = shape
     left = torch.rand(samples, positions, rows, device="cuda").to(dtypes[0])
     right = torch.rand(samples, positions, columns, device="cuda").to(dtypes[1])

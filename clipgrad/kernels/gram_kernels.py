@@ -34,11 +34,11 @@ def _block_of_gram(
             mask=(columns[None, :] < positions) & inside[:, None],
             other=0.0,
         )
+        # Tensor cores cut off digits when they add, which makes long sums too small. So each product starts at zero.
+        # Times an unknown one, since the compiler would move a plain sum into the tensor cores.
         if factor.dtype.element_ty == tl.float32:
-            block = tl.dot(a, b, block, input_precision="tf32x3")
+            block += tl.dot(a, b, input_precision="tf32x3") * one
         else:
-            # Tensor cores cut off digits when they add, which makes long sums too small. So each product starts at
-            # zero. Times an unknown one, since the compiler would move a plain sum into the tensor cores.
             block += tl.dot(a, b) * one
     return block
 
