@@ -97,6 +97,8 @@ CASES: list[RuleCase] = [
 for _mode in ("sum", "mean", "max"):
     CASES += [
         _case(_mode, lambda p, ids, mode=_mode: F.embedding_bag(ids, p["table"], mode=mode)),
+        _case(f"{_mode}_one_id", lambda p, ids, mode=_mode: F.embedding_bag(
+            ids[:, :1], p["table"], mode=mode)),
         _case(f"{_mode}_padding", lambda p, ids, mode=_mode: F.embedding_bag(
             ids, p["table"], mode=mode, padding_idx=2)),
         _case(f"{_mode}_several_bags", lambda p, ids, mode=_mode: F.embedding_bag(
