@@ -1,6 +1,7 @@
 """What clipping costs where people fine-tune: text with padding masks, LoRA, half precision, images, one GPU.
 
     python -m benchmarks.finetuning gpt2 llama-lora              # on a GPU, a few minutes each
+    python -m benchmarks.finetuning gpt2-bf16 --profile gpt2.txt # and where the device's time goes
     python -m benchmarks.finetuning gpt2-tiny --device cpu       # a try of the script itself
 
 Models come from ``transformers`` configurations with random weights. Each row is the median of interleaved steps in one
@@ -16,10 +17,12 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 
 import clipgrad
 from benchmarks import language_models
@@ -173,7 +176,21 @@ def wait(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def measured(name: str, device: str, rounds: int, mode: str) -> dict[str, Any]:
+def kernels(step: Callable[[], None], device: str) -> str:
+    """A table of what three steps run on the device, with the longest first."""
+    where = ProfilerActivity.CPU if device == "cpu" else ProfilerActivity.CUDA
+    with profile(activities=[where], acc_events=True) as profiler:
+        for _ in range(3):
+            step()
+        wait(device)
+    order = "self_cpu_time_total" if device == "cpu" else "self_device_time_total"
+    table: str = profiler.key_averages().table(sort_by=order, row_limit=60)
+    return table
+
+
+def measured(
+    name: str, device: str, rounds: int, mode: str, profile_to: Path | None
+) -> dict[str, Any]:
     """Milliseconds of each kind of step, seconds until its first one was done, and its peak memory."""
     setting = SETTINGS[name](device)
     makers = {
@@ -199,6 +216,10 @@ def measured(name: str, device: str, rounds: int, mode: str) -> dict[str, Any]:
     for _ in range(rounds):
         for kind, step in steps.items():
             times[kind].append(milliseconds(step, device))
+    if profile_to is not None:
+        with profile_to.open("a") as file:
+            for kind, step in steps.items():
+                print(f"{name}, {kind}, three steps\n{kernels(step, device)}", file=file)
     for kind, found in times.items():
         row[f"{kind}: ms"] = round(statistics.median(found), 2)
     for kind in ("private, eager", "private, compiled"):
@@ -212,10 +233,16 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--rounds", type=int, default=24)
     parser.add_argument("--mode", default="reduce-overhead", help="compile= of the private step")
+    parser.add_argument(
+        "--profile", type=Path, help="append tables of the device's kernels to this file"
+    )
     args = parser.parse_args()
     torch.set_float32_matmul_precision("high")  # TF32, as in ordinary training on such a GPU
     for name in args.settings:
-        print(json.dumps(measured(name, args.device, args.rounds, args.mode)), flush=True)
+        print(
+            json.dumps(measured(name, args.device, args.rounds, args.mode, args.profile)),
+            flush=True,
+        )
 
 
 if __name__ == "__main__":
