@@ -42,6 +42,23 @@ def chosen(values: Iterable[str], short: Collection[str]) -> list[Parameter]:
     return thinned(values, short.__contains__)
 
 
+def picked(values: Iterable[tuple[Any, ...]], short: Collection[str]) -> list[Parameter]:
+    """Values of several arguments, of which those whose ids are in ``short`` always run.
+
+    Args:
+        values: In order.
+        short: Ids, which are the names of the arguments with a hyphen in between.
+
+    Raises:
+        ValueError: If ``short`` holds another id.
+    """
+    named = [("-".join(map(_named, row)), row) for row in values]
+    unknown = set(short) - {name for name, _ in named}
+    if unknown:
+        raise ValueError(f"{sorted(unknown)} is not among {[name for name, _ in named]}")
+    return [_parameter(row, name in short, name) for name, row in named]
+
+
 def every(step: int, values: Iterable[Any], name: Callable[[Any], str] = _named) -> list[Parameter]:
     """Each ``step``-th value always runs, from the first on."""
     return [

@@ -1,6 +1,7 @@
 """Epsilon equals dp-accounting's own, published figures and the closed form; noise meets its target."""
 
 import importlib
+import itertools
 import math
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from scipy import optimize, special
 from clipgrad import accounting
 from clipgrad.accounting import _dp, _equal_steps, _pld, _rdp, _run, epsilon, noise_multiplier
 from clipgrad.accounting._equal_steps import EqualSteps
-from tests.nightly import every, rows, some, thinned
+from tests.nightly import every, picked, rows, some, thinned
 
 # The run of Opacus' own tests of its accountants.
 OPACUS: dict[str, Any] = {"sample_rate": 0.04, "steps": 2249, "delta": 1e-5}
@@ -42,7 +43,7 @@ def gaussian_epsilon(mu: float, delta: float) -> float:
     return float(optimize.brentq(excess, 0, 200))
 
 
-@pytest.mark.parametrize("noise", thinned([0.6, 1.0, 4.0], lambda noise: noise >= 1.0))
+@pytest.mark.parametrize("noise", thinned([0.6, 1.0, 4.0], lambda noise: noise == 1.0))
 def test_equals_dp_accounting(noise: float) -> None:
     assert epsilon(noise_multiplier=noise, **SHORT) == own_epsilon(
         pld.PLDAccountant(), noise, SHORT
@@ -187,8 +188,13 @@ def test_calibration_for_replacement() -> None:
     assert 0.999 < epsilon(noise_multiplier=noise, **run) <= 1.0
 
 
-@BOTH
-@pytest.mark.parametrize("target", [1e-6, 1e-4, 1e5])
+@pytest.mark.parametrize(
+    ("accountant", "target"),
+    picked(
+        itertools.product(["pld", "rdp"], [1e-6, 1e-4, 1e5]),
+        {"pld-0.0001", "rdp-1e-06", "rdp-100000.0"},
+    ),
+)
 def test_calibration_to_extreme_targets(accountant: accounting.Accountant, target: float) -> None:
     run: dict[str, Any] = {**SHORT, "accountant": accountant}
     noise = noise_multiplier(target_epsilon=target, **run)

@@ -17,7 +17,7 @@ from clipgrad.rules import Call, Outer, PerSample, Recipe, register_rule, unregi
 from clipgrad.rules.registry import Extent
 from clipgrad.testing import Params, RuleCase
 from tests.dp_tools import clipped, private
-from tests.nightly import every
+from tests.nightly import chosen
 from tests.test_rules import CASES, double
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # PyTorch's own remarks on odd shapes
@@ -65,7 +65,7 @@ def assert_exact(
         torch.testing.assert_close(dict(result.grads), sums, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("rule", every(2, RULES))
+@pytest.mark.parametrize("rule", chosen(RULES, {*RULES[::2]} - {"einsum"}))  # it takes seconds
 def test_every_rule(rule: str) -> None:
     """Wherever PyTorch runs the operation on single samples, the result is that of the loop."""
     legal = 0

@@ -19,9 +19,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from clipgrad import clipped_grad
 from clipgrad.engine.foreign_code import without_saved_tensors_hooks
 from clipgrad.errors import CompileError, NotPerSampleError
+from tests.compiled.conftest import Graphs, graphs  # noqa: F401
 from tests.dp_tools import data, mlp, private, squared
 from tests.foreign_code import HOSTILE, SAVED, Hostile, Params, plain, quantised
-from tests.nightly import chosen
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:There is a performance drop"),
@@ -89,14 +89,22 @@ def test_hostile_in_a_compiled_step(name: str) -> None:
         clipped_sum(hostile, batch(), compile=True)
 
 
-@pytest.mark.parametrize(
-    "name",
-    chosen(
-        ["saved tensors hooks", "save_on_cpu", "dispatch mode", "function mode"],
-        {"function mode"},
-    ),
-)
-def test_what_is_put_around_a_step_that_is_compiled_already(name: str) -> None:
+AROUND = ["saved tensors hooks", "save_on_cpu", "dispatch mode", "function mode"]
+
+
+@pytest.mark.parametrize("name", AROUND)
+def test_what_is_put_around_a_step_that_is_compiled_already(name: str, graphs: Graphs) -> None:  # noqa: F811
+    refused_around_a_compiled_step(name)
+    assert len(graphs) == 1
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("name", AROUND)
+def test_what_is_put_around_a_step_of_torch_inductor(name: str) -> None:
+    refused_around_a_compiled_step(name)
+
+
+def refused_around_a_compiled_step(name: str) -> None:
     gradient = clipped_grad(plain, max_grad_norm=1.0, compile=True)
     gradient(parameters(), batch())
     message = rf"{SAVED}|Mode is active, which sees single operations"

@@ -25,7 +25,7 @@ from clipgrad import (
 from clipgrad.clipping import StepState
 from clipgrad.function import ClippedGrad
 from clipgrad.result import ClippedGradResult
-from tests.nightly import every
+from tests.nightly import chosen
 
 Params = dict[str, Tensor]
 Rows = tuple[Tensor, ...]
@@ -256,7 +256,10 @@ batches: dict[str, st.SearchStrategy[Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", every(3, MODELS))
+@pytest.mark.parametrize(
+    "name",
+    chosen(MODELS, {"regression", "cnn, float16", "sliced, bfloat16", "difference, autocast"}),
+)
 @settings(deadline=None, derandomize=True, max_examples=60, database=None)
 @given(drawn=st.fixed_dictionaries(batches), options=clippings)
 def test_neighbours(name: str, drawn: dict[str, Any], options: dict[str, Any]) -> None:
@@ -265,7 +268,7 @@ def test_neighbours(name: str, drawn: dict[str, Any], options: dict[str, Any]) -
     check(model, gradient, Neighbours.make(model, gradient, **drawn))
 
 
-@pytest.mark.parametrize("name", every(4, MODELS))
+@pytest.mark.parametrize("name", chosen(MODELS, {"cnn", "difference", "normalised, float16"}))
 @settings(deadline=None, derandomize=True, max_examples=25, database=None)
 @given(drawn=st.fixed_dictionaries(batches), options=strategies)
 def test_neighbours_of_strategies(

@@ -9,7 +9,7 @@ import pytest
 
 from clipgrad.errors import NotPerSampleError
 from tests.architectures import ARCHITECTURES, COMPILED, REPRESENTATIVES, Architecture
-from tests.nightly import chosen, every, pairs
+from tests.nightly import chosen, every, pairs, picked
 from tests.test_architectures import EXACT, optimizer_for
 
 BATCH_SIZE = 5
@@ -62,5 +62,7 @@ def test_pairs_hold_each_two_values_together() -> None:
 def test_nothing_is_left_out_for_good() -> None:
     assert [p.values for p in every(3, "abcde")] == [(c,) for c in "abcde"]
     assert [p.id for p in every(3, "abcde") if not p.marks] == ["a", "d"]
-    with pytest.raises(ValueError, match="f"):
-        chosen("abc", {"f"})
+    assert [p.id for p in picked([("a", 1), ("b", 2)], {"b-2"}) if not p.marks] == ["b-2"]
+    for left_out in (lambda: chosen("abc", {"f"}), lambda: picked([("a", 1)], {"f-1"})):
+        with pytest.raises(ValueError, match="f"):
+            left_out()

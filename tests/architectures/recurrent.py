@@ -11,6 +11,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from ._base import add, architecture, floats, freeze, normal, several
 
 SEQUENCE = floats(5, 3)
+SHORT_SEQUENCE = floats(3, 3)  # one step without a state, and two with one
 
 
 class Recurrent(nn.Module):
@@ -174,9 +175,14 @@ class CellLoop(nn.Module):
         return self.head(torch.stack(outputs, dim=1))
 
 
-add("rnn_cell_loop", lambda: CellLoop(nn.RNNCell, nonlinearity="relu"), SEQUENCE, "RNNCell")
-add("lstm_cell_loop", lambda: CellLoop(nn.LSTMCell), SEQUENCE, "LSTMCell")
-add("gru_cell_loop", lambda: CellLoop(nn.GRUCell, bias=False), SEQUENCE, "GRUCell without bias")
+add("rnn_cell_loop", lambda: CellLoop(nn.RNNCell, nonlinearity="relu"), SHORT_SEQUENCE, "RNNCell")
+add("lstm_cell_loop", lambda: CellLoop(nn.LSTMCell), SHORT_SEQUENCE, "LSTMCell")
+add(
+    "gru_cell_loop",
+    lambda: CellLoop(nn.GRUCell, bias=False),
+    SHORT_SEQUENCE,
+    "GRUCell without bias",
+)
 
 
 @architecture("autoregressive_cell", SEQUENCE)

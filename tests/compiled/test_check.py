@@ -15,7 +15,7 @@ from clipgrad.clipping import Clipping
 from clipgrad.compiled import trace as trace_module
 from clipgrad.errors import CompileMismatchError
 from tests.compiled.conftest import Graphs
-from tests.nightly import chosen, every
+from tests.nightly import chosen
 from tests.small_mlp import make_batch, make_params, mlp
 
 Results = list[Tensor]
@@ -46,7 +46,7 @@ CHANGES: dict[str, tuple[Callable[[Results], Any], str]] = {
 }
 
 
-@pytest.mark.parametrize("case", every(2, CHANGES))
+@pytest.mark.parametrize("case", chosen(CHANGES, {"a sum scaled", "a sum NaN"}))
 def test_difference_is_seen(case: str, graphs: Graphs) -> None:
     change, message = CHANGES[case]
     graphs.alter = spoiled(change)

@@ -14,6 +14,7 @@ from torch._inductor.utils import fresh_cache
 
 from clipgrad import DPOptimizer
 from clipgrad.errors import CompileError
+from tests.compiled.conftest import Graphs
 from tests.oracle import clipped_sum, per_sample_gradients
 
 
@@ -78,9 +79,20 @@ def test_language_models(make: Any, dtype: torch.dtype, tolerance: float) -> Non
         torch.testing.assert_close(total, expected[name], rtol=0, atol=tolerance * 24 * bound)
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_under_a_profiler(graphs: Graphs) -> None:
+    compiled_under_a_profiler()
+    assert len(graphs) == 1
+
+
+@pytest.mark.nightly
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-def test_under_a_profiler() -> None:
+def test_torch_inductor_under_a_profiler() -> None:
+    compiled_under_a_profiler()
+
+
+def compiled_under_a_profiler() -> None:
     model, x = nn.Linear(3, 2), torch.randn(4, 3)
     optimizer = optimizer_of(model, lambda model, x: model(x).square().sum(), 1.0)
     with cProfile.Profile():

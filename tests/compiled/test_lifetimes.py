@@ -8,8 +8,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._inductor import config
-from torch._inductor.graph import GraphLowering
 
 import clipgrad
 from clipgrad import Performance
@@ -20,6 +18,9 @@ from clipgrad import Performance
 @pytest.mark.filterwarnings("ignore:.*is deprecated")
 def test_weight_gradients_do_not_wait_for_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
     """Else every activation and every gradient would live until there."""
+    from torch._inductor import config
+    from torch._inductor.graph import GraphLowering  # it takes seconds to import, and runs at night
+
     written: list[str] = []
     monkeypatch.setattr(GraphLowering, "save_output_code", staticmethod(written.append))
 

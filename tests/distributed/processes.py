@@ -20,7 +20,10 @@ import torch.distributed as dist
 # A rank that waits longer than this many seconds fails; a test that passes never waits so long.
 TIMEOUT = 60
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["tests.distributed.cases"])
+# What takes each process seconds to import is imported once, and each process is a fork of the one that did.
+_CONTEXT.set_forkserver_preload(
+    ["tests.distributed.cases", "torch.distributed.fsdp", "torch._dynamo", "dp_accounting"]
+)
 
 
 class Failed(AssertionError):
