@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
+from clipgrad.compiled.views import let_views_copy
+
 Run = Callable[..., Sequence[Tensor]]
 
 
@@ -39,5 +41,7 @@ def compile_graph(module: GraphModule, mode: str, arguments: Sequence[Tensor]) -
     # This pass moves weight gradients next to their norms at the end, so all activations and gradients stay alive.
     options["reorder_for_locality"] = False
     own = GraphModule(module, copy.deepcopy(module.graph))  # the compiler may write to it
+    let_views_copy(own.graph)
+    own.recompile()
     run: Run = torch._inductor.compile(own, list(arguments), options=options)
     return run
