@@ -1,4 +1,4 @@
-"""Replace operations of a traced graph that the compiler handles slowly."""
+"""Replace operations of a traced graph that the compiler handles slowly or wrongly."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from torch._decomp import get_decompositions
 
 from clipgrad.compiled.shape import is_channels_last
 from clipgrad.kernels.delayed import delay_until
+
+_CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 
 
 def _memory_format(gradient: Tensor) -> torch.memory_format:
@@ -74,6 +76,51 @@ def _pool_backward(
     height, width = input.shape[-2:]
     lists = map(list, (kernel_size, stride, padding, dilation))
     return max_pool2d_backward(gradient, indices, height, width, *lists, ceil_mode)
+
+
+@torch.library.custom_op(
+    "clipgrad::attention_in_float64", mutates_args=(), tags=(torch.Tag.flexible_layout,)
+)
+def attention_in_float64(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    dropout_p: float,
+    is_causal: bool,
+    attn_mask: Tensor | None,
+    scale: float | None,
+) -> tuple[Tensor, Tensor]:
+    """Run PyTorch's own kernel of attention on the CPU, and describe its second result correctly.
+
+    The backward pass reads this result: logarithms of sums of exponentials, in float64 like the query. PyTorch 2.11
+    tells the compiler that they are float32, so the compiled step would read their memory as float32.
+    """
+    output, logarithms = _CPU_ATTENTION(
+        query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale
+    )
+    return output, logarithms
+
+
+@attention_in_float64.register_fake
+def _(query: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    *given, mask, scale = arguments
+    output, logarithms = _CPU_ATTENTION(query, *given, attn_mask=mask, scale=scale)
+    return output, torch.empty_like(logarithms, dtype=query.dtype)
+
+
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    attn_mask: Tensor | None = None,
+    scale: float | None = None,
+) -> Any:
+    if query.dtype != torch.float64:
+        return NotImplemented
+    return attention_in_float64(query, key, value, dropout_p, is_causal, attn_mask, scale)
 
 
 def _product_with_bias(
@@ -169,6 +216,7 @@ _ACTIVATIONS = (
 
 DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {
     **{operation: _delay_activation_gradient(operation) for operation in _ACTIVATIONS},
+    _CPU_ATTENTION: _attention,
     torch.ops.aten.addmm.default: _product_with_bias,
     torch.ops.aten.constant_pad_nd.default: _padded,
     torch.ops.aten.convolution_backward.default: _input_gradient,

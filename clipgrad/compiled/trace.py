@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from clipgrad.compiled.decompositions import DECOMPOSITIONS
 from clipgrad.compiled.lengths import Lengths
+from clipgrad.compiled.views import written_bases
 from clipgrad.compiled.zeroing import zero_in_place
 from clipgrad.engine.captured_loss import GraphOfLoss
 from clipgrad.engine.clip_and_sum import MicrobatchResult, Settings
@@ -192,9 +193,8 @@ def trace(
             stack.enter_context(WholeBatch())
         module = make_fx(step, decomposition_table=DECOMPOSITIONS)(*arguments)
     constants = _lift_constants(module)
-    has_no_side_effects = not any(
-        _may_be_random(node) or _writes_outside(node) for node in module.graph.nodes
-    )
+    writes_outside = any(base.op == "placeholder" for base in written_bases(module.graph))
+    has_no_side_effects = not (writes_outside or any(map(_may_be_random, module.graph.nodes)))
     zero_in_place(module)
     return TracedStep(module, layouts[0], constants, needs_finite_check, has_no_side_effects)
 
@@ -220,35 +220,6 @@ def _dropout(node: Node) -> Any:
             given = node.kwargs.get(argument.name, argument.default_value)
             return node.args[index] if index < len(node.args) else given
     return None
-
-
-def _writes_outside(node: Node) -> bool:
-    """Return whether a node writes to an argument of the graph, or to a view of an argument."""
-    return any(
-        _view_base(argument).op == "placeholder"
-        for argument in _aliased_arguments(node, written=True)
-    )
-
-
-def _view_base(node: Node) -> Node:
-    """Return the node whose memory a view shares."""
-    while bases := _aliased_arguments(node, written=False):
-        node = bases[0]
-    return node
-
-
-def _aliased_arguments(node: Node, *, written: bool) -> list[Node]:
-    """Return the arguments that an operation writes to, or whose memory its result may share."""
-    if not isinstance(node.target, OpOverload):
-        return list(node.args[:1]) if node.target is operator.getitem and not written else []  # type: ignore[arg-type]
-    described = zip(node.target._schema.arguments, node.args, strict=False)
-    return [
-        value
-        for argument, value in described
-        if isinstance(value, Node)
-        and argument.alias_info is not None
-        and (argument.alias_info.is_write or not written)
-    ]
 
 
 def _lift_constants(module: GraphModule) -> tuple[Tensor, ...]:

@@ -1,0 +1,62 @@
+"""What shares memory in a traced graph, and views of tensors whose strides the compiler changes."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+
+import torch
+from torch._ops import OpOverload
+from torch.fx import Graph, Node
+
+_VIEWS = (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default)
+
+
+def aliased_arguments(node: Node, *, written: bool) -> list[Node]:
+    """Return the arguments that an operation writes to, or whose memory its result may share."""
+    if not isinstance(node.target, OpOverload):
+        return list(node.args[:1]) if node.target is operator.getitem and not written else []  # type: ignore[arg-type]
+    parameters = node.target._schema.arguments
+    by_name = {parameter.name: parameter for parameter in parameters}
+    given = [
+        *zip(parameters, node.args, strict=False),
+        *((by_name[name], value) for name, value in node.kwargs.items()),
+    ]
+    return [
+        value
+        for parameter, argument in given
+        if parameter.alias_info is not None and (parameter.alias_info.is_write or not written)
+        for value in (argument if isinstance(argument, Sequence) else [argument])
+        if isinstance(value, Node)
+    ]
+
+
+def view_base(node: Node) -> Node:
+    """Return the node whose memory a view shares."""
+    while bases := aliased_arguments(node, written=False):
+        node = bases[0]
+    return node
+
+
+def written_bases(graph: Graph) -> set[Node]:
+    """Return the nodes whose memory an operation of the graph writes to."""
+    return {
+        view_base(argument)
+        for node in graph.nodes
+        for argument in aliased_arguments(node, written=True)
+    }
+
+
+def let_views_copy(graph: Graph) -> None:
+    """Make every view a ``reshape``, which copies a tensor that has no such view.
+
+    A view that was possible in the trace may be impossible in the compiler. The compiler replaces some operations by
+    others whose results have other strides: ``cat`` of one tensor and empty ones keeps the tensor's strides, whereas
+    the operation itself returns a contiguous tensor. A view stays as it is if its memory is written to, because a
+    write to a copy would be lost.
+    """
+    written = written_bases(graph)
+    for view in _VIEWS:
+        for node in graph.find_nodes(op="call_function", target=view):
+            if view_base(node) not in written:
+                node.target = torch.ops.aten.reshape.default
