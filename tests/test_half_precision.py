@@ -15,6 +15,7 @@ from clipgrad import Performance, clipped_grad
 from clipgrad.engine.reference import clipped_sum, per_sample_gradients_by_loop
 from clipgrad.kernels import half_products
 from clipgrad.kernels.half_products import HALF, half_product, in_terms, product
+from clipgrad.rules import linear as linear_module
 from clipgrad.rules.canonical import Outer, PerSample
 from clipgrad.rules.ghost import ghost_norms_squared
 from tests.compiled.conftest import Graphs, graphs  # noqa: F401 - a fixture
@@ -207,10 +208,17 @@ def make_tied(first: int, second: int, dtype: torch.dtype) -> Params:
 @pytest.mark.parametrize("second", [8, 5])
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF])
 @pytest.mark.parametrize("strategy", ["kept", "ghost"])
+@pytest.mark.parametrize("wide", [1, 4096])
 def test_zeros_behind_odd_axes(
-    first: int, second: int, dtype: torch.dtype, strategy: str, monkeypatch: pytest.MonkeyPatch
+    first: int,
+    second: int,
+    dtype: torch.dtype,
+    strategy: str,
+    wide: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """An odd vocabulary or width: products read aligned memory, and nobody sees the zeros."""
+    monkeypatch.setattr(linear_module, "_WIDE_OUTPUT", wide)
     params = make_tied(first, second, dtype)
     ids = torch.randint(first, (3, 6))
     gradient = clipped_grad(tied, max_grad_norm=1.0, performance=Performance(strategy=strategy))
@@ -220,6 +228,47 @@ def test_zeros_behind_odd_axes(
     slack = 1e-2 if strategy == "kept" and dtype is torch.bfloat16 else 1e-4
     torch.testing.assert_close(found.grads, expected.grads, rtol=slack, atol=slack / 10)
     torch.testing.assert_close(found.grad_norms, expected.grad_norms, rtol=slack, atol=0)
+
+
+def head_and_bias(p: Params, x: Tensor) -> Tensor:
+    """A loss over flat logits, which it may write to, under autocast."""
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = F.linear(x.tanh(), p["w"], p["b"])
+    flat = logits.view(-1)
+    return flat.mul_(0.5).float().sin().sum() + logits.float().logsumexp(-1).sum()
+
+
+@pytest.mark.parametrize("axes", [(), (6,), (2, 3)])
+@pytest.mark.parametrize("compile", [False, True])
+def test_a_wide_layer_of_odd_width(
+    axes: tuple[int, ...],
+    compile: bool,
+    graphs: Graphs,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its products read and write aligned rows, and one tensor with zeros is the gradient for all of them."""
+    monkeypatch.setattr(linear_module, "_WIDE_OUTPUT", 13)
+    torch.manual_seed(0)
+    params = {"w": torch.randn(13, 8), "b": torch.randn(13)}
+    batch = torch.randn(3, *axes, 8)
+    gradient = clipped_grad(head_and_bias, max_grad_norm=1.0, compile=compile, microbatch_size=3)
+    expected = gradient(params, batch)
+    monkeypatch.setattr(half_products, "_ON_EVERY_DEVICE", True)
+    found = clipped_grad(head_and_bias, max_grad_norm=1.0, compile=compile, microbatch_size=3)(
+        params, batch
+    )
+    torch.testing.assert_close(found.grads, expected.grads, rtol=1e-2, atol=1e-3)
+    torch.testing.assert_close(found.grad_norms, expected.grad_norms, rtol=1e-2, atol=0)
+    if compile:
+        nodes = graphs.modules[-1].graph.nodes
+        products = [
+            node for node in nodes if "mm" in str(node.target) or "product" in str(node.target)
+        ]
+        read = {argument.meta["val"].shape for node in products for argument in node.args[:2]}
+        assert products
+        assert not any(13 in shape for shape in read), read
+        pads = [node for node in nodes if "pad" in str(node.target)]
+        assert {node.args[0].meta["val"].shape for node in pads} == {(13, 8), (13,)}
 
 
 @pytest.mark.parametrize("strategy", ["auto", "kept", "ghost"])

@@ -31,11 +31,17 @@ def multiplies(a: Tensor, b: Tensor) -> bool:
     return a.dtype is b.dtype and a.dtype in HALF and _serves(a)
 
 
-def missing_to_alignment(factor: Tensor) -> int:
-    """Return how many elements the last axis needs, so that a product on the factor's device reads it fast."""
+def missing_to_alignment(factor: Tensor, elements: int | None = None) -> int:
+    """Return how many elements have to follow a factor's last axis, so that a product on its device reads rows fast.
+
+    Args:
+        factor: Any; its device and dtype decide.
+        elements: Of an axis of another factor on the same device, in place of the last axis.
+    """
     if not _serves(factor):
         return 0
-    return -factor.shape[-1] % max(1, _ALIGNMENT // factor.element_size())
+    elements = factor.shape[-1] if elements is None else elements
+    return -elements % max(1, _ALIGNMENT // factor.element_size())
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:

@@ -18,9 +18,10 @@ RELATIONS: Mapping[Relation, str] = {
 
 def sentence_of(plan: PlanSettings, epsilon: float) -> str:
     """Return the sentence that describes a plan whose run costs ``epsilon``."""
+    steps = f"{plan.steps} step{'s' * (plan.steps != 1)}"
     text = (
         f"(epsilon = {round_up(epsilon)}, delta = {plan.delta:g})-differentially private towards "
-        f"{RELATIONS[plan.relation].format(unit=plan.unit)}: {plan.steps} steps on {_batches(plan)}, {_noise(plan)}, "
+        f"{RELATIONS[plan.relation].format(unit=plan.unit)}: {steps} on {_batches(plan)}, {_noise(plan)}, "
         f"clipping norm {plan.max_grad_norm}, accountant {plan.accountant}."
     )
     if plan.mechanism is not None:

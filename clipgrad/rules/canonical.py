@@ -183,15 +183,16 @@ class Outer:
 
         A vocabulary of 50257 ids would take a GPU two to five times as long. The zeros contribute nothing.
         """
-        if isinstance(self.left, OneHot) or self.groups > 1 or any(self.zeros):
+        if isinstance(self.left, OneHot) or self.groups > 1:
             return self
-        zeros = missing_to_alignment(self.left), missing_to_alignment(self.right)
-        if not any(zeros):
+        missing = missing_to_alignment(self.left), missing_to_alignment(self.right)
+        if not any(missing):
             return self
         left, right = (
             F.pad(factor, (0, behind)) if behind else factor
-            for factor, behind in zip((self.left, self.right), zeros, strict=True)
+            for factor, behind in zip((self.left, self.right), missing, strict=True)
         )
+        zeros = self.zeros[0] + missing[0], self.zeros[1] + missing[1]
         return replace(self, left=left, right=right, zeros=zeros)
 
     def trimmed(self) -> Outer:

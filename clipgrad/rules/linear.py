@@ -8,9 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from clipgrad.kernels.half_products import missing_to_alignment
 from clipgrad.rules.canonical import Outer, PerSample, lowered, widen
 from clipgrad.rules.names import functional_aten_names_of
 from clipgrad.rules.registry import Call, Decline, Extent, Recipe, register_rule
+
+# A GPU reads and writes aligned rows fast, and three products of a layer have its output or output gradient as operand.
+# With this many outputs or more, such as a vocabulary, a copy of the weight with rows of zeros makes all of them fast.
+_WIDE_OUTPUT = 4096
 
 
 def positions_first(tensor: Tensor) -> Tensor:
@@ -35,19 +40,32 @@ def linear(call: Call, input: Tensor, weight: Tensor, bias: Tensor | None = None
     x, w = lowered(call.batched(input)), call.shared(weight)
     if w.dim() != 2 or (bias is not None and bias.shape != w.shape[:1]):
         raise Decline  # the gradient of a broadcast bias differs
-    factor = positions_first(x)
-    # The input is flattened because with more axes PyTorch returns a view, which ``finish`` would copy.
-    y = F.linear(factor.flatten(0, 1), w, None if bias is None else call.shared(bias))
+    factor, rows = positions_first(x), w.shape[0]
+    b = None if bias is None else call.shared(bias)
+    zeros = missing_to_alignment(x, rows) if rows >= _WIDE_OUTPUT else 0
+    if zeros:
+        w, b = F.pad(w, (0, 0, 0, zeros)), None if b is None else F.pad(b, (0, zeros))
+
+    def gradient(g: Tensor) -> Tensor:
+        return g.reshape(*factor.shape[:2], rows + zeros)
+
+    def view(y: Tensor) -> Tensor:
+        if zeros:
+            y = y[:, :rows].contiguous()
+        return y.view(*x.shape[:-1], rows)
+
+    shape = torch.Size((rows, w.shape[1]))
     return call.finish(
-        y,
+        # The input is flattened because with more axes PyTorch returns a view, which ``finish`` would copy.
+        F.linear(factor.flatten(0, 1), w, b),
         Recipe(
             weight,
-            lambda g: Outer(g.reshape(*factor.shape[:2], w.shape[0]), factor, w.shape),
-            Extent(factor.shape[1], *w.shape),
+            lambda g: Outer(gradient(g), factor, shape, zeros=(zeros, 0)),
+            Extent(factor.shape[1], *shape),
         ),
-        Recipe(bias, lambda g: sum_over_positions(g.reshape(*factor.shape[:2], w.shape[0]))),
+        Recipe(bias, lambda g: sum_over_positions(gradient(g)[..., :rows])),
         saved=(x,),
-        view=lambda y: y.view(*x.shape[:-1], w.shape[0]),
+        view=view,
     )
 
 
