@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -161,7 +162,10 @@ def refuse_writes(module: GraphModule) -> None:
     if not modes:
         return
     writes = _Writes(examples)
-    with torch.enable_grad(), modes[0], writes, close_regions():
+    # What this run asks of a symbolic length says nothing about the loss, and must not tie the graph to one length.
+    shapes = modes[0].shape_env
+    unguarded = nullcontext() if shapes is None else shapes.suppress_guards()
+    with unguarded, torch.enable_grad(), modes[0], writes, close_regions():
         _Run(module, writes).run(*examples, enable_io_processing=False)
     for name, child in module.named_children():
         for region in checkpoints_of(child):

@@ -13,9 +13,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx import GraphModule
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 from clipgrad.errors import CompileError, NotPerSampleError
 from clipgrad.loss_graph import CannotCapture, LossCapture
+from clipgrad.loss_graph.side_effects import refuse_writes
 from tests.loss_graph.conftest import Small, one_sample, small_loss
 
 CURRENT: contextvars.ContextVar[float] = contextvars.ContextVar("CURRENT", default=1.0)
@@ -124,3 +128,35 @@ def test_capture_is_refused_if_torch_compile_is_switched_off() -> None:
         pytest.raises(CannotCapture, match="switched off"),
     ):
         LossCapture(small_loss).graph((model, one), list(model.parameters()), [one])
+
+
+def test_the_search_for_writes_ties_a_graph_to_no_length() -> None:
+    """It runs the graph on stand-ins, and PyTorch 2.11 took what it asked of a length there for a guard of the loss."""
+
+    def asks(x: Tensor) -> Tensor:
+        return x * 2.0 if x.shape[0] == 5 else x
+
+    shapes = ShapeEnv()
+    stand_in = FakeTensorMode(shape_env=shapes).from_tensor(
+        torch.randn(5, 3),
+        symbolic_context=StatelessSymbolicContext([DimDynamic.DYNAMIC, DimDynamic.STATIC]),
+    )
+    graph = torch.fx.Graph()
+    place = graph.placeholder("x")
+    place.meta["example_value"] = stand_in
+    graph.output((graph.call_function(asks, (place,)),))
+    refuse_writes(GraphModule(nn.Module(), graph))
+    assert isinstance(stand_in.shape[0], torch.SymInt)
+    assert not shapes.guards
+    asks(stand_in)
+    assert shapes.guards
+
+
+@pytest.mark.parametrize("axes", [2, 3])
+def test_one_graph_serves_all_lengths(axes: int) -> None:
+    weight = torch.randn(4, 4, requires_grad=True)
+    capture = LossCapture(lambda w, x: (x @ w).tanh().sum())
+    for length in (5, 7, 9, 11, 13):
+        x = torch.randn(*[1, length, 4][-axes:])
+        capture.graph((weight, x), [weight], [x])
+    assert len(capture._graphs) == 2
