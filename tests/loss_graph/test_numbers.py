@@ -67,7 +67,8 @@ def test_one_graph_serves_all_values(use: str, compile: bool, graphs: Graphs) ->
             optimizer.zero_grad()
     finally:
         NOW.beta, NOW.temperature = 0.5, 1.5
-    assert len(graphs) == (2 if compile else 0)  # PyTorch takes the first value for a constant
+    # PyTorch takes the first value for a constant, and PyTorch 2.11 the second value of a second number too.
+    assert len(graphs) == ((2 if torch.__version__ >= (2, 12) else 3) if compile else 0)  # type: ignore[operator]
     assert len(optimizer._clipper._loss_history.graphs._capture._graphs) <= 3  # type: ignore[union-attr]
 
 
