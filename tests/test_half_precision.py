@@ -271,6 +271,27 @@ def test_a_wide_layer_of_odd_width(
         assert {node.args[0].meta["val"].shape for node in pads} == {(13, 8), (13,)}
 
 
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta state")
+@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr])
+def test_a_wide_layer_with_a_frozen_sparse_weight(
+    layout: torch.layout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PyTorch multiplies by a sparse weight, and pads none."""
+    monkeypatch.setattr(linear_module, "_WIDE_OUTPUT", 13)
+    monkeypatch.setattr(half_products, "_ON_EVERY_DEVICE", True)
+    frozen = torch.randn(13, 5).relu()
+    sparse = frozen.to_sparse(layout=layout)
+
+    def loss(w: Tensor, x: Tensor, head: Tensor) -> Tensor:
+        return F.linear((x @ w).tanh(), head).sin().sum()
+
+    w, x = torch.randn(4, 5), torch.randn(3, 6, 4)
+    found = clipped_grad(lambda w, x: loss(w, x, sparse), max_grad_norm=1.0)(w, x)
+    expected = clipped_grad(lambda w, x: loss(w, x, frozen), max_grad_norm=1.0)(w, x)
+    torch.testing.assert_close(found.grads, expected.grads)
+    torch.testing.assert_close(found.grad_norms, expected.grad_norms)
+
+
 @pytest.mark.parametrize("strategy", ["auto", "kept", "ghost"])
 @pytest.mark.parametrize("positions", [1, 6, 300])
 def test_a_tied_embedding_beside_kept_gradients(positions: int, strategy: str) -> None:

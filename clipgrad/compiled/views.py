@@ -10,6 +10,12 @@ from torch._ops import OpOverload
 from torch.fx import Graph, Node
 
 _VIEWS = (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default)
+# These read the memory behind their first argument, also elements that the argument itself does not have.
+_READ_MEMORY = (
+    torch.ops.aten.as_strided.default,
+    torch.ops.aten.as_strided_copy.default,
+    torch.ops.aten.as_strided_scatter.default,
+)
 
 
 def aliased_arguments(node: Node, *, written: bool) -> list[Node]:
@@ -47,16 +53,24 @@ def written_bases(graph: Graph) -> set[Node]:
     }
 
 
+def _bases_read_by_stride(graph: Graph) -> set[Node]:
+    return {
+        view_base(node.args[0])
+        for operation in _READ_MEMORY
+        for node in graph.find_nodes(op="call_function", target=operation)
+    }
+
+
 def let_views_copy(graph: Graph) -> None:
     """Make every view a ``reshape``, which copies a tensor that has no such view.
 
     A view that was possible in the trace may be impossible in the compiler. The compiler replaces some operations by
     others whose results have other strides: ``cat`` of one tensor and empty ones keeps the tensor's strides, whereas
     the operation itself returns a contiguous tensor. A view stays as it is if its memory is written to, because a
-    write to a copy would be lost.
+    write to a copy would be lost. It also stays if ``as_strided`` reads its memory, because a copy lies otherwise.
     """
-    written = written_bases(graph)
+    stays = written_bases(graph) | _bases_read_by_stride(graph)
     for view in _VIEWS:
         for node in graph.find_nodes(op="call_function", target=view):
-            if view_base(node) not in written:
+            if view_base(node) not in stays:
                 node.target = torch.ops.aten.reshape.default

@@ -42,7 +42,9 @@ def linear(call: Call, input: Tensor, weight: Tensor, bias: Tensor | None = None
         raise Decline  # the gradient of a broadcast bias differs
     factor, rows = positions_first(x), w.shape[0]
     b = None if bias is None else call.shared(bias)
-    zeros = missing_to_alignment(x, rows) if rows >= _WIDE_OUTPUT else 0
+    # A frozen weight may be sparse, and PyTorch pads no sparse tensor.
+    wide = rows >= _WIDE_OUTPUT and w.layout is torch.strided
+    zeros = missing_to_alignment(x, rows) if wide else 0
     if zeros:
         w, b = F.pad(w, (0, 0, 0, zeros)), None if b is None else F.pad(b, (0, zeros))
 

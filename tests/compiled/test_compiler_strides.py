@@ -91,6 +91,33 @@ def test_a_view_that_is_written_to_is_not_copied(write: Function) -> None:
         compile_graph(graph_of(function, [x]), "default", [x])
 
 
+def by_stride(y: Tensor) -> Tensor:
+    return y.as_strided((5, 2), (2, 3), 20)
+
+
+def by_stride_copied(y: Tensor) -> Tensor:
+    return torch.ops.aten.as_strided_copy(y, (5, 2), (2, 3), 20)
+
+
+def by_stride_replaced(y: Tensor) -> Tensor:
+    return torch.ops.aten.as_strided_scatter(y, y.new_zeros(5, 2), (5, 2), (2, 3), 20)
+
+
+@pytest.mark.parametrize("read", [by_stride, by_stride_copied, by_stride_replaced])
+def test_a_view_whose_memory_is_read_by_stride_is_not_copied(
+    read: Callable[[Tensor], Tensor],
+) -> None:
+    """The copy would hold other elements at these places, so the compiler has to refuse the graph."""
+
+    def function(x: Tensor) -> list[Tensor]:
+        y = cache(x.transpose(1, 2))
+        return [read(y[1:].view(-1))]
+
+    x = torch.randn(3, 5, 4)
+    with pytest.raises(ValueError, match="Cannot view a tensor"):
+        compile_graph(graph_of(function, [x]), "default", [x])
+
+
 def attention_and_gradients(
     query: Tensor, key: Tensor, value: Tensor, **options: Any
 ) -> list[Tensor]:
