@@ -31,7 +31,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import clipgrad
-from benchmarks.language_models import LORA_MODULES, gpt2, llama
+from benchmarks.large_models import LORA_MODULES, gpt2, llama
 
 BLOCKS = ("GPT2Block", "LlamaDecoderLayer")
 MULTIPLIER = 1.0

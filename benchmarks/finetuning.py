@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 import clipgrad
-from benchmarks import language_models
+from benchmarks import large_models
 
 Batch = dict[str, Tensor]
 
@@ -40,16 +40,6 @@ def image_loss(model: nn.Module, batch: Batch) -> Tensor:
     """The loss of a classifier of images."""
     loss: Tensor = model(**batch).loss
     return loss
-
-
-def in_bfloat16(setting: Setting) -> Setting:
-    """The same setting under autocast."""
-
-    def loss(model: nn.Module, batch: Batch) -> Tensor:
-        with torch.autocast(batch["labels"].device.type, torch.bfloat16):
-            return setting.loss(model, batch)
-
-    return setting._replace(loss=loss)
 
 
 class Setting(NamedTuple):
@@ -73,7 +63,7 @@ def text(vocabulary: int, size: int, length: int, device: str, *, masked: bool =
 
 def gpt2(device: str, *, tiny: bool = False, masked: bool = True) -> Setting:
     """GPT-2 small, all parameters trained, in float32."""
-    model = language_models.gpt2(tiny=tiny).to(device)
+    model = large_models.gpt2(tiny=tiny).to(device)
     shape = (4, 16) if tiny else (16, 512)
     return Setting(model, text(model.config.vocab_size, *shape, device, masked=masked))
 
@@ -83,9 +73,9 @@ def llama_lora(device: str, *, tiny: bool = False) -> Setting:
     import peft
 
     with torch.device(device):
-        model = language_models.llama(tiny=tiny).to(torch.bfloat16)
+        model = large_models.llama(tiny=tiny).to(torch.bfloat16)
     vocabulary = model.config.vocab_size
-    modules = list(language_models.LORA_MODULES)
+    modules = list(large_models.LORA_MODULES)
     lora = peft.LoraConfig(r=16, lora_alpha=32, target_modules=modules)
     model = peft.get_peft_model(model, lora)
     shape = (4, 16) if tiny else (8, 512)
@@ -95,20 +85,30 @@ def llama_lora(device: str, *, tiny: bool = False) -> Setting:
 def llama(device: str, *, tiny: bool = False) -> Setting:
     """Llama of one billion parameters, all of them trained, in float32."""
     with torch.device(device):
-        model = language_models.llama(tiny=tiny)
+        model = large_models.llama(tiny=tiny)
     shape = (4, 16) if tiny else (4, 512)
     return Setting(model, text(model.config.vocab_size, *shape, device))
 
 
 def vit(device: str, *, tiny: bool = False) -> Setting:
     """ViT-B/16 of 86 million parameters, all of them trained, in float32."""
-    model = language_models.vit(tiny=tiny).to(device)
+    model = large_models.vit(tiny=tiny).to(device)
     generator = torch.Generator().manual_seed(0)
     size, side = (4, 32) if tiny else (64, 224)
     images = torch.randn(size, 3, side, side, generator=generator)
     labels = torch.randint(10, (size,), generator=generator)
     batch = {"pixel_values": images.to(device), "labels": labels.to(device)}
     return Setting(model, batch, image_loss)
+
+
+def in_bfloat16(setting: Setting) -> Setting:
+    """The same setting under autocast."""
+
+    def loss(model: nn.Module, batch: Batch) -> Tensor:
+        with torch.autocast(batch["labels"].device.type, torch.bfloat16):
+            return setting.loss(model, batch)
+
+    return setting._replace(loss=loss)
 
 
 SETTINGS: dict[str, Callable[[str], Setting]] = {

@@ -6,6 +6,8 @@ its end.
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -251,12 +253,10 @@ def test_a_wide_layer_of_odd_width(
     torch.manual_seed(0)
     params = {"w": torch.randn(13, 8), "b": torch.randn(13)}
     batch = torch.randn(3, *axes, 8)
-    gradient = clipped_grad(head_and_bias, max_grad_norm=1.0, compile=compile, microbatch_size=3)
-    expected = gradient(params, batch)
+    options: dict[str, Any] = {"max_grad_norm": 1.0, "compile": compile, "microbatch_size": 3}
+    expected = clipped_grad(head_and_bias, **options)(params, batch)
     monkeypatch.setattr(half_products, "_ON_EVERY_DEVICE", True)
-    found = clipped_grad(head_and_bias, max_grad_norm=1.0, compile=compile, microbatch_size=3)(
-        params, batch
-    )
+    found = clipped_grad(head_and_bias, **options)(params, batch)  # compiled anew
     torch.testing.assert_close(found.grads, expected.grads, rtol=1e-2, atol=1e-3)
     torch.testing.assert_close(found.grad_norms, expected.grad_norms, rtol=1e-2, atol=0)
     if compile:

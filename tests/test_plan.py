@@ -114,8 +114,9 @@ def test_noise_of_a_schedule_is_added_up_step_by_step() -> None:
 
 def test_a_plan_says_what_it_promises() -> None:
     text = str(plan(max_batch_size=32, accountant="pld", steps=1))
-    for part in ("epsilon = ", "delta = 0.001", "1 step", "at most 32", "of 64 samples", "pld"):
+    for part in ("epsilon = ", "delta = 0.001", "1 step on", "at most 32", "of 64 samples", "pld"):
         assert part in text
+    assert "5 steps on" in str(plan(accountant="rdp"))
 
 
 @pytest.mark.parametrize(

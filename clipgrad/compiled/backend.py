@@ -47,7 +47,6 @@ def compile_graph(module: GraphModule, mode: str, arguments: Sequence[Tensor]) -
     if any(argument.is_cuda for argument in arguments):
         options["unroll_reductions_threshold"] = _UNROLLED_SAMPLES + 1
     own = GraphModule(module, copy.deepcopy(module.graph))  # the compiler may write to it
-    let_views_copy(own.graph)
-    own.recompile()
+    let_views_copy(own)
     run: Run = torch._inductor.compile(own, list(arguments), options=options)
     return run

@@ -1,4 +1,4 @@
-"""What shares memory in a traced graph, and views of tensors whose strides the compiler changes."""
+"""This module finds what shares memory in a traced graph, and lets views copy where the compiler changes strides."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from collections.abc import Sequence
 
 import torch
 from torch._ops import OpOverload
-from torch.fx import Graph, Node
+from torch.fx import Graph, GraphModule, Node
 
 _VIEWS = (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default)
-# These read the memory behind their first argument, also elements that the argument itself does not have.
+# These read the whole memory of their first argument, also elements that the argument itself does not have.
 _READ_MEMORY = (
     torch.ops.aten.as_strided.default,
     torch.ops.aten.as_strided_copy.default,
@@ -18,7 +18,7 @@ _READ_MEMORY = (
 )
 
 
-def aliased_arguments(node: Node, *, written: bool) -> list[Node]:
+def _aliased_arguments(node: Node, *, written: bool) -> list[Node]:
     """Return the arguments that an operation writes to, or whose memory its result may share."""
     if not isinstance(node.target, OpOverload):
         return list(node.args[:1]) if node.target is operator.getitem and not written else []  # type: ignore[arg-type]
@@ -37,9 +37,9 @@ def aliased_arguments(node: Node, *, written: bool) -> list[Node]:
     ]
 
 
-def view_base(node: Node) -> Node:
+def _view_base(node: Node) -> Node:
     """Return the node whose memory a view shares."""
-    while bases := aliased_arguments(node, written=False):
+    while bases := _aliased_arguments(node, written=False):
         node = bases[0]
     return node
 
@@ -47,30 +47,32 @@ def view_base(node: Node) -> Node:
 def written_bases(graph: Graph) -> set[Node]:
     """Return the nodes whose memory an operation of the graph writes to."""
     return {
-        view_base(argument)
+        _view_base(argument)
         for node in graph.nodes
-        for argument in aliased_arguments(node, written=True)
+        for argument in _aliased_arguments(node, written=True)
     }
 
 
 def _bases_read_by_stride(graph: Graph) -> set[Node]:
     return {
-        view_base(node.args[0])
+        _view_base(node.args[0])
         for operation in _READ_MEMORY
         for node in graph.find_nodes(op="call_function", target=operation)
     }
 
 
-def let_views_copy(graph: Graph) -> None:
+def let_views_copy(module: GraphModule) -> None:
     """Make every view a ``reshape``, which copies a tensor that has no such view.
 
     A view that was possible in the trace may be impossible in the compiler. The compiler replaces some operations by
     others whose results have other strides: ``cat`` of one tensor and empty ones keeps the tensor's strides, whereas
     the operation itself returns a contiguous tensor. A view stays as it is if its memory is written to, because a
-    write to a copy would be lost. It also stays if ``as_strided`` reads its memory, because a copy lies otherwise.
+    write to a copy would be lost. It also stays if ``as_strided`` reads its memory, where a copy has other elements.
     """
+    graph = module.graph
     stays = written_bases(graph) | _bases_read_by_stride(graph)
     for view in _VIEWS:
         for node in graph.find_nodes(op="call_function", target=view):
-            if view_base(node) not in stays:
+            if _view_base(node) not in stays:
                 node.target = torch.ops.aten.reshape.default
+    module.recompile()

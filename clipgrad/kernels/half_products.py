@@ -31,17 +31,16 @@ def multiplies(a: Tensor, b: Tensor) -> bool:
     return a.dtype is b.dtype and a.dtype in HALF and _serves(a)
 
 
-def missing_to_alignment(factor: Tensor, elements: int | None = None) -> int:
-    """Return how many elements have to follow a factor's last axis, so that a product on its device reads rows fast.
+def missing_to_alignment(elements: int, like: Tensor) -> int:
+    """Return how many zeros have to follow rows of so many elements, so that a product reads them fast.
 
     Args:
-        factor: Any; its device and dtype decide.
-        elements: Of an axis of another factor on the same device, in place of the last axis.
+        elements: Of one row of a factor.
+        like: A tensor with the factor's device and dtype.
     """
-    if not _serves(factor):
+    if not _serves(like):
         return 0
-    elements = factor.shape[-1] if elements is None else elements
-    return -elements % max(1, _ALIGNMENT // factor.element_size())
+    return -elements % max(1, _ALIGNMENT // like.element_size())
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:

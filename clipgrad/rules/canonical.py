@@ -185,12 +185,13 @@ class Outer:
         """
         if isinstance(self.left, OneHot) or self.groups > 1:
             return self
-        missing = missing_to_alignment(self.left), missing_to_alignment(self.right)
+        factors = self.left, self.right
+        missing = [missing_to_alignment(factor.shape[-1], factor) for factor in factors]
         if not any(missing):
             return self
         left, right = (
             F.pad(factor, (0, behind)) if behind else factor
-            for factor, behind in zip((self.left, self.right), missing, strict=True)
+            for factor, behind in zip(factors, missing, strict=True)
         )
         zeros = self.zeros[0] + missing[0], self.zeros[1] + missing[1]
         return replace(self, left=left, right=right, zeros=zeros)

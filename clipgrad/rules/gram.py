@@ -117,7 +117,7 @@ def _product_and_lengths(left: Tensor, right: Tensor, *_: Tensor) -> tuple[Tenso
 
 
 def _inner_products(rows: Tensor, columns: Tensor) -> Tensor:
-    """Return ``rows @ columns^T`` per sample, ``[B, S, T]``; ``[B, S, width]`` and ``[B, T, width]`` are given."""
+    """Return ``rows @ columns^T`` per sample, ``[B, S, T]``, of factors ``[B, S, width]`` and ``[B, T, width]``."""
     if rows.dtype not in HALF or rows.shape[2] <= _LONGEST_HALF_PRODUCT:
         return product(rows, columns.transpose(1, 2))
     pieces = zip(

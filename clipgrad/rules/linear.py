@@ -13,8 +13,8 @@ from clipgrad.rules.canonical import Outer, PerSample, lowered, widen
 from clipgrad.rules.names import functional_aten_names_of
 from clipgrad.rules.registry import Call, Decline, Extent, Recipe, register_rule
 
-# A GPU reads and writes aligned rows fast, and three products of a layer have its output or output gradient as operand.
-# With this many outputs or more, such as a vocabulary, a copy of the weight with rows of zeros makes all of them fast.
+# A GPU is fast at products whose rows are aligned. Three products of a layer write its output or read the output's
+# gradient. With this many outputs or more, such as a vocabulary, a copy of the weight with rows of zeros aligns both.
 _WIDE_OUTPUT = 4096
 
 
@@ -44,9 +44,10 @@ def linear(call: Call, input: Tensor, weight: Tensor, bias: Tensor | None = None
     b = None if bias is None else call.shared(bias)
     # A frozen weight may be sparse, and PyTorch pads no sparse tensor.
     wide = rows >= _WIDE_OUTPUT and w.layout is torch.strided
-    zeros = missing_to_alignment(x, rows) if wide else 0
+    zeros = missing_to_alignment(rows, x) if wide else 0
     if zeros:
-        w, b = F.pad(w, (0, 0, 0, zeros)), None if b is None else F.pad(b, (0, zeros))
+        w = F.pad(w, (0, 0, 0, zeros))
+        b = None if b is None else F.pad(b, (0, zeros))
 
     def gradient(g: Tensor) -> Tensor:
         return g.reshape(*factor.shape[:2], rows + zeros)

@@ -67,8 +67,9 @@ def test_one_graph_serves_all_values(use: str, compile: bool, graphs: Graphs) ->
             optimizer.zero_grad()
     finally:
         NOW.beta, NOW.temperature = 0.5, 1.5
-    # PyTorch takes the first value for a constant, and PyTorch 2.11 the second value of a second number too.
-    assert len(graphs) == ((2 if torch.__version__ >= (2, 12) else 3) if compile else 0)  # type: ignore[operator]
+    # PyTorch takes the first values for constants, and PyTorch 2.11 also the second value of a second number.
+    of_a_compiled_step = 2 if torch.__version__ >= (2, 12) else 3  # type: ignore[operator]
+    assert len(graphs) == (of_a_compiled_step if compile else 0)
     assert len(optimizer._clipper._loss_history.graphs._capture._graphs) <= 3  # type: ignore[union-attr]
 
 
