@@ -2,6 +2,7 @@
 
     torchrun --nproc-per-node=2 -m benchmarks.distributed gpt2 llama-lora             # two GPUs, NCCL
     torchrun --nproc-per-node=2 -m benchmarks.distributed gpt2-tiny llama-lora-tiny   # without GPUs: gloo, a try
+    torchrun --nproc-per-node=2 -m benchmarks.distributed --backend gloo gpt2         # two processes on one GPU
 
 The first rank prints one JSON object a line. ``sums`` compares the clipped sums of all ranks in float32 with those of
 one process on the whole batch, relative to the largest element of each parameter. The other rows compare steps with
@@ -337,12 +338,17 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--no-compile", action="store_true")
     parser.add_argument("--only", choices=("sums", "speed"))
+    parser.add_argument(
+        "--backend", choices=("nccl", "gloo"), help="gloo lets several processes share a GPU"
+    )
     args = parser.parse_args()
     cuda = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
+    device = torch.device("cpu")
     if cuda:
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(seconds=120))
+    backend = args.backend or ("nccl" if cuda else "gloo")
+    dist.init_process_group(backend, timeout=timedelta(seconds=120))
     for name in args.settings:
         setting = SETTINGS[name]
         head = {"setting": name, "ranks": dist.get_world_size(), "torch": torch.__version__}

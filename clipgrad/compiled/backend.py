@@ -13,10 +13,6 @@ from torch.fx import GraphModule
 from clipgrad.compiled.views import let_views_copy
 
 Run = Callable[..., Sequence[Tensor]]
-# A sum over this many samples or fewer is written out on a GPU, sample by sample. TorchInductor's loop over 16 samples
-# of a kept gradient read 1 to 2 TB/s on an H200, and a step of GPT-2 in bfloat16 took 28.5 ms instead of 26.1. Larger
-# kernels take longer to compile, since one kernel sums several parameters.
-_UNROLLED_SAMPLES = 16
 
 
 def uses_cuda_graphs(mode: str) -> bool:
@@ -44,8 +40,6 @@ def compile_graph(module: GraphModule, mode: str, arguments: Sequence[Tensor]) -
     options["triton.cudagraphs"] = False
     # This pass moves weight gradients next to their norms at the end, so all activations and gradients stay alive.
     options["reorder_for_locality"] = False
-    if any(argument.is_cuda for argument in arguments):
-        options["unroll_reductions_threshold"] = _UNROLLED_SAMPLES + 1
     own = GraphModule(module, copy.deepcopy(module.graph))  # the compiler may write to it
     let_views_copy(own)
     run: Run = torch._inductor.compile(own, list(arguments), options=options)

@@ -35,6 +35,7 @@ from clipgrad.kernels.half_products import (
     product,
 )
 from clipgrad.kernels.selection import reshape_to_broadcast, select_rows, select_rows_reusing
+from clipgrad.kernels.weighted_sum import sums_rows, weighted_sum
 
 _LOWERED = (torch.float32, *HALF)  # autocast leaves float64 alone
 BatchedProduct = Callable[[Tensor, Tensor], Tensor]
@@ -90,7 +91,7 @@ class Use(Protocol):
         ...
 
     def weighted_sum(self, factors: Tensor) -> Tensor:
-        """Return ``sum_b factors[b] * g_b``, shape ``parameter.shape``; ``factors`` is ``[B]``."""
+        """Return ``sum_b factors[b] * g_b``, shape ``parameter.shape``; ``factors`` is ``[B]``, zero if dropped."""
         ...
 
     def outer(self) -> Outer | None:
@@ -117,6 +118,8 @@ class PerSample:
 
     def weighted_sum(self, factors: Tensor) -> Tensor:
         gradient = self.gradient
+        if sums_rows(gradient):
+            return _over_rows(gradient, lambda rows: weighted_sum(rows, factors))
         if get_proxy_mode() is not None:
             # A compiler fuses this sum with the operations before it, in any layout; it does not fuse a matrix product.
             return scale_rows(widen(gradient), factors).sum(0)
@@ -128,15 +131,27 @@ class PerSample:
         wide = widen(gradient)
         if wide.dim() == 1:
             return factors.to(wide.dtype) @ wide
-        ordered, axes = in_memory_order(wide)
-        total = (factors.to(wide.dtype) @ ordered.flatten(1)).view(ordered.shape[1:])
-        return total.permute([axes.index(axis) for axis in range(1, wide.dim())])
+        return _over_rows(wide, lambda rows: factors.to(rows.dtype) @ rows)
 
     def outer(self) -> Outer | None:
         return None
 
     def select(self, keep: Tensor) -> PerSample:
+        if sums_rows(self.gradient):  # the sum leaves dropped samples out, since their factor is zero
+            return self
         return PerSample(select_rows(self.gradient, keep))
+
+
+def _over_rows(gradient: Tensor, sum_rows: Callable[[Tensor], Tensor]) -> Tensor:
+    """Return a sum over samples ``[*shape]`` of gradients ``[B, *shape]``, read in the order of their memory.
+
+    Args:
+        gradient: Of every sample.
+        sum_rows: Sums rows ``[B, N]`` to ``[N]``.
+    """
+    ordered, axes = in_memory_order(gradient)
+    total = sum_rows(ordered.flatten(1)).view(ordered.shape[1:])
+    return total.permute([axes.index(axis) for axis in range(1, gradient.dim())])
 
 
 @dataclass(frozen=True)
