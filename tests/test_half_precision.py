@@ -264,7 +264,7 @@ def test_a_wide_layer_of_odd_width(
         products = [
             node for node in nodes if "mm" in str(node.target) or "product" in str(node.target)
         ]
-        read = {argument.meta["val"].shape for node in products for argument in node.args[:2]}
+        read = {factor.meta["val"].shape for node in products for factor in node.all_input_nodes}
         assert products
         assert not any(13 in shape for shape in read), read
         pads = [node for node in nodes if "pad" in str(node.target)]

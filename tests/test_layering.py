@@ -77,6 +77,7 @@ FORBIDDEN: dict[str, set[str]] = {
     "rules.gram": RULES,
     "kernels.gram_kernels": {"torch"},
     "kernels.selection_kernels": {"torch"},
+    "kernels.weighted_sum_kernels": {"torch"},
     "kernels.chacha_kernels": {"torch"},
     "kernels.box_muller_kernels": {"torch"},
     "noise.checks": NOISE,

@@ -21,7 +21,7 @@ _all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_i
 
 def reduce_scatter(part: Tensor, whole: Tensor, group: dist.ProcessGroup) -> Any:
     """Start to sum ``whole`` over all ranks and to write this rank's part of the sum; the result has ``wait()``."""
-    if whole.device.type == "cpu" and has_gloo(group):
+    if _sends_by_gloo(whole.device, group):
         return _SumOfParts(part, whole, group)
     return _reduce_scatter(part, whole, group=group, async_op=True)
 
@@ -77,7 +77,11 @@ def all_gather(whole: Tensor, part: Tensor, group: dist.ProcessGroup) -> Any:
 
 def has_gloo(group: dist.ProcessGroup) -> bool:
     """Return whether a group sends what lies in the host's memory by gloo."""
-    return "cpu:gloo" in dist.get_backend_config(group)
+    return _sends_by_gloo(torch.device("cpu"), group)
+
+
+def _sends_by_gloo(device: torch.device, group: dist.ProcessGroup) -> bool:
+    return f"{device.type}:gloo" in dist.get_backend_config(group)
 
 
 def host_group(group: dist.ProcessGroup) -> dist.ProcessGroup:

@@ -9,11 +9,14 @@ import torch
 from torch import Tensor
 
 from clipgrad.kernels import gram_kernels as kernels
+from clipgrad.kernels.half_products import HALF
 from clipgrad.kernels.launcher import passes
 
 _TILE = 64
 # Elements multiplied at a time; the larger depth needs 96 KiB of shared memory and a fifth less time on an H100.
 _DEPTH, _SMALLER_DEPTH, _ROOMY = 64, 32, 128 * 1024
+# Blocks of both factors that are loaded ahead. Half precision has room for one more, which saves 8 to 22 % on an H200.
+_STAGES, _HALF_STAGES = 3, 4
 # With less work, batched products, which split a sample, use more of the device.
 _FEWEST_POSITIONS, _FEWEST_BLOCKS = 16, 32
 _LARGEST_OFFSET = 2**31  # the kernel's offsets within a sample have 32 bits
@@ -59,7 +62,7 @@ def launch(left: Tensor, right: Tensor) -> Tensor:
             TILE=_TILE,
             DEPTH=_depth(left.device),
             num_warps=4,
-            num_stages=3,
+            num_stages=_HALF_STAGES if {left.dtype, right.dtype} <= {*HALF} else _STAGES,
         )
     return found.sum(1).t().contiguous()
 

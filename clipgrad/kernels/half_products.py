@@ -7,7 +7,7 @@ additions, in a fraction of the time.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -72,6 +72,40 @@ def half_product(a: Tensor, b: Tensor) -> Tensor:
 @half_product.register_fake
 def _(a: Tensor, b: Tensor) -> Tensor:
     return a.new_empty(a.shape[0], a.shape[1], b.shape[2], dtype=torch.float32)
+
+
+def sum_of_products(lefts: Sequence[Tensor], rights: Sequence[Tensor]) -> Tensor:
+    """Return the sum of several float32 products ``product(left, right)`` of one shape, of half-precision factors.
+
+    A product adds to the sum of those before it where this lies, so that no product is written by itself.
+    """
+    if get_proxy_mode() is None:
+        return _sum_of_products(lefts, rights)
+    found: Tensor = half_products(list(lefts), list(rights))
+    return found
+
+
+def _sum_of_products(lefts: Sequence[Tensor], rights: Sequence[Tensor]) -> Tensor:
+    found = _half_product(lefts[0], rights[0])
+    for left, right in zip(lefts[1:], rights[1:], strict=True):
+        if left.is_cuda:
+            with _sums_in_float32(left.dtype):
+                torch.baddbmm(found, left, right, out_dtype=torch.float32, out=found)
+        else:
+            found.baddbmm_(left.float(), right.float())
+    return found
+
+
+@torch.library.custom_op("clipgrad::half_products", mutates_args=())
+def half_products(lefts: Sequence[Tensor], rights: Sequence[Tensor]) -> Tensor:
+    """Run ``sum_of_products`` as one node of a graph."""
+    return _sum_of_products(lefts, rights)
+
+
+@half_products.register_fake
+def _(lefts: Sequence[Tensor], rights: Sequence[Tensor]) -> Tensor:
+    shape = *lefts[0].shape[:2], rights[0].shape[2]
+    return lefts[0].new_empty(shape, dtype=torch.float32)
 
 
 def in_terms(wide: Tensor, count: int) -> list[Tensor]:

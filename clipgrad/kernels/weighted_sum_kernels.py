@@ -14,14 +14,15 @@ def weighted_sum(
     The loads of ``GROUP`` samples do not wait for each other.
     """
     element = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = element < size
     total = tl.zeros((BLOCK,), tl.float32)
-    for start in range(0, samples, GROUP):
+    start = samples * 0  # an integer for the compiler, which a loop may change
+    while start < samples:
         for step in tl.static_range(GROUP):
             sample = start + step
             factor = tl.load(factors + sample, mask=sample < samples, other=0.0)
             place = rows + sample.to(tl.int64) * sample_stride + element
             # ``0 * inf`` would be NaN, so samples of factor zero are left out.
-            row = tl.load(place, mask=inside & (factor != 0.0), other=0.0)
+            row = tl.load(place, mask=element < tl.where(factor != 0.0, size, 0), other=0.0)
             total += factor * row.to(tl.float32)
-    tl.store(out + element, total, mask=inside)
+        start += GROUP
+    tl.store(out + element, total, mask=element < size)

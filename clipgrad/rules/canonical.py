@@ -33,6 +33,7 @@ from clipgrad.kernels.half_products import (
     missing_to_alignment,
     multiplies,
     product,
+    sum_of_products,
 )
 from clipgrad.kernels.selection import reshape_to_broadcast, select_rows, select_rows_reusing
 from clipgrad.kernels.weighted_sum import sums_rows, weighted_sum
@@ -137,7 +138,9 @@ class PerSample:
         return None
 
     def select(self, keep: Tensor) -> PerSample:
-        if sums_rows(self.gradient):  # the sum leaves dropped samples out, since their factor is zero
+        if sums_rows(
+            self.gradient
+        ):  # the sum leaves dropped samples out, since their factor is zero
             return self
         return PerSample(select_rows(self.gradient, keep))
 
@@ -271,7 +274,7 @@ class Outer:
             terms = [(term, other) for term in in_terms(scaled, 2)]
         else:
             terms = [(scaled, widen(other))]
-        total = sum_of([_over_all(*(pair if scales_left else pair[::-1])) for pair in terms])
+        total = _over_all([pair if scales_left else pair[::-1] for pair in terms])
         return self._shaped(total[None], 1)[0]
 
     def select(self, keep: Tensor) -> Outer:
@@ -295,10 +298,13 @@ class Outer:
         return left.shape[-1] <= self.right.shape[-1]
 
 
-def _over_all(left: Tensor, right: Tensor) -> Tensor:
-    """Return the product ``[rows, columns]`` over the positions of all samples."""
-    left, right = left.flatten(0, 1).t(), right.flatten(0, 1)
-    return product(left[None], right[None])[0] if right.dtype in HALF else left @ right
+def _over_all(pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """Return the sum of products ``[rows, columns]`` of pairs of factors over the positions of all samples."""
+    lefts = [left.flatten(0, 1).t()[None] for left, _ in pairs]
+    rights = [right.flatten(0, 1)[None] for _, right in pairs]
+    if rights[0].dtype in HALF:
+        return sum_of_products(lefts, rights)[0]
+    return lefts[0][0] @ rights[0][0]
 
 
 def _scatter_rows(left: OneHot, right: Tensor) -> Tensor:
