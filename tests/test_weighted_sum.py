@@ -1,4 +1,4 @@
-"""Sums of per-sample gradients by the operation that a GPU runs as one kernel; on the CPU the operation runs without it."""
+"""Sums of per-sample gradients by an operation that is one kernel on a GPU, and that the CPU runs without the kernel."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs the kernel of weighted sums in Triton's interpreter: ``TRITON_INTERPRET=1 python -m tests.weighted_sum_kernels``."""
+"""Runs the weighted sum in Triton's interpreter: ``TRITON_INTERPRET=1 python -m tests.weighted_sum_kernels``."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ _all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_i
 
 def reduce_scatter(part: Tensor, whole: Tensor, group: dist.ProcessGroup) -> Any:
     """Start to sum ``whole`` over all ranks and to write this rank's part of the sum; the result has ``wait()``."""
-    if _sends_by_gloo(whole.device, group):
+    if sends_by_gloo(whole.device, group):
         return _SumOfParts(part, whole, group)
     return _reduce_scatter(part, whole, group=group, async_op=True)
 
@@ -77,10 +77,11 @@ def all_gather(whole: Tensor, part: Tensor, group: dist.ProcessGroup) -> Any:
 
 def has_gloo(group: dist.ProcessGroup) -> bool:
     """Return whether a group sends what lies in the host's memory by gloo."""
-    return _sends_by_gloo(torch.device("cpu"), group)
+    return sends_by_gloo(torch.device("cpu"), group)
 
 
-def _sends_by_gloo(device: torch.device, group: dist.ProcessGroup) -> bool:
+def sends_by_gloo(device: torch.device, group: dist.ProcessGroup) -> bool:
+    """Return whether a group sends tensors of a device by gloo."""
     return f"{device.type}:gloo" in dist.get_backend_config(group)
 
 

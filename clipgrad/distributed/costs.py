@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from clipgrad.distributed.buckets import buckets
-from clipgrad.distributed.collectives import has_gloo
+from clipgrad.distributed.collectives import sends_by_gloo
 from clipgrad.ranks import Cost
 
 
@@ -110,7 +110,7 @@ def of_shards(
 
 def _memories(group: dist.ProcessGroup, like: Tensor) -> int:
     """How many times a piece of sums is in memory: formed, on its way, and with gloo as received."""
-    return 3 if like.device.type == "cpu" and has_gloo(group) else 2
+    return 3 if sends_by_gloo(like.device, group) else 2
 
 
 def _to_others(size: int, ranks: int) -> int:

@@ -1,4 +1,4 @@
-"""This Triton kernel sums per-sample gradients times one factor per sample, and does not read samples of factor zero."""
+"""This Triton kernel sums per-sample gradients times one factor per sample, and skips samples of factor zero."""
 
 # No `from __future__ import annotations`: Triton reads the annotations.
 import triton

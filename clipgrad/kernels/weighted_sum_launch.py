@@ -18,7 +18,7 @@ _SELF_TEST_TOLERANCE = 1e-6
 
 
 def weighted_sum(rows: Tensor, factors: Tensor) -> Tensor | None:
-    """Return the float32 sum ``[N]`` of ``rows`` ``[B, N]`` times ``factors`` ``[B]``, or None if the kernel does not suit.
+    """Return the float32 sum ``[N]`` of ``rows`` ``[B, N]`` times ``factors`` ``[B]``, or None if the kernel cannot.
 
     A sample of factor zero is not read.
     """
