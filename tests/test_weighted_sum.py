@@ -1,4 +1,4 @@
-"""Sums of per-sample gradients by an operation that is one kernel on a GPU, and that the CPU runs without the kernel."""
+"""Sums of per-sample gradients by an operation that is one kernel on a GPU; a CPU runs it without the kernel."""
 
 from __future__ import annotations
 
