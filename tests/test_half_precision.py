@@ -86,10 +86,10 @@ def test_uses_equal_the_definition(shape: tuple[int, ...], dtype: torch.dtype, w
     close = {"rtol": 1e-5, "atol": 1e-5}
     torch.testing.assert_close(use.per_sample().double(), each, **close)
     total = (each * factors.double()[:, None, None]).sum(0)
-    split = {"rtol": 1e-4, "atol": 1e-4} if use.in_two_terms else close
+    split = {"rtol": 1e-4, "atol": 1e-4} if use.sums_in_bfloat16 else close
     torch.testing.assert_close(use.weighted_sum(factors).double(), total, **split)
     kept = use.stored()
-    if use.in_two_terms and positions > 1:
+    if use.sums_in_bfloat16 and positions > 1:
         assert kept.dtype is torch.bfloat16
         torch.testing.assert_close(kept.double(), each, rtol=2.0**-8, atol=1e-5)
     else:
@@ -187,6 +187,61 @@ def test_cancelling_positions(
         exact = 8 * (last[i].double() - first[i].double()).norm()  # 64 rows of the same difference
         assert found.grad_norms[0].double() >= exact * (1 - 1e-5)
         assert found.grads["w"].double().norm() <= 1e-2 * (1 + 1e-2)  # as in float32
+
+
+@pytest.fixture
+def one_term(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a GPU does in a process that sets the precision of float32 products to "medium"."""
+    monkeypatch.setattr(half_products, "_ON_EVERY_DEVICE", True)
+    monkeypatch.setattr(half_products, "_bfloat16_serves_float32", lambda: True)
+
+
+def test_pytorchs_setting_chooses_the_terms() -> None:
+    before = torch.get_float32_matmul_precision()
+    try:
+        for name, terms in (("highest", 2), ("high", 2), ("medium", 1)):
+            torch.set_float32_matmul_precision(name)
+            assert half_products.terms_of_scaled_factors() == terms
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.usefixtures("one_term")
+@pytest.mark.parametrize("kind", KINDS)
+def test_with_one_term_a_sample_exceeds_the_norm_by_one_rounding(kind: str) -> None:
+    params, x = make(torch.bfloat16, 1)
+    x = KINDS[kind](x[0].float()).to(x.dtype)[None]
+    exact = clipped_grad(network, max_grad_norm=1.0, performance=Performance(strategy="kept"))
+    for norm in (1e-3, 1.0, 100.0):
+        gradient = clipped_grad(
+            network, max_grad_norm=norm, performance=Performance(strategy="ghost")
+        )
+        found = gradient(params, x)
+        total = torch.cat([each.double().flatten() for each in found.grads.values()]).norm()
+        assert total <= norm * (1 + 2.0**-8 + 1e-5)
+        least = exact(params, x).grad_norms[0].nan_to_num(0.0, 0.0).clamp(max=norm) / 2
+        assert total >= least, "clipped far more than the rounding explains"
+
+
+@pytest.mark.usefixtures("one_term")
+@pytest.mark.parametrize("gap", [0, 1, 3])
+@pytest.mark.parametrize("size", [1.0, 100.0])
+def test_with_one_term_cancelling_positions_exceed_it_by_an_eighth(size: float, gap: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    first = (size * torch.randn(10, 64, generator=generator)).bfloat16()
+    last = first.clone()
+    last[:, :gap] = last[:, :gap] + 2.0**-7 * last[:, :gap].abs()
+    params = {"w": torch.randn(64, 64, generator=generator).bfloat16()}
+    weights = torch.rand(64, generator=generator)  # scaled, these are rounded in each position
+
+    def loss(p: Params, x: Tensor) -> Tensor:
+        return (F.linear(x, p["w"]).float().diff(dim=1) * weights).sum()
+
+    for norm in (1e-2, 0.7e-2, 1.0):
+        gradient = clipped_grad(loss, max_grad_norm=norm, performance=Performance(strategy="ghost"))
+        for i in range(len(first)):
+            found = gradient(params, torch.stack([first[i], last[i]])[None])
+            assert found.grads["w"].double().norm() <= norm * 1.125
 
 
 def tied(p: Params, ids: Tensor) -> Tensor:

@@ -25,13 +25,15 @@ import torch
 
 from clipgrad._functorch import expected
 from clipgrad.engine.tracked import Strategy, Tracked
+from clipgrad.kernels.half_products import terms_of_scaled_factors
 from clipgrad.rules.registry import Extent
 
 # FLOPs that a machine computes in the time of moving one byte. CPUs and GPUs in float32 lie between 5 and 15. Near the
 # crossing both strategies cost about the same, so one number serves both kinds of device.
 _FLOPS_PER_BYTE = 10.0
-# The same for half precision where a device multiplies it without widening: tensor cores of an H100 or H200.
-_HALF_FLOPS_PER_BYTE = 75.0
+# Multiplications of half precision in the time of moving one byte, where a device does not widen factors. These are
+# measured on an H200, for Gram matrices by clipgrad's kernel and for one large product.
+_HALF_GRAM_PER_BYTE, _HALF_PRODUCT_PER_BYTE = 37.0, 80.0
 _BYTES, _HALF_BYTES = 4, 2
 
 
@@ -127,9 +129,9 @@ def _preference(entry: Tracked, batch_size: int, forced: Strategy | None) -> Cho
     elements = float(groups * rows * columns)
     kept = 3 * elements * kept_size
     if half is not None:
-        # The clipped sum of two terms is two products, and that of kept gradients is none.
-        ghost = groups * positions**2 * (rows + columns) + positions * elements
-        ghost /= _HALF_FLOPS_PER_BYTE
+        # The clipped sum is one product for each term, and that of kept gradients is none beyond the first.
+        ghost = groups * positions**2 * (rows + columns) / _HALF_GRAM_PER_BYTE
+        ghost += (terms_of_scaled_factors() - 1) * positions * elements / _HALF_PRODUCT_PER_BYTE
     else:
         ghost = groups * positions**2 * (rows + columns) / _FLOPS_PER_BYTE
     if ghost < kept:

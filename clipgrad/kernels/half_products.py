@@ -108,6 +108,22 @@ def _(lefts: Sequence[Tensor], rights: Sequence[Tensor]) -> Tensor:
     return lefts[0].new_empty(shape, dtype=torch.float32)
 
 
+def terms_of_scaled_factors() -> int:
+    """Return the number of bfloat16 terms of a factor that is scaled before a clipped sum: two, or one.
+
+    These are the meanings of ``torch.set_float32_matmul_precision``. ``"medium"`` rounds float32 factors of a product
+    to bfloat16, and ``"high"`` takes them as the sum of two bfloat16 numbers. ``"highest"`` has two terms here as well.
+    """
+    return 1 if _bfloat16_serves_float32() else 2
+
+
+def _bfloat16_serves_float32() -> bool:
+    try:
+        return torch.get_float32_matmul_precision() == "medium"
+    except RuntimeError:  # the process uses PyTorch's newer settings
+        return False
+
+
 def in_terms(wide: Tensor, count: int) -> list[Tensor]:
     """Return ``count`` bfloat16 tensors whose sum is the float32 tensor, up to ``2^(-8 count)`` of each element."""
     terms = []

@@ -34,6 +34,7 @@ from clipgrad.kernels.half_products import (
     multiplies,
     product,
     sum_of_products,
+    terms_of_scaled_factors,
 )
 from clipgrad.kernels.selection import reshape_to_broadcast, select_rows, select_rows_reusing
 from clipgrad.kernels.weighted_sum import sums_rows, weighted_sum
@@ -248,7 +249,7 @@ class Outer:
         If a device multiplies bfloat16 factors, the product is rounded to bfloat16, as ordinary autograd rounds the
         gradient of a weight. Norms are then those of the rounded gradients, which are summed in float32.
         """
-        if not self.in_two_terms or self.right.shape[1] == 1:
+        if not self.sums_in_bfloat16 or self.right.shape[1] == 1:
             return self.per_sample()
         assert isinstance(self.left, Tensor)
         found = torch.bmm(self.left.transpose(1, 2), self.right)
@@ -269,9 +270,9 @@ class Outer:
         scales_left = self._scales_left(self.left)
         scaled, other = (self.left, self.right) if scales_left else (self.right, self.left)
         scaled = scale_rows(widen(scaled), factors)
-        if self.in_two_terms:
+        if self.sums_in_bfloat16:
             # A scaled factor has more digits than bfloat16 holds.
-            terms = [(term, other) for term in in_terms(scaled, 2)]
+            terms = [(term, other) for term in in_terms(scaled, terms_of_scaled_factors())]
         else:
             terms = [(scaled, widen(other))]
         total = _over_all([pair if scales_left else pair[::-1] for pair in terms])
@@ -289,8 +290,8 @@ class Outer:
         return replace(self, left=of_left(self.left, keep), right=of_right(self.right, keep))
 
     @property
-    def in_two_terms(self) -> bool:
-        """Return whether the weighted sum is a bfloat16 product, for which the scaled factor is split in two terms."""
+    def sums_in_bfloat16(self) -> bool:
+        """Return whether the weighted sum is a bfloat16 product, for which the scaled factor is split in terms."""
         return self.stays_half and self.groups == 1 and self.right.dtype is torch.bfloat16
 
     def _scales_left(self, left: Tensor) -> bool:

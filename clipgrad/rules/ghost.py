@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clipgrad._functorch import expected
+from clipgrad.kernels.half_products import terms_of_scaled_factors
 from clipgrad.kernels.tensor_cores import convolutions_allow_tf32, full_product
 from clipgrad.rules.canonical import OneHot, Outer, sum_of, widen
 from clipgrad.rules.gram import Lengths, equal_id_sums, gram_sums
@@ -29,8 +30,8 @@ _NEGLIGIBLE = 2.0**26
 _FEW_POSITIONS, _FEW_ELEMENTS = 256, 1 << 24
 # Relative error of a product of two float32 numbers that are first rounded to TF32.
 _TF32_PRODUCT = 2.0**-10
-# Relative error of a float32 number that is split in two bfloat16 terms.
-_TWO_TERMS = 2.0**-16
+# Relative error of a float32 number that is rounded to bfloat16; of a split in terms this is the error of the last one.
+_BFLOAT16_TERM = 2.0**-8
 
 
 def ghost_norms_squared(uses: Sequence[Outer]) -> Tensor:
@@ -136,8 +137,8 @@ def _rounding_of_sum(norms: Tensor, uses: Sequence[Outer]) -> float:
     dense = [use for use in uses if isinstance(use.left, Tensor)]
     if not dense:
         return 0.0  # rows are added, and not multiplied
-    if all(use.in_two_terms for use in dense):
-        return _TWO_TERMS
+    if all(use.sums_in_bfloat16 for use in dense):
+        return _BFLOAT16_TERM ** terms_of_scaled_factors()
     return _TF32_PRODUCT if _may_round_to_tf32(norms) else 0.0
 
 
