@@ -14,6 +14,7 @@ from clipgrad.engine.tracked import Strategy, Tracked
 from clipgrad.rules import OneHot, Outer, PerSample, Use, ghost, gram
 from clipgrad.rules.ghost import ghost_norms_squared, lengths_of, raised_to_rounding_bound
 from clipgrad.rules.row_norms import row_norms_squared
+from tests.float32_settings import setting
 
 B, S, ROWS, COLUMNS = 4, 5, 6, 3
 SHAPE = torch.Size([ROWS, COLUMNS])
@@ -244,16 +245,17 @@ def test_equal_ids_may_cancel(distance: float) -> None:
 
 
 @pytest.mark.parametrize("materialised", [True, False])
-def test_norms_allow_for_a_sum_in_tf32(materialised: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("name", "rounding"), [("high", 2.0**-10), ("medium", 2.0**-7)])
+def test_norms_allow_for_how_a_sum_rounds(name: str, rounding: float, materialised: bool) -> None:
     """Products of factors that are rounded to 11 bits each are off by up to 2^-10, of which a norm is 8 times."""
     use = cancelling(1e-6)
     lengths = lengths_of([use])
     exact = torch.zeros(B)
     before = raised_to_rounding_bound(exact, lengths, [use], materialised=materialised).sqrt()
-    monkeypatch.setattr(ghost, "_may_round_to_tf32", lambda norms: True)
-    after = raised_to_rounding_bound(exact, lengths, [use], materialised=materialised).sqrt()
+    with setting(name):
+        after = raised_to_rounding_bound(exact, lengths, [use], materialised=materialised).sqrt()
     assert (before < after).all()
-    assert (after >= lengths.products * 2.0**-7).all()
+    assert (after >= lengths.products * 8 * rounding).all()
     embedding = hot()
     lengths = lengths_of([embedding])
     norms = raised_to_rounding_bound(exact.double(), lengths, [embedding], materialised=True)

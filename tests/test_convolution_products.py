@@ -14,7 +14,7 @@ from torch.fx import GraphModule
 import clipgrad
 from clipgrad import Performance
 from clipgrad.compiled import backend
-from clipgrad.kernels import tensor_cores
+from clipgrad.kernels import float32_precision
 from clipgrad.rules.canonical import Outer, PerSample
 from clipgrad.rules.convolution import gradient as gradient_module
 from clipgrad.rules.convolution import methods, unfolding
@@ -49,7 +49,7 @@ def products(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     def product(a: Tensor, b: Tensor) -> Tensor:
         taken.append(a.shape[0])
-        result: Tensor = tensor_cores.bmm(a, b, True)
+        result: Tensor = float32_precision.bmm(a, b, "tf32")
         return result
 
     monkeypatch.setattr(methods, "convolution_product", product)
@@ -234,7 +234,7 @@ def test_a_graph_holds_the_product_whole(
 
     ``microbatch_size`` fixes the number of rows, as a GPU does.
     """
-    product = partial(tensor_cores.bmm, allowed=True)
+    product = partial(float32_precision.bmm, precision="tf32")
     monkeypatch.setattr(methods, "convolution_product", product)
     modules: list[GraphModule] = []
 
@@ -255,30 +255,6 @@ def test_a_graph_holds_the_product_whole(
     )  # fmt: skip
     torch.testing.assert_close(compiled({"w": w}, x).grads, expected.grads)
     assert any(node.target is torch.ops.clipgrad.bmm.default for node in modules[0].graph.nodes)
-
-
-@pytest.mark.parametrize("allowed", [True, False])
-def test_the_setting_is_put_back(allowed: bool) -> None:
-    matmul = torch.backends.cuda.matmul
-    a = torch.randn(2, 3, 4)
-    before = matmul.allow_tf32
-    torch.testing.assert_close(tensor_cores.bmm(a, a.mT, allowed), a @ a.mT)
-    with pytest.raises(RuntimeError):
-        tensor_cores.bmm(a, a, allowed)
-    assert matmul.allow_tf32 == before
-    with tensor_cores.set_tf32(allowed):
-        assert tensor_cores.matmuls_allow_tf32() is allowed
-    assert matmul.allow_tf32 == before
-
-
-@pytest.mark.parametrize("convolutions", [True, False])
-@pytest.mark.parametrize("matrices", [True, False])
-def test_only_where_one_of_them_may(
-    convolutions: bool, matrices: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", convolutions)
-    with tensor_cores.set_tf32(matrices):
-        assert tensor_cores.convolutions_allow_tf32() is (convolutions or matrices)
 
 
 @pytest.mark.parametrize("at_once", [1 << 20, 1])

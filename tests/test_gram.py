@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from clipgrad.kernels import tensor_cores
+from clipgrad.kernels import float32_precision
 from clipgrad.rules import Outer, gram
 from clipgrad.rules.ghost import ghost_norms_squared
 from clipgrad.rules.gram import gram_sums
@@ -86,7 +86,7 @@ def test_on_cuda_in_full_precision(
     samples, positions, rows, columns = shape
     left = draw(samples, positions, rows, device="cuda")
     right = draw(samples, columns, positions, device="cuda").mT
-    with tensor_cores.set_tf32(tf32):
+    with float32_precision.set_precision("cuda", "tf32" if tf32 else "ieee"):
         result = found(left, right)
     torch.testing.assert_close(result.double(), expected(left, right), rtol=1e-5, atol=0)
 
@@ -168,7 +168,7 @@ def test_what_cancels_is_clipped_enough_in_tf32(positions: int, distance: float)
     right = torch.randn(64, half, 80, device="cuda").repeat(1, 2, 1)
     right[:, half:] += distance * torch.randn(64, half, 80, device="cuda")
     use = Outer(left, right, torch.Size([96, 80]))
-    with tensor_cores.set_tf32(True):
+    with float32_precision.set_precision("cuda", "tf32"):
         norms = ghost_norms_squared([use]).sqrt()
         for sample in range(64):
             factors = torch.zeros(64, device="cuda")

@@ -15,12 +15,13 @@ from torch import Tensor
 
 from clipgrad import Performance, clipped_grad
 from clipgrad.engine.reference import clipped_sum, per_sample_gradients_by_loop
-from clipgrad.kernels import half_products
+from clipgrad.kernels import float32_precision, half_products
 from clipgrad.kernels.half_products import HALF, half_product, in_terms, product
 from clipgrad.rules import linear as linear_module
 from clipgrad.rules.canonical import Outer, PerSample
 from clipgrad.rules.ghost import ghost_norms_squared
 from tests.compiled.conftest import Graphs, graphs  # noqa: F401 - a fixture
+from tests.float32_settings import SETTINGS, setting
 from tests.nightly import some
 from tests.test_sensitivity import KINDS
 
@@ -193,17 +194,14 @@ def test_cancelling_positions(
 def one_term(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a GPU does in a process that sets the precision of float32 products to "medium"."""
     monkeypatch.setattr(half_products, "_ON_EVERY_DEVICE", True)
-    monkeypatch.setattr(half_products, "_bfloat16_serves_float32", lambda: True)
+    monkeypatch.setattr(float32_precision, "allows_bfloat16", lambda: True)
 
 
-def test_pytorchs_setting_chooses_the_terms() -> None:
-    before = torch.get_float32_matmul_precision()
-    try:
-        for name, terms in (("highest", 2), ("high", 2), ("medium", 1)):
-            torch.set_float32_matmul_precision(name)
-            assert half_products.terms_of_scaled_factors() == terms
-    finally:
-        torch.set_float32_matmul_precision(before)
+@pytest.mark.parametrize("name", SETTINGS)
+def test_pytorchs_setting_chooses_the_terms(name: str) -> None:
+    one = {"medium", "backends bf16", "explicit and inherited"}
+    with setting(name):
+        assert half_products.terms_of_scaled_factors() == (1 if name in one else 2)
 
 
 @pytest.mark.usefixtures("one_term")

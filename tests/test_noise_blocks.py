@@ -15,6 +15,7 @@ from clipgrad.noise import SystemNoise, rows
 from clipgrad.noise.block import Block, correlate, correlate_by_torch
 from clipgrad.noise.correlated import CorrelatedNoise
 from tests.dp_tools import through_a_file
+from tests.float32_settings import setting
 from tests.noise_blocks import block_of, check_white, run
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6}
@@ -42,16 +43,6 @@ def test_products_are_the_recurrence(dtype: torch.dtype, lags: int, ahead: int) 
 
 
 @contextlib.contextmanager
-def _matmul_precision(name: str) -> Iterator[None]:
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(name)
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
-
-
-@contextlib.contextmanager
 def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
@@ -62,7 +53,7 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 
 SETTINGS = {
-    "low matmul precision": lambda: _matmul_precision("medium"),
+    "low matmul precision": lambda: setting("medium"),
     "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
     "autocast to half": lambda: torch.autocast("cpu", torch.float16),
     "float16 by default": lambda: _default_dtype(torch.float16),

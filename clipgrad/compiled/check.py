@@ -18,10 +18,12 @@ from torch.utils._pytree import tree_leaves
 from clipgrad.clipping import Clipping
 from clipgrad.engine.clip_and_sum import MicrobatchResult
 from clipgrad.errors import CompileMismatchError
+from clipgrad.kernels.float32_precision import product_rounding
 
 # Relative to the sum of all samples' clipped norms. A sample that is left out or not clipped changes more than that.
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
-_TF32 = 1e-2, 2.0**-10
+# The same for float32 products that first round to TF32 or bfloat16, by how much these round.
+_TOLERANCE_OF_PRODUCTS = {2.0**-10: 1e-2, 2.0**-7: 1e-1}
 _TRIALS = 8
 
 
@@ -50,9 +52,9 @@ def rounding(module: GraphModule, device: torch.device) -> Rounding:
     values = tree_leaves([node.meta.get("val") for node in module.graph.nodes])
     dtypes = {value.dtype for value in values if isinstance(value, Tensor)}
     found = [Rounding(_TOLERANCE[t], torch.finfo(t).eps) for t in dtypes if t in _TOLERANCE]
-    tf32 = torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32
-    if device.type == "cuda" and tf32 and torch.float32 in dtypes:
-        found.append(Rounding(*_TF32))
+    step = product_rounding(device.type)
+    if step and torch.float32 in dtypes:
+        found.append(Rounding(_TOLERANCE_OF_PRODUCTS[step], step))
     return max(found, default=Rounding(0.0, 0.0))
 
 

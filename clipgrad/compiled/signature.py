@@ -16,6 +16,7 @@ from clipgrad.compiled.shape import is_channels_last
 from clipgrad.engine.captured_loss import GraphOfLoss
 from clipgrad.engine.inputs import Inputs
 from clipgrad.errors import CompileError
+from clipgrad.kernels.float32_precision import precisions
 from clipgrad.rules.registry import rules
 
 _ATTRIBUTES = attrgetter("shape", "dtype", "device", "requires_grad", "layout")
@@ -57,10 +58,10 @@ def _global_settings(kinds: Sequence[str]) -> tuple[Any, ...]:
         torch.is_autocast_cache_enabled(),
         torch.are_deterministic_algorithms_enabled(),
         torch.is_deterministic_algorithms_warn_only_enabled(),
-        torch.get_float32_matmul_precision(),
+        precisions(),
         torch.is_anomaly_enabled(),
-        (cudnn.enabled, cudnn.deterministic, cudnn.benchmark, cudnn.allow_tf32),
-        (cuda.matmul.allow_tf32, cuda.matmul.allow_fp16_reduced_precision_reduction),
+        (cudnn.enabled, cudnn.deterministic, cudnn.benchmark),
+        cuda.matmul.allow_fp16_reduced_precision_reduction,
         cuda.matmul.allow_bf16_reduced_precision_reduction,
         (cuda.flash_sdp_enabled(), cuda.mem_efficient_sdp_enabled(), cuda.math_sdp_enabled()),
         cuda.cudnn_sdp_enabled(),

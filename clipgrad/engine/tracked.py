@@ -146,7 +146,9 @@ class Tracked:
         factors = [outer for use in self.uses if (outer := use.outer()) is not None]
         if len(factors) < len(self.uses) or len({outer.groups for outer in factors}) > 1:
             # Factors cannot be joined if a use has none, or if a convolution weight is used with two numbers of groups.
-            return row_norms_squared(self.per_sample())
+            # Gradients are kept then: a sum of the factors would round other digits away than these norms did.
+            self.kept, self.uses = self.per_sample(), []
+            return row_norms_squared(self.kept)
         if self.kept is not None:
             return norms_squared_with_rows(self.kept, factors)
         return ghost_norms_squared(factors)

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
+from clipgrad.kernels import float32_precision
+
 HALF = (torch.float16, torch.bfloat16)
 # On CUDA PyTorch multiplies half precision with float32 results; elsewhere, and on ROCm, factors are widened.
 _ON_CUDA = torch.version.hip is None
@@ -114,14 +116,7 @@ def terms_of_scaled_factors() -> int:
     These are the meanings of ``torch.set_float32_matmul_precision``. ``"medium"`` rounds float32 factors of a product
     to bfloat16, and ``"high"`` takes them as the sum of two bfloat16 numbers. ``"highest"`` has two terms here as well.
     """
-    return 1 if _bfloat16_serves_float32() else 2
-
-
-def _bfloat16_serves_float32() -> bool:
-    try:
-        return torch.get_float32_matmul_precision() == "medium"
-    except RuntimeError:  # the process uses PyTorch's newer settings
-        return False
+    return 1 if float32_precision.allows_bfloat16() else 2
 
 
 def in_terms(wide: Tensor, count: int) -> list[Tensor]:

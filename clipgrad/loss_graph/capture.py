@@ -16,6 +16,7 @@ from torch.fx import GraphModule
 from torch.utils._pytree import TreeSpec, tree_flatten
 
 from clipgrad.errors import NotPerSampleError
+from clipgrad.kernels.float32_precision import inheritance_kept
 from clipgrad.loss_graph.capture_settings import (
     GUARDS_ONLY,
     capture_settings,
@@ -117,7 +118,7 @@ class LossCapture:
                 )
             _log.info("capturing the loss%s", f" again: {reason}" if reason else "")
             try:
-                with silence_pytorch(), capture_settings(GRAPHS):
+                with silence_pytorch(), capture_settings(GRAPHS), inheritance_kept():
                     return self._call(_global_hooks(), *args)
             except Exception as error:
                 raise capture_error(error) from error

@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
+from clipgrad.kernels.float32_precision import full_combination
 from clipgrad.kernels.half_products import (
     HALF,
     in_terms,
@@ -133,7 +134,7 @@ class PerSample:
         wide = widen(gradient)
         if wide.dim() == 1:
             return factors.to(wide.dtype) @ wide
-        return _over_rows(wide, lambda rows: factors.to(rows.dtype) @ rows)
+        return _over_rows(wide, lambda rows: full_combination(factors.to(rows.dtype), rows))
 
     def outer(self) -> Outer | None:
         return None

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clipgrad._functorch import expected
+from clipgrad.kernels.float32_precision import full_product, full_vecdot, product_rounding
 from clipgrad.kernels.half_products import terms_of_scaled_factors
-from clipgrad.kernels.tensor_cores import convolutions_allow_tf32, full_product
 from clipgrad.rules.canonical import OneHot, Outer, sum_of, widen
 from clipgrad.rules.gram import Lengths, equal_id_sums, gram_sums
 from clipgrad.rules.row_norms import row_norms_squared
@@ -28,8 +28,6 @@ _ROUNDING_MARGIN = 8.0
 _NEGLIGIBLE = 2.0**26
 # One-hot factors use Gram matrices up to this many positions and this many elements over all samples.
 _FEW_POSITIONS, _FEW_ELEMENTS = 256, 1 << 24
-# Relative error of a product of two float32 numbers that are first rounded to TF32.
-_TF32_PRODUCT = 2.0**-10
 # Relative error of a float32 number that is rounded to bfloat16; of a split in terms this is the error of the last one.
 _BFLOAT16_TERM = 2.0**-8
 
@@ -79,7 +77,7 @@ def norms_squared_with_rows(kept: Tensor, uses: Sequence[Outer]) -> Tensor:
     samples = torch.arange(kept.shape[0], device=kept.device)[:, None]
     right = widen(hot.right)
     picked = widen(rows[samples, hot.left.ids])
-    cross: Tensor = torch.linalg.vecdot(picked.flatten(1), right.flatten(1))
+    cross = full_vecdot(picked.flatten(1), right.flatten(1))
     added_norms, lengths, _ = _one_hot_norms(hot)
     total = replace(lengths, products=lengths.products + own.sqrt())
     norms = own + 2 * cross + added_norms
@@ -103,7 +101,7 @@ def raised_to_rounding_bound(
     Without cancellation the gradient would have the norm ``m = sum_s |left_s| |right_s|``, and rounding errors are
     multiples of ``m``. Where terms cancel almost entirely (nearly equal positions with opposite output gradients) the
     error exceeds the norm, and a norm that is too small would let a sample contribute many times the clipping norm.
-    The clipped sum is a product of the same factors; if this product may run in TF32, its error counts too.
+    The clipped sum is a product of the same factors; if it may run in TF32 or bfloat16, its error counts too.
 
     The error of a norm of a ``materialised`` gradient is relative to ``m``; that of a squared norm from Gram matrices
     is relative to ``m^2``. The lengths are ``[B * groups]``.
@@ -139,24 +137,16 @@ def _rounding_of_sum(norms: Tensor, uses: Sequence[Outer]) -> float:
         return 0.0  # rows are added, and not multiplied
     if all(use.sums_in_bfloat16 for use in dense):
         return _BFLOAT16_TERM ** terms_of_scaled_factors()
-    return _TF32_PRODUCT if _may_round_to_tf32(norms) else 0.0
-
-
-def _may_round_to_tf32(norms: Tensor) -> bool:
-    """Return whether the weighted sum of the factors, a matrix product or a convolution, may run in TF32."""
-    return (
-        norms.device.type == "cuda" and norms.dtype is torch.float32 and convolutions_allow_tf32()
-    )
+    # The weighted sum is a matrix product or a convolution.
+    return product_rounding(norms.device.type) if norms.dtype is torch.float32 else 0.0
 
 
 def _lengths(vectors: Tensor) -> Tensor:
     """Return norms over the last axis; ``vector_norm`` is slow on CPU if this axis is not dense."""
-    lengths: Tensor
     if vectors.stride(-1) == 1:
-        lengths = torch.linalg.vector_norm(vectors, dim=-1)
-    else:
-        lengths = torch.linalg.vecdot(vectors, vectors).sqrt()
-    return lengths
+        lengths: Tensor = torch.linalg.vector_norm(vectors, dim=-1)
+        return lengths
+    return full_vecdot(vectors, vectors).sqrt()
 
 
 def _underflow(left: Tensor, rows: int, right: Tensor, columns: int) -> Tensor:
@@ -208,8 +198,7 @@ def _cross(hot: Outer, dense: Outer) -> Tensor:
     products = full_product(
         widen(dense.right[..., : dense.columns]), widen(hot.right).transpose(1, 2)
     )
-    products_summed: Tensor = torch.linalg.vecdot(picked.flatten(1), products.flatten(1))
-    return products_summed
+    return full_vecdot(picked.flatten(1), products.flatten(1))
 
 
 def _segment_sums(left: OneHot, right: Tensor) -> Tensor:

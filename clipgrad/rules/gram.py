@@ -12,11 +12,12 @@ from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from clipgrad._functorch import expected
+from clipgrad.kernels.float32_precision import FULL, full_product, rounds, set_precision
 from clipgrad.kernels.half_products import HALF, product
 from clipgrad.kernels.launcher import launcher
-from clipgrad.kernels.tensor_cores import set_tf32
 
 # This limit on the elements of one block's Gram matrices keeps a ghost norm's scratch memory below about 256 MiB.
 _ELEMENTS = 1 << 25
@@ -53,24 +54,26 @@ class Lengths:
 def gram_sums(left: Tensor, right: Tensor) -> tuple[Tensor, Lengths]:
     """Return squared norms ``[B]`` of ``sum_s left_s (outer product) right_s``, and the lengths of its positions.
 
-    Products never use TF32: where terms cancel, a norm needs the digits that TF32 drops. Products of half-precision
-    numbers are exact in float32.
+    Products never use TF32 or bfloat16: where terms cancel, a norm needs the digits that these drop. Products of
+    half-precision numbers are exact in float32.
 
     The factors are ``[B, S, rows]`` and ``[B, S, columns]``; with half precision of either the result is float32.
     """
     if left.device.type == "cuda" and {left.dtype, right.dtype} <= _BY_KERNEL:
-        norms, *lengths = _on_cuda(left, right).unbind()
+        norms, *lengths = _as_operation(left, right).unbind()
+        return norms, Lengths(*lengths)
+    left, right = (factor.float() if factor.dtype in HALF else factor for factor in (left, right))
+    if get_proxy_mode() is not None and rounds(left):
+        norms, *lengths = _as_operation(left, right).unbind()
     else:
-        left, right = (
-            factor.float() if factor.dtype in HALF else factor for factor in (left, right)
-        )
-        norms, *lengths = _by_products(left, right)
+        with set_precision(left.device.type, FULL):
+            norms, *lengths = _by_products(left, right)
     return norms, Lengths(*lengths)
 
 
 def equal_id_sums(ids: Tensor, right: Tensor) -> tuple[Tensor, Lengths]:
     """Return ``gram_sums`` for one-hot rows with ids ``[B, S]``, whose inner products are 1 if equal and else 0."""
-    gram = torch.bmm(right, right.transpose(1, 2))
+    gram = full_product(right, right.transpose(1, 2))
     equal = ids[:, :, None] == ids[:, None, :]
     length = gram.diagonal(dim1=1, dim2=2).sqrt()
     return gram.where(equal, 0.0).sum((1, 2)), Lengths.of(torch.ones_like(length), length)
@@ -127,17 +130,17 @@ def _inner_products(rows: Tensor, columns: Tensor) -> Tensor:
     return sum(others, start=first)
 
 
-# A custom operation keeps the TF32 setting and the kernel inside one node of a traced graph.
+# A custom operation keeps the setting of precision and the kernel inside one node of a traced graph.
 @torch.library.custom_op("clipgrad::gram_sums", mutates_args=())
-def _on_cuda(left: Tensor, right: Tensor) -> Tensor:
+def _as_operation(left: Tensor, right: Tensor) -> Tensor:
     """Return squared norms and the three lengths, ``[4, B]``, from clipgrad's Triton kernel where it is usable."""
-    launch = launcher("gram_launch")
+    launch = launcher("gram_launch") if left.is_cuda else None
     if launch is not None and (found := launch.gram_sums(left, right)) is not None:
         return found  # type: ignore[no-any-return]
-    with set_tf32(False):
+    with set_precision(left.device.type, FULL):
         return torch.stack(_by_products(left, right))
 
 
-@_on_cuda.register_fake
+@_as_operation.register_fake
 def _(left: Tensor, right: Tensor) -> Tensor:
     return left.new_empty(4, left.shape[0], dtype=torch.float32)

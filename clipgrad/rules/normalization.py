@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from clipgrad.kernels.float32_precision import full_product
 from clipgrad.rules.canonical import PerSample, widen
 from clipgrad.rules.names import functional_aten_names_of
 from clipgrad.rules.registry import Call, Decline, Recipe, register_rule
@@ -46,8 +47,8 @@ def is_autocast_on(x: Tensor) -> bool:
 def _weighted_position_sum(values: Tensor, weights: Tensor) -> Tensor:
     """Return ``sum_s weights[b, s] values[b, s]``, from ``[B, S]`` and ``[B, S, I]``; may overwrite ``values``."""
     if values.device.type == "cpu":  # saves one pass over memory, 1.1 to 1.8 times faster
-        return torch.bmm(weights[:, None], values)[:, 0]
-    # Elsewhere a matrix product may run in TF32, unlike the ordinary gradient of a norm layer.
+        # The ordinary gradient of a norm layer is computed in full float32.
+        return full_product(weights[:, None], values)[:, 0]
     return values.mul_(weights[:, :, None]).sum(1)
 
 

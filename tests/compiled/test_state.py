@@ -279,8 +279,16 @@ def test_forward_replaced(graphs: Graphs, monkeypatch: pytest.MonkeyPatch) -> No
     assert len(graphs) == 2
 
 
+def _set_precision(backend: str, operation: str) -> Callable[[Any], None]:
+    """The newer family of settings, after which reads of the older one raise."""
+    return functools.partial(torch._C._set_fp32_precision_setter, backend, operation)
+
+
 SETTINGS_OF_TORCH: dict[str, tuple[Callable[[Any], None], Any, Any]] = {
     "precision": (torch.set_float32_matmul_precision, "high", "highest"),
+    "precision on the CPU": (_set_precision("mkldnn", "matmul"), "bf16", "none"),
+    "precision everywhere": (_set_precision("generic", "all"), "bf16", "none"),
+    "precision of cuDNN": (_set_precision("cuda", "conv"), "ieee", "tf32"),
     "determinism": (torch.use_deterministic_algorithms, True, False),
     "default dtype": (torch.set_default_dtype, torch.float64, torch.float32),
 }

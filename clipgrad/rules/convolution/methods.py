@@ -18,7 +18,7 @@ from torch import Tensor
 
 from clipgrad._functorch import is_symbol
 from clipgrad.kernels.delayed import delay_until, in_graph_for_cpu
-from clipgrad.kernels.tensor_cores import convolution_product, window_products
+from clipgrad.kernels.float32_precision import convolution_product, window_products
 from clipgrad.rules.canonical import OneHot, Outer
 from clipgrad.rules.convolution.geometry import Geometry
 from clipgrad.rules.convolution.unfolding import (

@@ -1,0 +1,285 @@
+"""Whatever a process allows to float32 products, a sample contributes no more than docs/guarantees.md says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.fx import GraphModule
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from clipgrad import Performance, clipped_grad
+from clipgrad.compiled import backend
+from clipgrad.rules import OneHot, Outer
+from clipgrad.rules.ghost import ghost_norms_squared, norms_squared_with_rows
+from clipgrad.rules.gram import gram_sums
+from tests.float32_settings import SETTINGS, all_reads, computes_in_bfloat16, own_settings, setting
+from tests.nightly import pairs, some
+
+Params = dict[str, Tensor]
+needs_bfloat16 = pytest.mark.skipif(
+    not computes_in_bfloat16(), reason="needs a CPU that takes bfloat16 for float32 products"
+)
+SAMPLES, POSITIONS, WIDTH = 3, 64, 64
+LOWERED = ["medium", "high", "mkldnn bf16", "backends bf16", "convolutions bf16"]
+# What the guide allows: where positions all but cancel, and ordinarily in float32, TF32 and bfloat16.
+CANCELLING = 0.125
+ORDINARY = {"default": 1e-5, "high": 2**-10}
+ORDINARY_BFLOAT16 = 2**-7
+# bfloat16 rounds all numbers between these two to the same one.
+LOW, HIGH = (1 + 2**-7 + sign * 0.98 * 2**-8 for sign in (-1, 1))
+
+
+@dataclass(frozen=True)
+class Model:
+    """A loss with one weight, and a batch whose positions cancel in pairs, up to a distance if it is random."""
+
+    loss: Callable[..., Tensor]
+    weight: tuple[int, ...]
+    batch: Callable[[float, torch.Generator], tuple[Tensor, ...]]
+
+
+def linear(p: Params, x: Tensor, y: Tensor) -> Tensor:
+    return (F.linear(x, p["w"]) * y).sum()
+
+
+def convolution(p: Params, x: Tensor, y: Tensor) -> Tensor:
+    """The taps of no two positions overlap."""
+    return (F.conv2d(x, p["w"], stride=p["w"].shape[-1]) * y).sum()
+
+
+def tied(p: Params, ids: Tensor, u: Tensor, v: Tensor) -> Tensor:
+    """An embedding tied to an output layer, whose gradients are opposite."""
+    chosen = F.one_hot(ids, len(p["w"])).to(v.dtype)
+    return (F.embedding(ids, p["w"]) * u).sum() - (F.linear(v, p["w"]) * chosen).sum()
+
+
+def _both(shape: tuple[int, ...], distance: float, generator: torch.Generator) -> list[Tensor]:
+    first = torch.randn(SAMPLES, *shape, generator=generator)
+    return [first, first + distance * torch.randn(first.shape, generator=generator)]
+
+
+def for_linear(distance: float, generator: torch.Generator) -> tuple[Tensor, ...]:
+    half = (POSITIONS // 2, WIDTH)
+    y = torch.randn(SAMPLES, *half, generator=generator)
+    return torch.cat(_both(half, distance, generator), 1), torch.cat((y, -y), 1)
+
+
+def for_convolution(distance: float, generator: torch.Generator) -> tuple[Tensor, ...]:
+    y = torch.randn(SAMPLES, WIDTH, 4, 8, generator=generator)
+    return torch.cat(_both((4, 16, 32), distance, generator), 2), torch.cat((y, -y), 2)
+
+
+def for_tied(distance: float, generator: torch.Generator) -> tuple[Tensor, ...]:
+    ids = torch.randint(WIDTH, (SAMPLES, POSITIONS), generator=generator)
+    return ids, *_both((POSITIONS, WIDTH), distance, generator)
+
+
+def planted(*_: object) -> tuple[Tensor, ...]:
+    """Positions that bfloat16 takes for opposite ones; their difference is the largest such."""
+    half = torch.ones(SAMPLES, POSITIONS // 2, 1)
+    return torch.cat((HIGH * half, LOW * half), 1), torch.cat((HIGH * half, -LOW * half), 1)
+
+
+def planted_image(*_: object) -> tuple[Tensor, ...]:
+    x, y = (each.view(SAMPLES, 1, 8, POSITIONS // 8) for each in planted())
+    return x, y
+
+
+def planted_tied(*_: object) -> tuple[Tensor, ...]:
+    """So many ids that their norm is one of rows; in bfloat16 the cross term would be larger than both norms."""
+    u = torch.full((SAMPLES, 300, WIDTH), LOW)
+    return torch.zeros(SAMPLES, 300, dtype=torch.long), u, torch.full_like(u, 0.921875)
+
+
+MODELS = {
+    "linear": Model(linear, (WIDTH, WIDTH), for_linear),
+    "convolution": Model(convolution, (WIDTH, 4, 4, 4), for_convolution),
+    "tied": Model(tied, (WIDTH, WIDTH), for_tied),
+    "planted linear": Model(linear, (1, 1), planted),
+    "planted convolution": Model(convolution, (1, 1, 1, 1), planted_image),
+    "planted tied": Model(tied, (WIDTH, WIDTH), planted_tied),
+}
+RANDOM, PLANTED = ["linear", "convolution", "tied"], [name for name in MODELS if "planted" in name]
+
+
+def _draw(name: str, distance: float) -> tuple[Params, tuple[Tensor, ...]]:
+    generator = torch.Generator().manual_seed(0)
+    model = MODELS[name]
+    return {"w": torch.randn(model.weight, generator=generator)}, model.batch(distance, generator)
+
+
+def contributions(
+    name: str, distance: float, strategy: str, **options: Any
+) -> tuple[Tensor, Tensor]:
+    """What each sample alone adds, and the norms that were found; other samples of the batch are padding."""
+    params, batch = _draw(name, distance)
+    gradient = clipped_grad(
+        MODELS[name].loss,
+        max_grad_norm=1e-3,
+        performance=Performance(strategy=strategy),
+        **options,
+    )
+    found = []
+    for sample in range(SAMPLES):
+        result = gradient(params, *batch, is_padding=torch.arange(SAMPLES) != sample)
+        found.append(result.grads["w"].double().norm() / 1e-3)
+    return torch.stack(found), result.grad_norms
+
+
+@pytest.fixture
+def graphs(monkeypatch: pytest.MonkeyPatch) -> list[GraphModule]:
+    """The graphs that were made, which run as they are: a compiler takes seconds."""
+    made: list[GraphModule] = []
+
+    def compile_graph(module: GraphModule, mode: str, arguments: object) -> GraphModule:
+        made.append(module)
+        return module
+
+    monkeypatch.setattr(backend, "compile_graph", compile_graph)
+    return made
+
+
+@needs_bfloat16
+@pytest.mark.parametrize(
+    ("model", "lowered", "strategy"), pairs(list(MODELS), LOWERED, ["ghost", "kept"])
+)
+def test_what_cancels_is_clipped_enough(model: str, lowered: str, strategy: str) -> None:
+    for distance in (1.0, 0.1, 0.01) if model in RANDOM else (0.0,):
+        with setting(lowered):
+            found, _ = contributions(model, distance, strategy)
+        assert found.max() <= 1 + CANCELLING, distance
+
+
+@needs_bfloat16
+@pytest.mark.parametrize(("model", "lowered"), some(2, PLANTED, LOWERED))
+def test_what_cancels_is_clipped_enough_in_a_graph(
+    model: str, lowered: str, graphs: list[GraphModule]
+) -> None:
+    with setting(lowered):
+        found, _ = contributions(model, 0.0, "ghost", compile=True)
+    assert found.max() <= 1 + CANCELLING
+    assert graphs
+
+
+@needs_bfloat16
+@pytest.mark.parametrize("model", RANDOM)
+@pytest.mark.parametrize("lowered", ["default", *LOWERED])
+def test_what_does_not_cancel(model: str, lowered: str) -> None:
+    """Norms are those of float64, and contributions are of the clipping norm."""
+    params, batch = _draw(model, 3.0)
+    wide = [each.double() if each.is_floating_point() else each for each in batch]
+    exact = clipped_grad(MODELS[model].loss, max_grad_norm=1.0)
+    expected = exact({"w": params["w"].double()}, *wide).grad_norms
+    with setting(lowered):
+        found, norms = contributions(model, 3.0, "ghost")
+    torch.testing.assert_close(norms.double(), expected, rtol=1e-5, atol=0)
+    assert found.max() <= 1 + ORDINARY.get(lowered, ORDINARY_BFLOAT16)
+
+
+@needs_bfloat16
+@pytest.mark.parametrize("lowered", LOWERED)
+@pytest.mark.parametrize("shape", [(4, 16, 64, 64), (2, 300, 96, 80), (40, 64, 256, 768)])
+def test_gram_matrices_are_those_of_float64(lowered: str, shape: tuple[int, int, int, int]) -> None:
+    samples, positions, rows, columns = shape
+    generator = torch.Generator().manual_seed(0)
+    left = torch.randn(samples, positions, rows, generator=generator)
+    right = torch.randn(samples, positions, columns, generator=generator)
+    with setting(lowered):
+        norms, lengths = gram_sums(left, right)
+    expected = (left.double().mT @ right.double()).square().sum((1, 2))
+    torch.testing.assert_close(norms.double(), expected, rtol=1e-5, atol=0)
+    torch.testing.assert_close(
+        lengths.left.double(), left.double().norm(dim=2).sum(1), rtol=1e-5, atol=0
+    )
+
+
+class Products(TorchDispatchMode):
+    """Reads the setting of the CPU at each matrix product."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.settings: list[str] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func._schema.name in ("aten::bmm", "aten::mm", "aten::addmv", "aten::dot"):
+            self.settings.append(torch.backends.mkldnn.matmul.fp32_precision)  # type: ignore[attr-defined]
+        return func(*args, **(kwargs or {}))
+
+
+def _uses() -> tuple[Outer, Outer]:
+    ids = torch.randint(8, (3, 6))
+    hot = Outer(OneHot(ids, 8), torch.randn(3, 6, 5), torch.Size([8, 5]))
+    dense = Outer(torch.randn(3, 6, 8), torch.randn(3, 5, 6).mT, torch.Size([8, 5]))
+    return hot, dense
+
+
+NORMS: dict[str, Callable[[], Tensor]] = {
+    "dense": lambda: ghost_norms_squared([_uses()[1]]),
+    "one-hot": lambda: ghost_norms_squared([_uses()[0]]),
+    "both": lambda: ghost_norms_squared(_uses()),
+    "kept and one-hot": lambda: norms_squared_with_rows(torch.randn(3, 8, 5), [_uses()[0]]),
+}
+
+
+@pytest.mark.parametrize("norms", NORMS)
+@pytest.mark.parametrize("lowered", LOWERED[:4])
+def test_products_of_norms_are_full(norms: str, lowered: str) -> None:
+    """Also where this CPU computes in float32 anyway."""
+    with setting(lowered), Products() as seen:
+        NORMS[norms]()
+    assert seen.settings
+    assert set(seen.settings) == {"ieee"}
+
+
+@pytest.mark.parametrize("model", RANDOM)
+def test_a_graph_holds_such_products_whole(model: str, graphs: list[GraphModule]) -> None:
+    """But only where a product may round: by default a compiler sees the products."""
+    for name in ("default", "medium"):
+        with setting(name):
+            contributions(model, 1.0, "ghost", compile=True)
+    targets = [{str(node.target) for node in graph.graph.nodes} for graph in graphs]
+    by_default, lowered = (
+        {each for each in found if each.startswith("clipgrad.")} for found in targets
+    )
+    ours = {"clipgrad.gram_sums.default", "clipgrad.bmm.default", "clipgrad.full_vecdot.default"}
+    assert not by_default & ours
+    assert lowered & ours
+    assert "aten.bmm.default" not in targets[1]
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("compile", [False, True])
+def test_settings_stay_as_they_are(name: str, compile: bool, graphs: list[GraphModule]) -> None:
+    """No step raises, whichever family of settings was used, or changes what it found."""
+    params, batch = _draw("tied", 3.0)
+    wide = [each.double() if each.is_floating_point() else each for each in batch]
+    gradient = clipped_grad(tied, max_grad_norm=1.0, compile=compile)
+    expected = clipped_grad(tied, max_grad_norm=1.0)({"w": params["w"].double()}, *wide)
+    with setting(name):
+        before, own = all_reads(), own_settings()
+        result = gradient(params, *batch)
+        assert all_reads() == before
+        assert own_settings() == own
+    torch.testing.assert_close(
+        result.grad_norms.double(), expected.grad_norms, rtol=1e-2, atol=1e-6
+    )
+    torch.testing.assert_close(
+        result.grads["w"].double(), expected.grads["w"], rtol=3e-2, atol=1e-2
+    )
+
+
+@needs_bfloat16
+@pytest.mark.slow
+@pytest.mark.parametrize("lowered", ["medium", "backends bf16"])
+def test_compiled(lowered: str) -> None:
+    with setting(lowered):
+        found, _ = contributions("planted linear", 0.0, "ghost", compile=True)
+    assert found.max() <= 1 + CANCELLING
