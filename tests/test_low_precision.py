@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from clipgrad import Performance, clipped_grad
 from clipgrad.compiled import backend
-from clipgrad.rules import OneHot, Outer
+from clipgrad.rules import OneHot, Outer, PerSample
 from clipgrad.rules.ghost import ghost_norms_squared, norms_squared_with_rows
 from clipgrad.rules.gram import gram_sums
 from tests.float32_settings import SETTINGS, all_reads, computes_in_bfloat16, own_settings, setting
@@ -283,3 +283,34 @@ def test_compiled(lowered: str) -> None:
     with setting(lowered):
         found, _ = contributions("planted linear", 0.0, "ghost", compile=True)
     assert found.max() <= 1 + CANCELLING
+
+
+@needs_bfloat16
+@pytest.mark.parametrize("lowered", LOWERED)
+def test_kept_gradients_are_summed_in_full(lowered: str) -> None:
+    """Else what the sum rounds could exceed a norm, which rows of a tied embedding make small."""
+    gradients, factors = torch.randn(40, 30, 20), torch.rand(40)
+    with setting(lowered):
+        found = PerSample(gradients).weighted_sum(factors)
+    expected = torch.einsum("b,bij->ij", factors.double(), gradients.double())
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("lowered", ["default", "medium", "convolutions bf16"])
+def test_norms_are_of_what_is_summed_where_factors_do_not_join(
+    lowered: str, compile: bool, graphs: list[GraphModule]
+) -> None:
+    """One weight in convolutions of one group and of two, whose gradients are forced to be factors."""
+    x, w = torch.randn(4, 8, 12), torch.randn(8, 4, 3)
+
+    def loss(w: Tensor, x: Tensor) -> Tensor:
+        return F.conv1d(x[:, :4], w).sum() + F.conv1d(x, w, groups=2).square().sum()
+
+    gradient = clipped_grad(
+        loss, max_grad_norm=1e-2, performance=Performance(strategy="ghost"), compile=compile
+    )
+    with setting(lowered):
+        for sample in range(4):
+            found = gradient(w, x, is_padding=torch.arange(4) != sample)
+            assert abs(float(found.grads.double().norm()) - 1e-2) < 1e-6

@@ -40,10 +40,10 @@ def precision(device_type: str, operation: str = _PRODUCTS) -> str:
     return found if found in _ROUNDING else FULL
 
 
-def precisions() -> tuple[str, ...]:
-    """Return all settings, of which a compiled graph is the result."""
+def precisions(device_type: str) -> tuple[str, ...]:
+    """Return all settings for a device, on which a graph that was compiled for it depends."""
     operations = _PRODUCTS, _CONVOLUTIONS, _RECURRENCES
-    return tuple(precision(device, operation) for device in _BACKENDS for operation in operations)
+    return tuple([precision(device_type, operation) for operation in operations])
 
 
 def product_rounding(device_type: str) -> float:
@@ -85,7 +85,7 @@ def set_precision(device_type: str, wanted: str) -> Iterator[None]:
 
 @contextmanager
 def inheritance_kept() -> Iterator[None]:
-    """Keep that CUDA's setting for matrix products is inherited; PyTorch's capture would write down what it inherits."""
+    """Put CUDA's own setting for products back; PyTorch's capture writes what is inherited in its place."""
     before = _own_setting("cuda")
     try:
         yield
