@@ -20,9 +20,8 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 FULL = "ieee"
 _TF32, _BFLOAT16 = "tf32", "bf16"
-_INHERITED = (
-    "none"  # from the backend's setting for all operations, or else from that of all backends
-)
+# From the backend's setting for all operations, or else from that for all backends.
+_INHERITED = "none"
 # Relative error of a product of two float32 numbers, each of which is first rounded to 11 or 8 binary digits.
 _ROUNDING = {FULL: 0.0, _TF32: 2.0**-10, _BFLOAT16: 2.0**-7}
 _BACKENDS = {"cpu": "mkldnn", "cuda": "cuda"}
