@@ -17,8 +17,14 @@ def _everywhere(value: str) -> None:
     _set("generic", "all", value)
 
 
+def _everywhere_and_products() -> None:
+    """The products' own setting is what they would inherit."""
+    _everywhere("bf16")
+    _set("mkldnn", "matmul", "bf16")
+
+
 # By name: of the older family, and of the newer one, after which reads of the older ones raise.
-SETTINGS: dict[str, Callable[[], None]] = {
+SETTINGS: dict[str, Callable[[], object]] = {
     "default": lambda: None,
     "highest": lambda: torch.set_float32_matmul_precision("highest"),
     "medium": lambda: torch.set_float32_matmul_precision("medium"),
@@ -30,7 +36,7 @@ SETTINGS: dict[str, Callable[[], None]] = {
     "convolutions bf16": lambda: _set("mkldnn", "conv", "bf16"),
     "cuda tf32": lambda: _set("cuda", "matmul", "tf32"),
     "cudnn ieee": lambda: _set("cuda", "conv", "ieee"),
-    "explicit and inherited": lambda: (_everywhere("bf16"), _set("mkldnn", "matmul", "bf16"))[0],
+    "explicit and inherited": _everywhere_and_products,
     "ieee": lambda: _everywhere("ieee"),
 }
 

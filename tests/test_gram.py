@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from clipgrad.kernels import float32_precision
 from clipgrad.rules import Outer, gram
 from clipgrad.rules.ghost import ghost_norms_squared
 from clipgrad.rules.gram import gram_sums
+from tests.float32_settings import all_reads, setting
 from tests.kernels import interpreted, needs_cuda, needs_triton
 
 
@@ -70,7 +70,7 @@ def test_kernel_in_the_interpreter() -> None:
 
 @pytest.mark.cuda
 @needs_cuda
-@pytest.mark.parametrize("tf32", [False, True])
+@pytest.mark.parametrize("name", ["default", "high", "cuda tf32", "backends tf32"])
 @pytest.mark.parametrize(
     "shape",
     [
@@ -80,14 +80,16 @@ def test_kernel_in_the_interpreter() -> None:
 )  # fmt: skip
 @pytest.mark.parametrize("draw", [torch.randn, torch.rand])
 def test_on_cuda_in_full_precision(
-    shape: tuple[int, int, int, int], tf32: bool, draw: Callable[..., Tensor]
+    shape: tuple[int, int, int, int], name: str, draw: Callable[..., Tensor]
 ) -> None:
     """Whatever is allowed to matrix products, and whether the kernel is worth its launch or not."""
     samples, positions, rows, columns = shape
     left = draw(samples, positions, rows, device="cuda")
     right = draw(samples, columns, positions, device="cuda").mT
-    with float32_precision.set_precision("cuda", "tf32" if tf32 else "ieee"):
+    with setting(name):
+        before = all_reads()
         result = found(left, right)
+        assert all_reads() == before
     torch.testing.assert_close(result.double(), expected(left, right), rtol=1e-5, atol=0)
 
 
@@ -159,7 +161,8 @@ def test_what_cancels_is_clipped_enough_in_half_precision(
 @needs_cuda
 @pytest.mark.parametrize("distance", [0.1, 1e-2, 1e-3, 1e-4, 1e-6])
 @pytest.mark.parametrize("positions", [2, 64])
-def test_what_cancels_is_clipped_enough_in_tf32(positions: int, distance: float) -> None:
+@pytest.mark.parametrize("name", ["high", "cuda tf32"])
+def test_what_cancels_is_clipped_enough_in_tf32(name: str, positions: int, distance: float) -> None:
     """Norms and the clipped sum, each position nearly the opposite of another."""
     torch.manual_seed(0)
     half = positions // 2
@@ -168,7 +171,7 @@ def test_what_cancels_is_clipped_enough_in_tf32(positions: int, distance: float)
     right = torch.randn(64, half, 80, device="cuda").repeat(1, 2, 1)
     right[:, half:] += distance * torch.randn(64, half, 80, device="cuda")
     use = Outer(left, right, torch.Size([96, 80]))
-    with float32_precision.set_precision("cuda", "tf32"):
+    with setting(name):
         norms = ghost_norms_squared([use]).sqrt()
         for sample in range(64):
             factors = torch.zeros(64, device="cuda")

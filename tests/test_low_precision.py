@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
@@ -15,103 +14,34 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from clipgrad import Performance, clipped_grad
 from clipgrad.compiled import backend
-from clipgrad.rules import OneHot, Outer
+from clipgrad.rules import OneHot, Outer, PerSample
 from clipgrad.rules.ghost import ghost_norms_squared, norms_squared_with_rows
 from clipgrad.rules.gram import gram_sums
+from tests.cancelling_losses import MODELS, PLANTED, RANDOM, SAMPLES, Params, tied
 from tests.float32_settings import SETTINGS, all_reads, computes_in_bfloat16, own_settings, setting
+from tests.kernels import needs_cuda
 from tests.nightly import pairs, some
 
-Params = dict[str, Tensor]
 needs_bfloat16 = pytest.mark.skipif(
     not computes_in_bfloat16(), reason="needs a CPU that takes bfloat16 for float32 products"
 )
-SAMPLES, POSITIONS, WIDTH = 3, 64, 64
 LOWERED = ["medium", "high", "mkldnn bf16", "backends bf16", "convolutions bf16"]
 # What the guide allows: where positions all but cancel, and ordinarily in float32, TF32 and bfloat16.
 CANCELLING = 0.125
 ORDINARY = {"default": 1e-5, "high": 2**-10}
 ORDINARY_BFLOAT16 = 2**-7
-# bfloat16 rounds all numbers between these two to the same one.
-LOW, HIGH = (1 + 2**-7 + sign * 0.98 * 2**-8 for sign in (-1, 1))
-
-
-@dataclass(frozen=True)
-class Model:
-    """A loss with one weight, and a batch whose positions cancel in pairs, up to a distance if it is random."""
-
-    loss: Callable[..., Tensor]
-    weight: tuple[int, ...]
-    batch: Callable[[float, torch.Generator], tuple[Tensor, ...]]
-
-
-def linear(p: Params, x: Tensor, y: Tensor) -> Tensor:
-    return (F.linear(x, p["w"]) * y).sum()
-
-
-def convolution(p: Params, x: Tensor, y: Tensor) -> Tensor:
-    """The taps of no two positions overlap."""
-    return (F.conv2d(x, p["w"], stride=p["w"].shape[-1]) * y).sum()
-
-
-def tied(p: Params, ids: Tensor, u: Tensor, v: Tensor) -> Tensor:
-    """An embedding tied to an output layer, whose gradients are opposite."""
-    chosen = F.one_hot(ids, len(p["w"])).to(v.dtype)
-    return (F.embedding(ids, p["w"]) * u).sum() - (F.linear(v, p["w"]) * chosen).sum()
-
-
-def _both(shape: tuple[int, ...], distance: float, generator: torch.Generator) -> list[Tensor]:
-    first = torch.randn(SAMPLES, *shape, generator=generator)
-    return [first, first + distance * torch.randn(first.shape, generator=generator)]
-
-
-def for_linear(distance: float, generator: torch.Generator) -> tuple[Tensor, ...]:
-    half = (POSITIONS // 2, WIDTH)
-    y = torch.randn(SAMPLES, *half, generator=generator)
-    return torch.cat(_both(half, distance, generator), 1), torch.cat((y, -y), 1)
-
-
-def for_convolution(distance: float, generator: torch.Generator) -> tuple[Tensor, ...]:
-    y = torch.randn(SAMPLES, WIDTH, 4, 8, generator=generator)
-    return torch.cat(_both((4, 16, 32), distance, generator), 2), torch.cat((y, -y), 2)
-
-
-def for_tied(distance: float, generator: torch.Generator) -> tuple[Tensor, ...]:
-    ids = torch.randint(WIDTH, (SAMPLES, POSITIONS), generator=generator)
-    return ids, *_both((POSITIONS, WIDTH), distance, generator)
-
-
-def planted(*_: object) -> tuple[Tensor, ...]:
-    """Positions that bfloat16 takes for opposite ones; their difference is the largest such."""
-    half = torch.ones(SAMPLES, POSITIONS // 2, 1)
-    return torch.cat((HIGH * half, LOW * half), 1), torch.cat((HIGH * half, -LOW * half), 1)
-
-
-def planted_image(*_: object) -> tuple[Tensor, ...]:
-    x, y = (each.view(SAMPLES, 1, 8, POSITIONS // 8) for each in planted())
-    return x, y
-
-
-def planted_tied(*_: object) -> tuple[Tensor, ...]:
-    """So many ids that their norm is one of rows; in bfloat16 the cross term would be larger than both norms."""
-    u = torch.full((SAMPLES, 300, WIDTH), LOW)
-    return torch.zeros(SAMPLES, 300, dtype=torch.long), u, torch.full_like(u, 0.921875)
-
-
-MODELS = {
-    "linear": Model(linear, (WIDTH, WIDTH), for_linear),
-    "convolution": Model(convolution, (WIDTH, 4, 4, 4), for_convolution),
-    "tied": Model(tied, (WIDTH, WIDTH), for_tied),
-    "planted linear": Model(linear, (1, 1), planted),
-    "planted convolution": Model(convolution, (1, 1, 1, 1), planted_image),
-    "planted tied": Model(tied, (WIDTH, WIDTH), planted_tied),
-}
-RANDOM, PLANTED = ["linear", "convolution", "tied"], [name for name in MODELS if "planted" in name]
 
 
 def _draw(name: str, distance: float) -> tuple[Params, tuple[Tensor, ...]]:
     generator = torch.Generator().manual_seed(0)
     model = MODELS[name]
     return {"w": torch.randn(model.weight, generator=generator)}, model.batch(distance, generator)
+
+
+def one(norms: Tensor | Mapping[str, Tensor]) -> Tensor:
+    """The norms of the only clipping group."""
+    assert isinstance(norms, Tensor)
+    return norms
 
 
 def contributions(
@@ -125,11 +55,12 @@ def contributions(
         performance=Performance(strategy=strategy),
         **options,
     )
-    found = []
+    found, norms = [], torch.empty(0)
     for sample in range(SAMPLES):
         result = gradient(params, *batch, is_padding=torch.arange(SAMPLES) != sample)
         found.append(result.grads["w"].double().norm() / 1e-3)
-    return torch.stack(found), result.grad_norms
+        norms = one(result.grad_norms)
+    return torch.stack(found), norms
 
 
 @pytest.fixture
@@ -178,7 +109,7 @@ def test_what_does_not_cancel(model: str, lowered: str) -> None:
     expected = exact({"w": params["w"].double()}, *wide).grad_norms
     with setting(lowered):
         found, norms = contributions(model, 3.0, "ghost")
-    torch.testing.assert_close(norms.double(), expected, rtol=1e-5, atol=0)
+    torch.testing.assert_close(norms.double(), one(expected), rtol=1e-5, atol=0)
     assert found.max() <= 1 + ORDINARY.get(lowered, ORDINARY_BFLOAT16)
 
 
@@ -256,10 +187,20 @@ def test_a_graph_holds_such_products_whole(model: str, graphs: list[GraphModule]
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-@pytest.mark.parametrize("compile", [False, True])
-def test_settings_stay_as_they_are(name: str, compile: bool, graphs: list[GraphModule]) -> None:
+@pytest.mark.parametrize(
+    ("compile", "device"),
+    [
+        (False, "cpu"),
+        (True, "cpu"),
+        pytest.param(False, "cuda", marks=[pytest.mark.cuda, needs_cuda]),
+    ],
+)
+def test_settings_stay_as_they_are(
+    name: str, compile: bool, device: str, graphs: list[GraphModule]
+) -> None:
     """No step raises, whichever family of settings was used, or changes what it found."""
     params, batch = _draw("tied", 3.0)
+    params, batch = {"w": params["w"].to(device)}, tuple(each.to(device) for each in batch)
     wide = [each.double() if each.is_floating_point() else each for each in batch]
     gradient = clipped_grad(tied, max_grad_norm=1.0, compile=compile)
     expected = clipped_grad(tied, max_grad_norm=1.0)({"w": params["w"].double()}, *wide)
@@ -269,7 +210,7 @@ def test_settings_stay_as_they_are(name: str, compile: bool, graphs: list[GraphM
         assert all_reads() == before
         assert own_settings() == own
     torch.testing.assert_close(
-        result.grad_norms.double(), expected.grad_norms, rtol=1e-2, atol=1e-6
+        one(result.grad_norms).double(), one(expected.grad_norms), rtol=1e-2, atol=1e-6
     )
     torch.testing.assert_close(
         result.grads["w"].double(), expected.grads["w"], rtol=3e-2, atol=1e-2
@@ -283,3 +224,34 @@ def test_compiled(lowered: str) -> None:
     with setting(lowered):
         found, _ = contributions("planted linear", 0.0, "ghost", compile=True)
     assert found.max() <= 1 + CANCELLING
+
+
+@needs_bfloat16
+@pytest.mark.parametrize("lowered", LOWERED)
+def test_kept_gradients_are_summed_in_full(lowered: str) -> None:
+    """Else what the sum rounds could exceed a norm, which rows of a tied embedding make small."""
+    gradients, factors = torch.randn(40, 30, 20), torch.rand(40)
+    with setting(lowered):
+        found = PerSample(gradients).weighted_sum(factors)
+    expected = torch.einsum("b,bij->ij", factors.double(), gradients.double())
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("lowered", ["default", "medium", "convolutions bf16"])
+def test_norms_are_of_what_is_summed_where_factors_do_not_join(
+    lowered: str, compile: bool, graphs: list[GraphModule]
+) -> None:
+    """One weight in convolutions of one group and of two, whose gradients are forced to be factors."""
+    x, w = torch.randn(4, 8, 12), torch.randn(8, 4, 3)
+
+    def loss(w: Tensor, x: Tensor) -> Tensor:
+        return F.conv1d(x[:, :4], w).sum() + F.conv1d(x, w, groups=2).square().sum()
+
+    gradient = clipped_grad(
+        loss, max_grad_norm=1e-2, performance=Performance(strategy="ghost"), compile=compile
+    )
+    with setting(lowered):
+        for sample in range(4):
+            found = gradient(w, x, is_padding=torch.arange(4) != sample)
+            assert abs(float(found.grads.double().norm()) - 1e-2) < 1e-6

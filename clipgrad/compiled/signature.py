@@ -58,7 +58,7 @@ def _global_settings(kinds: Sequence[str]) -> tuple[Any, ...]:
         torch.is_autocast_cache_enabled(),
         torch.are_deterministic_algorithms_enabled(),
         torch.is_deterministic_algorithms_warn_only_enabled(),
-        precisions(),
+        *map(precisions, kinds),
         torch.is_anomaly_enabled(),
         (cudnn.enabled, cudnn.deterministic, cudnn.benchmark),
         cuda.matmul.allow_fp16_reduced_precision_reduction,

@@ -20,9 +20,8 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 FULL = "ieee"
 _TF32, _BFLOAT16 = "tf32", "bf16"
-_INHERITED = (
-    "none"  # from the backend's setting for all operations, or else from that of all backends
-)
+# From the backend's setting for all operations, or else from that for all backends.
+_INHERITED = "none"
 # Relative error of a product of two float32 numbers, each of which is first rounded to 11 or 8 binary digits.
 _ROUNDING = {FULL: 0.0, _TF32: 2.0**-10, _BFLOAT16: 2.0**-7}
 _BACKENDS = {"cpu": "mkldnn", "cuda": "cuda"}
@@ -40,10 +39,10 @@ def precision(device_type: str, operation: str = _PRODUCTS) -> str:
     return found if found in _ROUNDING else FULL
 
 
-def precisions() -> tuple[str, ...]:
-    """Return all settings, of which a compiled graph is the result."""
+def precisions(device_type: str) -> tuple[str, ...]:
+    """Return all settings for a device, on which a graph that was compiled for it depends."""
     operations = _PRODUCTS, _CONVOLUTIONS, _RECURRENCES
-    return tuple(precision(device, operation) for device in _BACKENDS for operation in operations)
+    return tuple([precision(device_type, operation) for operation in operations])
 
 
 def product_rounding(device_type: str) -> float:

@@ -21,6 +21,7 @@ from clipgrad.compiled.shape import pad_mask
 from clipgrad.compiled.signature import _global_settings
 from clipgrad.errors import CompileError, CompileMismatchError
 from tests.compiled.conftest import Graphs
+from tests.float32_settings import setting
 from tests.nightly import chosen, every
 from tests.small_mlp import assert_same, make_batch, make_params, mlp
 
@@ -288,7 +289,6 @@ SETTINGS_OF_TORCH: dict[str, tuple[Callable[[Any], None], Any, Any]] = {
     "precision": (torch.set_float32_matmul_precision, "high", "highest"),
     "precision on the CPU": (_set_precision("mkldnn", "matmul"), "bf16", "none"),
     "precision everywhere": (_set_precision("generic", "all"), "bf16", "none"),
-    "precision of cuDNN": (_set_precision("cuda", "conv"), "ieee", "tf32"),
     "determinism": (torch.use_deterministic_algorithms, True, False),
     "default dtype": (torch.set_default_dtype, torch.float64, torch.float32),
 }
@@ -304,6 +304,15 @@ def test_global_setting_is_noticed(case: str) -> None:
     finally:
         set_to(usual)
     assert _global_settings(("cpu",)) == before
+
+
+def test_settings_of_cuda_are_noticed() -> None:
+    before = _global_settings(("cpu", "cuda"))
+    for operation, other in (("conv", "ieee"), ("matmul", "tf32")):
+        with setting("default"):
+            _set_precision("cuda", operation)(other)
+            assert _global_settings(("cpu", "cuda")) != before
+    assert _global_settings(("cpu", "cuda")) == before
 
 
 @pytest.mark.parametrize("case", chosen(SETTINGS_OF_TORCH, ()))
