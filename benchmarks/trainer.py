@@ -115,7 +115,7 @@ def measured(name: str, device: str, turns: int, steps: int, mode: bool | str) -
     found = {"trainer": watch.trainer, "loop": watch.loop[: len(watch.trainer)]}
     row = {f"{kind}: ms": round(1e3 * statistics.mean(took), 2) for kind, took in found.items()}
     ratios = [ours / theirs for ours, theirs in zip(*found.values(), strict=True)]
-    spread = {"least": min(ratios), "greatest": max(ratios)}
+    spread = {"least": min(ratios), "median": statistics.median(ratios), "greatest": max(ratios)}
     return {
         "setting": name,
         **row,
@@ -128,7 +128,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("settings", nargs="+", choices=finetuning.SETTINGS)
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--turns", type=int, default=8)
+    parser.add_argument("--turns", type=int, default=16)
     parser.add_argument("--steps", type=int, default=24, help="of a turn")
     parser.add_argument("--mode", default="reduce-overhead", help="compile= of both; eager: none")
     args = parser.parse_args()
