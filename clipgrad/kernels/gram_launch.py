@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor
 
 from clipgrad.kernels import gram_kernels as kernels
 from clipgrad.kernels.half_products import HALF
-from clipgrad.kernels.launcher import passes
+from clipgrad.kernels.launcher import on_device, passes
 
 _TILE = 64
 # Elements multiplied at a time; the larger depth needs 96 KiB of shared memory and a fifth less time on an H100.
@@ -46,7 +45,7 @@ def launch(left: Tensor, right: Tensor) -> Tensor:
     found = left.new_empty(samples, blocks, 4, dtype=torch.float32)
     strides = *left.stride()[:2], *right.stride()[:2]
     unit = _UNIT if all(stride % _UNIT == 0 for stride in strides) else 1
-    with _on(left.device):
+    with on_device(left.device):
         kernels.gram_sums[(samples * blocks,)](
             left,
             right,
@@ -118,7 +117,3 @@ def _extent(factor: Tensor) -> int:
     _, *strides = factor.stride()
     _, *sizes = factor.shape
     return 1 + sum(stride * (size + _TILE) for stride, size in zip(strides, sizes, strict=True))
-
-
-def _on(device: torch.device) -> AbstractContextManager[object]:
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
