@@ -16,7 +16,7 @@ from clipgrad.compiled.shape import is_channels_last
 from clipgrad.engine.captured_loss import GraphOfLoss
 from clipgrad.engine.inputs import Inputs
 from clipgrad.errors import CompileError
-from clipgrad.kernels.float32_precision import precisions
+from clipgrad.kernels.float32_precision import allows_bfloat16, precisions
 from clipgrad.rules.registry import rules
 
 _ATTRIBUTES = attrgetter("shape", "dtype", "device", "requires_grad", "layout")
@@ -59,6 +59,7 @@ def _global_settings(kinds: Sequence[str]) -> tuple[Any, ...]:
         torch.are_deterministic_algorithms_enabled(),
         torch.is_deterministic_algorithms_warn_only_enabled(),
         *map(precisions, kinds),
+        allows_bfloat16(),
         torch.is_anomaly_enabled(),
         (cudnn.enabled, cudnn.deterministic, cudnn.benchmark),
         cuda.matmul.allow_fp16_reduced_precision_reduction,

@@ -17,9 +17,11 @@ from torch import Tensor, nn
 
 import clipgrad
 from clipgrad import DPOptimizer, clipped_grad
+from clipgrad.compiled import signature as signature_module
 from clipgrad.compiled.shape import pad_mask
 from clipgrad.compiled.signature import _global_settings
 from clipgrad.errors import CompileError, CompileMismatchError
+from clipgrad.kernels import float32_precision
 from tests.compiled.conftest import Graphs
 from tests.float32_settings import setting
 from tests.nightly import chosen, every
@@ -313,6 +315,13 @@ def test_settings_of_cuda_are_noticed() -> None:
             _set_precision("cuda", operation)(other)
             assert _global_settings(("cpu", "cuda")) != before
     assert _global_settings(("cpu", "cuda")) == before
+
+
+def test_the_number_of_terms_of_a_scaled_factor_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = _global_settings(("cpu", "cuda"))
+    allowed = not float32_precision.allows_bfloat16()
+    monkeypatch.setattr(signature_module, "allows_bfloat16", lambda: allowed)
+    assert _global_settings(("cpu", "cuda")) != before
 
 
 @pytest.mark.parametrize("case", chosen(SETTINGS_OF_TORCH, ()))
