@@ -33,6 +33,10 @@ def convolution(p: Params, x: Tensor, y: Tensor) -> Tensor:
     return (F.conv2d(x, p["w"], stride=p["w"].shape[-1]) * y).sum()
 
 
+def grouped(p: Params, x: Tensor, y: Tensor) -> Tensor:
+    return (F.conv1d(x, p["w"], stride=2, groups=2) * y).sum()
+
+
 def tied(p: Params, ids: Tensor, u: Tensor, v: Tensor) -> Tensor:
     """An embedding tied to an output layer, whose gradients are opposite."""
     chosen = F.one_hot(ids, len(p["w"])).to(v.dtype)

@@ -26,6 +26,8 @@ _INHERITED = "none"
 _ROUNDING = {FULL: 0.0, _TF32: 2.0**-10, _BFLOAT16: 2.0**-7}
 _BACKENDS = {"cpu": "mkldnn", "cuda": "cuda"}
 _PRODUCTS, _CONVOLUTIONS, _RECURRENCES = "matmul", "conv", "rnn"
+# What is set together. On the CPU some convolutions run as products.
+_SET = {"cpu": (_PRODUCTS, _CONVOLUTIONS), "cuda": (_PRODUCTS,)}
 
 _get = torch._C._get_fp32_precision_getter
 _set = torch._C._set_fp32_precision_setter
@@ -69,34 +71,42 @@ def allows_bfloat16() -> bool:
 def set_precision(device_type: str, wanted: str) -> Iterator[None]:
     """Set the precision of float32 matrix products on a device, and restore the process-wide setting afterwards.
 
+    On the CPU this sets convolutions too.
+
     Args:
         device_type: Of the operands.
         wanted: "ieee" or "tf32".
     """
-    if precision(device_type) == wanted or device_type not in _BACKENDS:
+    if _computes_in(device_type, wanted):
         yield
         return
-    backend = _BACKENDS[device_type]
-    before = _own_setting(backend)
-    _set(backend, _PRODUCTS, wanted)
+    backend, operations = _BACKENDS[device_type], _SET[device_type]
+    before = [_own_setting(backend, each) for each in operations]
+    for each in operations:
+        _set(backend, each, wanted)
     try:
         yield
     finally:
-        _set(backend, _PRODUCTS, before)
+        for each, own in zip(operations, before, strict=True):
+            _set(backend, each, own)
+
+
+def _computes_in(device_type: str, wanted: str) -> bool:
+    return all(precision(device_type, each) == wanted for each in _SET.get(device_type, ()))
 
 
 @contextmanager
 def inheritance_kept() -> Iterator[None]:
     """Put CUDA's own setting for products back; PyTorch's capture writes what is inherited in its place."""
-    before = _own_setting("cuda")
+    before = _own_setting("cuda", _PRODUCTS)
     try:
         yield
     finally:
         _set("cuda", _PRODUCTS, before)
 
 
-def _own_setting(backend: str) -> str:
-    """Return the setting for matrix products itself, which may be to inherit.
+def _own_setting(backend: str, operation: str) -> str:
+    """Return the setting for an operation itself, which may be to inherit.
 
     A read returns what is inherited. If that were written back, the setting would not follow later changes. Nothing is
     inherited for as long as this function takes.
@@ -105,7 +115,7 @@ def _own_setting(backend: str) -> str:
     _set("generic", "all", _INHERITED)
     of_backend = _get(backend, "all")
     _set(backend, "all", _INHERITED)
-    own: str = _get(backend, _PRODUCTS)
+    own: str = _get(backend, operation)
     _set(backend, "all", of_backend)
     _set("generic", "all", everywhere)
     return own
@@ -113,6 +123,8 @@ def _own_setting(backend: str) -> str:
 
 def convolution_product(a: Tensor, b: Tensor) -> Tensor:
     """Return ``torch.bmm(a, b)`` of two operands of a convolution."""
+    if a.device.type == "cpu":
+        return torch.bmm(a, b)
     return _product(a, b, _precision_for_convolutions(a.device.type))
 
 
@@ -138,8 +150,13 @@ def full_combination(factors: Tensor, rows: Tensor) -> Tensor:
 
 
 def rounds(tensor: Tensor) -> bool:
-    """Return whether a matrix product with this operand may round float32 numbers."""
-    return tensor.dtype is torch.float32 and precision(tensor.device.type) != FULL
+    """Return whether a matrix product with this operand may round float32 numbers; on the CPU a convolution too."""
+    return tensor.dtype is torch.float32 and not _computes_in(tensor.device.type, FULL)
+
+
+def sum_rounds(tensor: Tensor) -> bool:
+    """Return whether a clipped sum of factors, in full float32 on the CPU, needs another setting for this."""
+    return tensor.device.type == "cpu" and rounds(tensor)
 
 
 def _precision_for_convolutions(device_type: str) -> str:
@@ -152,7 +169,7 @@ def _precision_for_convolutions(device_type: str) -> str:
 
 
 def _product(a: Tensor, b: Tensor, wanted: str) -> Tensor:
-    if a.dtype is not torch.float32 or precision(a.device.type) == wanted:
+    if a.dtype is not torch.float32 or _computes_in(a.device.type, wanted):
         return torch.bmm(a, b)
     if get_proxy_mode() is None:
         with set_precision(a.device.type, wanted):
