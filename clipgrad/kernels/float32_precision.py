@@ -4,6 +4,7 @@ PyTorch may compute them in TF32 or in bfloat16. Two families of settings allow 
 ``torch.set_float32_matmul_precision`` and ``allow_tf32``, the newer ones are ``fp32_precision``. After the newer ones
 were used, reading the older ones raises. After either was used, the newer ones tell what PyTorch does. So this module
 reads and writes the newer ones only. Writing them leaves what ``torch.get_float32_matmul_precision`` returns as it is.
+On the CPU a variable of the environment lets oneDNN round whatever PyTorch's settings are. oneDNN is then left out.
 
 A norm computed from inner products that cancel needs full float32. By default cuDNN's convolutions use TF32 and matrix
 products do not. A per-sample weight gradient of a convolution follows the setting for convolutions.
@@ -11,6 +12,7 @@ products do not. A per-sample weight gradient of a convolution follows the setti
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -28,6 +30,9 @@ _BACKENDS = {"cpu": "mkldnn", "cuda": "cuda"}
 _PRODUCTS, _CONVOLUTIONS, _RECURRENCES = "matmul", "conv", "rnn"
 # What is set together. On the CPU some convolutions run as products.
 _SET = {"cpu": (_PRODUCTS, _CONVOLUTIONS), "cuda": (_PRODUCTS,)}
+# oneDNN reads the second variable if the first is not set. It rounds where PyTorch's settings ask for full float32.
+_VARIABLES = "ONEDNN_DEFAULT_FPMATH_MODE", "DNNL_DEFAULT_FPMATH_MODE"
+_BY_VARIABLE = {"BF16": _BFLOAT16, "ANY": _BFLOAT16, "F16": _TF32, "TF32": _TF32}
 
 _get = torch._C._get_fp32_precision_getter
 _set = torch._C._set_fp32_precision_setter
@@ -37,8 +42,21 @@ def precision(device_type: str, operation: str = _PRODUCTS) -> str:
     """Return how the process computes in float32: "ieee" in full, "tf32" or "bf16"."""
     if device_type not in _BACKENDS:
         return FULL
+    if device_type == "cpu":
+        if not torch._C._get_mkldnn_enabled():
+            return FULL
+        if (allowed := _allowed_by_environment()) is not None:
+            return allowed
     found = _get(_BACKENDS[device_type], operation)
     return found if found in _ROUNDING else FULL
+
+
+def _allowed_by_environment() -> str | None:
+    """Return what oneDNN may round to; float16 has as many digits as TF32."""
+    for name in _VARIABLES:
+        if (value := os.environ.get(name)) is not None:
+            return _BY_VARIABLE.get(value.upper())
+    return None
 
 
 def precisions(device_type: str) -> tuple[str, ...]:
@@ -84,9 +102,14 @@ def set_precision(device_type: str, wanted: str) -> Iterator[None]:
     before = [_own_setting(backend, each) for each in operations]
     for each in operations:
         _set(backend, each, wanted)
+    leaves_out = not _computes_in(device_type, wanted)  # the environment allows other than this
+    if leaves_out:
+        torch._C._set_mkldnn_enabled(False)
     try:
         yield
     finally:
+        if leaves_out:
+            torch._C._set_mkldnn_enabled(True)
         for each, own in zip(operations, before, strict=True):
             _set(backend, each, own)
 
