@@ -17,19 +17,7 @@ from clipgrad.compiled import backend
 from clipgrad.rules import OneHot, Outer, PerSample
 from clipgrad.rules.ghost import ghost_norms_squared, norms_squared_with_rows
 from clipgrad.rules.gram import gram_sums
-from tests.cancelling_losses import (
-    MODELS,
-    PLANTED,
-    RANDOM,
-    SAMPLES,
-    WIDTH,
-    Model,
-    Params,
-    convolution,
-    grouped,
-    linear,
-    tied,
-)
+from tests.cancelling_losses import MANY, MODELS, PLANTED, RANDOM, SAMPLES, Model, Params, tied
 from tests.float32_settings import SETTINGS, all_reads, computes_in_bfloat16, own_settings, setting
 from tests.kernels import needs_cuda
 from tests.nightly import pairs, some
@@ -106,20 +94,6 @@ def test_what_cancels_is_clipped_enough_in_a_graph(
         found, _ = contributions(model, 0.0, "ghost", compile=True)
     assert found.max() <= 1 + ORDINARY
     assert graphs
-
-
-MANY = {
-    "linear": Model(linear, (WIDTH, 32), lambda *_: _independent((512, 32), (512, WIDTH))),
-    "convolution": Model(
-        convolution, (16, 4, 2, 2), lambda *_: _independent((4, 32, 64), (16, 16, 32))
-    ),
-    "grouped": Model(grouped, (16, 4, 2), lambda *_: _independent((8, 1024), (16, 512))),
-}
-
-
-def _independent(*shapes: tuple[int, ...]) -> tuple[Tensor, ...]:
-    generator = torch.Generator().manual_seed(0)
-    return tuple(torch.randn(SAMPLES, *shape, generator=generator) for shape in shapes)
 
 
 @needs_bfloat16

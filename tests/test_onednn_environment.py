@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 
 from clipgrad.kernels.float32_precision import FULL, precision, precisions, rounds, set_precision
+from tests.cancelling_losses import MANY, PLANTED
 from tests.float32_settings import all_reads, own_settings, setting
-from tests.test_low_precision import MANY, ORDINARY, PLANTED, contributions, needs_bfloat16
+from tests.test_low_precision import ORDINARY, contributions, needs_bfloat16
 
 NAMES = ["ONEDNN_DEFAULT_FPMATH_MODE", "DNNL_DEFAULT_FPMATH_MODE"]
 
@@ -35,6 +36,15 @@ def test_the_variable_is_read(
             assert torch.backends.mkldnn.enabled is (expected == FULL)
         assert torch.backends.mkldnn.enabled
         assert (all_reads(), own_settings()) == before
+
+
+def test_onednn_stays_off(request: pytest.FixtureRequest) -> None:
+    request.addfinalizer(lambda: torch._C._set_mkldnn_enabled(True))
+    torch._C._set_mkldnn_enabled(False)
+    for wanted in (FULL, "tf32"):
+        with set_precision("cpu", wanted):
+            assert not torch.backends.mkldnn.enabled
+        assert not torch.backends.mkldnn.enabled
 
 
 def test_the_first_variable_decides(monkeypatch: pytest.MonkeyPatch) -> None:

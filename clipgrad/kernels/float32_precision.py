@@ -102,14 +102,13 @@ def set_precision(device_type: str, wanted: str) -> Iterator[None]:
     before = [_own_setting(backend, each) for each in operations]
     for each in operations:
         _set(backend, each, wanted)
-    leaves_out = not _computes_in(device_type, wanted)  # the environment allows other than this
-    if leaves_out:
+    onednn = torch._C._get_mkldnn_enabled()
+    if not _computes_in(device_type, wanted):  # the environment allows other than this
         torch._C._set_mkldnn_enabled(False)
     try:
         yield
     finally:
-        if leaves_out:
-            torch._C._set_mkldnn_enabled(True)
+        torch._C._set_mkldnn_enabled(onednn)
         for each, own in zip(operations, before, strict=True):
             _set(backend, each, own)
 

@@ -34,6 +34,7 @@ from clipgrad.kernels.half_products import (
     missing_to_alignment,
     multiplies,
     product,
+    product_for_sum,
     sum_of_products,
     terms_of_scaled_factors,
 )
@@ -263,7 +264,7 @@ class Outer:
 
     def weighted_sum(self, factors: Tensor) -> Tensor:
         if self.groups > 1:
-            return PerSample(self.per_sample(_product_for_sum)).weighted_sum(factors)
+            return PerSample(self.per_sample(product_for_sum)).weighted_sum(factors)
         if isinstance(self.left, OneHot):
             rows = scale_rows(widen(self.right), factors).flatten(0, 1)
             total = rows.new_zeros(self.left.width, rows.shape[-1])
@@ -308,11 +309,6 @@ def _over_all(pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
         return sum_of_products(lefts, rights)[0]
     left, right = lefts[0], rights[0]
     return full_product(left, right)[0] if sum_rounds(left) else left[0] @ right[0]
-
-
-def _product_for_sum(a: Tensor, b: Tensor) -> Tensor:
-    """Return a batched product; on the CPU in full float32, since the norm is."""
-    return full_product(a, b) if sum_rounds(a) else product(a, b)
 
 
 def _scatter_rows(left: OneHot, right: Tensor) -> Tensor:
