@@ -1,4 +1,4 @@
-"""Losses of a linear layer, a convolution and a tied embedding whose positions all but cancel."""
+"""Losses of linear layers, convolutions and a tied embedding whose positions all but cancel, or do not at all."""
 
 from __future__ import annotations
 
@@ -31,6 +31,10 @@ def linear(p: Params, x: Tensor, y: Tensor) -> Tensor:
 def convolution(p: Params, x: Tensor, y: Tensor) -> Tensor:
     """The taps of no two positions overlap."""
     return (F.conv2d(x, p["w"], stride=p["w"].shape[-1]) * y).sum()
+
+
+def grouped(p: Params, x: Tensor, y: Tensor) -> Tensor:
+    return (F.conv1d(x, p["w"], stride=2, groups=2) * y).sum()
 
 
 def tied(p: Params, ids: Tensor, u: Tensor, v: Tensor) -> Tensor:
@@ -77,6 +81,11 @@ def planted_tied(*_: object) -> tuple[Tensor, ...]:
     return torch.zeros(SAMPLES, 300, dtype=torch.long), u, torch.full_like(u, 0.921875)
 
 
+def _independent(*shapes: tuple[int, ...]) -> tuple[Tensor, ...]:
+    generator = torch.Generator().manual_seed(0)
+    return tuple(torch.randn(SAMPLES, *shape, generator=generator) for shape in shapes)
+
+
 MODELS = {
     "linear": Model(linear, (WIDTH, WIDTH), for_linear),
     "convolution": Model(convolution, (WIDTH, 4, 4, 4), for_convolution),
@@ -86,3 +95,11 @@ MODELS = {
     "planted tied": Model(tied, (WIDTH, WIDTH), planted_tied),
 }
 RANDOM, PLANTED = ["linear", "convolution", "tied"], [name for name in MODELS if "planted" in name]
+# 512 positions with independent gradients.
+MANY = {
+    "linear": Model(linear, (WIDTH, 32), lambda *_: _independent((512, 32), (512, WIDTH))),
+    "convolution": Model(
+        convolution, (16, 4, 2, 2), lambda *_: _independent((4, 32, 64), (16, 16, 32))
+    ),
+    "grouped": Model(grouped, (16, 4, 2), lambda *_: _independent((8, 1024), (16, 512))),
+}

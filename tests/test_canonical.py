@@ -9,8 +9,10 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from clipgrad.engine.tracked import Strategy, Tracked
+from clipgrad.kernels.float32_precision import product_rounding
 from clipgrad.rules import OneHot, Outer, PerSample, Use, ghost, gram
 from clipgrad.rules.ghost import ghost_norms_squared, lengths_of, raised_to_rounding_bound
 from clipgrad.rules.row_norms import row_norms_squared
@@ -245,21 +247,29 @@ def test_equal_ids_may_cancel(distance: float) -> None:
 
 
 @pytest.mark.parametrize("materialised", [True, False])
-@pytest.mark.parametrize(("name", "rounding"), [("high", 2.0**-10), ("medium", 2.0**-7)])
-def test_norms_allow_for_how_a_sum_rounds(name: str, rounding: float, materialised: bool) -> None:
+def test_norms_allow_for_how_a_sum_rounds(
+    materialised: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Products of factors that are rounded to 11 bits each are off by up to 2^-10, of which a norm is 8 times."""
     use = cancelling(1e-6)
     lengths = lengths_of([use])
     exact = torch.zeros(B)
     before = raised_to_rounding_bound(exact, lengths, [use], materialised=materialised).sqrt()
-    with setting(name):
-        after = raised_to_rounding_bound(exact, lengths, [use], materialised=materialised).sqrt()
+    monkeypatch.setattr(ghost, "_rounding_of_sum", lambda *_: 2.0**-10)
+    after = raised_to_rounding_bound(exact, lengths, [use], materialised=materialised).sqrt()
     assert (before < after).all()
-    assert (after >= lengths.products * 8 * rounding).all()
-    embedding = hot()
-    lengths = lengths_of([embedding])
-    norms = raised_to_rounding_bound(exact.double(), lengths, [embedding], materialised=True)
-    assert (norms.sqrt() < 1e-10 * lengths.products).all()
+    assert (after >= lengths.products * 8 * 2.0**-10).all()
+
+
+@pytest.mark.parametrize("name", ["default", "high", "medium", "backends bf16"])
+def test_how_a_sum_rounds(name: str) -> None:
+    """The CPU computes sums in full float32, and one-hot rows are added."""
+    with setting(name), FakeTensorMode():
+        on_cpu, on_cuda = (torch.empty(B, device=device) for device in ("cpu", "cuda"))
+        assert ghost._rounding_of_sum(on_cpu, [cancelling(1.0)]) == 0.0
+        assert ghost._rounding_of_sum(on_cuda, [cancelling(1.0)]) == product_rounding("cuda") > 0.0
+        assert ghost._rounding_of_sum(on_cuda.double(), [cancelling(1.0)]) == 0.0
+        assert ghost._rounding_of_sum(on_cuda, [hot()]) == 0.0
 
 
 @pytest.mark.parametrize("positions", [1, 3])

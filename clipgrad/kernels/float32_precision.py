@@ -4,6 +4,7 @@ PyTorch may compute them in TF32 or in bfloat16. Two families of settings allow 
 ``torch.set_float32_matmul_precision`` and ``allow_tf32``, the newer ones are ``fp32_precision``. After the newer ones
 were used, reading the older ones raises. After either was used, the newer ones tell what PyTorch does. So this module
 reads and writes the newer ones only. Writing them leaves what ``torch.get_float32_matmul_precision`` returns as it is.
+On the CPU a variable of the environment lets oneDNN round whatever PyTorch's settings are. oneDNN is then left out.
 
 A norm computed from inner products that cancel needs full float32. By default cuDNN's convolutions use TF32 and matrix
 products do not. A per-sample weight gradient of a convolution follows the setting for convolutions.
@@ -11,6 +12,7 @@ products do not. A per-sample weight gradient of a convolution follows the setti
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -26,6 +28,11 @@ _INHERITED = "none"
 _ROUNDING = {FULL: 0.0, _TF32: 2.0**-10, _BFLOAT16: 2.0**-7}
 _BACKENDS = {"cpu": "mkldnn", "cuda": "cuda"}
 _PRODUCTS, _CONVOLUTIONS, _RECURRENCES = "matmul", "conv", "rnn"
+# What is set together. On the CPU some convolutions run as products.
+_SET = {"cpu": (_PRODUCTS, _CONVOLUTIONS), "cuda": (_PRODUCTS,)}
+# oneDNN reads the second variable if the first is not set. It rounds where PyTorch's settings ask for full float32.
+_VARIABLES = "ONEDNN_DEFAULT_FPMATH_MODE", "DNNL_DEFAULT_FPMATH_MODE"
+_BY_VARIABLE = {"BF16": _BFLOAT16, "ANY": _BFLOAT16, "F16": _TF32, "TF32": _TF32}
 
 _get = torch._C._get_fp32_precision_getter
 _set = torch._C._set_fp32_precision_setter
@@ -35,8 +42,21 @@ def precision(device_type: str, operation: str = _PRODUCTS) -> str:
     """Return how the process computes in float32: "ieee" in full, "tf32" or "bf16"."""
     if device_type not in _BACKENDS:
         return FULL
+    if device_type == "cpu":
+        if not torch._C._get_mkldnn_enabled():
+            return FULL
+        if (allowed := _allowed_by_environment()) is not None:
+            return allowed
     found = _get(_BACKENDS[device_type], operation)
     return found if found in _ROUNDING else FULL
+
+
+def _allowed_by_environment() -> str | None:
+    """Return what oneDNN may round to; float16 has as many digits as TF32."""
+    for name in _VARIABLES:
+        if (value := os.environ.get(name)) is not None:
+            return _BY_VARIABLE.get(value.upper())
+    return None
 
 
 def precisions(device_type: str) -> tuple[str, ...]:
@@ -69,34 +89,46 @@ def allows_bfloat16() -> bool:
 def set_precision(device_type: str, wanted: str) -> Iterator[None]:
     """Set the precision of float32 matrix products on a device, and restore the process-wide setting afterwards.
 
+    On the CPU this sets convolutions too.
+
     Args:
         device_type: Of the operands.
         wanted: "ieee" or "tf32".
     """
-    if precision(device_type) == wanted or device_type not in _BACKENDS:
+    if _computes_in(device_type, wanted):
         yield
         return
-    backend = _BACKENDS[device_type]
-    before = _own_setting(backend)
-    _set(backend, _PRODUCTS, wanted)
+    backend, operations = _BACKENDS[device_type], _SET[device_type]
+    before = [_own_setting(backend, each) for each in operations]
+    for each in operations:
+        _set(backend, each, wanted)
+    onednn = torch._C._get_mkldnn_enabled()
+    if not _computes_in(device_type, wanted):  # the environment allows other than this
+        torch._C._set_mkldnn_enabled(False)
     try:
         yield
     finally:
-        _set(backend, _PRODUCTS, before)
+        torch._C._set_mkldnn_enabled(onednn)
+        for each, own in zip(operations, before, strict=True):
+            _set(backend, each, own)
+
+
+def _computes_in(device_type: str, wanted: str) -> bool:
+    return all(precision(device_type, each) == wanted for each in _SET.get(device_type, ()))
 
 
 @contextmanager
 def inheritance_kept() -> Iterator[None]:
     """Put CUDA's own setting for products back; PyTorch's capture writes what is inherited in its place."""
-    before = _own_setting("cuda")
+    before = _own_setting("cuda", _PRODUCTS)
     try:
         yield
     finally:
         _set("cuda", _PRODUCTS, before)
 
 
-def _own_setting(backend: str) -> str:
-    """Return the setting for matrix products itself, which may be to inherit.
+def _own_setting(backend: str, operation: str) -> str:
+    """Return the setting for an operation itself, which may be to inherit.
 
     A read returns what is inherited. If that were written back, the setting would not follow later changes. Nothing is
     inherited for as long as this function takes.
@@ -105,7 +137,7 @@ def _own_setting(backend: str) -> str:
     _set("generic", "all", _INHERITED)
     of_backend = _get(backend, "all")
     _set(backend, "all", _INHERITED)
-    own: str = _get(backend, _PRODUCTS)
+    own: str = _get(backend, operation)
     _set(backend, "all", of_backend)
     _set("generic", "all", everywhere)
     return own
@@ -113,6 +145,8 @@ def _own_setting(backend: str) -> str:
 
 def convolution_product(a: Tensor, b: Tensor) -> Tensor:
     """Return ``torch.bmm(a, b)`` of two operands of a convolution."""
+    if a.device.type == "cpu":
+        return torch.bmm(a, b)
     return _product(a, b, _precision_for_convolutions(a.device.type))
 
 
@@ -138,8 +172,13 @@ def full_combination(factors: Tensor, rows: Tensor) -> Tensor:
 
 
 def rounds(tensor: Tensor) -> bool:
-    """Return whether a matrix product with this operand may round float32 numbers."""
-    return tensor.dtype is torch.float32 and precision(tensor.device.type) != FULL
+    """Return whether a matrix product with this operand may round float32 numbers; on the CPU a convolution too."""
+    return tensor.dtype is torch.float32 and not _computes_in(tensor.device.type, FULL)
+
+
+def sum_rounds(tensor: Tensor) -> bool:
+    """Return whether a clipped sum of factors, in full float32 on the CPU, needs another setting for this."""
+    return tensor.device.type == "cpu" and rounds(tensor)
 
 
 def _precision_for_convolutions(device_type: str) -> str:
@@ -152,7 +191,7 @@ def _precision_for_convolutions(device_type: str) -> str:
 
 
 def _product(a: Tensor, b: Tensor, wanted: str) -> Tensor:
-    if a.dtype is not torch.float32 or precision(a.device.type) == wanted:
+    if a.dtype is not torch.float32 or _computes_in(a.device.type, wanted):
         return torch.bmm(a, b)
     if get_proxy_mode() is None:
         with set_precision(a.device.type, wanted):

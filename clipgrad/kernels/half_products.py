@@ -57,6 +57,12 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     return found
 
 
+def product_for_sum(a: Tensor, b: Tensor) -> Tensor:
+    """Return ``product(a, b)`` for a clipped sum; on the CPU in full float32, since the norm is."""
+    rounds = float32_precision.sum_rounds(a)
+    return float32_precision.full_product(a, b) if rounds else product(a, b)
+
+
 def _half_product(a: Tensor, b: Tensor) -> Tensor:
     if not a.is_cuda:
         return torch.bmm(a.float(), b.float())

@@ -27,13 +27,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
-from clipgrad.kernels.float32_precision import full_combination
+from clipgrad.kernels.float32_precision import full_combination, full_product, sum_rounds
 from clipgrad.kernels.half_products import (
     HALF,
     in_terms,
     missing_to_alignment,
     multiplies,
     product,
+    product_for_sum,
     sum_of_products,
     terms_of_scaled_factors,
 )
@@ -263,7 +264,7 @@ class Outer:
 
     def weighted_sum(self, factors: Tensor) -> Tensor:
         if self.groups > 1:
-            return PerSample(self.per_sample()).weighted_sum(factors)
+            return PerSample(self.per_sample(product_for_sum)).weighted_sum(factors)
         if isinstance(self.left, OneHot):
             rows = scale_rows(widen(self.right), factors).flatten(0, 1)
             total = rows.new_zeros(self.left.width, rows.shape[-1])
@@ -306,7 +307,8 @@ def _over_all(pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
     rights = [right.flatten(0, 1)[None] for _, right in pairs]
     if rights[0].dtype in HALF:
         return sum_of_products(lefts, rights)[0]
-    return lefts[0][0] @ rights[0][0]
+    left, right = lefts[0], rights[0]
+    return full_product(left, right)[0] if sum_rounds(left) else left[0] @ right[0]
 
 
 def _scatter_rows(left: OneHot, right: Tensor) -> Tensor:

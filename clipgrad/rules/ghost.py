@@ -101,7 +101,7 @@ def raised_to_rounding_bound(
     Without cancellation the gradient would have the norm ``m = sum_s |left_s| |right_s|``, and rounding errors are
     multiples of ``m``. Where terms cancel almost entirely (nearly equal positions with opposite output gradients) the
     error exceeds the norm, and a norm that is too small would let a sample contribute many times the clipping norm.
-    The clipped sum is a product of the same factors; if it may run in TF32 or bfloat16, its error counts too.
+    The clipped sum is a product of the same factors. On CUDA it may run in TF32 or bfloat16, and its error counts too.
 
     The error of a norm of a ``materialised`` gradient is relative to ``m``; that of a squared norm from Gram matrices
     is relative to ``m^2``. The lengths are ``[B * groups]``.
@@ -137,8 +137,8 @@ def _rounding_of_sum(norms: Tensor, uses: Sequence[Outer]) -> float:
         return 0.0  # rows are added, and not multiplied
     if all(use.sums_in_bfloat16 for use in dense):
         return _BFLOAT16_TERM ** terms_of_scaled_factors()
-    # The weighted sum is a matrix product or a convolution.
-    return product_rounding(norms.device.type) if norms.dtype is torch.float32 else 0.0
+    # The weighted sum is a matrix product or a convolution. The CPU computes it in full float32.
+    return product_rounding("cuda") if norms.is_cuda and norms.dtype is torch.float32 else 0.0
 
 
 def _lengths(vectors: Tensor) -> Tensor:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
+
+from clipgrad.kernels.float32_precision import FULL, set_precision, sum_rounds
 
 
 @dataclass(frozen=True)
@@ -41,3 +45,38 @@ class Geometry:
             self.output_padding or (0,) * axes, groups, (False, True, False),
         )[1]  # fmt: skip
         return result
+
+    def summed_weight_gradient(self, gradient: Tensor, input: Tensor, weight: Tensor) -> Tensor:
+        """Return ``weight_gradient`` for a clipped sum; on the CPU in full float32, since the norm is."""
+        if not sum_rounds(gradient):
+            return self.weight_gradient(gradient, input, weight, self.groups)
+        if get_proxy_mode() is None:
+            with set_precision("cpu", FULL):
+                return self.weight_gradient(gradient, input, weight, self.groups)
+        found: Tensor = _full_weight_gradient(gradient, input, weight, *astuple(self))
+        return found
+
+
+# A custom operation keeps the setting inside one node of a traced graph.
+@torch.library.custom_op("clipgrad::full_weight_gradient", mutates_args=())
+def _full_weight_gradient(
+    gradient: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    transposed: bool,
+    output_padding: Sequence[int],
+) -> Tensor:
+    geometry = Geometry(
+        tuple(stride), tuple(padding), tuple(dilation), groups, transposed, tuple(output_padding)
+    )
+    with set_precision("cpu", FULL):
+        return geometry.weight_gradient(gradient, input, weight, groups).contiguous()
+
+
+@_full_weight_gradient.register_fake
+def _(gradient: Tensor, input: Tensor, weight: Tensor, *_: object) -> Tensor:
+    return weight.new_empty(weight.shape)

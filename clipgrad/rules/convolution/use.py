@@ -37,9 +37,7 @@ class ConvolutionUse:
             input = scale_rows(input, factors)
         else:
             gradient = scale_rows(gradient, factors)
-        return self.geometry.weight_gradient(
-            gradient, input, widen(self.weight), self.geometry.groups
-        )
+        return self.geometry.summed_weight_gradient(gradient, input, widen(self.weight))
 
     def select(self, keep: Tensor) -> ConvolutionUse:
         # The next step scales one operand, which a compiler fuses with its selection; the library reads the other one.
