@@ -131,3 +131,72 @@ def test_a_compiled_step_may_differ_by_what_products_round() -> None:
             found.append(rounding(graph, torch.device("cpu")))
     assert [each.slack for each in found] == [1e-3, 1e-2, 1e-1]
     assert [each.step for each in found[1:]] == [TF32, BFLOAT16]
+
+
+def _in_thread(
+    device: str, wanted: str
+) -> tuple[threading.Thread, threading.Event, threading.Event]:
+    """A thread that holds a precision from the first event on until the second is set."""
+    inside, leave = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with set_precision(device, wanted):
+            inside.set()
+            leave.wait(60)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    return thread, inside, leave
+
+
+@pytest.mark.parametrize("name", ["default", "medium", "backends bf16"])
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_thread_that_ends_leaves_the_precision_of_others(name: str, device: str) -> None:
+    with setting(name):
+        allowed, rounding, reads = allows_bfloat16(), product_rounding(device), all_reads()
+        thread, inside, leave = _in_thread(device, "ieee")
+        assert inside.wait(60)
+        assert (allows_bfloat16(), product_rounding(device)) == (allowed, rounding)
+        with set_precision(device, "ieee"):
+            leave.set()
+            thread.join()
+            assert precision(device) == "ieee"
+            assert (allows_bfloat16(), product_rounding(device)) == (allowed, rounding)
+        assert all_reads() == reads
+
+
+@pytest.mark.parametrize("name", ["default", "medium"])
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_thread_that_wants_another_precision_waits(name: str, device: str) -> None:
+    """Convolutions want TF32 on CUDA, and norms want none; a thread may nest both."""
+    with setting(name):
+        reads = all_reads()
+        with set_precision(device, "ieee"):
+            thread, inside, leave = _in_thread(device, "tf32")
+            assert not inside.wait(0.1)
+            assert precision(device) == "ieee"
+        assert inside.wait(60)
+        assert precision(device) == "tf32"
+        leave.set()
+        thread.join()
+        assert all_reads() == reads
+
+
+def test_a_capture_waits_for_a_thread_that_holds_a_precision_of_cuda() -> None:
+    """It would put back what the thread has set."""
+    captured = []
+
+    def capture() -> None:
+        with float32_precision.inheritance_kept():
+            captured.append(precision("cuda"))
+
+    with setting("high"):
+        reads = all_reads()
+        with set_precision("cuda", "ieee"):
+            thread = threading.Thread(target=capture)
+            thread.start()
+            thread.join(0.1)
+            assert not captured
+        thread.join()
+        assert captured == ["tf32"]
+        assert all_reads() == reads

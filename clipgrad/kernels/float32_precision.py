@@ -7,12 +7,17 @@ reads and writes the newer ones only. Writing them leaves what ``torch.get_float
 
 A norm computed from inner products that cancel needs full float32. By default cuDNN's convolutions use TF32 and matrix
 products do not. A per-sample weight gradient of a convolution follows the setting for convolutions.
+
+The settings are those of the process. While a thread of clipgrad computes in one precision, no other one sets another,
+and what the process allows is what it was before.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -31,18 +36,45 @@ _get = torch._C._get_fp32_precision_getter
 _set = torch._C._set_fp32_precision_setter
 
 
+@dataclass(eq=False)
+class _Held:
+    """This class holds a precision that threads have set for a device's products, and what the process allows."""
+
+    wanted: str
+    allowed: str
+    # What the process has set, or None if that was as wanted.
+    allows_bfloat16: bool | None = None
+    own: str | None = None
+    threads: list[int] = field(default_factory=list)
+
+
+# For each device the innermost is the last. A nested block of one thread may set another precision.
+_held: dict[str, list[_Held]] = {kind: [] for kind in _BACKENDS}
+_changed = threading.Condition(threading.RLock())
+
+
 def precision(device_type: str, operation: str = _PRODUCTS) -> str:
-    """Return how the process computes in float32: "ieee" in full, "tf32" or "bf16"."""
+    """Return how the process computes in float32 now: "ieee" in full, "tf32" or "bf16"."""
     if device_type not in _BACKENDS:
         return FULL
-    found = _get(_BACKENDS[device_type], operation)
+    with _changed:
+        found = _get(_BACKENDS[device_type], operation)
     return found if found in _ROUNDING else FULL
+
+
+def _allowed(device_type: str, operation: str = _PRODUCTS) -> str:
+    """Return the precision that the process has set, whatever another thread holds for its own products."""
+    with _changed:
+        held = _held.get(device_type)
+        if held and operation == _PRODUCTS:
+            return held[0].allowed
+        return precision(device_type, operation)
 
 
 def precisions(device_type: str) -> tuple[str, ...]:
     """Return all settings for a device, on which a graph that was compiled for it depends."""
     operations = _PRODUCTS, _CONVOLUTIONS, _RECURRENCES
-    return tuple([precision(device_type, operation) for operation in operations])
+    return tuple([_allowed(device_type, operation) for operation in operations])
 
 
 def product_rounding(device_type: str) -> float:
@@ -54,45 +86,82 @@ def product_rounding(device_type: str) -> float:
     Returns:
         The error relative to the product, beyond float32: 0, or 2^-10 with TF32, or 2^-7 with bfloat16.
     """
-    return max(_ROUNDING[precision(device_type, each)] for each in (_PRODUCTS, _CONVOLUTIONS))
+    return max(_ROUNDING[_allowed(device_type, each)] for each in (_PRODUCTS, _CONVOLUTIONS))
 
 
 def allows_bfloat16() -> bool:
     """Return whether the process allows bfloat16 in float32 matrix products on any device, as "medium" does."""
-    try:
-        return torch.get_float32_matmul_precision() == "medium"
-    except RuntimeError:  # the newer settings are in use
-        return bool(_get("generic", "all") == _BFLOAT16)
+    with _changed:
+        for held in (each for stack in _held.values() for each in stack):
+            if held.allows_bfloat16 is not None:
+                return held.allows_bfloat16
+        try:
+            return torch.get_float32_matmul_precision() == "medium"
+        except RuntimeError:  # the newer settings are in use
+            return bool(_get("generic", "all") == _BFLOAT16)
 
 
 @contextmanager
 def set_precision(device_type: str, wanted: str) -> Iterator[None]:
     """Set the precision of float32 matrix products on a device, and restore the process-wide setting afterwards.
 
+    Threads that want the same precision compute at the same time; others wait.
+
     Args:
         device_type: Of the operands.
         wanted: "ieee" or "tf32".
     """
-    if precision(device_type) == wanted or device_type not in _BACKENDS:
+    if device_type not in _BACKENDS:
         yield
         return
-    backend = _BACKENDS[device_type]
-    before = _own_setting(backend)
-    _set(backend, _PRODUCTS, wanted)
+    held = _hold(device_type, wanted)
     try:
         yield
     finally:
-        _set(backend, _PRODUCTS, before)
+        _release(device_type, held)
+
+
+def _hold(device_type: str, wanted: str) -> _Held:
+    backend, stack, thread = _BACKENDS[device_type], _held[device_type], threading.get_ident()
+    with _changed:
+        while stack and stack[-1].wanted != wanted and set(stack[-1].threads) != {thread}:
+            _changed.wait()
+        if not stack or stack[-1].wanted != wanted:
+            held = _Held(wanted, stack[0].allowed if stack else precision(device_type))
+            if precision(device_type) != wanted:
+                held.allows_bfloat16 = allows_bfloat16()
+                held.own = _own_setting(backend)
+                _set(backend, _PRODUCTS, wanted)
+            stack.append(held)
+        stack[-1].threads.append(thread)
+        return stack[-1]
+
+
+def _release(device_type: str, held: _Held) -> None:
+    with _changed:
+        held.threads.remove(threading.get_ident())
+        if held.threads:
+            return
+        _held[device_type].remove(held)
+        if held.own is not None:
+            _set(_BACKENDS[device_type], _PRODUCTS, held.own)
+        _changed.notify_all()
 
 
 @contextmanager
 def inheritance_kept() -> Iterator[None]:
-    """Put CUDA's own setting for products back; PyTorch's capture writes what is inherited in its place."""
-    before = _own_setting("cuda")
-    try:
-        yield
-    finally:
-        _set("cuda", _PRODUCTS, before)
+    """Put CUDA's own setting for products back; PyTorch's capture writes what is inherited in its place.
+
+    Other threads wait meanwhile, since the capture would write over what they set.
+    """
+    with _changed:
+        thread = threading.get_ident()
+        _changed.wait_for(lambda: all(set(held.threads) <= {thread} for held in _held["cuda"]))
+        before = _own_setting("cuda")
+        try:
+            yield
+        finally:
+            _set("cuda", _PRODUCTS, before)
 
 
 def _own_setting(backend: str) -> str:
@@ -139,7 +208,7 @@ def full_combination(factors: Tensor, rows: Tensor) -> Tensor:
 
 def rounds(tensor: Tensor) -> bool:
     """Return whether a matrix product with this operand may round float32 numbers."""
-    return tensor.dtype is torch.float32 and precision(tensor.device.type) != FULL
+    return tensor.dtype is torch.float32 and _allowed(tensor.device.type) != FULL
 
 
 def _precision_for_convolutions(device_type: str) -> str:
@@ -147,16 +216,18 @@ def _precision_for_convolutions(device_type: str) -> str:
 
     On CUDA they may round if either kind of operation may. On the CPU they are as other products.
     """
-    products, convolutions = precision(device_type), precision(device_type, _CONVOLUTIONS)
+    products, convolutions = _allowed(device_type), _allowed(device_type, _CONVOLUTIONS)
     return convolutions if device_type == "cuda" and products == FULL else products
 
 
 def _product(a: Tensor, b: Tensor, wanted: str) -> Tensor:
-    if a.dtype is not torch.float32 or precision(a.device.type) == wanted:
+    if a.dtype is not torch.float32:
         return torch.bmm(a, b)
     if get_proxy_mode() is None:
         with set_precision(a.device.type, wanted):
             return torch.bmm(a, b)
+    if _allowed(a.device.type) == wanted:
+        return torch.bmm(a, b)
     product: Tensor = bmm(a, b, wanted)
     return product
 
