@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
 
 import pytest
@@ -200,3 +202,20 @@ def test_a_capture_waits_for_a_thread_that_holds_a_precision_of_cuda() -> None:
         thread.join()
         assert captured == ["tf32"]
         assert all_reads() == reads
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_fork_does_not_wait_for_threads_of_its_parent() -> None:
+    with setting("medium"):
+        thread, inside, leave = _in_thread("cpu", "tf32")
+        assert inside.wait(60)
+        child = os.fork()
+        if child == 0:
+            signal.alarm(20)
+            before = precision("cpu")
+            with set_precision("cpu", "ieee"):
+                os._exit(0 if (before, precision("cpu")) == ("bf16", "ieee") else 1)
+        leave.set()
+        thread.join()
+        assert os.waitpid(child, 0)[1] == 0

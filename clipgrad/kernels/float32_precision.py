@@ -14,6 +14,7 @@ and what the process allows is what it was before.
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -146,6 +147,21 @@ def _release(device_type: str, held: _Held) -> None:
         if held.own is not None:
             _set(_BACKENDS[device_type], _PRODUCTS, held.own)
         _changed.notify_all()
+
+
+def _forget_other_threads() -> None:
+    """Put the settings back that threads of a parent process held, which do not run in a fork of it."""
+    global _changed
+    _changed = threading.Condition(threading.RLock())
+    for device_type, stack in _held.items():
+        for held in reversed(stack):
+            if held.own is not None:
+                _set(_BACKENDS[device_type], _PRODUCTS, held.own)
+        stack.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_other_threads)
 
 
 @contextmanager
