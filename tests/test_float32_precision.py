@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
 
 import pytest
@@ -17,6 +19,7 @@ from clipgrad.kernels.float32_precision import (
     full_product,
     full_vecdot,
     precision,
+    precisions,
     product_rounding,
     set_precision,
 )
@@ -82,7 +85,8 @@ def test_settings_are_of_the_process() -> None:
     """PyTorch computes in other threads too, so a setting of one thread alone would not do."""
     seen = []
     with setting("medium"), set_precision("cpu", "ieee"):
-        thread = threading.Thread(target=lambda: seen.append(precision("cpu")))
+        read = torch._C._get_fp32_precision_getter
+        thread = threading.Thread(target=lambda: seen.append(read("mkldnn", "matmul")))
         thread.start()
         thread.join()
     assert seen == ["ieee"]
@@ -131,3 +135,77 @@ def test_a_compiled_step_may_differ_by_what_products_round() -> None:
             found.append(rounding(graph, torch.device("cpu")))
     assert [each.slack for each in found] == [1e-3, 1e-2, 1e-1]
     assert [each.step for each in found[1:]] == [TF32, BFLOAT16]
+
+
+def _in_thread(
+    device: str, wanted: str
+) -> tuple[threading.Thread, threading.Event, threading.Event]:
+    """A thread that holds a precision from the first event on until the second is set."""
+    inside, leave = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with set_precision(device, wanted):
+            inside.set()
+            leave.wait(60)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    return thread, inside, leave
+
+
+@pytest.mark.parametrize("name", ["medium", "backends bf16"])
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("wanted", ["ieee", "tf32"])
+def test_a_thread_that_sets_a_precision_waits_for_another(
+    name: str, device: str, wanted: str
+) -> None:
+    """Convolutions want TF32 on CUDA, and norms want none. The thread that leaves first would undo the other's."""
+    if wanted == "tf32" and device == "cpu":
+        pytest.skip("nobody sets TF32 on the CPU")
+    with setting(name):
+        reads = all_reads()
+        with set_precision(device, "ieee"):
+            thread, inside, leave = _in_thread(device, wanted)
+            assert not inside.wait(0.1)
+            assert precision(device) == "ieee"
+        assert inside.wait(60)
+        leave.set()
+        thread.join()
+        assert all_reads() == reads
+
+
+def test_what_the_process_allows_is_not_what_another_thread_has_set() -> None:
+    found = []
+
+    def read() -> None:
+        found.append((product_rounding("cpu"), precisions("cpu"), allows_bfloat16()))
+
+    with setting("medium"):
+        read()
+        with set_precision("cpu", "ieee"):
+            thread = threading.Thread(target=read)
+            thread.start()
+            thread.join(0.1)
+            assert len(found) == 1
+        thread.join()
+    assert found[0] == found[1]
+    assert found[0][0] == BFLOAT16
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_fork_starts_when_no_thread_has_set_a_precision() -> None:
+    with setting("medium"):
+        thread, inside, leave = _in_thread("cpu", "ieee")
+        assert inside.wait(60)
+        timer = threading.Timer(0.1, leave.set)
+        timer.start()
+        child = os.fork()
+        if child == 0:
+            signal.alarm(20)
+            before = precision("cpu")
+            with set_precision("cpu", "ieee"):
+                os._exit(0 if (before, precision("cpu")) == ("bf16", "ieee") else 1)
+        thread.join()
+        timer.join()
+        assert os.waitpid(child, 0)[1] == 0

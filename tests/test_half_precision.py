@@ -17,6 +17,7 @@ from clipgrad import Performance, clipped_grad
 from clipgrad.engine.reference import clipped_sum, per_sample_gradients_by_loop
 from clipgrad.kernels import float32_precision, half_products
 from clipgrad.kernels.half_products import HALF, half_product, in_terms, product
+from clipgrad.rules import ghost
 from clipgrad.rules import linear as linear_module
 from clipgrad.rules.canonical import Outer, PerSample
 from clipgrad.rules.ghost import ghost_norms_squared
@@ -377,3 +378,25 @@ def test_a_tied_embedding_that_cancels_is_clipped_enough() -> None:
             )
             total = gradient({"table": table}, *batch).grads["table"]
             assert total.norm() <= 1e-3 * 1.01
+
+
+# How much products of float32 factors round on CUDA: in TF32 as "medium" allows, or not with fp32_precision = "bf16".
+@pytest.mark.parametrize("rounding", [2.0**-10, 0.0])
+def test_a_norm_allows_for_one_term_where_one_use_of_two_is_in_bfloat16(
+    rounding: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other use, in float32, all but cancels it."""
+    monkeypatch.setattr(half_products, "_ON_EVERY_DEVICE", True)
+    monkeypatch.setattr(float32_precision, "allows_bfloat16", lambda: True)
+    monkeypatch.setattr(ghost, "product_rounding", lambda _: rounding)
+    largest = 0.0
+    for distance in (-1e-2, -(2.0**-6), -5e-3, 5e-3, 2.0**-6, 1e-2):
+        ones = torch.ones(1, 64, 1)
+        lowered = Outer(ones.bfloat16(), ones.bfloat16(), torch.Size((1, 1)))
+        other = Outer(-(1 + distance) * ones, ones, torch.Size((1, 1)))
+        norm = ghost_norms_squared([lowered, other]).sqrt()
+        for step in range(32):
+            factor = 2.0 ** (step / 32) / norm
+            added = lowered.weighted_sum(factor) + other.weighted_sum(factor)
+            largest = max(largest, abs(float(added)) / 2.0 ** (step / 32))
+    assert largest <= 1.125

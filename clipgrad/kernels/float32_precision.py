@@ -6,6 +6,9 @@ were used, reading the older ones raises. After either was used, the newer ones 
 reads and writes the newer ones only. Writing them leaves what ``torch.get_float32_matmul_precision`` returns as it is.
 On the CPU a variable of the environment lets oneDNN round whatever PyTorch's settings are. oneDNN is then left out.
 
+The settings are those of the process, so threads share them. A thread that has set one holds a lock until it has put
+back what was set before. Who reads a setting waits for this lock.
+
 A norm computed from inner products that cancel needs full float32. By default cuDNN's convolutions use TF32 and matrix
 products do not. A per-sample weight gradient of a convolution follows the setting for convolutions.
 """
@@ -13,6 +16,7 @@ products do not. A per-sample weight gradient of a convolution follows the setti
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -37,17 +41,26 @@ _BY_VARIABLE = {"BF16": _BFLOAT16, "ANY": _BFLOAT16, "F16": _TF32, "TF32": _TF32
 _get = torch._C._get_fp32_precision_getter
 _set = torch._C._set_fp32_precision_setter
 
+settings_lock = threading.RLock()
+if hasattr(os, "register_at_fork"):  # a fork starts when no thread holds the lock
+    os.register_at_fork(
+        before=settings_lock.acquire,
+        after_in_parent=settings_lock.release,
+        after_in_child=settings_lock.release,
+    )
+
 
 def precision(device_type: str, operation: str = _PRODUCTS) -> str:
     """Return how the process computes in float32: "ieee" in full, "tf32" or "bf16"."""
     if device_type not in _BACKENDS:
         return FULL
-    if device_type == "cpu":
-        if not torch._C._get_mkldnn_enabled():
-            return FULL
-        if (allowed := _allowed_by_environment()) is not None:
-            return allowed
-    found = _get(_BACKENDS[device_type], operation)
+    with settings_lock:
+        if device_type == "cpu":
+            if not torch._C._get_mkldnn_enabled():
+                return FULL
+            if (allowed := _allowed_by_environment()) is not None:
+                return allowed
+        found = _get(_BACKENDS[device_type], operation)
     return found if found in _ROUNDING else FULL
 
 
@@ -79,10 +92,11 @@ def product_rounding(device_type: str) -> float:
 
 def allows_bfloat16() -> bool:
     """Return whether the process allows bfloat16 in float32 matrix products on any device, as "medium" does."""
-    try:
-        return torch.get_float32_matmul_precision() == "medium"
-    except RuntimeError:  # the newer settings are in use
-        return bool(_get("generic", "all") == _BFLOAT16)
+    with settings_lock:
+        try:
+            return torch.get_float32_matmul_precision() == "medium"
+        except RuntimeError:  # the newer settings are in use
+            return bool(_get("generic", "all") == _BFLOAT16)
 
 
 @contextmanager
@@ -95,26 +109,32 @@ def set_precision(device_type: str, wanted: str) -> Iterator[None]:
         device_type: Of the operands.
         wanted: "ieee" or "tf32".
     """
-    if _computes_in(device_type, wanted):
+    # On the CPU no thread sets less than full float32, so threads that find it set compute at the same time.
+    if device_type != "cuda" and _computes_in(device_type, wanted):
         yield
         return
-    backend, operations = _BACKENDS[device_type], _SET[device_type]
-    before = [_own_setting(backend, each) for each in operations]
-    for each in operations:
-        _set(backend, each, wanted)
-    onednn = torch._C._get_mkldnn_enabled()
-    if not _computes_in(device_type, wanted):  # the environment allows other than this
-        torch._C._set_mkldnn_enabled(False)
-    try:
-        yield
-    finally:
-        torch._C._set_mkldnn_enabled(onednn)
-        for each, own in zip(operations, before, strict=True):
-            _set(backend, each, own)
+    with settings_lock:
+        if _computes_in(device_type, wanted):
+            yield
+            return
+        backend, operations = _BACKENDS[device_type], _SET[device_type]
+        before = [_own_setting(backend, each) for each in operations]
+        onednn = torch._C._get_mkldnn_enabled()
+        try:
+            for each in operations:
+                _set(backend, each, wanted)
+            if not _computes_in(device_type, wanted):  # the environment allows other than this
+                torch._C._set_mkldnn_enabled(False)
+            yield
+        finally:
+            torch._C._set_mkldnn_enabled(onednn)
+            for each, own in zip(operations, before, strict=True):
+                _set(backend, each, own)
 
 
 def _computes_in(device_type: str, wanted: str) -> bool:
-    return all(precision(device_type, each) == wanted for each in _SET.get(device_type, ()))
+    with settings_lock:
+        return all(precision(device_type, each) == wanted for each in _SET.get(device_type, ()))
 
 
 @contextmanager
@@ -122,9 +142,10 @@ def inheritance_kept() -> Iterator[None]:
     """Put CUDA's own setting for products back; PyTorch's capture writes what is inherited in its place."""
     before = _own_setting("cuda", _PRODUCTS)
     try:
-        yield
+        yield  # without the lock, since a capture may wait for other threads
     finally:
-        _set("cuda", _PRODUCTS, before)
+        with settings_lock:
+            _set("cuda", _PRODUCTS, before)
 
 
 def _own_setting(backend: str, operation: str) -> str:
@@ -133,13 +154,14 @@ def _own_setting(backend: str, operation: str) -> str:
     A read returns what is inherited. If that were written back, the setting would not follow later changes. Nothing is
     inherited for as long as this function takes.
     """
-    everywhere = _get("generic", "all")
-    _set("generic", "all", _INHERITED)
-    of_backend = _get(backend, "all")
-    _set(backend, "all", _INHERITED)
-    own: str = _get(backend, operation)
-    _set(backend, "all", of_backend)
-    _set("generic", "all", everywhere)
+    with settings_lock:
+        everywhere = _get("generic", "all")
+        _set("generic", "all", _INHERITED)
+        of_backend = _get(backend, "all")
+        _set(backend, "all", _INHERITED)
+        own: str = _get(backend, operation)
+        _set(backend, "all", of_backend)
+        _set("generic", "all", everywhere)
     return own
 
 
@@ -191,11 +213,13 @@ def _precision_for_convolutions(device_type: str) -> str:
 
 
 def _product(a: Tensor, b: Tensor, wanted: str) -> Tensor:
-    if a.dtype is not torch.float32 or _computes_in(a.device.type, wanted):
+    if a.dtype is not torch.float32:
         return torch.bmm(a, b)
     if get_proxy_mode() is None:
         with set_precision(a.device.type, wanted):
             return torch.bmm(a, b)
+    if _computes_in(a.device.type, wanted):
+        return torch.bmm(a, b)
     product: Tensor = bmm(a, b, wanted)
     return product
 

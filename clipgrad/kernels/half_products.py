@@ -137,12 +137,14 @@ def in_terms(wide: Tensor, count: int) -> list[Tensor]:
 @contextmanager
 def _sums_in_float32(dtype: torch.dtype) -> Iterator[None]:
     """Forbid float16 sums inside of float16 products, which a process may allow for its own products."""
-    matmul = torch.backends.cuda.matmul
-    if dtype is not torch.float16 or not matmul.allow_fp16_accumulation:
+    if dtype is not torch.float16:
         yield
         return
-    matmul.allow_fp16_accumulation = False
-    try:
-        yield
-    finally:
-        matmul.allow_fp16_accumulation = True
+    matmul = torch.backends.cuda.matmul
+    with float32_precision.settings_lock:
+        before = matmul.allow_fp16_accumulation
+        try:
+            matmul.allow_fp16_accumulation = False
+            yield
+        finally:
+            matmul.allow_fp16_accumulation = before

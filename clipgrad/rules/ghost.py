@@ -132,13 +132,16 @@ def lengths_of(uses: Sequence[Outer]) -> Lengths:
 
 def _rounding_of_sum(norms: Tensor, uses: Sequence[Outer]) -> float:
     """Return how much a weighted sum may round each scaled element, relative to the element, beyond float32."""
+    # Rows of one-hot uses are added, and not multiplied.
     dense = [use for use in uses if isinstance(use.left, Tensor)]
-    if not dense:
-        return 0.0  # rows are added, and not multiplied
-    if all(use.sums_in_bfloat16 for use in dense):
-        return _BFLOAT16_TERM ** terms_of_scaled_factors()
-    # The weighted sum is a matrix product or a convolution. The CPU computes it in full float32.
-    return product_rounding("cuda") if norms.is_cuda and norms.dtype is torch.float32 else 0.0
+    found = [0.0]
+    if any(use.sums_in_bfloat16 for use in dense):
+        found.append(_BFLOAT16_TERM ** terms_of_scaled_factors())
+    in_float32 = norms.dtype is torch.float32 and not all(use.sums_in_bfloat16 for use in dense)
+    if in_float32 and norms.is_cuda:
+        # The weighted sum is a matrix product or a convolution. The CPU computes it in full float32.
+        found.append(product_rounding("cuda"))
+    return max(found)
 
 
 def _lengths(vectors: Tensor) -> Tensor:
