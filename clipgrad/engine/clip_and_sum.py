@@ -12,7 +12,7 @@ from torch import Tensor
 from clipgrad._phases import phase
 from clipgrad.arithmetic import SumRows
 from clipgrad.clipping import Clipping
-from clipgrad.engine.copies import copies
+from clipgrad.engine.copies import add_in_place, copies
 from clipgrad.engine.gradients import Gradients
 from clipgrad.engine.pre_clipping import PreClipping
 from clipgrad.engine.tracked import Strategy
@@ -142,5 +142,5 @@ def accumulate(sums: list[Tensor] | None, piece: MicrobatchResult) -> list[Tenso
         # No other code reads the tensors that these sums may alias, so they can be overwritten.
         more = copies(piece.sums) if piece.aliases_graph else piece.sums
         return [total.contiguous() for total in more]
-    torch._foreach_add_(sums, piece.sums)
+    add_in_place(sums, piece.sums)
     return sums

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from clipgrad.engine.copies import copies
+from clipgrad.engine.copies import add_in_place, copies
 from clipgrad.errors import UnclippedGradientError
 
 
@@ -111,7 +111,7 @@ class Pending:
             self._sums = [_with_strides_of(p, s) for p, s in zip(parameters, sums, strict=True)]
             self._others, self._aliases_graph = list(others), aliases_graph
         else:
-            torch._foreach_add_([*self._sums, *self._others], [*sums, *others])
+            add_in_place([*self._sums, *self._others], [*sums, *others])
 
     def take(
         self, names: Sequence[str], parameters: Sequence[Tensor], others: Iterable[Tensor]
