@@ -51,10 +51,7 @@ def product(a: Tensor, b: Tensor) -> Tensor:
         return torch.bmm(a, b)
     if not multiplies(a, b):
         return torch.bmm(a.float(), b.float())
-    if get_proxy_mode() is None:
-        return _half_product(a, b)
-    found: Tensor = half_product(a, b)
-    return found
+    return sum_of_products([a], [b])
 
 
 def product_for_sum(a: Tensor, b: Tensor) -> Tensor:
@@ -70,22 +67,10 @@ def _half_product(a: Tensor, b: Tensor) -> Tensor:
         return torch.bmm(a, b, out_dtype=torch.float32)
 
 
-# A custom operation keeps the setting for sums inside one node of a traced graph.
-@torch.library.custom_op("clipgrad::half_product", mutates_args=())
-def half_product(a: Tensor, b: Tensor) -> Tensor:
-    """Return the float32 product of two half-precision tensors ``[B, N, K]`` and ``[B, K, M]``."""
-    return _half_product(a, b)
-
-
-@half_product.register_fake
-def _(a: Tensor, b: Tensor) -> Tensor:
-    return a.new_empty(a.shape[0], a.shape[1], b.shape[2], dtype=torch.float32)
-
-
 def sum_of_products(lefts: Sequence[Tensor], rights: Sequence[Tensor]) -> Tensor:
-    """Return the sum of several float32 products ``product(left, right)`` of one shape, of half-precision factors.
+    """Return the float32 sum of products of half-precision factors, ``[B, N, K]`` and ``[B, K, M]``.
 
-    A product adds to the sum of those before it where this lies, so that no product is written by itself.
+    Each product after the first is added in place, so that it is not written to memory of its own.
     """
     if get_proxy_mode() is None:
         return _sum_of_products(lefts, rights)
@@ -104,6 +89,7 @@ def _sum_of_products(lefts: Sequence[Tensor], rights: Sequence[Tensor]) -> Tenso
     return found
 
 
+# A custom operation keeps the setting for sums inside one node of a traced graph.
 @torch.library.custom_op("clipgrad::half_products", mutates_args=())
 def half_products(lefts: Sequence[Tensor], rights: Sequence[Tensor]) -> Tensor:
     """Run ``sum_of_products`` as one node of a graph."""
