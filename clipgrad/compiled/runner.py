@@ -17,15 +17,18 @@ from clipgrad.compiled.lengths import Shapes, shapes_of, with_rows
 from clipgrad.compiled.shape import Rows, pad_batch, pad_mask
 from clipgrad.compiled.signature import refuse_modes, signature
 from clipgrad.engine.captured_loss import GraphOfLoss, LossGraphs
-from clipgrad.engine.clip_and_sum import MicrobatchResult, Settings
+from clipgrad.engine.clip_and_sum import MicrobatchResult, Settings, joined
 from clipgrad.engine.error_messages import NeedsGraphError, ValueReadError
 from clipgrad.engine.foreign_code import refuse_saved_tensors_hooks
-from clipgrad.engine.inputs import Inputs, copy_samples
+from clipgrad.engine.inputs import Inputs, Loss, copy_samples
 from clipgrad.engine.microbatch import run
 from clipgrad.engine.rng_state import SavedRngState
 from clipgrad.engine.sample_loop import run_sample_loop
 from clipgrad.errors import CompileMismatchError
 from clipgrad.loss_graph import CannotCapture
+
+# The eager step needs more memory than the compiled one. Where memory is scarce, it runs in so many pieces.
+_PIECES = {"cuda": 16}
 
 
 class MicrobatchRunner:
@@ -213,15 +216,33 @@ class MicrobatchRunner:
     def _of_python(
         self, params: Sequence[Tensor], batch: Sequence[Any], mask: Tensor | None
     ) -> MicrobatchResult:
-        inputs = self._inputs
-        return run(inputs.loss, inputs.names, params, batch, mask, self._settings, inputs.whole)
+        return self._in_pieces(self._inputs.loss, params, batch, mask)
 
     def _of_graph(
         self, params: Sequence[Tensor], batch: Sequence[Any], mask: Tensor | None
     ) -> MicrobatchResult:
         assert self._loss is not None
-        inputs, loss = self._inputs, self._loss.loss()
-        return run(loss, inputs.names, params, batch, mask, self._settings, inputs.whole)
+        return self._in_pieces(self._loss.loss(), params, batch, mask)
+
+    def _in_pieces(
+        self, loss: Loss, params: Sequence[Tensor], batch: Sequence[Any], mask: Tensor | None
+    ) -> MicrobatchResult:
+        """Run the eager step on a few rows at a time, unless that would draw other random numbers."""
+        inputs, settings = self._inputs, self._settings
+        size = next(leaf.shape[0] for leaf in batch if isinstance(leaf, Tensor))
+        pieces = _PIECES.get(self._device.type, 1)
+        if self._entry is None or not self._entry.graph.has_no_side_effects:
+            pieces = 1
+
+        def piece(rows: slice) -> MicrobatchResult:
+            own = [leaf[rows] if isinstance(leaf, Tensor) else leaf for leaf in batch]
+            padding = None if mask is None else mask[rows]
+            return run(loss, inputs.names, params, own, padding, settings, inputs.whole)
+
+        step = -(-size // pieces)
+        if step == size:
+            return piece(slice(size))
+        return joined(piece(slice(start, start + step)) for start in range(0, size, step))
 
 
 def _are_identical(one: Sequence[Tensor], other: Sequence[Tensor]) -> bool:

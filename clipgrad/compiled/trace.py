@@ -200,6 +200,8 @@ def trace(
 
 
 _KNOWN = {"aten", "prims", "clipgrad"}
+_OF_SYMBOLS = {"_operator", "math"}
+"""Python's modules of the functions that a graph calls for sizes with symbols."""
 
 
 def _may_be_random(node: Node) -> bool:
@@ -207,7 +209,9 @@ def _may_be_random(node: Node) -> bool:
     if node.op != "call_function" or node.target is operator.getitem:
         return False
     target = node.target
-    if not isinstance(target, OpOverload) or target.namespace not in _KNOWN:
+    if not isinstance(target, OpOverload):
+        return getattr(target, "__module__", None) not in _OF_SYMBOLS
+    if target.namespace not in _KNOWN:
         return True
     return torch.Tag.nondeterministic_seeded in target.tags and _dropout(node) != 0.0
 

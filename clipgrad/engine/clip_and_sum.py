@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from clipgrad._phases import phase
 from clipgrad.arithmetic import SumRows
@@ -144,3 +145,21 @@ def accumulate(sums: list[Tensor] | None, piece: MicrobatchResult) -> list[Tenso
         return [total.contiguous() for total in more]
     add_in_place(sums, piece.sums)
     return sums
+
+
+def joined(pieces: Iterable[MicrobatchResult]) -> MicrobatchResult:
+    """Return the result of all samples of several pieces; only one piece's sums are in memory beside the total."""
+    sums: list[Tensor] | None = None
+    rest = []
+    for piece in pieces:
+        sums = accumulate(sums, piece)
+        rest.append(replace(piece, sums=[]))
+        del piece
+    assert sums is not None, "a result of no pieces"
+    return MicrobatchResult(
+        sums,
+        torch.cat([piece.values for piece in rest]),
+        [torch.cat(norms) for norms in zip(*(piece.norms for piece in rest), strict=True)],
+        tree_map(lambda *leaves: torch.cat(leaves), *(piece.aux for piece in rest)),
+        torch.cat([piece.nonfinite for piece in rest]),
+    )

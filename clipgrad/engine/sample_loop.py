@@ -9,12 +9,16 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from clipgrad.engine.clip_and_sum import MicrobatchResult, Settings, accumulate, clip
+from clipgrad.engine.clip_and_sum import MicrobatchResult, Settings, clip, joined
 from clipgrad.engine.gradients import Gradients
 from clipgrad.engine.inputs import Inputs, SampleCall
 from clipgrad.engine.microbatch import value_and_aux
 from clipgrad.engine.rng_state import SavedRngState
 from clipgrad.engine.tape import Tape
+
+
+class _MeaninglessError(Exception):
+    """This error says that gradients found sample by sample would mean nothing."""
 
 
 def run_sample_loop(
@@ -35,35 +39,29 @@ def run_sample_loop(
     call = inputs.sample_call()
     size = next(leaf.shape[0] for leaf in batch if isinstance(leaf, Tensor))
     before = SavedRngState(inputs.params[0].device)
-    pieces = []
-    sums: list[Tensor] | None = None
-    for index in range(size):
+
+    def piece(index: int) -> MicrobatchResult:
         row = slice(index, index + 1)
         rows = [leaf[row].clone() if isinstance(leaf, Tensor) else leaf for leaf in batch]
         try:
             value, aux, gradients = _one_sample(call, rows, settings)
         except RuntimeError as error:
             if "use_reentrant" in str(error):
-                return None
+                raise _MeaninglessError from None
             raise
         if before.changed():
-            return None
+            raise _MeaninglessError
         tape = Tape(inputs.names, inputs.params, 1)
         for entry, gradient in zip(tape.tracked, gradients, strict=True):
             entry.kept = gradient[None]
         padding = None if is_padding is None else is_padding[row]
+        return clip(Gradients(tape), value, aux, padding, settings)
+
+    try:
         with torch.no_grad():
-            piece = clip(Gradients(tape), value, aux, padding, settings)
-            sums = accumulate(sums, piece)
-        pieces.append(piece)
-    assert sums is not None
-    return MicrobatchResult(
-        sums,
-        torch.cat([piece.values for piece in pieces]),
-        [torch.cat(norms) for norms in zip(*(piece.norms for piece in pieces), strict=True)],
-        tree_map(lambda *leaves: torch.cat(leaves), *(piece.aux for piece in pieces)),
-        torch.cat([piece.nonfinite for piece in pieces]),
-    )
+            return joined(map(piece, range(size)))
+    except _MeaninglessError:
+        return None
 
 
 def _one_sample(
