@@ -1,4 +1,4 @@
-"""``Compiler``: it finds the graph that serves a microbatch, makes it where there is none, and runs it."""
+"""``Compiler``: it finds the graph that serves a microbatch, and makes it where there is none."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from clipgrad.compiled.cuda_graphs import CudaRecorder, Pool, Replay, recordable
 from clipgrad.compiled.lengths import Lengths, Shapes, with_rows
 from clipgrad.compiled.shape import Rows
 from clipgrad.compiled.signature import READS, difference
-from clipgrad.compiled.trace import trace
+from clipgrad.compiled.trace import TracedStep, trace
 from clipgrad.engine.captured_loss import GraphOfLoss
 from clipgrad.engine.clip_and_sum import Settings
 from clipgrad.engine.inputs import Inputs
@@ -55,6 +55,14 @@ class Request:
     signature: tuple[Any, ...]
     shapes: Shapes
     rows: Rows
+
+
+class _Traced(NamedTuple):
+    """This class holds a traced step, what it serves, and the seconds that the trace took."""
+
+    graph: TracedStep
+    lengths: Lengths
+    seconds: float
 
 
 class Compiler:
@@ -148,7 +156,7 @@ class Compiler:
         if request.rows.are_symbolic:
             fewest = request.rows.most if entry is None else entry.lengths.fewest_rows()
             self.fewest_rows = max(self.fewest_rows, fewest)
-        entry = entry or self._compiled(request, Lengths(request.shapes))
+        entry = entry or self._without_symbols(request)
         self._entries.insert(0, entry)
         return entry
 
@@ -174,19 +182,33 @@ class Compiler:
         if not lengths.have_symbols:
             return None
         try:
-            return self._compiled(request, lengths)
+            return self._compiled(request, self._traced(request, lengths))
         # PyTorch raises errors of many types here. What is wrong with the loss is raised again without symbols.
         except Exception as error:
             _log.info("clipgrad: no graph serves batches of all sizes: %s", error)
             return None
 
-    def _compiled(self, request: Request, lengths: Lengths) -> CompiledStep:
-        """The compiled step for these lengths.
+    def _without_symbols(self, request: Request) -> CompiledStep:
+        """Return a graph for the sizes of the batch at hand, traced on the batch itself if nothing else works.
 
         Raises:
             CompileError: If it cannot be traced or compiled.
         """
-        *_, padding, bounds = given = request.given
+        try:
+            traced = self._traced(request, Lengths(request.shapes))
+        # What is wrong with the loss is raised again.
+        except Exception as error:
+            _log.info("clipgrad: the step cannot be traced on fake tensors: %s", error)
+            traced = self._traced(request, Lengths(request.shapes, on_real_tensors=True))
+        return self._compiled(request, traced)
+
+    def _traced(self, request: Request, lengths: Lengths) -> _Traced:
+        """Trace the step for these lengths.
+
+        Raises:
+            CompileError: If it cannot be traced.
+        """
+        *_, padding, bounds = request.given
         generators = SavedRngState(padding.device)
         started = time.perf_counter()
         try:
@@ -202,10 +224,21 @@ class Compiler:
         finally:
             generators.restore()
         lengths.refuse_unless_open(request.shapes)
-        traced = time.perf_counter()
-        flat = [tensor.detach() for tensor in (*given, *graph.constants)]
+        return _Traced(graph, lengths, time.perf_counter() - started)
+
+    def _compiled(self, request: Request, traced: _Traced) -> CompiledStep:
+        """Compile a traced step, and run it once.
+
+        Raises:
+            CompileError: If it cannot be compiled.
+        """
+        graph, lengths, tracing = traced
+        device = request.given[0].device
+        generators = SavedRngState(device)
+        started = time.perf_counter()
+        flat = [tensor.detach() for tensor in (*request.given, *graph.constants)]
         try:
-            with plain_operations(padding.device):
+            with plain_operations(device):
                 run = backend.compile_graph(graph.module, self.mode, lengths.examples(flat))
                 run(*flat)
         except Exception as error:
@@ -216,17 +249,17 @@ class Compiler:
         finally:
             generators.restore()
         lengths.refuse_unless_open(request.shapes)
-        compiled = time.perf_counter()
+        compiling = time.perf_counter() - started
         _log.warning(
             "clipgrad: compiled in %.1f s (tracing %.1f s, compiling %.1f s)%s.",
-            compiled - started,
-            traced - started,
-            compiled - traced,
+            tracing + compiling,
+            tracing,
+            compiling,
             ", for batches of every size" if lengths.have_symbols else "",
         )
         entry = CompiledStep(request.signature, lengths, graph, run)
-        if backend.uses_cuda_graphs(self.mode) and recordable(graph.module, padding.device):
-            entry.record = _recording(entry, request, padding.device)
+        if backend.uses_cuda_graphs(self.mode) and recordable(graph.module, device):
+            entry.record = _recording(entry, request, device)
         return entry
 
 

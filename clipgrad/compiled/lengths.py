@@ -49,16 +49,18 @@ class Lengths:
     Args:
         seen: Sizes of every batch for which a graph was made; the last one is the present batch. The graph gets a
             symbol for each size that differs.
+        on_real_tensors: Whether a step without symbols is traced on the batch itself. Fake tensors take no memory, but
+            some losses cannot be traced on them.
     """
 
-    def __init__(self, *seen: Shapes) -> None:
+    def __init__(self, *seen: Shapes, on_real_tensors: bool = False) -> None:
         self._seen = seen
         self._histories = [list(zip(*leaves, strict=True)) for leaves in zip(*seen, strict=True)]
         self._answers: dict[Shapes, bool] = {}
         self._sizes: list[list[Any]] = [[history[-1] for history in of] for of in self._histories]
         self._stand_ins: list[Tensor] = []
         self.mode: FakeTensorMode | None = None
-        if self.have_symbols:
+        if self.have_symbols or not on_real_tensors:
             self.mode = FakeTensorMode(shape_env=ShapeEnv())
 
     @property
@@ -178,7 +180,10 @@ class Lengths:
         return DimDynamic.DUCK if max(history) in shared else DimDynamic.DYNAMIC
 
     def _fixed(self, tensor: Tensor) -> Tensor:
-        return self._stand_in(tensor, [DimDynamic.STATIC] * tensor.dim())
+        assert self.mode is not None
+        # With a source, the value of a tensor without axes would become a symbol.
+        made: Tensor = self.mode.from_tensor(tensor, static_shapes=True)
+        return made
 
     def _stand_in(self, tensor: Tensor, kinds: Sequence[DimDynamic]) -> Tensor:
         assert self.mode is not None
