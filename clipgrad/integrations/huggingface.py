@@ -29,7 +29,13 @@ from clipgrad.result import NotPrivate
 
 try:
     from accelerate.utils import send_to_device
-    from transformers import Trainer, TrainerCallback
+    from transformers import Trainer
+
+    from clipgrad.integrations._huggingface_logs import (
+        FiniteLosses,
+        NoisedNorm,
+        filter_of_losses,
+    )
 except ImportError as error:
     raise ImportError(
         "clipgrad.integrations.huggingface needs transformers and accelerate: pip install 'clipgrad[huggingface]'."
@@ -90,8 +96,10 @@ class PrivateTraining:
         self._rows_of_step = 0
         self._loss: Any = None
         self._unchecked: tuple[Any, Any] | None = None
-        self._watch = _NoisedNorm()
+        self._watch = NoisedNorm()
         self.add_callback(self._watch)
+        self._filters = False
+        self._finite = FiniteLosses()
 
     @property
     def dp_optimizer(self) -> DPOptimizer[Any]:
@@ -172,13 +180,29 @@ class PrivateTraining:
         self._rows_of_step = sum(map(rows_of, pieces))
         return pieces, None
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train as usual; losses that are not finite are filtered without waiting for the device."""
+        self._filters = self.args.logging_nan_inf_filter
+        try:
+            with filter_of_losses(self.args, False):
+                return super().train(*args, **kwargs)
+        finally:
+            self._filters = False
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """Evaluate as usual, also while a training goes on."""
+        with filter_of_losses(self.args, self._filters or self.args.logging_nan_inf_filter):
+            return super().evaluation_loop(*args, **kwargs)
+
     def training_step(
         self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None
     ) -> Tensor:
         """Add clipped gradients of a microbatch, and return its share of the step's mean loss, which is not private."""
         self._check(model)
         model.train()
-        piece = send_to_device(dict(inputs), self.args.device)
+        # A blocking copy from the host would wait for all that the device has to do.
+        without_waiting = self.args.device.type == "cuda" and self.args.dataloader_pin_memory
+        piece = send_to_device(dict(inputs), self.args.device, non_blocking=without_waiting)
         if self._loss is model_loss and not set(self.label_names) & piece.keys():
             raise ValueError(
                 f"a batch holds {', '.join(piece)}, but no {' or '.join(self.label_names)}, without which the model "
@@ -187,13 +211,16 @@ class PrivateTraining:
         rows = rows_of(piece)
         returned = self.dp_optimizer.backward(piece)
         loss: Tensor = returned.loss if isinstance(returned, NotPrivate) else returned
-        return loss * (rows / self._rows_of_step) if rows else loss.new_zeros(())
+        share = loss * (rows / self._rows_of_step) if rows else loss.new_zeros(())
+        return self._finite(share) if self._filters else share
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log epsilon and the norm of the noisy gradient, and rename losses to ``..._not_private``."""
         if "grad_norm" in logs:  # The trainer measured .grad before it was set.
             del logs["grad_norm"]
-            logs["noised_grad_norm"] = self._watch.norm()
+            norm = self._watch.norm()
+            if norm is not None:
+                logs["noised_grad_norm"] = norm
         for name in ("loss", "train_loss"):
             if name in logs:
                 logs[f"{name}_not_private"] = logs.pop(name)
@@ -258,20 +285,6 @@ class DPTrainer(PrivateTraining, Trainer):
 
     Collators, evaluation, schedulers, callbacks, checkpoints, resuming and PEFT models work as usual.
     """
-
-
-class _NoisedNorm(TrainerCallback):
-    """This callback keeps the norm of the last step's noisy gradient, which is public, before it is cleared."""
-
-    def __init__(self) -> None:
-        self._norm: Tensor | None = None
-
-    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        gradients = [p.grad for p in kwargs["model"].parameters() if p.grad is not None]
-        self._norm = torch.nn.utils.get_total_norm(gradients)
-
-    def norm(self) -> float:
-        return float("nan") if self._norm is None else float(self._norm)
 
 
 def model_loss(model: nn.Module, inputs: dict[str, Any]) -> Any:

@@ -24,6 +24,7 @@ transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
 from clipgrad.integrations._huggingface_arguments import _is_same  # noqa: E402
+from clipgrad.integrations._huggingface_logs import FiniteLosses  # noqa: E402
 from clipgrad.integrations.huggingface import DPTrainer  # noqa: E402
 from tests.nightly import chosen, every, rows  # noqa: E402
 
@@ -377,6 +378,67 @@ def test_what_is_saved_holds_no_loss_under_its_own_name(tmp_path: Path) -> None:
     state = json.loads((tmp_path / "checkpoint-2/trainer_state.json").read_text())
     assert {"loss_not_private", "epsilon", "noised_grad_norm"} <= state["log_history"][0].keys()
     assert "loss" not in state["log_history"][0]
+
+
+def test_losses_that_are_not_finite_are_filtered_on_the_device() -> None:
+    finite = FiniteLosses()
+    given = [math.nan, 2.0, math.inf, -math.inf, 3.0, math.nan]
+    assert [float(finite(torch.tensor(loss))) for loss in given] == [0, 2, 2, 2, 3, 3]
+    finite(torch.empty((), device="meta"))  # a tensor without a value, which nobody can read
+
+
+@pytest.mark.parametrize("filters", [True, False])
+def test_filter_of_losses_is_the_users(filters: bool, tmp_path: Path) -> None:
+    """The user's setting holds for logs and evaluations, and the trainer's own filter does not run."""
+    args = small(
+        tmp_path, max_steps=4, logging_nan_inf_filter=filters, eval_strategy="steps", eval_steps=2
+    )
+    seen: dict[str, list[bool]] = {"step": [], "evaluation": []}
+
+    class Noting(DPTrainer):
+        def training_step(self, *given: Any) -> Tensor:
+            seen["step"].append(self.args.logging_nan_inf_filter)
+            self.dp_optimizer.backward, backward = self._nan, self.dp_optimizer.backward
+            self._backward = backward
+            return super().training_step(*given)
+
+        def _nan(self, piece: Any) -> Any:
+            self.dp_optimizer.backward = self._backward
+            return self._backward(piece) * (math.nan if self.state.global_step == 2 else 1)
+
+        def prediction_step(self, *given: Any, **options: Any) -> Any:
+            seen["evaluation"].append(self.args.logging_nan_inf_filter)
+            return super().prediction_step(*given, **options)
+
+    data = {"train_dataset": texts(), "eval_dataset": texts()}
+    trainer = Noting(gpt2(), args, **data, plan=small_plan(4))
+    trainer.train()
+    trainer.evaluate()
+    assert set(seen["step"]) == {False}
+    assert set(seen["evaluation"]) == {filters}
+    assert args.logging_nan_inf_filter is filters
+    losses = [x["loss_not_private"] for x in trainer.state.log_history if "learning_rate" in x]
+    # Unfiltered, it stays in the trainer's running sum.
+    assert [math.isnan(loss) for loss in losses] == [False, False, not filters, not filters]
+
+
+def test_the_norm_is_found_for_logged_steps_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[float] = []
+    norm_of = torch.nn.utils.get_total_norm
+
+    def noting(gradients: Any) -> Tensor:
+        found.append(float(norm_of(gradients)))
+        return norm_of(gradients)
+
+    monkeypatch.setattr(torch.nn.utils, "get_total_norm", noting)
+    args = small(tmp_path, max_steps=7, logging_steps=3, logging_first_step=True)
+    trainer = DPTrainer(gpt2(), args, train_dataset=texts(), plan=small_plan())
+    trainer.train()
+    logs = [log for log in trainer.state.log_history if "learning_rate" in log]
+    assert [log["step"] for log in logs] == [1, 3, 6]
+    assert [log["noised_grad_norm"] for log in logs] == found
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
