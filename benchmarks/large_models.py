@@ -22,19 +22,23 @@ def gpt2(*, tiny: bool = False) -> nn.Module:
     return transformers.GPT2LMHeadModel(config)
 
 
-def llama(*, tiny: bool = False) -> nn.Module:
-    """Return Llama of one billion parameters, or a small model of the same kind."""
+def llama(*, tiny: bool = False, big: bool = False) -> nn.Module:
+    """Return Llama of one billion parameters, of eight billion, or a small model of the same kind."""
     import transformers
 
-    big: dict[str, Any] = {
+    one: dict[str, Any] = {
         "vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
         "num_attention_heads": 32, "num_key_value_heads": 8, "tie_word_embeddings": True,
+    }  # fmt: skip
+    eight: dict[str, Any] = {
+        "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "tie_word_embeddings": False,
     }  # fmt: skip
     small: dict[str, Any] = {
         "vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
         "num_attention_heads": 4, "num_key_value_heads": 2,
     }  # fmt: skip
-    config = transformers.LlamaConfig(use_cache=False, **(small if tiny else big))
+    config = transformers.LlamaConfig(use_cache=False, **(small if tiny else eight if big else one))
     return transformers.LlamaForCausalLM(config)
 
 
