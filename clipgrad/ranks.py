@@ -91,11 +91,13 @@ class Ranks(Protocol):
         rank: Number of this process, from 0.
         size: Number of processes.
         is_sharded: Whether each process holds a shard of every parameter.
+        sums_leave: Whether ``summed`` hands sums on as they are formed, so that none may be formed twice.
     """
 
     rank: int
     size: int
     is_sharded: bool
+    sums_leave: bool
 
     @property
     def before_recipe(self) -> Callable[[Sequence[Tensor]], None] | None:
@@ -204,6 +206,7 @@ class OneProcess:
     rank = 0
     size = 1
     is_sharded = False
+    sums_leave = False
     before_recipe: Callable[[Sequence[Tensor]], None] | None = None
 
     def prepare(self, model: nn.Module, facts: Facts, noise: NoiseState) -> None:

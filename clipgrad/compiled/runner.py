@@ -2,33 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
-from itertools import chain
 from typing import Any
 
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from clipgrad.compiled.check import compare, moved_by_rounding, rounding
+from clipgrad.compiled.check import compare, rounding
 from clipgrad.compiled.compiled_step import CompiledStep
 from clipgrad.compiled.compiler import Compiler, Request
+from clipgrad.compiled.eager import EagerStep
 from clipgrad.compiled.lengths import Shapes, shapes_of, with_rows
 from clipgrad.compiled.shape import Rows, pad_batch, pad_mask
 from clipgrad.compiled.signature import refuse_modes, signature
 from clipgrad.engine.captured_loss import GraphOfLoss, LossGraphs
-from clipgrad.engine.clip_and_sum import MicrobatchResult, Settings, joined
-from clipgrad.engine.error_messages import NeedsGraphError, ValueReadError
+from clipgrad.engine.clip_and_sum import MicrobatchResult, Settings
+from clipgrad.engine.error_messages import ValueReadError
 from clipgrad.engine.foreign_code import refuse_saved_tensors_hooks
-from clipgrad.engine.inputs import Inputs, Loss, copy_samples
-from clipgrad.engine.microbatch import run
+from clipgrad.engine.inputs import Inputs, copy_samples
 from clipgrad.engine.rng_state import SavedRngState
-from clipgrad.engine.sample_loop import run_sample_loop
 from clipgrad.errors import CompileMismatchError
 from clipgrad.loss_graph import CannotCapture
-
-# The eager step needs more memory than the compiled one. Where memory is scarce, it runs in so many pieces.
-_PIECES = {"cuda": 16}
 
 
 class MicrobatchRunner:
@@ -106,13 +101,14 @@ class MicrobatchRunner:
         if (dropping or generators is not None) and not bool(result.all_finite):
             # This is rare. The graph cannot zero a sample's factors, and such a batch is a weak comparison.
             entry.runs += entry.runs > 0
-            return self._eagerly(batch, mask)
+            return self._eager()(batch, mask)
         if generators is not None:
             slack, step = rounding(entry.graph.module, self._device)
-            eager = self._expected(padded, padding, generators)
-            nearby = self._nearby(padded, padding, generators, step)
+            eager = self._eager()
+            expected = eager.expected(padded, padding, generators)
+            nearby = eager.nearby(padded, padding, generators, step)
             try:
-                compare(result, eager, self._inputs.names, settings.clipping, slack, nearby)
+                compare(result, expected, self._inputs.names, settings.clipping, slack, nearby)
             except CompileMismatchError as error:
                 if not entry.runs:
                     raise
@@ -133,7 +129,7 @@ class MicrobatchRunner:
             return self._graphs.graph_for(self._inputs)
         except CannotCapture:
             with suppress(ValueReadError):
-                self._eagerly(copy_samples(batch), mask)
+                self._eager()(copy_samples(batch), mask)
             raise
 
     def _graph_inputs(
@@ -169,80 +165,10 @@ class MicrobatchRunner:
                 self._rows = Rows(min(self._compiler.fewest_rows, most), most)
         return entry
 
-    def _eagerly(
-        self, batch: Sequence[Any], mask: Tensor | None, params: Sequence[Tensor] | None = None
-    ) -> MicrobatchResult:
-        """Run the eager step on the user's Python, or on the captured loss where the Python cannot be batched."""
-        params = self._inputs.params if params is None else params
-        try:
-            return self._of_python(params, batch, mask)
-        except NeedsGraphError:
-            if self._loss is None:
-                raise
-            return self._of_graph(params, batch, mask)
-
-    def _expected(
-        self, batch: Sequence[Any], mask: Tensor | None, generators: SavedRngState
-    ) -> MicrobatchResult:
-        """Return what the compiled step has to compute, by the user's Python as long as that is possible.
-
-        Args:
-            batch: Rows of one microbatch.
-            mask: Which of them are padding.
-            generators: The RNG state at which the step started; every attempt starts there.
-        """
-        assert self._loss is not None
-        try:
-            with generators.temporarily_restored():
-                return self._of_python(self._inputs.params, batch, mask)
-        except NeedsGraphError:
-            with generators.temporarily_restored():
-                found = run_sample_loop(self._inputs, batch, mask, self._settings)
-        if found is None:
-            with generators.temporarily_restored():
-                found = self._of_graph(self._inputs.params, batch, mask)
-        return found
-
-    def _nearby(
-        self, batch: Sequence[Any], mask: Tensor | None, generators: SavedRngState, step: float
-    ) -> Iterator[MicrobatchResult]:
-        """Yield the eager step's result, and then its results with parameters that are off by some roundings."""
-        params = self._inputs.params
-        for nearby in chain([params], moved_by_rounding(params, step)):
-            with generators.temporarily_restored():
-                found = self._eagerly(batch, mask, nearby)
-            yield found
-
-    def _of_python(
-        self, params: Sequence[Tensor], batch: Sequence[Any], mask: Tensor | None
-    ) -> MicrobatchResult:
-        return self._in_pieces(self._inputs.loss, params, batch, mask)
-
-    def _of_graph(
-        self, params: Sequence[Tensor], batch: Sequence[Any], mask: Tensor | None
-    ) -> MicrobatchResult:
-        assert self._loss is not None
-        return self._in_pieces(self._loss.loss(), params, batch, mask)
-
-    def _in_pieces(
-        self, loss: Loss, params: Sequence[Tensor], batch: Sequence[Any], mask: Tensor | None
-    ) -> MicrobatchResult:
-        """Run the eager step on a few rows at a time, unless that would draw other random numbers."""
-        inputs, settings = self._inputs, self._settings
-        size = next(leaf.shape[0] for leaf in batch if isinstance(leaf, Tensor))
-        pieces = _PIECES.get(self._device.type, 1)
-        if self._entry is None or not self._entry.graph.has_no_side_effects:
-            pieces = 1
-
-        def piece(rows: slice) -> MicrobatchResult:
-            own = [leaf[rows] if isinstance(leaf, Tensor) else leaf for leaf in batch]
-            padding = None if mask is None else mask[rows]
-            return run(loss, inputs.names, params, own, padding, settings, inputs.whole)
-
-        step = -(-size // pieces)
-        if step == size:
-            return piece(slice(size))
-        return joined(piece(slice(start, start + step)) for start in range(0, size, step))
+    def _eager(self) -> EagerStep:
+        """Return the eager step of the loss as it was captured."""
+        no_side_effects = self._entry is not None and self._entry.graph.has_no_side_effects
+        return EagerStep(self._inputs, self._settings, self._loss, may_split=no_side_effects)
 
 
 def _are_identical(one: Sequence[Tensor], other: Sequence[Tensor]) -> bool:

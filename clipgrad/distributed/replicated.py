@@ -19,6 +19,7 @@ class Replicated(Group):
     """Each process of the group holds the whole model and its own samples."""
 
     is_sharded = False
+    sums_leave = False
 
     before_recipe: Callable[[Sequence[Tensor]], None] | None = None
 

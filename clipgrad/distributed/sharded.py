@@ -31,6 +31,7 @@ class Sharded(Group):
     """
 
     is_sharded = True
+    sums_leave = True
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         super().__init__(group)

@@ -109,8 +109,7 @@ def clip(
         if settings.always_selects:
             gradients.select(keep)
     asks = dropping and not settings.defers_finite_check
-    if asks and settings.ranks.is_sharded:
-        # Sums leave this process as they are formed, so none may be formed twice.
+    if asks and settings.ranks.sums_leave:
         if not bool(finite.all()):
             gradients.select(keep)
         asks = False
@@ -143,7 +142,8 @@ def accumulate(sums: list[Tensor] | None, piece: MicrobatchResult) -> list[Tenso
         # No other code reads the tensors that these sums may alias, so they can be overwritten.
         more = copies(piece.sums) if piece.aliases_graph else piece.sums
         return [total.contiguous() for total in more]
-    add_in_place(sums, piece.sums)
+    if sums:
+        add_in_place(sums, piece.sums)
     return sums
 
 

@@ -13,10 +13,11 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from clipgrad import DPOptimizer, Performance, clipped_grad
-from clipgrad.compiled import runner
+from clipgrad.compiled import check, eager, runner
 from clipgrad.compiled import trace as trace_module
 from clipgrad.engine import microbatch
 from clipgrad.engine.clip_and_sum import MicrobatchResult, joined
+from clipgrad.engine.sums_on_host import SumsOnHost
 from clipgrad.errors import CompileMismatchError
 from tests.architectures.indexing import WeightSlices
 from tests.compiled.conftest import Graphs
@@ -35,8 +36,8 @@ def eager_rows(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         seen.append(len(batch[0]))
         return microbatch.run(loss, names, params, batch, *rest)
 
-    monkeypatch.setattr(runner, "run", noting)
-    monkeypatch.setattr(runner, "_PIECES", {"cpu": 4})
+    monkeypatch.setattr(eager, "run", noting)
+    monkeypatch.setattr(eager, "_PIECES", {"cpu": 4})
     return seen
 
 
@@ -151,3 +152,40 @@ def test_the_value_of_a_parameter_without_axes_is_no_constant(traced_on: list[bo
         for name, value in gradient(params, *batch).grads.items():
             close(value, expected[name], rtol=1e-12, atol=1e-12)
     assert traced_on == [True]
+
+
+def test_sums_of_a_comparison_lie_on_the_host(
+    graphs: Graphs, eager_rows: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One parameter's sum is formed at a time, and none is formed twice."""
+    params, batch = make_params(), make_batch()
+    norm = median_norm(params, *batch)
+    compared: list[list[Tensor]] = []
+    compare = check.compare
+
+    def noting(compiled: MicrobatchResult, expected: MicrobatchResult, *rest: Any) -> None:
+        compared.append(expected.sums)
+        compare(compiled, expected, *rest)
+
+    made: list[SumsOnHost] = []
+    monkeypatch.setattr(runner, "compare", noting)
+    monkeypatch.setattr(eager, "SumsOnHost", lambda: made.append(SumsOnHost()) or made[-1])
+    clipped_grad(mlp, max_grad_norm=norm, compile=True, microbatch_size=B)(params, *batch)
+    expected, _ = definition(params, *batch, norm=norm)
+    assert compared == [made[0].totals]
+    for total, value in zip(compared[0], expected.values(), strict=True):
+        close(total, value, rtol=1e-12, atol=1e-12)
+
+
+def test_sums_that_leave_are_formed_after_the_check() -> None:
+    """A sample that is not finite would be in the total already."""
+    params, (x, y) = make_params(), make_batch()
+    x[2] = torch.nan
+    gradient = clipped_grad(mlp, max_grad_norm=0.5)
+    gradient.clipper.ranks = ranks = SumsOnHost()
+    with pytest.raises(ValueError, match="shorter than argument"):  # none of the sums is here
+        gradient(params, x, y)
+    rest = torch.arange(B) != 2
+    expected, _ = definition(params, x[rest], y[rest], norm=0.5)
+    for total, value in zip(ranks.totals, expected.values(), strict=True):
+        close(total, value, rtol=1e-12, atol=1e-12)

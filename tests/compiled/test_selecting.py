@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clipgrad import DPOptimizer, Performance, clipped_grad
-from clipgrad.compiled import MicrobatchRunner, trace
+from clipgrad.compiled import trace
 from clipgrad.compiled.compiled_step import CompiledStep
+from clipgrad.compiled.eager import EagerStep
 from clipgrad.kernels import selection
 from tests.architectures import ARCHITECTURES
 from tests.compiled.conftest import Graphs
@@ -45,13 +46,13 @@ def nobody_asks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
 def eager_runs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Rows of each microbatch that ran eagerly."""
     runs: list[int] = []
-    eagerly = MicrobatchRunner._of_python
+    eagerly = EagerStep._of_python
 
-    def counted(self, params, batch, mask):  # type: ignore[no-untyped-def]
+    def counted(self, params, batch, *rest):  # type: ignore[no-untyped-def]
         runs.append(len(batch[0]))
-        return eagerly(self, params, batch, mask)
+        return eagerly(self, params, batch, *rest)
 
-    monkeypatch.setattr(MicrobatchRunner, "_of_python", counted)
+    monkeypatch.setattr(EagerStep, "_of_python", counted)
     # Of the comparisons only the first.
     monkeypatch.setattr(CompiledStep, "is_trusted", lambda self, flat, shapes: self.runs > 0)
     return runs

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from clipgrad.compiled import runner
+from clipgrad.compiled import eager
 from clipgrad.errors import CompileMismatchError, NotPerSampleError
 from tests.compiled.conftest import Graphs, graphs  # noqa: F401
 from tests.dp_tools import clipped, data, mlp, private, squared
@@ -81,8 +81,8 @@ def test_a_compiled_step_is_compared_with_the_users_python(
         compared.append(args)
         return run_sample_loop(*args)
 
-    run_sample_loop = runner.run_sample_loop
-    monkeypatch.setattr(runner, "run_sample_loop", counted)
+    run_sample_loop = eager.run_sample_loop
+    monkeypatch.setattr(eager, "run_sample_loop", counted)
     optimizer.backward(data())
     other.beta = 2.0  # type: ignore[attr-defined]
     optimizer.step()
