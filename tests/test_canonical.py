@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from clipgrad.engine.tracked import Strategy, Tracked
 from clipgrad.kernels.float32_precision import product_rounding
 from clipgrad.rules import OneHot, Outer, PerSample, Use, ghost, gram
+from clipgrad.rules.canonical import weighted_sum_of
 from clipgrad.rules.ghost import ghost_norms_squared, lengths_of, raised_to_rounding_bound
 from clipgrad.rules.row_norms import row_norms_squared
 from tests.float32_settings import setting
@@ -330,3 +331,36 @@ def test_norms_of_long_rows_in_float32(size: int) -> None:
     error = (row_norms_squared(gradient).double() - exact).abs() / exact
     assert float(error.max()) < 2e-6
     assert torch.equal(row_norms_squared(gradient.view(2, 1, -1)), row_norms_squared(gradient))
+
+
+@joins
+def test_weighted_sum_of_several_uses(make: Callable[[], list[Outer]]) -> None:
+    uses, factors = make(), torch.rand(B, dtype=torch.float64)
+    expected = torch.einsum("b,brc->rc", factors, total(uses))
+    torch.testing.assert_close(weighted_sum_of(uses, factors), expected)
+    torch.testing.assert_close(
+        weighted_sum_of([PerSample(total(uses[:1])), *uses[1:]], factors), expected
+    )
+
+
+@pytest.mark.parametrize("samples", [1, B])
+def test_rows_are_added_to_the_sum_of_the_others(
+    samples: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A tied embedding takes no second sum, and what it is added to is nobody else's memory."""
+    made: list[Tensor] = []
+    weighted_sum = PerSample.weighted_sum
+
+    def noting(self: PerSample, factors: Tensor) -> Tensor:
+        made.append(weighted_sum(self, factors))
+        return made[-1]
+
+    monkeypatch.setattr(PerSample, "weighted_sum", noting)
+    kept, rows = draw(samples, ROWS, COLUMNS), hot()
+    assert isinstance(rows.left, OneHot)
+    rows = replace(rows, left=OneHot(rows.left.ids[:samples], ROWS), right=rows.right[:samples])
+    before, factors = kept.clone(), torch.ones(samples, dtype=torch.float64)
+    found = weighted_sum_of([rows, PerSample(kept)], factors)
+    assert found is made[0]
+    assert torch.equal(kept, before)
+    torch.testing.assert_close(found, (before + definition(rows)).sum(0))

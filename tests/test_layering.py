@@ -71,9 +71,10 @@ LOADERS = {"sampling._make", "sampling._user_loader"}
 SAMPLERS = {"sampling._poisson", "sampling._users", "sampling._loader", *LOADERS}
 # Inside of a room. A name stands for all below it.
 FORBIDDEN: dict[str, set[str]] = {
-    "rules.canonical": RULES,
+    "rules.one_hot": RULES,
+    "rules.canonical": RULES - {"rules.one_hot"},
     "rules.row_norms": RULES - {"rules.canonical"},
-    "rules.ghost": RULES - {"rules.canonical", "rules.gram", "rules.row_norms"},
+    "rules.ghost": RULES - {"rules.canonical", "rules.gram", "rules.one_hot", "rules.row_norms"},
     "rules.gram": RULES,
     "kernels.gram_kernels": {"torch"},
     "kernels.selection_kernels": {"torch"},

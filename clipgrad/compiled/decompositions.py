@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch._decomp import get_decompositions
 
+from clipgrad.compiled.cross_entropy import nll_loss_backward
 from clipgrad.compiled.shape import is_channels_last
 from clipgrad.kernels.delayed import delay_until
 
@@ -221,4 +222,5 @@ DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {
     torch.ops.aten.constant_pad_nd.default: _padded,
     torch.ops.aten.convolution_backward.default: _input_gradient,
     torch.ops.aten.max_pool2d_with_indices_backward.default: _pool_backward,
+    torch.ops.aten.nll_loss_backward.default: nll_loss_backward,
 }

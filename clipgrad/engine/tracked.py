@@ -9,8 +9,9 @@ from enum import Enum
 import torch
 from torch import Tensor
 
-from clipgrad.rules.canonical import OneHot, Outer, PerSample, Use, sum_of, widen
+from clipgrad.rules.canonical import Outer, PerSample, Use, sum_of, weighted_sum_of, widen
 from clipgrad.rules.ghost import ghost_norms_squared, norms_squared_with_rows
+from clipgrad.rules.one_hot import OneHot
 from clipgrad.rules.registry import Extent
 from clipgrad.rules.row_norms import row_norms_squared
 
@@ -155,5 +156,5 @@ class Tracked:
 
     def weighted_sum(self, factors: Tensor) -> Tensor:
         """Return ``sum_b factors[b] g_b``, in at least float32."""
-        kept = [] if self.kept is None else [PerSample(self.kept).weighted_sum(factors)]
-        return sum_of([*kept, *(use.weighted_sum(factors) for use in self.uses)])
+        kept = [] if self.kept is None else [PerSample(self.kept)]
+        return weighted_sum_of([*kept, *self.uses], factors)

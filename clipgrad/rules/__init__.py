@@ -14,7 +14,8 @@ from clipgrad.rules import (  # noqa: F401 - each registers its rules
     normalization,
     recurrent,
 )
-from clipgrad.rules.canonical import OneHot, Outer, PerSample, Use
+from clipgrad.rules.canonical import Outer, PerSample, Use
+from clipgrad.rules.one_hot import OneHot
 from clipgrad.rules.registry import (
     Call,
     Decline,

@@ -40,6 +40,7 @@ from clipgrad.kernels.half_products import (
 )
 from clipgrad.kernels.selection import reshape_to_broadcast, select_rows, select_rows_reusing
 from clipgrad.kernels.weighted_sum import sums_rows, weighted_sum
+from clipgrad.rules.one_hot import OneHot
 
 _LOWERED = (torch.float32, *HALF)  # autocast leaves float64 alone
 BatchedProduct = Callable[[Tensor, Tensor], Tensor]
@@ -84,6 +85,27 @@ def in_memory_order(tensor: Tensor) -> tuple[Tensor, list[int]]:
     if not tensor.is_contiguous():
         axes.sort(key=tensor.stride, reverse=True)
     return tensor.permute(0, *axes), axes
+
+
+def weighted_sum_of(uses: Sequence[Use], factors: Tensor) -> Tensor:
+    """Return ``sum_b factors[b] * g_b`` of one or more uses of a parameter.
+
+    An embedding that is tied to the output layer has uses that touch a few rows. They are added to the sum of the
+    others in place, since a sum of its own would be as large as the embedding.
+    """
+    total: Tensor | None = None
+    for use in sorted(uses, key=_adds_rows):
+        if total is not None and isinstance(use, Outer) and isinstance(use.left, OneHot):
+            use.left.add_to(total, scale_rows(widen(use.right), factors))
+        else:
+            found = use.weighted_sum(factors)
+            total = found if total is None else total + found
+    assert total is not None, "a weighted sum of no uses"
+    return total
+
+
+def _adds_rows(use: Use) -> bool:
+    return isinstance(use, Outer) and isinstance(use.left, OneHot)
 
 
 @runtime_checkable
@@ -161,19 +183,6 @@ def _over_rows(gradient: Tensor, sum_rows: Callable[[Tensor], Tensor]) -> Tensor
 
 
 @dataclass(frozen=True)
-class OneHot:
-    """This class holds a factor ``[B, S, width]`` of one-hot rows, stored as the positions of the ones.
-
-    Attributes:
-        ids: ``[B, S]``, integers in ``[0, width)``.
-        width: Number of columns.
-    """
-
-    ids: Tensor
-    width: int
-
-
-@dataclass(frozen=True)
 class Outer:
     """This class holds, for every sample, a sum over positions of outer products; see the module's docstring.
 
@@ -235,7 +244,7 @@ class Outer:
 
     def per_sample(self, batched_product: BatchedProduct = product) -> Tensor:
         if isinstance(self.left, OneHot):
-            rows = _scatter_rows(self.left, widen(self.right))
+            rows = self.left.per_sample(widen(self.right))
             return rows.view(self.samples, *self.shape)
         if self.left.shape[1] == 1:  # a broadcast product is faster than bmm with one position
             found = widen(self.left).transpose(1, 2) * widen(self.right)
@@ -266,9 +275,8 @@ class Outer:
         if self.groups > 1:
             return PerSample(self.per_sample(product_for_sum)).weighted_sum(factors)
         if isinstance(self.left, OneHot):
-            rows = scale_rows(widen(self.right), factors).flatten(0, 1)
-            total = rows.new_zeros(self.left.width, rows.shape[-1])
-            return total.index_add_(0, self.left.ids.flatten(), rows).view(self.shape)
+            total = widen(self.right[:0]).new_zeros(self.left.width, self.columns)
+            return self.left.add_to(total, scale_rows(widen(self.right), factors)).view(self.shape)
         scales_left = self._scales_left(self.left)
         scaled, other = (self.left, self.right) if scales_left else (self.right, self.left)
         scaled = scale_rows(widen(scaled), factors)
@@ -278,7 +286,7 @@ class Outer:
         else:
             terms = [(scaled, widen(other))]
         total = _over_all([pair if scales_left else pair[::-1] for pair in terms])
-        return self._shaped(total[None], 1)[0]
+        return self._shaped(total, 1).view(self.shape)
 
     def select(self, keep: Tensor) -> Outer:
         if self.groups > 1:
@@ -302,17 +310,10 @@ class Outer:
 
 
 def _over_all(pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-    """Return the sum of products ``[rows, columns]`` of pairs of factors over the positions of all samples."""
+    """Return the sum of products ``[1, rows, columns]`` of pairs of factors over the positions of all samples."""
     lefts = [left.flatten(0, 1).t()[None] for left, _ in pairs]
     rights = [right.flatten(0, 1)[None] for _, right in pairs]
     if rights[0].dtype in HALF:
-        return sum_of_products(lefts, rights)[0]
+        return sum_of_products(lefts, rights)
     left, right = lefts[0], rights[0]
-    return full_product(left, right)[0] if sum_rounds(left) else left[0] @ right[0]
-
-
-def _scatter_rows(left: OneHot, right: Tensor) -> Tensor:
-    samples = left.ids.shape[0]
-    flat = left.ids + left.width * torch.arange(samples, device=left.ids.device)[:, None]
-    total = right.new_zeros(samples * left.width, right.shape[-1])
-    return total.index_add_(0, flat.flatten(), right.flatten(0, 1))
+    return full_product(left, right) if sum_rounds(left) else (left[0] @ right[0])[None]

@@ -6,9 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clipgrad.rules.canonical import OneHot, Outer
+from clipgrad.rules.canonical import Outer
 from clipgrad.rules.embedding_definition import refuse_max_norm
 from clipgrad.rules.names import functional_aten_names_of
+from clipgrad.rules.one_hot import OneHot
 from clipgrad.rules.registry import Call, Extent, Recipe, register_rule
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from clipgrad._functorch import is_symbol
 from clipgrad.kernels.delayed import delay_until, in_graph_for_cpu
 from clipgrad.kernels.float32_precision import convolution_product, window_products
-from clipgrad.rules.canonical import OneHot, Outer
+from clipgrad.rules.canonical import Outer
 from clipgrad.rules.convolution.geometry import Geometry
 from clipgrad.rules.convolution.unfolding import (
     rows_and_image,
@@ -27,6 +27,7 @@ from clipgrad.rules.convolution.unfolding import (
     samples_at_once,
     unfold,
 )
+from clipgrad.rules.one_hot import OneHot
 
 # CUDA computes a product in blocks of its result. Positions are split until there are this many blocks, if each part
 # keeps at least this many positions.
