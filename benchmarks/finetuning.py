@@ -34,6 +34,7 @@ Batch = dict[str, Tensor]
 
 WARM = 16
 # A compiled step is compared with the eager one in steps 1, 2, 4, 8, 16. The recording is made in one of the first.
+ALLOWED = 1.3  # times the memory of the ordinary step
 MEASURED = {1: "the first", 12: "a usual", 16: "a compared"}
 
 
@@ -202,6 +203,23 @@ def most_taken(step: Callable[[], None], device: str) -> int:
     return torch.cuda.max_memory_reserved()
 
 
+def fits(step: Callable[[], None], device: str, limit: float) -> bool:
+    """Return whether some steps fit into so many bytes; the last of them is compared with the eager step."""
+    if device == "cpu":
+        return True
+    taken(device)
+    torch.cuda.set_per_process_memory_fraction(limit / torch.cuda.mem_get_info()[1])
+    try:
+        for _ in range(WARM):
+            step()
+        torch.cuda.synchronize()
+    except torch.OutOfMemoryError:
+        return False
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    return True
+
+
 def wait(device: str) -> None:
     """Wait until the device has done its work."""
     if device != "cpu":
@@ -243,6 +261,8 @@ def measured(
             if number == 10:
                 wait(device)
                 row[f"{kind}: tenth step after s"] = round(time.perf_counter() - started, 1)
+        limit = others + ALLOWED * 2**30 * row[f"ordinary: GiB in {MEASURED[12]} step"]
+        row[f"{kind}: compared in {ALLOWED} x ordinary"] = fits(steps[kind], device, limit)
     times: dict[str, list[float]] = {kind: [] for kind in steps}
     for _ in range(rounds):
         for kind, step in steps.items():

@@ -1,4 +1,4 @@
-"""A graph is traced without memory, and compared with an eager step that runs on a few rows at a time."""
+"""A graph is traced without memory, and compared with an eager step even where that does not fit into memory."""
 
 from __future__ import annotations
 
@@ -29,15 +29,17 @@ close = torch.testing.assert_close
 
 @pytest.fixture
 def eager_rows(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Compare in four pieces, and note the rows of each eager run."""
+    """Let memory run out with more than two rows, and note the rows of each eager run."""
     seen: list[int] = []
 
     def noting(loss: Any, names: Any, params: Any, batch: Sequence[Any], *rest: Any) -> Any:
         seen.append(len(batch[0]))
+        if seen[-1] > 2:
+            raise torch.OutOfMemoryError("planted")
         return microbatch.run(loss, names, params, batch, *rest)
 
     monkeypatch.setattr(eager, "run", noting)
-    monkeypatch.setattr(eager, "_PIECES", {"cpu": 4})
+    monkeypatch.setattr(eager, "_PIECES", 4)
     return seen
 
 
@@ -46,7 +48,7 @@ def test_compared_in_pieces(graphs: Graphs, eager_rows: list[int]) -> None:
     norm = median_norm(params, *batch)
     gradient = clipped_grad(mlp, max_grad_norm=norm, compile=True, microbatch_size=B)
     found = gradient(params, *batch)
-    assert eager_rows == [2, 2, 2]
+    assert eager_rows == [B, 2, 2, 2]
     expected, norms = definition(params, *batch, norm=norm)
     for name, value in expected.items():
         close(found.grads[name], value, rtol=1e-12, atol=1e-12)
@@ -72,8 +74,10 @@ def test_random_numbers_are_drawn_at_once(graphs: Graphs, eager_rows: list[int])
     def loss(p: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
         return mlp(p, F.dropout(x), y)
 
-    clipped_grad(loss, max_grad_norm=0.5, compile=True)(make_params(), *make_batch())
+    with pytest.raises(torch.OutOfMemoryError) as caught:
+        clipped_grad(loss, max_grad_norm=0.5, compile=True)(make_params(), *make_batch())
     assert eager_rows == [B]
+    assert "Set microbatch_size to 3 or less" in caught.value.__notes__[0]
 
 
 def test_a_sample_that_is_not_finite_is_dropped_in_pieces(
@@ -85,7 +89,7 @@ def test_a_sample_that_is_not_finite_is_dropped_in_pieces(
         compile: clipped_grad(mlp, max_grad_norm=0.5, compile=compile)(params, x, y)
         for compile in (True, False)
     }
-    assert eager_rows == [2, 2, 2]
+    assert eager_rows == [B, 2, 2, 2]
     assert results[True].num_nonfinite == 1
     close(results[True].grads, results[False].grads)
 
@@ -172,7 +176,8 @@ def test_sums_of_a_comparison_lie_on_the_host(
     monkeypatch.setattr(eager, "SumsOnHost", lambda: made.append(SumsOnHost()) or made[-1])
     clipped_grad(mlp, max_grad_norm=norm, compile=True, microbatch_size=B)(params, *batch)
     expected, _ = definition(params, *batch, norm=norm)
-    assert compared == [made[0].totals]
+    (ranks,) = made
+    assert compared == [ranks.totals]
     for total, value in zip(compared[0], expected.values(), strict=True):
         close(total, value, rtol=1e-12, atol=1e-12)
 
