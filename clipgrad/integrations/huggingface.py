@@ -28,7 +28,6 @@ from clipgrad.plan import PrivacyPlan
 from clipgrad.result import NotPrivate
 
 try:
-    from accelerate.utils import send_to_device
     from transformers import Trainer
 
     from clipgrad.integrations._huggingface_logs import (
@@ -36,6 +35,7 @@ try:
         NoisedNorm,
         filter_of_losses,
     )
+    from clipgrad.integrations._transfer import Transfer
 except ImportError as error:
     raise ImportError(
         "clipgrad.integrations.huggingface needs transformers and accelerate: pip install 'clipgrad[huggingface]'."
@@ -200,9 +200,8 @@ class PrivateTraining:
         """Add clipped gradients of a microbatch, and return its share of the step's mean loss, which is not private."""
         self._check(model)
         model.train()
-        # A blocking copy from the host would wait for all that the device has to do.
-        without_waiting = self.args.device.type == "cuda" and self.args.dataloader_pin_memory
-        piece = send_to_device(dict(inputs), self.args.device, non_blocking=without_waiting)
+        transfer = Transfer(dict(inputs), self.args.device)
+        piece = transfer.batch
         if self._loss is model_loss and not set(self.label_names) & piece.keys():
             raise ValueError(
                 f"a batch holds {', '.join(piece)}, but no {' or '.join(self.label_names)}, without which the model "
@@ -210,6 +209,7 @@ class PrivateTraining:
             )
         rows = rows_of(piece)
         returned = self.dp_optimizer.backward(piece)
+        transfer.wait()
         loss: Tensor = returned.loss if isinstance(returned, NotPrivate) else returned
         share = loss * (rows / self._rows_of_step) if rows else loss.new_zeros(())
         return self._finite(share) if self._filters else share

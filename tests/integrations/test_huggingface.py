@@ -23,6 +23,7 @@ from tests.integrations.language import gpt2, llama, lora, model_loss, texts, to
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
+from clipgrad.integrations import _transfer  # noqa: E402
 from clipgrad.integrations._huggingface_arguments import _is_same  # noqa: E402
 from clipgrad.integrations._huggingface_logs import FiniteLosses  # noqa: E402
 from clipgrad.integrations.huggingface import DPTrainer  # noqa: E402
@@ -385,6 +386,54 @@ def test_losses_that_are_not_finite_are_filtered_on_the_device() -> None:
     given = [math.nan, 2.0, math.inf, -math.inf, 3.0, math.nan]
     assert [float(finite(torch.tensor(loss))) for loss in given] == [0, 2, 2, 2, 3, 3]
     finite(torch.empty((), device="meta"))  # a tensor without a value, which nobody can read
+
+
+def test_a_batch_is_read_before_the_next_one_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A collator may write each batch to the same memory, while the copy to a GPU waits in a queue."""
+    memory = torch.tensor([1.0])
+    queue: list[Callable[[], None]] = []
+
+    def queued(batch: dict[str, Tensor], device: torch.device, non_blocking: bool) -> Any:
+        assert non_blocking
+        there = {name: torch.empty_like(value) for name, value in batch.items()}
+        queue.append(lambda: [there[n].copy_(value) for n, value in batch.items()] and None)
+        return there
+
+    class Event:
+        def record(self) -> None:
+            self.after = len(queue)
+
+        def synchronize(self) -> None:
+            for move in queue[: self.after]:
+                move()
+            del queue[: self.after]
+
+    monkeypatch.setattr(_transfer, "send_to_device", queued)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    transfer = _transfer.Transfer({"x": memory}, torch.device("cuda"))
+    assert queue
+    transfer.wait()
+    memory.fill_(2.0)
+    assert transfer.batch["x"].item() == 1.0
+
+
+def test_each_step_waits_for_its_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+
+    class Noting(_transfer.Transfer):
+        def __init__(self, *given: Any) -> None:
+            calls.append("copied")
+            super().__init__(*given)
+
+        def wait(self) -> None:
+            calls.append("waited")
+
+    monkeypatch.setattr("clipgrad.integrations.huggingface.Transfer", Noting)
+    trainer = DPTrainer(
+        gpt2(), small(tmp_path, max_steps=2), train_dataset=texts(), plan=small_plan(2)
+    )
+    trainer.train()
+    assert calls == ["copied", "waited"] * 4  # two pieces in each of two steps
 
 
 @pytest.mark.parametrize("filters", [True, False])
