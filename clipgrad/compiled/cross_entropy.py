@@ -40,6 +40,7 @@ def nll_loss_backward(
     by_row = log_probabilities.dim() == 2 and weight is None and reduction == 0
     if not by_row or log_probabilities.device.type not in _DEVICES:
         return NotImplemented
+    target = target.long()  # -100 is a class in unsigned numbers of 8 bits
     counts = target != ignore_index
     value = in_memory(torch.where(counts, -gradient, 0.0))
     place = in_memory(torch.where(counts, target, 0).int())

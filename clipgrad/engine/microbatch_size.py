@@ -108,7 +108,9 @@ def _is_out_of_memory(error: Exception) -> bool:
 
 
 def _note_out_of_memory(error: Exception, rows: int) -> None:
-    """Say in a note what would need less memory."""
+    """Say in a note what would need less memory, once."""
+    if any("clipgrad: memory ran out" in note for note in getattr(error, "__notes__", ())):
+        return
     if rows > 1:
         error.add_note(
             f"clipgrad: memory ran out with {rows} samples at a time. Set microbatch_size to {max(1, rows // 2)} or "

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -35,29 +33,29 @@ class NoisedNorm(TrainerCallback):  # type: ignore[misc]  # transformers has no 
         return None if self._norm is None else float(self._norm)
 
 
-@contextmanager
-def filter_of_losses(args: TrainingArguments, wanted: bool) -> Iterator[None]:
-    """Set ``logging_nan_inf_filter`` inside of the context.
-
-    The trainer's own filter reads each loss on the host. It waits for the device in every step, and what the host does
-    for a step then adds to the step's time. ``FiniteLosses`` takes its place.
-    """
-    before = args.logging_nan_inf_filter
-    args.logging_nan_inf_filter = wanted
-    try:
-        yield
-    finally:
-        args.logging_nan_inf_filter = before
-
-
 class FiniteLosses:
-    """This class replaces a loss that is not finite by the last finite one, on the device."""
+    """This class replaces a loss that is not finite by the last finite one, on the device.
+
+    The trainer's own filter (``logging_nan_inf_filter``) reads each loss on the host. It waits for the device in every
+    step, and what the host does for a step then adds to the step's time. So the setting is off while the trainer looks
+    at it, between ``take`` and ``restore``.
+    """
 
     def __init__(self) -> None:
         self._last: Tensor | None = None
+        self._is_hidden = False
 
-    def __call__(self, loss: Tensor) -> Tensor:
-        """Return a loss that is finite."""
+    def take(self, loss: Tensor, args: TrainingArguments) -> Tensor:
+        """Return a loss that is finite if the user wants this, and switch the trainer's own filter off."""
+        self._is_hidden = self._is_hidden or args.logging_nan_inf_filter
+        if not self._is_hidden:
+            return loss
+        args.logging_nan_inf_filter = False
         last = loss.new_zeros(()) if self._last is None else self._last
         self._last = torch.where(loss.isfinite(), loss, last)
         return self._last
+
+    def restore(self, args: TrainingArguments) -> None:
+        """Put the user's setting back."""
+        if self._is_hidden:
+            args.logging_nan_inf_filter, self._is_hidden = True, False

@@ -33,7 +33,6 @@ try:
     from clipgrad.integrations._huggingface_logs import (
         FiniteLosses,
         NoisedNorm,
-        filter_of_losses,
     )
     from clipgrad.integrations._transfer import Transfer
 except ImportError as error:
@@ -98,7 +97,6 @@ class PrivateTraining:
         self._unchecked: tuple[Any, Any] | None = None
         self._watch = NoisedNorm()
         self.add_callback(self._watch)
-        self._filters = False
         self._finite = FiniteLosses()
 
     @property
@@ -181,18 +179,11 @@ class PrivateTraining:
         return pieces, None
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Train as usual; losses that are not finite are filtered without waiting for the device."""
-        self._filters = self.args.logging_nan_inf_filter
+        """Train as usual."""
         try:
-            with filter_of_losses(self.args, False):
-                return super().train(*args, **kwargs)
+            return super().train(*args, **kwargs)
         finally:
-            self._filters = False
-
-    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """Evaluate as usual, also while a training goes on."""
-        with filter_of_losses(self.args, self._filters or self.args.logging_nan_inf_filter):
-            return super().evaluation_loop(*args, **kwargs)
+            self._finite.restore(self.args)
 
     def training_step(
         self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None
@@ -211,8 +202,9 @@ class PrivateTraining:
         returned = self.dp_optimizer.backward(piece)
         transfer.wait()
         loss: Tensor = returned.loss if isinstance(returned, NotPrivate) else returned
-        share = loss * (rows / self._rows_of_step) if rows else loss.new_zeros(())
-        return self._finite(share) if self._filters else share
+        if not rows:
+            return loss.new_zeros(())
+        return self._finite.take(loss, self.args) * (rows / self._rows_of_step)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log epsilon and the norm of the noisy gradient, and rename losses to ``..._not_private``."""
@@ -234,6 +226,7 @@ class PrivateTraining:
 
     def floating_point_ops(self, inputs: Any) -> int:
         """Return 0, since the work of a step depends on the number of sampled rows, which is private."""
+        self._finite.restore(self.args)  # the trainer calls this after it has looked at the loss
         return 0
 
     def hyperparameter_search(self, *args: Any, **kwargs: Any) -> Any:

@@ -45,6 +45,14 @@ def test_equals_pytorch(ignored: int) -> None:
     assert torch.equal(found, nll_loss_backward(*given))
 
 
+def test_a_class_may_have_the_number_of_what_is_ignored() -> None:
+    """In unsigned numbers of 8 bits, -100 is 156."""
+    logits = torch.randn(ROWS, 200, dtype=torch.float64)
+    target = torch.tensor([156, 0, 199, 156, 3], dtype=torch.uint8)
+    given = arguments(log_probabilities=logits.log_softmax(1), target=target)
+    assert torch.equal(cross_entropy.nll_loss_backward(*given), nll_loss_backward(*given))
+
+
 @pytest.mark.parametrize("broken", [torch.nan, torch.inf])
 def test_a_gradient_that_is_not_finite_stays_in_its_place(broken: float) -> None:
     """The compiler's own form multiplies it with zeros."""

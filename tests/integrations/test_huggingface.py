@@ -381,11 +381,15 @@ def test_what_is_saved_holds_no_loss_under_its_own_name(tmp_path: Path) -> None:
     assert "loss" not in state["log_history"][0]
 
 
-def test_losses_that_are_not_finite_are_filtered_on_the_device() -> None:
-    finite = FiniteLosses()
+def test_losses_that_are_not_finite_are_filtered_on_the_device(tmp_path: Path) -> None:
+    finite, args = FiniteLosses(), arguments(tmp_path)
     given = [math.nan, 2.0, math.inf, -math.inf, 3.0, math.nan]
-    assert [float(finite(torch.tensor(loss))) for loss in given] == [0, 2, 2, 2, 3, 3]
-    finite(torch.empty((), device="meta"))  # a tensor without a value, which nobody can read
+    found = [float(finite.take(torch.tensor(loss), args)) for loss in given]
+    assert found == [0, 2, 2, 2, 3, 3]
+    finite.take(torch.empty((), device="meta"), args)  # without a value, which nobody can read
+    assert not args.logging_nan_inf_filter
+    finite.restore(args)
+    assert args.logging_nan_inf_filter
 
 
 def test_a_batch_is_read_before_the_next_one_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -436,39 +440,92 @@ def test_each_step_waits_for_its_batch(tmp_path: Path, monkeypatch: pytest.Monke
     assert calls == ["copied", "waited"] * 4  # two pieces in each of two steps
 
 
+class Broken(DPTrainer):  # type: ignore[misc]  # transformers has no types
+    """Losses of the third step and later are NaN. Notes the setting when the trainer looks at a loss."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        self.seen: list[bool] = []
+        super().__init__(*args, **options)
+
+    def create_optimizer(self, *args: Any) -> Any:
+        made = super().create_optimizer(*args)
+        backward = self.dp_optimizer.backward
+
+        def broken(piece: Any) -> Any:
+            return backward(piece) * 0 + (math.nan if self.state.global_step >= 2 else 3.0)
+
+        self.dp_optimizer.backward = broken
+        return made
+
+    def training_step(self, *given: Any) -> Tensor:
+        loss = super().training_step(*given)
+        self.seen.append(self.args.logging_nan_inf_filter)
+        return loss
+
+
+class Settings(transformers.TrainerCallback):
+    """Notes the setting wherever others can read it."""
+
+    def __init__(self) -> None:
+        self.seen: list[bool] = []
+
+    def _note(self, args: Any, *rest: Any, **options: Any) -> None:
+        self.seen.append(args.logging_nan_inf_filter)
+
+    on_step_begin = on_substep_end = on_step_end = on_log = on_save = on_evaluate = _note
+
+
 @pytest.mark.parametrize("filters", [True, False])
 def test_filter_of_losses_is_the_users(filters: bool, tmp_path: Path) -> None:
-    """The user's setting holds for logs and evaluations, and the trainer's own filter does not run."""
+    """The user's setting holds for logs, and everybody else sees it as it is."""
     args = small(
-        tmp_path, max_steps=4, logging_nan_inf_filter=filters, eval_strategy="steps", eval_steps=2
-    )
-    seen: dict[str, list[bool]] = {"step": [], "evaluation": []}
-
-    class Noting(DPTrainer):
-        def training_step(self, *given: Any) -> Tensor:
-            seen["step"].append(self.args.logging_nan_inf_filter)
-            self.dp_optimizer.backward, backward = self._nan, self.dp_optimizer.backward
-            self._backward = backward
-            return super().training_step(*given)
-
-        def _nan(self, piece: Any) -> Any:
-            self.dp_optimizer.backward = self._backward
-            return self._backward(piece) * (math.nan if self.state.global_step == 2 else 1)
-
-        def prediction_step(self, *given: Any, **options: Any) -> Any:
-            seen["evaluation"].append(self.args.logging_nan_inf_filter)
-            return super().prediction_step(*given, **options)
-
-    data = {"train_dataset": texts(), "eval_dataset": texts()}
-    trainer = Noting(gpt2(), args, **data, plan=small_plan(4))
+        tmp_path, max_steps=4, logging_nan_inf_filter=filters, eval_strategy="steps", eval_steps=2,
+        save_strategy="steps", save_steps=4,
+    )  # fmt: skip
+    data, watch = {"train_dataset": texts(), "eval_dataset": texts()}, Settings()
+    trainer = Broken(gpt2(), args, **data, plan=small_plan(4), callbacks=[watch])
     trainer.train()
     trainer.evaluate()
-    assert set(seen["step"]) == {False}
-    assert set(seen["evaluation"]) == {filters}
+    assert set(trainer.seen) == {False}
+    assert set(watch.seen) == {filters}
     assert args.logging_nan_inf_filter is filters
+    saved = torch.load(tmp_path / "checkpoint-4/training_args.bin", weights_only=False)
+    assert saved.logging_nan_inf_filter is filters
     losses = [x["loss_not_private"] for x in trainer.state.log_history if "learning_rate" in x]
-    # Unfiltered, it stays in the trainer's running sum.
-    assert [math.isnan(loss) for loss in losses] == [False, False, not filters, not filters]
+    if (
+        filters
+    ):  # in pieces of different sizes, the mean over a step is still that of the last finite loss
+        assert losses == pytest.approx([3.0] * 4)
+    else:  # it stays in the trainer's running sum
+        assert [math.isnan(loss) for loss in losses] == [False, False, True, True]
+
+
+def test_a_training_inside_of_another_has_the_users_filter(tmp_path: Path) -> None:
+    args = small(tmp_path, max_steps=3)
+    inner: list[Any] = []
+
+    class Trains(transformers.TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 1:
+                inner.append(Broken(gpt2(), args, train_dataset=texts(), plan=small_plan(3)))
+                inner[0].train()
+
+    outer = Broken(gpt2(), args, train_dataset=texts(), plan=small_plan(3), callbacks=[Trains()])
+    outer.train()
+    for trainer in (outer, inner[0]):
+        logs = [x["loss_not_private"] for x in trainer.state.log_history if "learning_rate" in x]
+        assert logs == pytest.approx([3.0] * 3)
+    assert args.logging_nan_inf_filter
+
+
+def test_the_setting_is_put_back_after_an_error(tmp_path: Path) -> None:
+    args = small(tmp_path, max_steps=3)
+    trainer = Broken(
+        gpt2(), args, train_dataset=texts(), plan=small_plan(3), callbacks=[stops_after(2)]
+    )
+    with pytest.raises(Stop):
+        trainer.train()
+    assert args.logging_nan_inf_filter
 
 
 def test_the_norm_is_found_for_logged_steps_only(
