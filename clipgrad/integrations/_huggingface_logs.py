@@ -38,19 +38,21 @@ class FiniteLosses:
 
     The trainer's own filter (``logging_nan_inf_filter``) reads each loss on the host. It waits for the device in every
     step, and what the host does for a step then adds to the step's time. So the setting is off while the trainer looks
-    at it, between ``take`` and ``restore``.
+    at it, between ``hide`` and ``restore``.
     """
 
     def __init__(self) -> None:
         self._last: Tensor | None = None
         self._is_hidden = False
 
-    def take(self, loss: Tensor, args: TrainingArguments) -> Tensor:
-        """Return a loss that is finite if the user wants this, and switch the trainer's own filter off."""
+    def hide(self, args: TrainingArguments) -> bool:
+        """Switch the trainer's own filter off, and return whether the user wants one."""
         self._is_hidden = self._is_hidden or args.logging_nan_inf_filter
-        if not self._is_hidden:
-            return loss
         args.logging_nan_inf_filter = False
+        return self._is_hidden
+
+    def of(self, loss: Tensor) -> Tensor:
+        """Return the loss, or the last one that was finite; 0 before the first."""
         last = loss.new_zeros(()) if self._last is None else self._last
         self._last = torch.where(loss.isfinite(), loss, last)
         return self._last

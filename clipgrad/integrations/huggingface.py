@@ -202,9 +202,10 @@ class PrivateTraining:
         returned = self.dp_optimizer.backward(piece)
         transfer.wait()
         loss: Tensor = returned.loss if isinstance(returned, NotPrivate) else returned
+        filters = self._finite.hide(self.args)
         if not rows:
             return loss.new_zeros(())
-        return self._finite.take(loss, self.args) * (rows / self._rows_of_step)
+        return (self._finite.of(loss) if filters else loss) * (rows / self._rows_of_step)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log epsilon and the norm of the noisy gradient, and rename losses to ``..._not_private``."""

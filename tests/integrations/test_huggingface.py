@@ -384,9 +384,10 @@ def test_what_is_saved_holds_no_loss_under_its_own_name(tmp_path: Path) -> None:
 def test_losses_that_are_not_finite_are_filtered_on_the_device(tmp_path: Path) -> None:
     finite, args = FiniteLosses(), arguments(tmp_path)
     given = [math.nan, 2.0, math.inf, -math.inf, 3.0, math.nan]
-    found = [float(finite.take(torch.tensor(loss), args)) for loss in given]
+    found = [float(finite.of(torch.tensor(loss))) for loss in given]
     assert found == [0, 2, 2, 2, 3, 3]
-    finite.take(torch.empty((), device="meta"), args)  # without a value, which nobody can read
+    finite.of(torch.empty((), device="meta"))  # without a value, which nobody can read
+    assert [finite.hide(args), finite.hide(args)] == [True, True]
     assert not args.logging_nan_inf_filter
     finite.restore(args)
     assert args.logging_nan_inf_filter
@@ -479,11 +480,13 @@ class Settings(transformers.TrainerCallback):
 def test_filter_of_losses_is_the_users(filters: bool, tmp_path: Path) -> None:
     """The user's setting holds for logs, and everybody else sees it as it is."""
     args = small(
-        tmp_path, max_steps=4, logging_nan_inf_filter=filters, eval_strategy="steps", eval_steps=2,
-        save_strategy="steps", save_steps=4,
+        tmp_path, max_steps=4, per_device_train_batch_size=4, logging_nan_inf_filter=filters, eval_strategy="steps",
+        eval_steps=2, save_strategy="steps", save_steps=4,
     )  # fmt: skip
     data, watch = {"train_dataset": texts(), "eval_dataset": texts()}, Settings()
-    trainer = Broken(gpt2(), args, **data, plan=small_plan(4), callbacks=[watch])
+    # A batch of these is never empty.
+    plan = small_plan(4, expected_batch_size=8)
+    trainer = Broken(gpt2(), args, **data, plan=plan, callbacks=[watch])
     trainer.train()
     trainer.evaluate()
     assert set(trainer.seen) == {False}
@@ -501,21 +504,33 @@ def test_filter_of_losses_is_the_users(filters: bool, tmp_path: Path) -> None:
 
 
 def test_a_training_inside_of_another_has_the_users_filter(tmp_path: Path) -> None:
-    args = small(tmp_path, max_steps=3)
+    args = small(tmp_path, max_steps=3, per_device_train_batch_size=4)
     inner: list[Any] = []
 
     class Trains(transformers.TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             if state.global_step == 1:
-                inner.append(Broken(gpt2(), args, train_dataset=texts(), plan=small_plan(3)))
+                plan = small_plan(3, expected_batch_size=8)
+                inner.append(Broken(gpt2(), args, train_dataset=texts(), plan=plan))
                 inner[0].train()
 
-    outer = Broken(gpt2(), args, train_dataset=texts(), plan=small_plan(3), callbacks=[Trains()])
+    plan = small_plan(3, expected_batch_size=8)
+    outer = Broken(gpt2(), args, train_dataset=texts(), plan=plan, callbacks=[Trains()])
     outer.train()
     for trainer in (outer, inner[0]):
         logs = [x["loss_not_private"] for x in trainer.state.log_history if "learning_rate" in x]
         assert logs == pytest.approx([3.0] * 3)
     assert args.logging_nan_inf_filter
+
+
+def test_an_empty_piece_is_not_read_either(tmp_path: Path) -> None:
+    """A trainer's step has a fixed number of pieces, of which a small batch leaves some empty."""
+    pieces = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}
+    trainer = Broken(
+        gpt2(), small(tmp_path, max_steps=8, **pieces), train_dataset=texts(), plan=small_plan(8)
+    )
+    trainer.train()
+    assert trainer.seen == [False] * 32
 
 
 def test_the_setting_is_put_back_after_an_error(tmp_path: Path) -> None:
