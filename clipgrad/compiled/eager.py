@@ -6,9 +6,8 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from functools import partial
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -25,9 +24,27 @@ from clipgrad.engine.sums_on_host import SumsOnHost
 
 _PIECES = 16  # of the rows, where memory runs out with all of them
 
-_Run = Callable[[Settings, int], MicrobatchResult | None]
-"""Runs with these settings on so many rows at a time."""
 _log = logging.getLogger("clipgrad")
+
+
+class _Rows(NamedTuple):
+    """This class holds rows of a batch, which of them are padding, and the parameters at which they run."""
+
+    params: Sequence[Tensor]
+    batch: Sequence[Any]
+    mask: Tensor | None
+
+    @property
+    def size(self) -> int:
+        return int(next(leaf.shape[0] for leaf in self.batch if isinstance(leaf, Tensor)))
+
+    def part(self, of: slice) -> _Rows:
+        batch = [leaf[of] if isinstance(leaf, Tensor) else leaf for leaf in self.batch]
+        return _Rows(self.params, batch, None if self.mask is None else self.mask[of])
+
+
+_Run = Callable[[_Rows, Settings, int], MicrobatchResult | None]
+"""Runs rows with these settings, so many of them at a time."""
 
 
 class _WholeOrPieces(FixedRows):
@@ -62,8 +79,8 @@ class EagerStep:
 
     def __call__(self, batch: Sequence[Any], mask: Tensor | None) -> MicrobatchResult:
         """Return the result for rows of a batch, of which ``mask`` marks padding."""
-        run = partial(self._eagerly, self._inputs.params, batch, mask)
-        found = self._whole_or_pieces(run, batch, self._settings)
+        rows = _Rows(self._inputs.params, batch, mask)
+        found = self._whole_or_pieces(self._eagerly, rows, self._settings)
         assert found is not None
         return found
 
@@ -77,16 +94,16 @@ class EagerStep:
             mask: Which of them are padding.
             generators: The RNG state at which the step started; every attempt starts there.
         """
-        rows = self._inputs.params, batch, mask
+        rows = _Rows(self._inputs.params, batch, mask)
         found: MicrobatchResult | None = None
         with generators.temporarily_restored(), suppress(NeedsGraphError):
-            found = self._compared(partial(self._of_python, *rows), batch)
+            found = self._compared(self._of_python, rows)
         if found is None:
             with generators.temporarily_restored():
-                found = self._compared(partial(self._by_sample, batch, mask), batch)
+                found = self._compared(self._by_sample, rows)
         if found is None:
             with generators.temporarily_restored():
-                found = self._compared(partial(self._of_graph, *rows), batch)
+                found = self._compared(self._of_graph, rows)
         assert found is not None
         return found
 
@@ -97,90 +114,57 @@ class EagerStep:
         params = self._inputs.params
         for near in chain([params], moved_by_rounding(params, step)):
             with generators.temporarily_restored():
-                found = self._compared(partial(self._eagerly, near, batch, mask), batch)
+                found = self._compared(self._eagerly, _Rows(near, batch, mask))
             assert found is not None
             yield found
 
-    def _compared(self, run: _Run, batch: Sequence[Any]) -> MicrobatchResult | None:
+    def _compared(self, run: _Run, rows: _Rows) -> MicrobatchResult | None:
         """Return a result whose sums are on the host, if memory runs out with all rows."""
         ranks = SumsOnHost()
-        scarce = replace(self._settings, ranks=ranks)
-        found = self._whole_or_pieces(run, batch, scarce)
+        found = self._whole_or_pieces(run, rows, replace(self._settings, ranks=ranks))
         return found if found is None else replace(found, sums=ranks.totals or found.sums)
 
-    def _whole_or_pieces(
-        self, run: _Run, batch: Sequence[Any], scarce: Settings
-    ) -> MicrobatchResult | None:
+    def _whole_or_pieces(self, run: _Run, rows: _Rows, scarce: Settings) -> MicrobatchResult | None:
         """Run with all rows at once; if memory runs out, in pieces with the settings ``scarce``."""
-        size = next(leaf.shape[0] for leaf in batch if isinstance(leaf, Tensor))
+        size = rows.size
         sizes = _WholeOrPieces(size, may_split=self._may_split)
-        found = run_or_shrink(lambda: (run(self._settings, size),), size, sizes)
+        found = run_or_shrink(lambda: (run(rows, self._settings, size),), size, sizes)
         if found is not None:
             return found[0]
         _log.info(
             "clipgrad: memory ran out in an eager step, which runs on fewer samples at a time."
         )
-        return run(scarce, sizes.rows)
+        return run(rows, scarce, sizes.rows)
 
-    def _eagerly(
-        self,
-        params: Sequence[Tensor],
-        batch: Sequence[Any],
-        mask: Tensor | None,
-        settings: Settings,
-        rows: int,
-    ) -> MicrobatchResult:
+    def _eagerly(self, rows: _Rows, settings: Settings, at_once: int) -> MicrobatchResult:
         """Run the user's Python, or the captured loss where the Python cannot be batched."""
         try:
-            return self._of_python(params, batch, mask, settings, rows)
+            return self._of_python(rows, settings, at_once)
         except NeedsGraphError:
             if self._loss is None:
                 raise
-            return self._of_graph(params, batch, mask, settings, rows)
+            return self._of_graph(rows, settings, at_once)
 
-    def _of_python(
-        self,
-        params: Sequence[Tensor],
-        batch: Sequence[Any],
-        mask: Tensor | None,
-        settings: Settings,
-        rows: int,
-    ) -> MicrobatchResult:
-        return self._in_pieces(self._inputs.loss, params, batch, mask, settings, rows)
+    def _of_python(self, rows: _Rows, settings: Settings, at_once: int) -> MicrobatchResult:
+        return self._in_pieces(self._inputs.loss, rows, settings, at_once)
 
-    def _of_graph(
-        self,
-        params: Sequence[Tensor],
-        batch: Sequence[Any],
-        mask: Tensor | None,
-        settings: Settings,
-        rows: int,
-    ) -> MicrobatchResult:
+    def _of_graph(self, rows: _Rows, settings: Settings, at_once: int) -> MicrobatchResult:
         assert self._loss is not None
-        return self._in_pieces(self._loss.loss(), params, batch, mask, settings, rows)
+        return self._in_pieces(self._loss.loss(), rows, settings, at_once)
+
+    def _by_sample(self, rows: _Rows, settings: Settings, at_once: int) -> MicrobatchResult | None:
+        return run_sample_loop(self._inputs, rows.batch, rows.mask, settings)
 
     def _in_pieces(
-        self,
-        loss: Loss,
-        params: Sequence[Tensor],
-        batch: Sequence[Any],
-        mask: Tensor | None,
-        settings: Settings,
-        rows: int,
+        self, loss: Loss, rows: _Rows, settings: Settings, at_once: int
     ) -> MicrobatchResult:
         inputs = self._inputs
 
-        def piece(part: slice) -> MicrobatchResult:
-            own = [leaf[part] if isinstance(leaf, Tensor) else leaf for leaf in batch]
-            padding = None if mask is None else mask[part]
-            return run(loss, inputs.names, params, own, padding, settings, inputs.whole)
+        def piece(own: _Rows) -> MicrobatchResult:
+            return run(loss, inputs.names, *own, settings, inputs.whole)
 
-        size = next(leaf.shape[0] for leaf in batch if isinstance(leaf, Tensor))
-        if rows >= size:
-            return piece(slice(size))
-        return joined(piece(slice(start, start + rows)) for start in range(0, size, rows))
-
-    def _by_sample(
-        self, batch: Sequence[Any], mask: Tensor | None, settings: Settings, rows: int
-    ) -> MicrobatchResult | None:
-        return run_sample_loop(self._inputs, batch, mask, settings)
+        size = rows.size
+        if at_once >= size:
+            return piece(rows)
+        starts = range(0, size, at_once)
+        return joined(piece(rows.part(slice(start, start + at_once))) for start in starts)

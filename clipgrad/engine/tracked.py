@@ -9,9 +9,16 @@ from enum import Enum
 import torch
 from torch import Tensor
 
-from clipgrad.rules.canonical import Outer, PerSample, Use, sum_of, weighted_sum_of, widen
+from clipgrad.rules.canonical import (
+    Outer,
+    PerSample,
+    Use,
+    adds_rows,
+    sum_of,
+    weighted_sum_of,
+    widen,
+)
 from clipgrad.rules.ghost import ghost_norms_squared, norms_squared_with_rows
-from clipgrad.rules.one_hot import OneHot
 from clipgrad.rules.registry import Extent
 from clipgrad.rules.row_norms import row_norms_squared
 
@@ -102,8 +109,7 @@ class Tracked:
 
     def _joins_kept(self, use: Use) -> bool:
         """Return whether a one-hot use stays beside a kept gradient, to which it would add a few rows."""
-        one_hot = isinstance(use, Outer) and isinstance(use.left, OneHot)
-        return one_hot and self.kept is not None and self.injective
+        return adds_rows(use) and self.kept is not None and self.injective
 
     def _keep(self, gradient: Tensor) -> None:
         self.kept = gradient if self.kept is None else widen(self.kept) + widen(gradient)

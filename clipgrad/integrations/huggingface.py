@@ -30,10 +30,7 @@ from clipgrad.result import NotPrivate
 try:
     from transformers import Trainer
 
-    from clipgrad.integrations._huggingface_logs import (
-        FiniteLosses,
-        NoisedNorm,
-    )
+    from clipgrad.integrations._huggingface_logs import FiniteLosses, NoisedNorm
     from clipgrad.integrations._transfer import Transfer
 except ImportError as error:
     raise ImportError(
@@ -179,7 +176,7 @@ class PrivateTraining:
         return pieces, None
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Train as usual."""
+        """Train as usual; ``logging_nan_inf_filter`` is the user's again after an error."""
         try:
             return super().train(*args, **kwargs)
         finally:

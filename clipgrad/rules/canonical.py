@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol, runtime_checkable
+from typing import Protocol, TypeGuard, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -94,9 +94,9 @@ def weighted_sum_of(uses: Sequence[Use], factors: Tensor) -> Tensor:
     others in place, since a sum of its own would be as large as the embedding.
     """
     total: Tensor | None = None
-    for use in sorted(uses, key=_adds_rows):
-        if total is not None and isinstance(use, Outer) and isinstance(use.left, OneHot):
-            use.left.add_to(total, scale_rows(widen(use.right), factors))
+    for use in sorted(uses, key=adds_rows):
+        if total is not None and adds_rows(use):
+            use.add_rows_to(total, factors)
         else:
             found = use.weighted_sum(factors)
             total = found if total is None else total + found
@@ -104,7 +104,8 @@ def weighted_sum_of(uses: Sequence[Use], factors: Tensor) -> Tensor:
     return total
 
 
-def _adds_rows(use: Use) -> bool:
+def adds_rows(use: Use) -> TypeGuard[Outer]:
+    """Return whether a use adds to a few rows of its parameter, as an embedding does."""
     return isinstance(use, Outer) and isinstance(use.left, OneHot)
 
 
@@ -276,7 +277,7 @@ class Outer:
             return PerSample(self.per_sample(product_for_sum)).weighted_sum(factors)
         if isinstance(self.left, OneHot):
             total = widen(self.right[:0]).new_zeros(self.left.width, self.columns)
-            return self.left.add_to(total, scale_rows(widen(self.right), factors)).view(self.shape)
+            return self.add_rows_to(total, factors).view(self.shape)
         scales_left = self._scales_left(self.left)
         scaled, other = (self.left, self.right) if scales_left else (self.right, self.left)
         scaled = scale_rows(widen(scaled), factors)
@@ -287,6 +288,11 @@ class Outer:
             terms = [(scaled, widen(other))]
         total = _over_all([pair if scales_left else pair[::-1] for pair in terms])
         return self._shaped(total, 1).view(self.shape)
+
+    def add_rows_to(self, total: Tensor, factors: Tensor) -> Tensor:
+        """Add ``weighted_sum(factors)`` to ``total`` in place; the left factor must be a ``OneHot``."""
+        assert isinstance(self.left, OneHot)
+        return self.left.add_to(total, scale_rows(widen(self.right), factors))
 
     def select(self, keep: Tensor) -> Outer:
         if self.groups > 1:

@@ -48,9 +48,9 @@ def eager_runs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     runs: list[int] = []
     eagerly = EagerStep._of_python
 
-    def counted(self, params, batch, *rest):  # type: ignore[no-untyped-def]
-        runs.append(len(batch[0]))
-        return eagerly(self, params, batch, *rest)
+    def counted(self, rows, *rest):  # type: ignore[no-untyped-def]
+        runs.append(len(rows.batch[0]))
+        return eagerly(self, rows, *rest)
 
     monkeypatch.setattr(EagerStep, "_of_python", counted)
     # Of the comparisons only the first.
