@@ -33,8 +33,8 @@ from benchmarks import large_models
 Batch = dict[str, Tensor]
 
 WARM = 16
-# A compiled step is compared with the eager one in steps 1, 2, 4, 8, 16. The recording is made in one of the first.
 ALLOWED = 1.3  # times the memory of the ordinary step
+# A compiled step is compared with the eager one in steps 1, 2, 4, 8, 16. The recording is made in one of the first.
 MEASURED = {1: "the first", 12: "a usual", 16: "a compared"}
 
 
@@ -186,7 +186,7 @@ def taken(device: str) -> int:
     if device == "cpu":
         return 0
     gc.collect()
-    torch.cuda.synchronize()
+    wait(device)
     torch.cuda.empty_cache()
     return torch.cuda.memory_reserved()
 
@@ -199,7 +199,7 @@ def most_taken(step: Callable[[], None], device: str) -> int:
         return before
     torch.cuda.reset_peak_memory_stats()
     step()
-    torch.cuda.synchronize()
+    wait(device)
     return torch.cuda.max_memory_reserved()
 
 
@@ -212,7 +212,7 @@ def fits(step: Callable[[], None], device: str, limit: float) -> bool:
     try:
         for _ in range(WARM):
             step()
-        torch.cuda.synchronize()
+        wait(device)
     except torch.OutOfMemoryError:
         return False
     finally:

@@ -32,7 +32,7 @@ import torch.distributed as dist
 from benchmarks.distributed import opacus_steps, steps
 from benchmarks.distributed.settings import SETTINGS, Setting
 from benchmarks.distributed.sums import compared, noise
-from benchmarks.finetuning import most_taken, taken
+from benchmarks.finetuning import most_taken, taken, wait
 
 WARM = 16  # The sixteenth step of a compiled model is compared with an eager one, and the next such is the 32nd.
 
@@ -46,15 +46,15 @@ def measured(
     step = make()
     for _ in range(WARM):
         step()
-    _wait(device)
+    wait(device.type)
     warm = time.perf_counter() - started
     times = []
     for _ in range(rounds):
         dist.barrier()
-        _wait(device)
+        wait(device.type)
         start = time.perf_counter()
         step()
-        _wait(device)
+        wait(device.type)
         times.append(time.perf_counter() - start)
     memory = float(most_taken(step, device.type) - others)
     worst = torch.tensor([statistics.median(times), memory], device=device)
@@ -66,11 +66,6 @@ def measured(
         "GiB of a rank": round(memory / 2**30, 2),
         "warm-up s": round(warm, 1),
     }
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
 
 
 def told(row: dict[str, Any]) -> None:
