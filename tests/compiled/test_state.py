@@ -22,7 +22,7 @@ from clipgrad.compiled.shape import pad_mask
 from clipgrad.compiled.signature import _global_settings
 from clipgrad.errors import CompileError, CompileMismatchError
 from clipgrad.kernels import float32_precision
-from tests.compiled.conftest import Graphs
+from tests.compiled.conftest import Graphs, Recorder
 from tests.float32_settings import setting
 from tests.nightly import chosen, every
 from tests.small_mlp import assert_same, make_batch, make_params, mlp
@@ -441,6 +441,25 @@ def test_a_list_that_grows_is_another_state_each_time(graphs: Graphs) -> None:
     with pytest.raises(CompileError, match=r"8 different states.*something that the loss reads"):
         gradient(make_params(), *make_batch())
     assert len(graphs) == 8
+
+
+def test_a_loss_that_sets_itself_up_is_compiled_once(
+    graphs: Graphs, recorders: list[Recorder]
+) -> None:
+    """Hugging Face's classifiers store the kind of their loss in their configuration."""
+    owner = Owner()
+
+    def loss(p: Params, x: Tensor, y: Tensor) -> Tensor:
+        if owner.factor == 1.0:
+            owner.factor = 2.0
+        return mlp(p, x, y)
+
+    params, batch = make_params(), make_batch()
+    gradient = clipped_grad(loss, max_grad_norm=0.5, compile=True)
+    for _ in range(3):
+        found = gradient(params, *batch)
+    assert_same(found, clipped_grad(mlp, max_grad_norm=0.5)(params, *batch))
+    assert (len(graphs), len(recorders), owner.factor) == (1, 1, 2.0)
 
 
 def test_constant_made_of_python_numbers(graphs: Graphs) -> None:
