@@ -4,12 +4,15 @@
 ``trace``             makes a graph of plain operations of the eager step on the captured loss
 ``decompositions``    how the tracer writes some operations
 ``zeroing``           lets the graph select rows in place where nobody reads them again
+``position_sums``     keeps sums over positions apart from the gradient of an activation
+``padded_outputs``    computes the gradient of padded logits before it pads it
 ``signature``         decides whether a graph serves; PyTorch's guards watch the user's Python
 ``shape``             gives batches of every size one fixed number of rows
-``backend``           hands the graph to ``torch.compile``
-``cuda_graphs``       records the compiled graph as a CUDA graph, and replays it
+``backend``           hands the graph to TorchInductor
+``recorder``          records work as a CUDA graph, in memory that recordings share
+``cuda_graphs``       decides when the compiled graph is recorded, and replays it
 ``check``             compares the compiled graph with the eager step
-``step``              puts these together: ``Compiler``
+``compiler``          puts these together: ``Compiler``
 ``runner``            runs the microbatches of a call: ``MicrobatchRunner``
 ====================  ===========================================================================
 """

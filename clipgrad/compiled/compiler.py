@@ -13,8 +13,9 @@ from torch import Tensor
 
 from clipgrad.compiled import backend
 from clipgrad.compiled.compiled_step import CompiledStep, plain_operations
-from clipgrad.compiled.cuda_graphs import CudaRecorder, Pool, Replay, recordable
+from clipgrad.compiled.cuda_graphs import Replay, recordable
 from clipgrad.compiled.lengths import Lengths, Shapes, with_rows
+from clipgrad.compiled.recorder import CudaRecorder, Pool
 from clipgrad.compiled.shape import Rows
 from clipgrad.compiled.signature import READS, difference
 from clipgrad.compiled.trace import TracedStep, trace
@@ -82,6 +83,8 @@ class Compiler:
         self._trials = TRIALS
         self.fewest_rows = FEWEST_ROWS
         self._bounds: tuple[tuple[float, ...], Tensor] | None = None
+        # Graphs of one loss never run at the same time, so their recordings share memory.
+        self._pool: Pool | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Compiler, (self.mode,)  # a copy compiles for itself
@@ -119,6 +122,7 @@ class Compiler:
     def forget(self) -> None:
         """Drop all graphs."""
         self._entries, self._trials, self.fewest_rows = [], TRIALS, FEWEST_ROWS
+        self._pool = None
 
     def find(self, now: tuple[Any, ...], shapes: Shapes) -> CompiledStep | None:
         """The graph that serves a signature and the sizes of a batch; None if there is none."""
@@ -259,16 +263,17 @@ class Compiler:
         )
         entry = CompiledStep(request.signature, lengths, graph, run)
         if backend.uses_cuda_graphs(self.mode) and recordable(graph.module, device):
-            entry.record = _recording(entry, request, device)
+            if self._pool is None or self._pool.device != device:
+                self._pool = Pool(device)
+            entry.record = _recording(entry, request, self._pool)
         return entry
 
 
-def _recording(entry: CompiledStep, request: Request, device: torch.device) -> Callable[[], Replay]:
+def _recording(entry: CompiledStep, request: Request, pool: Pool) -> Callable[[], Replay]:
     """Parameters, and tensors that the loss reads besides its batch, stay where they are; the rest does not."""
     params = len(request.inputs.params)
     samples = sum(isinstance(leaf, Tensor) for leaf in request.batch)
     constants = len(entry.graph.constants)
     resident = [True] * params + [False] * samples + request.loss.are_resident + [False] * 2
     resident += [True] * constants
-    pool = Pool()  # recordings of one graph never run at the same time, so they share memory
-    return lambda: Replay(entry.run, resident, lambda: CudaRecorder(device, pool))
+    return lambda: Replay(entry.run, resident, lambda: CudaRecorder(pool))

@@ -11,7 +11,6 @@ import logging
 import math
 import operator
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +18,7 @@ from torch.fx import GraphModule, Node
 from torch.utils._pytree import tree_leaves
 
 from clipgrad.compiled.backend import Run
+from clipgrad.compiled.recorder import CudaRecorder
 from clipgrad.compiled.signature import describe_all
 from clipgrad.engine.copies import copies
 from clipgrad.engine.rng_state import SavedRngState
@@ -31,61 +31,6 @@ _ATTENTIONS = (
     torch.ops.aten._scaled_dot_product_flash_attention.default,
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,
 )
-
-
-class Pool:
-    """This class holds the memory that several recordings share; the first of them makes it."""
-
-    def __init__(self) -> None:
-        self._handle: Any = None
-
-    def handle(self) -> Any:
-        """Return PyTorch's handle."""
-        if self._handle is None:
-            self._handle = torch.cuda.graph_pool_handle()
-        return self._handle
-
-
-class CudaRecorder:
-    """This class records the work of a device while a function runs, as a CUDA graph.
-
-    Recordings may share memory, since they run one after the other and each keeps its results alive.
-
-    Args:
-        device: The device of all tensors.
-        pool: The memory.
-    """
-
-    def __init__(self, device: torch.device, pool: Pool) -> None:
-        self._device, self._pool = device, pool
-        self._graph = torch.cuda.CUDAGraph()
-        self._last: torch.cuda.Stream | None = None
-
-    def record(self, function: Callable[[], Sequence[Tensor]]) -> Sequence[Tensor]:
-        """Run the function and record its work; every replay overwrites the memory of its results."""
-        with torch.cuda.device(self._device):
-            stream, now = torch.cuda.Stream(), torch.cuda.current_stream()
-            stream.wait_stream(now)
-            with torch.cuda.stream(stream):
-                function()  # libraries create their handles and workspaces at the first use of a stream
-            now.wait_stream(stream)
-            pool = self._pool.handle()
-            with torch.cuda.graph(
-                self._graph, pool=pool, stream=stream, capture_error_mode="thread_local"
-            ):
-                results = function()
-        return results
-
-    def wait(self) -> None:
-        """Make later work on the current stream wait for the last replay."""
-        now = torch.cuda.current_stream(self._device)
-        if self._last is not None and self._last != now:
-            now.wait_stream(self._last)  # the last replay may still use the same memory
-        self._last = now
-
-    def replay(self) -> None:
-        """Repeat the recorded work on the same memory."""
-        self._graph.replay()
 
 
 class Replay:

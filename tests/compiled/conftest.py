@@ -39,7 +39,7 @@ class Recorder:
 
     made: list[Recorder]
 
-    def __init__(self, device: torch.device, pool: object = None) -> None:
+    def __init__(self, pool: object) -> None:
         self.replays = 0
         type(self).made.append(self)
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import gc
+from collections import Counter
+
 import pytest
 import torch
 from torch import Tensor
 
 from clipgrad import DPOptimizer
+from clipgrad.compiled.recorder import CudaRecorder, Pool, most_allocated
 from tests.compiled.test_inductor import Net, loss_fn
 from tests.oracle import clipped_sum, per_sample_gradients
 
@@ -116,3 +120,70 @@ def test_weights_that_move_and_streams_that_change() -> None:
             optimizer.backward(x, y)
         torch.cuda.current_stream().wait_stream(stream)
         torch.testing.assert_close(optimizer.clipped_sums, expected, rtol=1e-3, atol=1e-4)
+
+
+def loss_of_two_kinds(model: torch.nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """The loss is another graph in evaluation."""
+    return loss_fn(model, x, y) if model.training else 2 * loss_fn(model, x, y)
+
+
+def sizes_of_pools() -> Counter[tuple[int, int]]:
+    """Bytes of each pool that PyTorch has taken from the device."""
+    sizes: Counter[tuple[int, int]] = Counter()
+    torch.cuda.empty_cache()
+    for segment in torch.cuda.memory._snapshot()["segments"]:
+        sizes[tuple(segment["segment_pool_id"])] += segment["total_size"]
+    return sizes
+
+
+def test_recordings_of_one_loss_share_memory_and_follow_each_other() -> None:
+    """What a recording returned is right after another one ran in the same memory, on another stream."""
+    torch.manual_seed(0)
+    model = Net().cuda()
+    x, y = torch.randn(4, 2, 5, 5, device="cuda"), torch.randint(3, (4,), device="cuda")
+    expected: dict[str, Tensor] = {
+        name: torch.zeros_like(p) for name, p in model.named_parameters()
+    }
+    for training in (True, False):
+        model.train(training)
+        gradients = per_sample_gradients(model, loss_of_two_kinds, (x, y))
+        for name, total in clipped_sum(gradients, 0.5)[0].items():
+            expected[name] += total
+    optimizer = DPOptimizer(
+        torch.optim.SGD(model.parameters(), lr=0.0), model, loss_of_two_kinds, max_grad_norm=0.5,
+        noise_multiplier=0.0, expected_batch_size=1, microbatch_size=4, compile="reduce-overhead",
+    )  # fmt: skip
+    streams = [torch.cuda.Stream(), torch.cuda.Stream()]
+    gc.collect()
+    before = sizes_of_pools()
+    for step in range(24):
+        for number in (0, 1):
+            stream = streams[number]
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                model.train(number == step % 2)
+                optimizer.backward(x, y)
+            torch.cuda.current_stream().wait_stream(stream)
+        torch.testing.assert_close(optimizer.clipped_sums, expected, rtol=1e-3, atol=1e-4)
+        optimizer.zero_grad()
+    assert len(sizes_of_pools() - before - Counter({(0, 0): 1 << 40})) == 1
+
+
+def test_a_recording_takes_little_more_memory_than_its_tensors() -> None:
+    """Each tensor is larger than the memory of those before, of which two are needed at a time."""
+
+    def work() -> list[Tensor]:
+        tensor = torch.ones(1 << 22, device="cuda")
+        for number in range(1, 12):
+            tensor = torch.ones((1 << 22) + number * (1 << 19), device="cuda") + tensor.mean()
+        return [tensor]
+
+    device = torch.device("cuda", torch.cuda.current_device())
+    most = most_allocated(work, device)
+    pool = Pool(device)
+    recorder = CudaRecorder(pool)
+    (result,) = recorder.record(work)
+    recorder.wait()
+    recorder.replay()
+    torch.testing.assert_close(result, work()[0])
+    assert most < sizes_of_pools()[tuple(pool.handle)] < 1.6 * most
