@@ -25,6 +25,8 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from clipgrad.compiled.decompositions import DECOMPOSITIONS
 from clipgrad.compiled.lengths import Lengths
+from clipgrad.compiled.padded_outputs import pad_last
+from clipgrad.compiled.position_sums import sum_apart
 from clipgrad.compiled.views import written_bases
 from clipgrad.compiled.zeroing import zero_in_place
 from clipgrad.engine.captured_loss import GraphOfLoss
@@ -196,6 +198,8 @@ def trace(
     writes_outside = any(base.op == "placeholder" for base in written_bases(module.graph))
     has_no_side_effects = not (writes_outside or any(map(_may_be_random, module.graph.nodes)))
     zero_in_place(module)
+    sum_apart(module)
+    pad_last(module)
     return TracedStep(module, layouts[0], constants, needs_finite_check, has_no_side_effects)
 
 

@@ -37,7 +37,7 @@ def _aliased_arguments(node: Node, *, written: bool) -> list[Node]:
     ]
 
 
-def _view_base(node: Node) -> Node:
+def view_base(node: Node) -> Node:
     """Return the node whose memory a view shares."""
     while bases := _aliased_arguments(node, written=False):
         node = bases[0]
@@ -47,7 +47,7 @@ def _view_base(node: Node) -> Node:
 def written_bases(graph: Graph) -> set[Node]:
     """Return the nodes whose memory an operation of the graph writes to."""
     return {
-        _view_base(argument)
+        view_base(argument)
         for node in graph.nodes
         for argument in _aliased_arguments(node, written=True)
     }
@@ -55,7 +55,7 @@ def written_bases(graph: Graph) -> set[Node]:
 
 def _bases_read_by_stride(graph: Graph) -> set[Node]:
     return {
-        _view_base(node.args[0])
+        view_base(node.args[0])
         for operation in _READ_MEMORY
         for node in graph.find_nodes(op="call_function", target=operation)
     }
@@ -73,6 +73,6 @@ def let_views_copy(module: GraphModule) -> None:
     stays = written_bases(graph) | _bases_read_by_stride(graph)
     for view in _VIEWS:
         for node in graph.find_nodes(op="call_function", target=view):
-            if _view_base(node) not in stays:
+            if view_base(node) not in stays:
                 node.target = torch.ops.aten.reshape.default
     module.recompile()

@@ -1,0 +1,167 @@
+"""Compute the gradient of a padded output on all of its columns, and then write zeros into the padding.
+
+The rule for ``linear`` pads wide outputs such as logits, so that products read aligned rows. The loss then reads a
+slice of them, and the gradient is padded again. TorchInductor would ask for each element whether it is padding before
+it loads it. So it loads one element at a time: 1.26 instead of 0.62 ms for the logits of GPT-2 at 16 x 512 tokens on
+an H200.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.fx import Graph, GraphModule, Node
+
+from clipgrad.compiled.views import view_base, written_bases
+
+_DEVICES = {"cuda"}  # a CPU was not measured
+# Columns of padding that align a row of 16-bit numbers. A slice of a few columns should not read all the others.
+_MOST_PADDING = 7
+_ATEN = torch.ops.aten
+_ELEMENTWISE = {
+    _ATEN._to_copy.default, _ATEN.add.Tensor, _ATEN.alias.default, _ATEN.clone.default, _ATEN.detach.default,
+    _ATEN.div.Tensor, _ATEN.eq.Tensor, _ATEN.mul.Scalar, _ATEN.mul.Tensor, _ATEN.neg.default, _ATEN.sub.Tensor,
+    _ATEN.where.self,
+}  # fmt: skip
+_VIEWS = {_ATEN.view.default, _ATEN._unsafe_view.default}
+
+
+def pad_last(module: GraphModule) -> None:
+    """Rewrite each padded gradient whose elements depend on their own column, and on values of their row."""
+    graph = module.graph
+    written = set(map(_memory, written_bases(graph)))
+    for node in graph.find_nodes(op="call_function", target=_ATEN.slice_backward.default):
+        gradient, sizes, axis, start, stop, step = node.args
+        value = node.meta["val"]
+        first_columns = (axis, start, step) == (value.dim() - 1, 0, 1) and isinstance(stop, int)
+        if not first_columns or value.device.type not in _DEVICES:
+            continue
+        if not 0 < sizes[-1] - stop <= _MOST_PADDING:
+            continue
+        with graph.inserting_before(node):
+            try:
+                wide = _Widening(graph, stop, sizes[-1], written).wide(gradient)
+            except _CannotWidenError:
+                continue  # what was inserted so far is unused
+            columns = graph.call_function(
+                _ATEN.arange.default,
+                (sizes[-1],),
+                {"dtype": torch.int32, "device": value.device},
+            )
+            inside = graph.call_function(_ATEN.lt.Scalar, (columns, stop))
+            zero = graph.call_function(
+                _ATEN.scalar_tensor.default, (0.0,), {"dtype": value.dtype, "device": value.device}
+            )
+            padded = graph.call_function(_ATEN.where.self, (inside, wide, zero))
+        padded.meta.update(node.meta)
+        node.replace_all_uses_with(padded)
+    graph.eliminate_dead_code()
+    module.recompile()
+
+
+def _memory(node: Node) -> Node:
+    """Return the node whose memory a node reads; PyTorch does not declare this for ``_unsafe_view``."""
+    node = view_base(node)
+    while node.target is _ATEN._unsafe_view.default:
+        node = view_base(node.args[0])  # type: ignore[arg-type]
+    return node
+
+
+class _CannotWidenError(Exception):
+    """An element depends on other columns."""
+
+
+class _Widening:
+    """This class computes values with ``full`` columns whose first ``columns`` are those of the given values.
+
+    Args:
+        graph: Where operations are inserted.
+        columns: Number of columns of the given values.
+        full: Number of columns of the results.
+        written: Nodes whose memory changes, so that a later operation could read other values.
+    """
+
+    def __init__(self, graph: Graph, columns: int, full: int, written: set[Node]) -> None:
+        self._graph, self._columns, self._full = graph, columns, full
+        self._written = written
+        self._known: dict[Node, Node] = {}
+
+    def wide(self, node: Any) -> Any:
+        """Return the wide value of a node; what has one value for each row has it already.
+
+        Raises:
+            _CannotWidenError: If an element depends on other columns.
+        """
+        if not isinstance(node, Node):
+            return node
+        value = node.meta.get("val")
+        # Without a value, this module made the node, for another padding.
+        if value is None or _memory(node) in self._written:
+            raise _CannotWidenError
+        shape = value.shape
+        if not shape or shape[-1] == 1:
+            return node
+        if shape[-1] != self._columns:
+            raise _CannotWidenError
+        if node not in self._known:
+            self._known[node] = self._made(node, shape)
+        return self._known[node]
+
+    def _made(self, node: Node, shape: Any) -> Node:
+        if node.target in _ELEMENTWISE:
+            return self._call(node.target, *map(self.wide, node.args), **node.kwargs)
+        if node.target in _VIEWS:
+            return self._call(
+                _ATEN.view.default, self.wide(node.args[0]), [*shape[:-1], self._full]
+            )
+        if node.target is _ATEN.arange.default and node.args == (self._columns,):
+            return self._call(_ATEN.arange.default, self._full, **node.kwargs)
+        if node.target is _ATEN.slice.Tensor:
+            source, axis, start, stop, *step = node.args
+            whole = source.meta["val"].shape  # type: ignore[union-attr]
+            if _memory(source) in self._written:  # type: ignore[arg-type]
+                raise _CannotWidenError
+            if (axis, start, stop, whole[-1]) == (
+                len(whole) - 1,
+                0,
+                self._columns,
+                self._full,
+            ) and not step:
+                return source  # type: ignore[return-value]
+        if node.target is _ATEN._log_softmax.default:
+            return self._log_softmax(*node.args)
+        if node.target is _ATEN._log_softmax_backward_data.default:
+            return self._log_softmax_backward(*node.args)
+        raise _CannotWidenError
+
+    def _log_softmax(self, values: Any, axis: Any, to_float: Any) -> Node:
+        """Return ``values - max - log(sum(exp(values - max)))``, PyTorch's own definition, with statistics of rows."""
+        if to_float or axis not in (-1, values.meta["val"].dim() - 1):
+            raise _CannotWidenError
+        most = self._call(_ATEN.amax.default, values, [-1], True)
+        shifted = self._call(_ATEN.sub.Tensor, values, most)
+        total = self._call(
+            _ATEN.sum.dim_IntList, self._call(_ATEN.exp.default, shifted), [-1], True
+        )
+        log = self._call(_ATEN.log.default, total)
+        return self._call(
+            _ATEN.sub.Tensor, self._call(_ATEN.sub.Tensor, self.wide(values), most), log
+        )
+
+    def _log_softmax_backward(self, gradient: Any, output: Any, axis: Any, dtype: Any) -> Node:
+        """Return ``gradient - exp(output) * sum(gradient)``, PyTorch's own definition."""
+        if dtype is not output.meta["val"].dtype or axis not in (-1, output.meta["val"].dim() - 1):
+            raise _CannotWidenError
+        total = self._call(_ATEN.sum.dim_IntList, gradient, [-1], True)
+        probabilities = self._call(_ATEN.exp.default, self.wide(output))
+        return self._call(
+            _ATEN.sub.Tensor,
+            self.wide(gradient),
+            self._call(_ATEN.mul.Tensor, probabilities, total),
+        )
+
+    def _call(self, target: Any, *args: Any, **kwargs: Any) -> Node:
+        call: Callable[..., Node] = self._graph.call_function
+        return call(target, args, kwargs)

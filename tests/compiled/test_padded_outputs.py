@@ -1,0 +1,189 @@
+"""The gradient of a padded output is computed on all columns where each element depends on its own column only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from clipgrad import clipped_grad
+from clipgrad.compiled import cross_entropy, padded_outputs
+from clipgrad.engine.reference import clipped_sum, per_sample_gradients_by_loop
+from clipgrad.kernels import half_products
+from clipgrad.rules import linear as linear_module
+from tests.compiled.conftest import Graphs
+from tests.nightly import every
+
+close = torch.testing.assert_close
+Params = dict[str, Tensor]
+CLASSES = 7  # odd, so that rows in float64 have no alignment
+
+
+@pytest.fixture(autouse=True)
+def padded_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(padded_outputs, "_DEVICES", {"cpu"})
+    monkeypatch.setattr(cross_entropy, "_DEVICES", {"cpu"})
+    monkeypatch.setattr(half_products, "_ON_EVERY_DEVICE", True)
+    monkeypatch.setattr(linear_module, "_WIDE_OUTPUT", 2)
+
+
+def logits_of(p: Params, x: Tensor) -> Tensor:
+    return F.linear(x, p["w"], p["b"])
+
+
+def tokens(p: Params, x: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(logits_of(p, x).flatten(0, 1), y.flatten(), ignore_index=-100)
+
+
+def scaled(p: Params, x: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(-2.0 * logits_of(p, x).flatten(0, 1) / 3.0, y.flatten())
+
+
+def log_softmax(p: Params, x: Tensor, y: Tensor) -> Tensor:
+    return (logits_of(p, x).log_softmax(-1) * logits_of(p, x).detach()).sum()
+
+
+def with_penalty(p: Params, x: Tensor, y: Tensor) -> Tensor:
+    logits = logits_of(p, x)
+    return tokens(p, x, y) + logits.logsumexp(-1).square().mean()
+
+
+def over_positions(p: Params, x: Tensor, y: Tensor) -> Tensor:
+    return logits_of(p, x).log_softmax(1).square().sum()
+
+
+def squares(p: Params, x: Tensor, y: Tensor) -> Tensor:
+    return (logits_of(p, x) * x.sum(-1, keepdim=True)).sum()
+
+
+def of_columns(p: Params, x: Tensor, y: Tensor) -> Tensor:
+    """The gradient of a column depends on the column before."""
+    logits = logits_of(p, x)
+    return (logits[..., 1:] * logits[..., :-1]).sum()
+
+
+def some_columns(p: Params, x: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(logits_of(p, x)[..., :5].flatten(0, 1), y.flatten() % 5)
+
+
+def cumulated(p: Params, x: Tensor, y: Tensor) -> Tensor:
+    return logits_of(p, x).cumsum(-1).square().sum()
+
+
+def label_smoothing(p: Params, x: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(logits_of(p, x).flatten(0, 1), y.flatten().abs(), label_smoothing=0.1)
+
+
+WIDENED: dict[str, Callable[..., Tensor]] = {"tokens": tokens, "scaled": scaled}
+OTHERS: dict[str, Callable[..., Tensor]] = {
+    function.__name__: function
+    for function in (
+        log_softmax, with_penalty, over_positions, squares, of_columns, some_columns, cumulated, label_smoothing,
+    )
+}  # fmt: skip
+
+
+def made() -> tuple[Params, Tensor, Tensor]:
+    params = {
+        "w": torch.randn(CLASSES, 3, dtype=torch.float64),
+        "b": torch.randn(CLASSES, dtype=torch.float64),
+    }
+    x, y = torch.randn(4, 6, 3, dtype=torch.float64), torch.randint(CLASSES, (4, 6))
+    return params, x, y
+
+
+def pads_left(graphs: Graphs) -> int:
+    """The paddings that the compiler would write."""
+    (module,) = graphs.modules
+    targets = [str(node.target) for node in module.graph.nodes]
+    return targets.count("aten.slice_backward.default")
+
+
+@pytest.mark.parametrize("name", every(4, [*WIDENED, *OTHERS]))
+def test_exact(name: str, graphs: Graphs) -> None:
+    loss = {**WIDENED, **OTHERS}[name]
+    params, x, y = made()
+    if name == "tokens":
+        y[1, 2:] = -100
+    found = clipped_grad(loss, max_grad_norm=0.3, compile=True)(params, x, y)
+    expected, norms = clipped_sum(per_sample_gradients_by_loop(loss, params, x, y)[1], 0.3)
+    for key, total in expected.items():
+        close(found.grads[key], total, rtol=1e-12, atol=1e-12)
+    close(found.grad_norms, norms)
+    if name in WIDENED:
+        assert not pads_left(graphs)
+
+
+@pytest.mark.parametrize("broken", [torch.nan, torch.inf, 1e300])
+def test_a_sample_that_is_not_finite(broken: float, graphs: Graphs) -> None:
+    """Padding stays zero, whatever its columns of logits would give."""
+    params, x, y = made()
+    x[2, 1, 0] = broken
+    found = clipped_grad(tokens, max_grad_norm=0.3, compile=True)(params, x, y)
+    keep = [0, 1, 3]
+    expected, _ = clipped_sum(
+        per_sample_gradients_by_loop(tokens, params, x[keep], y[keep])[1], 0.3
+    )
+    assert found.num_nonfinite == 1
+    for key, total in expected.items():
+        close(found.grads[key], total, rtol=1e-12, atol=1e-12)
+
+
+def test_logits_far_below_zero(graphs: Graphs) -> None:
+    """The padding's own logit is 0, and its exponential would be infinite."""
+    params, x, y = made()
+    params["b"] -= 2000.0
+    found = clipped_grad(tokens, max_grad_norm=0.3, compile=True)(params, x, y)
+    expected, norms = clipped_sum(per_sample_gradients_by_loop(tokens, params, x, y)[1], 0.3)
+    assert not pads_left(graphs)
+    for key, total in expected.items():
+        close(found.grads[key], total, rtol=1e-12, atol=1e-12)
+    close(found.grad_norms, norms)
+
+
+def padded(gradient: Tensor) -> Tensor:
+    return torch.ops.aten.slice_backward(gradient, [5, 8], 1, 0, 7, 1)
+
+
+def plain(wide: Tensor, row: Tensor) -> Tensor:
+    return padded(wide[:, :7].clone() * row)
+
+
+def changed_before(wide: Tensor, row: Tensor) -> Tensor:
+    """The view reads what was added, and the wide values have it not."""
+    narrow = wide[:, :7].clone()
+    view = narrow.view(5, 7)
+    narrow.add_(1.0)
+    return padded(view * row)
+
+
+def changed_after(wide: Tensor, row: Tensor) -> Tensor:
+    values = wide[:, :7] * row
+    wide.zero_()
+    return padded(values)
+
+
+def row_changed_after(wide: Tensor, row: Tensor) -> Tensor:
+    values = wide[:, :7] * torch.ops.aten._unsafe_view(row, [5, 1])
+    row.zero_()
+    return padded(values)
+
+
+@pytest.mark.parametrize(
+    ("function", "widens"),
+    [(plain, True), (changed_before, False), (changed_after, False), (row_changed_after, False)],
+)
+def test_what_is_written_in_place_is_not_read_again(
+    function: Callable[..., Tensor], widens: bool
+) -> None:
+    wide, row = torch.randn(5, 8), torch.randn(5, 1)
+    module = make_fx(function, tracing_mode="fake")(wide, row)
+    expected = function(wide.clone(), row.clone())
+    padded_outputs.pad_last(module)
+    targets = [str(node.target) for node in module.graph.nodes]
+    assert ("aten.slice_backward.default" not in targets) == widens
+    close(module(wide, row), expected, rtol=0, atol=0)
