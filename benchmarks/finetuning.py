@@ -5,21 +5,21 @@
     python -m benchmarks.finetuning vit-bf16 --precision medium  # one bfloat16 term of a scaled factor
     python -m benchmarks.finetuning gpt2-tiny --device cpu       # a try of the script itself
 
-Models come from ``transformers`` configurations with random weights. Each row is the median of interleaved steps in one
-process: forward and backward pass, clipping, noise and AdamW for the private step, the same without clipping and noise,
-compiled by ``torch.compile``, for the ordinary one. Memory is what PyTorch takes from the device, as ``nvidia-smi``
-shows it, for the step's model, optimizer and batch alone.
+Models come from ``transformers`` configurations with random weights. The private step has forward and backward pass,
+clipping, noise and AdamW. The ordinary one has the same without clipping and noise. ``torch.compile`` compiles it, with
+CUDA graphs ("recorded") and without; percentages are of the faster of both. Kinds of steps take turns in one process.
+In a turn, steps follow each other as in training, and the host waits for the device at the end. Rows hold medians.
+Memory is what PyTorch takes from the device, as ``nvidia-smi`` shows it, for model, optimizer and batch of one kind.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import gc
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,13 +29,17 @@ from torch.profiler import ProfilerActivity, profile
 
 import clipgrad
 from benchmarks import large_models
+from benchmarks.device import fits, most_taken, taken, wait
 
 Batch = dict[str, Tensor]
 
 WARM = 16
+TURN = 5  # steps
 ALLOWED = 1.3  # times the memory of the ordinary step
 # A compiled step is compared with the eager one in steps 1, 2, 4, 8, 16. The recording is made in one of the first.
+KINDS = ("private, compiled", "private, eager", "ordinary, recorded", "ordinary")
 MEASURED = {1: "the first", 12: "a usual", 16: "a compared"}
+USUAL = f"GiB in {MEASURED[12]} step"
 
 
 def loss_fn(model: nn.Module, batch: Batch) -> Tensor:
@@ -171,59 +175,13 @@ def private(setting: Setting, device: str, compile: bool | str) -> Callable[[], 
 
 
 def milliseconds(step: Callable[[], None], device: str) -> float:
+    """Milliseconds of a step within a turn."""
     wait(device)
     start = time.perf_counter()
-    step()
-    wait(device)
-    return 1e3 * (time.perf_counter() - start)
-
-
-def taken(device: str) -> int:
-    """Return the bytes that PyTorch has taken from the device and cannot give back.
-
-    The peak of allocated memory would leave out what a recorded graph uses while it is replayed.
-    """
-    if device == "cpu":
-        return 0
-    gc.collect()
-    wait(device)
-    torch.cuda.empty_cache()
-    return torch.cuda.memory_reserved()
-
-
-def most_taken(step: Callable[[], None], device: str) -> int:
-    """Run a step, and return the most bytes that PyTorch had taken from the device meanwhile."""
-    before = taken(device)
-    if device == "cpu":
+    for _ in range(TURN):
         step()
-        return before
-    torch.cuda.reset_peak_memory_stats()
-    step()
     wait(device)
-    return torch.cuda.max_memory_reserved()
-
-
-def fits(step: Callable[[], None], device: str, limit: float) -> bool:
-    """Return whether some steps fit into so many bytes; the last of them is compared with the eager step."""
-    if device == "cpu":
-        return True
-    taken(device)
-    torch.cuda.set_per_process_memory_fraction(limit / torch.cuda.mem_get_info()[1])
-    try:
-        for _ in range(WARM):
-            step()
-        wait(device)
-    except torch.OutOfMemoryError:
-        return False
-    finally:
-        torch.cuda.set_per_process_memory_fraction(1.0)
-    return True
-
-
-def wait(device: str) -> None:
-    """Wait until the device has done its work."""
-    if device != "cpu":
-        torch.cuda.synchronize()
+    return 1e3 * (time.perf_counter() - start) / TURN
 
 
 def kernels(step: Callable[[], None], device: str) -> str:
@@ -238,43 +196,65 @@ def kernels(step: Callable[[], None], device: str) -> str:
     return table
 
 
+def makers(setting: Setting, device: str, mode: str) -> dict[str, Callable[[], Callable[[], None]]]:
+    """How each kind of step is made; private ones come first, since the next may use memory that these leave."""
+    return {
+        "private, compiled": lambda: private(setting, device, mode),
+        "private, eager": lambda: private(setting, device, False),
+        "ordinary, recorded": lambda: ordinary(setting, device, "reduce-overhead"),
+        "ordinary": lambda: ordinary(setting, device, "default"),
+    }
+
+
+def warmed(step: Callable[[], None], device: str, before: int, started: float) -> dict[str, float]:
+    """Run steps until all has been compiled, and return the memory that they took and seconds until the tenth."""
+    row: dict[str, float] = {}
+    for number in range(1, WARM + 1):
+        if number in MEASURED:
+            peak = most_taken(step, device) - before
+            row[f"GiB in {MEASURED[number]} step"] = round(peak / 2**30, 2)
+        else:
+            step()
+        if number == 10:
+            wait(device)
+            row["tenth step after s"] = round(time.perf_counter() - started, 1)
+    return row
+
+
 def measured(
-    name: str, device: str, rounds: int, mode: str, profile_to: Path | None
+    name: str, device: str, rounds: int, mode: str, profile_to: Path | None, kinds: Sequence[str]
 ) -> dict[str, Any]:
     """Milliseconds of each kind of step, seconds until its tenth was done, and the most memory that it took alone."""
     setting = SETTINGS[name](device)
-    makers = {
-        "ordinary": lambda: ordinary(setting, device, "default"),
-        "private, eager": lambda: private(setting, device, False),
-        "private, compiled": lambda: private(setting, device, mode),
-    }
-    steps, row = {}, {"setting": name}
-    for kind, make in makers.items():
-        others, started = taken(device), time.perf_counter()
-        steps[kind] = make()
-        for number in range(1, WARM + 1):
-            if number in MEASURED:
-                peak = most_taken(steps[kind], device) - others
-                row[f"{kind}: GiB in {MEASURED[number]} step"] = round(peak / 2**30, 2)
-            else:
-                steps[kind]()
-            if number == 10:
-                wait(device)
-                row[f"{kind}: tenth step after s"] = round(time.perf_counter() - started, 1)
-        limit = others + ALLOWED * 2**30 * row[f"ordinary: GiB in {MEASURED[12]} step"]
-        row[f"{kind}: compared in {ALLOWED} x ordinary"] = fits(steps[kind], device, limit)
+    steps: dict[str, Callable[[], None]] = {}
+    row: dict[str, Any] = {"setting": name}
+    at_rest: dict[str, int] = {}
+    for kind, make in makers(setting, device, mode).items():
+        if kind in kinds:
+            before, started = taken(device), time.perf_counter()
+            steps[kind] = make()
+            found = warmed(steps[kind], device, before, started)
+            row |= {f"{kind}: {what}": value for what, value in found.items()}
+            at_rest[kind] = taken(device) - before
+    of_private = [kind for kind in steps if "private" in kind]
+    of_ordinary = [kind for kind in steps if "ordinary" in kind]
+    allowed = ALLOWED * 2**30 * min(row[f"{kind}: {USUAL}"] for kind in of_ordinary)
+    for kind in of_private:
+        limit = taken(device) - at_rest[kind] + allowed
+        # The last of these steps is compared with the eager one.
+        row[f"{kind}: fits in {ALLOWED} x ordinary"] = fits(steps[kind], WARM, device, limit)
     times: dict[str, list[float]] = {kind: [] for kind in steps}
     for _ in range(rounds):
         for kind, step in steps.items():
             times[kind].append(milliseconds(step, device))
+    row |= {f"{kind}: ms": round(statistics.median(found), 2) for kind, found in times.items()}
+    fastest = min(row[f"{kind}: ms"] for kind in of_ordinary)
+    for kind in of_private:
+        row[f"{kind}: % of ordinary"] = round(100 * fastest / row[f"{kind}: ms"], 1)
     if profile_to is not None:
         with profile_to.open("a") as file:
             for kind, step in steps.items():
                 print(f"{name}, {kind}, three steps\n{kernels(step, device)}", file=file)
-    for kind, found in times.items():
-        row[f"{kind}: ms"] = round(statistics.median(found), 2)
-    for kind in ("private, eager", "private, compiled"):
-        row[f"{kind}: % of ordinary"] = round(100 * row["ordinary: ms"] / row[f"{kind}: ms"], 1)
     return row
 
 
@@ -290,6 +270,7 @@ def main() -> None:
         choices=("highest", "high", "medium"),
         help="of float32 products, for both steps",
     )
+    parser.add_argument("--kinds", nargs="+", default=KINDS, choices=KINDS)
     parser.add_argument(
         "--profile", type=Path, help="append tables of the device's kernels to this file"
     )
@@ -298,7 +279,9 @@ def main() -> None:
     torch.set_float32_matmul_precision(args.precision)
     for name in args.settings:
         print(
-            json.dumps(measured(name, args.device, args.rounds, args.mode, args.profile)),
+            json.dumps(
+                measured(name, args.device, args.rounds, args.mode, args.profile, args.kinds)
+            ),
             flush=True,
         )
 

@@ -26,6 +26,7 @@ from transformers import TrainerCallback, TrainingArguments
 
 import clipgrad
 from benchmarks import finetuning
+from benchmarks.device import wait
 from clipgrad.integrations.huggingface import DPTrainer
 
 COPIES = 32  # of the rows of one batch, in the dataset
@@ -86,7 +87,7 @@ class InTurns(TrainerCallback):  # type: ignore[misc]  # transformers has no typ
             self._turn()
 
     def _turn(self) -> None:
-        finetuning.wait(self._device)
+        wait(self._device)
         self._last = Mark(self._device)
 
     def _note(self, times: list[tuple[Mark, Mark, int]], rows: int) -> None:
@@ -96,7 +97,7 @@ class InTurns(TrainerCallback):  # type: ignore[misc]  # transformers has no typ
 
     def times(self) -> tuple[Times, Times]:
         """Return the times of the trainer's steps and of the loop's."""
-        finetuning.wait(self._device)
+        wait(self._device)
         found: tuple[Times, Times] = (defaultdict(list), defaultdict(list))
         for noted, times in zip((self._trainer, self._loop), found, strict=True):
             for start, end, microbatches in noted:

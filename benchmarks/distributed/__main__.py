@@ -29,10 +29,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from benchmarks.device import most_taken, taken, wait
 from benchmarks.distributed import opacus_steps, steps
 from benchmarks.distributed.settings import SETTINGS, Setting
 from benchmarks.distributed.sums import compared, noise
-from benchmarks.finetuning import most_taken, taken, wait
 
 WARM = 16  # The sixteenth step of a compiled model is compared with an eager one, and the next such is the 32nd.
 
