@@ -140,10 +140,11 @@ def bare_loop(
     optimizer = clipgrad.DPOptimizer(
         finetuning.adamw(model, device), model, finetuning.loss_fn, plan=plan, microbatch_size=size, compile=compile
     )  # fmt: skip
-    batches: Iterator[Any] = iter(clipgrad.poisson_loader(data, plan=plan))
+    pinned = device != "cpu"
+    batches: Iterator[Any] = iter(clipgrad.poisson_loader(data, plan=plan, pin_memory=pinned))
 
     def step() -> int:
-        batch = {name: value.to(device) for name, value in next(batches).items()}
+        batch = {name: value.to(device, non_blocking=True) for name, value in next(batches).items()}
         optimizer.backward(batch)
         optimizer.step()
         optimizer.zero_grad()
