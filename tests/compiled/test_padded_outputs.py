@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -96,6 +97,11 @@ def made() -> tuple[Params, Tensor, Tensor]:
     return params, x, y
 
 
+def clipped_in_graph(loss: Callable[..., Tensor], *given: Any) -> Any:
+    """Batches of one size, as on a GPU."""
+    return clipped_grad(loss, max_grad_norm=0.3, compile=True, microbatch_size=4)(*given)
+
+
 def pads_left(graphs: Graphs) -> int:
     """The paddings that the compiler would write."""
     (module,) = graphs.modules
@@ -109,7 +115,7 @@ def test_exact(name: str, graphs: Graphs) -> None:
     params, x, y = made()
     if name == "tokens":
         y[1, 2:] = -100
-    found = clipped_grad(loss, max_grad_norm=0.3, compile=True)(params, x, y)
+    found = clipped_in_graph(loss, params, x, y)
     expected, norms = clipped_sum(per_sample_gradients_by_loop(loss, params, x, y)[1], 0.3)
     for key, total in expected.items():
         close(found.grads[key], total, rtol=1e-12, atol=1e-12)
@@ -123,7 +129,7 @@ def test_a_sample_that_is_not_finite(broken: float, graphs: Graphs) -> None:
     """Padding stays zero, whatever its columns of logits would give."""
     params, x, y = made()
     x[2, 1, 0] = broken
-    found = clipped_grad(tokens, max_grad_norm=0.3, compile=True)(params, x, y)
+    found = clipped_in_graph(tokens, params, x, y)
     keep = [0, 1, 3]
     expected, _ = clipped_sum(
         per_sample_gradients_by_loop(tokens, params, x[keep], y[keep])[1], 0.3
@@ -137,7 +143,7 @@ def test_logits_far_below_zero(graphs: Graphs) -> None:
     """The padding's own logit is 0, and its exponential would be infinite."""
     params, x, y = made()
     params["b"] -= 2000.0
-    found = clipped_grad(tokens, max_grad_norm=0.3, compile=True)(params, x, y)
+    found = clipped_in_graph(tokens, params, x, y)
     expected, norms = clipped_sum(per_sample_gradients_by_loop(tokens, params, x, y)[1], 0.3)
     assert not pads_left(graphs)
     for key, total in expected.items():
