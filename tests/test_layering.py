@@ -72,9 +72,11 @@ SAMPLERS = {"sampling._poisson", "sampling._users", "sampling._loader", *LOADERS
 # Inside of a room. A name stands for all below it.
 FORBIDDEN: dict[str, set[str]] = {
     "rules.one_hot": RULES,
-    "rules.canonical": RULES - {"rules.one_hot"},
-    "rules.row_norms": RULES - {"rules.canonical"},
-    "rules.ghost": RULES - {"rules.canonical", "rules.gram", "rules.one_hot", "rules.row_norms"},
+    "rules.operands": RULES,
+    "rules.canonical": RULES - {"rules.one_hot", "rules.operands"},
+    "rules.row_norms": RULES - {"rules.operands"},
+    "rules.ghost": RULES
+    - {"rules.canonical", "rules.gram", "rules.one_hot", "rules.operands", "rules.row_norms"},
     "rules.gram": RULES,
     "kernels.gram_kernels": {"torch"},
     "kernels.selection_kernels": {"torch"},

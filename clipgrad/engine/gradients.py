@@ -19,7 +19,8 @@ from clipgrad.engine.bundle import Bundle, make_bundle
 from clipgrad.engine.tape import Tape
 from clipgrad.engine.tracked import Tracked
 from clipgrad.kernels.selection import select_rows
-from clipgrad.rules.canonical import PerSample, sum_of, widen
+from clipgrad.rules.canonical import PerSample
+from clipgrad.rules.operands import sum_of, widen
 from clipgrad.rules.row_norms import row_norms_squared
 
 

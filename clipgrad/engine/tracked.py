@@ -9,16 +9,9 @@ from enum import Enum
 import torch
 from torch import Tensor
 
-from clipgrad.rules.canonical import (
-    Outer,
-    PerSample,
-    Use,
-    adds_rows,
-    sum_of,
-    weighted_sum_of,
-    widen,
-)
+from clipgrad.rules.canonical import Outer, PerSample, Use, adds_rows, weighted_sum_of
 from clipgrad.rules.ghost import ghost_norms_squared, norms_squared_with_rows
+from clipgrad.rules.operands import sum_of, widen
 from clipgrad.rules.registry import Extent
 from clipgrad.rules.row_norms import row_norms_squared
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from clipgrad._functorch import is_symbol
 from clipgrad.batch_norm import batch_norm_error
 from clipgrad.errors import NotPerSampleError
-from clipgrad.rules.canonical import PerSample, widen
+from clipgrad.rules.canonical import PerSample
 from clipgrad.rules.names import functional_aten_names_of
 from clipgrad.rules.normalization import (
     Statistics,
@@ -19,6 +19,7 @@ from clipgrad.rules.normalization import (
     shared_or_none,
     statistics_or_none,
 )
+from clipgrad.rules.operands import widen
 from clipgrad.rules.registry import Call, Decline, Recipe, register_rule
 
 

@@ -10,8 +10,9 @@ from math import prod
 import torch
 from torch import Tensor
 
-from clipgrad.rules.canonical import Outer, PerSample, lowered, widen
+from clipgrad.rules.canonical import Outer, PerSample
 from clipgrad.rules.names import functional_aten_names_of
+from clipgrad.rules.operands import lowered, widen
 from clipgrad.rules.registry import Call, Decline, Extent, Recipe, register_rule
 
 

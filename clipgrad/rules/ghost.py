@@ -16,9 +16,10 @@ from torch import Tensor
 from clipgrad._functorch import expected
 from clipgrad.kernels.float32_precision import full_product, full_vecdot, product_rounding
 from clipgrad.kernels.half_products import terms_of_scaled_factors
-from clipgrad.rules.canonical import Outer, sum_of, widen
+from clipgrad.rules.canonical import Outer
 from clipgrad.rules.gram import Lengths, equal_id_sums, gram_sums
 from clipgrad.rules.one_hot import OneHot
+from clipgrad.rules.operands import sum_of, widen
 from clipgrad.rules.row_norms import row_norms_squared
 
 # Rounding errors of a ghost norm stay below ``8 + sqrt(rows) + sqrt(columns)`` units in the last place of the norm

@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clipgrad.kernels.half_products import missing_to_alignment
-from clipgrad.rules.canonical import Outer, PerSample, lowered, widen
+from clipgrad.rules.canonical import Outer, PerSample
 from clipgrad.rules.names import functional_aten_names_of
+from clipgrad.rules.operands import lowered, widen
 from clipgrad.rules.registry import Call, Decline, Extent, Recipe, register_rule
 
 # A GPU is fast at products whose rows are aligned. Three products of a layer write its output or read the output's

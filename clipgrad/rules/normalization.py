@@ -18,8 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clipgrad.kernels.float32_precision import full_product
-from clipgrad.rules.canonical import PerSample, widen
+from clipgrad.rules.canonical import PerSample
 from clipgrad.rules.names import functional_aten_names_of
+from clipgrad.rules.operands import widen
 from clipgrad.rules.registry import Call, Decline, Recipe, register_rule
 
 Statistics = tuple[Tensor, Tensor]  # mean and reciprocal standard deviation

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from clipgrad.rules.canonical import in_memory_order, widen
+from clipgrad.rules.operands import in_memory_order, widen
 
 _LONG_ROW = 1 << 12
 

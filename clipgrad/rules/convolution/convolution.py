@@ -10,10 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clipgrad.rules.canonical import PerSample, Use, lowered, widen
+from clipgrad.rules.canonical import PerSample, Use
 from clipgrad.rules.convolution.geometry import Geometry
 from clipgrad.rules.convolution.use import ConvolutionUse
 from clipgrad.rules.names import functional_aten_names_of
+from clipgrad.rules.operands import lowered, widen
 from clipgrad.rules.registry import Call, Decline, Extent, Recipe, register_rule
 
 

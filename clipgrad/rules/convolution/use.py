@@ -7,10 +7,11 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from clipgrad.kernels.selection import select_rows, select_rows_reusing
-from clipgrad.rules.canonical import Outer, scale_rows, widen
+from clipgrad.rules.canonical import Outer
 from clipgrad.rules.convolution.geometry import Geometry
 from clipgrad.rules.convolution.gradient import per_sample_gradient
 from clipgrad.rules.convolution.unfolding import rows_and_patches
+from clipgrad.rules.operands import scale_rows, widen
 
 
 @dataclass(frozen=True)
