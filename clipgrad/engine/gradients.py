@@ -23,6 +23,9 @@ from clipgrad.rules.canonical import PerSample
 from clipgrad.rules.operands import sum_of, widen
 from clipgrad.rules.row_norms import row_norms_squared
 
+# In a graph, TorchInductor makes one loop of small norms on a CPU, but one kernel for each of them on a GPU.
+_JOINS_IN_GRAPHS = {"cuda"}
+
 
 class Gradients:
     """This class holds the per-sample gradients of one microbatch, each in the form that its strategy chose.
@@ -53,13 +56,16 @@ class Gradients:
         Each parameter's index may be in only one call.
         """
         found = []
-        # When a graph is traced, the compiler joins small operations itself.
-        if get_proxy_mode() is None and len(members) > 1:
+        joined: set[int] = set()
+        traced = get_proxy_mode() is not None
+        if len(members) > 1 and (not traced or self._tape.anchor.device.type in _JOINS_IN_GRAPHS):
             bundle = make_bundle(self._kept_alone(members))
             if bundle is not None:
-                self._bundled.update(dict.fromkeys(bundle.indices, bundle))
+                joined = set(bundle.indices)
                 found.append(bundle.squared_norms())
-        alone = (self._squared_norms(index) for index in members if index not in self._bundled)
+                if not traced:  # the results of a graph must not share memory
+                    self._bundled.update(dict.fromkeys(joined, bundle))
+        alone = (self._squared_norms(index) for index in members if index not in joined)
         found += [norms for norms in alone if norms is not None]
         if not found:
             return widen(self._tape.anchor).new_zeros(self._batch_size)

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clipgrad import Performance, clipped_grad
+from clipgrad.engine import gradients as gradients_module
 from clipgrad.engine.reference import Params
 from clipgrad.errors import CompileError, NotPerSampleError
 from tests.architectures import ARCHITECTURES, COMPILED, Architecture
@@ -75,6 +76,34 @@ def test_architecture_equals_the_loop(name: str, graphs: Graphs) -> None:
             check(ARCHITECTURES[name], graphs)
     else:
         check(ARCHITECTURES[name], graphs)
+
+
+@pytest.mark.parametrize(
+    "name", chosen([a.name for a in EXACT if a.name not in REFUSED], {"lora", "tied_embedding"})
+)
+def test_small_norms_joined_as_for_a_gpu(
+    name: str, graphs: Graphs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gradients_module, "_JOINS_IN_GRAPHS", {"cpu"})
+    check(ARCHITECTURES[name], graphs)
+
+
+def test_a_sample_that_is_not_finite_where_small_norms_are_joined(
+    graphs: Graphs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gradients_module, "_JOINS_IN_GRAPHS", {"cpu"})
+    params, (x, y) = make_params(), make_batch()
+    x[1] = torch.inf
+    settings: dict[str, Any] = {
+        "max_grad_norm": 0.5,
+        "performance": Performance(strategy="kept"),
+    }
+    found = clipped_grad(mlp, **settings, compile=True)(params, x, y)
+    assert found.num_nonfinite == 1
+    for name, total in clipped_grad(mlp, **settings)(params, x, y).grads.items():
+        close(found.grads[name], total)
+    module = graphs.modules[0]
+    assert module.graph.find_nodes(op="call_function", target=torch.ops.aten.cat.default)
 
 
 @pytest.mark.parametrize(
