@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
 from clipgrad.compiled.views import view_base, written_bases
@@ -41,19 +42,12 @@ def pad_last(module: GraphModule) -> None:
         if not 0 < sizes[-1] - stop <= _MOST_PADDING:
             continue
         with graph.inserting_before(node):
+            widening = _Widening(graph, stop, sizes[-1], written)
             try:
-                wide = _Widening(graph, stop, sizes[-1], written).wide(gradient)
+                wide = widening.wide(gradient)
             except _CannotWidenError:
                 continue  # what was inserted so far is unused
-            columns = graph.call_function(
-                _ATEN.arange.default,
-                (sizes[-1],),
-                {"dtype": torch.int32, "device": value.device},
-            )
-            inside = graph.call_function(_ATEN.lt.Scalar, (columns, stop))
-            zero = graph.call_function(
-                _ATEN.scalar_tensor.default, (0.0,), {"dtype": value.dtype, "device": value.device}
-            )
+            inside, zero = widening.inside(value, 0.0)
             padded = graph.call_function(_ATEN.where.self, (inside, wide, zero))
         padded.meta.update(node.meta)
         node.replace_all_uses_with(padded)
@@ -109,6 +103,16 @@ class _Widening:
             self._known[node] = self._made(node, shape)
         return self._known[node]
 
+    def inside(self, like: Tensor, outside: float) -> tuple[Node, Node]:
+        """Return a mask of the given columns, and the value of the others as a tensor."""
+        columns = self._call(
+            _ATEN.arange.default, self._full, dtype=torch.int32, device=like.device
+        )
+        value = self._call(
+            _ATEN.scalar_tensor.default, outside, dtype=like.dtype, device=like.device
+        )
+        return self._call(_ATEN.lt.Scalar, columns, self._columns), value
+
     def _made(self, node: Node, shape: Any) -> Node:
         if node.target in _ELEMENTWISE:
             return self._call(node.target, *map(self.wide, node.args), **node.kwargs)
@@ -131,24 +135,35 @@ class _Widening:
             ) and not step:
                 return source  # type: ignore[return-value]
         if node.target is _ATEN._log_softmax.default:
-            return self._log_softmax(*node.args)
+            return self._log_softmax(node)
         if node.target is _ATEN._log_softmax_backward_data.default:
             return self._log_softmax_backward(*node.args)
         raise _CannotWidenError
 
-    def _log_softmax(self, values: Any, axis: Any, to_float: Any) -> Node:
-        """Return ``values - max - log(sum(exp(values - max)))``, PyTorch's own definition, with statistics of rows."""
-        if to_float or axis not in (-1, values.meta["val"].dim() - 1):
+    def _log_softmax(self, node: Node) -> Node:
+        """Return ``values - max - log(sum(exp(values - max)))``, PyTorch's own definition, on all columns.
+
+        The columns of padding are minus infinity. The result also takes the place of the narrow one, since sums over
+        an aligned number of columns load several elements at a time.
+        """
+        values, axis, to_float = node.args
+        if to_float or axis not in (-1, node.meta["val"].dim() - 1):
             raise _CannotWidenError
-        most = self._call(_ATEN.amax.default, values, [-1], True)
-        shifted = self._call(_ATEN.sub.Tensor, values, most)
-        total = self._call(
-            _ATEN.sum.dim_IntList, self._call(_ATEN.exp.default, shifted), [-1], True
-        )
-        log = self._call(_ATEN.log.default, total)
-        return self._call(
-            _ATEN.sub.Tensor, self._call(_ATEN.sub.Tensor, self.wide(values), most), log
-        )
+        with self._graph.inserting_before(node):
+            inside, infinite = self.inside(node.meta["val"], -torch.inf)
+            wide = self._call(_ATEN.where.self, inside, self.wide(values), infinite)
+            shifted = self._call(
+                _ATEN.sub.Tensor, wide, self._call(_ATEN.amax.default, wide, [-1], True)
+            )
+            exponentials = self._call(_ATEN.exp.default, shifted)
+            total = self._call(_ATEN.sum.dim_IntList, exponentials, [-1], True)
+            found = self._call(_ATEN.sub.Tensor, shifted, self._call(_ATEN.log.default, total))
+            narrow = self._call(_ATEN.slice.Tensor, found, axis, 0, self._columns)
+        value = node.meta["val"]
+        found.meta["val"] = value.new_empty((*value.shape[:-1], self._full))
+        narrow.meta.update(node.meta)
+        node.replace_all_uses_with(narrow)
+        return found
 
     def _log_softmax_backward(self, gradient: Any, output: Any, axis: Any, dtype: Any) -> Node:
         """Return ``gradient - exp(output) * sum(gradient)``, PyTorch's own definition."""

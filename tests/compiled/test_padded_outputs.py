@@ -44,6 +44,15 @@ def scaled(p: Params, x: Tensor, y: Tensor) -> Tensor:
     return F.cross_entropy(-2.0 * logits_of(p, x).flatten(0, 1) / 3.0, y.flatten())
 
 
+def two_targets(p: Params, x: Tensor, y: Tensor) -> Tensor:
+    logarithms = logits_of(p, x).flatten(0, 1).log_softmax(-1)
+    return F.nll_loss(logarithms, y.flatten()) + 2 * F.nll_loss(logarithms, y.flatten().flip(0))
+
+
+def two_heads(p: Params, x: Tensor, y: Tensor) -> Tensor:
+    return tokens(p, x, y) + scaled(p, x.square(), y)
+
+
 def log_softmax(p: Params, x: Tensor, y: Tensor) -> Tensor:
     return (logits_of(p, x).log_softmax(-1) * logits_of(p, x).detach()).sum()
 
@@ -79,11 +88,14 @@ def label_smoothing(p: Params, x: Tensor, y: Tensor) -> Tensor:
     return F.cross_entropy(logits_of(p, x).flatten(0, 1), y.flatten().abs(), label_smoothing=0.1)
 
 
-WIDENED: dict[str, Callable[..., Tensor]] = {"tokens": tokens, "scaled": scaled}
+WIDENED: dict[str, Callable[..., Tensor]] = {
+    "tokens": tokens, "scaled": scaled, "two_heads": two_heads,
+}  # fmt: skip
 OTHERS: dict[str, Callable[..., Tensor]] = {
     function.__name__: function
     for function in (
         log_softmax, with_penalty, over_positions, squares, of_columns, some_columns, cumulated, label_smoothing,
+        two_targets,
     )
 }  # fmt: skip
 
