@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 from torch.fx import Graph, GraphModule, Node
 
 from clipgrad.compiled.views import view_base, written_bases
@@ -21,10 +22,8 @@ _DEVICES = {"cuda"}  # a CPU was not measured
 # Columns of padding that align a row of 16-bit numbers. A slice of a few columns should not read all the others.
 _MOST_PADDING = 7
 _ATEN = torch.ops.aten
-_ELEMENTWISE = {
-    _ATEN._to_copy.default, _ATEN.add.Tensor, _ATEN.alias.default, _ATEN.clone.default, _ATEN.detach.default,
-    _ATEN.div.Tensor, _ATEN.eq.Tensor, _ATEN.mul.Scalar, _ATEN.mul.Tensor, _ATEN.neg.default, _ATEN.sub.Tensor,
-    _ATEN.where.self,
+_COPIES = {
+    _ATEN._to_copy.default, _ATEN.alias.default, _ATEN.clone.default, _ATEN.detach.default,
 }  # fmt: skip
 _VIEWS = {_ATEN.view.default, _ATEN._unsafe_view.default}
 
@@ -61,6 +60,16 @@ def _memory(node: Node) -> Node:
     while node.target is _ATEN._unsafe_view.default:
         node = view_base(node.args[0])  # type: ignore[arg-type]
     return node
+
+
+def _is_elementwise(node: Node) -> bool:
+    """Return whether each element depends on its own place in the arguments, and on nothing else."""
+    target = node.target
+    if not isinstance(target, OpOverload) or any(isinstance(a, Node) for a in node.kwargs.values()):
+        return False
+    elementwise = torch.Tag.pointwise in target.tags and not target._schema.is_mutable
+    draws = torch.Tag.nondeterministic_seeded in target.tags
+    return target in _COPIES or (elementwise and not draws)
 
 
 class _CannotWidenError(Exception):
@@ -114,7 +123,7 @@ class _Widening:
         return self._call(_ATEN.lt.Scalar, columns, self._columns), value
 
     def _made(self, node: Node, shape: Any) -> Node:
-        if node.target in _ELEMENTWISE:
+        if _is_elementwise(node):
             return self._call(node.target, *map(self.wide, node.args), **node.kwargs)
         if node.target in _VIEWS:
             return self._call(

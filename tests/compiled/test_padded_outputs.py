@@ -49,6 +49,12 @@ def two_targets(p: Params, x: Tensor, y: Tensor) -> Tensor:
     return F.nll_loss(logarithms, y.flatten()) + 2 * F.nll_loss(logarithms, y.flatten().flip(0))
 
 
+def capped(p: Params, x: Tensor, y: Tensor) -> Tensor:
+    """As Gemma caps its logits."""
+    logits = 5.0 * torch.tanh(logits_of(p, x) / 5.0)
+    return F.cross_entropy(logits.flatten(0, 1), y.flatten())
+
+
 def two_heads(p: Params, x: Tensor, y: Tensor) -> Tensor:
     return tokens(p, x, y) + scaled(p, x.square(), y)
 
@@ -89,12 +95,13 @@ def label_smoothing(p: Params, x: Tensor, y: Tensor) -> Tensor:
 
 
 WIDENED: dict[str, Callable[..., Tensor]] = {
-    "tokens": tokens, "scaled": scaled, "two_heads": two_heads,
+    "tokens": tokens, "scaled": scaled, "two_heads": two_heads, "capped": capped,
+    "with_penalty": with_penalty,
 }  # fmt: skip
 OTHERS: dict[str, Callable[..., Tensor]] = {
     function.__name__: function
     for function in (
-        log_softmax, with_penalty, over_positions, squares, of_columns, some_columns, cumulated, label_smoothing,
+        log_softmax, over_positions, squares, of_columns, some_columns, cumulated, label_smoothing,
         two_targets,
     )
 }  # fmt: skip
