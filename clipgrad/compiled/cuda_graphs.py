@@ -160,6 +160,7 @@ def _are_separate(results: Sequence[Tensor], inputs: Sequence[Tensor]) -> bool:
 def _are_rewritten(results: Sequence[Tensor], recorder: CudaRecorder) -> bool:
     """Return whether a replay writes all results; a caller's write to a constant result would otherwise persist."""
     floating = [result for result in results if result.is_floating_point() and result.numel()]
+    recorder.wait()  # another recording may still be at work in the same memory
     before = copies(floating)
     for result in floating:
         result.fill_(math.nan)

@@ -34,14 +34,16 @@ def pad_last(module: GraphModule) -> None:
     written = set(map(_memory, written_bases(graph)))
     for node in graph.find_nodes(op="call_function", target=_ATEN.slice_backward.default):
         gradient, sizes, axis, start, stop, step = node.args
-        value = node.meta["val"]
-        first_columns = (axis, start, step) == (value.dim() - 1, 0, 1) and isinstance(stop, int)
-        if not first_columns or value.device.type not in _DEVICES:
+        value, full = node.meta["val"], sizes[-1]
+        # Sizes that differ from batch to batch are nodes, and columns may be counted from the end.
+        known = isinstance(full, int) and isinstance(stop, int)
+        first_columns = (axis, start, step) == (value.dim() - 1, 0, 1)
+        if not (known and first_columns and value.device.type in _DEVICES):
             continue
-        if not 0 < sizes[-1] - stop <= _MOST_PADDING:
+        if stop < 2 or not 0 < full - stop <= _MOST_PADDING:
             continue
         with graph.inserting_before(node):
-            widening = _Widening(graph, stop, sizes[-1], written)
+            widening = _Widening(graph, stop, full, written)
             try:
                 wide = widening.wide(gradient)
             except _CannotWidenError:
@@ -70,6 +72,11 @@ def _is_elementwise(node: Node) -> bool:
     elementwise = torch.Tag.pointwise in target.tags and not target._schema.is_mutable
     draws = torch.Tag.nondeterministic_seeded in target.tags
     return target in _COPIES or (elementwise and not draws)
+
+
+def _is_over_columns(axis: Any, value: Tensor) -> bool:
+    """Return whether a softmax is one over columns, in a precision in which PyTorch computes it as it is."""
+    return axis in (-1, value.dim() - 1) and value.dtype in (torch.float32, torch.float64)
 
 
 class _CannotWidenError(Exception):
@@ -104,12 +111,12 @@ class _Widening:
         if value is None or _memory(node) in self._written:
             raise _CannotWidenError
         shape = value.shape
-        if not shape or shape[-1] == 1:
+        if not shape or (isinstance(shape[-1], int) and shape[-1] == 1):
             return node
-        if shape[-1] != self._columns:
+        if not self._is_narrow(value):
             raise _CannotWidenError
         if node not in self._known:
-            self._known[node] = self._made(node, shape)
+            self._known[node] = self._made(node)
         return self._known[node]
 
     def inside(self, like: Tensor, outside: float) -> tuple[Node, Node]:
@@ -122,32 +129,37 @@ class _Widening:
         )
         return self._call(_ATEN.lt.Scalar, columns, self._columns), value
 
-    def _made(self, node: Node, shape: Any) -> Node:
+    def _made(self, node: Node) -> Node:
         if _is_elementwise(node):
             return self._call(node.target, *map(self.wide, node.args), **node.kwargs)
         if node.target in _VIEWS:
-            return self._call(
-                _ATEN.view.default, self.wide(node.args[0]), [*shape[:-1], self._full]
-            )
+            source, sizes = node.args
+            if not self._is_narrow(source.meta.get("val")):  # type: ignore[union-attr]
+                raise _CannotWidenError  # columns of the view may be rows
+            # The sizes of the call, since in a value they may be symbols.
+            return self._call(_ATEN.view.default, self.wide(source), [*sizes[:-1], self._full])  # type: ignore[index,misc]
         if node.target is _ATEN.arange.default and node.args == (self._columns,):
             return self._call(_ATEN.arange.default, self._full, **node.kwargs)
-        if node.target is _ATEN.slice.Tensor:
-            source, axis, start, stop, *step = node.args
-            whole = source.meta["val"].shape  # type: ignore[union-attr]
-            if _memory(source) in self._written:  # type: ignore[arg-type]
-                raise _CannotWidenError
-            if (axis, start, stop, whole[-1]) == (
-                len(whole) - 1,
-                0,
-                self._columns,
-                self._full,
-            ) and not step:
-                return source  # type: ignore[return-value]
+        if node.target is _ATEN.slice.Tensor and (source := self._sliced(*node.args)) is not None:
+            return source
         if node.target is _ATEN._log_softmax.default:
             return self._log_softmax(node)
         if node.target is _ATEN._log_softmax_backward_data.default:
             return self._log_softmax_backward(*node.args)
         raise _CannotWidenError
+
+    def _is_narrow(self, value: Tensor | None) -> bool:
+        """Return whether a value has the given columns; a size that differs from batch to batch is none of them."""
+        size: Any = None if value is None or not value.dim() else value.shape[-1]
+        return isinstance(size, int) and size == self._columns
+
+    def _sliced(self, source: Any, *place: Any) -> Node | None:
+        """Return what was sliced, if the slice has its first columns and nothing writes to it."""
+        value = source.meta.get("val")
+        if value is None or _memory(source) in self._written:
+            return None
+        first_columns = place == (value.dim() - 1, 0, self._columns)
+        return source if first_columns and value.shape[-1] == self._full else None
 
     def _log_softmax(self, node: Node) -> Node:
         """Return ``values - max - log(sum(exp(values - max)))``, PyTorch's own definition, on all columns.
@@ -156,7 +168,7 @@ class _Widening:
         an aligned number of columns load several elements at a time.
         """
         values, axis, to_float = node.args
-        if to_float or axis not in (-1, node.meta["val"].dim() - 1):
+        if to_float or not _is_over_columns(axis, node.meta["val"]):
             raise _CannotWidenError
         with self._graph.inserting_before(node):
             inside, infinite = self.inside(node.meta["val"], -torch.inf)
@@ -176,7 +188,8 @@ class _Widening:
 
     def _log_softmax_backward(self, gradient: Any, output: Any, axis: Any, dtype: Any) -> Node:
         """Return ``gradient - exp(output) * sum(gradient)``, PyTorch's own definition."""
-        if dtype is not output.meta["val"].dtype or axis not in (-1, output.meta["val"].dim() - 1):
+        value = output.meta["val"]
+        if dtype is not value.dtype or not _is_over_columns(axis, value):
             raise _CannotWidenError
         total = self._call(_ATEN.sum.dim_IntList, gradient, [-1], True)
         probabilities = self._call(_ATEN.exp.default, self.wide(output))

@@ -8,11 +8,11 @@ where the gradient alone takes 43. It may also compute the gradient again for ea
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 _DEVICES = {"cuda"}  # a CPU was not measured
 # A smaller sum costs no more than the launch of a kernel.
@@ -50,7 +50,7 @@ def sum_apart(module: GraphModule) -> None:
         if rows is None:
             continue
         with graph.inserting_before(node):
-            samples = _value(node).shape[0]
+            samples = node.meta["val"].shape[0]
             apart = graph.call_function(sum_over_positions._opoverload, (rows, samples))
         apart.meta.update(node.meta)
         node.replace_all_uses_with(apart)
@@ -62,22 +62,21 @@ def _rows_of_activation(node: Node) -> Node | None:
     """Return the matrix of an activation's gradient whose rows this node sums for each sample, if it does so."""
     summed, axes, *keeps = node.args
     assert isinstance(summed, Node)
-    value, result = _value(summed), _value(node)
-    if (
-        list(axes) != [1]  # type: ignore[arg-type]
-        or any(keeps)
-        or value.dim() != 3
-        or value.device.type not in _DEVICES
-        or result.dtype is not _wide(value)
-        or not isinstance(value.shape[0], int)
-        or value.shape[1] == 1
-        or value.numel() < _FEWEST_ELEMENTS
-    ):
+    value = summed.meta.get("val")
+    over_positions = list(axes) == [1] and not any(keeps)  # type: ignore[arg-type]
+    if value is None or not over_positions or value.dim() != 3:
+        return None
+    served = value.device.type in _DEVICES and node.meta["val"].dtype is _wide(value)
+    # Lengths may be symbols, about which the graph must learn nothing.
+    one_position = statically_known_true(value.shape[1] == 1)
+    few = one_position or statically_known_true(value.numel() < _FEWEST_ELEMENTS)
+    if not served or few or not isinstance(value.shape[0], int):
         return None
     *views, made = _behind_views(summed)
     # The layer's own product reads this matrix. The same node for both makes the compiler compute it once.
     for view in views:
-        if _value(view).dim() == 2 and _value(view).shape[1] == value.shape[2]:
+        rows = view.meta["val"]
+        if rows.dim() == 2 and statically_known_true(rows.shape[1] == value.shape[2]):
             return view if _is_of_activation(made) else None
     return None
 
@@ -108,7 +107,3 @@ def _is_of_activation(node: Node) -> bool:
 
 def _wide(tensor: Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype is torch.float64 else torch.float32
-
-
-def _value(node: Node) -> Any:
-    return node.meta["val"]

@@ -84,7 +84,8 @@ class MicrobatchRunner:
             if self._compiler.last is None:
                 # A loss may set itself up in its first call, as Hugging Face's classifiers do. A graph of the loss
                 # before that would be compiled for one batch.
-                self._loss = self._capture_loss(batch, mask)
+                with suppress(CannotCapture):
+                    self._loss = self._graphs.graph_for(self._inputs)
         loss = self._loss
         given = self._graph_inputs(padded, loss.tensors, padding)
         shapes = shapes_of(padded)

@@ -28,6 +28,7 @@ def zero_in_place(module: GraphModule) -> None:
                 {"tensor": tensor, "keep": keep},
             )
             result = graph.call_function(operator.getitem, (written, 1))
+        result.meta.update(node.meta)
         node.replace_all_uses_with(result)
         graph.erase_node(node)
     if selections:

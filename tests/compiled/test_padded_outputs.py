@@ -94,6 +94,25 @@ def label_smoothing(p: Params, x: Tensor, y: Tensor) -> Tensor:
     return F.cross_entropy(logits_of(p, x).flatten(0, 1), y.flatten().abs(), label_smoothing=0.1)
 
 
+GAIN = torch.randn(CLASSES, 1, dtype=torch.float64)
+
+
+def viewed_column(p: Params, x: Tensor, y: Tensor) -> Tensor:
+    """What is one column in memory has the classes in rows."""
+    return F.cross_entropy((logits_of(p, x) * GAIN.view(-1)).flatten(0, 1), y.flatten())
+
+
+def viewed_columns_of_samples(p: Params, x: Tensor, y: Tensor) -> Tensor:
+    gains = x.flatten(1).sum(1)[:, None, None] * GAIN
+    logits = logits_of(p, x) * gains.reshape(-1, 1, CLASSES)
+    return F.cross_entropy(logits.flatten(0, 1), y.flatten())
+
+
+def but_the_last(p: Params, x: Tensor, y: Tensor) -> Tensor:
+    """The end of the slice is counted from the end of few columns."""
+    return F.linear(x, p["w"][:2])[..., :-1].square().sum()
+
+
 WIDENED: dict[str, Callable[..., Tensor]] = {
     "tokens": tokens, "scaled": scaled, "two_heads": two_heads, "capped": capped,
     "with_penalty": with_penalty,
@@ -102,7 +121,7 @@ OTHERS: dict[str, Callable[..., Tensor]] = {
     function.__name__: function
     for function in (
         log_softmax, over_positions, squares, of_columns, some_columns, cumulated, label_smoothing,
-        two_targets,
+        two_targets, viewed_column, viewed_columns_of_samples, but_the_last,
     )
 }  # fmt: skip
 
@@ -141,6 +160,37 @@ def test_exact(name: str, graphs: Graphs) -> None:
     close(found.grad_norms, norms)
     if name in WIDENED:
         assert not pads_left(graphs)
+
+
+def some_tokens(p: Params, x: Tensor, y: Tensor) -> Tensor:
+    logits = logits_of(p, x).flatten(0, 1)
+    of_tokens = F.cross_entropy(logits, y.flatten(), reduction="none").view(y.shape)
+    return of_tokens[:, :-1].mean() + of_tokens[:, :3].sum()
+
+
+def test_two_graphs_serve_all_lengths(graphs: Graphs) -> None:
+    params, _, _ = made()
+    gradient = clipped_grad(some_tokens, max_grad_norm=0.3, compile=True, microbatch_size=4)
+    for length in (12, 9, 11, 5, 8):
+        x = torch.randn(4, length, 3, dtype=torch.float64)
+        y = torch.randint(CLASSES, (4, length))
+        found = gradient(params, x, y)
+        per_sample = per_sample_gradients_by_loop(some_tokens, params, x, y)[1]
+        expected, _ = clipped_sum(per_sample, 0.3)
+        for key, total in expected.items():
+            close(found.grads[key], total, rtol=1e-12, atol=1e-12)
+    assert len(graphs) == 2
+    for module in graphs.modules:
+        found_lt = module.graph.find_nodes(op="call_function", target=torch.ops.aten.lt.Scalar)
+        assert found_lt, "the logits were not widened"
+
+
+def test_a_softmax_in_half_precision_is_left_to_the_compiler(graphs: Graphs) -> None:
+    """PyTorch computes its sums in float32."""
+    params, x, y = made()
+    params = {name: value.bfloat16() for name, value in params.items()}
+    clipped_in_graph(tokens, params, x.bfloat16(), y)
+    assert pads_left(graphs) == 1
 
 
 @pytest.mark.parametrize("broken", [torch.nan, torch.inf, 1e300])

@@ -124,3 +124,18 @@ def test_a_small_sum_is_left_to_the_compiler(
     params, x = made(torch.float64)
     clipped_in_graph(loss_with(F.gelu), params, x)
     assert sums_apart(graphs) == 0
+
+
+def test_two_graphs_serve_all_lengths(graphs: Graphs, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some of them have fewer elements than what is summed apart."""
+    monkeypatch.setattr(position_sums, "_FEWEST_ELEMENTS", BATCH * 10 * HIDDEN)
+    loss = loss_with(F.gelu)
+    params, _ = made(torch.float64)
+    gradient = clipped_grad(loss, max_grad_norm=0.5, compile=True, microbatch_size=BATCH)
+    for length in (15, 12, 11, 9, 7, 5):
+        x = torch.randn(BATCH, length, WIDTH, dtype=torch.float64)
+        found = gradient(params, x)
+        expected, _ = clipped_sum(per_sample_gradients_by_loop(loss, params, x)[1], 0.5)
+        for key, total in expected.items():
+            close(found.grads[key], total, rtol=1e-12, atol=1e-12)
+    assert len(graphs) == 2

@@ -462,6 +462,17 @@ def test_a_loss_that_sets_itself_up_is_compiled_once(
     assert (len(graphs), len(recorders), owner.factor) == (1, 1, 2.0)
 
 
+def test_the_first_call_of_a_loss_that_counts_its_calls(graphs: Graphs) -> None:
+    owner = Owner()
+
+    def loss(p: Params, x: Tensor, y: Tensor) -> Tensor:
+        owner.unrelated += 1
+        return mlp(p, x, y)
+
+    found = clipped_grad(loss, max_grad_norm=0.5, compile=True)(make_params(), *make_batch())
+    assert_same(found, clipped_grad(mlp, max_grad_norm=0.5)(make_params(), *make_batch()))
+
+
 def test_constant_made_of_python_numbers(graphs: Graphs) -> None:
     def loss(p: Params, x: Tensor, y: Tensor) -> Tensor:
         return mlp(p, x * torch.tensor([1.0, 2.0, 3.0, 4.0], dtype=x.dtype), y)
