@@ -81,7 +81,7 @@ class MicrobatchRunner:
         if self._entry is None or self._loss is None:
             started = self._start_last_step(padded, padding)
             self._loss = self._capture_loss(batch, mask)
-            if self._compiler.last is None:
+            if self._compiler.last is None and self._loss.captured.changes_state:
                 # A loss may set itself up in its first call, as Hugging Face's classifiers do. A graph of the loss
                 # before that would be compiled for one batch.
                 with suppress(CannotCapture):

@@ -61,6 +61,7 @@ class LossCapture:
 
     def __init__(self, fn: Callable[..., Any]) -> None:
         self._graphs: list[GraphModule] = []
+        self._changes: dict[GraphModule, bool] = {}
         self._seen: dict[Any, int] = {}
         self._served: tuple[GraphModule, list[Any], dict[int, bool], list[Tensor]] | None = None
         self._guards_only = False
@@ -127,8 +128,9 @@ class LossCapture:
         """Store a new graph. PyTorch calls this method as its backend; the loss itself never runs."""
         if self._guards_only:  # PyTorch deletes all graphs together with a model that they refer to
             raise RuntimeError("no graph is left")
-        refuse_side_effects()
+        changes = refuse_side_effects()
         module = make_pure(module)
+        self._changes[module] = changes
         numbers = take_numbers(module)
         refuse_writes(module)
         kept = remove_unused_inputs(module)
@@ -178,7 +180,14 @@ class LossCapture:
         key = (self._graphs.index(module), tuple(places), results, aux)
         number = self._seen.setdefault(key, len(self._seen))
         return CapturedLoss(
-            module, number, tuple(places), results, aux, constants, frozenset(lifted)
+            module,
+            number,
+            tuple(places),
+            results,
+            aux,
+            constants,
+            self._changes[module],
+            frozenset(lifted),
         )
 
 

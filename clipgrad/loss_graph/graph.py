@@ -42,6 +42,7 @@ class CapturedLoss:
         results: Place of the loss, and then of each leaf of the auxiliary output.
         aux: Structure of the auxiliary output; None if there is none.
         constants: Present value of each input that is neither parameter nor leaf: a tensor, or a number.
+        changes_state: Whether the loss changes an outer object, so that the next call may need another graph.
         lifted: Positions of the constants that are numbers, but may be given as tensors without axes.
     """
 
@@ -51,6 +52,7 @@ class CapturedLoss:
     results: tuple[Place, ...]
     aux: TreeSpec | None
     constants: list[Tensor | int | float]
+    changes_state: bool = False
     lifted: frozenset[int] = frozenset()
 
     def __call__(

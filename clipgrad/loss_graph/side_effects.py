@@ -18,11 +18,15 @@ from clipgrad.loss_graph.reasons import CannotCapture, line_in, line_of
 from clipgrad.loss_graph.regions import close_regions
 
 
-def refuse_side_effects() -> None:
+def refuse_side_effects() -> bool:
     """Refuse a loss that stores a tensor outside; call this function while PyTorch compiles the graph.
 
     After running a graph, PyTorch repeats the code's changes to outer objects. Here this would store placeholders
     instead of results, or a value of one sample that a later batch reads.
+
+    Returns:
+        Whether the loss changes an outer object, so that the next call may find another state. A recurrent layer does
+        not count: it stores references to its weights, which are restored after each call.
 
     Raises:
         CannotCapture: If the loss stores a tensor; the error names the line.
@@ -31,10 +35,9 @@ def refuse_side_effects() -> None:
     effects = translator.output.side_effects
     if effects.tensor_hooks:
         raise CannotCapture("it registers a hook on a tensor that it was given")
-    for owner in effects._get_modified_vars():
-        if owner.source is None:
-            continue  # made by the loss itself
-        place = owner.source.name
+    changed = [owner for owner in effects._get_modified_vars() if owner.source is not None]
+    for owner in changed:
+        place = owner.source.name  # type: ignore[union-attr]
         place = place() if callable(place) else place
         for value in _stored(owner, effects.store_attr_mutations.get(owner, {})):
             source = value.source.name if value.source is not None else None
@@ -48,6 +51,14 @@ def refuse_side_effects() -> None:
                     "call does so, run the model once before training, on a made-up batch)",
                     where,
                 )
+    return not all(map(_is_recurrent_layer, changed))
+
+
+def _is_recurrent_layer(owner: Any) -> bool:
+    try:
+        return issubclass(owner.python_type(), torch.nn.RNNBase)
+    except NotImplementedError:
+        return False
 
 
 def _is_held(root: Any, place: str, source: str | None) -> bool:
