@@ -42,12 +42,12 @@ def pad_last(module: GraphModule) -> None:
             continue
         if stop < 2 or not 0 < full - stop <= _MOST_PADDING:
             continue
+        widening = _Widening(graph, stop, full, written)
+        try:
+            wide = widening.wide(gradient)
+        except _CannotWidenError:
+            continue  # what was inserted so far is unused
         with graph.inserting_before(node):
-            widening = _Widening(graph, stop, full, written)
-            try:
-                wide = widening.wide(gradient)
-            except _CannotWidenError:
-                continue  # what was inserted so far is unused
             inside, zero = widening.inside(value, 0.0)
             padded = graph.call_function(_ATEN.where.self, (inside, wide, zero))
         padded.meta.update(node.meta)
@@ -87,7 +87,7 @@ class _Widening:
     """This class computes values with ``full`` columns whose first ``columns`` are those of the given values.
 
     Args:
-        graph: Where operations are inserted.
+        graph: Where each wide operation is inserted right after the narrow one.
         columns: Number of columns of the given values.
         full: Number of columns of the results.
         written: Nodes whose memory changes, so that a later operation could read other values.
@@ -116,7 +116,8 @@ class _Widening:
         if not self._is_narrow(value):
             raise _CannotWidenError
         if node not in self._known:
-            self._known[node] = self._made(node)
+            with self._graph.inserting_before(node.next):
+                self._known[node] = self._made(node)
         return self._known[node]
 
     def inside(self, like: Tensor, outside: float) -> tuple[Node, Node]:
@@ -170,16 +171,15 @@ class _Widening:
         values, axis, to_float = node.args
         if to_float or not _is_over_columns(axis, node.meta["val"]):
             raise _CannotWidenError
-        with self._graph.inserting_before(node):
-            inside, infinite = self.inside(node.meta["val"], -torch.inf)
-            wide = self._call(_ATEN.where.self, inside, self.wide(values), infinite)
-            shifted = self._call(
-                _ATEN.sub.Tensor, wide, self._call(_ATEN.amax.default, wide, [-1], True)
-            )
-            exponentials = self._call(_ATEN.exp.default, shifted)
-            total = self._call(_ATEN.sum.dim_IntList, exponentials, [-1], True)
-            found = self._call(_ATEN.sub.Tensor, shifted, self._call(_ATEN.log.default, total))
-            narrow = self._call(_ATEN.slice.Tensor, found, axis, 0, self._columns)
+        inside, infinite = self.inside(node.meta["val"], -torch.inf)
+        wide = self._call(_ATEN.where.self, inside, self.wide(values), infinite)
+        shifted = self._call(
+            _ATEN.sub.Tensor, wide, self._call(_ATEN.amax.default, wide, [-1], True)
+        )
+        exponentials = self._call(_ATEN.exp.default, shifted)
+        total = self._call(_ATEN.sum.dim_IntList, exponentials, [-1], True)
+        found = self._call(_ATEN.sub.Tensor, shifted, self._call(_ATEN.log.default, total))
+        narrow = self._call(_ATEN.slice.Tensor, found, axis, 0, self._columns)
         value = node.meta["val"]
         found.meta["val"] = value.new_empty((*value.shape[:-1], self._full))
         narrow.meta.update(node.meta)
