@@ -31,8 +31,11 @@ _VIEWS = {_ATEN.view.default, _ATEN._unsafe_view.default}
 def pad_last(module: GraphModule) -> None:
     """Rewrite each padded gradient whose elements depend on their own column, and on values of their row."""
     graph = module.graph
+    paddings = graph.find_nodes(op="call_function", target=_ATEN.slice_backward.default)
+    if not paddings:
+        return
     written = set(map(_memory, written_bases(graph)))
-    for node in graph.find_nodes(op="call_function", target=_ATEN.slice_backward.default):
+    for node in paddings:
         gradient, sizes, axis, start, stop, step = node.args
         value, full = node.meta["val"], sizes[-1]
         # Sizes that differ from batch to batch are nodes, and columns may be counted from the end.

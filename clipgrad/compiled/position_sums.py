@@ -45,17 +45,17 @@ def _(rows: Tensor, samples: int) -> Tensor:
 def sum_apart(module: GraphModule) -> None:
     """Make each sum over the positions of an activation's gradient an operation that the compiler leaves as it is."""
     graph = module.graph
-    for node in graph.find_nodes(op="call_function", target=_ATEN.sum.dim_IntList):
-        rows = _rows_of_activation(node)
-        if rows is None:
-            continue
+    sums = graph.find_nodes(op="call_function", target=_ATEN.sum.dim_IntList)
+    found = [(node, rows) for node in sums if (rows := _rows_of_activation(node)) is not None]
+    for node, rows in found:
         with graph.inserting_before(node):
             samples = node.meta["val"].shape[0]
             apart = graph.call_function(sum_over_positions._opoverload, (rows, samples))
         apart.meta.update(node.meta)
         node.replace_all_uses_with(apart)
         graph.erase_node(node)
-    module.recompile()
+    if found:
+        module.recompile()
 
 
 def _rows_of_activation(node: Node) -> Node | None:
