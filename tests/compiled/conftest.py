@@ -35,12 +35,12 @@ NONSENSE = 77
 
 
 class Recorder:
-    """Counts what is asked of it."""
+    """Counts what is asked of it; each replay has to wait for the one before."""
 
     made: list[Recorder]
 
     def __init__(self, pool: object) -> None:
-        self.replays = 0
+        self.replays, self.waited = 0, False
         type(self).made.append(self)
 
     def record(self, function: Callable[[], Sequence[Tensor]]) -> Sequence[Tensor]:
@@ -48,9 +48,12 @@ class Recorder:
         self._results = [result.clone().fill_(NONSENSE) for result in function()]
         return self._results
 
-    def wait(self) -> None: ...
+    def wait(self) -> None:
+        self.waited = True
 
     def replay(self) -> None:
+        assert self.waited, "another recording may be at work in the same memory"
+        self.waited = False
         self.replays += 1
         for kept, result in zip(self._results, self._function(), strict=True):
             kept.copy_(result)
