@@ -16,7 +16,7 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch.fx import Graph, GraphModule, Node
 
-from clipgrad.compiled.views import view_base, written_bases
+from clipgrad.compiled.views import VIEWS, view_base, written_bases
 
 _DEVICES = {"cuda"}  # a CPU was not measured
 # Columns of padding that align a row of 16-bit numbers. A slice of a few columns should not read all the others.
@@ -25,29 +25,21 @@ _ATEN = torch.ops.aten
 _COPIES = {
     _ATEN._to_copy.default, _ATEN.alias.default, _ATEN.clone.default, _ATEN.detach.default,
 }  # fmt: skip
-_VIEWS = {_ATEN.view.default, _ATEN._unsafe_view.default}
 
 
 def pad_last(module: GraphModule) -> None:
     """Rewrite each padded gradient whose elements depend on their own column, and on values of their row."""
     graph = module.graph
-    paddings = graph.find_nodes(op="call_function", target=_ATEN.slice_backward.default)
+    nodes = graph.find_nodes(op="call_function", target=_ATEN.slice_backward.default)
+    paddings = [(node, columns) for node in nodes if (columns := _columns(node)) is not None]
     if not paddings:
         return
-    written = set(map(_memory, written_bases(graph)))
-    for node in paddings:
-        gradient, sizes, axis, start, stop, step = node.args
-        value, full = node.meta["val"], sizes[-1]
-        # Sizes that differ from batch to batch are nodes, and columns may be counted from the end.
-        known = isinstance(full, int) and isinstance(stop, int)
-        first_columns = (axis, start, step) == (value.dim() - 1, 0, 1)
-        if not (known and first_columns and value.device.type in _DEVICES):
-            continue
-        if stop < 2 or not 0 < full - stop <= _MOST_PADDING:
-            continue
-        widening = _Widening(graph, stop, full, written)
+    written = written_bases(graph)
+    for node, columns in paddings:
+        value = node.meta["val"]
+        widening = _Widening(graph, columns, value.shape[-1], written)
         try:
-            wide = widening.wide(gradient)
+            wide = widening.wide(node.args[0])
         except _CannotWidenError:
             continue  # what was inserted so far is unused
         with graph.inserting_before(node):
@@ -59,12 +51,17 @@ def pad_last(module: GraphModule) -> None:
     module.recompile()
 
 
-def _memory(node: Node) -> Node:
-    """Return the node whose memory a node reads; PyTorch does not declare this for ``_unsafe_view``."""
-    node = view_base(node)
-    while node.target is _ATEN._unsafe_view.default:
-        node = view_base(node.args[0])  # type: ignore[arg-type]
-    return node
+def _columns(node: Node) -> int | None:
+    """Return how many columns a gradient has before a few columns of zeros are added; None if that is not all."""
+    given: Any = node.args
+    _, sizes, axis, start, stop, step = given
+    value, full = node.meta["val"], sizes[-1]
+    # Sizes that differ from batch to batch are nodes, and columns may be counted from the end.
+    known = isinstance(full, int) and isinstance(stop, int)
+    first_columns = (axis, start, step) == (value.dim() - 1, 0, 1)
+    if not (known and first_columns and value.device.type in _DEVICES):
+        return None
+    return stop if stop >= 2 and 0 < full - stop <= _MOST_PADDING else None
 
 
 def _is_elementwise(node: Node) -> bool:
@@ -111,7 +108,7 @@ class _Widening:
             return node
         value = node.meta.get("val")
         # Without a value, this module made the node, for another padding.
-        if value is None or _memory(node) in self._written:
+        if value is None or view_base(node) in self._written:
             raise _CannotWidenError
         shape = value.shape
         if not shape or (isinstance(shape[-1], int) and shape[-1] == 1):
@@ -136,7 +133,7 @@ class _Widening:
     def _made(self, node: Node) -> Node:
         if _is_elementwise(node):
             return self._call(node.target, *map(self.wide, node.args), **node.kwargs)
-        if node.target in _VIEWS:
+        if node.target in VIEWS:
             source, sizes = node.args
             if not self._is_narrow(source.meta.get("val")):  # type: ignore[union-attr]
                 raise _CannotWidenError  # columns of the view may be rows
@@ -160,7 +157,7 @@ class _Widening:
     def _sliced(self, source: Any, *place: Any) -> Node | None:
         """Return what was sliced, if the slice has its first columns and nothing writes to it."""
         value = source.meta.get("val")
-        if value is None or _memory(source) in self._written:
+        if value is None or view_base(source) in self._written:
             return None
         first_columns = place == (value.dim() - 1, 0, self._columns)
         return source if first_columns and value.shape[-1] == self._full else None

@@ -14,6 +14,8 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from clipgrad.compiled.views import VIEWS
+
 _DEVICES = {"cuda"}  # a CPU was not measured
 # A smaller sum costs no more than the launch of a kernel.
 _FEWEST_ELEMENTS = 1 << 20
@@ -24,7 +26,7 @@ _ACTIVATIONS = {
     _ATEN.sigmoid_backward.default, _ATEN.silu_backward.default, _ATEN.softplus_backward.default,
     _ATEN.tanh_backward.default,
 }  # fmt: skip
-_VIEWS = {_ATEN.view.default, _ATEN.alias.default, _ATEN.detach.default, _ATEN._unsafe_view.default}
+_VIEWS = {_ATEN.alias.default, _ATEN.detach.default, *VIEWS}
 _ARITHMETIC = {
     _ATEN.add.Tensor, _ATEN.mul.Scalar, _ATEN.mul.Tensor, _ATEN.neg.default, _ATEN.sub.Tensor,
     _ATEN._to_copy.default,
@@ -64,13 +66,13 @@ def _rows_of_activation(node: Node) -> Node | None:
     assert isinstance(summed, Node)
     value = summed.meta.get("val")
     over_positions = list(axes) == [1] and not any(keeps)  # type: ignore[arg-type]
-    if value is None or not over_positions or value.dim() != 3:
+    if value is None or value.device.type not in _DEVICES or not over_positions or value.dim() != 3:
         return None
-    served = value.device.type in _DEVICES and node.meta["val"].dtype is _wide(value)
+    if not isinstance(value.shape[0], int) or node.meta["val"].dtype is not _wide(value):
+        return None
     # Lengths may be symbols, about which the graph must learn nothing.
     one_position = statically_known_true(value.shape[1] == 1)
-    few = one_position or statically_known_true(value.numel() < _FEWEST_ELEMENTS)
-    if not served or few or not isinstance(value.shape[0], int):
+    if one_position or statically_known_true(value.numel() < _FEWEST_ELEMENTS):
         return None
     *views, made = _behind_views(summed)
     # The layer's own product reads this matrix. The same node for both makes the compiler compute it once.
@@ -106,4 +108,4 @@ def _is_of_activation(node: Node) -> bool:
 
 
 def _wide(tensor: Tensor) -> torch.dtype:
-    return torch.float64 if tensor.dtype is torch.float64 else torch.float32
+    return torch.promote_types(tensor.dtype, torch.float32)

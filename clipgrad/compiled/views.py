@@ -9,7 +9,7 @@ import torch
 from torch._ops import OpOverload
 from torch.fx import Graph, GraphModule, Node
 
-_VIEWS = (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default)
+VIEWS = (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default)
 # These read the whole memory of their first argument, also elements that the argument itself does not have.
 _READ_MEMORY = (
     torch.ops.aten.as_strided.default,
@@ -22,6 +22,8 @@ def _aliased_arguments(node: Node, *, written: bool) -> list[Node]:
     """Return the arguments that an operation writes to, or whose memory its result may share."""
     if not isinstance(node.target, OpOverload):
         return list(node.args[:1]) if node.target is operator.getitem and not written else []  # type: ignore[arg-type]
+    if node.target is torch.ops.aten._unsafe_view.default and not written:
+        return list(node.args[:1])  # type: ignore[arg-type]  # PyTorch's schema does not declare it
     parameters = node.target._schema.arguments
     by_name = {parameter.name: parameter for parameter in parameters}
     given = [
@@ -71,7 +73,7 @@ def let_views_copy(module: GraphModule) -> None:
     """
     graph = module.graph
     stays = written_bases(graph) | _bases_read_by_stride(graph)
-    for view in _VIEWS:
+    for view in VIEWS:
         for node in graph.find_nodes(op="call_function", target=view):
             if view_base(node) not in stays:
                 node.target = torch.ops.aten.reshape.default

@@ -61,9 +61,10 @@ class LossCapture:
 
     def __init__(self, fn: Callable[..., Any]) -> None:
         self._graphs: list[GraphModule] = []
-        self._changes: dict[GraphModule, bool] = {}
         self._seen: dict[Any, int] = {}
-        self._served: tuple[GraphModule, list[Any], dict[int, bool], list[Tensor]] | None = None
+        self._served: tuple[GraphModule, list[Any], dict[int, bool], list[Tensor], bool] | None = (
+            None
+        )
         self._guards_only = False
         self._call = torch.compile(_with_own_code(fn), backend=self._backend, fullgraph=True)
 
@@ -130,7 +131,6 @@ class LossCapture:
             raise RuntimeError("no graph is left")
         changes = refuse_side_effects()
         module = make_pure(module)
-        self._changes[module] = changes
         numbers = take_numbers(module)
         refuse_writes(module)
         kept = remove_unused_inputs(module)
@@ -146,7 +146,7 @@ class LossCapture:
             taken = [inputs[position] for position in kept]
             for index in lifted:
                 taken[index] = float(taken[index])
-            self._served = module, taken, lifted, outputs
+            self._served = module, taken, lifted, outputs, changes
             return outputs
 
         return served
@@ -157,6 +157,7 @@ class LossCapture:
         inputs: list[Any],
         numbers: dict[int, bool],
         outputs: list[Tensor],
+        changes: bool,
         result: Any,
         parameters: Sequence[Tensor],
         leaves: Sequence[Any],
@@ -186,7 +187,7 @@ class LossCapture:
             results,
             aux,
             constants,
-            self._changes[module],
+            changes,
             frozenset(lifted),
         )
 

@@ -13,6 +13,8 @@ from torch.fx import GraphModule
 
 from clipgrad.compiled import backend
 from clipgrad.compiled import compiler as compiler_module
+from clipgrad.engine.reference import Params, clipped_sum, per_sample_gradients_by_loop
+from clipgrad.result import ClippedGradResult
 
 
 @dataclass
@@ -84,3 +86,18 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> Graphs:
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)
+
+
+def norms_of_equal_sums(
+    found: ClippedGradResult,
+    loss: Callable[..., Tensor],
+    norm: float,
+    params: Params,
+    *batch: Tensor,
+) -> Tensor:
+    """Compare clipped sums in float64 with those of a loop over the samples, and return its norms."""
+    per_sample = per_sample_gradients_by_loop(loss, params, *batch)[1]
+    expected, norms = clipped_sum(per_sample, norm)
+    for key, total in expected.items():
+        torch.testing.assert_close(found.grads[key], total, rtol=1e-12, atol=1e-12)
+    return norms

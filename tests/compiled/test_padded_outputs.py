@@ -13,10 +13,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from clipgrad import clipped_grad
 from clipgrad.compiled import cross_entropy, padded_outputs
-from clipgrad.engine.reference import clipped_sum, per_sample_gradients_by_loop
 from clipgrad.kernels import half_products
 from clipgrad.rules import linear as linear_module
-from tests.compiled.conftest import Graphs
+from tests.compiled.conftest import Graphs, norms_of_equal_sums
 from tests.nightly import every
 
 close = torch.testing.assert_close
@@ -155,10 +154,7 @@ def test_exact(name: str, graphs: Graphs) -> None:
     if name == "tokens":
         y[1, 2:] = -100
     found = clipped_in_graph(loss, params, x, y)
-    expected, norms = clipped_sum(per_sample_gradients_by_loop(loss, params, x, y)[1], 0.3)
-    for key, total in expected.items():
-        close(found.grads[key], total, rtol=1e-12, atol=1e-12)
-    close(found.grad_norms, norms)
+    close(found.grad_norms, norms_of_equal_sums(found, loss, 0.3, params, x, y))
     if name in WIDENED:
         assert not pads_left(graphs)
 
@@ -176,10 +172,7 @@ def test_two_graphs_serve_all_lengths(graphs: Graphs) -> None:
         x = torch.randn(4, length, 3, dtype=torch.float64)
         y = torch.randint(CLASSES, (4, length))
         found = gradient(params, x, y)
-        per_sample = per_sample_gradients_by_loop(some_tokens, params, x, y)[1]
-        expected, _ = clipped_sum(per_sample, 0.3)
-        for key, total in expected.items():
-            close(found.grads[key], total, rtol=1e-12, atol=1e-12)
+        norms_of_equal_sums(found, some_tokens, 0.3, params, x, y)
     assert len(graphs) == 2
     for module in graphs.modules:
         found_lt = module.graph.find_nodes(op="call_function", target=torch.ops.aten.lt.Scalar)
@@ -201,12 +194,8 @@ def test_a_sample_that_is_not_finite(broken: float, graphs: Graphs) -> None:
     x[2, 1, 0] = broken
     found = clipped_in_graph(tokens, params, x, y)
     keep = [0, 1, 3]
-    expected, _ = clipped_sum(
-        per_sample_gradients_by_loop(tokens, params, x[keep], y[keep])[1], 0.3
-    )
     assert found.num_nonfinite == 1
-    for key, total in expected.items():
-        close(found.grads[key], total, rtol=1e-12, atol=1e-12)
+    norms_of_equal_sums(found, tokens, 0.3, params, x[keep], y[keep])
 
 
 def test_logits_far_below_zero(graphs: Graphs) -> None:
@@ -214,11 +203,8 @@ def test_logits_far_below_zero(graphs: Graphs) -> None:
     params, x, y = made()
     params["b"] -= 2000.0
     found = clipped_in_graph(tokens, params, x, y)
-    expected, norms = clipped_sum(per_sample_gradients_by_loop(tokens, params, x, y)[1], 0.3)
     assert not pads_left(graphs)
-    for key, total in expected.items():
-        close(found.grads[key], total, rtol=1e-12, atol=1e-12)
-    close(found.grad_norms, norms)
+    close(found.grad_norms, norms_of_equal_sums(found, tokens, 0.3, params, x, y))
 
 
 def padded(gradient: Tensor) -> Tensor:
