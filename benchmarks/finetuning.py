@@ -37,7 +37,6 @@ WARM = 16
 TURN = 5  # steps
 ALLOWED = 1.3  # times the memory of the ordinary step
 # A compiled step is compared with the eager one in steps 1, 2, 4, 8, 16. The recording is made in one of the first.
-KINDS = ("private, compiled", "private, eager", "ordinary, recorded", "ordinary")
 MEASURED = {1: "the first", 12: "a usual", 16: "a compared"}
 USUAL = f"GiB in {MEASURED[12]} step"
 
@@ -175,7 +174,7 @@ def private(setting: Setting, device: str, compile: bool | str) -> Callable[[], 
 
 
 def milliseconds(step: Callable[[], None], device: str) -> float:
-    """Milliseconds of a step within a turn."""
+    """Run a turn, and return the milliseconds of one of its steps."""
     wait(device)
     start = time.perf_counter()
     for _ in range(TURN):
@@ -196,14 +195,15 @@ def kernels(step: Callable[[], None], device: str) -> str:
     return table
 
 
-def makers(setting: Setting, device: str, mode: str) -> dict[str, Callable[[], Callable[[], None]]]:
-    """How each kind of step is made; private ones come first, since the next may use memory that these leave."""
-    return {
-        "private, compiled": lambda: private(setting, device, mode),
-        "private, eager": lambda: private(setting, device, False),
-        "ordinary, recorded": lambda: ordinary(setting, device, "reduce-overhead"),
-        "ordinary": lambda: ordinary(setting, device, "default"),
-    }
+# Private steps come first, since the next kind may use memory that they leave free.
+KINDS: dict[str, Callable[[Setting, str, str], Callable[[], None]]] = {
+    "private, compiled": private,
+    "private, eager": lambda setting, device, mode: private(setting, device, False),
+    "ordinary, recorded": lambda setting, device, mode: ordinary(
+        setting, device, "reduce-overhead"
+    ),
+    "ordinary": lambda setting, device, mode: ordinary(setting, device, "default"),
+}
 
 
 def warmed(step: Callable[[], None], device: str, before: int, started: float) -> dict[str, float]:
@@ -229,10 +229,10 @@ def measured(
     steps: dict[str, Callable[[], None]] = {}
     row: dict[str, Any] = {"setting": name}
     at_rest: dict[str, int] = {}
-    for kind, make in makers(setting, device, mode).items():
+    for kind, make in KINDS.items():
         if kind in kinds:
             before, started = taken(device), time.perf_counter()
-            steps[kind] = make()
+            steps[kind] = make(setting, device, mode)
             found = warmed(steps[kind], device, before, started)
             row |= {f"{kind}: {what}": value for what, value in found.items()}
             at_rest[kind] = taken(device) - before
@@ -270,11 +270,13 @@ def main() -> None:
         choices=("highest", "high", "medium"),
         help="of float32 products, for both steps",
     )
-    parser.add_argument("--kinds", nargs="+", default=KINDS, choices=KINDS)
+    parser.add_argument("--kinds", nargs="+", default=tuple(KINDS), choices=KINDS)
     parser.add_argument(
         "--profile", type=Path, help="append tables of the device's kernels to this file"
     )
     args = parser.parse_args()
+    if not any("ordinary" in kind for kind in args.kinds):
+        parser.error("--kinds needs an ordinary step, with which the others are compared")
     # By default TF32, as in ordinary training on such a GPU.
     torch.set_float32_matmul_precision(args.precision)
     for name in args.settings:

@@ -89,7 +89,7 @@ def most_allocated(function: Callable[[], object], device: torch.device) -> int:
 def take_at_once(size: int, device: torch.device) -> None:
     """Let the memory of a recording begin as one piece, which PyTorch divides among its tensors.
 
-    Otherwise PyTorch takes a piece from the device for each tensor that fits into none. A free piece rarely fits the
-    next tensor, and a recording gives nothing back: GPT-2's took 7.4 GiB for 4.6 GiB of tensors.
+    Otherwise PyTorch takes a new piece from the device for each tensor that fits into no free one. A free piece rarely
+    fits the next tensor, and a recording gives nothing back: GPT-2's took 7.4 GiB for 4.6 GiB of tensors.
     """
     torch.empty(size, dtype=torch.uint8, device=device)

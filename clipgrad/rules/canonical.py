@@ -123,9 +123,8 @@ class PerSample:
         return None
 
     def select(self, keep: Tensor) -> PerSample:
-        if sums_rows(
-            self.gradient
-        ):  # the sum leaves dropped samples out, since their factor is zero
+        # Such a sum leaves dropped samples out, since their factor is zero.
+        if sums_rows(self.gradient):
             return self
         return PerSample(select_rows(self.gradient, keep))
 

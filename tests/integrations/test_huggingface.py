@@ -495,9 +495,8 @@ def test_filter_of_losses_is_the_users(filters: bool, tmp_path: Path) -> None:
     saved = torch.load(tmp_path / "checkpoint-4/training_args.bin", weights_only=False)
     assert saved.logging_nan_inf_filter is filters
     losses = [x["loss_not_private"] for x in trainer.state.log_history if "learning_rate" in x]
-    if (
-        filters
-    ):  # in pieces of different sizes, the mean over a step is still that of the last finite loss
+    # In pieces of different sizes, the mean over a step is still that of the last finite loss.
+    if filters:
         assert losses == pytest.approx([3.0] * 4)
     else:  # it stays in the trainer's running sum
         assert [math.isnan(loss) for loss in losses] == [False, False, True, True]
