@@ -8,6 +8,7 @@ from weakref import WeakSet
 
 import torch
 from torch import Tensor
+from torch._inductor.cudagraph_trees import clear_cublas_manager
 
 
 class Pool:
@@ -22,6 +23,8 @@ class Pool:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.handle: Any = None
+        # PyTorch divides the memory of a stream among tensors of that stream only.
+        self.stream: torch.cuda.Stream | None = None
         self.recorders: WeakSet[CudaRecorder] = WeakSet()
         self._last: torch.cuda.Stream | None = None
 
@@ -48,17 +51,25 @@ class CudaRecorder:
         """Run the function and record its work; every replay overwrites the memory of its results."""
         device = self._pool.device
         with torch.cuda.device(device):
-            stream, now = torch.cuda.Stream(), torch.cuda.current_stream()
-            stream.wait_stream(now)
-            with torch.cuda.stream(stream):
-                # Libraries create their handles and workspaces at the first use of a stream.
-                most = most_allocated(function, device)
-            now.wait_stream(stream)
             is_first = not self._pool.recorders
             if is_first:
                 self._pool.handle = torch.cuda.graph_pool_handle()
-            with torch.cuda.graph(
-                self._graph, self._pool.handle, stream, capture_error_mode="thread_local"
+                self._pool.stream = torch.cuda.Stream()
+            stream, now = self._pool.stream, torch.cuda.current_stream()
+            assert stream is not None
+            stream.wait_stream(now)
+            with torch.cuda.stream(stream):
+                most = most_allocated(
+                    function, device
+                )  # libraries create their handles at the first use
+            now.wait_stream(stream)
+            # PyTorch keeps a workspace of cuBLAS for each stream, and frees all of them when ``torch.compile`` records
+            # a step. Workspaces that are made during the recording lie in its own memory, which stays.
+            with (
+                clear_cublas_manager(),
+                torch.cuda.graph(
+                    self._graph, self._pool.handle, stream, capture_error_mode="thread_local"
+                ),
             ):
                 if is_first:
                     take_at_once(most, device)

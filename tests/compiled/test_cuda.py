@@ -170,7 +170,7 @@ def test_recordings_of_one_loss_share_memory_and_follow_each_other() -> None:
     assert len(sizes_of_pools() - before - Counter({(0, 0): 1 << 40})) == 1
 
 
-def test_a_recording_takes_little_more_memory_than_its_tensors(
+def test_recordings_take_little_more_memory_than_their_tensors(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Each tensor is larger than those before, of which eight are needed at a time."""
@@ -183,17 +183,50 @@ def test_a_recording_takes_little_more_memory_than_its_tensors(
             tensors = tensors[-8:]
         return tensors[-1:]
 
-    def recorded() -> int:
+    def recorded(times: int) -> int:
         pool = Pool(device)
-        recorder = CudaRecorder(pool)
-        (result,) = recorder.record(work)
-        recorder.wait()
-        recorder.replay()
-        torch.testing.assert_close(result, work()[0])
+        recorders = [CudaRecorder(pool) for _ in range(times)]
+        results = [recorder.record(work)[0] for recorder in recorders]
+        for recorder, result in zip(recorders, results, strict=True):
+            recorder.wait()
+            recorder.replay()
+            torch.testing.assert_close(result, work()[0])
         return sizes_of_pools()[tuple(pool.handle)]
 
     device = torch.device("cuda", torch.cuda.current_device())
     most = most_allocated(work, device)
-    in_one_piece = recorded()
+    in_one_piece = recorded(1)
+    assert recorded(2) < 1.5 * in_one_piece
     monkeypatch.setattr(recorder_module, "take_at_once", lambda size, device: None)
-    assert most <= in_one_piece < 0.7 * recorded()
+    assert most <= in_one_piece < 0.7 * recorded(1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_recording_keeps_the_workspaces_of_its_products(dtype: torch.dtype) -> None:
+    """A step that ``torch.compile`` records makes PyTorch free all workspaces of cuBLAS."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    # Products with long sums and few results are divided, and the parts are kept in a workspace.
+    sizes = [(64, 1 << 16, 64), (32, 1 << 15, 128), (8, 1 << 17, 8), (1, 1 << 16, 256)]
+    factors = [
+        (torch.randn(n, k, device=device, dtype=dtype), torch.randn(k, m, device=device, dtype=dtype))
+        for n, k, m in sizes
+    ]  # fmt: skip
+
+    def work() -> list[Tensor]:
+        return [left @ right for left, right in factors]
+
+    expected = work()
+    recorder = CudaRecorder(Pool(device))
+    results = recorder.record(work)
+    recorded = torch.compile(lambda t: t.relu() @ t, mode="reduce-overhead")
+    for _ in range(3):
+        recorded(torch.ones(8, 8, device=device))
+    torch.cuda.empty_cache()
+    others = [torch.full((1 << 20,), 7.0, device=device) for _ in range(64)]
+    for _ in range(3):
+        recorder.wait()
+        recorder.replay()
+    torch.cuda.synchronize()
+    assert all(bool((other == 7).all()) for other in others)
+    for result, value in zip(results, expected, strict=True):
+        torch.testing.assert_close(result, value, rtol=1e-3, atol=1.0)
