@@ -13,8 +13,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from clipgrad.rules.registry import Call, Decline, register_decomposition, register_rule
+
+_PLAIN = (
+    Tensor,
+    torch.nn.Parameter,
+    FakeTensor,
+)  # a mask that the loss makes is fake during a trace
 
 
 @register_rule(F.scaled_dot_product_attention, name="scaled_dot_product_attention")
@@ -36,7 +43,7 @@ def scaled_dot_product_attention(
     """
     if dropout_p > 0 and call.randomness != "different":
         raise Decline  # one folded call samples a separate dropout mask for each sample
-    if attn_mask is not None and type(attn_mask) not in (Tensor, torch.nn.Parameter):
+    if attn_mask is not None and type(attn_mask) not in _PLAIN:
         raise Decline  # subclasses such as CausalBias bring their own implementation
     if min(query.dim(), key.dim(), value.dim()) < 2:
         raise Decline
@@ -46,6 +53,10 @@ def scaled_dot_product_attention(
     q, k, v = (call.batched(operand) for operand in (query, key, value))
     lead = _broadcast_lead(q, k, v, enable_gqa)
     mask = None if attn_mask is None else _fold_mask(call, attn_mask, lead)
+    if mask is not None and mask.stride(-1) != 1:
+        mask = (
+            mask.contiguous()
+        )  # PyTorch has no fused attention for such a mask, which transformers makes of a range
     heads = None if enable_gqa else lead[-1:]
     y = F.scaled_dot_product_attention(
         _fold(q, lead[:-1], heads),
