@@ -132,7 +132,7 @@ def test_kernel_is_used_on_cuda() -> None:
     left, right = torch.randn(2, 40, 64, 20, device="cuda")
     result = gram_launch.gram_sums(left, right)
     assert result is not None
-    assert torch.equal(result, found(left, right))
+    assert torch.equal(result.sum(2), found(left, right))
 
 
 @pytest.mark.cuda

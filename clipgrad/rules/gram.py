@@ -60,11 +60,11 @@ def gram_sums(left: Tensor, right: Tensor) -> tuple[Tensor, Lengths]:
     The factors are ``[B, S, rows]`` and ``[B, S, columns]``; with half precision of either the result is float32.
     """
     if left.device.type == "cuda" and {left.dtype, right.dtype} <= _BY_KERNEL:
-        norms, *lengths = _as_operation(left, right).unbind()
+        norms, *lengths = _as_operation(left, right).sum(2).unbind()
         return norms, Lengths(*lengths)
     left, right = (factor.float() if factor.dtype in HALF else factor for factor in (left, right))
     if get_proxy_mode() is not None and rounds(left):
-        norms, *lengths = _as_operation(left, right).unbind()
+        norms, *lengths = _as_operation(left, right).sum(2).unbind()
     else:
         with set_precision(left.device.type, FULL):
             norms, *lengths = _by_products(left, right)
@@ -130,17 +130,25 @@ def _inner_products(rows: Tensor, columns: Tensor) -> Tensor:
     return sum(others, start=first)
 
 
-# A custom operation keeps the setting of precision and the kernel inside one node of a traced graph.
+# A custom operation keeps the setting of precision and the kernel inside one node of a traced graph. Parts are added
+# outside, where the compiler joins the sum with what uses it.
 @torch.library.custom_op("clipgrad::gram_sums", mutates_args=())
 def _as_operation(left: Tensor, right: Tensor) -> Tensor:
-    """Return squared norms and the three lengths, ``[4, B]``, from clipgrad's Triton kernel where it is usable."""
+    """Return parts of norms and lengths, ``[4, B, parts]``, from clipgrad's Triton kernel where it is usable."""
     launch = launcher("gram_launch") if left.is_cuda else None
     if launch is not None and (found := launch.gram_sums(left, right)) is not None:
         return found  # type: ignore[no-any-return]
     with set_precision(left.device.type, FULL):
-        return torch.stack(_by_products(left, right))
+        whole = torch.stack(_by_products(left, right))
+    others = whole.new_zeros(*whole.shape, _number_of_parts(left) - 1)
+    return torch.cat([whole.unsqueeze(2), others], 2)
 
 
 @_as_operation.register_fake
 def _(left: Tensor, right: Tensor) -> Tensor:
-    return left.new_empty(4, left.shape[0], dtype=torch.float32)
+    return left.new_empty(4, left.shape[0], _number_of_parts(left), dtype=torch.float32)
+
+
+def _number_of_parts(left: Tensor) -> int:
+    launch = launcher("gram_launch") if left.is_cuda else None
+    return 1 if launch is None else launch.number_of_parts(left.shape[1])
