@@ -101,9 +101,9 @@ def llama(device: str, *, tiny: bool = False) -> Setting:
     return Setting(model, text(model.config.vocab_size, *shape, device))
 
 
-def vit(device: str, *, tiny: bool = False) -> Setting:
+def vit(device: str, *, tiny: bool = False, masked: bool = True) -> Setting:
     """ViT-B/16 of 86 million parameters, all of them trained, in float32."""
-    model = large_models.vit(tiny=tiny).to(device)
+    model = large_models.vit(tiny=tiny, masked=masked).to(device)
     generator = torch.Generator().manual_seed(0)
     size, side = (4, 32) if tiny else (64, 224)
     images = torch.randn(size, 3, side, side, generator=generator)
@@ -136,6 +136,7 @@ SETTINGS: dict[str, Callable[[str], Setting]] = {
     "llama-lora-tiny": lambda device: llama_lora(device, tiny=True),
     "vit": vit,
     "vit-bf16": lambda device: in_bfloat16(vit(device)),
+    "vit-bf16-unmasked": lambda device: in_bfloat16(vit(device, masked=False)),
     "vit-bf16-tiny": lambda device: in_bfloat16(vit(device, tiny=True)),
 }
 
@@ -191,7 +192,8 @@ def kernels(step: Callable[[], None], device: str) -> str:
             step()
         wait(device)
     order = "self_cpu_time_total" if device == "cpu" else "self_device_time_total"
-    table: str = profiler.key_averages().table(sort_by=order, row_limit=60)
+    averages = profiler.key_averages()
+    table: str = averages.table(sort_by=order, row_limit=60, max_name_column_width=100)
     return table
 
 

@@ -42,10 +42,18 @@ def llama(*, tiny: bool = False, big: bool = False) -> nn.Module:
     return transformers.LlamaForCausalLM(config)
 
 
-def vit(*, tiny: bool = False) -> nn.Module:
-    """Return ViT-B/16 with a classifier of ten labels and no dropout, or a small model of the same kind."""
-    import transformers
+def vit(*, tiny: bool = False, masked: bool = True) -> nn.Module:
+    """Return ViT-B/16 with a classifier of ten labels and no dropout, or a small model of the same kind.
 
+    Images need no mask. With PyTorch 2.11 ``transformers`` makes one all the same while ``torch.compile`` looks on, and
+    PyTorch has no fused attention for it. ``masked=False`` registers attention that gets no mask.
+    """
+    import transformers
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    if not masked:
+        transformers.AttentionInterface.register("sdpa_unmasked", sdpa_attention_forward)
+        transformers.AttentionMaskInterface.register("sdpa_unmasked", lambda **_: None)
     small: dict[str, Any] = {
         "image_size": 32, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
     }  # fmt: skip
@@ -53,6 +61,7 @@ def vit(*, tiny: bool = False) -> nn.Module:
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
         num_labels=10,
+        attn_implementation="sdpa" if masked else "sdpa_unmasked",
         **(small if tiny else {}),
     )
     return transformers.ViTForImageClassification(config)
