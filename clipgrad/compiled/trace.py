@@ -6,7 +6,6 @@ tensor operations that they called, so the compiler sees no custom backward pass
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -14,9 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
 from torch.fx.graph import CodeGen
 from torch.overrides import TorchFunctionMode
@@ -24,9 +22,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from clipgrad.compiled.decompositions import DECOMPOSITIONS
+from clipgrad.compiled.duplicates import merge_equal
 from clipgrad.compiled.lengths import Lengths
 from clipgrad.compiled.padded_outputs import pad_last
 from clipgrad.compiled.position_sums import sum_apart
+from clipgrad.compiled.randomness import may_be_random
 from clipgrad.compiled.views import written_bases
 from clipgrad.compiled.zeroing import zero_in_place
 from clipgrad.engine.captured_loss import GraphOfLoss
@@ -196,38 +196,12 @@ def trace(
         module = make_fx(step, decomposition_table=DECOMPOSITIONS)(*arguments)
     constants = _lift_constants(module)
     writes_outside = any(base.op == "placeholder" for base in written_bases(module.graph))
-    has_no_side_effects = not (writes_outside or any(map(_may_be_random, module.graph.nodes)))
+    has_no_side_effects = not (writes_outside or any(map(may_be_random, module.graph.nodes)))
+    merge_equal(module)
     zero_in_place(module)
     sum_apart(module)
     pad_last(module)
     return TracedStep(module, layouts[0], constants, needs_finite_check, has_no_side_effects)
-
-
-_KNOWN = {"aten", "prims", "clipgrad"}
-_OF_SYMBOLS = {"_operator", "math"}
-"""Python's modules of the functions that a graph calls for sizes with symbols."""
-
-
-def _may_be_random(node: Node) -> bool:
-    """Return whether a node may use random numbers; operations of other packages are assumed to."""
-    if node.op != "call_function" or node.target is operator.getitem:
-        return False
-    target = node.target
-    if not isinstance(target, OpOverload):
-        return getattr(target, "__module__", None) not in _OF_SYMBOLS
-    if target.namespace not in _KNOWN:
-        return True
-    return torch.Tag.nondeterministic_seeded in target.tags and _dropout(node) != 0.0
-
-
-def _dropout(node: Node) -> Any:
-    """The probability of dropout in fused attention, which draws nothing without; None for other operations."""
-    assert isinstance(node.target, OpOverload)
-    for index, argument in enumerate(node.target._schema.arguments):
-        if argument.name == "dropout_p":
-            given = node.kwargs.get(argument.name, argument.default_value)
-            return node.args[index] if index < len(node.args) else given
-    return None
 
 
 def _lift_constants(module: GraphModule) -> tuple[Tensor, ...]:

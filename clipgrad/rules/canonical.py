@@ -269,8 +269,11 @@ class Outer:
         return self.stays_half and self.groups == 1 and self.right.dtype is torch.bfloat16
 
     def _scales_left(self, left: Tensor) -> bool:
-        """Return whether a weighted sum scales the left factor, because it is the narrower factor."""
-        return left.shape[-1] <= self.right.shape[-1]
+        """Return whether a weighted sum scales the left factor, because it is the narrower factor.
+
+        Of factors of equal width it scales the right one: a layer's input, which other layers may share.
+        """
+        return left.shape[-1] < self.right.shape[-1]
 
 
 def _over_all(pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
