@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -14,23 +15,25 @@ from clipgrad.rules.gram import _by_products
 CPU = torch.device("cpu")
 
 
-def launched(left: Tensor, right: Tensor) -> Tensor:
-    """Return squared norms and lengths, ``[4, B]``."""
-    parts = launcher.launch(left, right)
-    assert parts.shape == (4, len(left), launcher.number_of_parts(left.shape[1]))
-    return parts.sum(2)
+def launched(*lefts: Tensor, right: Tensor) -> Tensor:
+    """Return squared norms and lengths, ``[len(lefts), 4, B]``."""
+    parts = launcher.launch(lefts, right)
+    assert parts.shape == (len(lefts), 4, len(right), launcher.number_of_parts(right.shape[1]))
+    return parts.sum(3)
 
 
-def check(left: Tensor, right: Tensor) -> None:
-    expected = torch.stack(_by_products(left.double(), right.double()))
-    torch.testing.assert_close(launched(left, right).double(), expected, rtol=2e-6, atol=0)
+def check(*factors: Tensor) -> None:
+    *lefts, right = factors
+    expected = [torch.stack(_by_products(left.double(), right.double())) for left in lefts]
+    found = launched(*lefts, right=right).double()
+    torch.testing.assert_close(found, torch.stack(expected), rtol=2e-6, atol=0)
 
 
 def shapes() -> None:
     for positions in (1, 16, 63, 64, 65, 129, 300):
         check(torch.randn(2, positions, 5), torch.randn(2, positions, 33))
     check(torch.randn(3, 70, 64), torch.randn(3, 70, 32))
-    assert launched(torch.randn(0, 70, 4), torch.randn(0, 70, 3)).shape == (4, 0)
+    assert launched(torch.randn(0, 70, 4), right=torch.randn(0, 70, 3)).shape == (1, 4, 0)
 
 
 def layouts() -> None:
@@ -40,42 +43,53 @@ def layouts() -> None:
     check(left, right[:1].expand_as(right))
 
 
+def several() -> None:
+    """Left factors of several widths and layouts share the right one."""
+    right = torch.randn(70, 3, 40).transpose(0, 1)
+    wide, narrow = torch.randn(3, 70, 90), torch.randn(3, 7, 70).mT
+    check(wide, narrow, right)
+    check(narrow, wide[:, :, ::2], right, right)
+
+
 def values() -> None:
     left, right = torch.ones(2, 64, 3), torch.ones(2, 64, 3)
     left[0, 3, 1] = math.nan
-    found = launched(left, right)
+    found = launched(left, right=right)[0]
     assert not found[:2, 0].isfinite().any()
     assert found[:, 1].isfinite().all()
     left[0, 3, 1] = math.inf
-    assert not launched(left, right)[0, 0].isfinite()
-    assert not launched(0 * right, right)[0].any()
+    assert not launched(left, right=right)[0][0, 0].isfinite()
+    assert not launched(0 * right, right=right)[0, 0].any()
 
 
 def choice() -> None:
     """Small work is left to others, and so is what 32 bits cannot address."""
     enough = torch.randn(32, 20, 3)
-    expected = launcher.launch(enough, enough)
-    found = launcher.gram_sums(enough, enough)
+    expected = launcher.launch([enough], enough)
+    found = launcher.gram_sums([enough], enough)
     assert found is not None
     assert torch.equal(found, expected)
-    assert launcher.gram_sums(enough[:, :15], enough[:, :15]) is None
-    assert launcher.gram_sums(enough[:31], enough[:31]) is None
+    assert launcher.gram_sums([enough[:, :15]], enough[:, :15]) is None
+    assert launcher.gram_sums([enough[:31]], enough[:31]) is None
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(launcher, "_LARGEST_OFFSET", 20 * 3)
-        assert launcher.gram_sums(enough, enough) is None
+        assert launcher.gram_sums([enough], enough) is None
 
 
 def proof() -> None:
     assert launcher.passes_self_test(CPU)
-    right = launcher.launch
+    as_it_is = launcher.launch
 
-    def off(left: Tensor, other: Tensor) -> Tensor:
-        return right(left, other) * (1 + 2e-5)
+    def off(lefts: Sequence[Tensor], right: Tensor) -> Tensor:
+        return as_it_is(lefts, right) * (1 + 2e-5)
 
-    def one_row_less(left: Tensor, other: Tensor) -> Tensor:
-        return right(left[:, :-1], other[:, :-1])
+    def one_row_less(lefts: Sequence[Tensor], right: Tensor) -> Tensor:
+        return as_it_is([left[:, :-1] for left in lefts], right[:, :-1])
 
-    for wrong in (off, one_row_less):
+    def first_left_for_all(lefts: Sequence[Tensor], right: Tensor) -> Tensor:
+        return as_it_is([lefts[0]] * len(lefts), right)
+
+    for wrong in (off, one_row_less, first_left_for_all):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(launcher, "launch", wrong)
             assert not launcher.passes_self_test(CPU)
@@ -83,7 +97,7 @@ def proof() -> None:
 
 def main() -> None:
     torch.manual_seed(0)
-    for part in (shapes, layouts, values, choice, proof):
+    for part in (shapes, layouts, several, values, choice, proof):
         part()
         print(part.__name__)
 

@@ -9,7 +9,10 @@ would also merge tensors that an operation writes to later.
 from __future__ import annotations
 
 import torch
+from torch import Tensor
+from torch._ops import HigherOrderOperator
 from torch.fx import GraphModule, Node
+from torch.utils._pytree import tree_leaves
 
 from clipgrad.compiled.randomness import may_be_random
 from clipgrad.compiled.views import view_base, written_bases
@@ -21,11 +24,16 @@ def merge_equal(module: GraphModule) -> None:
     Results of the graph stay apart, and so do tensors that share memory with what an operation writes to.
     """
     graph = module.graph
+    if any(isinstance(node.target, HigherOrderOperator) for node in graph.nodes):
+        return  # these may write to their arguments, and their schema does not say so
     written = written_bases(graph)
     apart = written | {view_base(node) for node in graph.output_node().all_input_nodes}
     known: dict[tuple[object, str, str], Node] = {}
     for node in list(graph.nodes):
         if node.op != "call_function" or may_be_random(node) or _widens(node):
+            continue
+        # A text would not tell tensors apart.
+        if any(isinstance(leaf, Tensor) for leaf in tree_leaves((node.args, node.kwargs))):
             continue
         if view_base(node) in apart or not written.isdisjoint(map(view_base, node.all_input_nodes)):
             continue
@@ -45,6 +53,7 @@ def _widens(node: Node) -> bool:
     """
     if node.target is not torch.ops.aten._to_copy.default:
         return False
-    source = node.args[0]
-    assert isinstance(source, Node)
-    return bool(node.meta["val"].element_size() > source.meta["val"].element_size())
+    sources = node.all_input_nodes  # none if it makes a tensor of a number
+    return any(
+        node.meta["val"].element_size() > source.meta["val"].element_size() for source in sources
+    )

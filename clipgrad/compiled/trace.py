@@ -27,6 +27,7 @@ from clipgrad.compiled.lengths import Lengths
 from clipgrad.compiled.padded_outputs import pad_last
 from clipgrad.compiled.position_sums import sum_apart
 from clipgrad.compiled.randomness import may_be_random
+from clipgrad.compiled.shared_grams import share_grams
 from clipgrad.compiled.views import written_bases
 from clipgrad.compiled.zeroing import zero_in_place
 from clipgrad.engine.captured_loss import GraphOfLoss
@@ -198,6 +199,7 @@ def trace(
     writes_outside = any(base.op == "placeholder" for base in written_bases(module.graph))
     has_no_side_effects = not (writes_outside or any(map(may_be_random, module.graph.nodes)))
     merge_equal(module)
+    share_grams(module)
     zero_in_place(module)
     sum_apart(module)
     pad_last(module)

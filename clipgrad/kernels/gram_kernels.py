@@ -65,19 +65,15 @@ def _block_of_gram(
 
 @triton.jit
 def gram_sums(
-    left,
+    lefts,
     right,
     out,
     positions,
     blocks,
-    left_width: tl.constexpr,
+    left_widths: tl.constexpr,
     right_width: tl.constexpr,
-    left_sample_stride,
-    left_position_stride,
-    left_element_stride,
-    right_sample_stride,
-    right_position_stride,
-    right_element_stride,
+    left_strides,
+    right_strides,
     one,
     UNIT: tl.constexpr,
     TILE: tl.constexpr,
@@ -85,18 +81,12 @@ def gram_sums(
 ):
     """Sum one block of the upper triangle of one sample's Gram matrices; off-diagonal blocks count twice by symmetry.
 
-    ``out[:, program]`` holds the block's contributions to the squared norm, and to the sums of the left lengths, of the
-    right lengths and of their products. The lengths are found on the diagonal. Strides of samples and positions are in
-    units of ``UNIT`` elements, so that the compiler knows how they are aligned.
+    Several left factors may share the right one, as layers share their input; its Gram matrix is computed once.
+    ``out[i, :, program]`` holds the block's contributions to the squared norm of left factor ``i`` with the right one,
+    and to the sums of the left lengths, of the right lengths and of their products. The lengths are found on the
+    diagonal. Strides are of samples, positions and elements. The first two are in units of ``UNIT`` elements, so that
+    the compiler knows how they are aligned.
     """
-    left_sample_stride, left_position_stride = (
-        left_sample_stride * UNIT,
-        left_position_stride * UNIT,
-    )
-    right_sample_stride, right_position_stride = (
-        right_sample_stride * UNIT,
-        right_position_stride * UNIT,
-    )
     program = tl.program_id(0)
     sample = (program // blocks).to(tl.int64)
     block = program % blocks
@@ -105,20 +95,22 @@ def gram_sums(
     column = tl.where((column + 1) * (column + 2) // 2 <= block, column + 1, column)
     column = tl.where(column * (column + 1) // 2 > block, column - 1, column)
     row = block - column * (column + 1) // 2
-    lefts = _block_of_gram(
-        left + sample * left_sample_stride, row, column, positions, left_width,
-        left_position_stride, left_element_stride, one, TILE, DEPTH,
-    )  # fmt: skip
-    rights = _block_of_gram(
-        right + sample * right_sample_stride, row, column, positions, right_width,
-        right_position_stride, right_element_stride, one, TILE, DEPTH,
-    )  # fmt: skip
     lane = tl.arange(0, TILE)
     on_diagonal = (lane[:, None] == lane[None, :]) & (row == column)
-    left_lengths = tl.sqrt(tl.sum(tl.where(on_diagonal, lefts, 0.0), 1))
+    rights = _block_of_gram(
+        right + sample * (right_strides[0] * UNIT), row, column, positions, right_width,
+        right_strides[1] * UNIT, right_strides[2], one, TILE, DEPTH,
+    )  # fmt: skip
     right_lengths = tl.sqrt(tl.sum(tl.where(on_diagonal, rights, 0.0), 1))
     place, programs = out + program, tl.num_programs(0).to(tl.int64)
-    tl.store(place, tl.sum(lefts * rights) * tl.where(row == column, 1.0, 2.0))
-    tl.store(place + programs, tl.sum(left_lengths))
-    tl.store(place + 2 * programs, tl.sum(right_lengths))
-    tl.store(place + 3 * programs, tl.sum(left_lengths * right_lengths))
+    for i in tl.static_range(len(lefts)):
+        found = _block_of_gram(
+            lefts[i] + sample * (left_strides[i][0] * UNIT), row, column, positions, left_widths[i],
+            left_strides[i][1] * UNIT, left_strides[i][2], one, TILE, DEPTH,
+        )  # fmt: skip
+        lengths = tl.sqrt(tl.sum(tl.where(on_diagonal, found, 0.0), 1))
+        tl.store(place, tl.sum(found * rights) * tl.where(row == column, 1.0, 2.0))
+        tl.store(place + programs, tl.sum(lengths))
+        tl.store(place + 2 * programs, tl.sum(right_lengths))
+        tl.store(place + 3 * programs, tl.sum(lengths * right_lengths))
+        place += 4 * programs

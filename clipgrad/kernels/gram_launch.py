@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 
 import torch
@@ -26,20 +27,20 @@ _SELF_TEST_TOLERANCE = 1e-5  # the largest relative error of three TF32 products
 _UNIT = 8  # elements: 16 bytes of half precision
 
 
-def gram_sums(left: Tensor, right: Tensor) -> Tensor | None:
+def gram_sums(lefts: Sequence[Tensor], right: Tensor) -> Tensor | None:
     """Return parts of squared norms and of the three lengths of ``rules/gram.py``; None if the kernel does not suit.
 
-    The parts are ``[4, B, number_of_parts(S)]``; their sums over the last axis are wanted. ``left`` is ``[B, S, rows]``
-    and ``right`` is ``[B, S, columns]``, both float32 or of half precision, on one CUDA device.
+    The parts are ``[len(lefts), 4, B, number_of_parts(S)]``; their sums over the last axis are wanted. Each left factor
+    is ``[B, S, rows]`` and ``right`` is ``[B, S, columns]``, all float32 or of half precision, on one CUDA device.
     """
-    positions = left.shape[1]
-    if positions < _FEWEST_POSITIONS or len(left) * number_of_parts(positions) < _FEWEST_BLOCKS:
+    samples, positions, _ = right.shape
+    if positions < _FEWEST_POSITIONS or samples * number_of_parts(positions) < _FEWEST_BLOCKS:
         return None
-    if max(map(_extent, (left, right))) >= _LARGEST_OFFSET:
+    if max(map(_extent, (*lefts, right))) >= _LARGEST_OFFSET:
         return None
-    if not all(_usable_on(left.device, dtype) for dtype in {left.dtype, right.dtype}):
+    if not all(_usable_on(right.device, dtype) for dtype in {f.dtype for f in (*lefts, right)}):
         return None
-    return launch(left, right)
+    return launch(lefts, right)
 
 
 def number_of_parts(positions: int) -> int:
@@ -48,25 +49,26 @@ def number_of_parts(positions: int) -> int:
     return side * (side + 1) // 2
 
 
-def launch(left: Tensor, right: Tensor) -> Tensor:
-    samples, positions, _ = left.shape
+def launch(lefts: Sequence[Tensor], right: Tensor) -> Tensor:
+    samples, positions, _ = right.shape
     blocks = number_of_parts(positions)
-    found = left.new_empty(4, samples, blocks, dtype=torch.float32)
-    strides = *left.stride()[:2], *right.stride()[:2]
-    unit = _UNIT if all(stride % _UNIT == 0 for stride in strides) else 1
-    in_half = {left.dtype, right.dtype} <= {*HALF}
-    depth, stages = _depth_and_stages(left.device, in_half, samples * blocks)
-    with on_device(left.device):
+    found = right.new_empty(len(lefts), 4, samples, blocks, dtype=torch.float32)
+    factors = (*lefts, right)
+    is_aligned = all(stride % _UNIT == 0 for factor in factors for stride in factor.stride()[:2])
+    unit = _UNIT if is_aligned else 1
+    in_half = {factor.dtype for factor in factors} <= {*HALF}
+    depth, stages = _depth_and_stages(right.device, in_half, samples * blocks)
+    with on_device(right.device):
         kernels.gram_sums[(samples * blocks,)](
-            left,
+            tuple(lefts),
             right,
             found,
             positions,
             blocks,
-            left.shape[2],
+            tuple(left.shape[2] for left in lefts),
             right.shape[2],
-            *_in_units(left, unit),
-            *_in_units(right, unit),
+            tuple(_in_units(left, unit) for left in lefts),
+            _in_units(right, unit),
             1.0,
             UNIT=unit,
             TILE=_TILE,
@@ -85,21 +87,26 @@ def _in_units(factor: Tensor, unit: int) -> tuple[int, ...]:
 def passes_self_test(device: torch.device, dtype: torch.dtype = torch.float32) -> bool:
     """Return whether the kernel agrees with float64 for full and partial tiles, and dense rows and columns."""
     for positions, rows, columns in ((64, 64, 32), (67, 5, 40), (200, 33, 7), (67, 200, 130)):
-        count = 3 * positions * (rows + columns)
+        count = 3 * positions * (2 * rows + columns)
         # These values are pseudorandom without a change to any RNG state.
         ordinals = torch.arange(count, dtype=torch.float64, device=device)
         values = ordinals.sin().mul(43758.5453).frac().to(dtype).double()
-        left = values[: 3 * positions * rows].view(3, rows, positions).transpose(1, 2)
-        right = values[3 * positions * rows :].view(3, positions, columns)
-        expected = (left.transpose(1, 2) @ right).square().sum((1, 2))
-        lengths = left.norm(dim=2), right.norm(dim=2)
-        wanted = torch.stack(
-            [expected, *(length.sum(1) for length in lengths), (lengths[0] * lengths[1]).sum(1)]
-        )
-        error = (launch(left.to(dtype), right.to(dtype)).sum(2).double() - wanted).abs() / wanted
-        if not bool((error < _SELF_TEST_TOLERANCE).all()):
+        first, second, last = values.split([3 * positions * w for w in (rows, rows, columns)])
+        lefts = first.view(3, rows, positions).transpose(1, 2), second.view(3, positions, rows)
+        right = last.view(3, positions, columns)
+        wanted = torch.stack([_by_definition(left, right) for left in lefts])
+        found = launch([left.to(dtype) for left in lefts], right.to(dtype)).sum(3).double()
+        if not bool(((found - wanted).abs() / wanted < _SELF_TEST_TOLERANCE).all()):
             return False
     return True
+
+
+def _by_definition(left: Tensor, right: Tensor) -> Tensor:
+    norms = (left.transpose(1, 2) @ right).square().sum((1, 2))
+    lengths = left.norm(dim=2), right.norm(dim=2)
+    return torch.stack(
+        [norms, *(length.sum(1) for length in lengths), (lengths[0] * lengths[1]).sum(1)]
+    )
 
 
 @cache

@@ -23,7 +23,7 @@ from clipgrad.kernels.launcher import launcher
 _ELEMENTS = 1 << 25
 # With fewer positions, half-size blocks are so small that using the symmetry of a Gram matrix is not faster.
 _SYMMETRY_POSITIONS = 256
-_BY_KERNEL = {torch.float32, *HALF}
+_BY_KERNEL, _KERNEL_DEVICES = {torch.float32, *HALF}, {"cuda"}
 # Tensor cores cut digits off a sum of half-precision products. For rows of one sign an H200 lost 3.5e-9 of the sum per
 # element, which is 1.8e-4 for a vocabulary of 50257. So longer sums are added up from pieces in float32.
 _LONGEST_HALF_PRODUCT = 512
@@ -59,7 +59,7 @@ def gram_sums(left: Tensor, right: Tensor) -> tuple[Tensor, Lengths]:
 
     The factors are ``[B, S, rows]`` and ``[B, S, columns]``; with half precision of either the result is float32.
     """
-    if left.device.type == "cuda" and {left.dtype, right.dtype} <= _BY_KERNEL:
+    if left.device.type in _KERNEL_DEVICES and {left.dtype, right.dtype} <= _BY_KERNEL:
         norms, *lengths = _as_operation(left, right).sum(2).unbind()
         return norms, Lengths(*lengths)
     left, right = (factor.float() if factor.dtype in HALF else factor for factor in (left, right))
@@ -135,20 +135,40 @@ def _inner_products(rows: Tensor, columns: Tensor) -> Tensor:
 @torch.library.custom_op("clipgrad::gram_sums", mutates_args=())
 def _as_operation(left: Tensor, right: Tensor) -> Tensor:
     """Return parts of norms and lengths, ``[4, B, parts]``, from clipgrad's Triton kernel where it is usable."""
-    launch = launcher("gram_launch") if left.is_cuda else None
-    if launch is not None and (found := launch.gram_sums(left, right)) is not None:
+    return _parts([left], right)[0]
+
+
+@torch.library.custom_op("clipgrad::gram_sums_of_several", mutates_args=())
+def of_several(lefts: Sequence[Tensor], right: Tensor) -> Tensor:
+    """Return ``gram_sums`` of several left factors with one right factor, ``[len(lefts), 4, B, parts]``."""
+    return _parts(lefts, right)
+
+
+def _parts(lefts: Sequence[Tensor], right: Tensor) -> Tensor:
+    launch = launcher("gram_launch") if right.is_cuda else None
+    if launch is not None and (found := launch.gram_sums(lefts, right)) is not None:
         return found  # type: ignore[no-any-return]
-    with set_precision(left.device.type, FULL):
-        whole = torch.stack(_by_products(left, right))
-    others = whole.new_zeros(*whole.shape, _number_of_parts(left) - 1)
-    return torch.cat([whole.unsqueeze(2), others], 2)
+    with set_precision(right.device.type, FULL):
+        whole = torch.stack([torch.stack(_by_products(left, right)) for left in lefts])
+    others = whole.new_zeros(*whole.shape, _number_of_parts(right) - 1)
+    return torch.cat([whole.unsqueeze(3), others], 3)
 
 
 @_as_operation.register_fake
 def _(left: Tensor, right: Tensor) -> Tensor:
-    return left.new_empty(4, left.shape[0], _number_of_parts(left), dtype=torch.float32)
+    return _empty_parts(right)
 
 
-def _number_of_parts(left: Tensor) -> int:
-    launch = launcher("gram_launch") if left.is_cuda else None
-    return 1 if launch is None else launch.number_of_parts(left.shape[1])
+@of_several.register_fake
+def _(lefts: Sequence[Tensor], right: Tensor) -> Tensor:
+    return _empty_parts(right, len(lefts))
+
+
+def _empty_parts(right: Tensor, *before: int) -> Tensor:
+    shape = *before, 4, len(right), _number_of_parts(right)
+    return right.new_empty(shape, dtype=torch.promote_types(right.dtype, torch.float32))
+
+
+def _number_of_parts(factor: Tensor) -> int:
+    launch = launcher("gram_launch") if factor.is_cuda else None
+    return 1 if launch is None else launch.number_of_parts(factor.shape[1])

@@ -63,6 +63,11 @@ def test_layers_that_cast_one_input_share_the_copy() -> None:
         # A longer copy is made where it is read.
         (lambda x: x.double().sum() + x.double().prod(), ATEN._to_copy.default, 2),
         (lambda x: x.bfloat16().sum() + x.bfloat16().prod(), ATEN._to_copy.default, 1),
+        (
+            lambda x: ATEN._to_copy(self=x, dtype=torch.float64).sum() + x.sum(),
+            ATEN._to_copy.default,
+            1,
+        ),
         # Random numbers are drawn each time.
         (lambda x: torch.rand_like(x) + torch.rand_like(x), ATEN.rand_like.default, 2),
         (lambda x: torch.bernoulli(x) + torch.bernoulli(x), ATEN.bernoulli.default, 2),
@@ -85,6 +90,30 @@ def test_what_is_merged(function: Callable[..., object], operation: object, coun
     assert operations(after)[operation] == count
     if not any(map(may_be_random, before.graph.nodes)):
         torch.testing.assert_close(after(torch.ones(2, 3)), before(torch.ones(2, 3)))
+
+
+def test_tensors_inside_a_graph_stay_apart() -> None:
+    module = make_fx(lambda x: x + x, tracing_mode="fake")(torch.ones(2))
+    (node,) = module.graph.find_nodes(op="call_function", target=ATEN.add.Tensor)
+    (given, _) = node.args
+    with module.graph.inserting_before(node):
+        almost_equal = [
+            module.graph.call_function(ATEN.mul.Tensor, (given, torch.tensor([1.0, 2.0 + last])))
+            for last in (0.0, 1e-6)
+        ]
+    for made in almost_equal:
+        made.meta["val"] = given.meta["val"]
+    node.args = tuple(almost_equal)
+    merge_equal(module)
+    assert operations(module)[ATEN.mul.Tensor] == 2
+
+
+def test_operators_that_may_write_in_secret() -> None:
+    def function(x: Tensor) -> Tensor:
+        return x.sin() + x.sin() + torch.cond(x.sum() > 0, torch.sin, torch.cos, (x,))
+
+    before, after = merged(function, torch.ones(2))
+    assert operations(after) == operations(before)
 
 
 def test_a_value_before_a_write_and_after() -> None:
