@@ -204,6 +204,23 @@ def test_a_graph_holds_such_products_whole(model: str, graphs: list[GraphModule]
     assert "aten.bmm.default" not in targets[1]
 
 
+def test_such_a_graph_serves_batches_of_every_size(graphs: list[GraphModule]) -> None:
+    def loss(p: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
+        return F.mse_loss(F.linear(F.gelu(F.linear(x, p["w"])), p["u"]).sum(1), y)
+
+    params = {"w": torch.randn(48, 32), "u": torch.randn(5, 48)}
+    clipped = clipped_grad(
+        loss, max_grad_norm=0.5, compile=True, performance=Performance(strategy="ghost")
+    )
+    with setting("medium"):
+        for size in (8, 5, 11):
+            clipped(params, torch.randn(size, 4, 32), torch.randn(size, 5))
+    (graph,) = graphs
+    found = graph.graph.find_nodes(op="call_function", target=torch.ops.clipgrad.gram_sums.default)
+    assert found
+    assert all(isinstance(node.meta["val"].shape[1], torch.SymInt) for node in found)
+
+
 @pytest.mark.parametrize("name", SETTINGS)
 @pytest.mark.parametrize(
     ("compile", "device"),

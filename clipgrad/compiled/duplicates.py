@@ -15,19 +15,21 @@ from torch.fx import GraphModule, Node
 from torch.utils._pytree import tree_leaves
 
 from clipgrad.compiled.randomness import may_be_random
-from clipgrad.compiled.views import view_base, written_bases
+from clipgrad.compiled.views import bases_read_by_stride, view_base, written_bases
 
 
 def merge_equal(module: GraphModule) -> None:
     """Let every operation with the same arguments as an earlier one use the earlier result.
 
-    Results of the graph stay apart, and so do tensors that share memory with what an operation writes to.
+    Results of the graph stay apart, and so do tensors that share memory with what an operation writes to. What
+    ``as_strided`` reads stays apart as well, since views of it may not become copies for the compiler.
     """
     graph = module.graph
     if any(isinstance(node.target, HigherOrderOperator) for node in graph.nodes):
         return  # these may write to their arguments, and their schema does not say so
     written = written_bases(graph)
-    apart = written | {view_base(node) for node in graph.output_node().all_input_nodes}
+    results = {view_base(node) for node in graph.output_node().all_input_nodes}
+    apart = written | results | bases_read_by_stride(graph)
     known: dict[tuple[object, str, str], Node] = {}
     for node in list(graph.nodes):
         if node.op != "call_function" or may_be_random(node) or _widens(node):

@@ -10,6 +10,12 @@ from torch._ops import OpOverload
 from torch.fx import Graph, GraphModule, Node
 
 VIEWS = (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default)
+# PyTorch's schema does not say that the results of these share memory.
+_UNDECLARED_VIEWS = (
+    torch.ops.aten._unsafe_view.default,
+    torch.ops.aten.unsafe_split.Tensor,
+    torch.ops.aten.unsafe_split_with_sizes.default,
+)
 # These read the whole memory of their first argument, also elements that the argument itself does not have.
 _READ_MEMORY = (
     torch.ops.aten.as_strided.default,
@@ -22,8 +28,8 @@ def _aliased_arguments(node: Node, *, written: bool) -> list[Node]:
     """Return the arguments that an operation writes to, or whose memory its result may share."""
     if not isinstance(node.target, OpOverload):
         return list(node.args[:1]) if node.target is operator.getitem and not written else []  # type: ignore[arg-type]
-    if node.target is torch.ops.aten._unsafe_view.default and not written:
-        return list(node.args[:1])  # type: ignore[arg-type]  # PyTorch's schema does not declare it
+    if node.target in _UNDECLARED_VIEWS and not written:
+        return list(node.args[:1])  # type: ignore[arg-type]
     parameters = node.target._schema.arguments
     by_name = {parameter.name: parameter for parameter in parameters}
     given = [
@@ -55,7 +61,8 @@ def written_bases(graph: Graph) -> set[Node]:
     }
 
 
-def _bases_read_by_stride(graph: Graph) -> set[Node]:
+def bases_read_by_stride(graph: Graph) -> set[Node]:
+    """Return the nodes whose memory an operation reads by strides of its own."""
     return {
         view_base(node.args[0])
         for operation in _READ_MEMORY
@@ -72,7 +79,7 @@ def let_views_copy(module: GraphModule) -> None:
     write to a copy would be lost. It also stays if ``as_strided`` reads its memory, where a copy has other elements.
     """
     graph = module.graph
-    stays = written_bases(graph) | _bases_read_by_stride(graph)
+    stays = written_bases(graph) | bases_read_by_stride(graph)
     for view in VIEWS:
         for node in graph.find_nodes(op="call_function", target=view):
             if view_base(node) not in stays:

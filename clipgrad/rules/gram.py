@@ -165,7 +165,8 @@ def _(lefts: Sequence[Tensor], right: Tensor) -> Tensor:
 
 
 def _empty_parts(right: Tensor, *before: int) -> Tensor:
-    shape = *before, 4, len(right), _number_of_parts(right)
+    samples = right.shape[0]  # ``len`` would make a number of a symbol
+    shape = *before, 4, samples, _number_of_parts(right)
     return right.new_empty(shape, dtype=torch.promote_types(right.dtype, torch.float32))
 
 

@@ -82,6 +82,17 @@ def test_layers_that_cast_one_input_share_the_copy() -> None:
         # What is written to is not shared, and what was read before a write is not what is read after it.
         (lambda x: x.sin().add_(1) + x.sin(), ATEN.sin.default, 2),
         (lambda x: x.sin().view(6).add_(1).sum() + x.sin(), ATEN.sin.default, 2),
+        (
+            lambda x: torch.unsafe_chunk(x.sin(), 3, 1)[0].mul_(3) + x.sin(),
+            ATEN.sin.default,
+            2,
+        ),
+        # A view of what is read by stride stays a view for the compiler.
+        (
+            lambda x: x.sin().view(6).sum() + x.sin().as_strided((2, 2), (1, 3)).sum(),
+            ATEN.sin.default,
+            2,
+        ),
         (lambda x: torch.zeros(2).add_(x[0, 0]) + torch.zeros(2).add_(x[1, 0]), ATEN.zeros.default, 2),
     ],
 )  # fmt: skip
