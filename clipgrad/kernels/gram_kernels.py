@@ -19,6 +19,18 @@ def _added(block, a, b, one):
 
 
 @triton.jit
+def _loaded(
+    factor, rows, elements, positions, width: tl.constexpr, position_stride, element_stride
+):
+    """Load these elements of these rows, which are broadcast to one shape, with zeros outside of the factor."""
+    return tl.load(
+        factor + rows * position_stride + elements * element_stride,
+        mask=(rows < positions) & (elements < width),
+        other=0.0,
+    )
+
+
+@triton.jit
 def _block_of_gram(
     factor,
     row,
@@ -37,28 +49,21 @@ def _block_of_gram(
     rows, columns = row * TILE + lane, column * TILE + lane
     if row == column:  # both operands are the same, and loading takes most of the time
         for start in range(0, width, DEPTH):
-            inside = start + element < width
-            offsets = (start + element) * element_stride
-            a = tl.load(
-                factor + rows[:, None] * position_stride + offsets[None, :],
-                mask=(rows[:, None] < positions) & inside[None, :],
-                other=0.0,
-            )
+            a = _loaded(
+                factor, rows[:, None], (start + element)[None, :], positions, width,
+                position_stride, element_stride,
+            )  # fmt: skip
             block = _added(block, a, tl.trans(a), one)
     else:
         for start in range(0, width, DEPTH):
-            inside = start + element < width
-            offsets = (start + element) * element_stride
-            a = tl.load(
-                factor + rows[:, None] * position_stride + offsets[None, :],
-                mask=(rows[:, None] < positions) & inside[None, :],
-                other=0.0,
-            )
-            b = tl.load(
-                factor + columns[None, :] * position_stride + offsets[:, None],
-                mask=(columns[None, :] < positions) & inside[:, None],
-                other=0.0,
-            )
+            a = _loaded(
+                factor, rows[:, None], (start + element)[None, :], positions, width,
+                position_stride, element_stride,
+            )  # fmt: skip
+            b = _loaded(
+                factor, columns[None, :], (start + element)[:, None], positions, width,
+                position_stride, element_stride,
+            )  # fmt: skip
             block = _added(block, a, b, one)
     return block
 
