@@ -59,9 +59,8 @@ class CudaRecorder:
             assert stream is not None
             stream.wait_stream(now)
             with torch.cuda.stream(stream):
-                most = most_allocated(
-                    function, device
-                )  # libraries create their handles at the first use
+                # Libraries create their handles at the first use.
+                most = most_allocated(function, device)
             now.wait_stream(stream)
             # PyTorch keeps a workspace of cuBLAS for each stream, and frees all of them when ``torch.compile`` records
             # a step. Workspaces that are made during the recording lie in its own memory, which stays.
