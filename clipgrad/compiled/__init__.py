@@ -4,7 +4,7 @@
 ``trace``             makes a graph of plain operations of the eager step on the captured loss
 ``decompositions``    how the tracer writes some operations
 ``duplicates``        computes equal expressions once
-``shared_grams``      computes the Gram matrix of an input that layers share once
+``shared_grams``      computes one Gram matrix of an input that layers share
 ``randomness``        tells which operations may draw random numbers
 ``zeroing``           lets the graph select rows in place where nobody reads them again
 ``position_sums``     keeps sums over positions apart from the gradient of an activation

@@ -49,9 +49,10 @@ def merge_equal(module: GraphModule) -> None:
 
 
 def _widens(node: Node) -> bool:
-    """Return whether a node copies to more bytes per element, which the compiler does wherever it reads the tensor.
+    """Return whether a node copies a tensor to more bytes per element.
 
-    One copy for all would be held from the forward pass to the end: 2 GiB for ViT-B/16 on a CPU.
+    The compiler makes such a copy wherever it reads the tensor. One copy for all readers would be held from the forward
+    pass to the end: 2 GiB for ViT-B/16 on a CPU.
     """
     if node.target is not torch.ops.aten._to_copy.default:
         return False

@@ -1,4 +1,4 @@
-"""Compute the Gram matrix of an input that several layers share once.
+"""Compute one Gram matrix of an input that several layers share.
 
 The norm of a linear layer's per-sample gradient is a sum over the product of two Gram matrices: of the input and of the
 output's gradient. Query, key and value layers have the same input, and so have the two first layers of a gated MLP.
@@ -18,20 +18,20 @@ _DEVICES = {"cuda"}  # elsewhere no kernel computes several at once
 
 
 def share_grams(module: GraphModule) -> None:
-    """Join the norms of left factors with the same right factor, as far as all are known when the first is computed.
+    """Join the norms of left factors with the same right factor.
 
-    Factors are of half precision: for float32 the kernel would need more registers than there are.
+    A left factor takes part if it is known where the first of these norms is computed. Factors are of half precision:
+    for float32 the kernel would need more registers than there are.
     """
     graph = module.graph
-    position = {node: number for number, node in enumerate(graph.nodes)}
     groups: dict[Node, list[Node]] = defaultdict(list)
     for node in graph.find_nodes(op="call_function", target=torch.ops.clipgrad.gram_sums.default):
         if all(_suits(factor) for factor in node.args):
             groups[node.args[1]].append(node)
     found = False
     for right, nodes in groups.items():
-        first, *others = sorted(nodes, key=position.__getitem__)
-        joined = [first, *(n for n in others if position[n.args[0]] < position[first])]
+        first, *others = nodes  # in the order of the graph, in which nodes are compared
+        joined = [first, *(node for node in others if node.all_input_nodes[0] < first)]
         if len(joined) == 1:
             continue
         found = True

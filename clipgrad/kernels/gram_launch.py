@@ -119,11 +119,9 @@ def _usable_on(device: torch.device, dtype: torch.dtype) -> bool:
 def _depth_and_stages(device: torch.device, in_half: bool, programs: int) -> tuple[int, int]:
     """Return how many elements are multiplied at a time, and how many blocks of them are loaded ahead."""
     multiprocessors, is_roomy = _size_of(device)
-    if not is_roomy:
-        return _SMALLER_DEPTH, _HALF_STAGES if in_half else _STAGES
-    if in_half and programs <= _FEW_BLOCKS * multiprocessors:
+    if is_roomy and in_half and programs <= _FEW_BLOCKS * multiprocessors:
         return 2 * _DEPTH, _STAGES
-    return _DEPTH, _HALF_STAGES if in_half else _STAGES
+    return _DEPTH if is_roomy else _SMALLER_DEPTH, _HALF_STAGES if in_half else _STAGES
 
 
 @cache

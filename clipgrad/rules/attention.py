@@ -17,11 +17,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from clipgrad.rules.registry import Call, Decline, register_decomposition, register_rule
 
-_PLAIN = (
-    Tensor,
-    torch.nn.Parameter,
-    FakeTensor,
-)  # a mask that the loss makes is fake during a trace
+# A mask that the loss makes is fake during a trace.
+_PLAIN = (Tensor, torch.nn.Parameter, FakeTensor)
 
 
 @register_rule(F.scaled_dot_product_attention, name="scaled_dot_product_attention")
@@ -53,10 +50,9 @@ def scaled_dot_product_attention(
     q, k, v = (call.batched(operand) for operand in (query, key, value))
     lead = _broadcast_lead(q, k, v, enable_gqa)
     mask = None if attn_mask is None else _fold_mask(call, attn_mask, lead)
+    # PyTorch has no fused attention for such a mask, which transformers makes for images.
     if mask is not None and mask.stride(-1) != 1:
-        mask = (
-            mask.contiguous()
-        )  # PyTorch has no fused attention for such a mask, which transformers makes of a range
+        mask = mask.contiguous()
     heads = None if enable_gqa else lead[-1:]
     y = F.scaled_dot_product_attention(
         _fold(q, lead[:-1], heads),

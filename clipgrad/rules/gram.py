@@ -23,7 +23,8 @@ from clipgrad.kernels.launcher import launcher
 _ELEMENTS = 1 << 25
 # With fewer positions, half-size blocks are so small that using the symmetry of a Gram matrix is not faster.
 _SYMMETRY_POSITIONS = 256
-_BY_KERNEL, _KERNEL_DEVICES = {torch.float32, *HALF}, {"cuda"}
+_BY_KERNEL = {torch.float32, *HALF}
+_KERNEL_DEVICES = {"cuda"}
 # Tensor cores cut digits off a sum of half-precision products. For rows of one sign an H200 lost 3.5e-9 of the sum per
 # element, which is 1.8e-4 for a vocabulary of 50257. So longer sums are added up from pieces in float32.
 _LONGEST_HALF_PRODUCT = 512

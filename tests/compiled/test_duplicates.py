@@ -41,11 +41,11 @@ def test_layers_that_cast_one_input_share_the_copy() -> None:
             query, key = (F.linear(rows, torch.full((3, 3), value)) for value in (0.5, 2.0))
             return (query.float() * key.float()).sum()
 
-    found = operations(graph_of(loss).module)
-    assert found[ATEN.sin.default] == 1
+    module = graph_of(loss).module
+    assert operations(module)[ATEN.sin.default] == 1
     halves = [
         node
-        for node in graph_of(loss).module.graph.nodes
+        for node in module.graph.nodes
         if node.target is ATEN._to_copy.default
         and node.meta["val"].dtype is torch.bfloat16
         and node.args[0].target in (ATEN.sin.default, ATEN.unsqueeze.default)
