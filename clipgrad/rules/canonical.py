@@ -151,6 +151,7 @@ class Outer:
         shape: The parameter's shape, with ``rows * columns`` elements, rows first.
         groups: Number of blocks of rows with separate factors (grouped convolutions).
         zeros: Number of zeros behind the rows of each position in ``left``, and behind its columns in ``right``.
+        widens_for_sum: Whether the weighted sum is left to an operation that reads the factors in float32.
     """
 
     left: Tensor | OneHot
@@ -158,6 +159,7 @@ class Outer:
     shape: torch.Size
     groups: int = 1
     zeros: tuple[int, int] = (0, 0)
+    widens_for_sum: bool = False
 
     @property
     def samples(self) -> int:
@@ -266,7 +268,8 @@ class Outer:
     @property
     def sums_in_bfloat16(self) -> bool:
         """Return whether the weighted sum is a bfloat16 product, for which the scaled factor is split in terms."""
-        return self.stays_half and self.groups == 1 and self.right.dtype is torch.bfloat16
+        in_bfloat16 = self.stays_half and self.right.dtype is torch.bfloat16
+        return in_bfloat16 and self.groups == 1 and not self.widens_for_sum
 
     def _scales_left(self, left: Tensor) -> bool:
         """Return whether a weighted sum scales the left factor, because it is the narrower factor.

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from clipgrad.rules.canonical import PerSample, Use
 from clipgrad.rules.convolution.geometry import Geometry
-from clipgrad.rules.convolution.use import ConvolutionUse
+from clipgrad.rules.convolution.use import ConvolutionUse, use_of
 from clipgrad.rules.names import functional_aten_names_of
 from clipgrad.rules.operands import lowered, widen
 from clipgrad.rules.registry import Call, Decline, Extent, Recipe, register_rule
@@ -76,9 +76,9 @@ def _finish(
     size, repeats = call.batch_size, prod(inner)
 
     def make_weight(gradient: Tensor) -> Use:
-        use = ConvolutionUse(x, gradient, w, geometry)
         if repeats == 1:
-            return use
+            return use_of(x, gradient, w, geometry)
+        use = ConvolutionUse(x, gradient, w, geometry)
         return PerSample(use.per_sample().view(size, repeats, *w.shape).sum(1))
 
     def make_bias(gradient: Tensor) -> PerSample:

@@ -24,6 +24,11 @@ class Geometry:
     transposed: bool = False
     output_padding: tuple[int, ...] = ()
 
+    def overlaps(self, kernel: Sequence[int]) -> bool:
+        """Return whether two positions of a kernel of this size read the same pixel."""
+        axes = zip(self.stride, kernel, self.dilation, strict=True)
+        return any(stride <= (size - 1) * dilation for stride, size, dilation in axes)
+
     def convolve(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Run the convolution by the public function, the only function that autocast covers on CPU."""
         name = (

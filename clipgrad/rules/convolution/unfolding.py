@@ -34,6 +34,16 @@ def rows_and_patches(
     return Outer(left, right, shape, groups)
 
 
+def linear_factors(gradient: Tensor, input: Tensor, shape: torch.Size, geometry: Geometry) -> Outer:
+    """Return ``rows_and_patches`` of one group, with the elements of each position next to each other in memory."""
+    axes = len(geometry.stride)
+    rows, image = rows_and_image(gradient, input, geometry)
+    left = rows.flatten(2).transpose(1, 2).contiguous()
+    patches = unfold(image, shape[-axes:], rows.shape[2:], geometry)
+    positions_first = patches.movedim([*range(-axes, 0)], [*range(1, 1 + axes)])
+    return Outer(left, positions_first.reshape(*left.shape[:2], -1), shape)
+
+
 def rows_and_image(gradient: Tensor, input: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor]:
     """Return rows and image; a transposed convolution exchanges input and output gradient."""
     return (input, gradient) if geometry.transposed else (gradient, input)

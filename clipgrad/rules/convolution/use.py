@@ -4,14 +4,28 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
+from clipgrad.kernels.half_products import multiplies
 from clipgrad.kernels.selection import select_rows, select_rows_reusing
-from clipgrad.rules.canonical import Outer
+from clipgrad.rules.canonical import Outer, Use
 from clipgrad.rules.convolution.geometry import Geometry
 from clipgrad.rules.convolution.gradient import per_sample_gradient
-from clipgrad.rules.convolution.unfolding import rows_and_patches
+from clipgrad.rules.convolution.unfolding import linear_factors, rows_and_patches
 from clipgrad.rules.operands import scale_rows, widen
+
+
+def use_of(input: Tensor, gradient: Tensor, weight: Tensor, geometry: Geometry) -> Use:
+    """Return the use of a convolution's weight, in the form whose weighted sum is the fastest.
+
+    If patches do not overlap, a convolution is a linear layer with patches as its input, and these are no larger than
+    the image. A product then sums bfloat16 factors as they are. The library's weight gradient needs float32 for this.
+    """
+    in_bfloat16 = input.dtype is torch.bfloat16 and multiplies(input, gradient)
+    if in_bfloat16 and geometry.groups == 1 and not geometry.overlaps(weight.shape[2:]):
+        return linear_factors(gradient, input, weight.shape, geometry)
+    return ConvolutionUse(input, gradient, weight, geometry)
 
 
 @dataclass(frozen=True)
@@ -24,7 +38,8 @@ class ConvolutionUse:
     geometry: Geometry  # Static arguments of the convolution
 
     def outer(self) -> Outer:
-        return rows_and_patches(self.gradient, self.input, self.weight.shape, self.geometry)
+        factors = rows_and_patches(self.gradient, self.input, self.weight.shape, self.geometry)
+        return replace(factors, widens_for_sum=True)
 
     def per_sample(self) -> Tensor:
         return per_sample_gradient(
