@@ -20,6 +20,9 @@ _DEPTH, _SMALLER_DEPTH, _ROOMY = 64, 32, 128 * 1024
 _FEW_BLOCKS = 1.5  # for each multiprocessor
 # Blocks of both factors that are loaded ahead. Half precision has room for one more, which saves 8 to 22 % on an H200.
 _STAGES, _HALF_STAGES = 3, 4
+# Several left factors need 182 registers, with which two blocks run on a multiprocessor. With three blocks an H200 took
+# 55 us instead of 61, although some values are then kept in other memory.
+_REGISTERS = 168
 # With less work, batched products, which split a sample, use more of the device.
 _FEWEST_POSITIONS, _FEWEST_BLOCKS = 16, 32
 _LARGEST_OFFSET = 2**31  # the kernel's offsets within a sample have 32 bits
@@ -75,6 +78,7 @@ def launch(lefts: Sequence[Tensor], right: Tensor) -> Tensor:
             DEPTH=depth,
             num_warps=4,
             num_stages=stages,
+            maxnreg=_REGISTERS if len(lefts) > 1 else None,
         )
     return found
 

@@ -61,14 +61,18 @@ def gram_sums(left: Tensor, right: Tensor) -> tuple[Tensor, Lengths]:
     The factors are ``[B, S, rows]`` and ``[B, S, columns]``; with half precision of either the result is float32.
     """
     if left.device.type in _KERNEL_DEVICES and {left.dtype, right.dtype} <= _BY_KERNEL:
-        norms, *lengths = _as_operation(left, right).sum(2).unbind()
-        return norms, Lengths(*lengths)
+        return _added(_as_operation(left, right))
     left, right = (factor.float() if factor.dtype in HALF else factor for factor in (left, right))
     if get_proxy_mode() is not None and rounds(left):
-        norms, *lengths = _as_operation(left, right).sum(2).unbind()
-    else:
-        with set_precision(left.device.type, FULL):
-            norms, *lengths = _by_products(left, right)
+        return _added(_as_operation(left, right))
+    with set_precision(left.device.type, FULL):
+        norms, *lengths = _by_products(left, right)
+    return norms, Lengths(*lengths)
+
+
+def _added(parts: Tensor) -> tuple[Tensor, Lengths]:
+    """Add parts ``[4, B, parts]``, each quantity apart: a compiler joins such sums with what uses them."""
+    norms, *lengths = (quantity.sum(1) for quantity in parts.unbind())
     return norms, Lengths(*lengths)
 
 
