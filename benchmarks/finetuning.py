@@ -8,7 +8,8 @@
 Models come from ``transformers`` configurations with random weights. The private step has forward and backward pass,
 clipping, noise and AdamW. The ordinary one has the same without clipping and noise. ``torch.compile`` compiles it, with
 CUDA graphs ("recorded") and without; percentages are of the faster of both. Kinds of steps take turns in one process.
-In a turn, steps follow each other as in training, and the host waits for the device at the end. Rows hold medians.
+In a turn, steps follow each other as in training, and the host waits for the device at the end. Rows hold medians, and
+means for batches as Poisson sampling draws them.
 Memory is what PyTorch takes from the device, as ``nvidia-smi`` shows it, for model, optimizer and batch of one kind.
 """
 
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import json
 import statistics
 import time
@@ -24,6 +26,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from scipy import stats  # type: ignore[import-untyped]
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
@@ -35,6 +38,7 @@ Batch = dict[str, Tensor]
 
 WARM = 16
 TURN = 5  # steps
+POISSON = 60  # batches of changing size; as many steps are 12 rounds
 ALLOWED = 1.3  # times the memory of the ordinary step
 # A compiled step is compared with the eager one in steps 1, 2, 4, 8, 16. The recording is made in one of the first.
 MEASURED = {1: "the first", 12: "a usual", 16: "a compared"}
@@ -158,20 +162,38 @@ def ordinary(setting: Setting, device: str, mode: str) -> Callable[[], None]:
     return step
 
 
-def private(setting: Setting, device: str, compile: bool | str) -> Callable[[], None]:
+def private(
+    setting: Setting, device: str, compile: bool | str, *, poisson: bool = False
+) -> Callable[[], None]:
+    """A step on batches of one size, or of the sizes that Poisson batches have."""
     model, batch = copy.deepcopy(setting.model), setting.batch
     size = len(batch["labels"])
+    batches = itertools.cycle(poisson_batches(batch) if poisson else [batch])
     optimizer = clipgrad.DPOptimizer(
         adamw(model, device), model, setting.loss, max_grad_norm=1.0, noise_multiplier=1.0, expected_batch_size=size,
-        microbatch_size=size, compile=compile,
+        microbatch_size=None if poisson else size, compile=compile,
     )  # fmt: skip
 
     def step() -> None:
-        optimizer.backward(batch)
+        optimizer.backward(next(batches))
         optimizer.step()
         optimizer.zero_grad()
 
     return step
+
+
+def poisson_batches(batch: Batch) -> list[Batch]:
+    """Batches whose sizes are quantiles of a Poisson distribution, evenly spaced and in random order.
+
+    Their mean size is that of the batch, whose rows they repeat.
+    """
+    mean = len(batch["labels"])
+    places = (torch.arange(POISSON) + 0.5) / POISSON
+    sizes = stats.poisson.ppf(places.numpy(), mean).astype(int)
+    order = torch.randperm(POISSON, generator=torch.Generator().manual_seed(0))
+    rows = torch.arange(max(sizes), device=batch["labels"].device) % mean
+    largest = {name: leaf[rows] for name, leaf in batch.items()}
+    return [{name: leaf[: sizes[i]] for name, leaf in largest.items()} for i in order]
 
 
 def milliseconds(step: Callable[[], None], device: str) -> float:
@@ -200,6 +222,7 @@ def kernels(step: Callable[[], None], device: str) -> str:
 # Private steps come first, since the next kind may use memory that they leave free.
 KINDS: dict[str, Callable[[Setting, str, str], Callable[[], None]]] = {
     "private, compiled": private,
+    "private, Poisson": lambda setting, device, mode: private(setting, device, mode, poisson=True),
     "private, eager": lambda setting, device, mode: private(setting, device, False),
     "ordinary, recorded": lambda setting, device, mode: ordinary(
         setting, device, "reduce-overhead"
@@ -249,7 +272,10 @@ def measured(
     for _ in range(rounds):
         for kind, step in steps.items():
             times[kind].append(milliseconds(step, device))
-    row |= {f"{kind}: ms": round(statistics.median(found), 2) for kind, found in times.items()}
+    for kind, found in times.items():
+        # Batches of changing size have no typical one.
+        average = statistics.mean if "Poisson" in kind else statistics.median
+        row[f"{kind}: ms"] = round(average(found), 2)
     fastest = min(row[f"{kind}: ms"] for kind in of_ordinary)
     for kind in of_private:
         row[f"{kind}: % of ordinary"] = round(100 * fastest / row[f"{kind}: ms"], 1)

@@ -15,9 +15,9 @@ from clipgrad.compiled.views import let_views_copy
 Run = Callable[..., Sequence[Tensor]]
 
 
-def uses_cuda_graphs(mode: str) -> bool:
-    """Return whether the mode uses CUDA graphs; ``cuda_graphs.py`` records them."""
-    return mode in ("reduce-overhead", "max-autotune")
+def uses_cuda_graphs(mode: str, device: torch.device) -> bool:
+    """Return whether the mode uses CUDA graphs on the device; ``cuda_graphs.py`` records them."""
+    return device.type == "cuda" and mode in ("reduce-overhead", "max-autotune")
 
 
 def compile_graph(module: GraphModule, mode: str, arguments: Sequence[Tensor]) -> Run:

@@ -17,8 +17,8 @@ from clipgrad.compiled.lengths import Lengths, Shapes
 from clipgrad.compiled.trace import TracedStep
 from clipgrad.engine.clip_and_sum import MicrobatchResult
 
-RECORDINGS = 8
-"""How many lengths of one graph are recorded; each recording holds a copy of all sums."""
+RECORDINGS = 32
+"""How many sizes of batches of one graph are recorded. A recording takes the time of a few steps."""
 
 
 @contextmanager
@@ -42,7 +42,7 @@ class CompiledStep:
         graph: The traced step.
         run: The compiled step.
         record: Makes a recording of the compiled step; None where it cannot be recorded.
-        replays: The recordings; a CUDA graph has fixed sizes, so each length has its own.
+        replays: The recordings; a CUDA graph has fixed sizes, so each number of rows and each length has its own.
         runs: How many microbatches have run on it.
         tensors: What the loss read besides its arguments when it ran last; None if the next call reads other tensors.
     """
@@ -71,10 +71,23 @@ class CompiledStep:
         flat = [*given, *self.graph.constants]
         return flat if self.replay(shapes) is not None else [tensor.detach() for tensor in flat]
 
+    def prepare(self, given: Sequence[Tensor], shapes: Shapes) -> None:
+        """Make the recording for batches of these sizes, if the step can be recorded."""
+        if (replay := self.replay(shapes)) is not None:
+            with plain_operations(given[0].device):
+                replay.prepare(self.arguments(given, shapes))
+
     def is_trusted(self, flat: Sequence[Tensor], shapes: Shapes) -> bool:
-        """Whether the next run needs no comparison with the eager step."""
-        replay = self.replay(shapes)
-        return not is_compared(self.runs + 1) and (replay is None or replay.is_recorded_for(flat))
+        """Whether the next run needs no comparison with the eager step.
+
+        Parameters that moved need a comparison. Recordings of other sizes for the same parameters need none.
+        """
+        if is_compared(self.runs + 1):
+            return False
+        known = self.replay(shapes) is None or any(
+            replay.is_recorded_for(flat) for replay in self.replays.values()
+        )
+        return known
 
     def start(self, given: Sequence[Tensor], shapes: Shapes) -> bool:
         """Replay the step before anybody has checked whether the graph serves, if that can be undone.

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from clipgrad.compiled import backend
 from clipgrad.compiled.compiled_step import CompiledStep, plain_operations
-from clipgrad.compiled.cuda_graphs import Replay, recordable
+from clipgrad.compiled.cuda_graphs import Places, Replay, recordable
 from clipgrad.compiled.lengths import Lengths, Shapes, with_rows
 from clipgrad.compiled.recorder import CudaRecorder, Pool
-from clipgrad.compiled.shape import Rows
+from clipgrad.compiled.shape import Rows, recorded_sizes
 from clipgrad.compiled.signature import READS, difference
 from clipgrad.compiled.trace import TracedStep, trace
 from clipgrad.engine.captured_loss import GraphOfLoss
@@ -94,7 +94,8 @@ class Compiler:
     ) -> Rows:
         """Return how many rows run together.
 
-        On a CPU one graph serves every number of rows, unless the user asked for a number or the step needs one.
+        One graph serves every number of rows, unless the user asked for a number or the step needs one. A recording
+        serves one number, so batches are padded to one of a few; if lengths differ as well, to the largest.
 
         Args:
             asked: The user's ``microbatch_size``.
@@ -104,9 +105,21 @@ class Compiler:
         """
         if asked is not None:
             return Rows(asked, asked)
+        is_recorded = backend.uses_cuda_graphs(self.mode, device)
         if room is None:
             room = self._size = self._size or batch_size
-        return Rows(min(self.fewest_rows, room) if device.type == "cpu" else room, room)
+            # A GPU's code for one number is faster, and nothing is known of other numbers.
+            if is_recorded or device.type != "cpu":
+                return Rows(room, room)
+        few = recorded_sizes(room) if is_recorded else ()
+        if few and self._lengths_differ:
+            few = (room,)
+        return Rows(min(self.fewest_rows, room), room, few)
+
+    @property
+    def _lengths_differ(self) -> bool:
+        """Return whether a graph was made for several lengths."""
+        return any(entry.lengths.differ for entry in self._entries)
 
     def bounds_on(self, device: torch.device, norms: tuple[float, ...]) -> Tensor:
         """The clipping norms as an input of the graph; copied to the device when they change."""
@@ -262,7 +275,7 @@ class Compiler:
             ", for batches of every size" if lengths.have_symbols else "",
         )
         entry = CompiledStep(request.signature, lengths, graph, run)
-        if backend.uses_cuda_graphs(self.mode) and recordable(graph.module, device):
+        if backend.uses_cuda_graphs(self.mode, device) and recordable(graph.module, device):
             if self._pool is None or self._pool.device != device:
                 self._pool = Pool(device)
             entry.record = _recording(entry, request, self._pool)
@@ -276,4 +289,5 @@ def _recording(entry: CompiledStep, request: Request, pool: Pool) -> Callable[[]
     constants = len(entry.graph.constants)
     resident = [True] * params + [False] * samples + request.loss.are_resident + [False] * 2
     resident += [True] * constants
-    return lambda: Replay(entry.run, resident, lambda: CudaRecorder(pool))
+    places = Places()
+    return lambda: Replay(entry.run, resident, places, lambda: CudaRecorder(pool))

@@ -1,8 +1,8 @@
 """Record a compiled step as a CUDA graph, and replay it with one launch instead of one launch per kernel.
 
 PyTorch's own recordings (``triton.cudagraphs``) are switched off for the step. They copy every parameter into their own
-memory at each replay, and choose among many recordings at each call. Here parameters keep their memory, and each
-compiled step has one recording.
+memory at each replay, and choose among many recordings at each call. Here parameters keep their memory, and a compiled
+step has one recording for each size of a batch.
 """
 
 from __future__ import annotations
@@ -33,6 +33,38 @@ _ATTENTIONS = (
 )
 
 
+class Places:
+    """This class holds the memory to which calls copy arguments; recordings of fewer rows use a part of it."""
+
+    def __init__(self) -> None:
+        self._largest: dict[int, Tensor] = {}
+
+    def copy_of(self, number: int, argument: Tensor) -> Tensor:
+        """Return a copy of an argument with the same strides, for which the step was compiled.
+
+        Args:
+            number: Of the argument; the next copy for this number may overwrite this one.
+            argument: The argument.
+        """
+        found = self._largest.get(number)
+        if found is None or not _has_room(found, argument):
+            found = self._largest[number] = torch.empty_strided(
+                argument.shape, argument.stride(), dtype=argument.dtype, device=argument.device
+            )
+        if argument.dim():
+            found = found[: argument.shape[0]]
+        return found.copy_(argument.detach())
+
+
+def _has_room(place: Tensor, argument: Tensor) -> bool:
+    """Return whether the first rows of the place have the layout of the argument."""
+    if place.dim() != argument.dim() or place.stride() != argument.stride():
+        return False
+    if place.dtype != argument.dtype or place.device != argument.device:
+        return False
+    return place.shape[1:] == argument.shape[1:] and place.shape[:1] >= argument.shape[:1]
+
+
 class Replay:
     """This class records a compiled step at its first call and replays it at later calls.
 
@@ -40,13 +72,18 @@ class Replay:
         run: The compiled step; it has run before.
         resident: For each argument, whether its memory address is the same at each call, as for parameters. If an
             argument's address changes, the argument is copied from then on, as non-resident arguments are.
+        places: Memory for the arguments that are copied, which other recordings of the step use as well.
         recorder: A function that makes a recorder.
     """
 
     def __init__(
-        self, run: Run, resident: Sequence[bool], recorder: Callable[[], CudaRecorder]
+        self,
+        run: Run,
+        resident: Sequence[bool],
+        places: Places,
+        recorder: Callable[[], CudaRecorder],
     ) -> None:
-        self._run, self._make_recorder = run, recorder
+        self._run, self._places, self._make_recorder = run, places, recorder
         self._resident = list(resident)
         self._recorder: CudaRecorder | None = None
         self._inputs: list[Tensor] = []
@@ -88,12 +125,16 @@ class Replay:
             flat: Tensors with the shapes, strides and dtypes of all other calls.
             uncopied: How many of the first results may be returned without a copy; the next call overwrites them.
         """
-        if not self.is_recorded_for(flat):
-            self._record(flat)
+        self.prepare(flat)
         if self._failed or self._recorder is None:
             return list(self._run(*(tensor.detach() for tensor in flat)))
         self.start(flat)
         return self.results(uncopied)
+
+    def prepare(self, flat: Sequence[Tensor]) -> None:
+        """Make the recording for these arguments, if there is none."""
+        if not self.is_recorded_for(flat):
+            self._record(flat)
 
     def start(self, flat: Sequence[Tensor]) -> None:
         """Replay for these arguments; ``can_replay`` must hold."""
@@ -127,8 +168,8 @@ class Replay:
         self._separate = False
         with torch.inference_mode(False):
             self._inputs = [
-                tensor.detach() if stays else _same_layout(tensor)
-                for stays, tensor in zip(self._resident, flat, strict=True)
+                tensor.detach() if stays else self._places.copy_of(number, tensor)
+                for number, (stays, tensor) in enumerate(zip(self._resident, flat, strict=True))
             ]
         recorder = self._make_recorder()
         generators = SavedRngState(flat[0].device)
@@ -174,7 +215,7 @@ def _are_rewritten(results: Sequence[Tensor], recorder: CudaRecorder) -> bool:
 
 def recordable(module: GraphModule, device: torch.device) -> bool:
     """Return whether a recording would include the whole graph; a replay does not repeat work of the CPU."""
-    return device.type == "cuda" and all(
+    return all(
         value.device == device
         for node in module.graph.nodes
         if not _is_seed(node)
@@ -190,11 +231,3 @@ def _is_seed(node: Node) -> bool:
     """
     source = node.args[0] if node.target is operator.getitem else node
     return isinstance(source, Node) and source.target in _ATTENTIONS
-
-
-def _same_layout(tensor: Tensor) -> Tensor:
-    """Return a copy with the same strides, for which the step was compiled."""
-    made = torch.empty_strided(
-        tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device
-    )
-    return made.copy_(tensor.detach())

@@ -1,9 +1,9 @@
 """Let one graph serve batches whose sizes differ, such as texts that are padded to the longest of their batch.
 
-On a CPU the rows of a batch have a symbol from the first batch on. For other sizes the first batch gets a graph of its
-own. If a later batch differs from it in some sizes only, the step is traced once more with symbols for these sizes.
-PyTorch records the assumptions of the trace about a symbol as guards (``s >= 3``, ``8 * s**2 <= 2**25``). A graph
-serves a batch only if the batch's sizes fulfil all guards.
+The rows of a batch have a symbol from the first batch on. For other sizes the first batch gets a graph of its own. If a
+later batch differs from it in some sizes only, the step is traced once more with symbols for these sizes. PyTorch
+records the assumptions of the trace about a symbol as guards (``s >= 3``, ``8 * s**2 <= 2**25``). A graph serves a
+batch only if the batch's sizes fulfil all guards.
 """
 
 from __future__ import annotations
@@ -97,6 +97,11 @@ class Lengths:
     def have_symbols(self) -> bool:
         """Return whether some size differs from batch to batch."""
         return any(_differs(history) for of in self._histories for history in of)
+
+    @property
+    def differ(self) -> bool:
+        """Return whether a size other than the number of rows differs from batch to batch."""
+        return any(_differs(history) for of in self._histories for history in of[1:])
 
     def serve(self, shapes: Shapes) -> bool:
         """Return whether the compiled graph serves batches of these sizes."""

@@ -14,7 +14,7 @@ from torch._inductor.cudagraph_trees import clear_cublas_manager
 class Pool:
     """This class holds the memory that several recordings share; the first of them makes it.
 
-    Recordings may share memory, since they run one after the other and each keeps its results alive.
+    Recordings run one after the other, and each may overwrite the results of the others.
 
     Args:
         device: The device of all tensors.
@@ -22,7 +22,7 @@ class Pool:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.handle: Any = None
+        self.memory: Any = None  # a torch.cuda.MemPool
         # PyTorch divides the memory of a stream among tensors of that stream only.
         self.stream: torch.cuda.Stream | None = None
         self.recorders: WeakSet[CudaRecorder] = WeakSet()
@@ -34,6 +34,25 @@ class Pool:
         if self._last is not None and self._last != now:
             now.wait_stream(self._last)
         self._last = now
+
+
+class _Memory:
+    """This class describes a tensor's memory to PyTorch, which then does not count as a user of it.
+
+    Args:
+        tensor: The tensor.
+        owner: An object that keeps the memory from being given back.
+    """
+
+    def __init__(self, tensor: Tensor, owner: CudaRecorder) -> None:
+        storage, size = tensor.untyped_storage(), tensor.element_size()
+        self.__cuda_array_interface__ = {
+            "shape": (storage.nbytes() // size * size,),
+            "typestr": "|u1",
+            "data": (storage.data_ptr(), False),
+            "version": 2,
+        }
+        self._owner = owner
 
 
 class CudaRecorder:
@@ -48,33 +67,46 @@ class CudaRecorder:
         self._graph = torch.cuda.CUDAGraph()
 
     def record(self, function: Callable[[], Sequence[Tensor]]) -> Sequence[Tensor]:
-        """Run the function and record its work; every replay overwrites the memory of its results."""
+        """Run the function and record its work; a replay of any recording may overwrite the results."""
         device = self._pool.device
         with torch.cuda.device(device):
             is_first = not self._pool.recorders
             if is_first:
-                self._pool.handle = torch.cuda.graph_pool_handle()
+                self._pool.memory = torch.cuda.MemPool()
                 self._pool.stream = torch.cuda.Stream()
             stream, now = self._pool.stream, torch.cuda.current_stream()
             assert stream is not None
             stream.wait_stream(now)
+            most = 0
             with torch.cuda.stream(stream):
-                # Libraries create their handles at the first use.
-                most = most_allocated(function, device)
+                # Libraries create their handles at the first use, and some kernels are compiled for each size.
+                if is_first:
+                    most = most_allocated(function, device)
+                else:
+                    with torch.cuda.use_mem_pool(self._pool.memory, device):
+                        function()
             now.wait_stream(stream)
             # PyTorch keeps a workspace of cuBLAS for each stream, and frees all of them when ``torch.compile`` records
             # a step. Workspaces that are made during the recording lie in its own memory, which stays.
             with (
                 clear_cublas_manager(),
                 torch.cuda.graph(
-                    self._graph, self._pool.handle, stream, capture_error_mode="thread_local"
+                    self._graph, self._pool.memory.id, stream, capture_error_mode="thread_local"
                 ),
             ):
                 if is_first:
                     take_at_once(most, device)
                 results = function()
-        self._pool.recorders.add(self)
-        return results
+            self._pool.recorders.add(self)
+            return [self._shared(result) for result in results]
+
+    def _shared(self, result: Tensor) -> Tensor:
+        """Return a result whose memory other recordings may use, as PyTorch's own recordings do."""
+        if not result.numel():
+            return result
+        memory = torch.as_tensor(_Memory(result, self), device=result.device)
+        typed = memory.view(result.dtype)
+        return typed.as_strided(result.shape, result.stride(), result.storage_offset())
 
     def wait(self) -> None:
         """Make later work on the current stream wait for the last replay of any recording in this memory."""

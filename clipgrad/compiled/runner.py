@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -92,6 +93,8 @@ class MicrobatchRunner:
         entry = self._entry = self._find_or_compile(padded, given, shapes)
         if entry is None:
             return None
+        if entry.runs == 0 and not entry.replays:
+            self._record_ahead(entry, padded, padding)
         flat = entry.arguments(given, shapes)
         # A replay that was started is of no use if the loss reads other tensors by now.
         in_time = (
@@ -143,6 +146,20 @@ class MicrobatchRunner:
         tensors = [leaf for leaf in batch if isinstance(leaf, Tensor)]
         return [*self._inputs.params, *tensors, *read, padding, self._bounds]
 
+    def _record_ahead(self, entry: CompiledStep, batch: Sequence[Any], padding: Tensor) -> None:
+        """Record a new graph for all numbers of rows to which batches are padded; compiling it took far longer.
+
+        The first recording is of the largest number, since later ones share its memory. If lengths differ as well,
+        too many sizes are possible.
+        """
+        assert self._loss is not None
+        if entry.record is None or entry.lengths.differ:
+            return
+        for rows in sorted({*map(self._rows.padded, self._rows.few)}, reverse=True):
+            fewer = pad_batch([x[:rows] if isinstance(x, Tensor) else x for x in batch], rows)
+            given = self._graph_inputs(fewer, self._loss.tensors, padding[:rows])
+            entry.prepare(given, shapes_of(fewer))
+
     def _start_last_step(
         self, batch: Sequence[Any], padding: Tensor
     ) -> tuple[CompiledStep, Sequence[Tensor]] | None:
@@ -167,7 +184,7 @@ class MicrobatchRunner:
             request = Request(inputs, loss, batch, given, settings, now, shapes, self._rows)
             entry = self._compiler.make(request)
             if self._rows.are_symbolic:
-                self._rows = Rows(min(self._compiler.fewest_rows, most), most)
+                self._rows = replace(self._rows, fewest=min(self._compiler.fewest_rows, most))
         return entry
 
     def _eager(self) -> EagerStep:

@@ -17,24 +17,24 @@ _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 def fixed_size(expected_batch_size: float) -> int:
     """Return how many samples run at once on a compiled graph for Poisson batches of this mean size.
 
-    It is two standard deviations above the mean, so that 98 of 100 batches are one run. On a GPU batches are padded to
-    it. Smaller graphs need less padding but more runs. For means of 32 to 256 samples, all sizes between an eighth of
-    the mean and this size cost the same within a few percent (see ``docs/notes/performance.md``).
+    It is two standard deviations above the mean, so that 98 of 100 batches are one run.
     """
     return math.ceil(expected_batch_size + 2 * math.sqrt(expected_batch_size))
 
 
 @dataclass(frozen=True)
 class Rows:
-    """This class says how many rows a compiled graph has: every number in a range, or one number.
+    """This class says how many rows a compiled graph has: every number in a range, a few numbers, or one.
 
     Attributes:
         fewest: The smallest number of rows; batches of fewer samples are padded to it.
         most: The largest number.
+        few: The only numbers to which batches are padded, in ascending order; empty if every number is one.
     """
 
     fewest: int
     most: int
+    few: tuple[int, ...] = ()
 
     @property
     def are_symbolic(self) -> bool:
@@ -49,7 +49,24 @@ class Rows:
 
     def padded(self, count: int) -> int:
         """Return the number of rows to which ``count`` samples are padded."""
-        return max(count, self.fewest)
+        least = max(count, self.fewest)
+        return next((size for size in self.few if size >= least), least)
+
+
+def recorded_sizes(most: int) -> tuple[int, ...]:
+    """Return to which numbers of rows Poisson batches are padded, if each number needs a recording.
+
+    They lie within two standard deviations of the mean, and two fifths of one apart. So a dozen recordings serve nearly
+    all batches, and padding adds 0.2 standard deviations on average: 2 % for a mean of 64. One more number is for the
+    halves of batches that are too large to run at once.
+
+    Args:
+        most: The largest number, as ``fixed_size`` returns it.
+    """
+    deviation = math.sqrt(most + 1) - 1
+    half = math.ceil((most + deviation) / 2)
+    least, step = most - math.floor(4 * deviation), max(1, int(deviation / 2.5))
+    return tuple(sorted({half, *range(most, max(least, 1) - 1, -step)}))
 
 
 def is_channels_last(leaf: Tensor) -> bool:

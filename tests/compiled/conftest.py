@@ -64,7 +64,7 @@ class Recorder:
 @pytest.fixture
 def recorders(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Recorder]]:
     Recorder.made = []
-    monkeypatch.setattr(backend, "uses_cuda_graphs", lambda mode: True)
+    monkeypatch.setattr(backend, "uses_cuda_graphs", lambda mode, device: True)
     monkeypatch.setattr(compiler_module, "recordable", lambda module, device: True)
     monkeypatch.setattr(compiler_module, "CudaRecorder", Recorder)
     return Recorder.made

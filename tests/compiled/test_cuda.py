@@ -55,6 +55,44 @@ def test_every_size_equals_the_loop_and_nothing_is_overwritten(
 
 
 @pytest.mark.parametrize("mode", [True, "reduce-overhead"])
+def test_poisson_batches_equal_the_loop_and_share_memory(
+    mode: bool | str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One graph serves all sizes. Its recordings overwrite each other's results, but nothing that was returned."""
+    torch.manual_seed(0)
+    model = Net().cuda()
+    x, y = torch.randn(60, 2, 5, 5, device="cuda"), torch.randint(3, (60,), device="cuda")
+    gradients = per_sample_gradients(model, loss_fn, (x, y))
+    bound = float(clipped_sum(gradients, 1.0)[1].median())
+    optimizer = DPOptimizer(
+        torch.optim.SGD(model.parameters(), lr=0.0), model, loss_fn, max_grad_norm=bound,
+        noise_multiplier=0.0, expected_batch_size=16, compile=mode,
+    )  # fmt: skip
+    gc.collect()
+    before = sizes_of_pools()
+    kept: list[tuple[Tensor, Tensor]] = []
+    for size in (3, 17, 16, 24, 9, 25, 60, 1, 18, 20, 16, 24, 22, 14, 12):
+        sums, norms = clipped_sum({n: g[:size] for n, g in gradients.items()}, bound)
+        if size == 18:  # two batches of one logical batch, in recordings of two sizes
+            optimizer.backward(x[:5], y[:5])
+            optimizer.backward(x[5:18], y[5:18])
+        else:
+            optimizer.backward(x[:size], y[:size])
+            seen = optimizer.diagnostics.grad_norms
+            assert isinstance(seen, Tensor)
+            kept.append((seen, norms))
+        for name, total in optimizer.clipped_sums.items():
+            kept.append((total, sums[name]))
+        optimizer.zero_grad()
+    for found, wanted in kept:
+        torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-4)
+    assert "without CUDA graphs" not in caplog.text
+    assert caplog.text.count("clipgrad: compiled in") == 1
+    pools = sizes_of_pools() - before - Counter({(0, 0): 1 << 40})
+    assert len(pools) == (mode is not True)
+
+
+@pytest.mark.parametrize("mode", [True, "reduce-overhead"])
 def test_dropout_and_weights_move_on(mode: bool | str) -> None:
     torch.manual_seed(0)
     model = Net().cuda()
@@ -191,12 +229,14 @@ def test_recordings_take_little_more_memory_than_their_tensors(
             recorder.wait()
             recorder.replay()
             torch.testing.assert_close(result, work()[0])
-        return sizes_of_pools()[tuple(pool.handle)]
+        recorders.clear()  # a result keeps the memory of its recording
+        torch.testing.assert_close(results[-1], work()[0])
+        return sizes_of_pools()[tuple(pool.memory.id)]
 
     device = torch.device("cuda", torch.cuda.current_device())
     most = most_allocated(work, device)
     in_one_piece = recorded(1)
-    assert recorded(2) < 1.5 * in_one_piece
+    assert recorded(2) < 1.1 * in_one_piece
     monkeypatch.setattr(recorder_module, "take_at_once", lambda size, device: None)
     assert most <= in_one_piece < 0.7 * recorded(1)
 

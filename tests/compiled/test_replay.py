@@ -19,8 +19,11 @@ from torch.fx import symbolic_trace
 from clipgrad import DPOptimizer, clipped_grad
 from clipgrad.clipping import make_clipping
 from clipgrad.compiled import compiler as compiler_module
-from clipgrad.compiled.cuda_graphs import Replay, recordable
+from clipgrad.compiled import fixed_size, runner
+from clipgrad.compiled.cuda_graphs import Places, Replay, recordable
+from clipgrad.compiled.eager import EagerStep
 from clipgrad.compiled.lengths import Lengths, shapes_of
+from clipgrad.compiled.shape import recorded_sizes
 from clipgrad.compiled.trace import TracedStep, trace
 from clipgrad.engine.captured_loss import LossGraphs
 from clipgrad.engine.clip_and_sum import Settings
@@ -93,6 +96,79 @@ def test_nothing_that_was_returned_is_overwritten(
     assert len(recorders) == len(graphs) == 1
 
 
+def test_poisson_batches_have_a_recording_for_each_of_a_few_sizes(
+    graphs: Graphs, recorders: list[Recorder]
+) -> None:
+    """All are made with the graph, before its first result, and none is compared with the eager step again."""
+    model = net().eval()
+    optimizer = DPOptimizer(
+        torch.optim.SGD(model.parameters(), lr=0.0), model, loss_fn, max_grad_norm=0.5,
+        noise_multiplier=0.0, expected_batch_size=16, compile=True,
+    )  # fmt: skip
+    x, y = data(60)
+    expected = per_sample_gradients(model, loss_fn, (x, y))
+    kept: list[tuple[Tensor, Tensor]] = []
+    for size in (1, 17, 16, 24, 9, 25, 3, 17, 60, 24):
+        optimizer.backward(x[:size], y[:size])
+        sums, norms = clipped_sum({n: g[:size] for n, g in expected.items()}, 0.5)
+        kept += [(total, sums[name]) for name, total in optimizer.clipped_sums.items()]
+        found = optimizer.diagnostics.grad_norms
+        assert isinstance(found, Tensor)
+        kept.append((found, norms))
+        optimizer.zero_grad()
+    for found, wanted in kept:
+        torch.testing.assert_close(found, wanted)
+    assert len(graphs) == 1
+    assert len(recorders) == len(recorded_sizes(fixed_size(16)))
+
+
+def test_a_recording_of_another_size_needs_no_comparison(
+    graphs: Graphs, recorders: list[Recorder], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Parameters that moved do."""
+    compared: list[int] = []
+    eager = runner.MicrobatchRunner._eager
+
+    def counted(self: runner.MicrobatchRunner) -> EagerStep:
+        compared.append(0)
+        return eager(self)
+
+    monkeypatch.setattr(runner.MicrobatchRunner, "_eager", counted)
+    model = net().eval()
+    optimizer = DPOptimizer(
+        torch.optim.SGD(model.parameters(), lr=0.0), model, loss_fn, max_grad_norm=0.5,
+        noise_multiplier=0.0, expected_batch_size=16, compile=True,
+    )  # fmt: skip
+    x, y = data(24)
+    for size in (24, 10, 11, 12, 13, 14, 15, 16, 17):
+        optimizer.backward(x[:size], y[:size])
+        optimizer.zero_grad()
+    assert len(compared) == 4  # runs 1, 2, 4, 8
+    model[0].weight.data = model[0].weight.data.clone()
+    for size in (17, 17, 16):
+        optimizer.backward(x[:size], y[:size])
+        optimizer.zero_grad()
+    assert len(compared) == 5
+
+
+def test_recordings_share_the_memory_of_their_arguments() -> None:
+    """Those of fewer rows use a part of it, in the same layout."""
+    places = Places()
+    image = torch.randn(6, 3, 4, 4).to(memory_format=torch.channels_last)
+    largest, number = places.copy_of(0, image), places.copy_of(1, torch.tensor(2.0))
+    for rows in (6, 4, 1):
+        found = places.copy_of(0, image[:rows])
+        assert torch.equal(found, image[:rows])
+        assert found.stride() == image[:rows].stride()
+        assert found.data_ptr() == largest.data_ptr()
+    assert places.copy_of(1, torch.tensor(3.0)).data_ptr() == number.data_ptr()
+    for other in (image[:, :2].contiguous(), image.double(), image.contiguous(), image[0]):
+        found = places.copy_of(0, other)
+        assert torch.equal(found, other)
+        assert found.stride() == other.stride()
+    assert torch.equal(largest, image)
+
+
 def test_sums_of_several_microbatches_and_calls_add_up(
     graphs: Graphs, recorders: list[Recorder]
 ) -> None:
@@ -158,7 +234,7 @@ def test_results_that_share_memory_are_not_lent() -> None:
 
     Recorder.made = Sharing.made = []
     for shared in (True, False):
-        replay = Replay(lambda x: [x * 2, x * 3], [False], lambda: Sharing(given.device))
+        replay = Replay(lambda x: [x * 2, x * 3], [False], Places(), lambda: Sharing(given.device))
         first = replay([given], uncopied=1)
         assert replay.returned_uncopied is not shared
         second = replay([given + 1], uncopied=1)
@@ -181,7 +257,7 @@ def test_a_result_that_a_replay_does_not_write_is_not_lent() -> None:
 
     Constant.made = []
     given = torch.randn(3)
-    replay = Replay(lambda x: [x * 2, x], [False], lambda: Constant(given.device))
+    replay = Replay(lambda x: [x * 2, x], [False], Places(), lambda: Constant(given.device))
     for factor in (1, 2):
         found = replay([given * factor], uncopied=2)
         assert not replay.returned_uncopied
@@ -200,7 +276,7 @@ def test_a_result_that_is_an_argument_is_not_lent() -> None:
             return self._results
 
     Returning.made = []
-    replay = Replay(lambda w, x: [w[:2]], [True, False], lambda: Returning(weight.device))
+    replay = Replay(lambda w, x: [w[:2]], [True, False], Places(), lambda: Returning(weight.device))
     (found,) = replay([weight, torch.ones(1)], uncopied=1)
     assert not replay.returned_uncopied
     found.add_(1)
@@ -440,7 +516,7 @@ def test_arguments_keep_their_layout() -> None:
         return [x * 2]
 
     Recorder.made = []
-    replay = Replay(run, [False], lambda: Recorder(None))
+    replay = Replay(run, [False], Places(), lambda: Recorder(None))
     assert torch.equal(replay([given])[0], given * 2)
     assert set(seen) == {given.stride()}
 
