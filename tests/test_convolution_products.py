@@ -161,6 +161,38 @@ def test_groups_in_a_graph(case: RuleCase, monkeypatch: pytest.MonkeyPatch) -> N
     torch.testing.assert_close(found.grad_norms, expected.grad_norms)
 
 
+@pytest.mark.parametrize("way", [methods.by_slices, methods.by_groups, methods.by_patches])
+def test_a_graph_serves_every_number_of_rows(way: Method, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU, how a way cuts the samples also depends on their number."""
+    graphs: list[GraphModule] = []
+
+    def compile_graph(module: GraphModule, *_: object) -> GraphModule:
+        graphs.append(module)
+        return module
+
+    monkeypatch.setattr(backend, "compile_graph", compile_graph)
+    monkeypatch.setattr(methods, "in_graph_for_cpu", lambda _: False)
+    always(way, monkeypatch)
+    monkeypatch.setattr(unfolding, "_AT_ONCE", {"cpu": 200})
+    torch.manual_seed(0)
+    w = {"w": torch.randn(3, 2, 3, 3, dtype=torch.float64)}
+    eager, compiled = (
+        clipgrad.clipped_grad(
+            loss, max_grad_norm=1.0, performance=Performance(strategy="kept"), compile=compile
+        )
+        for compile in (False, True)
+    )
+    for size in (7, 3, 6, 2):
+        x = torch.randn(size, 2, 5, 5, dtype=torch.float64)
+        expected, found = eager(w, x), compiled(w, x)
+        torch.testing.assert_close(found.grads, expected.grads)
+        torch.testing.assert_close(found.grad_norms, expected.grad_norms)
+    assert len(graphs) == 1
+    placeholders = graphs[0].graph.find_nodes(op="placeholder")
+    sizes = [size for node in placeholders for size in node.meta["val"].shape]
+    assert any(isinstance(size, torch.SymInt) for size in sizes)
+
+
 def loss(params: dict[str, Tensor], x: Tensor) -> Tensor:
     return F.conv2d(x, params["w"], padding=1).square().sum()
 

@@ -145,4 +145,4 @@ def test_a_norm_allows_for_the_rounding_of_the_librarys_sum() -> None:
     use = use_of(x, gradient, weight, Geometry((1,), (0,), (1,), 1))
     assert isinstance(use, ConvolutionUse)
     norm = float(ghost_norms_squared([use.outer()]).sqrt())
-    assert norm >= 8 * float32_precision.product_rounding("cuda") * 2 * 3**0.5
+    assert norm >= 8 * float32_precision.product_rounding("cuda") * 2 * 3**0.5 * (1 - 1e-5)

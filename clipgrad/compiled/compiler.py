@@ -13,7 +13,7 @@ from torch import Tensor
 
 from clipgrad.compiled import backend
 from clipgrad.compiled.compiled_step import CompiledStep, plain_operations
-from clipgrad.compiled.cuda_graphs import Places, Replay, recordable
+from clipgrad.compiled.cuda_graphs import Common, Replay, recordable
 from clipgrad.compiled.lengths import Lengths, Shapes, with_rows
 from clipgrad.compiled.recorder import CudaRecorder, Pool
 from clipgrad.compiled.shape import Rows, recorded_sizes
@@ -289,5 +289,5 @@ def _recording(entry: CompiledStep, request: Request, pool: Pool) -> Callable[[]
     constants = len(entry.graph.constants)
     resident = [True] * params + [False] * samples + request.loss.are_resident + [False] * 2
     resident += [True] * constants
-    places = Places()
-    return lambda: Replay(entry.run, resident, places, lambda: CudaRecorder(pool))
+    common = Common()
+    return lambda: Replay(entry.run, resident, common, lambda: CudaRecorder(pool))

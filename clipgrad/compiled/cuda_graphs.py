@@ -33,22 +33,29 @@ _ATTENTIONS = (
 )
 
 
-class Places:
-    """This class holds the memory to which calls copy arguments; recordings of fewer rows use a part of it."""
+class Common:
+    """This class holds what all recordings of a compiled step have in common.
+
+    Attributes:
+        rewrites: Whether a replay writes all results; None if no recording was asked yet.
+    """
 
     def __init__(self) -> None:
-        self._largest: dict[int, Tensor] = {}
+        self.rewrites: bool | None = None
+        self._places: dict[int, Tensor] = {}
 
     def copy_of(self, number: int, argument: Tensor) -> Tensor:
         """Return a copy of an argument with the same strides, for which the step was compiled.
+
+        Copies of fewer rows lie in the same memory.
 
         Args:
             number: Of the argument; the next copy for this number may overwrite this one.
             argument: The argument.
         """
-        found = self._largest.get(number)
+        found = self._places.get(number)
         if found is None or not _has_room(found, argument):
-            found = self._largest[number] = torch.empty_strided(
+            found = self._places[number] = torch.empty_strided(
                 argument.shape, argument.stride(), dtype=argument.dtype, device=argument.device
             )
         if argument.dim():
@@ -72,7 +79,7 @@ class Replay:
         run: The compiled step; it has run before.
         resident: For each argument, whether its memory address is the same at each call, as for parameters. If an
             argument's address changes, the argument is copied from then on, as non-resident arguments are.
-        places: Memory for the arguments that are copied, which other recordings of the step use as well.
+        common: Of all recordings of the step.
         recorder: A function that makes a recorder.
     """
 
@@ -80,10 +87,10 @@ class Replay:
         self,
         run: Run,
         resident: Sequence[bool],
-        places: Places,
+        common: Common,
         recorder: Callable[[], CudaRecorder],
     ) -> None:
-        self._run, self._places, self._make_recorder = run, places, recorder
+        self._run, self._common, self._make_recorder = run, common, recorder
         self._resident = list(resident)
         self._recorder: CudaRecorder | None = None
         self._inputs: list[Tensor] = []
@@ -168,7 +175,7 @@ class Replay:
         self._separate = False
         with torch.inference_mode(False):
             self._inputs = [
-                tensor.detach() if stays else self._places.copy_of(number, tensor)
+                tensor.detach() if stays else self._common.copy_of(number, tensor)
                 for number, (stays, tensor) in enumerate(zip(self._resident, flat, strict=True))
             ]
         recorder = self._make_recorder()
@@ -176,7 +183,9 @@ class Replay:
         try:
             self._results = recorder.record(lambda: self._run(*self._inputs))
             separate = _are_separate(self._results, self._inputs)
-            self._separate = separate and _are_rewritten(self._results, recorder)
+            if separate and self._common.rewrites is None:
+                self._common.rewrites = _are_rewritten(self._results, recorder)
+            self._separate = separate and bool(self._common.rewrites)
         except Exception as error:  # kernels that cannot be recorded raise errors of many types
             self._failed, self._inputs = True, []
             _log.warning(

@@ -90,13 +90,18 @@ def pad_rows(leaf: Tensor, size: int) -> Tensor:
     layout = layout_of(leaf)
     rows = leaf.shape[0]
     if rows < size:
-        index = torch.arange(size, device=leaf.device) % rows
-        leaf = leaf.index_select(0, index)
+        leaf = leaf.index_select(0, _repeated_rows(rows, size, leaf.device))
     leaf = leaf.contiguous(memory_format=layout)
     strides = _strides(leaf.shape, layout)
     if leaf.stride() == strides:
         return leaf
     return leaf.as_strided(leaf.shape, strides)  # axes of length one may have any stride
+
+
+@functools.lru_cache(maxsize=256)
+def _repeated_rows(rows: int, size: int, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):  # the cached tensor is also used outside inference mode
+        return torch.arange(size, device=device) % rows
 
 
 @functools.lru_cache(maxsize=256)

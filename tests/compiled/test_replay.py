@@ -20,7 +20,7 @@ from clipgrad import DPOptimizer, clipped_grad
 from clipgrad.clipping import make_clipping
 from clipgrad.compiled import compiler as compiler_module
 from clipgrad.compiled import fixed_size, runner
-from clipgrad.compiled.cuda_graphs import Places, Replay, recordable
+from clipgrad.compiled.cuda_graphs import Common, Replay, recordable
 from clipgrad.compiled.eager import EagerStep
 from clipgrad.compiled.lengths import Lengths, shapes_of
 from clipgrad.compiled.shape import recorded_sizes
@@ -153,17 +153,17 @@ def test_a_recording_of_another_size_needs_no_comparison(
 
 def test_recordings_share_the_memory_of_their_arguments() -> None:
     """Those of fewer rows use a part of it, in the same layout."""
-    places = Places()
+    common = Common()
     image = torch.randn(6, 3, 4, 4).to(memory_format=torch.channels_last)
-    largest, number = places.copy_of(0, image), places.copy_of(1, torch.tensor(2.0))
+    largest, number = common.copy_of(0, image), common.copy_of(1, torch.tensor(2.0))
     for rows in (6, 4, 1):
-        found = places.copy_of(0, image[:rows])
+        found = common.copy_of(0, image[:rows])
         assert torch.equal(found, image[:rows])
         assert found.stride() == image[:rows].stride()
         assert found.data_ptr() == largest.data_ptr()
-    assert places.copy_of(1, torch.tensor(3.0)).data_ptr() == number.data_ptr()
+    assert common.copy_of(1, torch.tensor(3.0)).data_ptr() == number.data_ptr()
     for other in (image[:, :2].contiguous(), image.double(), image.contiguous(), image[0]):
-        found = places.copy_of(0, other)
+        found = common.copy_of(0, other)
         assert torch.equal(found, other)
         assert found.stride() == other.stride()
     assert torch.equal(largest, image)
@@ -234,7 +234,7 @@ def test_results_that_share_memory_are_not_lent() -> None:
 
     Recorder.made = Sharing.made = []
     for shared in (True, False):
-        replay = Replay(lambda x: [x * 2, x * 3], [False], Places(), lambda: Sharing(given.device))
+        replay = Replay(lambda x: [x * 2, x * 3], [False], Common(), lambda: Sharing(given.device))
         first = replay([given], uncopied=1)
         assert replay.returned_uncopied is not shared
         second = replay([given + 1], uncopied=1)
@@ -257,7 +257,7 @@ def test_a_result_that_a_replay_does_not_write_is_not_lent() -> None:
 
     Constant.made = []
     given = torch.randn(3)
-    replay = Replay(lambda x: [x * 2, x], [False], Places(), lambda: Constant(given.device))
+    replay = Replay(lambda x: [x * 2, x], [False], Common(), lambda: Constant(given.device))
     for factor in (1, 2):
         found = replay([given * factor], uncopied=2)
         assert not replay.returned_uncopied
@@ -276,7 +276,7 @@ def test_a_result_that_is_an_argument_is_not_lent() -> None:
             return self._results
 
     Returning.made = []
-    replay = Replay(lambda w, x: [w[:2]], [True, False], Places(), lambda: Returning(weight.device))
+    replay = Replay(lambda w, x: [w[:2]], [True, False], Common(), lambda: Returning(weight.device))
     (found,) = replay([weight, torch.ones(1)], uncopied=1)
     assert not replay.returned_uncopied
     found.add_(1)
@@ -516,7 +516,7 @@ def test_arguments_keep_their_layout() -> None:
         return [x * 2]
 
     Recorder.made = []
-    replay = Replay(run, [False], Places(), lambda: Recorder(None))
+    replay = Replay(run, [False], Common(), lambda: Recorder(None))
     assert torch.equal(replay([given])[0], given * 2)
     assert set(seen) == {given.stride()}
 

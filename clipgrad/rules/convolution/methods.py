@@ -137,6 +137,8 @@ def by_slices(gradient: Tensor, input: Tensor, shape: torch.Size, geometry: Geom
 
     In memory, the taps of the first axis come directly after the sample axis of the result.
     """
+    if is_symbol(input.shape[0]):
+        return _as_operation("slices", gradient, input, shape, geometry)
     rows, image = rows_and_image(gradient, input, geometry)
     first, *others = shape[2:]
     positions, *across = rows.shape[2:]
@@ -163,7 +165,7 @@ def by_groups(gradient: Tensor, input: Tensor, shape: torch.Size, geometry: Geom
     In a traced graph on CPU this is a custom operation. Otherwise a compiler would make the folded images channels
     last, which suits ordinary convolutions; with hundreds of groups this is two to three times slower, copies included.
     """
-    if in_graph_for_cpu(gradient):
+    if in_graph_for_cpu(gradient) or is_symbol(input.shape[0]):
         return _as_operation("groups", gradient, delay_until(gradient, input), shape, geometry)
     samples = input.shape[0]
 
@@ -202,7 +204,7 @@ def _operation(
     geometry = Geometry(
         tuple(stride), tuple(padding), tuple(dilation), groups, transposed, tuple(output_padding)
     )
-    run = {"patches": by_patches, "rows": by_rows, "groups": by_groups}[method]
+    run = {"patches": by_patches, "rows": by_rows, "slices": by_slices, "groups": by_groups}[method]
     return run(gradient, input, torch.Size(shape), geometry).contiguous()
 
 
