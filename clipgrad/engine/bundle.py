@@ -8,6 +8,7 @@ from math import prod
 import torch
 from torch import Tensor
 
+from clipgrad._functorch import expected
 from clipgrad.kernels.selection import select_rows
 from clipgrad.rules.canonical import PerSample
 from clipgrad.rules.row_norms import row_norms_squared
@@ -60,7 +61,9 @@ def make_bundle(gradients: Mapping[int, Tensor]) -> Bundle | None:
     """
     small: dict[int, Tensor] = {}
     for index, gradient in gradients.items():
-        if gradient.dim() < 2 or not 0 < gradient.numel() <= SMALL:
+        # A graph for every number of rows keeps the choice of the number that is expected.
+        elements = expected(gradient.shape[0]) * gradient.shape[1:].numel()
+        if gradient.dim() < 2 or not 0 < elements <= SMALL:
             continue
         kind = gradient.dtype, gradient.device
         first = next(iter(small.values()), gradient)

@@ -15,6 +15,7 @@ from clipgrad import DPOptimizer, clipped_grad
 from clipgrad._functorch import is_symbol
 from clipgrad.compiled import backend, fixed_size
 from clipgrad.compiled.shape import Rows, pad_rows, recorded_sizes
+from clipgrad.engine import bundle, gradients
 from tests.compiled.conftest import Graphs
 from tests.nightly import some
 from tests.oracle import clipped_sum, per_sample_gradients
@@ -223,3 +224,31 @@ def test_a_graph_with_a_fewest_number_of_rows_is_not_given_fewer() -> None:
     rows = Rows(5, 8, (2, 4, 6, 8))
     assert [rows.padded(count) for count in range(1, 9)] == [6, 6, 6, 6, 6, 6, 8, 8]
     assert Rows(8, 8, (2, 4, 6, 8)).padded(1) == 8
+
+
+def test_what_is_chosen_by_size_does_not_bind_the_number_of_rows(
+    graphs: Graphs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU small gradients are joined. GPT-2's graph for up to 24 rows took 22 or more because of this choice."""
+    monkeypatch.setattr(gradients, "_JOINS_IN_GRAPHS", {"cpu"})
+    seen: list[int] = []
+
+    def run(module: GraphModule) -> Callable[..., Any]:
+        def counted(*arguments: Tensor) -> Any:
+            seen.extend(a.shape[0] for a in arguments if a.dtype is torch.bool)
+            return module(*arguments)
+
+        return counted
+
+    graphs.alter = run
+    width = bundle.SMALL // EXPECTED
+    model = nn.Sequential(nn.LayerNorm(width), nn.LayerNorm(width)).double()
+    optimizer = DPOptimizer(
+        torch.optim.SGD(model.parameters(), lr=0.0), model, squares, max_grad_norm=0.5, noise_multiplier=0.0,
+        expected_batch_size=EXPECTED, compile=True,
+    )  # fmt: skip
+    for size in (fixed_size(EXPECTED), 3):
+        optimizer.zero_grad()
+        optimizer.backward(draw(size, width))
+    assert len(graphs) == 1
+    assert set(seen) == {fixed_size(EXPECTED), 3}
