@@ -10,7 +10,7 @@
 ``position_sums``     keeps sums over positions apart from the gradient of an activation
 ``padded_outputs``    computes the gradient of padded logits before it pads it
 ``signature``         decides whether a graph serves; PyTorch's guards watch the user's Python
-``shape``             gives batches of every size one fixed number of rows
+``shape``             decides to which numbers of rows batches are padded
 ``backend``           hands the graph to TorchInductor
 ``recorder``          records work as a CUDA graph, in memory that recordings share
 ``cuda_graphs``       decides when the compiled graph is recorded, and replays it

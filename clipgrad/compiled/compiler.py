@@ -272,7 +272,7 @@ class Compiler:
             tracing + compiling,
             tracing,
             compiling,
-            ", for batches of every size" if lengths.have_symbols else "",
+            _served(lengths) if lengths.have_symbols else "",
         )
         entry = CompiledStep(request.signature, lengths, graph, run)
         if backend.uses_cuda_graphs(self.mode, device) and recordable(graph.module, device):
@@ -280,6 +280,14 @@ class Compiler:
                 self._pool = Pool(device)
             entry.record = _recording(entry, request, self._pool)
         return entry
+
+
+def _served(lengths: Lengths) -> str:
+    """Return for which batches a graph with symbols serves, as the log says it."""
+    fewest = lengths.fewest_rows()
+    return (
+        ", for batches of every size" if fewest <= FEWEST_ROWS else f", for {fewest} rows or more"
+    )
 
 
 def _recording(entry: CompiledStep, request: Request, pool: Pool) -> Callable[[], Replay]:

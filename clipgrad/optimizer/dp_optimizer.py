@@ -66,10 +66,10 @@ class DPOptimizer(LogicalBatch, Generic[Returned]):
         noise: The noise source. The default, ``SystemNoise()``, is seeded by the operating system.
             ``SeededNoise(generator)`` is repeatable, for experiments, and **not private**.
             ``DiscreteGaussianNoise(grid)`` chooses exact mode; see ``docs/exact.md``.
-        compile: Run the step as one compiled graph; see ``clipped_grad``. Without ``microbatch_size`` a graph on a CPU
-            serves Poisson batches of every size. A graph on a GPU has rows for a batch two standard deviations above
-            ``expected_batch_size``, and smaller batches are padded. If all batches have the same size, pass this size
-            as ``microbatch_size``.
+        compile: Run the step as one compiled graph; see ``clipped_grad``. Without ``microbatch_size`` it serves Poisson
+            batches of every size. Batches above two standard deviations over ``expected_batch_size`` run in parts.
+            Recorded steps (``"reduce-overhead"``) pad a batch to one of about a dozen sizes. If all batches have the
+            same size, pass this size as ``microbatch_size``.
         performance: Further options that change time and memory only.
 
     Raises:
