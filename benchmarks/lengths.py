@@ -22,7 +22,8 @@ import torch
 from torch import nn
 
 import clipgrad
-from benchmarks.finetuning import Batch, adamw, loss_fn, text
+from benchmarks.finetuned import Batch, loss_fn, text
+from benchmarks.finetuning import adamw
 
 SIZE, VOCABULARY = 8, 512
 

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainingArguments
 
 import clipgrad
-from benchmarks import finetuning
+from benchmarks import finetuned, finetuning
 from benchmarks.device import wait
 from clipgrad.integrations.huggingface import DPTrainer
 
@@ -121,7 +121,7 @@ def compared(trainer: Times, loop: Times) -> dict[str, Any]:
     return row
 
 
-def rows_of(batch: finetuning.Batch) -> list[dict[str, Tensor]]:
+def rows_of(batch: finetuned.Batch) -> list[dict[str, Tensor]]:
     """The rows of a batch on the CPU, as a dataset has them, several times."""
     host = {name: value.cpu() for name, value in batch.items()}
     size = len(next(iter(host.values())))
@@ -138,7 +138,7 @@ def bare_loop(
 ) -> Callable[[], int]:
     """A step on the next batch of the plan, without the trainer."""
     optimizer = clipgrad.DPOptimizer(
-        finetuning.adamw(model, device), model, finetuning.loss_fn, plan=plan, microbatch_size=size, compile=compile
+        finetuning.adamw(model, device), model, finetuned.loss_fn, plan=plan, microbatch_size=size, compile=compile
     )  # fmt: skip
     pinned = device != "cpu"
     batches: Iterator[Any] = iter(clipgrad.poisson_loader(data, plan=plan, pin_memory=pinned))
@@ -155,7 +155,7 @@ def bare_loop(
 
 def measured(name: str, device: str, turns: int, steps: int, mode: bool | str) -> dict[str, Any]:
     """Milliseconds of steps of the trainer and of the loop."""
-    setting = finetuning.SETTINGS[name](device)
+    setting = finetuned.SETTINGS[name](device)
     data, size = rows_of(setting.batch), len(setting.batch["input_ids"])
     total = WARM + turns * steps
     # Each run has a plan of its own, which counts its batches.
@@ -183,7 +183,7 @@ def measured(name: str, device: str, turns: int, steps: int, mode: bool | str) -
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("settings", nargs="+", choices=finetuning.SETTINGS)
+    parser.add_argument("settings", nargs="+", choices=finetuned.SETTINGS)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--turns", type=int, default=16)
     parser.add_argument("--steps", type=int, default=24, help="of a turn")
