@@ -76,6 +76,7 @@ class CudaRecorder:
                 self._pool.stream = torch.cuda.Stream()
             stream, now = self._pool.stream, torch.cuda.current_stream()
             assert stream is not None
+            self.wait()  # the function runs in this memory
             stream.wait_stream(now)
             most = 0
             with torch.cuda.stream(stream):
