@@ -62,7 +62,7 @@ def make_bundle(gradients: Mapping[int, Tensor]) -> Bundle | None:
     small: dict[int, Tensor] = {}
     for index, gradient in gradients.items():
         # A graph for every number of rows keeps the choice of the number that is expected.
-        elements = expected(gradient.shape[0]) * gradient.shape[1:].numel()
+        elements = expected(gradient.shape[0]) * prod(gradient.shape[1:])
         if gradient.dim() < 2 or not 0 < elements <= SMALL:
             continue
         kind = gradient.dtype, gradient.device

@@ -188,8 +188,7 @@ def _one_position(left: Tensor, right: Tensor) -> Tensor:
 
 def _few_positions(right: Tensor) -> bool:
     """Return whether a Gram matrix costs less than sorting ids and adding rows, which a CPU does sequentially."""
-    samples, positions, _ = right.shape
-    positions = expected(positions)
+    samples, positions = map(expected, right.shape[:2])
     few = 1 < positions <= _FEW_POSITIONS and samples * positions**2 <= _FEW_ELEMENTS
     return few and right.device.type == "cpu"
 

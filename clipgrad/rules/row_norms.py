@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import prod
+
 import torch
 from torch import Tensor
 
@@ -13,17 +15,31 @@ _LONG_ROW = 1 << 12
 
 def row_norms_squared(tensor: Tensor) -> Tensor:
     """Return the squared L2 norm of every sample, ``[B]``."""
-    flat = in_memory_order(tensor)[0].flatten(1) if tensor.dim() > 1 else tensor[:, None]
-    dtype = widen(flat[:0]).dtype
-    # On CPU one float32 sum over millions of values is too small by up to 1e-3; a sum of partial sums is not. For a GPU
-    # a compiler divides a long sum by itself, but only if it knows the number of rows (GPT-2: 17 us instead of 57).
-    if (flat.device.type == "cpu" or is_symbol(flat.shape[0])) and flat.shape[1] > _LONG_ROW:
-        whole = flat.shape[1] - flat.shape[1] % _LONG_ROW
-        pieces = flat[:, :whole].unflatten(1, (-1, _LONG_ROW))
-        parts = torch.linalg.vector_norm(pieces, dim=2, dtype=dtype)
-        if whole < flat.shape[1]:
-            rest = torch.linalg.vector_norm(flat[:, whole:], dim=1, keepdim=True, dtype=dtype)
-            parts = torch.cat((parts, rest), 1)
-        flat = parts
-    norms: Tensor = torch.linalg.vector_norm(flat, dim=1, dtype=dtype)
+    ordered = in_memory_order(tensor)[0] if tensor.dim() > 1 else tensor[:, None]
+    dtype = widen(ordered[:0]).dtype
+    norms: Tensor = torch.linalg.vector_norm(_parts(ordered, dtype).flatten(1), dim=1, dtype=dtype)
     return norms.square()
+
+
+def _parts(ordered: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return norms of parts of each sample, or the tensor if samples are short.
+
+    On CPU one float32 sum over millions of values is too small by up to 1e-3; a sum of partial sums is not. For a GPU a
+    compiler divides a long sum by itself, but only if it knows the number of rows (GPT-2: 17 us instead of 57).
+    """
+    width = prod(ordered.shape[1:])  # ``numel`` would make a number of a symbol
+    if is_symbol(width):
+        # How many parts of one size it has would become a condition of the graph. Rows of the last axis are parts, too.
+        parts: Tensor = torch.linalg.vector_norm(ordered, dim=-1, keepdim=True, dtype=dtype)
+        return parts if ordered.dim() > 2 else ordered
+    divides = ordered.device.type == "cpu" or is_symbol(ordered.shape[0])
+    if not divides or width <= _LONG_ROW:
+        return ordered
+    flat = ordered.flatten(1)
+    whole = width - width % _LONG_ROW
+    pieces = flat[:, :whole].unflatten(1, (-1, _LONG_ROW))
+    parts = torch.linalg.vector_norm(pieces, dim=2, dtype=dtype)
+    if whole == width:
+        return parts
+    rest = torch.linalg.vector_norm(flat[:, whole:], dim=1, keepdim=True, dtype=dtype)
+    return torch.cat((parts, rest), 1)

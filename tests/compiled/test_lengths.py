@@ -41,6 +41,10 @@ def of_next_word(model: nn.Module, ids: Tensor) -> Tensor:
     return F.cross_entropy(model(ids).flatten(0, 1), labels.flatten(), ignore_index=-100)
 
 
+def of_squares(model: nn.Module, ids: Tensor) -> Tensor:
+    return model(ids).square().mean()
+
+
 def with_prefix(model: nn.Module, ids: Tensor) -> Tensor:
     return of_next_word(model, torch.cat([ids.new_zeros(len(ids), 2), ids], 1))
 
@@ -88,6 +92,15 @@ def test_two_graphs_serve_all_lengths(loss: Loss, strategy: str, graphs: Graphs)
     optimizer = optimizer_of(model, loss, performance=Performance(strategy=strategy))
     for ids in texts(7, 5, 12, 3, 40, 7):
         check(optimizer, model, loss, ids)
+    assert len(graphs) == 2
+
+
+def test_long_texts_whose_embedding_has_many_elements(graphs: Graphs) -> None:
+    """Norms of long rows are found in parts, whose number must not become a condition of the graph."""
+    model = nn.Sequential(nn.Embedding(11, 64), nn.Linear(64, 2)).double()
+    optimizer = optimizer_of(model, of_squares)
+    for ids in texts(300, 320, 310, 257, 384, 330, 305, 271, 512, 290):
+        check(optimizer, model, of_squares, ids)
     assert len(graphs) == 2
 
 

@@ -14,6 +14,7 @@ from torch.fx import GraphModule
 from clipgrad import DPOptimizer, clipped_grad
 from clipgrad._functorch import is_symbol
 from clipgrad.compiled import backend, fixed_size
+from clipgrad.compiled.compiler import FEWEST_ROWS
 from clipgrad.compiled.shape import Rows, pad_rows, recorded_sizes
 from clipgrad.engine import bundle, gradients
 from tests.compiled.conftest import Graphs
@@ -201,13 +202,13 @@ def test_fitted_rows_and_strides(shape: tuple[int, ...]) -> None:
     assert pad_rows(full, 7).data_ptr() == full.data_ptr()  # a full batch is not copied
 
 
-@pytest.mark.parametrize("expected", [1, 4, 16, 32, 64, 256, 1024])
+@pytest.mark.parametrize("expected", [4, 14, 16, 32, 56, 64, 256, 1024])
 def test_padding_to_a_few_sizes_costs_little(expected: int) -> None:
     """Rows that run, for each sample of Poisson batches; before, one size was for all, and 16 cost 1.53."""
     most = fixed_size(expected)
-    rows = Rows(1, most, recorded_sizes(most))
+    rows = Rows(FEWEST_ROWS, most, recorded_sizes(most))
     assert rows.few[-1] == most
-    assert len(rows.few) <= 18
+    assert len(rows.few) <= 20
     drawn = torch.poisson(torch.full((4000,), float(expected))).long().tolist()
     ran = 0
     for count in drawn:
@@ -252,3 +253,31 @@ def test_what_is_chosen_by_size_does_not_bind_the_number_of_rows(
         optimizer.backward(draw(size, width))
     assert len(graphs) == 1
     assert set(seen) == {fixed_size(EXPECTED), 3}
+
+
+def of_ids(model: nn.Module, ids: Tensor) -> Tensor:
+    return model(ids).square().mean()
+
+
+def test_how_norms_of_embeddings_are_found_does_not_bind_the_number_of_rows(graphs: Graphs) -> None:
+    """With 256 positions a Gram matrix is chosen for up to 256 rows."""
+    seen: list[int] = []
+
+    def run(module: GraphModule) -> Callable[..., Any]:
+        def counted(*arguments: Tensor) -> Any:
+            seen.extend(a.shape[0] for a in arguments if a.dtype is torch.bool)
+            return module(*arguments)
+
+        return counted
+
+    graphs.alter = run
+    model = nn.Embedding(5, 2).double()
+    optimizer = DPOptimizer(
+        torch.optim.SGD(model.parameters(), lr=0.0), model, of_ids, max_grad_norm=0.5, noise_multiplier=0.0,
+        expected_batch_size=240, compile=True,
+    )  # fmt: skip
+    for size in (fixed_size(240), 3):
+        optimizer.zero_grad()
+        optimizer.backward(torch.randint(5, (size, 256)))
+    assert len(graphs) == 1
+    assert set(seen) == {fixed_size(240), 3}

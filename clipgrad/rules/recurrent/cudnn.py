@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from clipgrad._functorch import expected
 from clipgrad.rules.recurrent.recurrence import GRU, LSTM, RNN, Cell, Trace, Weights
 
 # Up to this ``N G^2`` the product with the identity costs less than the kernel launches that it saves. On an H200 cuDNN
@@ -23,7 +24,7 @@ def can_run(cell: Cell, z: Tensor, weights: Weights) -> bool:
     """Return whether cuDNN can run this sequence, and is faster than the loop."""
     if not z.is_cuda or weights.projection is not None or len(z) < _FEWEST_STEPS:
         return False
-    if z.shape[1] * z.shape[2] ** 2 > _LARGEST_PRODUCT:
+    if expected(z.shape[1]) * z.shape[2] ** 2 > _LARGEST_PRODUCT:
         return False
     return torch.version.hip is None and torch.backends.cudnn.is_acceptable(z)
 
