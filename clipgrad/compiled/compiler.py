@@ -94,8 +94,9 @@ class Compiler:
     ) -> Rows:
         """Return how many rows run together.
 
-        One graph serves every number of rows, unless the user asked for a number or the step needs one. A recording
-        serves one number, so batches are padded to one of a few; if lengths differ as well, to the largest.
+        One graph serves every number of rows, unless the user asked for a number, the step needs one, or nothing is
+        known of the sizes on a GPU. A recording serves one number, so batches are padded to one of a few; if lengths
+        differ as well, to the largest.
 
         Args:
             asked: The user's ``microbatch_size``.
@@ -105,13 +106,11 @@ class Compiler:
         """
         if asked is not None:
             return Rows(asked, asked)
-        is_recorded = backend.uses_cuda_graphs(self.mode, device)
         if room is None:
             room = self._size = self._size or batch_size
-            # A GPU's code for one number is faster, and nothing is known of other numbers.
-            if is_recorded or device.type != "cpu":
-                return Rows(room, room)
-        few = recorded_sizes(room) if is_recorded else ()
+            if device.type != "cpu":
+                return Rows(room, room)  # code for one number is faster
+        few = recorded_sizes(room) if backend.uses_cuda_graphs(self.mode, device) else ()
         if few and self._lengths_differ:
             few = (room,)
         return Rows(min(self.fewest_rows, room), room, few)

@@ -76,7 +76,7 @@ class Replay:
     """This class records a compiled step at its first call and replays it at later calls.
 
     Args:
-        run: The compiled step; it has run before.
+        run: The compiled step; it has run before, maybe for other sizes.
         resident: For each argument, whether its memory address is the same at each call, as for parameters. If an
             argument's address changes, the argument is copied from then on, as non-resident arguments are.
         common: Of all recordings of the step.
@@ -130,7 +130,8 @@ class Replay:
 
         Args:
             flat: Tensors with the shapes, strides and dtypes of all other calls.
-            uncopied: How many of the first results may be returned without a copy; the next call overwrites them.
+            uncopied: How many of the first results may be returned without a copy; the next call of any recording in
+                the same memory overwrites them.
         """
         self.prepare(flat)
         if self._failed or self._recorder is None:
@@ -173,12 +174,13 @@ class Replay:
             ]
         self._recorder, self._results = None, ()  # frees memory for the next recording
         self._separate = False
+        recorder = self._make_recorder()
+        recorder.wait()  # arguments and trial run are in memory that a replay on another stream may still read
         with torch.inference_mode(False):
             self._inputs = [
                 tensor.detach() if stays else self._common.copy_of(number, tensor)
                 for number, (stays, tensor) in enumerate(zip(self._resident, flat, strict=True))
             ]
-        recorder = self._make_recorder()
         generators = SavedRngState(flat[0].device)
         try:
             self._results = recorder.record(lambda: self._run(*self._inputs))

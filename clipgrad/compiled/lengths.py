@@ -1,7 +1,7 @@
 """Let one graph serve batches whose sizes differ, such as texts that are padded to the longest of their batch.
 
-The rows of a batch have a symbol from the first batch on. For other sizes the first batch gets a graph of its own. If a
-later batch differs from it in some sizes only, the step is traced once more with symbols for these sizes. PyTorch
+Rows that may differ have a symbol from the first batch on. For other sizes the first batch gets a graph of its own. If
+a later batch differs from it in some sizes only, the step is traced once more with symbols for these sizes. PyTorch
 records the assumptions of the trace about a symbol as guards (``s >= 3``, ``8 * s**2 <= 2**25``). A graph serves a
 batch only if the batch's sizes fulfil all guards.
 """

@@ -67,7 +67,10 @@ class CudaRecorder:
         self._graph = torch.cuda.CUDAGraph()
 
     def record(self, function: Callable[[], Sequence[Tensor]]) -> Sequence[Tensor]:
-        """Run the function and record its work; a replay of any recording may overwrite the results."""
+        """Run the function and record its work, after ``wait``.
+
+        Replays of all recordings in this memory may overwrite the results, and so may the making of another one.
+        """
         device = self._pool.device
         with torch.cuda.device(device):
             is_first = not self._pool.recorders
@@ -76,7 +79,6 @@ class CudaRecorder:
                 self._pool.stream = torch.cuda.Stream()
             stream, now = self._pool.stream, torch.cuda.current_stream()
             assert stream is not None
-            self.wait()  # the function runs in this memory
             stream.wait_stream(now)
             most = 0
             with torch.cuda.stream(stream):

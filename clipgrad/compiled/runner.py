@@ -155,6 +155,7 @@ class MicrobatchRunner:
         assert self._loss is not None
         if entry.record is None or entry.lengths.differ:
             return
+        assert padding.shape[0] == self._rows.most
         for rows in sorted({*map(self._rows.padded, self._rows.few)}, reverse=True):
             fewer = pad_batch([x[:rows] if isinstance(x, Tensor) else x for x in batch], rows)
             given = self._graph_inputs(fewer, self._loss.tensors, padding[:rows])

@@ -46,6 +46,7 @@ class Recorder:
         type(self).made.append(self)
 
     def record(self, function: Callable[[], Sequence[Tensor]]) -> Sequence[Tensor]:
+        assert self.waited, "a trial run would overwrite what another recording still reads"
         self._function = function
         self._results = [result.clone().fill_(NONSENSE) for result in function()]
         return self._results
