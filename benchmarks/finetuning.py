@@ -39,7 +39,7 @@ WARM = 16
 TURN = 5  # steps
 POISSON = 60  # batches of changing size; as many steps are 12 rounds
 ALLOWED = 1.3  # times the memory of the ordinary step
-# A compiled step is compared with the eager one in steps 1, 2, 4, 8, 16. The recording is made in one of the first.
+# A compiled step is compared with the eager one in steps 1, 2, 4, 8, 16. Recordings are made in the first ones.
 MEASURED = {1: "the first", 12: "a usual", 16: "a compared"}
 USUAL = f"GiB in {MEASURED[12]} step"
 

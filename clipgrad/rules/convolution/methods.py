@@ -162,8 +162,9 @@ def _concatenate(products: list[Tensor]) -> Tensor:
 def by_groups(gradient: Tensor, input: Tensor, shape: torch.Size, geometry: Geometry) -> Tensor:
     """Run the weight gradient of one convolution whose groups are the samples.
 
-    In a traced graph on CPU this is a custom operation. Otherwise a compiler would make the folded images channels
-    last, which suits ordinary convolutions; with hundreds of groups this is two to three times slower, copies included.
+    In a traced graph on CPU, or for any number of samples, this is a custom operation. Otherwise a compiler would make
+    the folded images channels last, which suits ordinary convolutions; with hundreds of groups this is two to three
+    times slower, copies included.
     """
     if in_graph_for_cpu(gradient) or is_symbol(input.shape[0]):
         return _as_operation("groups", gradient, delay_until(gradient, input), shape, geometry)

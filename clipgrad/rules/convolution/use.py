@@ -20,7 +20,7 @@ def use_of(input: Tensor, gradient: Tensor, weight: Tensor, geometry: Geometry) 
     """Return the use of a convolution's weight, in the form whose weighted sum is the fastest.
 
     If patches do not overlap, a convolution is a linear layer with patches as its input, and these are no larger than
-    the image. A product then sums bfloat16 factors as they are. The library's weight gradient needs float32 for this.
+    the padded image. A product then sums bfloat16 factors as they are. The library's weight gradient needs float32.
     """
     in_bfloat16 = input.dtype is torch.bfloat16 and multiplies(input, gradient)
     if in_bfloat16 and geometry.groups == 1 and not geometry.overlaps(weight.shape[2:]):
