@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -18,7 +19,9 @@ from clipgrad.compiled.trace import TracedStep
 from clipgrad.engine.clip_and_sum import MicrobatchResult
 
 RECORDINGS = 32
-"""How many sizes of batches of one graph are recorded. A recording takes the time of a few steps."""
+"""How many sizes of batches of one graph are recorded."""
+WORTH = 2
+"""After how many runs sizes are recorded, where lengths differ. A recording takes the time of a few steps."""
 
 
 @contextmanager
@@ -44,6 +47,7 @@ class CompiledStep:
         record: Makes a recording of the compiled step; None where it cannot be recorded.
         replays: The recordings; a CUDA graph has fixed sizes, so each number of rows and each length has its own.
         runs: How many microbatches have run on it.
+        ran: How many of them had the same sizes.
         tensors: What the loss read besides its arguments when it ran last; None if the next call reads other tensors.
     """
 
@@ -54,17 +58,17 @@ class CompiledStep:
     record: Callable[[], Replay] | None = None
     replays: dict[Shapes, Replay] = field(default_factory=dict)
     runs: int = 0
+    ran: Counter[Shapes] = field(default_factory=Counter)
     tensors: Sequence[Tensor] | None = ()
 
     def replay(self, shapes: Shapes) -> Replay | None:
         """The recording for batches of these sizes; None if there is none and none may be made."""
-        if (
-            self.record is not None
-            and shapes not in self.replays
-            and len(self.replays) < RECORDINGS
-        ):
-            self.replays[shapes] = self.record()
-        return self.replays.get(shapes)
+        known = self.replays.get(shapes)
+        if known is not None or self.record is None or len(self.replays) >= RECORDINGS:
+            return known
+        if self.lengths.differ and self.ran[shapes] < WORTH:
+            return None
+        return self.replays.setdefault(shapes, self.record())
 
     def arguments(self, given: Sequence[Tensor], shapes: Shapes) -> list[Tensor]:
         """What the graph reads: the call's tensors, and those that the trace made of Python numbers."""
@@ -113,6 +117,7 @@ class CompiledStep:
                 results = self.run(*flat)
             else:
                 results = replay.results(layout.sums) if started else replay(flat, layout.sums)
+        self.ran[shapes] += 1
         return layout.restore(
             results, aliases_graph=replay is not None and replay.returned_uncopied
         )

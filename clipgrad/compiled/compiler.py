@@ -95,8 +95,8 @@ class Compiler:
         """Return how many rows run together.
 
         One graph serves every number of rows, unless the user asked for a number, the step needs one, or nothing is
-        known of the sizes on a GPU. A recording serves one number, so batches are padded to one of a few; if lengths
-        differ as well, to the largest.
+        known of the sizes on a GPU. A recording serves one number, so batches are padded to one of a few; of fewer if
+        lengths differ as well.
 
         Args:
             asked: The user's ``microbatch_size``.
@@ -110,9 +110,9 @@ class Compiler:
             room = self._size = self._size or batch_size
             if device.type != "cpu":
                 return Rows(room, room)  # code for one number is faster
-        few = recorded_sizes(room) if backend.uses_cuda_graphs(self.mode, device) else ()
-        if few and self._lengths_differ:
-            few = (room,)
+        few: tuple[int, ...] = ()
+        if backend.uses_cuda_graphs(self.mode, device):
+            few = recorded_sizes(room, apart=1.0) if self._lengths_differ else recorded_sizes(room)
         return Rows(min(self.fewest_rows, room), room, few)
 
     @property

@@ -53,19 +53,20 @@ class Rows:
         return next((size for size in self.few if size >= least), least)
 
 
-def recorded_sizes(most: int) -> tuple[int, ...]:
+def recorded_sizes(most: int, apart: float = 0.4) -> tuple[int, ...]:
     """Return to which numbers of rows Poisson batches are padded, if each number needs a recording.
 
-    They lie within two standard deviations of the mean, and at most two fifths of one apart. So 10 to 20 recordings
-    serve nearly all batches, and padding adds at most 0.2 standard deviations on average: 2 % for a mean of 64. One
-    more number is for the halves of batches that are too large to run at once.
+    They lie within two standard deviations of the mean. Two fifths of one apart, 10 to 20 recordings serve nearly all
+    batches, and padding adds at most 0.2 standard deviations on average: 2 % for a mean of 64. One more number is for
+    the halves of batches that are too large to run at once.
 
     Args:
         most: The largest number, as ``fixed_size`` returns it.
+        apart: The largest distance of two numbers, in standard deviations.
     """
     deviation = math.sqrt(most + 1) - 1
     half = math.ceil((most + deviation) / 2)
-    least, step = most - math.floor(4 * deviation), max(1, int(deviation / 2.5))
+    least, step = most - math.floor(4 * deviation), max(1, int(deviation * apart))
     return tuple(sorted({half, *range(most, max(least, 1) - 1, -step)}))
 
 

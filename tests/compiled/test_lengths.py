@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clipgrad import DPOptimizer, Performance
-from clipgrad.compiled import compiled_step
+from clipgrad.compiled import compiled_step, fixed_size
+from clipgrad.compiled.shape import recorded_sizes
 from tests.compiled.conftest import Graphs, Recorder
 from tests.nightly import every, rows, thinned
 from tests.oracle import clipped_sum, per_sample_gradients
@@ -230,14 +231,35 @@ def test_operations_on_the_whole_batch(pad: Callable[[Tensor], Tensor], graphs: 
     assert len(graphs) <= 3
 
 
-@pytest.mark.nightly
-def test_each_length_has_a_recording_up_to_a_limit(
+def test_lengths_that_come_again_are_recorded_up_to_a_limit(
     graphs: Graphs, recorders: list[Recorder], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The first graph is for the first length alone, and recorded at once."""
     monkeypatch.setattr(compiled_step, "RECORDINGS", 3)
     model = Text().double()
     optimizer = optimizer_of(model, of_next_word)
-    for ids in texts(7, 5, 12, 7, 5, 12, 3, 9, 4, 3, 9, 4, 7, 5, 12):
-        check(optimizer, model, of_next_word, ids)
+    for recordings in (1, 1, 4, 4):
+        for ids in texts(7, 5, 12, 3, 9):
+            check(optimizer, model, of_next_word, ids)
+        assert len(graphs) == 2
+        assert len(recorders) == recordings
+
+
+def test_poisson_batches_of_texts_are_padded_to_a_few_sizes(
+    graphs: Graphs, recorders: list[Recorder]
+) -> None:
+    """Rows and lengths differ, so fewer numbers of rows are recorded, at the third batch of a size."""
+    model = Text().double()
+    optimizer = DPOptimizer(
+        torch.optim.SGD(model.parameters(), lr=0.0), model, of_next_word, max_grad_norm=0.5,
+        noise_multiplier=0.0, expected_batch_size=16, compile=True,
+    )  # fmt: skip
+    for size, length in ((16, 7), (24, 5), (17, 5)):
+        check(optimizer, model, of_next_word, torch.randint(11, (size, length)))
+    with_the_graph = len(recorders)
+    assert recorded_sizes(fixed_size(16), apart=1.0) == (8, 12, 14, 16, 20, 24)
+    for size in (17, 18, 19, 20, 16, 17):
+        for ids in texts(5, 6, 9, size=size):
+            check(optimizer, model, of_next_word, ids)
     assert len(graphs) == 2
-    assert len(recorders) == 1 + 3
+    assert len(recorders) - with_the_graph == 3  # of 20 rows for each length, and none of 16
