@@ -364,3 +364,12 @@ def test_rows_are_added_to_the_sum_of_the_others(
     assert found is made[0]
     assert torch.equal(kept, before)
     torch.testing.assert_close(found, (before + definition(rows)).sum(0))
+
+
+@pytest.mark.parametrize("width", [1000, 4096, 4097, 20_000])
+@pytest.mark.parametrize("value", [0.7, 1e-3, 3.3])
+def test_norms_of_expanded_values_are_not_too_small(width: int, value: float) -> None:
+    """As of a bias whose gradient is the same everywhere. The squares were too small by up to 6e-5."""
+    expanded = torch.tensor([[value], [2 * value]]).expand(2, width)
+    exact = expanded.double().square().sum(1)
+    assert bool((row_norms_squared(expanded) >= exact * (1 - 1e-5)).all())

@@ -1,7 +1,7 @@
 """Run operations on the whole batch for which PyTorch's rules for ``vmap`` would fix lengths that are symbols.
 
 These rules are written in C++ and ask for sizes as numbers. The same operation on the tensor with its batch axis does
-not. No result changes: each operation treats the rows of that axis independently.
+not. No result changes: each operation treats the rows of that axis independently, and draws the same numbers.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from clipgrad._functorch import (
     Decline,
     below_vmap,
     current_level,
+    current_randomness,
     expose_batch_axis,
     hide_batch_axis,
 )
@@ -25,7 +26,7 @@ from clipgrad.rules.names import by_all_names, each_name
 
 
 class WholeBatch(TorchFunctionMode):
-    """Inside this mode, concatenation, padding and indexing run on the whole batch."""
+    """Inside this mode, concatenation, padding, indexing and dropout run on the whole batch."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
@@ -98,6 +99,31 @@ def _gather(input: Tensor, dim: Any, index: Tensor, *, sparse_grad: bool = False
     return _on_batch([input, index], lambda whole: whole[0].gather(_after_batch(dim), whole[1]))
 
 
+def _split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, tuple[Any, ...]]:
+    """Return the input and the other positional arguments; if the input is a keyword, it is taken out."""
+    key = next((name for name in ("input", "self") if name in kwargs), None)
+    return (args[0], args[1:]) if key is None else (kwargs.pop(key), args)
+
+
+def _dropout(operation: str) -> dict[Callable[..., Any], Callable[..., Any]]:
+    """Map each name of an operation that drops single elements to the same operation on all samples at once.
+
+    It draws the numbers that ``vmap`` draws if samples get different ones.
+    """
+
+    def correct(function: Callable[..., Any]) -> Callable[..., Any]:
+        def on_elements(*args: Any, **kwargs: Any) -> Tensor:
+            input, rest = _split(args, kwargs)
+            in_place = kwargs.get("inplace", rest[2:3] == (True,))
+            if in_place or not current_level() or current_randomness() != "different":
+                raise Decline
+            return _on_batch([input], lambda whole: function(whole[0], *rest, **kwargs))
+
+        return on_elements
+
+    return each_name(operation, correct)
+
+
 def _over_images(operation: str, axes: int | None) -> dict[Callable[..., Any], Callable[..., Any]]:
     """Map each name of an operation on images to the same operation on all samples at once.
 
@@ -108,9 +134,7 @@ def _over_images(operation: str, axes: int | None) -> dict[Callable[..., Any], C
 
     def correct(function: Callable[..., Any]) -> Callable[..., Any]:
         def on_images(*args: Any, **kwargs: Any) -> Any:
-            key = next((name for name in ("input", "self") if name in kwargs), None)
-            input, rest = (args[0], args[1:]) if key is None else (kwargs.pop(key), args)
-
+            input, rest = _split(args, kwargs)
             spatial = input.dim() - 2 if axes is None else axes
 
             def run(whole: list[Tensor]) -> Tensor:
@@ -143,6 +167,11 @@ _TABLE: dict[Callable[..., Any], Callable[..., Any]] = {
             ("constant_pad_nd", _constant_pad), ("gather", _gather),
         )
         for name, function in by_all_names(operation, function).items()
+    },
+    **{
+        name: function
+        for operation in ("dropout", "alpha_dropout")
+        for name, function in _dropout(operation).items()
     },
     **{
         name: function

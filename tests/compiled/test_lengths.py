@@ -105,6 +105,28 @@ def test_long_texts_whose_embedding_has_many_elements(graphs: Graphs) -> None:
     assert len(graphs) == 2
 
 
+@pytest.mark.parametrize("drop", [nn.Dropout(0.4), nn.AlphaDropout(0.3)])
+def test_dropout_draws_what_the_eager_step_draws_for_all_lengths(
+    drop: nn.Module, graphs: Graphs
+) -> None:
+    """Models of Hugging Face drop elements in training."""
+    model = nn.Sequential(nn.Embedding(11, 6), drop, nn.Linear(6, 2)).double()
+    optimizer = optimizer_of(model, of_squares)
+    eager = DPOptimizer(
+        torch.optim.SGD(model.parameters(), lr=0.0), model, of_squares, max_grad_norm=0.5,
+        noise_multiplier=0.0, expected_batch_size=4,
+    )  # fmt: skip
+    for ids in texts(7, 5, 12, 3, 40, 7, 9, 4, 6, 8):
+        found = []
+        for one in (optimizer, eager):
+            torch.manual_seed(1)
+            one.backward(ids)
+            found.append(one.clipped_sums)
+            one.zero_grad()
+        torch.testing.assert_close(*found)
+    assert len(graphs) == 2
+
+
 class Pair(nn.Module):
     """This model reads two sequences of different lengths."""
 
