@@ -146,9 +146,9 @@ def clipped_grad(
             the step of a microbatch runs as one compiled graph. Compilation takes seconds to minutes, at the first
             batch and again if a value that the loss reads has changed (after ``model.eval()``, for example); the logger
             ``clipgrad`` reports it. Batches of any size share a graph. On a CPU it serves every size, unless
-            ``microbatch_size`` is set or the step needs a fixed number of rows. Then, and on a GPU, microbatches are
-            padded to one number of rows, by default to the size of the first batch. The first batch is compared with
-            the eager step.
+            ``microbatch_size`` is set or the step needs a fixed number of rows. In these cases, and always on a GPU,
+            microbatches are padded to one number of rows, by default to the size of the first batch. The first batch is
+            compared with the eager step.
         grid: Exact mode: round each sample's clipped gradient to multiples of this power of two, at most
             ``C / sqrt(elements)``; ``C / 2**20`` is a good choice. Sums are float64 and integer arithmetic, so
             ``sensitivity`` holds without rounding, and results do not depend on the order of the batch. Each sample

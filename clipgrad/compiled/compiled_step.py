@@ -21,7 +21,7 @@ from clipgrad.engine.clip_and_sum import MicrobatchResult
 RECORDINGS = 32
 """How many sizes of batches of one graph are recorded."""
 WORTH = 2
-"""After how many runs sizes are recorded, where lengths differ. A recording takes the time of a few steps."""
+"""How many batches of a size run before it is recorded, where lengths differ. A recording takes a few steps' time."""
 
 
 @contextmanager
@@ -47,7 +47,7 @@ class CompiledStep:
         record: Makes a recording of the compiled step; None where it cannot be recorded.
         replays: The recordings; a CUDA graph has fixed sizes, so each number of rows and each length has its own.
         runs: How many microbatches have run on it.
-        ran: How many of them had the same sizes.
+        ran: How many of them had each size.
         tensors: What the loss read besides its arguments when it ran last; None if the next call reads other tensors.
     """
 
@@ -84,7 +84,7 @@ class CompiledStep:
     def is_trusted(self, flat: Sequence[Tensor], shapes: Shapes) -> bool:
         """Whether the next run needs no comparison with the eager step.
 
-        A recording that this run would make needs one. Those that were made with the graph are as good as the first.
+        A recording that this run would make needs one. Recordings that were made together with the graph need none.
         """
         replay = self.replay(shapes)
         return not is_compared(self.runs + 1) and (replay is None or replay.is_recorded_for(flat))

@@ -95,8 +95,8 @@ class Compiler:
         """Return how many rows run together.
 
         One graph serves every number of rows, unless the user asked for a number, the step needs one, or nothing is
-        known of the sizes on a GPU. A recording serves one number, so batches are padded to one of a few; of fewer if
-        lengths differ as well.
+        known of the sizes on a GPU. A recording serves one number, so batches are padded to one of a few numbers, and
+        of fewer numbers if lengths differ as well.
 
         Args:
             asked: The user's ``microbatch_size``.

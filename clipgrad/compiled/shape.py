@@ -1,4 +1,4 @@
-"""Decide how many rows a compiled graph has: every number in a range, or a few or one to which batches are padded."""
+"""Decide how many rows a compiled graph has: every number in a range, a few numbers, or one."""
 
 from __future__ import annotations
 
@@ -56,9 +56,9 @@ class Rows:
 def recorded_sizes(most: int, apart: float = 0.4) -> tuple[int, ...]:
     """Return to which numbers of rows Poisson batches are padded, if each number needs a recording.
 
-    They lie within two standard deviations of the mean. Two fifths of one apart, 10 to 20 recordings serve nearly all
-    batches, and padding adds at most 0.2 standard deviations on average: 2 % for a mean of 64. One more number is for
-    the halves of batches that are too large to run at once.
+    All but one lie within two standard deviations of the mean. Two fifths of one apart, up to 20 recordings serve
+    nearly all batches, and padding adds at most 0.2 standard deviations on average: 2 % for a mean of 64. One number is
+    for the halves of batches that are too large to run at once.
 
     Args:
         most: The largest number, as ``fixed_size`` returns it.

@@ -68,8 +68,8 @@ class DPOptimizer(LogicalBatch, Generic[Returned]):
             ``DiscreteGaussianNoise(grid)`` chooses exact mode; see ``docs/exact.md``.
         compile: Run the step as one compiled graph; see ``clipped_grad``. Without ``microbatch_size`` it serves Poisson
             batches of every size. Batches above two standard deviations over ``expected_batch_size`` run in parts.
-            Recorded steps (``"reduce-overhead"``) pad a batch to one of 10 to 20 sizes. If all batches have the
-            same size, pass this size as ``microbatch_size``.
+            Recorded steps (``"reduce-overhead"``) pad a batch to one of up to 20 sizes, or of six if lengths differ. If
+            all batches have the same size, pass this size as ``microbatch_size``.
         performance: Further options that change time and memory only.
 
     Raises:

@@ -33,6 +33,7 @@ def _parts(ordered: Tensor, dtype: torch.dtype) -> Tensor:
     width = prod(ordered.shape[1:])  # ``numel`` would make a number of a symbol
     if is_symbol(width):
         # How many parts of one size it has would become a condition of the graph. Rows of the last axis are parts, too.
+        # They are features of a position, so a sum over positions is left, which is short.
         parts: Tensor = torch.linalg.vector_norm(ordered, dim=-1, keepdim=True, dtype=dtype)
         return parts if ordered.dim() > 2 else ordered
     divides = ordered.device.type == "cpu" or is_symbol(ordered.shape[0])
