@@ -49,19 +49,18 @@ class LossGraphs:
         if self._capture is None or call.fn is not self._fn:
             self._fn, self._capture = call.fn, LossCapture(call.fn)
             self._captures += 1
-        # A new axis, since the stride of the batch axis would be part of PyTorch's guards.
-        sample = [
-            (leaf[0][None] if self._keep_batch_dim else leaf[0])
-            if isinstance(leaf, Tensor)
-            else leaf
-            for leaf in inputs.batch
-        ]
+        sample = [self._first(leaf) if isinstance(leaf, Tensor) else leaf for leaf in inputs.batch]
         with call.context():
             captured = self._capture.graph(call.arguments(sample), call.parameters, sample)
         for value in captured.constants:
             if id(value) in inputs.whole and isinstance(value, Tensor):
                 raise whole_tensor_error(value, "an operation")
         return GraphOfLoss(captured, self._has_aux, self._captures, inputs.params[0].device)
+
+    def _first(self, leaf: Tensor) -> Tensor:
+        """Return the first sample without what PyTorch's guards would see of the batch: its size and its strides."""
+        sample = leaf[0] if leaf.requires_grad else leaf[0].data  # the latter is no view
+        return sample[None] if self._keep_batch_dim else sample
 
 
 @dataclass(frozen=True)

@@ -105,6 +105,18 @@ def test_long_texts_whose_embedding_has_many_elements(graphs: Graphs) -> None:
     assert len(graphs) == 2
 
 
+def test_a_batch_of_one_text_makes_no_other_graph(graphs: Graphs) -> None:
+    """PyTorch's guards saw the number of rows behind the first sample, and 1 is a number of its own."""
+    model = Text().double()
+    optimizer = DPOptimizer(
+        torch.optim.SGD(model.parameters(), lr=0.0), model, of_next_word, max_grad_norm=0.5,
+        noise_multiplier=0.0, expected_batch_size=4, compile=True,
+    )  # fmt: skip
+    for size, length in ((8, 9), (5, 3), (7, 13), (1, 21), (3, 5), (1, 4)):
+        check(optimizer, model, of_next_word, torch.randint(11, (size, length)))
+    assert len(graphs) == 2
+
+
 @pytest.mark.parametrize("drop", [nn.Dropout(0.4), nn.AlphaDropout(0.3)])
 def test_dropout_draws_what_the_eager_step_draws_for_all_lengths(
     drop: nn.Module, graphs: Graphs
