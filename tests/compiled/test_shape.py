@@ -227,21 +227,27 @@ def test_a_graph_with_a_fewest_number_of_rows_is_not_given_fewer() -> None:
     assert Rows(8, 8, (2, 4, 6, 8)).padded(1) == 8
 
 
-def test_what_is_chosen_by_size_does_not_bind_the_number_of_rows(
-    graphs: Graphs, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """On a GPU small gradients are joined. GPT-2's graph for up to 24 rows took 22 or more because of this choice."""
-    monkeypatch.setattr(gradients, "_JOINS_IN_GRAPHS", {"cpu"})
-    seen: list[int] = []
+@pytest.fixture
+def rows_run(graphs: Graphs) -> list[int]:
+    """The number of rows of each run of a graph."""
+    found: list[int] = []
 
     def run(module: GraphModule) -> Callable[..., Any]:
         def counted(*arguments: Tensor) -> Any:
-            seen.extend(a.shape[0] for a in arguments if a.dtype is torch.bool)
+            found.extend(a.shape[0] for a in arguments if a.dtype is torch.bool)
             return module(*arguments)
 
         return counted
 
     graphs.alter = run
+    return found
+
+
+def test_what_is_chosen_by_size_does_not_bind_the_number_of_rows(
+    graphs: Graphs, rows_run: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU small gradients are joined. GPT-2's graph for up to 24 rows took 22 or more because of this choice."""
+    monkeypatch.setattr(gradients, "_JOINS_IN_GRAPHS", {"cpu"})
     width = bundle.SMALL // EXPECTED
     model = nn.Sequential(nn.LayerNorm(width), nn.LayerNorm(width)).double()
     optimizer = DPOptimizer(
@@ -252,25 +258,17 @@ def test_what_is_chosen_by_size_does_not_bind_the_number_of_rows(
         optimizer.zero_grad()
         optimizer.backward(draw(size, width))
     assert len(graphs) == 1
-    assert set(seen) == {fixed_size(EXPECTED), 3}
+    assert set(rows_run) == {fixed_size(EXPECTED), 3}
 
 
 def of_ids(model: nn.Module, ids: Tensor) -> Tensor:
     return model(ids).square().mean()
 
 
-def test_how_norms_of_embeddings_are_found_does_not_bind_the_number_of_rows(graphs: Graphs) -> None:
+def test_how_norms_of_embeddings_are_found_does_not_bind_the_number_of_rows(
+    graphs: Graphs, rows_run: list[int]
+) -> None:
     """With 256 positions a Gram matrix is chosen for up to 256 rows."""
-    seen: list[int] = []
-
-    def run(module: GraphModule) -> Callable[..., Any]:
-        def counted(*arguments: Tensor) -> Any:
-            seen.extend(a.shape[0] for a in arguments if a.dtype is torch.bool)
-            return module(*arguments)
-
-        return counted
-
-    graphs.alter = run
     model = nn.Embedding(5, 2).double()
     optimizer = DPOptimizer(
         torch.optim.SGD(model.parameters(), lr=0.0), model, of_ids, max_grad_norm=0.5, noise_multiplier=0.0,
@@ -280,4 +278,4 @@ def test_how_norms_of_embeddings_are_found_does_not_bind_the_number_of_rows(grap
         optimizer.zero_grad()
         optimizer.backward(torch.randint(5, (size, 256)))
     assert len(graphs) == 1
-    assert set(seen) == {fixed_size(240), 3}
+    assert set(rows_run) == {fixed_size(240), 3}
