@@ -37,7 +37,7 @@ class Common:
     """This class holds what all recordings of a compiled step have in common.
 
     Attributes:
-        rewrites: Whether a replay writes all results; None if no recording was asked yet.
+        rewrites: Whether a replay writes all results; None before the first recording.
     """
 
     def __init__(self) -> None:

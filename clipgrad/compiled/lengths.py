@@ -9,6 +9,7 @@ batch only if the batch's sizes fulfil all guards.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import sympy  # type: ignore[import-untyped]  # PyTorch's guards are its expressions.
@@ -98,7 +99,7 @@ class Lengths:
         """Return whether some size differs from batch to batch."""
         return any(_differs(history) for of in self._histories for history in of)
 
-    @property
+    @cached_property
     def differ(self) -> bool:
         """Return whether a size other than the number of rows differs from batch to batch."""
         return any(_differs(history) for of in self._histories for history in of[1:])

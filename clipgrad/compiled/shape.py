@@ -53,6 +53,7 @@ class Rows:
         return next((size for size in self.few if size >= least), least)
 
 
+@functools.lru_cache(maxsize=256)
 def recorded_sizes(most: int, apart: float = 0.4) -> tuple[int, ...]:
     """Return to which numbers of rows Poisson batches are padded, if each number needs a recording.
 

@@ -61,7 +61,7 @@ def make_bundle(gradients: Mapping[int, Tensor]) -> Bundle | None:
     """
     small: dict[int, Tensor] = {}
     for index, gradient in gradients.items():
-        # A graph for every number of rows keeps the choice of the number that is expected.
+        # A graph for every number of rows keeps the choice for the expected number.
         elements = expected(gradient.shape[0]) * prod(gradient.shape[1:])
         if gradient.dim() < 2 or not 0 < elements <= SMALL:
             continue

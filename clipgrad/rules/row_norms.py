@@ -32,10 +32,12 @@ def _parts(ordered: Tensor, dtype: torch.dtype) -> Tensor:
         ordered = ordered.contiguous()
     width = prod(ordered.shape[1:])  # ``numel`` would make a number of a symbol
     if is_symbol(width):
-        # How many parts of one size it has would become a condition of the graph. Rows of the last axis are parts, too.
-        # They are features of a position, so a sum over positions is left, which is short.
-        parts: Tensor = torch.linalg.vector_norm(ordered, dim=-1, keepdim=True, dtype=dtype)
-        return parts if ordered.dim() > 2 else ordered
+        # The number of parts of one size would become a condition of the graph. So each row of the last axis is a part.
+        # These are the features of a position, and the sum over positions that is left is short.
+        if ordered.dim() == 2:
+            return ordered
+        parts: Tensor = torch.linalg.vector_norm(ordered, dim=-1, dtype=dtype)
+        return parts
     divides = ordered.device.type == "cpu" or is_symbol(ordered.shape[0])
     if not divides or width <= _LONG_ROW:
         return ordered

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -54,12 +55,10 @@ def by_gather(model: nn.Module, ids: Tensor) -> Tensor:
     return -model(ids)[:, :-1].log_softmax(-1).gather(2, ids[:, 1:, None]).mean()
 
 
-def optimizer_of(
-    model: nn.Module, loss: Loss, bound: float = 0.5, **options: object
-) -> DPOptimizer:
+def optimizer_of(model: nn.Module, loss: Loss, bound: float = 0.5, **options: Any) -> DPOptimizer:
+    options = {"expected_batch_size": 4, "microbatch_size": 4, "compile": True, **options}
     return DPOptimizer(
-        torch.optim.SGD(model.parameters(), lr=0.0), model, loss, max_grad_norm=bound, noise_multiplier=0.0,
-        expected_batch_size=4, microbatch_size=4, compile=True, **options,
+        torch.optim.SGD(model.parameters(), lr=0.0), model, loss, max_grad_norm=bound, noise_multiplier=0.0, **options
     )  # fmt: skip
 
 
@@ -108,10 +107,7 @@ def test_long_texts_whose_embedding_has_many_elements(graphs: Graphs) -> None:
 def test_a_batch_of_one_text_makes_no_other_graph(graphs: Graphs) -> None:
     """PyTorch's guards saw the number of rows behind the first sample, and 1 is a number of its own."""
     model = Text().double()
-    optimizer = DPOptimizer(
-        torch.optim.SGD(model.parameters(), lr=0.0), model, of_next_word, max_grad_norm=0.5,
-        noise_multiplier=0.0, expected_batch_size=4, compile=True,
-    )  # fmt: skip
+    optimizer = optimizer_of(model, of_next_word, expected_batch_size=4, microbatch_size=None)
     for size, length in ((8, 9), (5, 3), (7, 13), (1, 21), (3, 5), (1, 4)):
         check(optimizer, model, of_next_word, torch.randint(11, (size, length)))
     assert len(graphs) == 2
@@ -124,10 +120,7 @@ def test_dropout_draws_what_the_eager_step_draws_for_all_lengths(
     """Models of Hugging Face drop elements in training."""
     model = nn.Sequential(nn.Embedding(11, 6), drop, nn.Linear(6, 2)).double()
     optimizer = optimizer_of(model, of_squares)
-    eager = DPOptimizer(
-        torch.optim.SGD(model.parameters(), lr=0.0), model, of_squares, max_grad_norm=0.5,
-        noise_multiplier=0.0, expected_batch_size=4,
-    )  # fmt: skip
+    eager = optimizer_of(model, of_squares, compile=False)
     for ids in texts(7, 5, 12, 3, 40, 7, 9, 4, 6, 8):
         found = []
         for one in (optimizer, eager):
@@ -284,10 +277,7 @@ def test_poisson_batches_of_texts_are_padded_to_a_few_sizes(
 ) -> None:
     """Rows and lengths differ, so fewer numbers of rows are recorded, at the third batch of a size."""
     model = Text().double()
-    optimizer = DPOptimizer(
-        torch.optim.SGD(model.parameters(), lr=0.0), model, of_next_word, max_grad_norm=0.5,
-        noise_multiplier=0.0, expected_batch_size=16, compile=True,
-    )  # fmt: skip
+    optimizer = optimizer_of(model, of_next_word, expected_batch_size=16, microbatch_size=None)
     for size, length in ((16, 7), (24, 5), (17, 5)):
         check(optimizer, model, of_next_word, torch.randint(11, (size, length)))
     with_the_graph = len(recorders)

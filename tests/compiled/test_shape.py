@@ -74,8 +74,10 @@ def reflected(model: nn.Module, x: Tensor) -> Tensor:
     return F.pad(model(x), (1, 1), mode="reflect").square().mean()
 
 
-def private(loss: Callable[..., Tensor], expected: int, **options: object) -> DPOptimizer:
-    model = nn.Linear(3, 2).double()
+def private(
+    loss: Callable[..., Tensor], expected: int, model: nn.Module | None = None, **options: object
+) -> DPOptimizer:
+    model = model or nn.Linear(3, 2).double()
     return DPOptimizer(
         torch.optim.SGD(model.parameters(), lr=0.0), model, loss, max_grad_norm=0.5, noise_multiplier=0.0,
         expected_batch_size=expected, **options,
@@ -250,10 +252,7 @@ def test_what_is_chosen_by_size_does_not_bind_the_number_of_rows(
     monkeypatch.setattr(gradients, "_JOINS_IN_GRAPHS", {"cpu"})
     width = bundle.SMALL // EXPECTED
     model = nn.Sequential(nn.LayerNorm(width), nn.LayerNorm(width)).double()
-    optimizer = DPOptimizer(
-        torch.optim.SGD(model.parameters(), lr=0.0), model, squares, max_grad_norm=0.5, noise_multiplier=0.0,
-        expected_batch_size=EXPECTED, compile=True,
-    )  # fmt: skip
+    optimizer = private(squares, EXPECTED, model, compile=True)
     for size in (fixed_size(EXPECTED), 3):
         optimizer.zero_grad()
         optimizer.backward(draw(size, width))
@@ -261,19 +260,11 @@ def test_what_is_chosen_by_size_does_not_bind_the_number_of_rows(
     assert set(rows_run) == {fixed_size(EXPECTED), 3}
 
 
-def of_ids(model: nn.Module, ids: Tensor) -> Tensor:
-    return model(ids).square().mean()
-
-
 def test_how_norms_of_embeddings_are_found_does_not_bind_the_number_of_rows(
     graphs: Graphs, rows_run: list[int]
 ) -> None:
     """With 256 positions a Gram matrix is chosen for up to 256 rows."""
-    model = nn.Embedding(5, 2).double()
-    optimizer = DPOptimizer(
-        torch.optim.SGD(model.parameters(), lr=0.0), model, of_ids, max_grad_norm=0.5, noise_multiplier=0.0,
-        expected_batch_size=240, compile=True,
-    )  # fmt: skip
+    optimizer = private(squares, 240, nn.Embedding(5, 2).double(), compile=True)
     for size in (fixed_size(240), 3):
         optimizer.zero_grad()
         optimizer.backward(torch.randint(5, (size, 256)))

@@ -22,7 +22,7 @@ from clipgrad.compiled.shape import pad_mask
 from clipgrad.compiled.signature import _global_settings
 from clipgrad.errors import CompileError, CompileMismatchError
 from clipgrad.kernels import float32_precision
-from tests.compiled.conftest import Graphs
+from tests.compiled.conftest import Graphs, Recorder
 from tests.float32_settings import setting
 from tests.nightly import chosen, every
 from tests.small_mlp import assert_same, make_batch, make_params, mlp
@@ -443,7 +443,9 @@ def test_a_list_that_grows_is_another_state_each_time(graphs: Graphs) -> None:
     assert len(graphs) == 8
 
 
-def test_a_loss_that_sets_itself_up_is_compiled_once(graphs: Graphs) -> None:
+def test_a_loss_that_sets_itself_up_is_compiled_once(
+    graphs: Graphs, recorders: list[Recorder]
+) -> None:
     """Hugging Face's classifiers store the kind of their loss in their configuration."""
     owner = Owner()
 
@@ -453,11 +455,11 @@ def test_a_loss_that_sets_itself_up_is_compiled_once(graphs: Graphs) -> None:
         return mlp(p, x, y)
 
     params, batch = make_params(), make_batch()
-    gradient = clipped_grad(loss, max_grad_norm=0.5, compile=True)
+    gradient = clipped_grad(loss, max_grad_norm=0.5, compile=True, microbatch_size=len(batch[0]))
     for _ in range(3):
         found = gradient(params, *batch)
     assert_same(found, clipped_grad(mlp, max_grad_norm=0.5)(params, *batch))
-    assert (len(graphs), owner.factor) == (1, 2.0)
+    assert (len(graphs), len(recorders), owner.factor) == (1, 1, 2.0)
 
 
 def test_the_first_call_of_a_loss_that_counts_its_calls(graphs: Graphs) -> None:
