@@ -16,6 +16,7 @@ from clipgrad.kernels import box_muller_kernels as box_muller
 from clipgrad.kernels import chacha_kernels as kernels
 from clipgrad.kernels import chacha_selftest as selftest
 from clipgrad.kernels.chacha_launch import TritonChaCha
+from clipgrad.kernels.device_calls import MOST_TABLES
 from tests.noise_checks import check_gaussian, check_independent
 
 CPU = torch.device("cpu")
@@ -146,9 +147,10 @@ class Asked:
         self.grid = grid
         return self
 
-    def __call__(self, table, chunk, first, *numbers):  # type: ignore[no-untyped-def]
+    def __call__(self, sources, targets, chunk, first, *numbers):  # type: ignore[no-untyped-def]
         draws, _, per_block, lanes = numbers[7:]
-        counts = table[2::3].tolist()
+        counts = sources[1::2].tolist()
+        assert torch.equal(sources, targets)  # in place
         assert (self.grid, chunk % (per_block * lanes)) == ((len(counts),), 0)
         assert max(counts) <= chunk
         for program, count in enumerate(counts):
@@ -192,7 +194,7 @@ def capture() -> None:
 
 
 def tables(cipher: TritonChaCha) -> None:
-    """A table serves the addresses and sizes that it holds and no others; there are never many."""
+    """A table serves the addresses and sizes that it holds and no others; those that were used last are kept."""
     memory = torch.zeros(3000)
     for step in range(10):
         start = step // 2  # the same addresses with other sizes, and others
@@ -205,7 +207,21 @@ def tables(cipher: TritonChaCha) -> None:
             for start, end in parts:
                 changed[start:end] = True
             assert torch.equal(memory != before, changed)
-        assert len(cipher._tables) <= 8
+    few = [torch.zeros(50) for _ in range(MOST_TABLES // 2)]
+    for fresh in range(3):
+        known = set(cipher._tables)
+        for tensor in few:
+            cipher.add_gaussian_([tensor], 1.0, 1, bytes([fresh]) * 32)
+        assert fresh == 0 or set(cipher._tables) == known
+    cipher._tables.clear()
+    targets = [torch.zeros(50) for _ in range(5)]
+    for source, target in itertools.product(few, targets):
+        cipher.add_gaussian_([source], 1.0, 1, bytes(32), 2.0, [target])
+    assert len(cipher._tables) == len(few) + len(targets)
+    many = [torch.zeros(60) for _ in range(MOST_TABLES)]
+    for tensor in (*few, *many, *few):
+        cipher.add_gaussian_([tensor], 1.0, 1, bytes(32))
+        assert len(cipher._tables) <= MOST_TABLES
     one, other, key = torch.full((100,), 1000.0), torch.full((100,), 2000.0), bytes(range(32))
     first, second = torch.zeros(100), torch.zeros(100)
     for source, target in [(one, first), (other, first), (other, second), (one, second)]:

@@ -94,8 +94,12 @@ class CompiledStep:
 
         A replay writes to the recording's own memory only. If the graph turns out not to serve, nothing reads it.
 
+        Args:
+            given: The call's tensors; those of the batch may lack rows, which the recording adds.
+            shapes: Sizes of the batch with these rows.
+
         Returns:
-            Whether a replay was started, so that ``call`` has only to fetch the results.
+            Whether a replay was started, so that ``results`` returns what it computes.
         """
         replay = self.replays.get(shapes)
         if replay is None or not self.graph.has_no_side_effects:
@@ -107,17 +111,22 @@ class CompiledStep:
             replay.start(flat)
         return True
 
-    def call(
-        self, flat: Sequence[Tensor], shapes: Shapes, *, started: bool = False
-    ) -> MicrobatchResult:
+    def call(self, flat: Sequence[Tensor], shapes: Shapes) -> MicrobatchResult:
         """Run the compiled step on its arguments; sums alias a recorded graph's memory."""
-        layout, replay = self.graph.layout, self.replay(shapes)
+        replay = self.replay(shapes)
         with plain_operations(flat[0].device):
-            if replay is None:
-                results = self.run(*flat)
-            else:
-                results = replay.results(layout.sums) if started else replay(flat, layout.sums)
+            found = self.run(*flat) if replay is None else replay(flat, self.graph.layout.sums)
+        return self._restored(found, shapes)
+
+    def results(self, shapes: Shapes) -> MicrobatchResult:
+        """Return what the replay computes that ``start`` started; sums alias the recorded graph's memory."""
+        with torch.no_grad():
+            found = self.replays[shapes].results(self.graph.layout.sums)
+        return self._restored(found, shapes)
+
+    def _restored(self, results: Sequence[Tensor], shapes: Shapes) -> MicrobatchResult:
+        replay = self.replays.get(shapes)
         self.ran[shapes] += 1
-        return layout.restore(
+        return self.graph.layout.restore(
             results, aliases_graph=replay is not None and replay.returned_uncopied
         )

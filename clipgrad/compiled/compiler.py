@@ -296,5 +296,5 @@ def _recording(entry: CompiledStep, request: Request, pool: Pool) -> Callable[[]
     constants = len(entry.graph.constants)
     resident = [True] * params + [False] * samples + request.loss.are_resident + [False] * 2
     resident += [True] * constants
-    common = Common()
+    common = Common(range(params, params + samples))
     return lambda: Replay(entry.run, resident, common, lambda: CudaRecorder(pool))

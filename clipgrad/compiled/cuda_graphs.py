@@ -11,6 +11,7 @@ import logging
 import math
 import operator
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -36,11 +37,15 @@ _ATTENTIONS = (
 class Common:
     """This class holds what all recordings of a compiled step have in common.
 
+    Args:
+        batch: The numbers of the arguments whose rows are those of the batch.
+
     Attributes:
         rewrites: Whether a replay writes all results; None before the first recording.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, batch: range = range(0)) -> None:
+        self.batch = batch
         self.rewrites: bool | None = None
         self._places: dict[int, Tensor] = {}
 
@@ -61,6 +66,18 @@ class Common:
         if argument.dim():
             found = found[: argument.shape[0]]
         return found.copy_(argument.detach())
+
+
+class _Places(NamedTuple):
+    """Where the arguments of a recording are copied to, if the batch has a certain number of rows.
+
+    Attributes:
+        given: The places of all copied arguments, those of the batch with as many rows as it has.
+        added: The other rows of the batch's places, to which its first rows are copied.
+    """
+
+    given: list[Tensor]
+    added: list[Tensor]
 
 
 def _has_room(place: Tensor, argument: Tensor) -> bool:
@@ -95,6 +112,7 @@ class Replay:
         self._recorder: CudaRecorder | None = None
         self._inputs: list[Tensor] = []
         self._copied_inputs: list[Tensor] = []  # the inputs that each call overwrites by a copy
+        self._places: dict[int, _Places] = {}  # by the number of rows of the batch
         self._results: Sequence[Tensor] = ()
         self._recorded_addresses: list[int] = []
         self._failed = False
@@ -110,14 +128,16 @@ class Replay:
     def can_replay(self, flat: Sequence[Tensor]) -> bool:
         """Return whether the recording can be replayed with these arguments.
 
-        The recording keeps resident arguments alive, so a replay may read them even if no other reference exists.
+        Tensors of the batch may have fewer rows, down to half as many: copies of the first rows are added. The
+        recording keeps resident arguments alive, so a replay may read them even if no other reference exists.
         """
         return (
             self._recorder is not None
             and len(flat) == len(self._resident)
             and _PLAIN.issuperset(map(type, flat))  # tensors of subclasses may have no address
             and self._resident_addresses(flat) == self._recorded_addresses
-            and describe_all(self._copied_arguments(flat)) == describe_all(self._copied_inputs)
+            and describe_all(self._copied_arguments(flat))
+            == describe_all(self._places_for(flat).given)
         )
 
     @property
@@ -148,7 +168,12 @@ class Replay:
         """Replay for these arguments; ``can_replay`` must hold."""
         assert self._recorder is not None
         self._recorder.wait()
-        torch._foreach_copy_(self._copied_inputs, self._copied_arguments(flat))
+        places = self._places_for(flat)
+        batch = [flat[number] for number in self._common.batch] if places.added else []
+        repeated = [leaf[: len(rows)] for leaf, rows in zip(batch, places.added, strict=True)]
+        torch._foreach_copy_(
+            [*places.given, *places.added], [*self._copied_arguments(flat), *repeated]
+        )
         self._recorder.replay()
 
     def results(self, uncopied: int) -> list[Tensor]:
@@ -156,6 +181,23 @@ class Replay:
         if not self._separate:
             return copies(self._results)
         return [*self._results[:uncopied], *copies(self._results[uncopied:])]
+
+    def _places_for(self, flat: Sequence[Tensor]) -> _Places:
+        """Return where these arguments are copied to."""
+        batch = self._common.batch
+        rows = flat[batch[0]].shape[0] if batch and flat[batch[0]].dim() else 0
+        if rows not in self._places:
+            self._places[rows] = self._with_rows(rows)
+        return self._places[rows]
+
+    def _with_rows(self, rows: int) -> _Places:
+        leaves = [self._inputs[number] for number in self._common.batch]
+        if not all(rows < len(leaf) <= 2 * rows for leaf in leaves):
+            return _Places(self._copied_inputs, [])
+        inputs = list(self._inputs)
+        for number in self._common.batch:
+            inputs[number] = inputs[number][:rows]
+        return _Places(self._copied_arguments(inputs), [leaf[rows:] for leaf in leaves])
 
     def _copied_arguments(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         return [t for t, stays in zip(tensors, self._resident, strict=True) if not stays]
@@ -172,7 +214,11 @@ class Replay:
                 stays and tensor.data_ptr() == known.data_ptr()
                 for stays, tensor, known in zip(self._resident, flat, self._inputs, strict=True)
             ]
-        self._recorder, self._results = None, ()  # frees memory for the next recording
+        self._recorder, self._results, self._places = (
+            None,
+            (),
+            {},
+        )  # frees memory for the next recording
         self._separate = False
         recorder = self._make_recorder()
         recorder.wait()  # arguments and trial run are in memory that a replay on another stream may still read

@@ -10,12 +10,13 @@ from typing import Any
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from clipgrad.compiled.added_rows import WithAddedRows
 from clipgrad.compiled.check import compare, rounding
 from clipgrad.compiled.compiled_step import CompiledStep
 from clipgrad.compiled.compiler import Compiler, Request
 from clipgrad.compiled.eager import EagerStep
-from clipgrad.compiled.lengths import Shapes, shapes_of, with_rows
-from clipgrad.compiled.shape import Rows, pad_batch, pad_mask
+from clipgrad.compiled.lengths import shapes_of
+from clipgrad.compiled.shape import Rows, pad_batch
 from clipgrad.compiled.signature import refuse_modes, signature
 from clipgrad.engine.captured_loss import GraphOfLoss, LossGraphs
 from clipgrad.engine.clip_and_sum import MicrobatchResult, Settings
@@ -74,47 +75,44 @@ class MicrobatchRunner:
 
     def _run(self, rows: slice, mask: Tensor | None, size: int) -> MicrobatchResult | None:
         """Run one microbatch padded to ``size`` rows; None if there is no graph, and making one takes more rows."""
-        settings, batch = self._settings, self._inputs.rows(rows)
-        count = rows.stop - rows.start
-        padded = pad_batch(batch, size)
-        padding = pad_mask(mask, count, size, self._device)
+        settings, count = self._settings, rows.stop - rows.start
+        piece = WithAddedRows(self._inputs.rows(rows), mask, count, size, self._device)
         started = None
         if self._entry is None or self._loss is None:
-            started = self._start_last_step(padded, padding)
-            self._loss = self._capture_loss(batch, mask)
+            started = self._start_last_step(piece)
+            self._loss = self._capture_loss(piece.batch, mask)
             if self._compiler.last is None and self._loss.captured.changes_state:
                 # A loss may set itself up in its first call, as Hugging Face's classifiers do. A graph of the loss
                 # before that would be compiled for one batch.
                 with suppress(CannotCapture):
                     self._loss = self._graphs.graph_for(self._inputs)
         loss = self._loss
-        given = self._graph_inputs(padded, loss.tensors, padding)
-        shapes = shapes_of(padded)
-        entry = self._entry = self._find_or_compile(padded, given, shapes)
+        entry = self._entry = self._find_or_compile(piece)
         if entry is None:
             return None
         if entry.runs == 0 and not entry.replays:
-            self._record_ahead(entry, padded, padding)
-        flat = entry.arguments(given, shapes)
+            self._record_ahead(entry, piece)
         # A replay that was started is of no use if the loss reads other tensors by now.
-        in_time = (
-            started is not None and started[0] is entry and _are_identical(started[1], loss.tensors)
-        )
-        trusted = in_time or entry.is_trusted(flat, shapes)
-        generators = None if trusted else SavedRngState(self._device)
-        result = entry.call(flat, shapes, started=in_time)
+        if started is not None and started[0] is entry and _are_identical(started[1], loss.tensors):
+            result, generators = entry.results(piece.shapes), None
+        else:
+            given = self._graph_inputs(piece.padded, loss.tensors, piece.padding)
+            flat = entry.arguments(given, piece.shapes)
+            trusted = entry.is_trusted(flat, piece.shapes)
+            generators = None if trusted else SavedRngState(self._device)
+            result = entry.call(flat, piece.shapes)
         dropping = entry.graph.needs_finite_check and (
             settings.options.nan_safe or mask is not None or count < size
         )
         if (dropping or generators is not None) and not bool(result.all_finite):
             # This is rare. The graph cannot zero a sample's factors, and such a batch is a weak comparison.
             entry.runs += entry.runs > 0
-            return self._eager()(batch, mask)
+            return self._eager()(piece.batch, mask)
         if generators is not None:
             slack, step = rounding(entry.graph.module, self._device)
             eager = self._eager()
-            expected = eager.expected(padded, padding, generators)
-            nearby = eager.nearby(padded, padding, generators, step)
+            expected = eager.expected(piece.padded, piece.padding, generators)
+            nearby = eager.nearby(piece.padded, piece.padding, generators, step)
             try:
                 compare(result, expected, self._inputs.names, settings.clipping, slack, nearby)
             except CompileMismatchError as error:
@@ -146,7 +144,7 @@ class MicrobatchRunner:
         tensors = [leaf for leaf in batch if isinstance(leaf, Tensor)]
         return [*self._inputs.params, *tensors, *read, padding, self._bounds]
 
-    def _record_ahead(self, entry: CompiledStep, batch: Sequence[Any], padding: Tensor) -> None:
+    def _record_ahead(self, entry: CompiledStep, piece: WithAddedRows) -> None:
         """Record a new graph for all numbers of rows to which batches are padded; compiling it took far longer.
 
         The first recording is of the largest number, since later ones share its memory. If lengths differ as well,
@@ -155,34 +153,36 @@ class MicrobatchRunner:
         assert self._loss is not None
         if entry.record is None or entry.lengths.differ:
             return
-        assert padding.shape[0] == self._rows.most
+        assert piece.size == self._rows.most
         for rows in sorted({*map(self._rows.padded, self._rows.few)}, reverse=True):
-            fewer = pad_batch([x[:rows] if isinstance(x, Tensor) else x for x in batch], rows)
-            given = self._graph_inputs(fewer, self._loss.tensors, padding[:rows])
+            fewer = pad_batch(
+                [x[:rows] if isinstance(x, Tensor) else x for x in piece.padded], rows
+            )
+            given = self._graph_inputs(fewer, self._loss.tensors, piece.padding[:rows])
             entry.prepare(given, shapes_of(fewer))
 
     def _start_last_step(
-        self, batch: Sequence[Any], padding: Tensor
+        self, piece: WithAddedRows
     ) -> tuple[CompiledStep, Sequence[Tensor]] | None:
         """Start the graph that served last; on a GPU it runs while the guards are evaluated."""
         last = self._compiler.last
         if last is None or last.tensors is None:
             return None
-        given = self._graph_inputs(batch, last.tensors, padding)
-        return (last, last.tensors) if last.start(given, shapes_of(batch)) else None
+        given = self._graph_inputs(piece.fitted, last.tensors, piece.padding)
+        return (last, last.tensors) if last.start(given, piece.shapes) else None
 
-    def _find_or_compile(
-        self, batch: Sequence[Any], given: Sequence[Tensor], shapes: Shapes
-    ) -> CompiledStep | None:
+    def _find_or_compile(self, piece: WithAddedRows) -> CompiledStep | None:
         """Return the graph that serves these sizes; None if there is none, and a larger batch has to make it."""
+        shapes = piece.shapes
         if self._entry is not None and self._entry.lengths.serve(shapes):
             return self._entry
         inputs, settings, loss, most = self._inputs, self._settings, self._loss, self._rows.most
         assert loss is not None
         now = signature(inputs, loss, settings.clipping)
         entry = self._compiler.find(now, shapes)
-        if entry is None and shapes == with_rows(shapes, most):
-            request = Request(inputs, loss, batch, given, settings, now, shapes, self._rows)
+        if entry is None and piece.size == most:
+            given = self._graph_inputs(piece.padded, loss.tensors, piece.padding)
+            request = Request(inputs, loss, piece.padded, given, settings, now, shapes, self._rows)
             entry = self._compiler.make(request)
             if self._rows.are_symbolic:
                 self._rows = replace(self._rows, fewest=min(self._compiler.fewest_rows, most))

@@ -101,7 +101,7 @@ def pad_rows(leaf: Tensor, size: int) -> Tensor:
 
 
 @functools.lru_cache(maxsize=256)
-def _repeated_rows(rows: int, size: int, device: torch.device, stream: object) -> Tensor:
+def _repeated_rows(rows: int, size: int, device: torch.device, stream: int) -> Tensor:
     with torch.inference_mode(False):  # the cached tensor is also used outside inference mode
         return torch.arange(size, device=device) % rows
 
@@ -127,12 +127,12 @@ def pad_mask(mask: Tensor | None, rows: int, size: int, device: torch.device) ->
     return full
 
 
-def _stream(device: torch.device) -> object:
+def _stream(device: torch.device) -> int:
     """Return the stream on which cached tensors are made; other streams would not wait for them."""
-    return torch.cuda.current_stream(device) if device.type == "cuda" else None
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
 
 
 @functools.lru_cache(maxsize=256)
-def _added_rows(rows: int, size: int, device: torch.device, stream: object) -> Tensor:
+def _added_rows(rows: int, size: int, device: torch.device, stream: int) -> Tensor:
     with torch.inference_mode(False):  # the cached tensor is also used outside inference mode
         return torch.arange(size, device=device) >= rows

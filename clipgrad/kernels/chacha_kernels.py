@@ -173,20 +173,20 @@ ARGUMENTS = ("chunk", "first", "scale", "factor", "k01", "k23", "k45", "k67", "o
 
 @triton.jit(do_not_specialize=ARGUMENTS)
 def add_gaussian(
-    table, chunk: tl.int32, first: tl.int64, scale: tl.int64, factor: tl.int64,
+    sources, targets, chunk: tl.int32, first: tl.int64, scale: tl.int64, factor: tl.int64,
     k01: tl.int64, k23: tl.int64, k45: tl.int64, k67: tl.int64, one: tl.int32,
     DRAWS: tl.constexpr, TYPE: tl.constexpr, PER_BLOCK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Add noise to one part of a tensor per program, and multiply the sum by the factor.
 
-    The int64 table holds for each program the address of its part, the address for the result, and the number of
-    values, at most ``chunk``. Only program p uses the ``chunk / PER_BLOCK * DRAWS`` blocks from
+    Two int64 tables hold for each program the address of its part, or that for the result, and the number of values,
+    at most ``chunk``. Only program p uses the ``chunk / PER_BLOCK * DRAWS`` blocks from
     ``first + p * chunk / PER_BLOCK * DRAWS`` on. ``scale`` and ``factor`` are float64 bits, each ``k`` two key words.
     """
     program = tl.program_id(0)
-    source = tl.load(table + 3 * program).to(tl.pointer_type(TYPE))
-    target = tl.load(table + 3 * program + 1).to(tl.pointer_type(TYPE))
-    count = tl.load(table + 3 * program + 2).to(tl.int32)
+    source = tl.load(sources + 2 * program).to(tl.pointer_type(TYPE))
+    target = tl.load(targets + 2 * program).to(tl.pointer_type(TYPE))
+    count = tl.load(sources + 2 * program + 1).to(tl.int32)
     scale = scale.to(tl.int64).to(tl.float64, bitcast=True)
     factor = factor.to(tl.int64).to(tl.float64, bitcast=True)
     one = _word(one)

@@ -14,15 +14,13 @@ from torch import Tensor
 
 from clipgrad.kernels import chacha_kernels as kernels
 from clipgrad.kernels import chacha_selftest as selftest
-from clipgrad.kernels.device_calls import DeviceCalls
+from clipgrad.kernels.device_calls import COLUMNS, DeviceCalls
 
 _BLOCK = selftest.BLOCKS_AT_ONCE
 _LARGEST_CHUNK = 2**16
 _ENOUGH_PROGRAMS = 2**13
 _COUNTERS = 2**32  # RFC 8439 counts blocks in 32 bits
 _ONE = 1  # must not be a constant in the kernel
-_MOST_TABLES = 8
-_COLUMNS = 3  # columns of a table
 _TYPES = {
     torch.float64: tl.float64,
     torch.float32: tl.float32,
@@ -34,14 +32,12 @@ _TYPES = {
 class TritonChaCha(DeviceCalls):
     """This class adds noise on one device, with one launch per dtype for any number of tensors.
 
-    A launch reads the tensors' addresses from a table on the device. Tables are cached, because the sums of successive
-    steps often have the same addresses. Compiled kernels are cached, because Triton's lookup is slower than the launch.
+    A launch reads the tensors' addresses from tables on the device. Compiled kernels are cached, because Triton's
+    lookup is slower than the launch.
     """
 
     def __init__(self, device: torch.device) -> None:
         super().__init__(device)
-        # The key includes the stream that made the table, so that its memory is not reused while a kernel reads it.
-        self._tables: dict[tuple[object, ...], Tensor] = {}
         self._compiled: dict[tuple[torch.dtype, int], Any] = {}
 
     def limit(self, draws: int) -> int:
@@ -93,25 +89,25 @@ class TritonChaCha(DeviceCalls):
         first: int,
     ) -> int:
         """Add noise to tensors of one dtype from block ``first`` on, and return the first unused block."""
-        _, dtype, sources, targets, sizes = where
+        stream, dtype, sources, targets, sizes = where
         per_block = selftest.PER_BLOCK[torch.float64 if dtype is torch.float64 else torch.float32]
         chunk, total = per_block * _BLOCK, sum(sizes)
         while chunk < _LARGEST_CHUNK and total > chunk * _ENOUGH_PROGRAMS:
             chunk *= 2
-        table = self._tables.get(where)
-        if table is None:
-            table = self._copied(_table((sources, targets), sizes, chunk, dtype.itemsize))
-            if len(self._tables) >= _MOST_TABLES:
-                self._tables.clear()
-            self._tables[where] = table
-        programs = len(table) // _COLUMNS
+        table, results = (
+            self._table(stream, addresses, sizes, chunk, dtype.itemsize)
+            for addresses in (sources, targets)
+        )
+        programs = len(table) // COLUMNS
         end = first + programs * (chunk // per_block) * draws
         if end > _COUNTERS:
             raise RuntimeError(
                 f"One key has {_COUNTERS} blocks, but these tensors need {end}. Pass fewer tensors at a time."
             )
         bits = struct.unpack("<6q", scaling + key)
-        arguments = (table, chunk, first, *bits, _ONE, draws, _TYPES[dtype], per_block, _BLOCK)
+        arguments = (
+            table, results, chunk, first, *bits, _ONE, draws, _TYPES[dtype], per_block, _BLOCK,
+        )  # fmt: skip
         compiled = self._compiled.get((dtype, draws))
         if compiled is None:
             launched = kernels.add_gaussian[(programs,)](*arguments)
@@ -141,24 +137,6 @@ class TritonChaCha(DeviceCalls):
     def self_test(self) -> None:
         """Raise RuntimeError unless the device agrees with RFC 8439 and with the CPU."""
         selftest.verify(self, self._device)
-
-
-def _table(
-    addresses: tuple[tuple[int, ...], tuple[int, ...]],
-    sizes: tuple[int, ...],
-    chunk: int,
-    itemsize: int,
-) -> NDArray[np.int64]:
-    """Return the kernel's table: source address, target address and number of values for each program."""
-    size = np.array(sizes, dtype=np.int64)
-    programs = -(-size // chunk)
-    within = np.arange(programs.sum()) - np.repeat(programs.cumsum() - programs, programs)
-    table = np.empty((len(within), _COLUMNS), dtype=np.int64)
-    for column, starts in enumerate(addresses):
-        known = np.array(starts, dtype=np.uint64).view(np.int64)
-        table[:, column] = np.repeat(known, programs) + within * chunk * itemsize
-    table[:, -1] = np.minimum(np.repeat(size, programs) - within * chunk, chunk)
-    return table.reshape(-1)
 
 
 def _words(octets: bytes) -> tuple[int, ...]:

@@ -107,20 +107,21 @@ def make_rows(
                 tl.store(place + at * stride, rows[k], mask=inside)
 
 
-@triton.jit(do_not_specialize=["table", "row", "factor"])
+@triton.jit(do_not_specialize=["sources", "targets", "places", "row", "factor"])
 def add_row(
-    table, row, factor: tl.int64, TYPE: tl.constexpr, NOISE: tl.constexpr, BLOCK: tl.constexpr
-):
+    sources, targets, places, row, factor: tl.int64,
+    TYPE: tl.constexpr, NOISE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """Add a row of noise to one part of a tensor per program, and multiply the sum by the factor.
 
-    The int64 table holds for each program the address of its part, the address for the result, the place of its noise
-    in the row, and the number of values. ``factor`` is float64 bits.
+    Three int64 tables hold for each program the address of its part, that for the result, or the place of its noise in
+    the row, and the number of values. ``factor`` is float64 bits.
     """
     program = tl.program_id(0)
-    source = tl.load(table + 4 * program).to(tl.pointer_type(TYPE))
-    target = tl.load(table + 4 * program + 1).to(tl.pointer_type(TYPE))
-    noise = row + tl.load(table + 4 * program + 2)
-    size = tl.load(table + 4 * program + 3).to(tl.int32)
+    source = tl.load(sources + 2 * program).to(tl.pointer_type(TYPE))
+    target = tl.load(targets + 2 * program).to(tl.pointer_type(TYPE))
+    noise = row + tl.load(places + 2 * program)
+    size = tl.load(sources + 2 * program + 1).to(tl.int32)
     factor = factor.to(tl.int64).to(tl.float64, bitcast=True).to(NOISE)
     lane = tl.arange(0, BLOCK)
     for start in range(0, size, BLOCK):

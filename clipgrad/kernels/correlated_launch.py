@@ -7,15 +7,13 @@ import struct
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
-import numpy as np
 import torch
 import triton.language as tl
-from numpy.typing import NDArray
 from torch import Tensor
 
 from clipgrad.kernels import chacha_selftest as selftest
 from clipgrad.kernels import correlated_kernels as kernels
-from clipgrad.kernels.device_calls import DeviceCalls
+from clipgrad.kernels.device_calls import COLUMNS, DeviceCalls
 
 _BLOCK = selftest.BLOCKS_AT_ONCE
 _ENOUGH_PROGRAMS = 2**13
@@ -23,7 +21,6 @@ _LARGEST_CHUNK = 2**15  # columns
 _BLOCKS = 2**32  # RFC 8439 counts blocks in 32 bits
 _ONE = 1  # must not be a constant in the kernel
 _ADDED, _ADDED_AT_ONCE = 2**14, 2**10  # values of a program
-_MOST_TABLES = 8
 _TYPES = {
     torch.float64: tl.float64,
     torch.float32: tl.float32,
@@ -155,8 +152,6 @@ class TritonSums(DeviceCalls):
 
     def __init__(self, device: torch.device) -> None:
         super().__init__(device)
-        # The key includes the stream that made the table, so that its memory is not reused while a kernel reads it.
-        self._tables: dict[tuple[object, ...], Tensor] = {}
         self._compiled: dict[tuple[torch.dtype, torch.dtype], Any] = {}
 
     def add(
@@ -179,31 +174,30 @@ class TritonSums(DeviceCalls):
                 alike = [three for three in given if three[0].dtype is dtype]
                 assert all(target.dtype is dtype for _, _, target in alike), "not alike"
                 row = alike[0][1]
-                table = self._table(stream, alike)
+                tables = self._tables_of(stream, alike)
                 arguments = (
-                    table, row, factor, _TYPES[dtype], _TYPES[row.dtype], _ADDED_AT_ONCE,
+                    *tables, row, factor, _TYPES[dtype], _TYPES[row.dtype], _ADDED_AT_ONCE,
                 )  # fmt: skip
-                kernel = self._compiled.get((dtype, row.dtype))
+                kernel, programs = (
+                    self._compiled.get((dtype, row.dtype)),
+                    len(tables[0]) // COLUMNS,
+                )
                 if kernel is None:
-                    launched = kernels.add_row[(len(table) // 4,)](*arguments)
+                    launched = kernels.add_row[(programs,)](*arguments)
                     self._compiled[dtype, row.dtype] = launched  # None in Triton's interpreter
                 else:
-                    kernel[(len(table) // 4, 1, 1)](*arguments)
+                    kernel[(programs, 1, 1)](*arguments)
 
-    def _table(self, stream: int, alike: list[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
-        first = int(alike[0][1].storage_offset())
-        parts = tuple(
-            (s.data_ptr(), t.data_ptr(), int(n.storage_offset()) - first, s.numel())
-            for s, n, t in alike
+    def _tables_of(self, stream: int, alike: list[tuple[Tensor, Tensor, Tensor]]) -> list[Tensor]:
+        """Return the tables of sources, of targets, and of the places of their noise in the row."""
+        first, itemsize = int(alike[0][1].storage_offset()), alike[0][0].itemsize
+        sizes = tuple(source.numel() for source, _, _ in alike)
+        columns = (
+            (tuple(source.data_ptr() for source, _, _ in alike), itemsize),
+            (tuple(target.data_ptr() for _, _, target in alike), itemsize),
+            (tuple(int(noise.storage_offset()) - first for _, noise, _ in alike), 1),
         )
-        where = (stream, alike[0][0].dtype, parts)
-        table = self._tables.get(where)
-        if table is None:
-            table = self._copied(_parts(parts, alike[0][0].itemsize))
-            if len(self._tables) >= _MOST_TABLES:
-                self._tables.clear()
-            self._tables[where] = table
-        return table
+        return [self._table(stream, starts, sizes, _ADDED, size) for starts, size in columns]
 
     def self_test(self) -> None:
         """Raise RuntimeError unless sums agree with those of two operations."""
@@ -219,19 +213,3 @@ class TritonSums(DeviceCalls):
                 error = (total.cpu().double() - expected).abs()
                 if not (error <= torch.finfo(dtype).eps * expected).all():
                     raise RuntimeError("the device adds a row of noise to sums wrongly")
-
-
-def _parts(pieces: Sequence[tuple[int, int, int, int]], itemsize: int) -> NDArray[np.int64]:
-    """Return the kernel's table: two addresses, the place in the row, and the number of values for each program."""
-    rows = []
-    for source, target, place, size in pieces:
-        starts = np.arange(0, size, _ADDED, dtype=np.int64)
-        part = np.empty((len(starts), 4), dtype=np.int64)
-        for column, address in enumerate((source, target)):
-            part[:, column] = (
-                np.array([address], dtype=np.uint64).view(np.int64) + starts * itemsize
-            )
-        part[:, 2] = place + starts
-        part[:, 3] = np.minimum(size - starts, _ADDED)
-        rows.append(part)
-    return np.concatenate(rows).reshape(-1)

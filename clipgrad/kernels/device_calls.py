@@ -9,6 +9,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+COLUMNS = 2
+"""Columns of a table."""
+MOST_TABLES = 64
+"""Tables on the device; one for a billion parameters takes 0.25 MB."""
+
 
 def refuse_capture() -> None:
     """Refuse a stream that is captured, because each replay would add the same noise.
@@ -24,7 +29,7 @@ def refuse_capture() -> None:
 
 
 class DeviceCalls:
-    """This class launches kernels on one device.
+    """This class launches kernels on one device, and keeps tables of addresses that the kernels read.
 
     Args:
         device: The device; a CPU is for Triton's interpreter.
@@ -32,6 +37,36 @@ class DeviceCalls:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
+        self._tables: dict[tuple[object, ...], Tensor] = {}
+
+    def _table(
+        self,
+        stream: int,
+        addresses: tuple[int, ...],
+        sizes: tuple[int, ...],
+        chunk: int,
+        itemsize: int,
+    ) -> Tensor:
+        """Return a table on the device that says where the parts of tensors begin.
+
+        Successive steps have the same addresses, or those of one of some 20 recordings; the last tables are kept.
+
+        Args:
+            stream: The current stream. Tables are kept for each stream, so that their memory is not reused while a
+                kernel reads them.
+            addresses: Of the tensors.
+            sizes: The number of values of each tensor.
+            chunk: The largest number of values of a part.
+            itemsize: Bytes of a value.
+        """
+        where = (stream, addresses, sizes, chunk, itemsize)
+        table = self._tables.pop(where, None)
+        if table is None:
+            table = self._copied(_parts(addresses, sizes, chunk, itemsize))
+            if len(self._tables) >= MOST_TABLES:
+                del self._tables[next(iter(self._tables))]
+        self._tables[where] = table
+        return table
 
     def _copied(self, table: NDArray[np.int64]) -> Tensor:
         """Copy the table to the device from pinned memory, because a copy from pageable memory waits for the device."""
@@ -51,3 +86,17 @@ class DeviceCalls:
         if self._device.type != "cuda" or torch.cuda.current_device() == self._device.index:
             return nullcontext()
         return torch.cuda.device(self._device)
+
+
+def _parts(
+    addresses: tuple[int, ...], sizes: tuple[int, ...], chunk: int, itemsize: int
+) -> NDArray[np.int64]:
+    """Return a table of all parts of the tensors: the address and the number of values of each."""
+    size = np.array(sizes, dtype=np.int64)
+    parts = -(-size // chunk)
+    within = (np.arange(parts.sum()) - np.repeat(parts.cumsum() - parts, parts)) * chunk
+    table = np.empty((len(within), COLUMNS), dtype=np.int64)
+    starts = np.array(addresses, dtype=np.uint64).view(np.int64)
+    table[:, 0] = np.repeat(starts, parts) + within * itemsize
+    table[:, 1] = np.minimum(np.repeat(size, parts) - within, chunk)
+    return table.reshape(-1)

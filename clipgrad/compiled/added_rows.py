@@ -1,0 +1,52 @@
+"""Add rows to a microbatch, for a graph that has more."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from clipgrad.compiled.lengths import shapes_of, with_rows
+from clipgrad.compiled.shape import pad_batch, pad_mask
+
+
+class WithAddedRows:
+    """This class holds a microbatch, and the same microbatch with more rows.
+
+    Args:
+        batch: The leaves of the microbatch.
+        mask: Boolean mask of the samples that the caller marked as padding; None without padding.
+        count: The number of its rows.
+        size: The number of rows with those that are added.
+        device: Of the mask.
+
+    Attributes:
+        batch: The leaves of the microbatch, as they were given.
+        mask: As above.
+        count: As above.
+        size: As above.
+        fitted: The leaves without added rows, with the strides for which graphs are compiled.
+        padding: Boolean mask ``[size]``, true for padding of the caller and for added rows.
+        shapes: The sizes of the leaves with added rows.
+    """
+
+    def __init__(
+        self,
+        batch: Sequence[Any],
+        mask: Tensor | None,
+        count: int,
+        size: int,
+        device: torch.device,
+    ) -> None:
+        self.batch, self.mask, self.count, self.size = batch, mask, count, size
+        self.fitted = pad_batch(batch, count)
+        self.padding = pad_mask(mask, count, size, device)
+        self.shapes = with_rows(shapes_of(batch), size)
+
+    @cached_property
+    def padded(self) -> list[Any]:
+        """Return the leaves with added rows. They are copies, which a recording does not need."""
+        return pad_batch(self.fitted, self.size)
