@@ -278,4 +278,4 @@ def _window_products(
 
 @_window_products.register_fake
 def _(rows: Tensor, columns: Tensor, window_stride: int, windows: int, precision: str) -> Tensor:
-    return rows.new_empty(len(rows), windows, rows.shape[1], columns.shape[1])
+    return rows.new_empty(rows.shape[0], windows, rows.shape[1], columns.shape[1])

@@ -22,6 +22,7 @@ from clipgrad.kernels.float32_precision import convolution_product, window_produ
 from clipgrad.rules.canonical import Outer
 from clipgrad.rules.convolution.geometry import Geometry
 from clipgrad.rules.convolution.unfolding import (
+    fits,
     rows_and_image,
     rows_and_patches,
     samples_at_once,
@@ -32,6 +33,8 @@ from clipgrad.rules.one_hot import OneHot
 # CUDA computes a product in blocks of its result. Positions are split until there are this many blocks, if each part
 # keeps at least this many positions.
 _BLOCK, _ENOUGH_BLOCKS, _FEWEST_POSITIONS = 32, 512, 128
+
+_UNFOLDED_BY_COMPILERS = {"cuda"}  # a CPU is faster with a few samples at a time
 
 Method = Callable[[Tensor, Tensor, torch.Size, Geometry], Tensor]
 
@@ -137,22 +140,33 @@ def by_slices(gradient: Tensor, input: Tensor, shape: torch.Size, geometry: Geom
 
     In memory, the taps of the first axis come directly after the sample axis of the result.
     """
-    if is_symbol(input.shape[0]):
-        return _as_operation("slices", gradient, input, shape, geometry)
     rows, image = rows_and_image(gradient, input, geometry)
     first, *others = shape[2:]
     positions, *across = rows.shape[2:]
     # Patches are one tap high, and cover all heights that any tap of the first axis uses.
     height = positions + (first - 1) * geometry.dilation[0]
     window_stride = geometry.dilation[0] * prod(across)
-    size = samples_at_once(image, prod(others) * height * prod(across))
+    copies = prod(others) * height * prod(across)
+    if not is_symbol(image.shape[0]):
+        size = samples_at_once(image, copies)
+        chunks = list(zip(rows.split(size), image.split(size), strict=True))
+    elif _compiler_unfolds(rows, image, copies):
+        chunks = [(rows, image)]
+    else:
+        return _as_operation("slices", gradient, input, shape, geometry)
     products = []
-    for row_chunk, image_chunk in zip(rows.split(size), image.split(size), strict=True):
+    for row_chunk, image_chunk in chunks:
         slices = unfold(image_chunk, (1, *others), (height, *across), geometry)
         columns = slices.flatten(1, 2 + len(others)).flatten(2)
         products.append(window_products(row_chunk.flatten(2), columns, window_stride, first))
     found = _concatenate(products)
     return found.view(rows.shape[0], first, shape[0], shape[1], *others).movedim(1, 3)
+
+
+def _compiler_unfolds(rows: Tensor, image: Tensor, copies: int) -> bool:
+    """Return whether a graph for any number of samples unfolds all of them, so that a compiler fuses the copies."""
+    fixed = not any(map(is_symbol, (*rows.shape[1:], *image.shape[1:])))
+    return fixed and image.device.type in _UNFOLDED_BY_COMPILERS and fits(image, copies)
 
 
 def _concatenate(products: list[Tensor]) -> Tensor:

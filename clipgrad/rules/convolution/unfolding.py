@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from clipgrad._functorch import expected
 from clipgrad.kernels.delayed import delay_until
 from clipgrad.rules.canonical import Outer
 from clipgrad.rules.convolution.geometry import Geometry
@@ -79,8 +80,16 @@ def unfold(
 
 def samples_at_once(image: Tensor, copies: int) -> int:
     """Return for how many samples patches are built at once, with ``copies`` elements per channel of the image."""
-    on_cpu, samples = image.device.type == "cpu", image.shape[0]
-    elements = max(1, image.shape[1] * copies)
-    most = max(_AT_ONCE["cpu" if on_cpu else "cuda"] // elements, 1)
+    on_cpu, samples, most = image.device.type == "cpu", image.shape[0], _most(image, copies)
     parts = ceil(samples / max(most, _FEWEST_AT_ONCE if on_cpu else 1))
     return ceil(samples / max(1, parts)) or 1
+
+
+def fits(image: Tensor, copies: int) -> bool:
+    """Return whether patches of all samples are built at once, for the expected number of samples."""
+    return expected(image.shape[0]) <= _most(image, copies)
+
+
+def _most(image: Tensor, copies: int) -> int:
+    elements = max(1, image.shape[1] * copies)
+    return max(_AT_ONCE["cpu" if image.device.type == "cpu" else "cuda"] // elements, 1)
