@@ -231,8 +231,11 @@ class Replay:
         try:
             self._results = recorder.record(lambda: self._run(*self._inputs))
             separate = _are_separate(self._results, self._inputs)
+            recorder.wait()  # another recording may still be at work in the same memory
             if separate and self._common.rewrites is None:
                 self._common.rewrites = _are_rewritten(self._results, recorder)
+            else:
+                recorder.replay()  # CUDA prepares a graph at its first launch, which takes a third of a short step
             self._separate = separate and bool(self._common.rewrites)
         except Exception as error:  # kernels that cannot be recorded raise errors of many types
             self._failed, self._inputs = True, []
@@ -258,7 +261,6 @@ def _are_separate(results: Sequence[Tensor], inputs: Sequence[Tensor]) -> bool:
 def _are_rewritten(results: Sequence[Tensor], recorder: CudaRecorder) -> bool:
     """Return whether a replay writes all results; a caller's write to a constant result would otherwise persist."""
     floating = [result for result in results if result.is_floating_point() and result.numel()]
-    recorder.wait()  # another recording may still be at work in the same memory
     before = copies(floating)
     for result in floating:
         result.fill_(math.nan)
