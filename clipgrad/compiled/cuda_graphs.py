@@ -11,7 +11,6 @@ import logging
 import math
 import operator
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -68,18 +67,6 @@ class Common:
         return found.copy_(argument.detach())
 
 
-class _Places(NamedTuple):
-    """Where the arguments of a recording are copied to, if the batch has a certain number of rows.
-
-    Attributes:
-        given: The places of all copied arguments, those of the batch with as many rows as it has.
-        added: The other rows of the batch's places, to which its first rows are copied.
-    """
-
-    given: list[Tensor]
-    added: list[Tensor]
-
-
 def _has_room(place: Tensor, argument: Tensor) -> bool:
     """Return whether the first rows of the place have the layout of the argument."""
     if place.dim() != argument.dim() or place.stride() != argument.stride():
@@ -111,8 +98,9 @@ class Replay:
         self._resident = list(resident)
         self._recorder: CudaRecorder | None = None
         self._inputs: list[Tensor] = []
-        self._copied_inputs: list[Tensor] = []  # the inputs that each call overwrites by a copy
-        self._places: dict[int, _Places] = {}  # by the number of rows of the batch
+        self._places: dict[
+            int, list[Tensor]
+        ] = {}  # for each number of rows of the batch, what is overwritten
         self._results: Sequence[Tensor] = ()
         self._recorded_addresses: list[int] = []
         self._failed = False
@@ -128,16 +116,16 @@ class Replay:
     def can_replay(self, flat: Sequence[Tensor]) -> bool:
         """Return whether the recording can be replayed with these arguments.
 
-        Tensors of the batch may have fewer rows, down to half as many: copies of the first rows are added. The
-        recording keeps resident arguments alive, so a replay may read them even if no other reference exists.
+        Tensors of the batch may have fewer rows. The replay then reads samples of earlier batches in the other rows,
+        which have to be padding. The recording keeps resident arguments alive, so a replay may read them even if no
+        other reference exists.
         """
         return (
             self._recorder is not None
             and len(flat) == len(self._resident)
             and _PLAIN.issuperset(map(type, flat))  # tensors of subclasses may have no address
             and self._resident_addresses(flat) == self._recorded_addresses
-            and describe_all(self._copied_arguments(flat))
-            == describe_all(self._places_for(flat).given)
+            and describe_all(self._copied_arguments(flat)) == describe_all(self._places_for(flat))
         )
 
     @property
@@ -168,12 +156,7 @@ class Replay:
         """Replay for these arguments; ``can_replay`` must hold."""
         assert self._recorder is not None
         self._recorder.wait()
-        places = self._places_for(flat)
-        batch = [flat[number] for number in self._common.batch] if places.added else []
-        repeated = [leaf[: len(rows)] for leaf, rows in zip(batch, places.added, strict=True)]
-        torch._foreach_copy_(
-            [*places.given, *places.added], [*self._copied_arguments(flat), *repeated]
-        )
+        torch._foreach_copy_(self._places_for(flat), self._copied_arguments(flat))
         self._recorder.replay()
 
     def results(self, uncopied: int) -> list[Tensor]:
@@ -182,22 +165,16 @@ class Replay:
             return copies(self._results)
         return [*self._results[:uncopied], *copies(self._results[uncopied:])]
 
-    def _places_for(self, flat: Sequence[Tensor]) -> _Places:
-        """Return where these arguments are copied to."""
+    def _places_for(self, flat: Sequence[Tensor]) -> list[Tensor]:
+        """Return where these arguments are copied to: to the first rows, if the batch has fewer than the recording."""
         batch = self._common.batch
         rows = flat[batch[0]].shape[0] if batch and flat[batch[0]].dim() else 0
         if rows not in self._places:
-            self._places[rows] = self._with_rows(rows)
+            inputs = list(self._inputs)
+            for number in batch:
+                inputs[number] = inputs[number][:rows]
+            self._places[rows] = self._copied_arguments(inputs)
         return self._places[rows]
-
-    def _with_rows(self, rows: int) -> _Places:
-        leaves = [self._inputs[number] for number in self._common.batch]
-        if not all(rows < len(leaf) <= 2 * rows for leaf in leaves):
-            return _Places(self._copied_inputs, [])
-        inputs = list(self._inputs)
-        for number in self._common.batch:
-            inputs[number] = inputs[number][:rows]
-        return _Places(self._copied_arguments(inputs), [leaf[rows:] for leaf in leaves])
 
     def _copied_arguments(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         return [t for t, stays in zip(tensors, self._resident, strict=True) if not stays]
@@ -248,7 +225,6 @@ class Replay:
         finally:
             generators.restore()  # the trial runs advance the RNG, and the real run must start from the same state
         self._recorder, self._recorded_addresses = recorder, self._resident_addresses(flat)
-        self._copied_inputs = self._copied_arguments(self._inputs)
 
 
 def _are_separate(results: Sequence[Tensor], inputs: Sequence[Tensor]) -> bool:

@@ -202,11 +202,12 @@ def _without_added_rows(result: MicrobatchResult, count: int) -> MicrobatchResul
     """Return the result without the rows that were added."""
     if result.values.shape[0] == count:
         return result
+    has_aux = not isinstance(result.aux, tuple) or bool(result.aux)
     return MicrobatchResult(
         result.sums,
         result.values[:count],
         [norms[:count] for norms in result.norms],
-        tree_map(lambda leaf: leaf[:count], result.aux),
+        tree_map(lambda leaf: leaf[:count], result.aux) if has_aux else (),
         result.nonfinite[:count],
         result.all_finite,
         result.aliases_graph,

@@ -1,4 +1,4 @@
-"""Rows that a recording adds to a microbatch that has fewer, without a padded copy of the microbatch."""
+"""A recording has more rows than a microbatch: it needs no padded copy of the microbatch."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clipgrad import DPOptimizer
-from clipgrad.compiled import added_rows
+from clipgrad import DPOptimizer, clipped_grad
+from clipgrad.compiled import added_rows, trace
 from clipgrad.compiled.added_rows import WithAddedRows
 from clipgrad.compiled.cuda_graphs import Common, Replay
 from clipgrad.compiled.shape import pad_batch, recorded_sizes
 from tests.compiled.conftest import Graphs, Recorder
 from tests.oracle import clipped_sum, per_sample_gradients
+from tests.small_mlp import B, close, definition, make_batch, make_params, mlp
 
 CPU = torch.device("cpu")
 
@@ -36,27 +37,26 @@ def replay() -> Replay:
     return made
 
 
-@pytest.mark.parametrize("rows", [3, 4, 5, 6])
-def test_a_recording_repeats_the_first_rows(replay: Replay, rows: int) -> None:
-    (weight, *_), bounds = replay._inputs, torch.rand(6)
-    for _ in range(2):
+def test_rows_that_a_batch_lacks_keep_samples_of_earlier_batches(replay: Replay) -> None:
+    """Nothing else: memory that was never written to may hold NaN, or indices out of range."""
+    (weight, x, y, _), bounds = replay._inputs, torch.rand(6)
+    known_x, known_y = x.clone(), y.clone()
+    for rows in (6, 4, 1, 5, 2):
         x, y = images(rows), torch.randint(9, (rows,))
+        known_x[:rows], known_y[:rows] = x, y
         given = [weight, x, y, bounds]
         assert replay.can_replay(given)
         replay.start(given)
         products, sums = replay.results(0)
-        x, y = pad_batch([x, y], 6)
-        assert torch.equal(products, x)
-        assert torch.equal(sums, y + bounds)
+        assert torch.equal(products, known_x)
+        assert torch.equal(sums, known_y + bounds)
 
 
 def test_other_arguments_are_not_replayed(replay: Replay) -> None:
-    """Fewer rows than half, more rows, rows of one leaf only, another layout, dtype or shape."""
+    """More rows, rows of one leaf only, another layout, dtype or shape."""
     (weight, *_), bounds = replay._inputs, torch.ones(6)
     x, y = images(4), torch.arange(4)
     refused: list[list[Tensor]] = [
-        [images(2), torch.arange(2), bounds],
-        [images(0), torch.arange(0), bounds],
         [images(7), torch.arange(7), bounds],
         [x, torch.arange(5), bounds],
         [x, torch.arange(6), bounds],
@@ -83,10 +83,9 @@ def test_added_rows_are_padding() -> None:
     assert torch.equal(piece.padded[2], torch.tensor([0, 1, 2, 0, 1]))
 
 
-def test_poisson_batches_are_padded_in_the_recordings_memory(
+def test_only_runs_that_are_compared_pad_a_copy(
     graphs: Graphs, recorders: list[Recorder], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Only runs that are compared with the eager step pad a copy."""
     padded: list[int] = []
 
     def counted(batch: Any, size: int) -> list[Any]:
@@ -117,3 +116,28 @@ def test_poisson_batches_are_padded_in_the_recordings_memory(
             copies = len(padded)
     assert copies == len(padded) - 1  # of run 8
     assert len(graphs) == 1
+
+
+@pytest.mark.parametrize("nan_safe", [True, False])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_sample_of_an_earlier_batch_contributes_nothing(
+    nan_safe: bool,
+    value: float,
+    graphs: Graphs,
+    recorders: list[Recorder],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It is selected out, not multiplied by zero: as on a GPU, nobody reads whether all norms are finite."""
+    monkeypatch.setattr(trace, "checks_finite_on_host", lambda device: False)
+    params, (x, y) = make_params(), make_batch()
+    gradient = clipped_grad(mlp, max_grad_norm=0.5, nan_safe=nan_safe, microbatch_size=B, compile=True)  # fmt: skip
+    bad = x.clone()
+    bad[B - 2 :] = value
+    for _ in range(3):
+        for _ in range(2):
+            gradient(params, bad, y)
+        for rows in (B - 2, 1, B - 3, B - 2):
+            result = gradient(params, x[:rows], y[:rows])
+            close(result.grads, definition(params, x[:rows], y[:rows], norm=0.5)[0])
+            assert int(result.num_nonfinite) == 0
+    assert len(recorders) == len(graphs) == 1
