@@ -9,6 +9,7 @@ from dataclasses import replace
 from itertools import chain
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from clipgrad.compiled.check import moved_by_rounding
@@ -121,7 +122,9 @@ class EagerStep:
     def _compared(self, run: _Run, rows: _Rows) -> MicrobatchResult | None:
         """Return a result whose sums are on the host, if memory runs out with all rows."""
         ranks = SumsOnHost()
-        found = self._whole_or_pieces(run, rows, replace(self._settings, ranks=ranks))
+        # PyTorch keeps cuDNN's plans for each thread, and this one has those of the compiled step for these sizes.
+        with torch.autograd.set_multithreading_enabled(False):
+            found = self._whole_or_pieces(run, rows, replace(self._settings, ranks=ranks))
         return found if found is None else replace(found, sums=ranks.totals or found.sums)
 
     def _whole_or_pieces(self, run: _Run, rows: _Rows, scarce: Settings) -> MicrobatchResult | None:
