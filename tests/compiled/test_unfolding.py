@@ -1,4 +1,4 @@
-"""Slices of a convolution's image in a graph for any number of rows: unfolded by the graph, or by one operation."""
+"""A convolution's image in a graph for any number of rows: unfolded by the graph, or by one operation."""
 
 from __future__ import annotations
 
@@ -31,23 +31,29 @@ def loss_fn(model: nn.Module, x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    ("name", "layout", "unfolds"),
-    some(2, list(CONVOLUTIONS), [torch.contiguous_format, torch.channels_last], [True, False]),
+    ("name", "layout", "way", "parts"),
+    some(
+        3,
+        list(CONVOLUTIONS),
+        [torch.contiguous_format, torch.channels_last],
+        [methods.by_patches, methods.by_slices],
+        [1, 2, 3, 5],
+    ),
 )
 def test_every_number_of_rows(
     name: str,
     layout: torch.memory_format,
-    unfolds: bool,
+    way: methods.Method,
+    parts: int,
     graphs: Graphs,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     options = dict(CONVOLUTIONS[name])
     layer = nn.ConvTranspose2d if options.pop("transposed", False) else nn.Conv2d
     model = layer(3, 4, (3, 2), **options).double()
-    monkeypatch.setattr(gradient_module, "fastest_method", lambda *_: methods.by_slices)
-    monkeypatch.setattr(methods, "_UNFOLDED_BY_COMPILERS", {"cpu"})
-    if not unfolds:
-        monkeypatch.setattr(unfolding, "_AT_ONCE", {"cpu": 1})
+    monkeypatch.setattr(gradient_module, "fastest_method", lambda *_: way)
+    monkeypatch.setattr(methods, "_SLICES_BY_COMPILERS", {"cpu": 1})
+    monkeypatch.setattr(methods, "number_of_parts", lambda image, copies: parts)
     optimizer = DPOptimizer(
         torch.optim.SGD(model.parameters(), lr=0.0), model, loss_fn, max_grad_norm=0.01, noise_multiplier=0.0,
         expected_batch_size=6, compile=True, performance=Performance(strategy="kept"),
@@ -61,5 +67,17 @@ def test_every_number_of_rows(
         optimizer.zero_grad()
     (module,) = graphs.modules
     targets = [str(node.target) for node in module.graph.nodes]
-    assert ("clipgrad.window_products.default" in targets) is unfolds
-    assert ("clipgrad.per_sample_weight_gradient.default" in targets) is not unfolds
+    by_compiler = parts <= (4 if way is methods.by_patches else 1)
+    assert ("clipgrad.per_sample_weight_gradient.default" in targets) is not by_compiler
+    products = "aten.bmm.out" if way is methods.by_patches else "clipgrad.window_products.default"
+    assert parts == 1 or (products in targets) is by_compiler
+
+
+@pytest.mark.parametrize(("samples", "parts"), [(1, 1), (5, 4), (8, 4), (9, 2), (100, 7), (3, 3)])
+def test_pieces_are_all_samples_once(samples: int, parts: int) -> None:
+    rows = torch.arange(samples)
+    found = [rows[piece] for piece in unfolding.pieces(samples, parts)]
+    assert torch.equal(torch.cat(found), rows)
+    assert len(found) <= parts
+    assert all(len(piece) == len(found[0]) for piece in found[:-1])
+    assert len(found[-1]) > 0

@@ -22,7 +22,8 @@ from clipgrad.kernels.float32_precision import convolution_product, window_produ
 from clipgrad.rules.canonical import Outer
 from clipgrad.rules.convolution.geometry import Geometry
 from clipgrad.rules.convolution.unfolding import (
-    fits,
+    number_of_parts,
+    pieces,
     rows_and_image,
     rows_and_patches,
     samples_at_once,
@@ -34,27 +35,27 @@ from clipgrad.rules.one_hot import OneHot
 # keeps at least this many positions.
 _BLOCK, _ENOUGH_BLOCKS, _FEWEST_POSITIONS = 32, 512, 128
 
-_UNFOLDED_BY_COMPILERS = {"cuda"}  # a CPU is faster with a few samples at a time
+# In how many parts a graph for any number of samples may unfold them, by device. Otherwise one operation does it, and
+# copies them slowly: a CPU copies patches at a seventh of the speed of compiled code.
+_PATCHES_BY_COMPILERS, _SLICES_BY_COMPILERS = {"cpu": 4}, {"cuda": 1}
 
 Method = Callable[[Tensor, Tensor, torch.Size, Geometry], Tensor]
 
 
 def by_patches(gradient: Tensor, input: Tensor, shape: torch.Size, geometry: Geometry) -> Tensor:
     """Unfold the image and take one product per sample, for a limited number of samples at a time."""
-    if is_symbol(input.shape[0]):
-        return _as_operation("patches", gradient, input, shape, geometry)
     rows, image = rows_and_image(gradient, input, geometry)
-    samples = image.shape[0]
-    size = samples_at_once(image, prod(shape[2:]) * prod(rows.shape[2:]))
-    if samples <= size:
+    samples, copies = image.shape[0], prod(shape[2:]) * prod(rows.shape[2:])
+    if is_symbol(samples) and not _compiler_unfolds(rows, image, copies, _PATCHES_BY_COMPILERS):
+        return _as_operation("patches", gradient, input, shape, geometry)
+    parts = number_of_parts(image, copies)
+    if parts == 1:
         outer = rows_and_patches(gradient, input, shape, geometry)
         unfolded = prod(shape[2:]) > 1  # otherwise factors are views, and parts would be copies
         return _product_in_parts(outer, _parts(outer, input.device) if unfolded else 1)
     outers = (
-        rows_and_patches(
-            gradient[start : start + size], input[start : start + size], shape, geometry
-        )
-        for start in range(0, samples, size)
+        rows_and_patches(gradient[piece], input[piece], shape, geometry)
+        for piece in pieces(samples, parts)
     )
     if input.device.type == "cpu":
         return _multiply_into_result(outers, samples)
@@ -150,7 +151,7 @@ def by_slices(gradient: Tensor, input: Tensor, shape: torch.Size, geometry: Geom
     if not is_symbol(image.shape[0]):
         size = samples_at_once(image, copies)
         chunks = list(zip(rows.split(size), image.split(size), strict=True))
-    elif _compiler_unfolds(rows, image, copies):
+    elif _compiler_unfolds(rows, image, copies, _SLICES_BY_COMPILERS):
         chunks = [(rows, image)]
     else:
         return _as_operation("slices", gradient, input, shape, geometry)
@@ -163,10 +164,10 @@ def by_slices(gradient: Tensor, input: Tensor, shape: torch.Size, geometry: Geom
     return found.view(rows.shape[0], first, shape[0], shape[1], *others).movedim(1, 3)
 
 
-def _compiler_unfolds(rows: Tensor, image: Tensor, copies: int) -> bool:
-    """Return whether a graph for any number of samples unfolds all of them, so that a compiler fuses the copies."""
+def _compiler_unfolds(rows: Tensor, image: Tensor, copies: int, devices: dict[str, int]) -> bool:
+    """Return whether a graph for any number of samples unfolds them, so that a compiler fuses the copies."""
     fixed = not any(map(is_symbol, (*rows.shape[1:], *image.shape[1:])))
-    return fixed and image.device.type in _UNFOLDED_BY_COMPILERS and fits(image, copies)
+    return fixed and number_of_parts(image, copies) <= devices.get(image.device.type, 0)
 
 
 def _concatenate(products: list[Tensor]) -> Tensor:

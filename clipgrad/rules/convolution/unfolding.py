@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clipgrad._functorch import expected
+from clipgrad._functorch import expected, is_symbol
 from clipgrad.kernels.delayed import delay_until
 from clipgrad.rules.canonical import Outer
 from clipgrad.rules.convolution.geometry import Geometry
@@ -80,16 +80,20 @@ def unfold(
 
 def samples_at_once(image: Tensor, copies: int) -> int:
     """Return for how many samples patches are built at once, with ``copies`` elements per channel of the image."""
-    on_cpu, samples, most = image.device.type == "cpu", image.shape[0], _most(image, copies)
-    parts = ceil(samples / max(most, _FEWEST_AT_ONCE if on_cpu else 1))
-    return ceil(samples / max(1, parts)) or 1
+    return ceil(image.shape[0] / number_of_parts(image, copies)) or 1
 
 
-def fits(image: Tensor, copies: int) -> bool:
-    """Return whether patches of all samples are built at once, for the expected number of samples."""
-    return expected(image.shape[0]) <= _most(image, copies)
-
-
-def _most(image: Tensor, copies: int) -> int:
+def number_of_parts(image: Tensor, copies: int) -> int:
+    """Return in how many parts patches of all samples are built, for the expected number of samples."""
+    on_cpu = image.device.type == "cpu"
     elements = max(1, image.shape[1] * copies)
-    return max(_AT_ONCE["cpu" if image.device.type == "cpu" else "cuda"] // elements, 1)
+    most = _AT_ONCE["cpu" if on_cpu else "cuda"] // elements
+    return max(1, ceil(expected(image.shape[0]) / max(most, _FEWEST_AT_ONCE if on_cpu else 1)))
+
+
+def pieces(samples: int, parts: int) -> list[slice]:
+    """Return the parts of the samples, of which all but the last are equal."""
+    size = -(-samples // parts)
+    # A graph for any number of samples serves those for which no part is empty.
+    count = parts if is_symbol(samples) else -(-samples // size)
+    return [slice(i * size, (i + 1) * size if i + 1 < count else None) for i in range(count)]
