@@ -48,5 +48,5 @@ class WithAddedRows:
 
     @cached_property
     def padded(self) -> list[Any]:
-        """Return the leaves with added rows. They are copies, which a recording does not need."""
+        """Return the leaves with added rows, which are copies; a recording adds the rows itself."""
         return pad_batch(self.fitted, self.size)

@@ -48,7 +48,6 @@ class CompiledStep:
         replays: The recordings; a CUDA graph has fixed sizes, so each number of rows and each length has its own.
         runs: How many microbatches have run on it.
         ran: How many of them had each size.
-        tensors: What the loss read besides its arguments when it ran last; None if the next call reads other tensors.
     """
 
     signature: tuple[Any, ...]
@@ -59,7 +58,6 @@ class CompiledStep:
     replays: dict[Shapes, Replay] = field(default_factory=dict)
     runs: int = 0
     ran: Counter[Shapes] = field(default_factory=Counter)
-    tensors: Sequence[Tensor] | None = ()
 
     def replay(self, shapes: Shapes) -> Replay | None:
         """The recording for batches of these sizes; None if there is none and none may be made."""
@@ -89,44 +87,15 @@ class CompiledStep:
         replay = self.replay(shapes)
         return not is_compared(self.runs + 1) and (replay is None or replay.is_recorded_for(flat))
 
-    def start(self, given: Sequence[Tensor], shapes: Shapes) -> bool:
-        """Replay the step before anybody has checked whether the graph serves, if that can be undone.
-
-        A replay writes to the recording's own memory only. If the graph turns out not to serve, nothing reads it.
-
-        Args:
-            given: The call's tensors; those of the batch may lack rows, which the recording adds.
-            shapes: Sizes of the batch with these rows.
-
-        Returns:
-            Whether a replay was started, so that ``results`` returns what it computes.
-        """
+    def adds_rows(self, given: Sequence[Tensor], shapes: Shapes) -> bool:
+        """Return whether the batch in ``given`` may lack rows, which a recording adds up to these sizes."""
         replay = self.replays.get(shapes)
-        if replay is None or not self.graph.has_no_side_effects:
-            return False
-        flat = self.arguments(given, shapes)
-        if not replay.can_replay(flat) or not self.is_trusted(flat, shapes):
-            return False
-        with torch.no_grad():
-            replay.start(flat)
-        return True
+        return replay is not None and replay.adds_rows([*given, *self.graph.constants])
 
     def call(self, flat: Sequence[Tensor], shapes: Shapes) -> MicrobatchResult:
         """Run the compiled step on its arguments; sums alias a recorded graph's memory."""
-        replay = self.replay(shapes)
+        layout, replay = self.graph.layout, self.replay(shapes)
         with plain_operations(flat[0].device):
-            found = self.run(*flat) if replay is None else replay(flat, self.graph.layout.sums)
-        return self._restored(found, shapes)
-
-    def results(self, shapes: Shapes) -> MicrobatchResult:
-        """Return what the replay computes that ``start`` started; sums alias the recorded graph's memory."""
-        with torch.no_grad():
-            found = self.replays[shapes].results(self.graph.layout.sums)
-        return self._restored(found, shapes)
-
-    def _restored(self, results: Sequence[Tensor], shapes: Shapes) -> MicrobatchResult:
-        replay = self.replays.get(shapes)
+            found = self.run(*flat) if replay is None else replay(flat, layout.sums)
         self.ran[shapes] += 1
-        return self.graph.layout.restore(
-            results, aliases_graph=replay is not None and replay.returned_uncopied
-        )
+        return layout.restore(found, aliases_graph=replay is not None and replay.returned_uncopied)

@@ -11,20 +11,19 @@ import logging
 import math
 import operator
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.utils._pytree import tree_leaves
 
 from clipgrad.compiled.backend import Run
 from clipgrad.compiled.recorder import CudaRecorder
-from clipgrad.compiled.signature import describe_all
 from clipgrad.engine.copies import copies
 from clipgrad.engine.rng_state import SavedRngState
 
 _log = logging.getLogger("clipgrad")
-_PLAIN = {Tensor, nn.Parameter}
 
 _ATTENTIONS = (
     torch.ops.aten._scaled_dot_product_efficient_attention.default,
@@ -67,6 +66,21 @@ class Common:
         return found.copy_(argument.detach())
 
 
+class _Places(NamedTuple):
+    """Where arguments are copied to, if the batch has a certain number of rows.
+
+    The first rows of the batch are copied to the rows that it lacks. Samples of an earlier batch would not do: what a
+    loss looks up by their values may have changed.
+
+    Attributes:
+        given: The places of the arguments, those of the batch with as many rows as it has.
+        added: The other rows of the batch's places.
+    """
+
+    given: list[Tensor]
+    added: list[Tensor]
+
+
 def _has_room(place: Tensor, argument: Tensor) -> bool:
     """Return whether the first rows of the place have the layout of the argument."""
     if place.dim() != argument.dim() or place.stride() != argument.stride():
@@ -98,9 +112,7 @@ class Replay:
         self._resident = list(resident)
         self._recorder: CudaRecorder | None = None
         self._inputs: list[Tensor] = []
-        self._places: dict[
-            int, list[Tensor]
-        ] = {}  # for each number of rows of the batch, what is overwritten
+        self._places: dict[int, _Places] = {}  # by the number of rows of the batch
         self._results: Sequence[Tensor] = ()
         self._recorded_addresses: list[int] = []
         self._failed = False
@@ -113,19 +125,12 @@ class Replay:
             and self._resident_addresses(flat) == self._recorded_addresses
         )
 
-    def can_replay(self, flat: Sequence[Tensor]) -> bool:
-        """Return whether the recording can be replayed with these arguments.
-
-        Tensors of the batch may have fewer rows. The replay then reads samples of earlier batches in the other rows,
-        which have to be padding. The recording keeps resident arguments alive, so a replay may read them even if no
-        other reference exists.
-        """
-        return (
-            self._recorder is not None
-            and len(flat) == len(self._resident)
-            and _PLAIN.issuperset(map(type, flat))  # tensors of subclasses may have no address
-            and self._resident_addresses(flat) == self._recorded_addresses
-            and describe_all(self._copied_arguments(flat)) == describe_all(self._places_for(flat))
+    def adds_rows(self, flat: Sequence[Tensor]) -> bool:
+        """Return whether a call replays a recording, which adds the rows that the tensors of the batch lack."""
+        if self._recorder is None or not self.is_recorded_for(flat):
+            return False
+        return all(
+            len(self._inputs[number]) <= 2 * len(flat[number]) for number in self._common.batch
         )
 
     @property
@@ -137,43 +142,42 @@ class Replay:
         """Return the step's results for these arguments, in fresh memory.
 
         Args:
-            flat: Tensors with the shapes, strides and dtypes of all other calls.
+            flat: Tensors with the shapes, strides and dtypes of all other calls. If ``adds_rows``, those of the batch
+                may have fewer rows.
             uncopied: How many of the first results may be returned without a copy; the next call of any recording in
                 the same memory overwrites them.
         """
         self.prepare(flat)
         if self._failed or self._recorder is None:
             return list(self._run(*(tensor.detach() for tensor in flat)))
-        self.start(flat)
-        return self.results(uncopied)
+        self._recorder.wait()
+        places = self._places_for(flat)
+        batch = [flat[number] for number in self._common.batch] if places.added else []
+        added = [leaf[: len(rows)] for leaf, rows in zip(batch, places.added, strict=True)]
+        torch._foreach_copy_(
+            [*places.given, *places.added], [*self._copied_arguments(flat), *added]
+        )
+        self._recorder.replay()
+        if not self._separate:
+            return copies(self._results)
+        return [*self._results[:uncopied], *copies(self._results[uncopied:])]
 
     def prepare(self, flat: Sequence[Tensor]) -> None:
         """Make the recording for these arguments, if there is none."""
         if not self.is_recorded_for(flat):
             self._record(flat)
 
-    def start(self, flat: Sequence[Tensor]) -> None:
-        """Replay for these arguments; ``can_replay`` must hold."""
-        assert self._recorder is not None
-        self._recorder.wait()
-        torch._foreach_copy_(self._places_for(flat), self._copied_arguments(flat))
-        self._recorder.replay()
-
-    def results(self, uncopied: int) -> list[Tensor]:
-        """Return the results of the last replay; see ``__call__`` for ``uncopied``."""
-        if not self._separate:
-            return copies(self._results)
-        return [*self._results[:uncopied], *copies(self._results[uncopied:])]
-
-    def _places_for(self, flat: Sequence[Tensor]) -> list[Tensor]:
-        """Return where these arguments are copied to: to the first rows, if the batch has fewer than the recording."""
+    def _places_for(self, flat: Sequence[Tensor]) -> _Places:
+        """Return where these arguments are copied to."""
         batch = self._common.batch
-        rows = flat[batch[0]].shape[0] if batch and flat[batch[0]].dim() else 0
+        rows = flat[batch[0]].shape[0] if batch else 0
         if rows not in self._places:
-            inputs = list(self._inputs)
+            inputs, added = list(self._inputs), []
             for number in batch:
+                if rows < len(inputs[number]):
+                    added.append(inputs[number][rows:])
                 inputs[number] = inputs[number][:rows]
-            self._places[rows] = self._copied_arguments(inputs)
+            self._places[rows] = _Places(self._copied_arguments(inputs), added)
         return self._places[rows]
 
     def _copied_arguments(self, tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -191,11 +195,8 @@ class Replay:
                 stays and tensor.data_ptr() == known.data_ptr()
                 for stays, tensor, known in zip(self._resident, flat, self._inputs, strict=True)
             ]
-        self._recorder, self._results, self._places = (
-            None,
-            (),
-            {},
-        )  # frees memory for the next recording
+        # This frees memory for the next recording.
+        self._recorder, self._results, self._places = None, (), {}
         self._separate = False
         recorder = self._make_recorder()
         recorder.wait()  # arguments and trial run are in memory that a replay on another stream may still read

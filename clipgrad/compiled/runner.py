@@ -77,9 +77,7 @@ class MicrobatchRunner:
         """Run one microbatch padded to ``size`` rows; None if there is no graph, and making one takes more rows."""
         settings, count = self._settings, rows.stop - rows.start
         piece = WithAddedRows(self._inputs.rows(rows), mask, count, size, self._device)
-        started = None
-        if self._entry is None or self._loss is None:
-            started = self._start_last_step(piece)
+        if self._loss is None:
             self._loss = self._capture_loss(piece.batch, mask)
             if self._compiler.last is None and self._loss.captured.changes_state:
                 # A loss may set itself up in its first call, as Hugging Face's classifiers do. A graph of the loss
@@ -92,15 +90,13 @@ class MicrobatchRunner:
             return None
         if entry.runs == 0 and not entry.replays:
             self._record_ahead(entry, piece)
-        # A replay that was started is of no use if the loss reads other tensors by now.
-        if started is not None and started[0] is entry and _are_identical(started[1], loss.tensors):
-            result, generators = entry.results(piece.shapes), None
-        else:
+        given = self._graph_inputs(piece.fitted, loss.tensors, piece.padding)
+        if count < size and not entry.adds_rows(given, piece.shapes):
             given = self._graph_inputs(piece.padded, loss.tensors, piece.padding)
-            flat = entry.arguments(given, piece.shapes)
-            trusted = entry.is_trusted(flat, piece.shapes)
-            generators = None if trusted else SavedRngState(self._device)
-            result = entry.call(flat, piece.shapes)
+        flat = entry.arguments(given, piece.shapes)
+        trusted = entry.is_trusted(flat, piece.shapes)
+        generators = None if trusted else SavedRngState(self._device)
+        result = entry.call(flat, piece.shapes)
         dropping = entry.graph.needs_finite_check and (
             settings.options.nan_safe or mask is not None or count < size
         )
@@ -126,7 +122,6 @@ class MicrobatchRunner:
                     "compiled anew."
                 ) from None
         entry.runs += 1
-        entry.tensors = loss.tensors if all(loss.are_resident) else None
         return _without_added_rows(result, count)
 
     def _capture_loss(self, batch: Sequence[Any], mask: Tensor | None) -> GraphOfLoss:
@@ -161,16 +156,6 @@ class MicrobatchRunner:
             given = self._graph_inputs(fewer, self._loss.tensors, piece.padding[:rows])
             entry.prepare(given, shapes_of(fewer))
 
-    def _start_last_step(
-        self, piece: WithAddedRows
-    ) -> tuple[CompiledStep, Sequence[Tensor]] | None:
-        """Start the graph that served last; on a GPU it runs while the guards are evaluated."""
-        last = self._compiler.last
-        if last is None or last.tensors is None:
-            return None
-        given = self._graph_inputs(piece.fitted, last.tensors, piece.padding)
-        return (last, last.tensors) if last.start(given, piece.shapes) else None
-
     def _find_or_compile(self, piece: WithAddedRows) -> CompiledStep | None:
         """Return the graph that serves these sizes; None if there is none, and a larger batch has to make it."""
         shapes = piece.shapes
@@ -192,10 +177,6 @@ class MicrobatchRunner:
         """Return the eager step of the loss as it was captured."""
         no_side_effects = self._entry is not None and self._entry.graph.has_no_side_effects
         return EagerStep(self._inputs, self._settings, self._loss, may_split=no_side_effects)
-
-
-def _are_identical(one: Sequence[Tensor], other: Sequence[Tensor]) -> bool:
-    return len(one) == len(other) and all(a is b for a, b in zip(one, other, strict=True))
 
 
 def _without_added_rows(result: MicrobatchResult, count: int) -> MicrobatchResult:

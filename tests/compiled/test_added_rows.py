@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ from tests.compiled.conftest import Graphs, Recorder
 from tests.oracle import clipped_sum, per_sample_gradients
 from tests.small_mlp import B, close, definition, make_batch, make_params, mlp
 
-CPU = torch.device("cpu")
+CPU, WEIGHT = torch.device("cpu"), torch.ones(1)
 
 
 def images(rows: int) -> Tensor:
@@ -33,43 +34,32 @@ def replay() -> Replay:
     made = Replay(
         lambda w, x, y, b: [w * x, y + b], [True, False, False, False], common, lambda: Recorder(None)
     )  # fmt: skip
-    made.prepare([torch.ones(1), images(6), torch.arange(6), torch.ones(6)])
+    made.prepare([WEIGHT, images(6), torch.arange(6), torch.ones(6)])
     return made
 
 
-def test_rows_that_a_batch_lacks_keep_samples_of_earlier_batches(replay: Replay) -> None:
-    """Nothing else: memory that was never written to may hold NaN, or indices out of range."""
-    (weight, x, y, _), bounds = replay._inputs, torch.rand(6)
-    known_x, known_y = x.clone(), y.clone()
-    for rows in (6, 4, 1, 5, 2):
+@pytest.mark.parametrize("rows", [3, 4, 5, 6])
+def test_a_recording_repeats_the_first_rows(replay: Replay, rows: int) -> None:
+    """As a padded copy does: samples of earlier batches may look up what has changed since then."""
+    bounds = torch.rand(6)
+    for _ in range(2):
         x, y = images(rows), torch.randint(9, (rows,))
-        known_x[:rows], known_y[:rows] = x, y
-        given = [weight, x, y, bounds]
-        assert replay.can_replay(given)
-        replay.start(given)
-        products, sums = replay.results(0)
-        assert torch.equal(products, known_x)
-        assert torch.equal(sums, known_y + bounds)
+        given = [WEIGHT, x, y, bounds]
+        assert replay.adds_rows(given)
+        products, sums = replay(given)
+        x, y = pad_batch([x, y], 6)
+        assert torch.equal(products, x)
+        assert torch.equal(sums, y + bounds)
 
 
-def test_other_arguments_are_not_replayed(replay: Replay) -> None:
-    """More rows, rows of one leaf only, another layout, dtype or shape."""
-    (weight, *_), bounds = replay._inputs, torch.ones(6)
-    x, y = images(4), torch.arange(4)
-    refused: list[list[Tensor]] = [
-        [images(7), torch.arange(7), bounds],
-        [x, torch.arange(5), bounds],
-        [x, torch.arange(6), bounds],
-        [x.contiguous(), y, bounds],
-        [x.double(), y, bounds],
-        [x, y.int(), bounds],
-        [x[:, :2], y, bounds],
-        [x, y.reshape(4, 1), bounds],
-        [x, y, torch.ones(4)],
-    ]
-    assert replay.can_replay([weight, x, y, bounds])
-    for case in refused:
-        assert not replay.can_replay([weight, *case])
+def test_what_needs_a_padded_copy(replay: Replay) -> None:
+    """Less than half of the rows, a parameter that moved, and what is not recorded."""
+    x, y, bounds = images(6), torch.arange(6), torch.ones(6)
+    for rows in range(7):
+        assert replay.adds_rows([WEIGHT, x[:rows], y[:rows], bounds]) is (rows >= 3)
+    assert not replay.adds_rows([WEIGHT.clone(), x, y, bounds])
+    unrecorded = Replay(lambda x: [x], [False], Common(range(1)), lambda: Recorder(None))
+    assert not unrecorded.adds_rows([x])
 
 
 def test_added_rows_are_padding() -> None:
@@ -127,7 +117,7 @@ def test_a_sample_of_an_earlier_batch_contributes_nothing(
     recorders: list[Recorder],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """It is selected out, not multiplied by zero: as on a GPU, nobody reads whether all norms are finite."""
+    """As on a GPU, nobody reads whether all norms are finite."""
     monkeypatch.setattr(trace, "checks_finite_on_host", lambda device: False)
     params, (x, y) = make_params(), make_batch()
     gradient = clipped_grad(mlp, max_grad_norm=0.5, nan_safe=nan_safe, microbatch_size=B, compile=True)  # fmt: skip
@@ -141,3 +131,53 @@ def test_a_sample_of_an_earlier_batch_contributes_nothing(
             close(result.grads, definition(params, x[:rows], y[:rows], norm=0.5)[0])
             assert int(result.num_nonfinite) == 0
     assert len(recorders) == len(graphs) == 1
+
+
+def private(
+    model: nn.Module, loss: Callable[..., Tensor], expected: int, **options: Any
+) -> DPOptimizer:
+    return DPOptimizer(
+        torch.optim.SGD(model.parameters()), model, loss, max_grad_norm=0.5, noise_multiplier=0.0,
+        expected_batch_size=expected, compile=True, **options,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("options", [{}, {"microbatch_size": 8}])
+def test_positions_in_texts_of_changing_length(
+    options: dict[str, Any], graphs: Graphs, recorders: list[Recorder]
+) -> None:
+    """A position of a longer text is out of range in a shorter one, also in a row that is padding."""
+    model = nn.Sequential(nn.Embedding(11, 4), nn.Linear(4, 1), nn.Flatten()).double()
+
+    def loss(model: nn.Module, tokens: Tensor, start: Tensor) -> Tensor:
+        return F.cross_entropy(model(tokens), start)
+
+    optimizer = private(model, loss, 8, **options)
+    for step in range(40):
+        size, length = ((8, 4), (8, 9), (5, 4), (5, 9))[step % 4]
+        batch = torch.randint(11, (size, length)), torch.full((size,), length - 1)
+        optimizer.zero_grad()
+        optimizer.backward(*batch)
+        sums, _ = clipped_sum(per_sample_gradients(model, loss, batch), 0.5)
+        torch.testing.assert_close(optimizer.clipped_sums, sums)
+    assert recorders
+
+
+def test_indices_into_a_window_that_moves(graphs: Graphs, recorders: list[Recorder]) -> None:
+    """An index of an earlier batch is out of range, also in a row that is padding."""
+    model = nn.Linear(3, 2).double()
+    first, window = torch.tensor(0), torch.randn(8, 3, dtype=torch.float64)
+
+    def loss(model: nn.Module, index: Tensor, label: Tensor) -> Tensor:
+        return F.cross_entropy(model(window[index - first]), label)
+
+    optimizer = private(model, loss, 64)
+    for step in range(20):
+        first += 20 * (step % 5 == 4)
+        size = (62, 63, 64, 60, 53)[step % 5]
+        batch = int(first) + torch.randint(8, (size,)), torch.randint(2, (size,))
+        optimizer.zero_grad()
+        optimizer.backward(*batch)
+        sums, _ = clipped_sum(per_sample_gradients(model, loss, batch), 0.5)
+        torch.testing.assert_close(optimizer.clipped_sums, sums)
+    assert len(graphs) == 1
