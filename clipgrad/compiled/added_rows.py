@@ -19,15 +19,13 @@ class WithAddedRows:
     Args:
         batch: The leaves of the microbatch.
         mask: Boolean mask of the samples that the caller marked as padding; None without padding.
-        count: The number of its rows.
+        count: The number of rows of the microbatch.
         size: The number of rows with those that are added.
-        device: Of the mask.
+        device: The device of ``padding``.
 
     Attributes:
         batch: The leaves of the microbatch, as they were given.
-        mask: As above.
-        count: As above.
-        size: As above.
+        size: The number of rows with those that are added.
         fitted: The leaves without added rows, with the strides for which graphs are compiled.
         padding: Boolean mask ``[size]``, true for padding of the caller and for added rows.
         shapes: The sizes of the leaves with added rows.
@@ -41,7 +39,7 @@ class WithAddedRows:
         size: int,
         device: torch.device,
     ) -> None:
-        self.batch, self.mask, self.count, self.size = batch, mask, count, size
+        self.batch, self.size = batch, size
         self.fitted = pad_batch(batch, count)
         self.padding = pad_mask(mask, count, size, device)
         self.shapes = with_rows(shapes_of(batch), size)
