@@ -196,21 +196,25 @@ def capture() -> None:
 def tables(cipher: TritonChaCha) -> None:
     """A table serves the addresses and sizes that it holds and no others; those that were used last are kept."""
     memory = torch.zeros(3000)
-    for step in range(10):
-        start = step // 2  # the same addresses with other sizes, and others
-        parts = [(start, start + 100 + step), (500 - start, 600 - 2 * step)]
-        tensors = [memory[start:end] for start, end in parts]
-        for again in range(2):
-            before = memory.clone()
-            cipher.add_gaussian_(tensors, 1.0, 1, bytes([step, again]) * 16)
-            changed = torch.zeros(3000, dtype=torch.bool)
-            for start, end in parts:
-                changed[start:end] = True
-            assert torch.equal(memory != before, changed)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(device_calls, "MOST_TABLES", 8)
+        cipher._tables.clear()
+        for step in range(10):
+            start = step // 2  # the same addresses with other sizes, and others
+            parts = [(start, start + 100 + step), (500 - start, 600 - 2 * step)]
+            tensors = [memory[start:end] for start, end in parts]
+            for again in range(2):
+                before = memory.clone()
+                cipher.add_gaussian_(tensors, 1.0, 1, bytes([step, again]) * 16)
+                changed = torch.zeros(3000, dtype=torch.bool)
+                for start, end in parts:
+                    changed[start:end] = True
+                assert torch.equal(memory != before, changed)
+            assert len(cipher._tables) <= 8
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(device_calls, "MOST_TABLES", 5)
-        few, targets = ([torch.zeros(50) for _ in range(count)] for count in (3, 2))
         cipher._tables.clear()
+        few, targets = ([torch.zeros(50) for _ in range(count)] for count in (3, 2))
         for source, target in itertools.product(few, targets):
             cipher.add_gaussian_([source], 1.0, 1, bytes(32), 2.0, [target])
         assert len(cipher._tables) == 5  # not one for each pair

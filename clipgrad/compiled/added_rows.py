@@ -46,5 +46,5 @@ class WithAddedRows:
 
     @cached_property
     def padded(self) -> list[Any]:
-        """Return the leaves with added rows, which are copies; a recording adds the rows itself."""
+        """Return copies of the leaves with added rows; a recording needs none, since it adds the rows itself."""
         return pad_batch(self.fitted, self.size)

@@ -126,7 +126,10 @@ class Replay:
         )
 
     def adds_rows(self, flat: Sequence[Tensor]) -> bool:
-        """Return whether a call replays a recording, which adds the rows that the tensors of the batch lack."""
+        """Return whether a call replays a recording, which adds the rows that the tensors of the batch lack.
+
+        It adds at most as many as they have.
+        """
         if self._recorder is None or not self.is_recorded_for(flat):
             return False
         return all(

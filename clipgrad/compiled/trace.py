@@ -95,7 +95,7 @@ class TracedStep:
         layout: Layout of the list.
         constants: Tensors that the loss made from Python numbers (``torch.tensor(...)``).
         needs_finite_check: Whether the caller must check that all norms are finite; if not, the sums are invalid.
-        has_no_side_effects: Whether a run changes nothing but its results, so that an unused run is harmless.
+        has_no_side_effects: Whether a run changes nothing but its results, and draws no random numbers.
     """
 
     module: GraphModule

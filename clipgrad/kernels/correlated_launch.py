@@ -178,10 +178,8 @@ class TritonSums(DeviceCalls):
                 arguments = (
                     *tables, row, factor, _TYPES[dtype], _TYPES[row.dtype], _ADDED_AT_ONCE,
                 )  # fmt: skip
-                kernel, programs = (
-                    self._compiled.get((dtype, row.dtype)),
-                    len(tables[0]) // COLUMNS,
-                )
+                programs = len(tables[0]) // COLUMNS
+                kernel = self._compiled.get((dtype, row.dtype))
                 if kernel is None:
                     launched = kernels.add_row[(programs,)](*arguments)
                     self._compiled[dtype, row.dtype] = launched  # None in Triton's interpreter

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,12 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clipgrad import DPOptimizer, clipped_grad
+from clipgrad import clipped_grad
 from clipgrad.compiled import added_rows, trace
 from clipgrad.compiled.added_rows import WithAddedRows
 from clipgrad.compiled.cuda_graphs import Common, Replay
 from clipgrad.compiled.shape import pad_batch, recorded_sizes
 from tests.compiled.conftest import Graphs, Recorder
+from tests.compiled.test_shape import private
 from tests.oracle import clipped_sum, per_sample_gradients
 from tests.small_mlp import B, close, definition, make_batch, make_params, mlp
 
@@ -88,10 +88,7 @@ def test_only_runs_that_are_compared_pad_a_copy(
     def loss_fn(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         return F.cross_entropy(model(x), y)
 
-    optimizer = DPOptimizer(
-        torch.optim.SGD(model.parameters()), model, loss_fn, max_grad_norm=0.5, noise_multiplier=0.0,
-        expected_batch_size=64, compile=True,
-    )  # fmt: skip
+    optimizer = private(loss_fn, 64, model, compile=True)
     x, y = torch.randn(64, 3, dtype=torch.float64), torch.randint(2, (64,))
     expected = per_sample_gradients(model, loss_fn, (x, y))
     sizes = [size for size in range(50, 64) if size not in recorded_sizes(80)]
@@ -133,15 +130,6 @@ def test_a_sample_of_an_earlier_batch_contributes_nothing(
     assert len(recorders) == len(graphs) == 1
 
 
-def private(
-    model: nn.Module, loss: Callable[..., Tensor], expected: int, **options: Any
-) -> DPOptimizer:
-    return DPOptimizer(
-        torch.optim.SGD(model.parameters()), model, loss, max_grad_norm=0.5, noise_multiplier=0.0,
-        expected_batch_size=expected, compile=True, **options,
-    )  # fmt: skip
-
-
 @pytest.mark.parametrize("options", [{}, {"microbatch_size": 8}])
 def test_positions_in_texts_of_changing_length(
     options: dict[str, Any], graphs: Graphs, recorders: list[Recorder]
@@ -152,7 +140,7 @@ def test_positions_in_texts_of_changing_length(
     def loss(model: nn.Module, tokens: Tensor, start: Tensor) -> Tensor:
         return F.cross_entropy(model(tokens), start)
 
-    optimizer = private(model, loss, 8, **options)
+    optimizer = private(loss, 8, model, compile=True, **options)
     for step in range(40):
         size, length = ((8, 4), (8, 9), (5, 4), (5, 9))[step % 4]
         batch = torch.randint(11, (size, length)), torch.full((size,), length - 1)
@@ -171,7 +159,7 @@ def test_indices_into_a_window_that_moves(graphs: Graphs, recorders: list[Record
     def loss(model: nn.Module, index: Tensor, label: Tensor) -> Tensor:
         return F.cross_entropy(model(window[index - first]), label)
 
-    optimizer = private(model, loss, 64)
+    optimizer = private(loss, 64, model, compile=True)
     for step in range(20):
         first += 20 * (step % 5 == 4)
         size = (62, 63, 64, 60, 53)[step % 5]

@@ -53,7 +53,8 @@ def test_every_number_of_rows(
     model = layer(3, 4, (3, 2), **options).double()
     monkeypatch.setattr(gradient_module, "fastest_method", lambda *_: way)
     monkeypatch.setattr(methods, "_SLICES_BY_COMPILERS", {"cpu": 1})
-    monkeypatch.setattr(methods, "number_of_parts", lambda image, copies: parts)
+    for module in (methods, unfolding):
+        monkeypatch.setattr(module, "number_of_parts", lambda image, copies: parts)
     optimizer = DPOptimizer(
         torch.optim.SGD(model.parameters(), lr=0.0), model, loss_fn, max_grad_norm=0.01, noise_multiplier=0.0,
         expected_batch_size=6, compile=True, performance=Performance(strategy="kept"),
@@ -65,8 +66,8 @@ def test_every_number_of_rows(
         torch.testing.assert_close(optimizer.clipped_sums, sums)
         torch.testing.assert_close(optimizer.diagnostics.grad_norms, norms)
         optimizer.zero_grad()
-    (module,) = graphs.modules
-    targets = [str(node.target) for node in module.graph.nodes]
+    (step,) = graphs.modules
+    targets = [str(node.target) for node in step.graph.nodes]
     by_compiler = parts <= (4 if way is methods.by_patches else 1)
     assert ("clipgrad.per_sample_weight_gradient.default" in targets) is not by_compiler
     if way is methods.by_slices:
@@ -74,9 +75,12 @@ def test_every_number_of_rows(
 
 
 @pytest.mark.parametrize(("samples", "parts"), [(1, 1), (5, 4), (8, 4), (9, 2), (100, 7), (3, 3)])
-def test_pieces_are_all_samples_once(samples: int, parts: int) -> None:
+def test_pieces_are_all_samples_once(
+    samples: int, parts: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(unfolding, "number_of_parts", lambda image, copies: parts)
     rows = torch.arange(samples)
-    found = [rows[piece] for piece in unfolding.pieces(samples, parts)]
+    found = [rows[piece] for piece in unfolding.pieces(rows, 1)]
     assert torch.equal(torch.cat(found), rows)
     assert len(found) <= parts
     assert all(len(piece) == len(found[0]) for piece in found[:-1])

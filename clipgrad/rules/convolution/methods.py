@@ -26,7 +26,6 @@ from clipgrad.rules.convolution.unfolding import (
     pieces,
     rows_and_image,
     rows_and_patches,
-    samples_at_once,
     unfold,
 )
 from clipgrad.rules.one_hot import OneHot
@@ -35,8 +34,8 @@ from clipgrad.rules.one_hot import OneHot
 # keeps at least this many positions.
 _BLOCK, _ENOUGH_BLOCKS, _FEWEST_POSITIONS = 32, 512, 128
 
-# In how many parts a graph for any number of samples may unfold them, by device. Otherwise one operation does it, and
-# copies them slowly: a CPU copies patches at a seventh of the speed of compiled code.
+# In at most so many parts a graph for any number of samples unfolds them itself, by device. Then a compiler fuses the
+# copies. One operation would copy slowly: a CPU copies patches at a seventh of the speed of compiled code.
 _PATCHES_BY_COMPILERS, _SLICES_BY_COMPILERS = {"cpu": 4}, {"cuda": 1}
 
 Method = Callable[[Tensor, Tensor, torch.Size, Geometry], Tensor]
@@ -46,16 +45,15 @@ def by_patches(gradient: Tensor, input: Tensor, shape: torch.Size, geometry: Geo
     """Unfold the image and take one product per sample, for a limited number of samples at a time."""
     rows, image = rows_and_image(gradient, input, geometry)
     samples, copies = image.shape[0], prod(shape[2:]) * prod(rows.shape[2:])
-    if is_symbol(samples) and not _compiler_unfolds(rows, image, copies, _PATCHES_BY_COMPILERS):
+    if _left_to_run_time(rows, image, copies, _PATCHES_BY_COMPILERS):
         return _as_operation("patches", gradient, input, shape, geometry)
-    parts = number_of_parts(image, copies)
-    if parts == 1:
+    if number_of_parts(image, copies) == 1:
         outer = rows_and_patches(gradient, input, shape, geometry)
         unfolded = prod(shape[2:]) > 1  # otherwise factors are views, and parts would be copies
         return _product_in_parts(outer, _parts(outer, input.device) if unfolded else 1)
     outers = (
         rows_and_patches(gradient[piece], input[piece], shape, geometry)
-        for piece in pieces(samples, parts)
+        for piece in pieces(image, copies)
     )
     if input.device.type == "cpu" and not is_symbol(samples):  # torch 2.11 makes a number of it
         return _multiply_into_result(outers, samples)
@@ -124,12 +122,12 @@ def by_rows(gradient: Tensor, input: Tensor, shape: torch.Size, geometry: Geomet
         for size, dilation, pad in zip(taps, geometry.dilation, geometry.padding, strict=True)
     )
     padded, pixels = replace(geometry, padding=padding), input.shape[2:]
-    size = samples_at_once(gradient, prod(taps) * prod(pixels))
     products = []
-    for gradient_chunk, image in zip(gradient.split(size), input.split(size), strict=True):
-        patches = unfold(gradient_chunk, taps, pixels, padded).flatten(1, 1 + len(taps)).flatten(2)
+    for piece in pieces(gradient, prod(taps) * prod(pixels)):
+        patches = unfold(gradient[piece], taps, pixels, padded).flatten(1, 1 + len(taps)).flatten(2)
         product_shape = torch.Size((patches.shape[1], shape[1]))
-        outer = Outer(patches.transpose(1, 2), image.flatten(2).transpose(1, 2), product_shape)
+        image = input[piece].flatten(2).transpose(1, 2)
+        outer = Outer(patches.transpose(1, 2), image, product_shape)
         products.append(_product_in_parts(outer, _parts(outer, input.device)))
     found = _concatenate(products)
     found = found.view(input.shape[0], shape[0], *taps, shape[1])
@@ -148,26 +146,25 @@ def by_slices(gradient: Tensor, input: Tensor, shape: torch.Size, geometry: Geom
     height = positions + (first - 1) * geometry.dilation[0]
     window_stride = geometry.dilation[0] * prod(across)
     copies = prod(others) * height * prod(across)
-    if not is_symbol(image.shape[0]):
-        size = samples_at_once(image, copies)
-        chunks = list(zip(rows.split(size), image.split(size), strict=True))
-    elif _compiler_unfolds(rows, image, copies, _SLICES_BY_COMPILERS):
-        chunks = [(rows, image)]
-    else:
+    if _left_to_run_time(rows, image, copies, _SLICES_BY_COMPILERS):
         return _as_operation("slices", gradient, input, shape, geometry)
     products = []
-    for row_chunk, image_chunk in chunks:
-        slices = unfold(image_chunk, (1, *others), (height, *across), geometry)
+    for piece in pieces(image, copies):
+        slices = unfold(image[piece], (1, *others), (height, *across), geometry)
         columns = slices.flatten(1, 2 + len(others)).flatten(2)
-        products.append(window_products(row_chunk.flatten(2), columns, window_stride, first))
+        products.append(window_products(rows[piece].flatten(2), columns, window_stride, first))
     found = _concatenate(products)
     return found.view(rows.shape[0], first, shape[0], shape[1], *others).movedim(1, 3)
 
 
-def _compiler_unfolds(rows: Tensor, image: Tensor, copies: int, devices: dict[str, int]) -> bool:
-    """Return whether a graph for any number of samples unfolds them, so that a compiler fuses the copies."""
-    fixed = not any(map(is_symbol, (*rows.shape[1:], *image.shape[1:])))
-    return fixed and number_of_parts(image, copies) <= devices.get(image.device.type, 0)
+def _left_to_run_time(rows: Tensor, image: Tensor, copies: int, most: dict[str, int]) -> bool:
+    """Return whether a graph for any number of samples does not unfold them itself, in ``most`` parts by device."""
+    if not is_symbol(image.shape[0]):
+        return False
+    lengths = (*rows.shape[1:], *image.shape[1:])
+    if any(map(is_symbol, lengths)):
+        return True
+    return number_of_parts(image, copies) > most.get(image.device.type, 0)
 
 
 def _concatenate(products: list[Tensor]) -> Tensor:

@@ -78,22 +78,22 @@ def unfold(
     )
 
 
-def samples_at_once(image: Tensor, copies: int) -> int:
-    """Return for how many samples patches are built at once, with ``copies`` elements per channel of the image."""
-    return ceil(image.shape[0] / number_of_parts(image, copies)) or 1
-
-
 def number_of_parts(image: Tensor, copies: int) -> int:
-    """Return in how many parts patches of all samples are built, for the expected number of samples."""
+    """Return in how many parts patches of all samples are built, with ``copies`` elements per channel of the image.
+
+    It is for the expected number of samples, if that is a symbol.
+    """
     on_cpu = image.device.type == "cpu"
     elements = max(1, image.shape[1] * copies)
     most = _AT_ONCE["cpu" if on_cpu else "cuda"] // elements
     return max(1, ceil(expected(image.shape[0]) / max(most, _FEWEST_AT_ONCE if on_cpu else 1)))
 
 
-def pieces(samples: int, parts: int) -> list[slice]:
-    """Return the parts of the samples, of which all but the last are equal."""
-    size = -(-samples // parts)
+def pieces(image: Tensor, copies: int) -> list[slice]:
+    """Return the samples of each part, of which all but the last have equally many; see ``number_of_parts``."""
+    samples, count = image.shape[0], number_of_parts(image, copies)
+    size = -(-samples // count)
     # A graph for any number of samples serves those for which no part is empty.
-    count = parts if is_symbol(samples) else -(-samples // size)
+    if not is_symbol(samples) and samples:
+        count = -(-samples // size)
     return [slice(i * size, (i + 1) * size if i + 1 < count else None) for i in range(count)]
