@@ -148,6 +148,7 @@ class BatchClipper:
             del result
         sizes.report()
         sums, _ = self._idle(idle, inputs, settings, total)
+        sums = self.ranks.after_batch(sums, inputs.params)
         if self.options.normalize_by != 1.0:
             sums, aliases = [s.div_(self.options.normalize_by) for s in sums], False
         aux = None
@@ -170,7 +171,8 @@ class BatchClipper:
         if idle:
             return self._idle(idle, inputs, settings, None)
         aux = self._aux_of_nothing(inputs, settings)
-        return self.ranks.summed(empty_batch.zero_sums(inputs, settings), inputs.params), aux
+        sums = settings.ranks.summed(empty_batch.zero_sums(inputs, settings), inputs.params)
+        return self.ranks.after_batch(sums, inputs.params), aux
 
     def _idle(
         self, passes: int, inputs: Inputs, settings: Settings, sums: list[Tensor] | None
@@ -223,7 +225,7 @@ class BatchClipper:
             return None
         if self._aux_of_none is None:
             # A sharded model's forward pass needs all processes, of which some may know the auxiliary output already.
-            if not self.ranks.is_sharded:
+            if not settings.ranks.is_sharded:
                 self._aux_of_none = empty_batch.aux_of_no_samples(
                     self._loss_history, inputs, settings
                 )
@@ -289,7 +291,7 @@ class BatchClipper:
                 self.options,
                 clipping,
                 tuple(map(self.arithmetic.sum_dtype, dtypes)),
-                self.ranks,
+                self.ranks.within_batch,
                 sum_rows=self.arithmetic.sum_rows(clipping, sizes),
             )
             self._resolved = key, settings

@@ -90,14 +90,21 @@ class Ranks(Protocol):
     Attributes:
         rank: Number of this process, from 0.
         size: Number of processes.
-        is_sharded: Whether each process holds a shard of every parameter.
+        is_sharded: Whether each process holds a shard of every parameter, and gathers them module by module.
+        parameters_move: Whether whole parameters have other addresses at each batch.
         sums_leave: Whether ``summed`` hands sums on as they are formed, so that none may be formed twice.
     """
 
     rank: int
     size: int
     is_sharded: bool
+    parameters_move: bool
     sums_leave: bool
+
+    @property
+    def within_batch(self) -> Ranks:
+        """Return what a microbatch has to do with other processes; nothing if sums stay whole until the batch ends."""
+        ...
 
     @property
     def before_recipe(self) -> Callable[[Sequence[Tensor]], None] | None:
@@ -160,6 +167,15 @@ class Ranks(Protocol):
         """
         ...
 
+    def after_batch(self, sums: list[Tensor], parameters: Sequence[Tensor]) -> list[Tensor]:
+        """Return clipped sums of a batch in the form in which they are kept until ``step``.
+
+        Args:
+            sums: Sums of its microbatches; the list may be emptied.
+            parameters: The whole parameters of these sums.
+        """
+        ...
+
     def squared_norms(self, own: Tensor) -> Tensor:
         """Return squared norms ``[B]`` of whole gradients from the norms ``own`` of this process's parameters."""
         ...
@@ -201,13 +217,25 @@ class Ranks(Protocol):
 
 
 class OneProcess:
-    """This process trains alone, so its norms, sums and noise are complete."""
+    """This process trains alone, so its norms, sums and noise are complete.
+
+    Args:
+        parameters_move: Whether parameters have other addresses at each batch.
+    """
 
     rank = 0
     size = 1
     is_sharded = False
     sums_leave = False
     before_recipe: Callable[[Sequence[Tensor]], None] | None = None
+
+    def __init__(self, *, parameters_move: bool = False) -> None:
+        self.parameters_move = parameters_move
+
+    @property
+    def within_batch(self) -> OneProcess:
+        """Return itself."""
+        return self
 
     def prepare(self, model: nn.Module, facts: Facts, noise: NoiseState) -> None:
         """Do nothing, since there is no other process."""
@@ -236,6 +264,10 @@ class OneProcess:
     def summed(self, totals: Iterator[Tensor], parameters: Sequence[Tensor]) -> list[Tensor]:
         """Return the sums unchanged."""
         return list(totals)
+
+    def after_batch(self, sums: list[Tensor], parameters: Sequence[Tensor]) -> list[Tensor]:
+        """Return the sums unchanged."""
+        return sums
 
     def squared_norms(self, own: Tensor) -> Tensor:
         """Return the norms unchanged."""

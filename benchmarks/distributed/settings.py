@@ -108,11 +108,13 @@ def half_policy() -> MixedPrecisionPolicy:
     return MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
 
 
-def shard(model: nn.Module, *, half: bool) -> None:
-    """Call ``fully_shard`` on each block and on the model."""
+def shard(model: nn.Module, *, half: bool, compiled: bool = False) -> None:
+    """Call ``fully_shard`` on each block and on the model; ``compiled`` compiles each block, as users of FSDP2 do."""
     policy = half_policy() if half else MixedPrecisionPolicy()
     for module in list(model.modules()):
         if type(module).__name__ in BLOCKS:
+            if compiled:
+                module.compile()
             fully_shard(module, mp_policy=policy)
     fully_shard(model, mp_policy=policy)
 

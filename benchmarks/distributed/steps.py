@@ -80,22 +80,22 @@ def replicated(
     return private_step(optimizer, own(rows))
 
 
-def fsdp2(setting: Setting, device: torch.device) -> Step:
+def fsdp2(setting: Setting, device: torch.device, *, compiled: bool = False) -> Step:
     """An ordinary step of FSDP2."""
     model = built(setting, device)
     rows = own(batch(setting, model, device))
-    shard(model, half=True)
+    shard(model, half=True, compiled=compiled)
     return ordinary_step(model, loss_fn, adamw(model, device), rows)
 
 
-def sharded(setting: Setting, device: torch.device) -> Step:
+def sharded(setting: Setting, device: torch.device, *, compile: bool | str = False) -> Step:
     """A clipped step of FSDP2."""
     model = built(setting, device)
     rows = batch(setting, model, device)
     shard(model, half=True)
     optimizer = private(
-        model, loss_fn, adamw(model, device), len(rows), microbatch_size=setting.rows
-    )
+        model, loss_fn, adamw(model, device), len(rows), compile=compile, microbatch_size=setting.rows
+    )  # fmt: skip
     return private_step(optimizer, own(rows))
 
 
@@ -142,7 +142,12 @@ def makers(
         yield "replicated, ZeRO, clipped", lambda: replicated(setting, device, inner=zero)
     yield "FSDP2", lambda: fsdp2(setting, device)
     yield "FSDP2, clipped", lambda: sharded(setting, device)
-    if compiled and setting.is_replicated:
+    if not compiled:
+        return
+    yield "FSDP2, compiled", lambda: fsdp2(setting, device, compiled=True)
+    yield "FSDP2, clipped, compiled", lambda: sharded(setting, device, compile=True)
+    yield "FSDP2, clipped, recorded", lambda: sharded(setting, device, compile="reduce-overhead")
+    if setting.is_replicated:
         yield "DDP, compiled", lambda: ddp(setting, device, compiled=True)
         yield "replicated, clipped, compiled", lambda: replicated(setting, device, compile=True)
         yield (

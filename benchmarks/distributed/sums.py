@@ -22,6 +22,7 @@ def compared(setting: Setting, device: torch.device) -> dict[str, Any]:
     kinds: dict[str, dict[str, Any]] = {
         "replicated": {"microbatch": half},
         "fsdp2": {"microbatch": half, "sharded": True},
+        "fsdp2, compiled": {"microbatch": half, "sharded": True, "compile": True},
         # Products of other sizes add up in another order, which is no fault.
         "one process, one pass": {"alone": alone},
         # The comparison has to see this.
@@ -71,6 +72,7 @@ def sums(
     left_out: int = 0,
     microbatch: int | None = None,
     multiplier: float = 0.0,
+    compile: bool = False,
 ) -> dict[str, Tensor]:
     """Clipped sums of the whole batch in float32, on the first rank: of all ranks, or of a rank alone in its group."""
     model = built(setting, device)
@@ -81,6 +83,7 @@ def sums(
     optimizer = private(
         model, loss_fn, torch.optim.SGD(trained(model), lr=0.0), 1, noise_multiplier=multiplier,
         performance=clipgrad.Performance(process_group=alone), microbatch_size=microbatch,
+        compile=compile,
     )  # fmt: skip
     optimizer.backward(mine)
     optimizer.step()

@@ -290,11 +290,16 @@ def _served(lengths: Lengths) -> str:
 
 
 def _recording(entry: CompiledStep, request: Request, pool: Pool) -> Callable[[], Replay]:
-    """Parameters, and tensors that the loss reads besides its batch, stay where they are; the rest does not."""
+    """Return a function that makes a recording.
+
+    Parameters, and tensors that the loss reads besides its batch, stay where they are, unless parameters are gathered
+    for each batch. Frozen ones are among what the loss reads. The rest does not stay.
+    """
+    stay = not request.settings.ranks.parameters_move
     params = len(request.inputs.params)
     samples = sum(isinstance(leaf, Tensor) for leaf in request.batch)
     constants = len(entry.graph.constants)
-    resident = [True] * params + [False] * samples + request.loss.are_resident + [False] * 2
-    resident += [True] * constants
+    read = [stay and resident for resident in request.loss.are_resident]
+    resident = [stay] * params + [False] * samples + read + [False] * 2 + [True] * constants
     common = Common(range(params, params + samples))
     return lambda: Replay(entry.run, resident, common, lambda: CudaRecorder(pool))

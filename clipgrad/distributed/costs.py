@@ -67,6 +67,7 @@ def of_shards(
     group: dist.ProcessGroup,
     *,
     streams: bool,
+    whole_sums: bool,
 ) -> tuple[Cost, ...]:
     """Costs of a rank that holds a shard of each parameter.
 
@@ -76,6 +77,7 @@ def of_shards(
         mesh: Number of replicas of a shard, and of shards.
         group: The ranks.
         streams: Whether a module is whole only while it computes.
+        whole_sums: Whether sums stay whole until the batch ends.
     """
     replicas, shards = mesh
     wholes: Counter[int] = Counter()
@@ -92,14 +94,19 @@ def of_shards(
     at_once = of_root + sum(largest[-3:] if streams else largest)
     passes = 2 if streams else 1
     own = sum(sums.values()) // shards
-    costs = [
-        Cost("held", "its shards of the sums", own),
+    costs = [Cost("held", "its shards of the sums", own)]
+    if whole_sums:
+        costs.append(
+            Cost("held", "sums of its own samples, until the batch ends", sum(sums.values()))
+        )
+    costs += [
         Cost("held", "whole parameters at once, at most", at_once),
         Cost("held", "sums on their way, at most", _memories(group, parameters[0].whole) * max(sums.values())),
         Cost("sent", "parameters of the root, for each backward", _to_others(of_root, shards)),
         Cost("sent", f"other parameters, for each {'microbatch' if streams else 'backward'}",
              _to_others(passes * sum(largest), shards)),
-        Cost("sent", "sums, for each microbatch", _to_others(sum(sums.values()), shards)),
+        Cost("sent", f"sums, for each {'backward' if whole_sums else 'microbatch'}",
+             _to_others(sum(sums.values()), shards)),
     ]  # fmt: skip
     if replicas > 1:
         costs.append(

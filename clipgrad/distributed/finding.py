@@ -9,12 +9,13 @@ from clipgrad.distributed.replicated import Replicated
 from clipgrad.ranks import OneProcess, Ranks
 
 
-def find_ranks(group: object, model: nn.Module) -> Ranks:
+def find_ranks(group: object, model: nn.Module, *, whole: bool) -> Ranks:
     """Return the processes of a group, or all processes, as replicated or sharded ranks.
 
     Args:
         group: A process group; None means all processes of ``torch.distributed``.
         model: The model, whose parameters tell whether it is sharded.
+        whole: Whether shards are gathered for a whole batch, and not module by module.
 
     Raises:
         ValueError: If ``group`` is no process group, or the model's sharding is not supported.
@@ -33,7 +34,7 @@ def find_ranks(group: object, model: nn.Module) -> Ranks:
         from clipgrad.distributed.sharded import Sharded, refuse_what_is_no_fsdp
 
         refuse_what_is_no_fsdp(model, ranks)
-        return Sharded(group)
+        return Sharded(group, whole=whole)
     return OneProcess() if ranks == 1 else Replicated(group)
 
 

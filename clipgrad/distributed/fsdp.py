@@ -10,6 +10,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
+from torch.distributed.fsdp._fully_shard._fsdp_common import _from_local_no_grad
+from torch.distributed.tensor import DTensor, Placement
 from torch.utils._pytree import tree_map
 
 
@@ -21,6 +23,22 @@ def fsdp_modules(model: nn.Module) -> list[FSDPModule]:
 def policy_of(module: FSDPModule) -> MixedPrecisionPolicy:
     """Return the mixed precision policy of a module."""
     return cast(MixedPrecisionPolicy, _state(module)._mp_policy)
+
+
+def shard_of(local: Tensor, parameter: DTensor, placements: Sequence[Placement]) -> DTensor:
+    """Return a tensor of a sharded parameter's shape, of which this rank holds ``local``."""
+    if local.dtype is parameter.dtype and tuple(placements) == parameter.placements:
+        return _from_local_no_grad(
+            local, parameter._spec
+        )  # a tenth of the time of the public function
+    return DTensor.from_local(
+        local,
+        parameter.device_mesh,
+        placements,
+        run_check=False,
+        shape=parameter.shape,
+        stride=parameter.stride(),
+    )
 
 
 @contextmanager

@@ -19,9 +19,15 @@ class Replicated(Group):
     """Each process of the group holds the whole model and its own samples."""
 
     is_sharded = False
+    parameters_move = False
     sums_leave = False
 
     before_recipe: Callable[[Sequence[Tensor]], None] | None = None
+
+    @property
+    def within_batch(self) -> Replicated:
+        """Return itself."""
+        return self
 
     def gathered(self, model: nn.Module, step: int) -> AbstractContextManager[None]:
         """Do nothing, since the parameters are whole on every rank."""
@@ -37,6 +43,10 @@ class Replicated(Group):
     def summed(self, totals: Iterator[Tensor], parameters: Sequence[Tensor]) -> list[Tensor]:
         """Return the sums of this rank; they are added up over ranks at the step."""
         return list(totals)
+
+    def after_batch(self, sums: list[Tensor], parameters: Sequence[Tensor]) -> list[Tensor]:
+        """Return the sums unchanged."""
+        return sums
 
     def squared_norms(self, own: Tensor) -> Tensor:
         """Return ``own``, since a rank holds whole gradients of its samples."""

@@ -13,12 +13,12 @@ from torch.autograd.graph import Node
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from clipgrad.distributed import agreement, costs
-from clipgrad.distributed.fsdp import fsdp_modules, own_schedule, policy_of
+from clipgrad.distributed.fsdp import fsdp_modules, own_schedule, policy_of, shard_of
 from clipgrad.distributed.group import Group
 from clipgrad.distributed.scattered import scattered_means
 from clipgrad.distributed.shards import Keys, scattered
 from clipgrad.distributed.streaming import Streaming
-from clipgrad.ranks import Cost, Facts, Noised, NoiseState
+from clipgrad.ranks import Cost, Facts, Noised, NoiseState, OneProcess, Ranks
 
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -28,15 +28,26 @@ class Sharded(Group):
 
     Parameters, gradients and the optimizer's state are DTensors of FSDP. FSDP's schedule is not used, since it would
     reduce gradients of whole batches.
+
+    Args:
+        group: The processes.
+        whole: Keep all parameters and sums whole from the start of a batch to its end, as a graph of the whole step
+            needs them. Processes then need each other only at both ends of a batch.
     """
 
-    is_sharded = True
-    sums_leave = True
+    parameters_move = True
 
-    def __init__(self, group: dist.ProcessGroup) -> None:
+    def __init__(self, group: dist.ProcessGroup, *, whole: bool = False) -> None:
         super().__init__(group)
+        self._whole = whole
+        self.is_sharded = self.sums_leave = not whole
         self._calls = 0
         self._streaming: Streaming | None = None
+
+    @property
+    def within_batch(self) -> Ranks:
+        """Return itself, or a process alone if parameters and sums stay whole."""
+        return OneProcess(parameters_move=True) if self._whole else self
 
     def prepare(self, model: nn.Module, facts: Facts, noise: NoiseState) -> None:
         """Compare settings and noise, and copy each shard from its first replica."""
@@ -58,11 +69,16 @@ class Sharded(Group):
             if self._streaming is not None:
                 self._streaming.close()
             self._streaming = Streaming(model, self._reached)
-        with own_schedule(fsdp_modules(model)), self._streaming.running():
+        with (
+            own_schedule(fsdp_modules(model)),
+            self._streaming.running(whole=self._whole),
+        ):
             yield self._streaming
 
     def passes(self, own: int) -> int:
         """Return the largest number of microbatches of a rank, since all ranks must gather and send as often."""
+        if self._whole:
+            return own
         most = torch.tensor(own)
         with self._reached():
             dist.all_reduce(most, dist.ReduceOp.MAX, group=self._host)
@@ -84,6 +100,12 @@ class Sharded(Group):
         self._streaming.free()
         keys = Keys(self._streaming.sharded, self._streaming.group)
         return scattered(totals, parameters, keys, self._reached)
+
+    def after_batch(self, sums: list[Tensor], parameters: Sequence[Tensor]) -> list[Tensor]:
+        """Return the sums, which are sent here if they stayed whole until now; then the list is emptied."""
+        if not self._whole:
+            return sums
+        return self.summed((sums.pop(0) for _ in range(len(sums))), parameters)
 
     def squared_norms(self, own: Tensor) -> Tensor:
         """Return ``own``, since a rank holds whole gradients of its samples."""
@@ -115,13 +137,8 @@ class Sharded(Group):
             shards: list[Tensor] = [parameter.to_local() for parameter in sharded]
             means = scattered_means(local, shards, names, noised, mesh.get_group(0), self._reached)
         else:
-            means = noised(local, names, in_place=True)
-        return [
-            DTensor.from_local(
-                mean, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride()
-            )
-            for mean, p in zip(means, sharded, strict=True)
-        ]
+            means = noised(local, names, in_place=not aliases_graph)
+        return [shard_of(mean, p, p.placements) for mean, p in zip(means, sharded, strict=True)]
 
     def costs(
         self, parameters: Sequence[Tensor], dtypes: Sequence[torch.dtype]
@@ -140,6 +157,7 @@ class Sharded(Group):
             (mesh.size(0) if mesh.ndim == 2 else 1, mesh.size(mesh.ndim - 1)),
             self._group,
             streams=streaming.streams,
+            whole_sums=self._whole,
         )
 
     def _replicated(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:

@@ -7,10 +7,12 @@ from contextlib import AbstractContextManager
 from math import prod
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
 from clipgrad.distributed.collectives import Started, reduce_scatter
+from clipgrad.distributed.fsdp import shard_of
 
 
 class Keys(NamedTuple):
@@ -80,39 +82,16 @@ def _sent(totals: Sequence[Tensor], parameters: Sequence[DTensor], sent: Started
         ]
         return [term.redistribute(placements=wanted) for term in terms]
     ranks = mesh.size(mesh.ndim - 1)
-    # FSDP splits the first axis into chunks of one size; the last chunks may be smaller or empty.
+    # FSDP splits the first axis into chunks of one size, with the operation below; the last ones may be padded.
     rows = [-(-total.shape[0] // ranks) for total in totals]
     widths = [row * prod(total.shape[1:]) for row, total in zip(rows, totals, strict=True)]
-    flat = totals[0].new_zeros(ranks, sum(widths))
-    for place, total in zip(flat.split(widths, 1), totals, strict=True):
-        _fill(place, total)
+    flat = totals[0].new_empty(ranks, sum(widths))
+    if filled := [total for total in totals if total.numel()]:
+        torch._chunk_cat(filled, 0, ranks, out=flat)
     part = flat.new_empty(flat.shape[1])
     sent.start(reduce_scatter(part, flat.view(-1), mesh.get_group(mesh.ndim - 1)), flat)
     found: list[Tensor] = []
     for piece, parameter in zip(part.split(widths), parameters, strict=True):
         shape = parameter.to_local().shape
-        local = piece[: shape.numel()].view(shape)
-        found.append(
-            DTensor.from_local(
-                local,
-                mesh,
-                wanted,
-                run_check=False,
-                shape=parameter.shape,
-                stride=parameter.stride(),
-            )
-        )
+        found.append(shard_of(piece[: shape.numel()].view(shape), parameter, wanted))
     return found
-
-
-def _fill(place: Tensor, total: Tensor) -> None:
-    """Write a sum into ``place``, ``[ranks, width]``: the full rows, then the row that it fills only in part."""
-    ranks, width = place.shape
-    flat = total.reshape(-1)
-    if width == 0:
-        return
-    full = flat.numel() // width
-    place[:full].copy_(flat[: full * width].view(full, width))
-    if full < ranks and full * width < flat.numel():
-        rest = flat[full * width :]
-        place[full, : rest.numel()].copy_(rest)

@@ -114,10 +114,14 @@ class Streaming:
         return [found[name] for name in names]
 
     @contextmanager
-    def running(self) -> Iterator[None]:
-        """Gather and free modules while the body runs, and shard all modules afterwards."""
+    def running(self, *, whole: bool) -> Iterator[None]:
+        """Gather and free modules while the body runs, and shard all modules afterwards.
+
+        Args:
+            whole: Gather all modules at the start, and free none before the end.
+        """
         # A recurrent layer has a second list of its weights, which gathering a module does not update.
-        self.streams = not any(isinstance(m, nn.RNNBase) for m in self._model.modules())
+        self.streams = not (whole or any(isinstance(m, nn.RNNBase) for m in self._model.modules()))
         try:
             if not self.streams:
                 self.gather_all()
@@ -132,7 +136,8 @@ class Streaming:
         """Gather all modules until ``running`` ends, since a captured graph calls no modules."""
         self.streams = False
         for group in range(len(self._modules)):
-            self._gather(group)
+            if group not in self._here:
+                self._gather(group)
 
     def free(self) -> None:
         """Free all modules but the root, until one is needed again."""

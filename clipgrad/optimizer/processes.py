@@ -19,12 +19,7 @@ def ranks_of(options: Options, model: nn.Module) -> Ranks:
         return OneProcess()
     from clipgrad.distributed import find_ranks
 
-    ranks = find_ranks(group, model)
-    if options.compile_mode is not None and ranks.is_sharded:
-        raise ValueError(
-            "compile cannot be combined with a model of fully_shard: a compiled step reads parameters at fixed "
-            "addresses, and FSDP gathers them at other addresses for each batch. Leave compile out."
-        )
+    ranks = find_ranks(group, model, whole=options.compile_mode is not None)
     if options.microbatch_size == "auto" and ranks.is_sharded:
         raise ValueError(
             "microbatch_size='auto' cannot be combined with a model of fully_shard, whose ranks run the same number of "

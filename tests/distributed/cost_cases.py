@@ -16,14 +16,14 @@ WIDTH, LAYERS, ROWS = 160, 4, 4
 
 
 def explained(
-    rank: int, size: int, shard: Callable[[nn.Module], None] | None
+    rank: int, size: int, shard: Callable[[nn.Module], None] | None, compile: bool
 ) -> tuple[Explanation, int]:
     """What ``explain`` says of a model, and how many bytes one step of two microbatches sends."""
     model = nn.Sequential(*(nn.Linear(WIDTH, WIDTH) for _ in range(LAYERS)))
     model[1].requires_grad_(False)
     if shard is not None:
         shard(model)
-    optimizer = private(model, CASES["mlp"], sgd(model), microbatch_size=ROWS // 2)
+    optimizer = private(model, CASES["mlp"], sgd(model), microbatch_size=ROWS // 2, compile=compile)
     batch = torch.randn(ROWS, WIDTH)
     explanation = optimizer.explain(batch)
     for _ in range(2):

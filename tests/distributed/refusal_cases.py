@@ -35,9 +35,7 @@ def build(rank: int, size: int, kind: str) -> None:
     if kind == "reduce in half precision":
         policy = fsdp.MixedPrecisionPolicy(reduce_dtype=torch.bfloat16)
         fsdp.fully_shard(model, mp_policy=policy)
-    if kind == "compiled":
-        fsdp.fully_shard(model)
-    make(model, compile=kind == "compiled").backward(torch.ones(2, 3))
+    make(model).backward(torch.ones(2, 3))
 
 
 def missing_backward(rank: int, size: int) -> None:

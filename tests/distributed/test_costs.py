@@ -17,10 +17,11 @@ ALL, TRAINED = cost_cases.LAYERS * LAYER, (cost_cases.LAYERS - 1) * LAYER
 
 @pytest.mark.skipif(sys.platform != "linux", reason="counts bytes as the Linux kernel tells them")
 @pytest.mark.parametrize(
-    ("shard", "expected"),
+    ("shard", "compile", "expected"),
     [
         pytest.param(
             None,
+            False,
             {
                 "sums of its own samples, until the step": ("held", TRAINED),
                 "its part of the sums of all ranks, during the step": ("held", TRAINED // 2),
@@ -32,6 +33,7 @@ ALL, TRAINED = cost_cases.LAYERS * LAYER, (cost_cases.LAYERS - 1) * LAYER
         ),
         pytest.param(
             cases.shard_layers,
+            False,
             {
                 "its shards of the sums": ("held", TRAINED // 2),
                 "whole parameters at once, at most": ("held", 3 * LAYER),
@@ -44,6 +46,7 @@ ALL, TRAINED = cost_cases.LAYERS * LAYER, (cost_cases.LAYERS - 1) * LAYER
         ),
         pytest.param(
             cases.shard_root,
+            False,
             {
                 "its shards of the sums": ("held", TRAINED // 2),
                 "whole parameters at once, at most": ("held", ALL),
@@ -54,12 +57,29 @@ ALL, TRAINED = cost_cases.LAYERS * LAYER, (cost_cases.LAYERS - 1) * LAYER
             },
             id="fsdp2 root",
         ),
+        pytest.param(
+            cases.shard_layers,
+            True,
+            {
+                "its shards of the sums": ("held", TRAINED // 2),
+                "sums of its own samples, until the batch ends": ("held", TRAINED),
+                "whole parameters at once, at most": ("held", ALL),
+                "sums on their way, at most": ("held", 3 * LAYER),
+                "parameters of the root, for each backward": ("sent", 0),
+                "other parameters, for each backward": ("sent", ALL // 2),
+                "sums, for each backward": ("sent", TRAINED // 2),
+            },
+            id="fsdp2 compiled",
+        ),
     ],
 )
 def test_costs(
-    pool: Pool, shard: Callable[[nn.Module], None] | None, expected: dict[str, tuple[str, int]]
+    pool: Pool,
+    shard: Callable[[nn.Module], None] | None,
+    compile: bool,
+    expected: dict[str, tuple[str, int]],
 ) -> None:
-    for explanation, sent in pool(2).run(cost_cases.explained, shard):
+    for explanation, sent in pool(2).run(cost_cases.explained, shard, compile):
         found = {cost.what: (cost.kind, cost.size) for cost in explanation.costs}
         assert found == expected
         counted = sum(

@@ -73,7 +73,6 @@ def test_one_draw_for_each_coordinate(pool: Pool, shard: Callable[[nn.Module], N
         ("tensor parallel and FSDP", "as tensor parallelism makes it"),
         ("root not sharded", "Call fully_shard on the root module too"),
         ("reduce in half precision", "clipped sums are reduced in float32"),
-        ("compiled", "compile"),
     ],
 )
 def test_refused(pool: Pool, kind: str, words: str) -> None:

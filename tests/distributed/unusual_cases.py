@@ -37,7 +37,7 @@ class HalfPrecision(nn.Module):
         return x.float()
 
 
-def half_precision(rank: int, size: int) -> dict[str, Tensor]:
+def half_precision(rank: int, size: int, *, compile: bool = False) -> dict[str, Tensor]:
     """Return clipped sums of one batch under the policy; one process uses the model that casts itself."""
     case = CASES["mlp"]
     model = case.model().float()
@@ -46,7 +46,7 @@ def half_precision(rank: int, size: int) -> dict[str, Tensor]:
         wrapped = HalfPrecision(model.bfloat16())
     else:
         shard_half_precision(model)
-    optimizer = private(wrapped, case, sgd(model))
+    optimizer = private(wrapped, case, sgd(model), compile=compile)
     batch = case.batches(1)[0].float()
     optimizer.backward(own_rows(batch, 0, rank, size))
     sums = {name.removeprefix("inner."): value for name, value in optimizer.clipped_sums.items()}
@@ -56,9 +56,9 @@ def half_precision(rank: int, size: int) -> dict[str, Tensor]:
 
 
 def watched_memory(
-    rank: int, size: int, shard: Callable[[nn.Module], None]
+    rank: int, size: int, shard: Callable[[nn.Module], None], *, compile: bool = False
 ) -> tuple[list[int], int, list[int]]:
-    """Count the elements of whole parameters whenever a layer computes.
+    """Count the elements of whole parameters whenever a layer is gathered.
 
     Returns:
         Elements of whole parameters at each forward and backward pass of a layer, the largest number of elements of one
@@ -66,7 +66,7 @@ def watched_memory(
     """
     model = nn.Sequential(*(nn.Linear(10, 10) for _ in range(6))).double()
     shard(model)
-    optimizer = private(model, CASES["mlp"], sgd(model))
+    optimizer = private(model, CASES["mlp"], sgd(model), compile=compile)
     optimizer.backward(torch.randn(2, 10, dtype=torch.float64))
     streaming = optimizer._clipper.ranks._streaming  # type: ignore[attr-defined]
     wholes = streaming.whole_parameters([name for name, _ in model.named_parameters()])
@@ -114,6 +114,27 @@ class Recurrent(nn.Module):
         return self.head(self.rnn(x[..., None])[0])
 
 
+def with_metrics(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    y = model(x)
+    return y.square().sum(), y.detach().mean()
+
+
+def metrics_of_few(
+    rank: int, size: int, *, compile: bool
+) -> tuple[list[tuple[int, ...]], dict[str, Tensor]]:
+    """Return shapes of the metrics of two batches, in the first of which the second rank has no row, and the sums."""
+    case = Case(mlp, with_metrics)
+    model = case.model()
+    shard_layers(model)
+    optimizer = private(model, case, sgd(model), compile=compile)
+    first, second = case.batches(4)[3], case.batches(1)[0]
+    found = [optimizer.backward(first if rank == 0 else first[:0])]
+    found.append(optimizer.backward(second[rank:]))
+    shapes = [tuple(returned.metrics.shape) for returned in found]
+    sums: dict[str, Any] = optimizer.clipped_sums
+    return shapes, {key: value.full_tensor() for key, value in sums.items()}
+
+
 def masked(model: nn.Module, x: Tensor) -> Tensor:
     mask = (x > 2).long()
     return model(input_ids=x, attention_mask=mask, labels=x).loss
@@ -142,13 +163,13 @@ UNUSUAL = {
 }
 
 
-def unusual(rank: int, size: int, name: str) -> dict[str, Tensor]:
+def unusual(rank: int, size: int, name: str, *, compile: bool = False) -> dict[str, Tensor]:
     """Return clipped sums of a batch; one rank has all rows but one, and the other rank has an infinite row."""
     case = UNUSUAL[name]
     model = case.model()
     if size > 1:
         shard_layers(model)
-    optimizer = private(model, case, sgd(model), microbatch_size=3)
+    optimizer = private(model, case, sgd(model), microbatch_size=3, compile=compile)
     batch = case.batches(4)[3]
     if name == "nonfinite":
         batch[6, 0] = float("inf")
