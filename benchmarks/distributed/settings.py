@@ -63,7 +63,7 @@ SETTINGS = {
     "llama-1b-tiny": Setting(partial(llama, tiny=True), 4, 16),
     "llama-lora": Setting(llama_lora, 8, 512),
     "llama-lora-tiny": Setting(partial(llama_lora, tiny=True), 4, 16),
-    "llama-8b-lora": Setting(partial(llama_lora, big=True), 4, 512, is_replicated=False),
+    "llama-8b-lora": Setting(partial(llama_lora, big=True), 8, 512, is_replicated=False),
 }
 
 
