@@ -146,6 +146,10 @@ class Ranks(Protocol):
         """Compare parameters and noise at the next step, since other code than a step has changed them."""
         ...
 
+    def release(self, model: nn.Module) -> None:
+        """Take back whole parameters that a forward pass of other code has left in the model."""
+        ...
+
     def gathered(self, model: nn.Module, step: int) -> AbstractContextManager[Gathering | None]:
         """Gather parameters while the body runs; the value is None if the parameters are always whole."""
         ...
@@ -249,6 +253,9 @@ class OneProcess:
 
     def compare_soon(self) -> None:
         """Do nothing, since there is no other process."""
+
+    def release(self, model: nn.Module) -> None:
+        """Do nothing, since the parameters are whole."""
 
     def gathered(self, model: nn.Module, step: int) -> AbstractContextManager[Gathering | None]:
         """Do nothing, since the parameters are whole."""

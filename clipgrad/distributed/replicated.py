@@ -29,6 +29,9 @@ class Replicated(Group):
         """Return itself."""
         return self
 
+    def release(self, model: nn.Module) -> None:
+        """Do nothing, since the parameters are whole on every rank."""
+
     def gathered(self, model: nn.Module, step: int) -> AbstractContextManager[None]:
         """Do nothing, since the parameters are whole on every rank."""
         return nullcontext()

@@ -59,6 +59,11 @@ class Sharded(Group):
                     shard = cast(DTensor, parameter.detach()).to_local()
                     dist.broadcast(shard, src=dist.get_global_rank(replicas, 0), group=replicas)
 
+    def release(self, model: nn.Module) -> None:
+        """Shard all modules; FSDP leaves the root whole after a forward pass, also while a step changes its shards."""
+        for module in fsdp_modules(model):
+            module.reshard()
+
     @contextmanager
     def gathered(self, model: nn.Module, step: int) -> Iterator[Streaming]:
         """Gather parameters while the body runs; every rank must call this, also with an empty batch."""

@@ -121,6 +121,7 @@ class LogicalBatch(PrivacyState):
 
     def _find_trained_parameters(self) -> TrainedParameters:
         """Return the optimizer's parameters that require grad, in the model's order."""
+        self._clipper.ranks.release(self.model)
         trained = self._trained.refreshed(self.model, list(self._owned_parameters()))
         self._pending.check_same_parameters(self._trained.parameters, trained.parameters)
         self._trained = trained

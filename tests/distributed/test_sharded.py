@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -97,6 +98,17 @@ def test_only_the_layers_that_compute_are_whole(pool: Pool) -> None:
     for seen, layer, around in pool(2).run(unusual_cases.watched_memory, cases.shard_root):
         assert max(seen) == 6 * layer
         assert around == [0, 0]
+
+
+@pytest.mark.parametrize("shard", [cases.shard_root, unusual_cases.shard_without_freeing])
+@pytest.mark.parametrize("compile", [False, True])
+def test_evaluation_sees_the_last_step_and_changes_nothing(
+    pool: Pool, shard: Callable[[nn.Module], None], compile: bool
+) -> None:
+    """A forward pass of other code leaves modules whole, and a later step changes only their shards."""
+    expected = unusual_cases.evaluated(0, 1, shard)
+    for found in pool(2).run(partial(unusual_cases.evaluated, compile=compile), shard):
+        assert torch.allclose(torch.cat(found), torch.cat(expected), rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize(

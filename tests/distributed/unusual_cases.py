@@ -135,6 +135,40 @@ def metrics_of_few(
     return shapes, {key: value.full_tensor() for key, value in sums.items()}
 
 
+def shard_without_freeing(model: nn.Module) -> None:
+    from torch.distributed.fsdp import fully_shard
+
+    for layer in [m for m in model.children() if any(True for _ in m.parameters())]:
+        fully_shard(layer, reshard_after_forward=False)
+    fully_shard(model, reshard_after_forward=False)
+
+
+def evaluated(
+    rank: int, size: int, shard: Callable[[nn.Module], None], *, compile: bool = False
+) -> list[Tensor]:
+    """Return outputs of the model before and after each ``backward`` and ``step``, some of them with a graph."""
+    case = CASES["mlp"]
+    model = case.model()
+    if size > 1:
+        shard(model)
+    inner, found = sgd(model), []
+
+    def evaluate(*, grad: bool = False) -> None:
+        with torch.set_grad_enabled(grad):
+            found.append(model(torch.ones(1, 4, dtype=torch.float64)).detach())
+
+    evaluate()
+    optimizer = private(model, case, inner, compile=compile)
+    for step, batch in enumerate(case.batches(4)):
+        evaluate()
+        optimizer.backward(own_rows(batch, step, rank, size))
+        evaluate(grad=bool(step % 2))
+        optimizer.step()
+        evaluate(grad=not step % 2)
+        optimizer.zero_grad()
+    return found
+
+
 def masked(model: nn.Module, x: Tensor) -> Tensor:
     mask = (x > 2).long()
     return model(input_ids=x, attention_mask=mask, labels=x).loss
