@@ -67,7 +67,8 @@ class DPOptimizer(LogicalBatch, Generic[Returned]):
             ``SeededNoise(generator)`` is repeatable, for experiments, and **not private**.
             ``DiscreteGaussianNoise(grid)`` chooses exact mode; see ``docs/exact.md``.
         compile: Run the step as one compiled graph; see ``clipped_grad``. Without ``microbatch_size`` it serves Poisson
-            batches of every size. Batches above two standard deviations over ``expected_batch_size`` run in parts.
+            batches of every size. Batches above two standard deviations over ``expected_batch_size``, divided by the
+            number of processes, run in parts.
             Recorded steps (``"reduce-overhead"``) pad a batch to one of up to 20 sizes, or of six if lengths differ. If
             all batches have the same size, pass this size as ``microbatch_size``.
         performance: Further options that change time and memory only.
@@ -113,11 +114,6 @@ class DPOptimizer(LogicalBatch, Generic[Returned]):
     ) -> None:
         check_parts(optimizer, model, loss_fn)
         chosen = make_mechanism(plan, max_grad_norm, noise_multiplier, expected_batch_size, noise)
-        room = None
-        if compile and microbatch_size is None:
-            from clipgrad.compiled import fixed_size  # PyTorch's compiler takes seconds to import
-
-            room = fixed_size(chosen.expected_batch_size)
         options = Options(
             has_aux=None,
             keep_batch_dim=keep_batch_dim,
@@ -126,7 +122,11 @@ class DPOptimizer(LogicalBatch, Generic[Returned]):
             grid=chosen.grid,
             performance=Performance() if performance is None else performance,
         )
-        ranks = ranks_of(options, model)
+        ranks, room = ranks_of(options, model), None
+        if compile and microbatch_size is None:
+            from clipgrad.compiled import fixed_size  # PyTorch's compiler takes seconds to import
+
+            room = fixed_size(chosen.expected_batch_size / ranks.size)
         super().__init__(optimizer, chosen, BatchClipper(options, ranks, room), noise, plan)
         self.model = model
         self.loss_fn = loss_fn

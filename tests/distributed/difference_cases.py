@@ -126,6 +126,15 @@ def refused(rank: int, size: int, what: str) -> None:
         clipgrad.poisson_loader(data, plan=plan(max_batch_size=10, accountant="pld"))
     if what == "grid":
         make(noise=clipgrad.DiscreteGaussianNoise(2.0**-10))
+    if what == "grid on shards":
+        from torch.distributed.device_mesh import DeviceMesh
+        from torch.distributed.fsdp import fully_shard
+
+        alone = [torch.distributed.new_group([number]) for number in range(size)][rank]
+        model = nn.Linear(3, 2)
+        fully_shard(model, mesh=DeviceMesh.from_group(alone, "cpu"))
+        performance = clipgrad.Performance(process_group=alone)
+        make(model, noise=clipgrad.DiscreteGaussianNoise(2.0**-10), performance=performance)
     if what == "pickle":
         import pickle
 
@@ -136,6 +145,10 @@ def start_is_the_first_ranks(rank: int, size: int) -> tuple[Tensor, Tensor]:
     torch.manual_seed(rank)
     optimizer = make()
     return optimizer.model.weight.detach().clone(), optimizer.model.bias.detach().clone()
+
+
+def room(rank: int, size: int) -> int | None:
+    return make(compile=True, expected_batch_size=200.0)._clipper.room
 
 
 def group_of_one(rank: int, size: int) -> Tensor:

@@ -93,6 +93,7 @@ def test_whole_data_on_each_rank_is_refused(pool: Pool) -> None:
         ("shuffled", "ValueError", "shuffled_loader makes the batches of one process"),
         ("truncated", "ValueError", "no analysis covers ranks that truncate separately"),
         ("grid", "ValueError", "exact mode"),
+        ("grid on shards", "ValueError", "without fully_shard"),
         ("pickle", "TypeError", "Save its state_dict"),
     ],
 )
@@ -106,6 +107,11 @@ def test_refused(pool: Pool, what: str, error: str, words: str) -> None:
 def test_training_starts_from_the_first_rank(pool: Pool) -> None:
     first, second = pool(2).run(cases.start_is_the_first_ranks)
     assert all(map(torch.equal, first, second))
+
+
+def test_a_compiled_step_has_room_for_the_batch_of_one_rank(pool: Pool) -> None:
+    """For 100 of the 200 samples that are expected on both ranks together, and two standard deviations."""
+    assert pool(2).run(cases.room) == [120, 120]
 
 
 def test_a_group_of_one_trains_alone(pool: Pool) -> None:
