@@ -28,9 +28,8 @@ def policy_of(module: FSDPModule) -> MixedPrecisionPolicy:
 def shard_of(local: Tensor, parameter: DTensor, placements: Sequence[Placement]) -> DTensor:
     """Return a tensor of a sharded parameter's shape, of which this rank holds ``local``."""
     if local.dtype is parameter.dtype and tuple(placements) == parameter.placements:
-        return _from_local_no_grad(
-            local, parameter._spec
-        )  # a tenth of the time of the public function
+        # This takes a tenth of the time of the public function.
+        return _from_local_no_grad(local, parameter._spec)
     return DTensor.from_local(
         local,
         parameter.device_mesh,

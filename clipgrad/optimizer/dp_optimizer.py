@@ -234,9 +234,8 @@ class DPOptimizer(LogicalBatch, Generic[Returned]):
         del sums
         # The step is over before the wrapped optimizer runs, because the means are public and the optimizer may raise.
         self._step_state = self._step_state.next_step(observed, self.expected_batch_size)
-        ranks.release(
-            self.model
-        )  # what other code has gathered would keep the values from before this step
+        # Whole parameters that other code has gathered would keep the values from before this step.
+        ranks.release(self.model)
         with phase("optimizer"):
             self.inner.step()
 

@@ -100,8 +100,15 @@ def test_only_the_layers_that_compute_are_whole(pool: Pool) -> None:
         assert around == [0, 0]
 
 
-@pytest.mark.parametrize("shard", [cases.shard_root, unusual_cases.shard_without_freeing])
-@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize(
+    ("shard", "compile"),
+    [
+        (cases.shard_root, False),
+        (unusual_cases.shard_without_freeing, True),
+        pytest.param(cases.shard_root, True, marks=pytest.mark.nightly),
+        pytest.param(unusual_cases.shard_without_freeing, False, marks=pytest.mark.nightly),
+    ],
+)
 def test_evaluation_sees_the_last_step_and_changes_nothing(
     pool: Pool, shard: Callable[[nn.Module], None], compile: bool
 ) -> None:
