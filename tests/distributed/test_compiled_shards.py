@@ -9,6 +9,9 @@ import pytest
 import torch
 from torch import nn
 
+from clipgrad.compiled import fixed_size
+from clipgrad.compiled.compiler import FEWEST_ROWS
+from clipgrad.compiled.shape import recorded_sizes
 from tests.distributed import cases, unusual_cases
 from tests.distributed.conftest import Pool
 from tests.distributed.test_replicated import largest_difference
@@ -57,6 +60,18 @@ def test_all_layers_are_gathered_once_and_freed(pool: Pool) -> None:
     for seen, layer, around in pool(2).run(watched, cases.shard_layers):
         assert seen == [0, *(layer * count for count in range(1, 7))]
         assert around == [0, 0]
+
+
+@pytest.mark.parametrize("name", ["mlp", "frozen"])
+def test_a_recording_copies_what_is_gathered(pool: Pool, name: str) -> None:
+    """It is not made anew, although parameters have other addresses at each batch."""
+    expected = cases.train(0, 1, name)
+    # Half of four samples are expected on each rank.
+    sizes = [size for size in recorded_sizes(fixed_size(2)) if size >= FEWEST_ROWS]
+    for found, made, replays in pool(2).run(unusual_cases.recorded, name):
+        assert largest_difference(found, expected) < 1e-9
+        assert made == len(sizes)
+        assert replays > cases.STEPS
 
 
 def test_metrics_of_a_rank_without_samples(pool: Pool) -> None:

@@ -8,7 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tests.distributed.cases import CASES, Case, llama, mlp, own_rows, private, sgd, shard_layers
+from tests.distributed.cases import (
+    CASES,
+    Case,
+    llama,
+    mlp,
+    own_rows,
+    private,
+    sgd,
+    shard_layers,
+    train_sharded,
+)
 
 
 def shard_half_precision(model: nn.Module) -> None:
@@ -112,6 +122,23 @@ class Recurrent(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.rnn(x[..., None])[0])
+
+
+def recorded(rank: int, size: int, name: str) -> tuple[dict[str, Tensor], int, int]:
+    """Return parameters after steps on recordings of a stand-in, and how many were made and replayed."""
+    import pytest
+
+    from clipgrad.compiled import backend, compiler
+    from tests.compiled.conftest import Recorder
+
+    Recorder.made = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(backend, "uses_cuda_graphs", lambda mode, device: True)
+        patch.setattr(backend, "compile_graph", lambda module, mode, arguments: module)
+        patch.setattr(compiler, "recordable", lambda module, device: True)
+        patch.setattr(compiler, "CudaRecorder", Recorder)
+        found = train_sharded(rank, size, name, shard_layers, options={"compile": True})
+    return found, len(Recorder.made), sum(recorder.replays for recorder in Recorder.made)
 
 
 def with_metrics(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
