@@ -90,7 +90,7 @@ class Ranks(Protocol):
     Attributes:
         rank: Number of this process, from 0.
         size: Number of processes.
-        is_sharded: Whether each process holds a shard of every parameter, and gathers them module by module.
+        is_sharded: Whether each process holds a shard of every parameter.
         parameters_move: Whether whole parameters have other addresses at each batch.
         sums_leave: Whether ``summed`` hands sums on as they are formed, so that none may be formed twice.
     """
@@ -103,7 +103,7 @@ class Ranks(Protocol):
 
     @property
     def within_batch(self) -> Ranks:
-        """Return what a microbatch has to do with other processes; nothing if sums stay whole until the batch ends."""
+        """Return the processes that a microbatch needs: this one alone, if sums stay whole until the batch ends."""
         ...
 
     @property
@@ -147,7 +147,7 @@ class Ranks(Protocol):
         ...
 
     def release(self, model: nn.Module) -> None:
-        """Take back whole parameters that a forward pass of other code has left in the model."""
+        """Free whole parameters that a forward pass of other code has left in the model."""
         ...
 
     def gathered(self, model: nn.Module, step: int) -> AbstractContextManager[Gathering | None]:

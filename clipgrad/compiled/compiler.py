@@ -292,8 +292,8 @@ def _served(lengths: Lengths) -> str:
 def _recording(entry: CompiledStep, request: Request, pool: Pool) -> Callable[[], Replay]:
     """Return a function that makes a recording.
 
-    Parameters, and tensors that the loss reads besides its batch, stay where they are, unless parameters are gathered
-    for each batch. Frozen ones are among what the loss reads. The rest does not stay.
+    A recording copies what does not stay at one address. Parameters stay, and so do tensors that the loss reads besides
+    its batch. If parameters are gathered for each batch, neither stays: frozen parameters are among those tensors.
     """
     stay = not request.settings.ranks.parameters_move
     params = len(request.inputs.params)

@@ -32,23 +32,18 @@ def find_ranks(group: object, model: nn.Module, *, whole: bool) -> Ranks:
             "torch.distributed.init_process_group first, and leave process_group out to train on all processes."
         )
     ranks = dist.get_world_size(group)
-    _shard_again(model)
+    # FSDP takes seconds to import. Only a program that has imported it has models of it.
+    if "torch.distributed.fsdp" in sys.modules:
+        from clipgrad.distributed.fsdp import shard_again
+
+        # A forward pass may have left parameters whole, which then do not look sharded.
+        shard_again(model)
     if any(_is_spread(parameter) for parameter in model.parameters()):
         from clipgrad.distributed.sharded import Sharded, refuse_what_is_no_fsdp
 
         refuse_what_is_no_fsdp(model, ranks)
         return Sharded(group, whole=whole)
     return OneProcess() if ranks == 1 else Replicated(group)
-
-
-def _shard_again(model: nn.Module) -> None:
-    """Shard modules of FSDP2 that a forward pass has left whole, so that their parameters show it."""
-    # Its import takes seconds, and a model of a program that has not imported it has no such module.
-    fsdp = sys.modules.get("torch.distributed.fsdp")
-    if fsdp is not None:
-        for module in model.modules():
-            if isinstance(module, fsdp.FSDPModule):
-                module.reshard()
 
 
 def _is_spread(parameter: Tensor) -> bool:

@@ -20,6 +20,12 @@ def fsdp_modules(model: nn.Module) -> list[FSDPModule]:
     return [module for module in model.modules() if isinstance(module, FSDPModule)]
 
 
+def shard_again(model: nn.Module) -> None:
+    """Free the whole parameters of all modules, so that the model holds its shards again."""
+    for module in fsdp_modules(model):
+        module.reshard()
+
+
 def policy_of(module: FSDPModule) -> MixedPrecisionPolicy:
     """Return the mixed precision policy of a module."""
     return cast(MixedPrecisionPolicy, _state(module)._mp_policy)

@@ -13,7 +13,7 @@ from torch.autograd.graph import Node
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from clipgrad.distributed import agreement, costs
-from clipgrad.distributed.fsdp import fsdp_modules, own_schedule, policy_of, shard_of
+from clipgrad.distributed.fsdp import fsdp_modules, own_schedule, policy_of, shard_again, shard_of
 from clipgrad.distributed.group import Group
 from clipgrad.distributed.scattered import scattered_means
 from clipgrad.distributed.shards import Keys, scattered
@@ -35,12 +35,13 @@ class Sharded(Group):
             needs them. Processes then need each other only at both ends of a batch.
     """
 
+    is_sharded = True
     parameters_move = True
+    sums_leave = True
 
     def __init__(self, group: dist.ProcessGroup, *, whole: bool = False) -> None:
         super().__init__(group)
         self._whole = whole
-        self.is_sharded = self.sums_leave = not whole
         self._calls = 0
         self._streaming: Streaming | None = None
 
@@ -60,9 +61,8 @@ class Sharded(Group):
                     dist.broadcast(shard, src=dist.get_global_rank(replicas, 0), group=replicas)
 
     def release(self, model: nn.Module) -> None:
-        """Shard all modules; FSDP leaves the root whole after a forward pass, also while a step changes its shards."""
-        for module in fsdp_modules(model):
-            module.reshard()
+        """Free whole parameters. FSDP leaves the root's after a forward pass, and a later step does not change them."""
+        shard_again(model)
 
     @contextmanager
     def gathered(self, model: nn.Module, step: int) -> Iterator[Streaming]:

@@ -25,10 +25,10 @@ def ranks_of(options: Options, model: nn.Module) -> Ranks:
             "microbatch_size='auto' cannot be combined with a model of fully_shard, whose ranks run the same number of "
             "microbatches. Pass a number, the same on all ranks."
         )
-    if options.grid is not None and (ranks.size > 1 or ranks.parameters_move):
+    if options.grid is not None and (ranks.size > 1 or ranks.is_sharded):
+        found = f"{ranks.size} train together" if ranks.size > 1 else "this model is sharded"
         raise ValueError(
-            f"exact mode (grid={options.grid}) proves the sums of one process with a model that is not sharded, but "
-            f"{ranks.size} {'trains on shards' if ranks.size == 1 else 'train together'}. Leave the grid out, or train "
-            "in one process without fully_shard."
+            f"exact mode (grid={options.grid}) proves the sums of one process with a whole model, but {found}. Leave "
+            "the grid out, or train in one process without fully_shard."
         )
     return ranks

@@ -62,13 +62,18 @@ class Recorder:
             kept.copy_(result)
 
 
-@pytest.fixture
-def recorders(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Recorder]]:
+def record_by_stand_in(monkeypatch: pytest.MonkeyPatch) -> list[Recorder]:
+    """Record compiled steps on the CPU, by recorders that come into the list."""
     Recorder.made = []
     monkeypatch.setattr(backend, "uses_cuda_graphs", lambda mode, device: True)
     monkeypatch.setattr(compiler_module, "recordable", lambda module, device: True)
     monkeypatch.setattr(compiler_module, "CudaRecorder", Recorder)
     return Recorder.made
+
+
+@pytest.fixture
+def recorders(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Recorder]]:
+    return record_by_stand_in(monkeypatch)
 
 
 @pytest.fixture

@@ -209,16 +209,21 @@ def shard_root(model: nn.Module) -> None:
     fully_shard(model)
 
 
-def shard_layers(model: nn.Module) -> None:
-    """Shard each direct child with parameters and each block of a language model as a module of its own."""
+def shard_layers(model: nn.Module, **options: Any) -> None:
+    """Shard each direct child with parameters and each block of a language model as a module of its own.
+
+    Args:
+        model: The model.
+        **options: Of ``fully_shard``.
+    """
     from torch.distributed.fsdp import fully_shard
 
     blocks = [m for m in model.modules() if type(m).__name__ in ("GPT2Block", "LlamaDecoderLayer")]
     tied = isinstance(model, Tied)
     layers = blocks or [m for m in model.children() if any(True for _ in m.parameters())]
     for layer in [model.body] if tied else layers:
-        fully_shard(layer)
-    fully_shard(model)
+        fully_shard(layer, **options)
+    fully_shard(model, **options)
 
 
 def train_sharded(

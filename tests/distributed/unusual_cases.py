@@ -22,12 +22,10 @@ from tests.distributed.cases import (
 
 
 def shard_half_precision(model: nn.Module) -> None:
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    from torch.distributed.fsdp import MixedPrecisionPolicy
 
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, output_dtype=torch.float32)
-    for layer in [m for m in model.children() if any(True for _ in m.parameters())]:
-        fully_shard(layer, mp_policy=policy)
-    fully_shard(model, mp_policy=policy)
+    shard_layers(model, mp_policy=policy)
 
 
 class HalfPrecision(nn.Module):
@@ -71,7 +69,7 @@ def watched_memory(
     """Count the elements of whole parameters whenever a layer is gathered.
 
     Returns:
-        Elements of whole parameters at each forward and backward pass of a layer, the largest number of elements of one
+        Elements of whole parameters each time, the largest number of elements of one
         layer, and the elements of whole parameters before and after ``backward``.
     """
     model = nn.Sequential(*(nn.Linear(10, 10) for _ in range(6))).double()
@@ -128,17 +126,14 @@ def recorded(rank: int, size: int, name: str) -> tuple[dict[str, Tensor], int, i
     """Return parameters after steps on recordings of a stand-in, and how many were made and replayed."""
     import pytest
 
-    from clipgrad.compiled import backend, compiler
-    from tests.compiled.conftest import Recorder
+    from clipgrad.compiled import backend
+    from tests.compiled.conftest import record_by_stand_in
 
-    Recorder.made = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(backend, "uses_cuda_graphs", lambda mode, device: True)
+        recorders = record_by_stand_in(patch)
         patch.setattr(backend, "compile_graph", lambda module, mode, arguments: module)
-        patch.setattr(compiler, "recordable", lambda module, device: True)
-        patch.setattr(compiler, "CudaRecorder", Recorder)
         found = train_sharded(rank, size, name, shard_layers, options={"compile": True})
-    return found, len(Recorder.made), sum(recorder.replays for recorder in Recorder.made)
+    return found, len(recorders), sum(recorder.replays for recorder in recorders)
 
 
 def with_metrics(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -163,11 +158,7 @@ def metrics_of_few(
 
 
 def shard_without_freeing(model: nn.Module) -> None:
-    from torch.distributed.fsdp import fully_shard
-
-    for layer in [m for m in model.children() if any(True for _ in m.parameters())]:
-        fully_shard(layer, reshard_after_forward=False)
-    fully_shard(model, reshard_after_forward=False)
+    shard_layers(model, reshard_after_forward=False)
 
 
 def evaluated(
